@@ -1,0 +1,159 @@
+"""Serves the demo and the tests: a small Wan2.1 of the real diffusers classes, with random weights and no download."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2: where UMT5's tokenizer has its padding and end
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a word's beginning
+CHARACTERS = [chr(code) for code in range(33, 127)]
+LOG_VARIANCE = -10.0  # of the autoencoder's posterior
+SPELLED = -20.0  # log-probability of a single character: any whole word is likelier
+
+VOCABULARY_TEXT = """
+a large gray rabbit walks out of its burrow in the morning light and stretches under a tree
+a rabbit sniffs the air on a green meadow while leaves move in the wind
+a white butterfly lands on a flower and the camera moves slowly to the left
+people ride bikes through a city street on a sunny day while cars wait
+a group of cyclists turns around a corner and the camera follows them
+a man in a car talks to the camera while trees pass behind the window
+a man with glasses looks at the road and smiles, seen through a car window
+a portrait of a woman in an orange space suit in front of a flag and a model of a shuttle
+a ginger cat with green eyes looks into the camera, close up of its fur and ears
+a cup of black coffee on a wooden table with a spoon beside it, seen from above
+a rocket lifts off at night with a bright flame and smoke around the launch tower
+a bright square moves over a dark background from one side to the other
+a slow pan over mountains, a river, the sea, a beach, a forest and a snowy field
+two dogs run after a red ball on the grass, a child laughs and claps
+rain falls on a quiet street at night, lights of shops shine on the wet ground
+blurry, low quality, static, worst quality, jpeg artifacts, ugly, still picture, walking backwards
+""".strip().splitlines()
+
+
+def build_tokenizer() -> T5TokenizerFast:
+    """Returns a T5 tokenizer (Unigram) with a piece for each word of a page of captions; other words are spelled.
+
+    A piece's score is the logarithm of the word's share of the page, as a trained Unigram has it, and far less for a
+    single character. The tokenizers library's own trainer sums in an order that changes between runs, so that equal
+    arguments would not give equal files.
+    """
+    words = Counter(word for line in VOCABULARY_TEXT for word in re.findall(r"\w+", line))
+    total = sum(words.values())
+    pieces = [(PAD, 0.0), (EOS, 0.0), (UNKNOWN, 0.0)]
+    pieces += [(f"{SPACE}{word}", math.log(count / total)) for word, count in sorted(words.items())]
+    pieces += [(character, SPELLED) for character in [SPACE, *CHARACTERS]]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    return T5TokenizerFast(
+        tokenizer_object=tokenizer, extra_ids=0, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, model_max_length=512
+    )
+
+
+def build_wan_t2v(
+    folder: Path,
+    *,
+    heads: int = 2,
+    head_dim: int = 12,
+    layers: int = 2,
+    ffn_dim: int = 32,
+    text_dim: int = 32,
+    text_layers: int = 2,
+    vae_dim: int = 3,
+    flow_shift: float = 3.0,
+    seed: int = 0,
+) -> Path:
+    """Writes a text-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+
+    The structure is the published one (16 latent channels, 4x8x8 compression, patches of 1x2x2, UMT5 text encoder,
+    flow-matching UniPC scheduler); only widths and depths are small. The defaults give about 28 thousand parameters
+    in the transformer, in float32. torch's global random state is left as it was.
+
+    Args:
+        folder: created if need be; model_index.json and one folder per component are written into it.
+        heads: attention heads of the transformer; its width is heads * head_dim.
+        head_dim: channels per head, even and at least 6 (rotary embeddings split it over time, height and width).
+        layers: transformer blocks.
+        ffn_dim: hidden width of each block's feed-forward part.
+        text_dim: width of the text encoder and of the prompt embeddings.
+        text_layers: layers of the text encoder.
+        vae_dim: base channels of the video autoencoder.
+        flow_shift: the scheduler's timestep shift.
+        seed: of the random weights; equal arguments give equal files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=text_dim,
+                d_kv=8,
+                d_ff=2 * text_dim,
+                num_layers=text_layers,
+                num_heads=4,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        vae = AutoencoderKLWan(
+            base_dim=vae_dim,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        )
+        with torch.no_grad():  # like a trained one, it is nearly sure of its latents: else they would be mostly noise
+            vae.quant_conv.weight[16:] = 0
+            vae.quant_conv.bias[16:] = LOG_VARIANCE
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=16,
+            out_channels=16,
+            text_dim=text_dim,
+            freq_dim=256,
+            ffn_dim=ffn_dim,
+            num_layers=layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=1024,
+        )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
+    )
+    WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    ).save_pretrained(folder)
+    return folder
+
+
+def calibrate_latents(folder: Path, clips: torch.Tensor) -> None:
+    """Gives the autoencoder of a built model the latents_mean and latents_std that it has on these clips.
+
+    The published numbers belong to the published autoencoder; with random weights they would leave latents far from
+    the unit variance that flow matching assumes.
+
+    Args:
+        folder: as returned by build_wan_t2v; vae/config.json is written anew.
+        clips: [N, 3, T, H, W] float in [-1, 1].
+    """
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        latents = vae.encode(clips).latent_dist.mode()
+    vae.register_to_config(
+        latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
+    )
+    vae.save_config(folder / "vae")

@@ -1,0 +1,407 @@
+"""Serves both train.py scripts: flags in groups, ranges, flags that are gone, and checks across flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from videox.data.buckets import SizePolicy
+from videox.data.index import Index, build_index, load_index
+from videox.data.plan import PlanSettings
+from videox.data.video import READERS
+from videox.errors import Refusal
+from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
+from videox.lifecycle import main_first
+from videox.optim import SCHEDULES
+
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NEVER_READ = "the original parsed it and never read it: leave it out"
+GONE = {
+    "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
+    "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
+    "enable_text_encoder_in_dataloader": "leave it out: text is encoded once per batch, and --low_vram keeps it off the GPU",
+    "multi_stream": "leave it out: encoders do not need a second stream",
+    "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
+    **dict.fromkeys(
+        (
+            "noise_offset", "snr_loss", "random_flip", "max_train_samples", "input_perturbation", "prediction_type",
+            "variant", "revision", "non_ema_revision", "push_to_hub", "hub_model_id", "hub_token", "cache_dir", "local_rank",
+        ),
+        NEVER_READ,
+    ),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose every complaint is a Refusal, whose unknown flags name the nearest one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises Refusal instead of printing the usage."""
+        flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
+        raise Refusal(flag, message.removeprefix(f"argument {flag}: "), "see --help")
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Returns the flags; every word of the command line must be one of them.
+
+        Raises:
+            Refusal: a flag that is gone, unknown, misspelt or out of range.
+        """
+        words = [word.split("=", 1)[0] for word in (argv if argv is not None else self._command_line())]
+        for word in words:
+            if word.startswith("--") and word[2:] in GONE:
+                raise Refusal(word, "is gone", GONE[word[2:]])
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].split("=", 1)[0]
+            near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
+            raise Refusal(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
+        return args
+
+    @staticmethod
+    def _command_line() -> list[str]:
+        return sys.argv[1:]
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Returns an argparse type: a finite int or float within [low, high]."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError as why:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number" if kind is int else f"{text!r} is no number"
+            ) from why
+        if not low <= value <= high or (math.isinf(value)):
+            top = "" if math.isinf(high) else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g}{top or ' or more'}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, 10**9)
+COUNT_OR_ZERO = number(int, 0, 10**9)
+SHARE = number(float, 0, 1)
+
+
+def add_model_and_data(parser: Parser) -> None:
+    """Adds the flags for where model and data come from."""
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder of the model in diffusers layout")
+    add("--transformer_path", help="folder of other transformer weights, diffusers layout (none = the model's own)")
+    add("--vae_path", help="folder of another VAE, diffusers layout (none = the model's own)")
+    add("--train_data_dir", help="folder that file_path entries are relative to (none = the metadata's own folder)")
+    add("--train_data_meta", required=True, help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
+    add("--allow_outside_data_dir", action="store_true", help="allow files outside train_data_dir (off = refused)")
+    add(
+        "--video_repeat",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="times a video occurs in an epoch; images once (0 = once)",
+    )
+    add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
+    add(
+        "--dataloader_num_workers",
+        type=number(int, 0, 256),
+        default=0,
+        help="decoding processes (0 = decode in the loop)",
+    )
+    add("--video_reader", choices=READERS, default=READERS[0], help="decoder; both give equal frames")
+    add(
+        "--max_bad_fraction",
+        type=SHARE,
+        default=0.01,
+        help="share of rows, 0 to 1, that may be unreadable before the run stops; ten always may",
+    )
+
+
+def add_shapes(parser: Parser) -> None:
+    """Adds the flags that decide sizes."""
+    group = parser.add_argument_group("shapes (pixels of a square's side unless said otherwise)")
+    add = group.add_argument
+    size = number(int, 32, 8192)
+    add("--video_sample_size", type=size, default=512, help="target size of videos")
+    add("--image_sample_size", type=size, default=512, help="target size of images")
+    add(
+        "--token_sample_size", type=size, default=512, help="size that sets the token budget, n_frames x size^2 pixels"
+    )
+    add(
+        "--video_sample_stride",
+        type=COUNT,
+        default=4,
+        help="source frames from one kept frame to the next (1 = every frame)",
+    )
+    add("--video_sample_n_frames", type=COUNT, default=17, help="frames of a clip at most, 4k+1")
+    add(
+        "--fix_sample_size",
+        type=number(int, 32, 8192),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="one size for all samples (none = off)",
+    )
+    add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
+    add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
+    add(
+        "--training_with_video_token_length",
+        action="store_true",
+        help="fewer frames at larger sizes, within the token budget (off = n_frames at every size)",
+    )
+    add("--random_frame_crop", action="store_true", help="one clip in ten is shortened to a random 4k+1 (off = whole)")
+    add("--random_ratio_crop", action="store_true", help="crop to a random aspect ratio (off = nearest to the source)")
+    add("--vae_mini_batch", type=COUNT, default=32, help="samples per VAE call")
+    add("--vae_sample_mode", choices=("sample", "mode"), default="sample", help="posterior: drawn by key, or its mean")
+
+
+def add_training(parser: Parser) -> None:
+    """Adds the flags of the optimizer step."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--train_mode", choices=("normal",), default="normal", help="normal = text-to-video")
+    add(
+        "--trainable_modules",
+        nargs="+",
+        default=["."],
+        help="train parameters whose names contain one of these ('.' = all)",
+    )
+    add(
+        "--trainable_modules_low_learning_rate",
+        nargs="+",
+        default=[],
+        help="the same at half the learning rate (empty = none)",
+    )
+    add("--train_batch_size", type=COUNT, default=16, help="samples per micro-batch and process")
+    add(
+        "--slot_fill",
+        choices=("fixed", "cost"),
+        default="fixed",
+        help="fixed: train_batch_size samples; cost: as many small ones as cost the same",
+    )
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
+    add("--num_train_epochs", type=COUNT, default=100, help="epochs")
+    add("--max_train_steps", type=COUNT, help="optimizer steps; wins over num_train_epochs (none = by epochs)")
+    add("--learning_rate", type=number(float, 0, 10), default=1e-4, help="per optimizer step")
+    add("--lr_scheduler", choices=SCHEDULES, default="constant", help="a function of the optimizer step")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="optimizer steps of warm-up (0 = off)")
+    add("--scale_lr", action="store_true", help="learning rate x samples per optimizer step (off = as given)")
+    add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=number(float, 0, 0.9999999), default=0.999, help="decay of the second moment")
+    add(
+        "--adam_weight_decay",
+        type=number(float, 0, 10),
+        default=1e-2,
+        help="of all parameters, per unit of learning rate (0 = off)",
+    )
+    add("--adam_epsilon", type=number(float, 1e-30, 1), default=1e-8, help="added to the root of the second moment")
+    add(
+        "--max_grad_norm",
+        type=number(float, 1e-12, 1e12),
+        default=1.0,
+        help="global gradient norm to clip to (1e12 = off)",
+    )
+    add(
+        "--initial_grad_norm_ratio",
+        type=number(float, 1, 1e6),
+        default=1.0,
+        help="max_grad_norm starts this much higher and falls (1 = off)",
+    )
+    add("--abnormal_norm_clip_start", type=COUNT, default=1000, help="optimizer step at which that fall ends")
+    add(
+        "--gradient_checkpointing", action="store_true", help="recompute every block in the backward pass (off = keep)"
+    )
+    add(
+        "--selective_ac",
+        type=SHARE,
+        default=0.0,
+        help="share of blocks, 0 to 1, to recompute without gradient_checkpointing (0 = off)",
+    )
+    add(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        help="precision of computation; weights stay float32 (none = the launcher's)",
+    )
+    add("--allow_tf32", action="store_true", help="TensorFloat-32 in float32 matrix products on GPUs (off = full)")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="of every random draw (none = drawn, printed and stored)")
+    add(
+        "--uniform_sampling",
+        action="store_true",
+        help="timesteps stratified over the global batch (off = drawn one by one)",
+    )
+    add(
+        "--train_sampling_steps",
+        type=number(int, 1, NUM_TRAIN_TIMESTEPS),
+        default=NUM_TRAIN_TIMESTEPS,
+        help="train the noisiest of 1000 timesteps (1000 = all)",
+    )
+    add(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        default="none",
+        help="timestep density without uniform_sampling, and loss weight",
+    )
+    add("--logit_mean", type=number(float, -20, 20), default=0.0, help="of logit_normal")
+    add("--logit_std", type=number(float, 1e-6, 20), default=1.0, help="of logit_normal")
+    add("--mode_scale", type=number(float, -2, 2), default=1.29, help="of mode")
+    add("--motion_sub_loss", action="store_true", help="mix in the error of frame-to-frame change (off = none)")
+    add("--motion_sub_loss_ratio", type=SHARE, default=0.25, help="its share, 0 to 1")
+    add("--low_vram", action="store_true", help="encoders are on the GPU only while used (off = they stay)")
+    add(
+        "--use_deepspeed",
+        action="store_true",
+        help="say that the launcher runs DeepSpeed (off = the launcher decides)",
+    )
+    add("--use_fsdp", action="store_true", help="say that the launcher runs FSDP (off = the launcher decides)")
+
+
+def add_run(parser: Parser) -> None:
+    """Adds the flags for what a run writes and when."""
+    group = parser.add_argument_group("run (steps are optimizer steps)")
+    add = group.add_argument
+    add("--output_dir", default="sd-model-finetuned", help="folder of everything that the run writes")
+    add("--logging_dir", default="logs", help="tracker's folder inside output_dir")
+    add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, none")
+    add("--tracker_project_name", default="videox", help="name of the run in the tracker")
+    add(
+        "--checkpointing_steps",
+        type=COUNT,
+        default=500,
+        help="steps from one checkpoint to the next; the end is always saved",
+    )
+    add("--checkpoints_total_limit", type=COUNT, help="keep this many checkpoints (none = all)")
+    add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint (none = a new run)")
+    add(
+        "--verify",
+        action="store_true",
+        help="check all hashes of the checkpoint before resuming (off = after a crash only)",
+    )
+    add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of output_dir/transformer at the end")
+    add(
+        "--validation_rows",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="rows kept out of training for the validation loss (0 = off)",
+    )
+    add("--validation_prompts", nargs="+", default=[], help="prompts to sample clips from (empty = off)")
+    add("--validation_steps", type=COUNT, default=2000, help="steps from one validation to the next")
+    add("--validation_epochs", type=COUNT_OR_ZERO, default=5, help="epochs from one validation to the next (0 = off)")
+    add(
+        "--dump_steps",
+        type=COUNT,
+        nargs="+",
+        default=[],
+        help="steps whose tensors are written to output_dir/dump (empty = off)",
+    )
+
+
+def size_policy(args: argparse.Namespace) -> SizePolicy:
+    """Returns the flags that decide sizes; raises Refusal when they contradict each other."""
+    return SizePolicy(
+        video_sample_size=args.video_sample_size,
+        image_sample_size=args.image_sample_size,
+        token_sample_size=args.token_sample_size,
+        n_frames=args.video_sample_n_frames,
+        stride=args.video_sample_stride,
+        enable_bucket=args.enable_bucket,
+        random_hw_adapt=args.random_hw_adapt,
+        token_length=args.training_with_video_token_length,
+        random_frame_crop=args.random_frame_crop,
+        random_ratio_crop=args.random_ratio_crop,
+        fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Checks flags against each other and against the file system, before anything slow.
+
+    Raises:
+        Refusal: naming both flags.
+    """
+    size_policy(args)
+    if args.gradient_checkpointing and args.selective_ac:
+        raise Refusal(
+            "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "give one of them"
+        )
+    for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
+        if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
+            raise Refusal(
+                f"--{marker}", "the launcher does not run it", f"add --{marker} to accelerate launch, or drop it here"
+            )
+    output = Path(args.output_dir).resolve()
+    data = data_dir(args).resolve()
+    for flag, taken in (
+        ("pretrained_model_name_or_path", Path(args.pretrained_model_name_or_path).resolve()),
+        ("train_data_dir", data),
+    ):
+        if output == taken or output in taken.parents:
+            raise Refusal("--output_dir", f"{args.output_dir} is or contains --{flag}", "give a folder of its own")
+    if output.exists() and not output.is_dir():
+        raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """Returns the folder that file_path entries are relative to."""
+    meta = Path(args.train_data_meta)
+    return Path(args.train_data_dir) if args.train_data_dir else (meta if meta.is_dir() else meta.parent)
+
+
+def index_path(args: argparse.Namespace) -> Path:
+    """Returns where the index is kept: beside the metadata, or in output_dir where that folder is read-only."""
+    meta = Path(args.train_data_meta).resolve()
+    name = f"{meta.name}.videox-index.arrow"
+    return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
+
+
+def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[Any], list[Any]]) -> Index:
+    """Returns the index, brought up to date by the main process and mapped by the others."""
+    build = partial(
+        build_index,
+        Path(args.train_data_meta),
+        data_dir(args),
+        index_path(args),
+        allow_outside_data_dir=args.allow_outside_data_dir,
+        workers=max(args.dataloader_num_workers, 1),
+        progress=True,
+    )
+    main_first(build, is_main=is_main, gather=gather)
+    return load_index(index_path(args), data_dir(args))
+
+
+def plan_settings(args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int) -> PlanSettings:
+    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
+    return PlanSettings(
+        policy=size_policy(args),
+        batch_size=args.train_batch_size,
+        slots=slots,
+        seed=seed,
+        slot_fill=args.slot_fill,
+        video_repeat=args.video_repeat,
+        held_out=args.validation_rows,
+        cost_linear=cost[0],
+        cost_quadratic=cost[1],
+    )
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """Returns lines on flags that are taken otherwise than a user may think."""
+    lines, policy = [], size_policy(args)
+    if policy.token_length and policy.image_sample_size < policy.video_sample_size:
+        given = (
+            f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
+        )
+        lines.append(f"{given}: sizes run from {policy.low} to {policy.high} all the same")
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        lines.append("NCCL_P2P_DISABLE=1 turns NVLink off: unset it on a single machine")
+    return lines

@@ -1,0 +1,210 @@
+"""Serves all that opens a user's file: what it is by its bytes, whether it is whole, how a bad one is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_PIXELS = 64_000_000  # per image or frame; above it a few kilobytes could ask for gigabytes of memory
+
+_HEAD = 1024
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_PREFIXES = (
+    (b"\x89PNG\r\n\x1a\n", "image", "PNG"),
+    (b"\xff\xd8\xff", "image", "JPEG"),
+    (b"GIF87a", "image", "GIF"),
+    (b"GIF89a", "image", "GIF"),
+    (b"II*\0", "image", "TIFF"),
+    (b"MM\0*", "image", "TIFF"),
+    (b"II+\0", "image", "TIFF"),
+    (b"MM\0+", "image", "TIFF"),
+    (b"\x1a\x45\xdf\xa3", "video", "matroska"),
+    (b"\0\0\1\xba", "video", "mpeg"),
+    (b"FLV\1", "video", "flv"),
+    (b"OggS", "video", "ogg"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "video", "asf"),
+)
+_TOP_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"meta", b"free", b"skip", b"wide", b"uuid", b"pnot")
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+
+
+class BadMedia(Exception):
+    """One image or clip that cannot be used; the run goes on without it and counts it.
+
+    Args:
+        media_class: one of missing, empty, unrecognised, truncated, no_video_stream, too_large, too_small,
+            unreadable, changed, undecodable, out_of_range.
+        detail: one line for the ledger, with the value found.
+    """
+
+    def __init__(self, media_class: str, detail: str) -> None:
+        self.media_class, self.detail = media_class, detail
+        super().__init__(media_class, detail)  # both, so that it survives the way back from a worker process
+
+    def __str__(self) -> str:
+        return f"{self.media_class}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """What planning needs of a file: kind ("image" | "video"), upright width and height in pixels, frames, frames/s.
+
+    An image has frames 1 and fps 0.0; a video with no rate to be found has fps 0.0 too.
+    """
+
+    kind: str
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A file that may be handed to a decoder: its kind, the one format it is opened as, its size in bytes."""
+
+    kind: str
+    format: str
+    size: int
+    fragmented: bool = False
+
+
+def open_container(path: Path) -> Container:
+    """Returns what a file is by its first bytes (never by its name), after the checks that need no decoder.
+
+    A playlist or any other text is unrecognised, so that no decoder follows it to other files.
+
+    Raises:
+        BadMedia: missing, unreadable (not a regular file, or the system refuses it), empty, unrecognised, or
+            truncated (shorter than its own container says; formats without a stated length cannot tell).
+    """
+    try:
+        status = path.stat()
+        # Asked before opening, since opening a pipe would wait for a writer for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise BadMedia("unreadable", "not a regular file")
+        if status.st_size == 0:
+            raise BadMedia("empty", "0 bytes")
+        with path.open("rb") as file:
+            kind, format_name = _recognise(file.read(_HEAD))
+            fragmented = _check_whole(file, format_name, status.st_size)
+    except FileNotFoundError as error:
+        raise BadMedia("missing", "no such file") from error
+    except OSError as error:
+        if error.errno in _NOT_THE_FILES_FAULT:
+            raise
+        raise BadMedia("unreadable", os.strerror(error.errno or 0)) from error
+    return Container(kind, format_name, status.st_size, fragmented)
+
+
+def sniff(path: Path) -> str:
+    """Returns "image" or "video" by the file's first bytes; raises BadMedia as `open_container` does."""
+    return open_container(path).kind
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raises BadMedia("too_large") for more than MAX_PIXELS pixels, and no_video_stream for none at all."""
+    if width < 1 or height < 1:
+        raise BadMedia("no_video_stream", f"its size is {width}x{height}")
+    if width * height > MAX_PIXELS:
+        raise BadMedia("too_large", f"{width}x{height} is above {MAX_PIXELS // 10**6} Mpx")
+
+
+def _recognise(head: bytes) -> tuple[str, str]:
+    for prefix, kind, format_name in _PREFIXES:
+        if head.startswith(prefix):
+            return kind, format_name
+    found = _recognise_riff(head) or _recognise_boxes(head) or _recognise_bmp(head) or _recognise_ts(head)
+    if found is None:
+        raise BadMedia("unrecognised", f"no known image or video begins with {head[:8].hex(' ')}")
+    return found
+
+
+def _recognise_riff(head: bytes) -> tuple[str, str] | None:
+    known = {b"WEBP": ("image", "WEBP"), b"AVI ": ("video", "avi")}
+    return known.get(head[8:12]) if head.startswith(b"RIFF") else None
+
+
+def _recognise_boxes(head: bytes) -> tuple[str, str] | None:
+    if head[4:8] not in _TOP_BOXES:
+        return None
+    if head[4:8] != b"ftyp":
+        return "video", "mov"
+    brands = {head[8:12]} | {head[i : i + 4] for i in range(16, min(int.from_bytes(head[:4]), _HEAD), 4)}
+    if head[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and brands & {b"avif", b"avis"}:
+        return "image", "AVIF"
+    if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"):
+        raise BadMedia("unrecognised", "HEIF image; convert it to PNG or JPEG")
+    return "video", "mov"
+
+
+def _recognise_bmp(head: bytes) -> tuple[str, str] | None:
+    is_bmp = head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS
+    return ("image", "BMP") if is_bmp else None
+
+
+def _recognise_ts(head: bytes) -> tuple[str, str] | None:
+    for first, step in ((0, 188), (4, 192)):  # plain, and with the four bytes of time that Blu-ray puts before
+        if len(head) > first + 2 * step and all(head[first + i * step] == 0x47 for i in range(3)):
+            return "video", "mpegts"
+    return None
+
+
+def _check_whole(file: BinaryIO, format_name: str, size: int) -> bool:
+    """Raises BadMedia("truncated") where the container states more bytes than there are; returns whether an MP4
+    is fragmented, that is whether its index stands in pieces all over the file."""
+    if format_name in ("mov", "AVIF"):
+        names = set()
+        for name, end in _boxes(file, size):
+            names.add(name)
+            if end > size:
+                raise BadMedia("truncated", f"{size} bytes, its {name.decode()} box ends at {end}")
+        if format_name == "mov" and b"moov" not in names:
+            raise BadMedia("truncated", f"{size} bytes without a moov box")
+        return b"moof" in names
+    stated = _stated_size(file, format_name)
+    if stated is not None and stated > size:
+        raise BadMedia("truncated", f"{size} bytes of {stated}")
+    return False
+
+
+def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Yields name and end of the top-level boxes of an ISO base media file, up to the first thing that is none."""
+    start = 0
+    while start + 8 <= size:
+        file.seek(start)
+        header = file.read(16)
+        length, name = int.from_bytes(header[:4]), header[4:8]
+        if length == 1:  # the length stands behind the name, in 64 bits
+            length = int.from_bytes(header[8:16])
+        if not name.isalnum() or not name.isascii() or 0 < length < 8:
+            return
+        start = start + length if length else size
+        yield name, start
+
+
+def _stated_size(file: BinaryIO, format_name: str) -> int | None:
+    file.seek(0)
+    head = file.read(_HEAD)
+    if format_name in ("avi", "WEBP"):
+        length = int.from_bytes(head[4:8], "little")
+        return None if length in (0, 2**32 - 1) else 8 + length  # written so by recorders that cannot go back
+    if format_name == "matroska":
+        after_header = _ebml_end(head, 4)
+        if after_header is not None and head[after_header : after_header + 4] == b"\x18\x53\x80\x67":
+            return _ebml_end(head, after_header + 4)
+    return None
+
+
+def _ebml_end(head: bytes, at: int) -> int | None:
+    """Returns where an EBML element ends whose length stands at `at`; None for the unknown length of a live stream."""
+    if at >= len(head) or head[at] == 0:
+        return None
+    width = 9 - head[at].bit_length()
+    length = int.from_bytes(head[at : at + width]) & ((1 << 7 * width) - 1)
+    return None if length == (1 << 7 * width) - 1 else at + width + length

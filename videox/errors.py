@@ -1,0 +1,36 @@
+"""Serves the user who has to mend something: one line with what is wrong, the value found and the way out."""
+
+from __future__ import annotations
+
+FLAGS = 2
+DATA = 3
+MODEL = 4
+STORAGE = 5
+NUMERICS = 6
+PEER_LOST = 7
+BUG = 70
+STOPPED = 75
+
+
+class Refusal(Exception):
+    """A stop that a person can act on; printed as one line, never as a traceback.
+
+    Args:
+        where: the flag, file or row that is at fault.
+        what: what is wrong, with the value found.
+        mend: the way out, as an imperative.
+        exit_code: one of the constants of this module (2 flags, 3 data, 4 model or checkpoint, 5 storage,
+            6 numerics, 7 peer lost).
+    """
+
+    def __init__(self, where: str, what: str, mend: str, exit_code: int = FLAGS) -> None:
+        self.where, self.what, self.mend, self.exit_code = where, what, mend, exit_code
+        super().__init__(f"{where}: {what}. Mend: {mend}.")
+
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str, str, int]]:
+        return Refusal, (self.where, self.what, self.mend, self.exit_code)  # ranks tell each other their refusals
+
+    def line(self) -> str:
+        """Returns the one line for stderr and run_status.json; control characters are escaped."""
+        text = f"error: {self}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,121 @@
+"""Serves a run from its lock to its goodbye: one owner, one way to resume, and a status that says how it ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from videox.checkpoint import Resume, hold, resolve_resume, sweep
+from videox.errors import BUG, STORAGE, Refusal
+from videox.metrics import RunStatus, read_status
+from videox.weights import SaveFailed
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder: where to resume, the status to keep, and what the user should hear."""
+
+    resume: Resume
+    status: RunStatus
+    notes: tuple[str, ...]
+
+
+class _Recorded:
+    """Writes into run_status.json how a block ended, if it ended by an exception; hides nothing."""
+
+    def __init__(self, status: RunStatus) -> None:
+        self.status = status
+
+    def __enter__(self) -> None:
+        self.status.write("running")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.status.write("failed", exit_code=exit_code(error), error=one_line(error))
+
+
+@contextmanager
+def open_run(
+    output_dir: Path, *, resume: str | None, verify: bool, is_main: bool, gather: Callable[[object], list[Any]]
+) -> Iterator[Run]:
+    """Holds the run's folder while the block runs; every process calls it, the main one decides for all.
+
+    Args:
+        output_dir: of the run; made when missing.
+        resume: what --resume_from_checkpoint says.
+        verify: check all hashes even if the last run ended well.
+        is_main: on one process only.
+        gather: collective that returns every process's value.
+
+    Raises:
+        Refusal: on every process: the folder is in use, holds another run, or the checkpoint cannot be resumed.
+    """
+    with ExitStack() as stack:
+        decision: Run | Refusal | None = _open_folder(stack, output_dir, resume, verify) if is_main else None
+        shared = gather(decision if isinstance(decision, Refusal) else decision and (decision.resume, decision.notes))[
+            0
+        ]
+        if isinstance(shared, Refusal):
+            raise shared
+        status = RunStatus(output_dir, enabled=is_main)
+        stack.enter_context(_Recorded(status))
+        yield Run(shared[0], status, shared[1])
+
+
+def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> Run | Refusal:
+    try:
+        notes = [*stack.enter_context(hold(output_dir)), *sweep(output_dir)]
+        last = read_status(output_dir)
+        died = last is not None and last.died
+        if died and last is not None:
+            notes.append(f"the last run here died without a goodbye at step {last.step}")
+        found = resolve_resume(resume, output_dir, previous_run_died=died, verify_hashes=verify)
+    except Refusal as refusal:
+        return refusal
+    return Run(found, RunStatus(output_dir), (*notes, *found.warnings))
+
+
+def main_first(work: Callable[[], object], *, is_main: bool, gather: Callable[[object], list[Any]]) -> None:
+    """Runs `work` on the main process while the others wait; a Refusal of it is raised on every process."""
+    refusal: Refusal | None = None
+    if is_main:
+        try:
+            work()
+        except Refusal as found:
+            refusal = found
+    refusal = gather(refusal)[0]
+    if refusal is not None:
+        raise refusal
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code that an exception ends a run with (see videox.errors)."""
+    if isinstance(error, Refusal):
+        return error.exit_code
+    if isinstance(error, SaveFailed):
+        return STORAGE
+    return BUG
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the one line that tells a person what ended a run."""
+    if isinstance(error, Refusal):
+        return error.line()
+    return " ".join(f"error: {type(error).__name__}: {error}".split())
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Runs a script's main and exits with its code; a Refusal is one line on stderr, anything else keeps its traceback."""
+    try:
+        code = main()
+    except (Refusal, SaveFailed) as error:
+        sys.stderr.write(f"{one_line(error)}\n")
+        code = exit_code(error)
+    sys.exit(code)

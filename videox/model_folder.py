@@ -1,0 +1,135 @@
+"""Serves whoever gives a model folder: it is read and checked whole, in a second, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from videox.errors import MODEL, Refusal
+
+CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def read_model_folder(
+    folder: str, pipelines: Sequence[str], components: Sequence[str], weighted: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the configuration of each component of a model in diffusers layout, and "" -> model_index.json.
+
+    Args:
+        folder: of the model.
+        pipelines: class names that model_index.json may name.
+        components: sub-folders that must be there with a configuration.
+        weighted: those of them that must hold whole safetensors files.
+
+    Raises:
+        Refusal: naming what is missing, what is there, and the way out.
+    """
+    root = Path(folder)
+    flag = "--pretrained_model_name_or_path"
+    if not root.is_dir():
+        raise Refusal(flag, f"{folder} is not a folder here", "give the folder of a model in diffusers layout", MODEL)
+    present = sorted(path.name for path in root.iterdir())
+    if not (root / "model_index.json").is_file():
+        layout = "in the original layout" if set(ORIGINAL_MARKS) & set(present) else "without model_index.json"
+        found = ", ".join(present[:8]) or "nothing"
+        raise Refusal(flag, f"{folder} is {layout} (found: {found})", "give the model in diffusers layout", MODEL)
+    index = read_json(root / "model_index.json")
+    if index.get("_class_name") not in pipelines:
+        mend = f"give a model of {' or '.join(pipelines)}"
+        raise Refusal(flag, f"{folder} is a {index.get('_class_name')} model", mend, MODEL)
+    configs: dict[str, dict[str, Any]] = {"": index}
+    for name in components:
+        configs[name] = read_component(root / name, name in weighted)
+    return configs
+
+
+def read_component(folder: Path, weighted: bool) -> dict[str, Any]:
+    """Returns the configuration of one component; with `weighted`, its safetensors files are checked to be whole.
+
+    Raises:
+        Refusal: as read_model_folder.
+    """
+    config = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
+    if config is None:
+        parent = ", ".join(sorted(p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else "nothing"
+        what = f"has no {' or '.join(CONFIG_NAMES)} (beside it: {parent})"
+        raise Refusal(str(folder), what, "complete the model folder", MODEL)
+    if weighted:
+        check_weight_files(folder)
+    return read_json(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON object; raises Refusal for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as why:
+        raise Refusal(str(path), f"cannot be read as JSON ({why})", "copy the model anew", MODEL) from why
+    if not isinstance(content, dict):
+        raise Refusal(str(path), "is not a JSON object", "copy the model anew", MODEL)
+    return content
+
+
+def check_weight_files(folder: Path) -> None:
+    """Opens the header of each safetensors file of a component; an index must name only files that are there.
+
+    Raises:
+        Refusal: no weights, a missing shard, or a file that is cut short or damaged in its header.
+    """
+    mend = "copy the model anew"
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    for index in indices:
+        weight_map = read_json(index).get("weight_map", {})
+        for name in sorted(set(weight_map.values())):
+            if not (folder / name).is_file():
+                count = sum(1 for value in weight_map.values() if value == name)
+                raise Refusal(str(folder / name), f"is missing, with {count} tensors", mend, MODEL)
+    if not files:
+        raise Refusal(str(folder), "holds no .safetensors weights", "give safetensors weights", MODEL)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as why:
+            raise Refusal(str(path), f"is cut short or damaged ({why})", mend, MODEL) from why
+
+
+def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.Module:  # noqa: ANN401 - diffusers' own keywords
+    """Returns model_class.from_pretrained(folder) when every weight found its place; random leftovers are refused.
+
+    Args:
+        model_class: of diffusers or transformers.
+        settings: keywords of from_pretrained.
+
+    Raises:
+        Refusal: weights are missing, extra, or of another shape than the configuration says.
+    """
+    try:
+        model, report = model_class.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, **settings
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as why:
+        cause = " ".join(str(why).split())
+        raise Refusal(
+            str(folder), f"does not load as {model_class.__name__} ({cause[:300]})", "copy the model anew", MODEL
+        ) from why
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = list(report.get(f"{kind}_keys") or [])
+        if keys:
+            what = f"has {len(keys)} {kind} keys for {model_class.__name__}, first {keys[0]}"
+            raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
+    return model
+
+
+def refuse_not_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Raises Refusal naming the first tensor with a value that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)

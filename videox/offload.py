@@ -1,0 +1,46 @@
+"""Serves --low_vram: frozen encoders that occupy the accelerator only while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class RestingModule:
+    """A frozen module whose weights rest in host memory and are copied to the device for each use.
+
+    Frozen weights never change, so nothing is copied back: the device's copies are dropped and the module points at the
+    resting weights again. With a GPU the resting weights are pinned, so that the copies overlap with computation.
+
+    Args:
+        module: frozen, on the CPU.
+        device: where it computes.
+        rests: False keeps it on the device for good.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: torch.device, rests: bool) -> None:
+        self.module = module
+        self.device = device
+        self.rests = rests
+        if not rests:
+            module.to(device)
+            return
+        if device.type == "cuda":
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.pin_memory()
+        self._resting = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+
+    @contextmanager
+    def awake(self) -> Iterator[torch.nn.Module]:
+        """Yields the module on its device; afterwards a resting module holds no device memory."""
+        if self.rests:
+            for tensor, resting in self._resting:
+                tensor.data = resting.to(self.device, non_blocking=True)
+        try:
+            yield self.module
+        finally:
+            if self.rests:
+                for tensor, resting in self._resting:
+                    tensor.data = resting

@@ -1,0 +1,79 @@
+"""Serves whoever starts a run: what the data is, what the plan makes of it, and what differs from the original trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from videox.data.index import Index, index_summary
+from videox.data.plan import EpochPlan
+from videox.distributed import Backend
+from videox.shapes import token_count
+
+DIFFERENCES = (
+    "frame 0 is trained like every other latent frame",
+    "weights and optimizer are float32, computation alone is bf16",
+    "timesteps are stratified over the global batch, not nailed to processes",
+    "max_grad_norm clips from the first step",
+    "each clip keeps its own aspect ratio, and each row is seen once per epoch",
+)
+
+
+def start_facts(accelerator: Accelerator, backend: Backend, *, task: str, output_dir: Path) -> dict[str, object]:
+    """Returns what a person should see first: what runs, on what, and where it writes."""
+    return {
+        "backend": f"{backend.name} ({backend.processes})",
+        "processes": accelerator.num_processes,
+        "task": task,
+        "device": accelerator.device,
+        "precision": f"{accelerator.mixed_precision} computation, float32 weights",
+        "output_dir": output_dir,
+    }
+
+
+def start_lines(facts: Mapping[str, object]) -> list[str]:
+    """Returns the first lines of a run, one per fact, aligned, then what differs from the original trainer."""
+    width = max(map(len, facts))
+    return [
+        *(f"{name:<{width}}  {value}" for name, value in facts.items()),
+        "differs from the original trainer (loss curves are not comparable):",
+        *(f"  - {line}" for line in DIFFERENCES),
+    ]
+
+
+def data_lines(index: Index, plan: EpochPlan, most: int = 20) -> list[str]:
+    """Returns the ledger of the rows, the rows that cannot be used, and the table of buckets with their share of tokens."""
+    fates = {name: count for name, count in plan.fate_counts().items() if count}
+    lines = [
+        *index_summary(index),
+        f"rows: {len(index)} = " + " + ".join(f"{count} {name}" for name, count in fates.items()),
+    ]
+    return lines + bucket_lines(plan, most)
+
+
+def bucket_lines(plan: EpochPlan, most: int = 20) -> list[str]:
+    """Returns the table of this epoch's buckets, dearest first."""
+    table = plan.bucket_table()
+    total = sum(token_count(bucket) * samples for bucket, samples, _ in table)
+    lines = [f"epoch {plan.epoch}: {plan.n_steps} steps of {plan.slots} slots, {len(table)} buckets, {total:,} tokens"]
+    lines.append(f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'batches':>8} {'of tokens':>9}")
+    rows: Sequence[tuple[str, int, int, int]] = [
+        (f"{b.frames} x {b.height} x {b.width}", token_count(b), samples, batches) for b, samples, batches in table
+    ]
+    if len(rows) > most:
+        rest = table[most - 1 :]
+        tokens = sum(token_count(bucket) * samples for bucket, samples, _ in rest)
+        samples, batches = sum(line[1] for line in rest), sum(line[2] for line in rest)
+        rows = [*rows[: most - 1], (f"{len(rest)} smaller ones", tokens // max(samples, 1), samples, batches)]
+    for name, tokens, samples, batches in rows:
+        lines.append(f"  {name:>24} {tokens:>8,} {samples:>8,} {batches:>8,} {tokens * samples / total:>9.1%}")
+    return lines
+
+
+def typical_fps(index: Index) -> float:
+    """Returns the median frames per second of the videos whose files tell it, 16 (Wan's own) where none does."""
+    rates = index.fps[index.usable & (index.kind == 1) & (index.fps > 0)]
+    return float(np.median(rates)) if len(rates) else 16.0

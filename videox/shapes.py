@@ -1,0 +1,53 @@
+"""Serves everything that counts frames, latents or tokens: the one place for each rule. Whole numbers only, no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TEMPORAL_RATIO = 4  # frames per latent frame after the first, both families' VAE
+SPATIAL_RATIO = 8  # pixels per latent pixel and side, both families' VAE
+PATCH = 2  # latent pixels per token and side, both transformers
+GRID = SPATIAL_RATIO * PATCH  # the sides of every bucket are multiples of this
+
+
+class Bucket(NamedTuple):
+    """The shape that all samples of a micro-batch share: frames (4k+1), height and width (multiples of 16) in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def snap_frames(frames: int) -> int:
+    """Returns the largest 4k+1 that is at most `frames` (at least 1): the lengths that the causal VAEs encode whole."""
+    return max(0, (frames - 1) // TEMPORAL_RATIO) * TEMPORAL_RATIO + 1
+
+
+def frames_that_fit(length: int, stride: int) -> int:
+    """Returns how many frames, `stride` apart, a video of `length` frames holds (0 for an empty video)."""
+    return (length - 1) // stride + 1 if length > 0 else 0
+
+
+def token_limited_frames(n_frames: int, token_sample_size: int, size: int) -> int:
+    """Returns the frames (4k+1, at least 1) that a size x size clip may have within the budget of a nominal clip.
+
+    The budget is n_frames * token_sample_size^2 pixels, so that 4 * floor((min(budget / size^2, n_frames) - 1) / 4) + 1
+    frames fit; computed in whole numbers, since a float quotient can fall just short of a whole frame.
+    """
+    quotient = (n_frames * token_sample_size**2 - size**2) // (TEMPORAL_RATIO * size**2)
+    return max(0, min(quotient, (n_frames - 1) // TEMPORAL_RATIO)) * TEMPORAL_RATIO + 1
+
+
+def latent_shape(bucket: Bucket) -> tuple[int, int, int]:
+    """Returns (latent frames, latent height, latent width) of a bucket."""
+    return (
+        (bucket.frames - 1) // TEMPORAL_RATIO + 1,
+        bucket.height // SPATIAL_RATIO,
+        bucket.width // SPATIAL_RATIO,
+    )
+
+
+def token_count(bucket: Bucket) -> int:
+    """Returns the transformer's sequence length for one sample of a bucket (text tokens not counted)."""
+    frames, height, width = latent_shape(bucket)
+    return frames * (height // PATCH) * (width // PATCH)

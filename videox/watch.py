@@ -1,0 +1,243 @@
+"""Serves whoever watches a run: what every step and every mishap leaves in files, on the bar and in the tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videox.checkpoint import prune, publishing, rewind, room_for, write_json_atomically
+from videox.data.bucket_sampler import planned_samples
+from videox.data.dataset import BadSample, TokenLengthDataset
+from videox.data.plan import PADDING, EpochPlan
+from videox.distributed import StepReport
+from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
+from videox.lifecycle import Run, main_first
+from videox.metrics import MetricsLog, ProgressBar, StepClock, StepRecord, Tracker, append_line
+from videox.preview import BatchSample, plot_losses, write_batch
+from videox.state import TrainState
+from videox.validation import SampledClips, ValidationLoss, append_validation
+from videox.weights import SaveFailed
+
+ALWAYS_ALLOWED_BAD = 10  # rows that may be unreadable whatever the fraction
+SKIPS_ALLOWED = 5  # steps without an update in a row
+
+
+class Watch:
+    """Keeps a run's records. Reads only: nothing here changes what is trained.
+
+    Args:
+        output_dir: of the run.
+        run: open; what lies behind the step where it goes on is moved aside, never deleted.
+        state: of the run, at the step where it goes on.
+        total: optimizer steps of the whole run.
+        asked: every flag; resolved: what followed from them. Both go to args.json.
+        report_to: tracker; logging_dir: its folder inside output_dir; project: its name.
+        checkpoint_bytes: size of one checkpoint, for which there must be room.
+        is_main: on the one process that writes.
+        gather: collective that returns every process's value.
+
+    Raises:
+        Refusal: no room for a checkpoint, or an unknown tracker.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        run: Run,
+        state: TrainState,
+        total: int,
+        *,
+        asked: Mapping[str, Any],
+        resolved: Mapping[str, Any],
+        report_to: str,
+        logging_dir: str,
+        project: str,
+        checkpoint_bytes: int,
+        is_main: bool,
+        gather: Callable[[Any], list[Any]],
+    ) -> None:
+        self.output_dir, self.run, self.state = output_dir, run, state
+        self.is_main, self.gather = is_main, gather
+
+        def begin() -> None:
+            room_for(output_dir, checkpoint_bytes)
+            rewind(output_dir, state.step)
+            write_json_atomically(output_dir / "args.json", {"asked": dict(asked), "resolved": dict(resolved)})
+
+        main_first(begin, is_main=is_main, gather=gather)
+        self.metrics = MetricsLog(output_dir, enabled=is_main)
+        self.tracker = Tracker(
+            report_to,
+            output_dir / logging_dir,
+            project=project,
+            settings=asked,
+            first_step=state.step + 1,
+            enabled=is_main,
+        )
+        self.bar = ProgressBar(total, initial=state.step, enabled=is_main)
+        self.clock = StepClock()
+        self._save_failed = False
+        self._first_validation = 0.0
+
+    def first_batch(self, plan: EpochPlan, dataset: TokenLengthDataset, fps: np.ndarray) -> None:
+        """Writes the run's first micro-batch to output_dir/first_batch: what the model will really see.
+
+        Args:
+            fps: source frames per second of each metadata row.
+        """
+        folder = self.output_dir / "first_batch"
+        if not self.is_main or folder.exists():
+            return
+        samples = [
+            dataset[planned] for planned in planned_samples(plan.micro_batches(0, 0, plan.slots)[0], 0, last=True)
+        ]
+        shown = [
+            BatchSample(s["planned"].row, s["pixels"], s["caption"], float(fps[s["planned"].row]), dataset.stride)
+            for s in samples
+            if s["bad"] is None and s["planned"].row != PADDING
+        ]
+        if shown:
+            write_batch(folder, shown)
+
+    def step(self, plan: EpochPlan, epoch_step: int, report: StepReport, rate: float, grad_norm: float) -> None:
+        """Records one optimizer step in metrics.jsonl, tracker, bar and status.
+
+        Args:
+            epoch_step: of the plan, from 0.
+            rate: learning rate of the full-rate group.
+            grad_norm: global, before clipping.
+        """
+        tokens = plan.tokens_of_step(epoch_step)
+        times = self.clock.lap(tokens, report.data_wait)
+        record = StepRecord(
+            step=self.state.step,
+            loss=report.loss,
+            lr=rate,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            tokens_per_second=times.tokens_per_second,
+            data_wait=times.data_wait,
+            rows=plan.rows_of_step(epoch_step).tolist(),
+            buckets=plan.buckets_of_step(epoch_step),
+        )
+        self.metrics.append(record)
+        self.tracker.log(record)
+        self.run.status.heartbeat(self.state.step)
+        self.bar.update(report.loss, times.smooth_tokens_per_second, times.wait_share)
+
+    def validation(self, result: ValidationLoss) -> None:
+        """Records a validation loss in validation.jsonl and the tracker, and says how it moved."""
+        if not self.is_main:
+            return
+        append_validation(self.output_dir / "validation.jsonl", self.state.step, result)
+        self.tracker.scalars({"validation/loss": result.mean}, self.state.step)
+        self._first_validation = self._first_validation or result.mean
+        change = result.mean / self._first_validation - 1
+        self.bar.note(
+            f"step {self.state.step}: validation loss {result.mean:.4f} ({change:+.1%} since this process began)"
+        )
+
+    def sampled(self, clips: SampledClips) -> None:
+        """Says where the sample clips are, and what went wrong with any."""
+        for path in clips.paths[-1:]:
+            self.bar.note(f"step {self.state.step}: sample clips beside {path}")
+        for warning in clips.warnings:
+            self.bar.note(f"warning: {warning}")
+
+    def skipped(self, rows: Sequence[int]) -> None:
+        """Counts a step without an update.
+
+        Raises:
+            Refusal: too many of them in a row.
+        """
+        self.state.skipped += 1
+        self.state.skipped_in_row += 1
+        if self.is_main:
+            self.bar.note(
+                f"step {self.state.step + 1} changed nothing: its loss or gradient is not finite, or all its samples are bad"
+            )
+        if self.state.skipped_in_row >= SKIPS_ALLOWED:
+            what = f"{self.state.skipped_in_row} steps in a row had no finite loss and gradient, the last with rows {list(rows)}"
+            mend = "resume from an earlier checkpoint with a lower --learning_rate, or look at these rows"
+            raise Refusal(f"step {self.state.step + 1}", what, mend, NUMERICS)
+
+    def bad_samples(self, mine: Sequence[BadSample], rows: int, max_bad_fraction: float) -> None:
+        """Writes every process's bad samples of a step to bad_samples.jsonl; all processes call it.
+
+        Args:
+            mine: of this process.
+            rows: of the metadata.
+            max_bad_fraction: share of them that may be bad (ten always may).
+
+        Raises:
+            Refusal: more are bad.
+        """
+        found = [(rank, bad) for rank, part in enumerate(self.gather(list(mine))) for bad in part]
+        for rank, bad in found:
+            self.state.bad = sorted({*self.state.bad, bad.row})
+            if self.is_main:
+                line = {"row": bad.row, "path": bad.path, "class": bad.media_class, "detail": bad.detail}
+                append_line(self.output_dir / "bad_samples.jsonl", {**line, "step": self.state.step, "rank": rank})
+                self.bar.note(f"row {bad.row} counts nothing: {bad.path!r} is {bad.media_class} ({bad.detail})")
+        known = len({*self.state.bad, *self.state.quarantined})
+        if known > max(ALWAYS_ALLOWED_BAD, max_bad_fraction * rows):
+            mend = "mend the files named in bad_samples.jsonl, or raise --max_bad_fraction"
+            raise Refusal("--max_bad_fraction", f"{known} of {rows} rows turned out bad", mend, DATA)
+
+    def save(self, write: Callable[[Path], None], keep: int | None, description: dict[str, Any]) -> None:
+        """Publishes checkpoint-N whole or not at all, then drops the oldest ones beyond `keep`; all processes call it.
+
+        Args:
+            write: writes the checkpoint's files into the folder given, on the main process.
+            keep: None = all.
+            description: for the manifest.
+
+        Raises:
+            Refusal: (STORAGE) the second save running that fails; the first is a warning.
+        """
+        self.metrics.sync()
+        with self.clock.aside():
+            try:
+                with publishing(
+                    self.output_dir, self.state.step, is_main=self.is_main, gather=self.gather, description=description
+                ) as folder:
+                    if folder is not None and self.is_main:
+                        write(folder)
+            except SaveFailed as why:
+                if self._save_failed:
+                    what = f"the save at step {self.state.step} failed like the one before ({why})"
+                    raise Refusal(
+                        str(self.output_dir), what, "make room or mend the disk, then resume", STORAGE
+                    ) from why
+                self._save_failed = True
+                self.bar.note(f"warning: no checkpoint at step {self.state.step} ({why}); the run goes on")
+                return
+        self._save_failed = False
+        for warning in prune(self.output_dir, keep) if keep and self.is_main else []:
+            self.bar.note(f"warning: {warning}")
+
+    def stopped(self, signal_name: str) -> int:
+        """Ends a run that was asked to stop and has been saved; returns its exit code."""
+        self._close()
+        line = f"stopped by {signal_name or 'another process'} at step {self.state.step}; --resume_from_checkpoint latest goes on"
+        self.run.status.write("stopped", step=self.state.step, exit_code=STOPPED, error=line)
+        self.bar.note(line)
+        return STOPPED
+
+    def finished(self, export: Callable[[], None]) -> int:
+        """Exports the trained model, draws the loss curve, and ends the run; returns its exit code."""
+        main_first(export, is_main=self.is_main, gather=self.gather)
+        if self.is_main:
+            plot_losses(
+                self.output_dir / "metrics.jsonl", self.output_dir / "validation.jsonl", self.output_dir / "losses.png"
+            )
+        self._close()
+        self.run.status.write("finished", step=self.state.step, exit_code=0)
+        return 0
+
+    def _close(self) -> None:
+        self.bar.close()
+        self.tracker.close()

@@ -1,0 +1,448 @@
+"""Serves whoever keeps tensors: weights and optimizer state as safetensors in diffusers' layout, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from videox.errors import MODEL, NUMERICS, Refusal
+
+WEIGHTS = "diffusion_pytorch_model"  # the stem of diffusers' SAFETENSORS_WEIGHTS_NAME
+CONFIG = "config.json"
+MAX_SHARD_SIZE = 5 * 1000**3  # bytes
+
+STATELESS = ""  # the state key of a parameter that the optimizer has not yet touched
+PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+SCALARS: dict[str, tuple[type, torch.dtype]] = {  # suffix of a state key -> the Python type that the tensor stands for
+    ":bool": (bool, torch.bool),
+    ":int": (int, torch.int64),
+    ":float": (float, torch.float64),
+}
+
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class SaveFailed(Exception):
+    """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
+
+
+def flush(path: Path) -> None:
+    """Forces a file, or the entries of a folder, onto the disk (fsync). Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Forces every file and folder below `folder`, and itself, onto the disk. Raises OSError."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
+# ------------------------------------------------------------------------------------- writing tensors
+
+
+def _shards(tensors: NamedTensors, max_shard_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the tensors in order, contiguous on the CPU, grouped to at most `max_shard_size` bytes or to one."""
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shard: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    size = 0
+    for name, tensor in pairs:
+        tensor = tensor.detach().to("cpu").contiguous()
+        if shard and size + tensor.nbytes > max_shard_size:
+            yield shard
+            shard, storages, size = {}, set(), 0
+        if name in shard:
+            raise ValueError(f"tensor {name} is given twice")
+        # safetensors refuses two names over one memory, which tied weights and shared look-up tables are.
+        shard[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+        size += tensor.nbytes
+    yield shard
+
+
+def _save_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file with the permissions of the user's umask; safetensors alone makes it 0600."""
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def save_tensors(
+    folder: Path, tensors: NamedTensors, *, stem: str = WEIGHTS, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """Writes `stem.safetensors`, or shards `stem-00001-of-0000N.safetensors` with `stem.safetensors.index.json`.
+
+    An iterable is consumed to its end even after a write has failed: it may gather each tensor from all processes, and
+    a process that stopped asking would leave the others waiting.
+
+    Args:
+        folder: where to write; made if absent. It must hold no file of this stem, since stale shards would be loaded.
+        tensors: names with tensors of any dtype, device and stride, as a mapping or one by one.
+        stem: file name without suffix.
+        max_shard_size: bytes of tensors per file; a larger tensor has a file of its own. At most this and one tensor
+            are held at a time.
+
+    Raises:
+        OSError or SafetensorError: the first failure to write (the folder is then to be dropped).
+        ValueError: a name is given twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stale = sorted(path.name for path in folder.glob(f"{stem}*.safetensors*"))
+    if stale:
+        raise FileExistsError(f"{folder} already holds {stale[0]}")
+    parts: list[Path] = []
+    weight_map: dict[str, int] = {}
+    total_size = 0
+    failure: OSError | SafetensorError | None = None
+    for number, shard in enumerate(_shards(tensors, max_shard_size)):
+        twice = weight_map.keys() & shard.keys()
+        if twice:
+            raise ValueError(f"tensor {min(twice)} is given twice")
+        weight_map |= dict.fromkeys(shard, number)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+        parts.append(folder / f"{stem}.part-{number:05d}")
+        try:
+            if failure is None:
+                _save_file(parts[-1], shard)
+        except (OSError, SafetensorError) as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        names = [f"{stem}.safetensors"]
+    for part, name in zip(parts, names, strict=True):
+        part.rename(folder / name)
+    if len(parts) > 1:
+        index = {
+            "metadata": {"total_size": total_size},
+            "weight_map": {name: names[number] for name, number in sorted(weight_map.items())},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(
+    folder: Path, tensors: NamedTensors, config: Mapping[str, Any] | str, *, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """Writes a model folder that the `from_pretrained` of its diffusers class loads: config.json and safetensors.
+
+    Args:
+        folder: where to write; made if absent, without weights of an earlier save.
+        tensors: the state dict, as a mapping or one by one (see save_tensors).
+        config: the model's `to_json_string()`, or the same as a mapping (with `_class_name`). The path that the model
+            once came from is left out: a checkpoint must be movable.
+        max_shard_size: bytes per file.
+
+    Raises:
+        OSError or SafetensorError: the first failure to write.
+    """
+    plain = dict(json.loads(config) if isinstance(config, str) else config)
+    plain.pop("_name_or_path", None)
+    save_tensors(folder, tensors, max_shard_size=max_shard_size)
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- reading tensors
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one stem in a folder, by name: memory-mapped, each read when it is asked for.
+
+    Args:
+        folder: what save_tensors or diffusers wrote.
+        stem: file name without suffix.
+
+    Raises:
+        Refusal: (MODEL) there are no such tensors, or a file is missing, cut short or not safetensors.
+    """
+
+    def __init__(self, folder: Path, stem: str = WEIGHTS) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Any] = {}
+        for path in _files(folder, stem):
+            try:
+                handle = safe_open(path, framework="pt")
+                self._file_of |= dict.fromkeys(handle.keys(), handle)
+            except (OSError, SafetensorError) as error:
+                raise _unreadable(path, str(error)) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor from the file's header, without reading it."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+
+def _unreadable(path: Path, cause: str) -> Refusal:
+    return Refusal(str(path), f"cannot be read ({cause})", "restore the file, or name another folder", MODEL)
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    """Returns the safetensors files of a stem; those of the index where there is one. Raises Refusal (MODEL)."""
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            strays = [name for name in names if Path(name).name != name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(index, f"{type(error).__name__}: {error}") from error
+        if strays:
+            raise _unreadable(index, f"it points outside its folder, to {strays[0]!r}")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    raise Refusal(
+        str(folder), f"has no {stem}.safetensors (found: {found or 'nothing'})", "name a diffusers folder", MODEL
+    )
+
+
+def _few(faults: Sequence[str]) -> str:
+    """Returns the first five faults in one sentence, with the count of the rest."""
+    return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+
+
+def _differences(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+    return missing + [f"{name} is not in the model" for name in sorted(stored.keys() - wanted.keys())]
+
+
+def load_weights(folder: Path, target: nn.Module | Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+    """Copies a folder's weights into existing tensors, in place; the dtype of these wins (equal dtypes: exact).
+
+    Names and shapes are compared before the first value is copied, so a refused folder changes nothing.
+
+    Args:
+        folder: diffusers layout, whole or sharded.
+        target: a module, or its tensors by name.
+        strict: refuse a missing or extra tensor; otherwise they are returned.
+
+    Returns:
+        The differences that were passed over, one sentence each (none if strict).
+
+    Raises:
+        Refusal: (MODEL) names the tensors that are missing, extra or of another shape, or the file that is broken.
+        ValueError: a target tensor has no memory to copy into (meta device).
+    """
+    wanted = target.state_dict() if isinstance(target, nn.Module) else target
+    stored = StoredTensors(folder)
+    differences = _differences(stored, wanted)
+    common = [name for name in wanted if name in stored]
+    wrong = [
+        f"{name} is {list(stored.shape(name))}, the model has {list(wanted[name].shape)}"
+        for name in common
+        if stored.shape(name) != tuple(wanted[name].shape)
+    ]
+    refused = wrong + (differences if strict else [])
+    if refused:
+        mend = "use the weights and the config of one and the same model"
+        raise Refusal(str(folder), _few(refused), mend, MODEL)
+    with torch.no_grad():
+        for name in common:
+            if wanted[name].is_meta:
+                raise ValueError(f"{name} is on the meta device")
+            wanted[name].copy_(stored[name])
+    return differences
+
+
+# ------------------------------------------------------------------------------------- optimizer state
+
+
+def _state_tensor(value: object, where: str) -> tuple[str, Tensor]:
+    """Returns the suffix of the state key and the tensor for a value of an optimizer's state. Raises TypeError."""
+    if type(value) in (Tensor, nn.Parameter):
+        assert isinstance(value, Tensor)
+        return "", value.detach()
+    for suffix, (kind, dtype) in SCALARS.items():
+        if type(value) is kind:
+            return suffix, torch.tensor(value, dtype=dtype)
+    raise TypeError(f"{where} is a {type(value).__name__}; only tensors, int, float and bool can be kept")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """Returns an optimizer's state as `parameter name/state key` -> tensor, whatever the order of its parameters.
+
+    Hyperparameters are not part of it: the learning rate is a function of the step, the rest are flags of the run.
+    A parameter without state yet is marked by an empty tensor, so that loading can tell it from a lost one.
+
+    Args:
+        optimizer: of torch, or one whose state holds tensors, ints, floats and bools.
+        names: the name of every parameter of the optimizer, as in the model's `named_parameters()`.
+
+    Returns:
+        The state's own tensors (not copies); 0-dim tensors for Python numbers (`key:int`, `key:float`, `key:bool`).
+
+    Raises:
+        TypeError: the state holds something else.
+        ValueError: two parameters have one name.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    for _, parameter in _parameters(optimizer):
+        name = names[parameter]
+        if name in seen:
+            raise ValueError(f"two parameters are named {name}")
+        seen.add(name)
+        state = optimizer.state.get(parameter, {})
+        if not state:
+            tensors[f"{name}/{STATELESS}"] = torch.empty(0)
+        for key, value in state.items():
+            suffix, tensor = _state_tensor(value, f"{key} of {name}")
+            tensors[f"{name}/{key}{suffix}"] = tensor
+    return tensors
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield group, parameter
+
+
+def _restored(key: str, tensor: Tensor, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[str, Any]:
+    """Returns the state key and the value as the optimizer had it, on the device where torch wants it."""
+    base, colon, kind = key.rpartition(":")
+    if colon and f":{kind}" in SCALARS:
+        return base, tensor.item()
+    # Only fused and capturable kernels read the step counter on the device (torch.optim.Optimizer.load_state_dict).
+    on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return key, tensor.to("cpu" if on_cpu else parameter.device, copy=True)
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Gives an optimizer the state that optimizer_tensors returned, bit for bit; its hyperparameters stay as they are.
+
+    Args:
+        optimizer: over the same parameters by name, in any order and grouping.
+        names: as for optimizer_tensors.
+        tensors: e.g. StoredTensors(folder, stem), or a dict.
+
+    Raises:
+        Refusal: (MODEL) a parameter's state is missing, extra or of another shape; the optimizer is then unchanged.
+    """
+    keys_of: dict[str, list[str]] = {}
+    for full in tensors:
+        name, _, key = full.rpartition("/")
+        keys_of.setdefault(name, []).append(key)
+    owned = {names[parameter]: parameter for _, parameter in _parameters(optimizer)}
+    faults = [f"no state for {name}" for name in sorted(owned.keys() - keys_of.keys())]
+    faults += [f"state for {name}, which is not trained" for name in sorted(keys_of.keys() - owned.keys())]
+    restored: dict[nn.Parameter, dict[str, Any]] = {}
+    for group, parameter in _parameters(optimizer):
+        name = names[parameter]
+        state = restored[parameter] = {}
+        for key in keys_of.get(name, []):
+            if key == STATELESS:
+                continue
+            base, value = _restored(key, tensors[f"{name}/{key}"], group, parameter)
+            state[base] = value
+            if base in PARAMETER_SHAPED and value.shape != parameter.shape:
+                faults.append(f"{base} of {name} is {list(value.shape)}, the parameter {list(parameter.shape)}")
+    if faults:
+        raise Refusal("optimizer state", _few(faults), "resume with the model and flags it was saved with", MODEL)
+    for parameter, state in restored.items():
+        optimizer.state.pop(parameter, None)
+        if state:
+            optimizer.state[parameter] = state
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def _cast(tensors: NamedTensors, dtype: torch.dtype, keep_fp32: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        if tensor.is_floating_point():
+            # diffusers compares the whole parts of a name, at load (load_model_dict_into_meta).
+            kept = any(module in name.split(".") for module in keep_fp32)
+            tensor = tensor.detach().to(torch.float32 if kept else dtype)
+            if not torch.isfinite(tensor).all():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise Refusal(
+                    name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS
+                )
+        yield name, tensor
+
+
+def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
+
+    Args:
+        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted.
+        write: fills the folder that it is given.
+
+    Raises:
+        SaveFailed: the disk refused; nothing is left behind.
+    """
+    aside = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(6)}")
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        flush_tree(aside)
+        if os.path.lexists(folder):
+            folder.rename(unused(folder.with_name(f"{folder.name}-superseded")))
+        aside.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise SaveFailed(f"{folder}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def unused(path: Path) -> Path:
+    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ..."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def export_transformer(
+    state: NamedTensors,
+    config: Mapping[str, Any] | str,
+    folder: Path,
+    dtype: torch.dtype,
+    keep_fp32: Sequence[str] = (),
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes trained weights for use: what `from_pretrained(torch_dtype=dtype)` of the float32 folder would hold.
+
+    Args:
+        state: state dict; floating tensors are cast, others kept as they are.
+        config: as for save_weights.
+        folder: the diffusers folder to make; whole or absent, an existing one is moved aside.
+        dtype: of the floating tensors.
+        keep_fp32: parts of names that stay float32, e.g. the class's `_keep_in_fp32_modules`.
+        max_shard_size: bytes per file.
+
+    Raises:
+        Refusal: (NUMERICS) a tensor is not finite in its dtype; nothing is written.
+        SaveFailed: the disk refused; nothing is left behind.
+    """
+    cast = _cast(state, dtype, keep_fp32)
+    publish_folder(folder, lambda aside: save_weights(aside, cast, config, max_shard_size=max_shard_size))
