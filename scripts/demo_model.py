@@ -19,13 +19,14 @@ LOG_VARIANCE = -10.0  # of the autoencoder's posterior
 SPELLED = -20.0  # log-probability of a single character: any whole word is likelier
 
 VOCABULARY_TEXT = """
-a large gray rabbit walks out of its burrow in the morning light and stretches under a tree
-a rabbit sniffs the air on a green meadow while leaves move in the wind
+a large gray rabbit comes out of its burrow and stretches, a rabbit walks out in the morning light under a tree
+a rabbit holds up its arm on a green meadow, looks up and lets its arms fall while leaves move in the wind
 a white butterfly lands on a flower and the camera moves slowly to the left
-people ride bikes through a city street on a sunny day while cars wait
-a group of cyclists turns around a corner and the camera follows them
-a man in a car talks to the camera while trees pass behind the window
-a man with glasses looks at the road and smiles, seen through a car window
+people ride bikes through a city street on a sunny day, the roof of a bus is seen from above
+a man in a dark suit between waiting cars, then the sign of a taxi, a bus goes by behind a black taxi
+a man waits on his bike beside a taxi, cars drive by behind a bike that is locked to a fence
+people walk by an old bike that leans on a wall, a group of cyclists turns around a corner
+a man with a red bow tie talks in a car to the camera, looks surprised and looks around at the trees behind the window
 a portrait of a woman in an orange space suit in front of a flag and a model of a shuttle
 a ginger cat with green eyes looks into the camera, close up of its fur and ears
 a cup of black coffee on a wooden table with a spoon beside it, seen from above

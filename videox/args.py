@@ -44,7 +44,7 @@ GONE = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose every complaint is a Refusal, whose unknown flags name the nearest one."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -377,6 +377,12 @@ def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[A
     )
     main_first(build, is_main=is_main, gather=gather)
     return load_index(index_path(args), data_dir(args))
+
+
+def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
+    """Returns whether to validate after `step` optimizer steps; epochs: how many just ended, 0 in the midst of one."""
+    by_epoch = epochs > 0 and args.validation_epochs > 0 and epochs % args.validation_epochs == 0
+    return by_epoch or step % args.validation_steps == 0
 
 
 def plan_settings(args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int) -> PlanSettings:

@@ -194,12 +194,13 @@ def publishing(
         return
     folder = output_dir / name
     try:
-        written: Report = ("", {})
+        written: Report = ("", None)
         try:
             yield folder
         except SAVE_ERRORS as error:
-            written = (f"{type(error).__name__}: {error}", {})
-        seen = _agree(gather, written if written[0] else _attempt(_sizes, folder))
+            written = (f"{type(error).__name__}: {error}", None)
+        _agree(gather, written)  # nobody looks at the files before everybody has written
+        seen = _agree(gather, _attempt(_sizes, folder))
         sizes = {file: max(part.get(file, 0) for part in seen) for file in set().union(*seen)}
         largest_first = sorted(sizes, key=lambda file: (-sizes[file], file))
         mine = {file: sizes[file] for file in largest_first[rank::world_size]}

@@ -76,10 +76,10 @@ def make_accelerator(mixed_precision: str) -> tuple[Accelerator, Backend]:
 def gather_objects(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
     """Returns a function that every process calls with its value and that gives each the list of all, by rank."""
 
-    def gather(value: Any) -> list[Any]:
+    def gather(value: object) -> list[Any]:
         if accelerator.num_processes == 1:
             return [value]
-        values = [None] * accelerator.num_processes
+        values: list[Any] = [None] * accelerator.num_processes
         dist.all_gather_object(values, value)
         return values
 
@@ -105,7 +105,7 @@ def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What all processes agree on after the micro-batches of a step: sums over ranks, and the longest data wait (s)."""
+    """What all processes agree on after a step's micro-batches: sums over ranks, and the longest data wait (s)."""
 
     loss: float
     stop: bool
@@ -147,7 +147,7 @@ def agree(
 
 
 class StopRequest:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a wish to stop at the step's end; a second SIGINT ends at once."""
+    """Turns a SIGTERM, SIGINT or SIGUSR1 into a wish to stop at the step's end; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signal_name = ""

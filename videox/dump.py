@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from videox.data.dataset import Batch
+
+
+def dump_folder(output_dir: Path, step: int, dump_steps: Sequence[int]) -> Path | None:
+    """Returns where the tensors of an optimizer step (from 1) go, None if it was not asked for."""
+    return output_dir / "dump" / f"step-{step}" if step in dump_steps else None
 
 
 def write_dump(

@@ -17,7 +17,7 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 
 def keyed_noise(key: int, shape: Sequence[int]) -> torch.Tensor:
-    """Returns standard normal noise, float32 on the CPU: a function of the 64-bit key, equal on every device and rank."""
+    """Returns standard normal noise, float32 on the CPU: a function of the 64-bit key, equal for every device."""
     generator = np.random.Generator(np.random.Philox(key=int(key)))
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
@@ -83,8 +83,8 @@ def velocity_losses(prediction: torch.Tensor, target: torch.Tensor, weights: tor
 def motion_losses(prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, ratio: float) -> torch.Tensor:
     """Mixes in how well the change from one latent frame to the next is met: float32 [B].
 
-    losses (1 - ratio) + ratio * mean squared error of neighbouring frames' differences, unweighted; clips of at most two
-    latent frames are left alone, since their one difference says little about motion.
+    losses (1 - ratio) + ratio * mean squared error of neighbouring frames' differences, unweighted; clips of at most
+    two latent frames are left alone, since their one difference says little about motion.
 
     Args:
         prediction, target: [B, C, T, H, W].

@@ -1,7 +1,7 @@
 """Serves every random draw: numbers that are functions of (seed, epoch, sample, purpose), never of a stream.
 
-A worker, a rank or a bad file can shift a stream; it cannot shift a key. The mix is the finaliser of splitmix64 (Steele,
-Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), folded over the parts.
+A worker, a rank or a bad file can shift a stream; it cannot shift a key. The mix is the finaliser of splitmix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), folded over the parts.
 """
 
 from __future__ import annotations
@@ -58,4 +58,5 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
     """Returns float64 draws in the open interval (0, 1), one for each combination of the broadcast integer parts."""
-    return ((mix(*parts) >> UINT(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # 52 bits and a half are 53 bits, which float64 holds exactly: with one bit more the largest draw would round to 1
+    return ((mix(*parts) >> UINT(12)).astype(np.float64) + 0.5) * 2.0**-52

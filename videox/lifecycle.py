@@ -112,7 +112,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's main and exits with its code; a Refusal is one line on stderr, anything else keeps its traceback."""
+    """Runs a script's main and exits with its code; a Refusal is one line on stderr, the rest keep their traceback."""
     try:
         code = main()
     except (Refusal, SaveFailed) as error:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from videox.errors import MODEL, Refusal
@@ -133,3 +135,20 @@ def refuse_not_finite(model: torch.nn.Module, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
+
+
+def read_shift(config_path: str) -> float:
+    """Returns the flow shift from the yaml; it may hold no interpolation, which could read the environment."""
+    try:
+        text = Path(config_path).read_text(encoding="utf-8")
+        if "${" in text:
+            raise Refusal("--config_path", f"{config_path} holds an interpolation", "write the values out")
+        shift = float(OmegaConf.create(text).scheduler_kwargs.shift)
+    except (OSError, ValueError, AttributeError, TypeError, OmegaConfBaseException) as why:
+        cause = " ".join(str(why).split())
+        raise Refusal(
+            "--config_path", f"{config_path}: {cause}", "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"
+        ) from why
+    if not 0 < shift < 1000:
+        raise Refusal("--config_path", f"scheduler_kwargs.shift is {shift}", "Wan2.1 has 5.0")
+    return shift

@@ -1,4 +1,4 @@
-"""Serves whoever starts a run: what the data is, what the plan makes of it, and what differs from the original trainer."""
+"""Serves whoever starts a run: what the data is, what the plan makes of it, how it differs from the original."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start_lines(facts: Mapping[str, object]) -> list[str]:
 
 
 def data_lines(index: Index, plan: EpochPlan, most: int = 20) -> list[str]:
-    """Returns the ledger of the rows, the rows that cannot be used, and the table of buckets with their share of tokens."""
+    """Returns the ledger of the rows and the table of buckets with their share of tokens."""
     fates = {name: count for name, count in plan.fate_counts().items() if count}
     lines = [
         *index_summary(index),

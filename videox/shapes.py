@@ -1,4 +1,4 @@
-"""Serves everything that counts frames, latents or tokens: the one place for each rule. Whole numbers only, no torch."""
+"""Serves everything that counts frames, latents or tokens: the one place for each rule. Whole numbers, no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GRID = SPATIAL_RATIO * PATCH  # the sides of every bucket are multiples of this
 
 
 class Bucket(NamedTuple):
-    """The shape that all samples of a micro-batch share: frames (4k+1), height and width (multiples of 16) in pixels."""
+    """The shape that all samples of a micro-batch share: frames (4k+1), height, width (multiples of 16) in pixels."""
 
     frames: int
     height: int
@@ -19,7 +19,7 @@ class Bucket(NamedTuple):
 
 
 def snap_frames(frames: int) -> int:
-    """Returns the largest 4k+1 that is at most `frames` (at least 1): the lengths that the causal VAEs encode whole."""
+    """Returns the largest 4k+1 up to `frames` (at least 1): the lengths that the causal VAEs encode whole."""
     return max(0, (frames - 1) // TEMPORAL_RATIO) * TEMPORAL_RATIO + 1
 
 
@@ -31,8 +31,8 @@ def frames_that_fit(length: int, stride: int) -> int:
 def token_limited_frames(n_frames: int, token_sample_size: int, size: int) -> int:
     """Returns the frames (4k+1, at least 1) that a size x size clip may have within the budget of a nominal clip.
 
-    The budget is n_frames * token_sample_size^2 pixels, so that 4 * floor((min(budget / size^2, n_frames) - 1) / 4) + 1
-    frames fit; computed in whole numbers, since a float quotient can fall just short of a whole frame.
+    The budget is n_frames * token_sample_size^2 pixels, so that 4 * floor((min(budget / size^2, n_frames) - 1) / 4)
+    + 1 frames fit; computed in whole numbers, since a float quotient can fall just short of a whole frame.
     """
     quotient = (n_frames * token_sample_size**2 - size**2) // (TEMPORAL_RATIO * size**2)
     return max(0, min(quotient, (n_frames - 1) // TEMPORAL_RATIO)) * TEMPORAL_RATIO + 1

@@ -1,4 +1,4 @@
-"""Serves resume: the few numbers that a run is, and how they, the weights and the optimizer go to disk and come back."""
+"""Serves resume: the few numbers that a run is, and how they, weights and optimizer go to disk and come back."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TrainState:
     """Where a run stands. Order, noise, timesteps and learning rate are functions of these numbers.
 
     step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
-    index's fingerprint; settings: of the plan; quarantined: rows that this epoch's plan leaves out; bad: rows found bad
-    since; skipped: steps without an update because a number was not finite, skipped_in_row: the last ones without pause.
+    index's fingerprint; settings: of the plan; quarantined: rows that this epoch's plan leaves out; bad: rows found
+    bad since; skipped: steps without an update; skipped_in_row: the last ones of them without pause.
     """
 
     seed: int
@@ -48,11 +48,14 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
 
-    def next_epoch(self) -> None:
-        """Begins the next epoch, whose plan leaves out what was found bad."""
+    def advance(self, steps_of_epoch: int) -> bool:
+        """Counts one step; returns whether it ended its epoch. The next epoch leaves out what was found bad."""
+        self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+        if self.epoch_step < steps_of_epoch:
+            return False
         self.epoch, self.epoch_step = self.epoch + 1, 0
-        self.quarantined = sorted({*self.quarantined, *self.bad})
-        self.bad = []
+        self.quarantined, self.bad = sorted({*self.quarantined, *self.bad}), []
+        return True
 
 
 def read_state(checkpoint: Path) -> TrainState:

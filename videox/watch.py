@@ -180,7 +180,7 @@ class Watch:
             self.state.bad = sorted({*self.state.bad, bad.row})
             if self.is_main:
                 line = {"row": bad.row, "path": bad.path, "class": bad.media_class, "detail": bad.detail}
-                append_line(self.output_dir / "bad_samples.jsonl", {**line, "step": self.state.step, "rank": rank})
+                append_line(self.output_dir / "bad_samples.jsonl", {**line, "step": self.state.step + 1, "rank": rank})
                 self.bar.note(f"row {bad.row} counts nothing: {bad.path!r} is {bad.media_class} ({bad.detail})")
         known = len({*self.state.bad, *self.state.quarantined})
         if known > max(ALWAYS_ALLOWED_BAD, max_bad_fraction * rows):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import UMT5EncoderModel
 
 import videox.args as flags
-from videox.data.bucket_sampler import BucketBatchSampler, planned_samples
-from videox.data.dataset import BadSample, Batch, TokenLengthDataset
-from videox.data.index import Index
+from videox.data.bucket_sampler import BucketBatchSampler
+from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.loader import build_loader
-from videox.data.plan import Columns, EpochPlan, count_steps, held_out_plan, plan_epoch
+from videox.data.plan import Columns, held_out_plan, plan_epoch
 from videox.distributed import (
     Backend,
     StopRequest,
@@ -41,10 +39,9 @@ from videox.distributed import (
     agree,
     gather_objects,
     make_accelerator,
-    sum_over_ranks,
 )
-from videox.dump import write_dump
-from videox.errors import DATA, Refusal
+from videox.dump import dump_folder, write_dump
+from videox.errors import Refusal
 from videox.estimate import cost_coefficients
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
@@ -59,7 +56,7 @@ from videox.flow_matching import (
 from videox.keys import Purpose, mix, uniform
 from videox.lifecycle import Run, open_run, run_script
 from videox.metrics import check_tracker
-from videox.model_folder import load_strictly, read_component, read_model_folder, refuse_not_finite
+from videox.model_folder import load_strictly, read_component, read_model_folder, read_shift, refuse_not_finite
 from videox.offload import RestingModule
 from videox.optim import (
     choose_trainable,
@@ -73,14 +70,14 @@ from videox.optim import (
 )
 from videox.recompute import recompute_blocks
 from videox.report import data_lines, start_facts, start_lines, typical_fps
-from videox.shapes import Bucket
 from videox.state import checkpoint_bytes, load_state, plan_inputs, resume_or_begin, save_state
-from videox.validation import HeldOut, sample_clips, validation_loss
+from videox.steps import total_steps, walk
+from videox.validation import HeldOut
+from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
 from videox.weights import export_transformer
 
-VALIDATION_SIGMAS = 4  # noise levels at which each held-out row is measured
-SAMPLING_STEPS, SAMPLING_GUIDANCE = 25, 5.0  # of the sample clips
+SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
 # ------------------------------------------------------------------------------------------------------- flags
 
@@ -133,23 +130,6 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
         what = f"takes {config.get('in_channels')} channels: it is not a text-to-video checkpoint"
         raise Refusal("--train_mode normal", f"the transformer {what}", "give Wan2.1-T2V weights")
     return config
-
-
-def read_shift(config_path: str) -> float:
-    """Returns the flow shift from the yaml; it may hold no interpolation, which could read the environment."""
-    try:
-        text = Path(config_path).read_text(encoding="utf-8")
-        if "${" in text:
-            raise Refusal("--config_path", f"{config_path} holds an interpolation", "write the values out")
-        shift = float(OmegaConf.create(text).scheduler_kwargs.shift)
-    except (OSError, ValueError, AttributeError, TypeError, OmegaConfBaseException) as why:
-        cause = " ".join(str(why).split())
-        raise Refusal(
-            "--config_path", f"{config_path}: {cause}", "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"
-        ) from why
-    if not 0 < shift < 1000:
-        raise Refusal("--config_path", f"scheduler_kwargs.shift is {shift}", "Wan2.1 has 5.0")
-    return shift
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
@@ -252,7 +232,7 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
 
-    x_t = (1 - sigma) x_0 + sigma noise, and the model predicts noise - x_0. Every draw is a function of a sample's key.
+    x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
     """
     device = accelerator.device
     pixels = batch["pixels"].to(device, non_blocking=True)
@@ -291,63 +271,34 @@ def accumulate_gradients(
 
 
 def encode_held_out(
-    args: argparse.Namespace, components: Components, index: Index, plan: EpochPlan | None, device: torch.device
+    args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
 ) -> list[HeldOut]:
-    """Returns the held-out rows as latents (posterior mode) and prompt embeddings, kept in host memory."""
-    if plan is None:
-        return []
-    dataset = TokenLengthDataset(index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=0.0)
-    samples = []
-    for step in range(plan.n_steps):
-        (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)
-        sample = dataset[planned]
-        if sample["bad"] is not None:
-            what = f"the held-out row {planned.row} is {sample['bad'].media_class} ({sample['bad'].detail})"
-            raise Refusal("--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA)
-        latents = encode_video(
-            components, torch.from_numpy(sample["pixels"])[None].to(device), None, args.vae_mini_batch
-        )
-        prompt = encode_prompts(components, [sample["caption"]], args.tokenizer_max_length, device)
-        samples.append(HeldOut(latents.cpu(), {"prompt_embeds": prompt.cpu()}))
-    return samples
+    """Returns held-out samples as latents (posterior mode) and prompt embeddings, kept in host memory."""
+    encoded = []
+    for pixels, caption in samples:
+        latents = encode_video(components, torch.from_numpy(pixels)[None].to(device), None, args.vae_mini_batch)
+        prompt_embeds = encode_prompts(components, [caption], args.tokenizer_max_length, device)
+        encoded.append(HeldOut(latents.cpu(), {"prompt_embeds": prompt_embeds.cpu()}))
+    return encoded
 
 
-def validate(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    components: Components,
-    watch: Watch,
-    held_out: Sequence[HeldOut],
-    shape: Bucket,
-    fps: float,
-    seed: int,
-) -> None:
-    """Measures the fixed-noise loss on the held-out rows and samples a clip for each validation prompt."""
-    transformer, device = components.transformer, accelerator.device
+def predict_held_out(
+    components: Components, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
+) -> torch.Tensor:
+    """Returns the velocity for one held-out sample, as training computes it."""
+    prompt_embeds = sample.conditions["prompt_embeds"].to(noisy_latents.device)
+    return components.transformer(**transformer_inputs(noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, prompt_embeds))[
+        0
+    ]
 
-    def predict(noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut) -> torch.Tensor:
-        prompt_embeds = sample.conditions["prompt_embeds"].to(device)
-        return transformer(**transformer_inputs(noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, prompt_embeds))[0]
 
-    with watch.clock.aside():
-        if held_out:
-            result = validation_loss(
-                held_out, predict, model=transformer, shift=components.shift, sigmas_per_sample=VALIDATION_SIGMAS,
-                noise_key=seed, device=device, rank=accelerator.process_index, world_size=accelerator.num_processes,
-                all_reduce_sum=sum_over_ranks,
-            )  # fmt: skip
-            watch.validation(result)
-        if args.validation_prompts and accelerator.is_main_process:
-            components.pipeline.transformer = transformer
-            with components.text_encoder.awake(), components.vae.awake():
-                sampled = sample_clips(
-                    components.pipeline, args.validation_prompts, height=shape.height, width=shape.width,
-                    num_frames=shape.frames, fps=fps, seed=seed % 2**32, steps=SAMPLING_STEPS,
-                    guidance_scale=SAMPLING_GUIDANCE, folder=watch.output_dir / "samples", step=watch.state.step,
-                )  # fmt: skip
-            components.pipeline.transformer = None
-            watch.sampled(sampled)
-        accelerator.wait_for_everyone()
+@contextmanager
+def sampling_pipeline(components: Components) -> Iterator[WanPipeline]:
+    """Yields the pipeline with the transformer in training, its encoders on the device."""
+    components.pipeline.transformer = components.transformer
+    with components.text_encoder.awake(), components.vae.awake():
+        yield components.pipeline
+    components.pipeline.transformer = None
 
 
 # ------------------------------------------------------------------------------------------------ main and loop
@@ -371,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
-    """Builds data, schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
+    """Builds data, schedule, model and records, then loops over optimizer steps; returns the exit code."""
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
     transformer_config, shift = check_model(args), read_shift(args.config_path)
     check_tracker(args.report_to)
@@ -399,9 +350,7 @@ def train(
         gather=gather,
     )
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
-    total = args.max_train_steps or sum(
-        count_steps(columns, settings, epoch) for epoch in range(args.num_train_epochs)
-    )
+    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
     accelerator.print("\n".join(data_lines(index, plan)))
     accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
 
@@ -442,74 +391,65 @@ def train(
     loader = build_loader(
         dataset, sampler, workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
     )
-    held_out = encode_held_out(args, components, index, held_out_plan(columns, settings), accelerator.device)
-    shape, fps = plan.commonest_bucket(), typical_fps(index) / args.video_sample_stride
-    look = partial(validate, args, accelerator, components, watch, held_out, shape, fps, settings.seed)
+    undropped = TokenLengthDataset(index, stride=dataset.stride, reader=dataset.reader, caption_dropout=0.0)
+    held_out = held_out_samples(undropped, held_out_plan(columns, settings))
+    validate = Validator(
+        accelerator, watch, model=transformer, predict=partial(predict_held_out, components),
+        held_out=encode_held_out(args, components, held_out, accelerator.device), prompts=args.validation_prompts,
+        pipeline=partial(sampling_pipeline, components), shape=plan.commonest_bucket(), shift=shift,
+        fps=typical_fps(index) / args.video_sample_stride, guidance_scale=SAMPLING_GUIDANCE, seed=settings.seed,
+    )  # fmt: skip
     save = partial(
         save_state, state=state, model=transformer, config=transformer.to_json_string(), optimizer=optimizer
     )
     description = {"task": "wan2.1 text-to-video"}
     if state.step == 0:
         watch.first_batch(plan, dataset, index.fps)
-        look()
+        validate()
 
     with StopRequest() as stop:
-        while state.step < total and (args.max_train_steps or state.epoch < args.num_train_epochs):
-            plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
-            sampler.begin(plan, state.epoch_step)
-            batches = iter(loader)
-            for epoch_step in range(state.epoch_step, plan.n_steps):
-                # gradients of this process's micro-batches; the plan knows which is the last
-                rate = base_rate * rate_factor(state.step)
-                set_learning_rate(optimizer, rate)
-                dump_to = output_dir / "dump" / f"step-{state.step + 1}" if state.step + 1 in args.dump_steps else None
-                step_loss, last = torch.zeros((), dtype=torch.float64, device=accelerator.device), False
-                bad: list[BadSample] = []
-                while not last:
-                    with watch.clock.waiting():
-                        batch: Batch = next(batches)
-                    step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
-                    bad, last = bad + batch["bad"], batch["last"]
+        for step in walk(columns, settings, state, sampler, loader, total=total, clock=watch.clock):
+            rate = base_rate * rate_factor(state.step)
+            set_learning_rate(optimizer, rate)
+            step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
+            dump_to = dump_folder(output_dir, state.step + 1, args.dump_steps)
+            for batch in step.batches():
+                step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
+                bad += batch["bad"]
 
-                # all processes agree on what the step was, then take it or leave it together
-                rows = plan.rows_of_step(epoch_step)
-                stamp = int(mix(state.step, state.epoch, len(rows), int(rows.sum()))) >> 11
-                report = agree(
-                    accelerator, loss=step_loss, stop=bool(stop), bad_samples=len(bad),
-                    data_wait=watch.clock.data_wait, stamp=stamp,
+            # all processes learn what the step was, then take it or leave it together
+            report = agree(
+                accelerator, loss=step_loss, stop=bool(stop), bad_samples=len(bad), data_wait=watch.clock.data_wait,
+                stamp=step.stamp(),
+            )  # fmt: skip
+            norm = gradient_norm(trained)
+            grad_norm = float(norm)
+            if math.isfinite(report.loss) and math.isfinite(grad_norm) and report.bad_samples < len(step.rows):
+                limit = clip_limit(
+                    grad_norm, state.step, max_grad_norm=args.max_grad_norm,
+                    initial_ratio=args.initial_grad_norm_ratio, ramp_steps=args.abnormal_norm_clip_start,
                 )  # fmt: skip
-                norm = gradient_norm(trained)
-                grad_norm = float(norm)
-                if math.isfinite(report.loss) and math.isfinite(grad_norm) and report.bad_samples < len(rows):
-                    limit = clip_limit(
-                        grad_norm, state.step, max_grad_norm=args.max_grad_norm,
-                        initial_ratio=args.initial_grad_norm_ratio, ramp_steps=args.abnormal_norm_clip_start,
-                    )  # fmt: skip
-                    clip_gradients(trained, norm, limit)
-                    optimizer.step()
-                    state.skipped_in_row = 0
-                else:
-                    watch.skipped(rows)
-                optimizer.zero_grad(set_to_none=True)
+                clip_gradients(trained, norm, limit)
+                optimizer.step()
+                state.skipped_in_row = 0
+            else:
+                watch.skipped(step.rows.tolist())
+            optimizer.zero_grad(set_to_none=True)
 
-                state.step, state.epoch_step = state.step + 1, epoch_step + 1
-                watch.step(plan, epoch_step, report, rate, grad_norm)
-                if report.bad_samples:
-                    watch.bad_samples(bad, len(index), args.max_bad_fraction)
-                epoch_ends, done = state.epoch_step == plan.n_steps, state.step == total
-                if epoch_ends:
-                    state.next_epoch()
+            if report.bad_samples:
+                watch.bad_samples(bad, len(index), args.max_bad_fraction)
+            epoch_ended = state.advance(step.plan.n_steps)
+            watch.step(step.plan, step.epoch_step, report, rate, grad_norm)
+            done = state.step == total
 
-                # once in a while: validate, save, stop
-                epochs_due = epoch_ends and args.validation_epochs and state.epoch % args.validation_epochs == 0
-                if done or epochs_due or state.step % args.validation_steps == 0:
-                    look()
-                if done or report.stop or state.step % args.checkpointing_steps == 0:
-                    watch.save(save, args.checkpoints_total_limit, description)
-                if report.stop and not done:
-                    return watch.stopped(stop.signal_name)
-                if done:
-                    break
+            # once in a while: validate, save, stop
+            if done or flags.validation_due(args, state.step, state.epoch if epoch_ended else 0):
+                validate()
+            if done or report.stop or state.step % args.checkpointing_steps == 0:
+                watch.save(save, args.checkpoints_total_limit, description)
+            if report.stop and not done:
+                return watch.stopped(stop.signal_name)
+
     export = partial(
         export_transformer, transformer.state_dict(), transformer.to_json_string(), output_dir / "transformer",
         flags.EXPORT_DTYPES[args.export_dtype], WanTransformer3DModel._keep_in_fp32_modules,

@@ -1,4 +1,4 @@
-"""Serves the plan: which bucket (frames, height, width) each row may fall in. Pure functions over columns, no torch."""
+"""Serves the plan: which bucket (frames, height, width) each row falls in. Pure functions over columns, no torch."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def ladder(foot: int, top: int) -> tuple[int, ...]:
 
 
 def nearest_ratio(height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Returns, per sample, the position in ASPECT_RATIOS_512 whose key is nearest to height / width (the lower on a tie)."""
+    """Returns each sample's position in ASPECT_RATIOS_512: the key nearest to height / width, the lower on a tie."""
     return np.searchsorted(_MIDDLES, np.asarray(height) / np.asarray(width), side="left")
 
 
@@ -158,8 +158,8 @@ def draw_sizes(sizes: tuple[int, ...], mean_side: np.ndarray, draw: np.ndarray, 
 
     Args:
         sizes: ascending target sizes.
-        mean_side: (height + width) / 2 of each source in pixels; sizes above 1.25 times it are dropped, but the smallest
-            is always allowed.
+        mean_side: (height + width) / 2 of each source in pixels; sizes above 1.25 times it are dropped, but the
+            smallest is always allowed.
         draw: uniform in (0, 1).
         even: all allowed sizes equally; otherwise the largest allowed has probability 0.75 and the rest share 0.25.
     """
@@ -206,7 +206,7 @@ def assign(
     ratio_draw: np.ndarray,
     frames_draw: np.ndarray,
 ) -> Assignment:
-    """Returns the bucket of each sample from its source (pixels, frames; kind 0 image, 1 video) and its uniform draws."""
+    """Returns each sample's bucket from its source (pixels, frames; kind 0 image, 1 video) and its uniform draws."""
     video = kind == 1
     mean_side = (height.astype(np.float64) + width) / 2
     video_sizes, image_sizes = policy.video_sizes(), policy.image_sizes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -47,7 +46,7 @@ class BadSample(NamedTuple):
 
 
 class Sample(TypedDict):
-    """pixels: uint8 [T, H, W, 3]; frame_indices: source frames shown, int64 [T]; bad: why the pixels are zeros, or None."""
+    """pixels: uint8 [T, H, W, 3]; frame_indices: source frames, int64 [T]; bad: why the pixels are zeros, or None."""
 
     planned: PlannedSample
     pixels: np.ndarray
@@ -114,9 +113,9 @@ class TokenLengthDataset(Dataset):
 
 
 def refuse_changed(path: Path, file_size: int, mtime_ns: int) -> None:
-    """Raises BadMedia when a file is gone or is not the one that was indexed: its frames may no longer be what is planned."""
+    """Raises BadMedia when a file is gone or is not the one that was indexed: the plan may not fit it."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError as why:
         raise BadMedia("missing", f"{why.strerror}") from why
     if (found.st_size, found.st_mtime_ns) != (file_size, mtime_ns):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from videox.data.media import BadMedia, MediaInfo, check_pixels, open_container
+from videox.data.media import MAX_PIXELS, BadMedia, MediaInfo, check_pixels, open_container, raise_for_system
 
 # What Pillow and the codecs below it raise for bytes that are not what they claim to be.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
@@ -40,8 +40,13 @@ def resize_cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Returns:
         uint8 [height, width, 3].
+
+    Raises:
+        BadMedia: too_small, for a strip so thin that covering would take more than MAX_PIXELS pixels.
     """
     full_height, full_width = cover_size(frame.shape[0], frame.shape[1], height, width)
+    if full_height * full_width > max(MAX_PIXELS, 4 * height * width):
+        raise BadMedia("too_small", f"{frame.shape[1]}x{frame.shape[0]} would grow to {full_width}x{full_height}")
     pixels = torch.from_numpy(np.ascontiguousarray(frame))[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(pixels, (full_height, full_width), mode="bilinear", antialias=True)
     top, left = (full_height - height) // 2, (full_width - width) // 2
@@ -80,8 +85,8 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
             image.load()
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image)
-        pixels = np.asarray(rgb if turn is None else rgb.transpose(turn))
-    return resize_cover(pixels, height, width)[None]
+        pixels = np.array(rgb if turn is None else rgb.transpose(turn))
+    return np.ascontiguousarray(resize_cover(pixels, height, width)[None])
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -106,6 +111,7 @@ def _pillow_faults() -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadMedia("too_large", str(error)) from error
     except _PILLOW_ERRORS as error:
+        raise_for_system(error)
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
         raise BadMedia("truncated" if cut else "undecodable", str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: the DataLoader over the plan. It is rank-aware, so accelerate never shards it again."""
+"""Serves both train.py scripts: the DataLoader over the plan. It knows its rank, so accelerate never shards it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 MAX_PIXELS = 64_000_000  # per image or frame; above it a few kilobytes could ask for gigabytes of memory
 
 _HEAD = 1024
-_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PREFIXES = (
     (b"\x89PNG\r\n\x1a\n", "image", "PNG"),
     (b"\xff\xd8\xff", "image", "JPEG"),
@@ -96,9 +96,8 @@ def open_container(path: Path) -> Container:
     except FileNotFoundError as error:
         raise BadMedia("missing", "no such file") from error
     except OSError as error:
-        if error.errno in _NOT_THE_FILES_FAULT:
-            raise
-        raise BadMedia("unreadable", os.strerror(error.errno or 0)) from error
+        raise_for_system(error)
+        raise BadMedia("unreadable", str(error)) from error
     return Container(kind, format_name, status.st_size, fragmented)
 
 
@@ -113,6 +112,19 @@ def check_pixels(width: int, height: int) -> None:
         raise BadMedia("no_video_stream", f"its size is {width}x{height}")
     if width * height > MAX_PIXELS:
         raise BadMedia("too_large", f"{width}x{height} is above {MAX_PIXELS // 10**6} Mpx")
+
+
+def raise_for_system(error: Exception) -> None:
+    """Raises what an error of the operating system means; returns for one that a library raised on its own.
+
+    Raises:
+        BadMedia: unreadable.
+        OSError: the process is out of files or memory, which is no fault of the file: unchanged.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        if error.errno in _OF_THE_PROCESS:
+            raise error
+        raise BadMedia("unreadable", os.strerror(error.errno)) from error
 
 
 def _recognise(head: bytes) -> tuple[str, str]:

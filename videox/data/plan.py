@@ -1,12 +1,13 @@
 """Serves sampler, resume and dry run: the schedule as a pure function of columns, settings, seed and epoch. No torch.
 
-An epoch is a list of optimizer steps; a step is G slots, a slot one or more micro-batches, a micro-batch samples of one
-bucket. G is fixed at first launch, so that the same steps run at any world size which divides it. Whatever a sample
+An epoch is a list of optimizer steps; a step is G slots, a slot one or more micro-batches, a micro-batch samples
+of one bucket. G is fixed at first launch, so that the same steps run at any world size which divides it. Whatever a sample
 needs (bucket, clip start, key of its random draws, share of the loss) is known before any file is opened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Columns:
 class PlanSettings:
     """Every setting that the schedule depends on besides the columns.
 
-    batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" | "cost";
-    video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for validation;
+    batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" or
+    "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for validation;
     cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S.
     """
 
@@ -149,7 +150,7 @@ class EpochPlan:
         """Returns what one process runs in a step; every process of every world size runs its share of the same step.
 
         Process `rank` takes slots rank, rank + world_size, ... of the step. Slots with fewer micro-batches than the
-        fullest one, and missing slots of the epoch's last step, are padded with weight 0 in the step's cheapest bucket.
+        fullest one, and missing slots of the epoch's last step, are padded with weight 0 in its cheapest bucket.
 
         Raises:
             Refusal: world_size does not divide the number of slots.
@@ -288,7 +289,7 @@ def _slot_capacity(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> tuple
     return per_slot, np.maximum(per_micro, 1)
 
 
-def plan_epoch(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | tuple = ()) -> EpochPlan:
+def plan_epoch(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()) -> EpochPlan:
     """Returns the epoch's schedule: the same on every process and at every world size.
 
     Args:
@@ -389,7 +390,7 @@ def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
-def count_steps(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | tuple = ()) -> int:
+def count_steps(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()) -> int:
     """Returns the optimizer steps of an epoch without ordering its samples (several times faster than the plan)."""
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
     rows, copies = _samples(columns, settings, fates)

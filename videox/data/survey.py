@@ -211,7 +211,7 @@ class Files:
 
 
 def look(files: Files, partial: Path, *, workers: int, progress: bool, deadline: float) -> None:
-    """Looks at what is unseen; once a minute all that is known is kept aside, from where a killed build is taken up."""
+    """Looks at what is unseen; once a minute all that is known is kept aside, where a killed build is taken up."""
     numbers = files.unseen()
     if not len(numbers):
         return

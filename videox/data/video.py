@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,23 @@ from av.video.stream import VideoStream
 
 from videox.data import decord_reader
 from videox.data.image import probe_image, read_image, resize_cover
-from videox.data.media import MAX_PIXELS, BadMedia, Container, MediaInfo, check_pixels, open_container, sniff
+from videox.data.media import (
+    MAX_PIXELS,
+    BadMedia,
+    Container,
+    MediaInfo,
+    check_pixels,
+    open_container,
+    raise_for_system,
+    sniff,
+)
 
 __all__ = ["READERS", "BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
 
 READERS = ("pyav", "decord")  # the first is the default, since benchmarks/decode.py measures it faster
 
-# Decoders that leave out a frame no other frame refers to, exactly, when told so for its packet alone.
+# Decoders that leave out a frame no other frame refers to, exactly, when told so for its packet alone. HEVC's takes
+# for such also a frame that only those of a higher temporal layer refer to.
 _SKIPS_EXACTLY = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 _NO_TIMES = ("avi",)  # it stores no presentation times, and those that FFmpeg fills in are wrong with B-frames
 
@@ -52,7 +62,6 @@ def probe(path: Path) -> MediaInfo:
         if count == 0:
             raise BadMedia("no_video_stream", "its video stream has no frames")
         fps = _rate(stream, times)
-        file.seek(0)
         first = _first_frame(file, stream)
     width, height = first.width, first.height
     if _quarter_turns(first) % 2:
@@ -79,7 +88,8 @@ def read_clip(
         uint8 [T, height, width, 3], RGB.
 
     Raises:
-        BadMedia: the classes of `open_container`, no_video_stream, too_large, out_of_range, or undecodable.
+        BadMedia: the classes of `open_container`, no_video_stream, too_large, too_small (a strip too thin to
+            cover height x width), out_of_range, or undecodable.
         Refusal: decord is wanted and not installed.
     """
     if not frame_indices or list(frame_indices) != sorted(frame_indices):
@@ -109,7 +119,8 @@ def _read_with_pyav(
         _check_range(indices, sum(packet.shown for packet in packets))
         if times is not None:
             start = _last_key(packets, times[indices[0]])
-            file.seek(start, stream=stream)
+            with suppress(av.error.FFmpegError):  # then nothing comes, and the second way is taken
+                file.seek(start, stream=stream)
             missing -= _decode(file, stream, times, missing, keep, start)
     if missing:
         # A container without usable times, or a seek or first frames that did not come: from the start, all of it.
@@ -135,7 +146,7 @@ def _decode(
     context, reformatter = stream.codec_context, VideoReformatter()
     wanted = {index if times is None else times[index]: index for index in indices}
     came: set[int] = set()
-    position = 0
+    position, damaged = 0, False
     skipping = start is not None and context.name in _SKIPS_EXACTLY
     begun = start is None
     for packet in file.demux(stream):
@@ -148,9 +159,10 @@ def _decode(
             time = position if times is None else frame.pts
             index = None if time is None else wanted.get(time)
             position += 1
-            # From a keyframe on each frame that was decoded at all may be what a wanted one is built on.
-            if frame.is_corrupt and (index is not None or (start is not None and time is not None and time > start)):
-                raise BadMedia("undecodable", f"a damaged frame at or before frame {max(indices)}")
+            # What is built on a damaged frame is damaged too, as far as the next frame that needs no other.
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            if damaged and index is not None:
+                raise BadMedia("undecodable", f"damage at or before frame {index}")
             if index is not None and index not in came:
                 keep(index, _rgb(frame, reformatter))
                 came.add(index)
@@ -182,7 +194,6 @@ def _read_with_decord(
         plain = len(file.streams.video) == 1 and all(packet.shown for packet in packets)
         file.seek(0)
         keys = [bytes(packet) for packet in file.demux(stream) if packet.is_keyframe]
-        file.seek(0)
         first = _first_frame(file, stream)
         alike = plain and decord_reader.reads_alike(container.format, stream.codec_context.name, first, keys)
     if alike:
@@ -218,18 +229,21 @@ def _decoder_faults() -> Iterator[None]:
     try:
         yield
     except av.error.FFmpegError as error:
+        raise_for_system(error)
         raise BadMedia("undecodable", f"{error.strerror}") from error
 
 
 def _packets(file: InputContainer, stream: VideoStream) -> Iterator[_Packet]:
     """Yields the stream's packets in decoding order, without decoding them."""
+    cut = False
     for packet in file.demux(stream):
-        if packet.is_corrupt:
-            raise BadMedia("truncated", "its last packet is cut")
         if packet.size:
+            cut = packet.is_corrupt
             # VP8 keeps frames that are only referred to in packets of their own; bit 4 says whether one is shown.
             hidden = stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
             yield _Packet(packet.pts, packet.is_keyframe, not (packet.is_discard or hidden))
+    if cut:
+        raise BadMedia("truncated", "its last packet is cut")
 
 
 def _presentation_times(packets: Sequence[_Packet]) -> list[int] | None:
@@ -278,6 +292,17 @@ def _rate(stream: VideoStream, times: list[int]) -> float:
 
 
 def _first_frame(file: InputContainer, stream: VideoStream) -> av.VideoFrame:
-    for frame in file.decode(stream):
+    """Returns a frame from the beginning of the stream, which shows size, format and rotation."""
+    file.seek(0)
+    context = stream.codec_context
+    for packet in file.demux(stream):
+        # Told at once that no more comes, the decoder gives it up and does not wait for those it may have to reorder.
+        frames = [*context.decode(packet), *(context.decode(None) if packet.size else [])]
+        if frames:
+            return frames[0]
+        break
+    context.flush_buffers()
+    file.seek(0)
+    for frame in file.decode(stream):  # the first packets hold nothing that is shown
         return frame
     raise BadMedia("undecodable", "not one frame can be decoded")

@@ -1,0 +1,124 @@
+"""Serves both training loops: looks at the model in the midst of training, and leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from videox.data.bucket_sampler import planned_samples
+from videox.data.dataset import TokenLengthDataset
+from videox.data.plan import EpochPlan
+from videox.distributed import sum_over_ranks
+from videox.errors import DATA, Refusal
+from videox.shapes import Bucket
+from videox.validation import HeldOut, sample_clips, validation_loss
+from videox.watch import Watch
+
+SIGMAS = 4  # noise levels at which each held-out row is measured
+SAMPLING_STEPS = 25
+
+
+def held_out_samples(dataset: TokenLengthDataset, plan: EpochPlan | None) -> Iterator[tuple[np.ndarray, str]]:
+    """Yields (pixels uint8 [T, H, W, 3], caption) of each held-out row.
+
+    Args:
+        dataset: without caption dropout.
+        plan: of held_out_plan; None yields nothing.
+
+    Raises:
+        Refusal: a row cannot be read.
+    """
+    for step in range(plan.n_steps if plan else 0):
+        assert plan is not None
+        (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)
+        sample = dataset[planned]
+        if sample["bad"] is not None:
+            what = f"the held-out row {planned.row} is {sample['bad'].media_class} ({sample['bad'].detail})"
+            raise Refusal("--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA)
+        yield sample["pixels"], sample["caption"]
+
+
+class Validator:
+    """Measures the fixed-noise loss on the held-out rows and samples a clip for each prompt; call it when due.
+
+    Args:
+        accelerator: of the run.
+        watch: where results go.
+        model: the transformer, not wrapped.
+        held_out: may be empty.
+        predict: as validation_loss takes it.
+        prompts: may be empty.
+        pipeline: a context that yields the diffusers pipeline, ready to sample with the trained transformer.
+        shape: frames, height, width of the sample clips.
+        fps: frames per second of the sample clips.
+        shift: of sigma.
+        guidance_scale: of the sample clips.
+        seed: of noise and samples.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        watch: Watch,
+        *,
+        model: torch.nn.Module,
+        held_out: Sequence[HeldOut],
+        predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
+        prompts: Sequence[str],
+        pipeline: Callable[[], AbstractContextManager[Any]],
+        shape: Bucket,
+        fps: float,
+        shift: float,
+        guidance_scale: float,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.watch, self.model = accelerator, watch, model
+        self.held_out, self.predict, self.shift, self.seed = held_out, predict, shift, seed
+        self.prompts, self.pipeline, self.guidance_scale = prompts, pipeline, guidance_scale
+        self.shape, self.fps = shape, fps
+
+    def __call__(self) -> None:
+        """Runs both parts; all processes call it, and its time does not count as training."""
+        with self.watch.clock.aside():
+            if self.held_out:
+                self._measure()
+            if self.prompts and self.accelerator.is_main_process:
+                self._sample()
+            self.accelerator.wait_for_everyone()
+
+    def _measure(self) -> None:
+        result = validation_loss(
+            self.held_out,
+            self.predict,
+            model=self.model,
+            shift=self.shift,
+            sigmas_per_sample=SIGMAS,
+            noise_key=self.seed,
+            device=self.accelerator.device,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            all_reduce_sum=sum_over_ranks,
+        )
+        self.watch.validation(result)
+
+    def _sample(self) -> None:
+        with self.pipeline() as pipeline:
+            clips = sample_clips(
+                pipeline,
+                self.prompts,
+                height=self.shape.height,
+                width=self.shape.width,
+                num_frames=self.shape.frames,
+                fps=self.fps,
+                seed=self.seed % 2**32,
+                steps=SAMPLING_STEPS,
+                guidance_scale=self.guidance_scale,
+                folder=self.watch.output_dir / "samples",
+                step=self.watch.state.step,
+            )
+        self.watch.sampled(clips)
