@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file imports from lower floors only (scripts are floor 5). A new module needs a line here.
+# A file imports from lower floors only; scripts stand above all of them. A new module needs a line here.
 FLOORS = {
     "videox": 0,
     "videox.errors": 0,
@@ -34,14 +34,17 @@ FLOORS = {
     "videox.recompute": 1,
     "videox.text": 1,
     "videox.weights": 1,
+    "videox.checkpoint": 2,
     "videox.distributed": 2,
-    "videox.checkpoint": 3,
     "videox.dump": 3,
+    "videox.lifecycle": 3,
     "videox.report": 3,
+    "videox.state": 3,
     "videox.validation": 3,
     "videox.args": 4,
-    "videox.lifecycle": 4,
-    "videox.state": 4,
+    "videox.steps": 4,
+    "videox.watch": 4,
+    "videox.validator": 5,
 }
 # videox.data is floor 2 as a whole; inside it imports go only leftwards.
 DATA = (
@@ -51,6 +54,8 @@ DATA = (
     "decord_reader",
     "video",
     "probing",
+    "index_file",
+    "survey",
     "index",
     "buckets",
     "plan",
@@ -59,7 +64,7 @@ DATA = (
     "bucket_sampler",
     "loader",
 )
-DATA_FLOOR, SCRIPTS_FLOOR = 2, 5
+DATA_FLOOR = 2
 
 LINES = 420  # of any file outside tests; a longer one is two files or has a stranger in it
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}

@@ -90,14 +90,15 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-@pytest.fixture
-def mixed(tmp_path: Path) -> Path:
-    """A data set with images, videos, two rows of one file, and a row for each kind of problem."""
-    make_video(tmp_path / "a.mp4", frames=9)
-    make_video(tmp_path / "b.mp4", width=48, height=64, rate=30)
-    make_image(tmp_path / "c.png")
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "noise.mp4").write_bytes(bytes(range(1, 100)))
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with images, videos, two rows of one file, a row for each kind of problem, and its index."""
+    folder = tmp_path_factory.mktemp("measured")
+    make_video(folder / "a.mp4", frames=9)
+    make_video(folder / "b.mp4", width=48, height=64, rate=30)
+    make_image(folder / "c.png")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "noise.mp4").write_bytes(bytes(range(1, 100)))
     rows = [
         {
             "file_path": "a.mp4",
@@ -117,12 +118,27 @@ def mixed(tmp_path: Path) -> Path:
         {"file_path": "a.mp4", "text": None},
         {"text": "pathless"},
     ]
-    write_metadata(tmp_path, rows)
+    write_metadata(folder, rows)
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def indexed(measured: Path, tmp_path: Path) -> Path:
+    """A copy of that data set with its index; nothing needs to be looked at."""
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-def test_the_files_are_measured_and_every_row_has_its_place(mixed: Path) -> None:
-    index = build(mixed)
+@pytest.fixture
+def mixed(indexed: Path) -> Path:
+    """The same without an index."""
+    (indexed / "metadata.json.videox-index.arrow").unlink()
+    return indexed
+
+
+def test_the_files_are_measured_and_every_row_has_its_place(indexed: Path) -> None:
+    index = build(indexed)
     assert len(index) == 9
     assert index.usable.tolist() == [True] * 4 + [False] * 5
     assert index.kind[:4].tolist() == [1, 0, 1, 1]
@@ -133,10 +149,10 @@ def test_the_files_are_measured_and_every_row_has_its_place(mixed: Path) -> None
         (64, 48, 9),
     ]
     assert index.fps[:4].tolist() == [25, 0, 30, 25]
-    assert index.file(1) == mixed / "c.png"
+    assert index.file(1) == indexed / "c.png"
     assert [index.caption(row) for row in range(4)] == ["first", "ü", "swapped", "again"]
-    assert index.file_size[0] == (mixed / "a.mp4").stat().st_size
-    assert index.mtime_ns[0] == (mixed / "a.mp4").stat().st_mtime_ns
+    assert index.file_size[0] == (indexed / "a.mp4").stat().st_size
+    assert index.mtime_ns[0] == (indexed / "a.mp4").stat().st_mtime_ns
     dtypes = [index.kind.dtype, index.width.dtype, index.frames.dtype, index.fps.dtype, index.file_size.dtype]
     assert [str(dtype) for dtype in dtypes] == ["uint8", "int32", "int32", "float32", "int64"]
     problems = [(row, path, name) for row, path, name, detail in index.problems() if detail]
@@ -149,8 +165,8 @@ def test_the_files_are_measured_and_every_row_has_its_place(mixed: Path) -> None
     ]
 
 
-def test_what_metadata_and_files_disagree_about_is_counted(mixed: Path) -> None:
-    notes = "\n".join(build(mixed).notes)
+def test_what_metadata_and_files_disagree_about_is_counted(indexed: Path) -> None:
+    notes = "\n".join(build(indexed).notes)
     assert "1 rows: type differs from the content, the content wins (first: row 1)" in notes
     assert "1 rows: width or height differs from the file, the file wins (first: row 2)" in notes
     assert "1 rows: num_frames differs from the file, the file wins (first: row 2)" in notes
@@ -158,8 +174,8 @@ def test_what_metadata_and_files_disagree_about_is_counted(mixed: Path) -> None:
     assert "1 rows name a file that an earlier row names" in notes
 
 
-def test_the_summary_tells_counts_sizes_and_problems(mixed: Path) -> None:
-    lines = index_summary(build(mixed))
+def test_the_summary_tells_counts_sizes_and_problems(indexed: Path) -> None:
+    lines = index_summary(build(indexed))
     assert lines[0] == "9 rows, 4 usable"
     assert lines[1].startswith("1 images, mean side 23 / 23 / 23")
     assert "5 / 9 / 9 (least / median / most) frames" in lines[2]
@@ -197,14 +213,14 @@ def test_a_second_start_reads_no_media_and_parses_no_metadata(
     assert (looked_at, parsed) == ([], [])
 
 
-def test_only_what_changed_is_looked_at_again(mixed: Path, looked_at: list[str], parsed: list[Path]) -> None:
-    before = build(mixed)
+def test_only_what_changed_is_looked_at_again(indexed: Path, looked_at: list[str], parsed: list[Path]) -> None:
+    before = build(indexed)
     looked_at.clear()
     parsed.clear()
-    make_video(mixed / "b.mp4", frames=7)
-    make_image(mixed / "image.png").rename(mixed / "gone.mp4")
-    (mixed / "c.png").unlink()
-    after = build(mixed)
+    make_video(indexed / "b.mp4", frames=7)
+    make_image(indexed / "image.png").rename(indexed / "gone.mp4")
+    (indexed / "c.png").unlink()
+    after = build(indexed)
     assert sorted(looked_at) == ["b.mp4", "gone.mp4"]
     assert parsed == []
     assert (after.frames[2], after.width[2]) == (7, 64)
@@ -212,18 +228,18 @@ def test_only_what_changed_is_looked_at_again(mixed: Path, looked_at: list[str],
     assert after.fingerprint() != before.fingerprint()
     assert before.frames[2] == 5  # the old index is still mapped and whole
     looked_at.clear()
-    build(mixed)
+    build(indexed)
     assert looked_at == []
 
 
-def test_edited_metadata_is_parsed_and_known_files_are_kept(mixed: Path, looked_at: list[str]) -> None:
-    build(mixed)
+def test_edited_metadata_is_parsed_and_known_files_are_kept(indexed: Path, looked_at: list[str]) -> None:
+    build(indexed)
     looked_at.clear()
-    make_image(mixed / "new.png")
+    make_image(indexed / "new.png")
     write_metadata(
-        mixed, [{"file_path": "new.png"}, {"file_path": "b.mp4", "text": "other"}, {"file_path": "empty.mp4"}]
+        indexed, [{"file_path": "new.png"}, {"file_path": "b.mp4", "text": "other"}, {"file_path": "empty.mp4"}]
     )
-    index = build(mixed)
+    index = build(indexed)
     assert looked_at == ["new.png"]
     assert index.frames.tolist() == [1, 5, 0]
     assert index.problems() == [(2, "empty.mp4", "empty", "0 bytes")]
@@ -253,10 +269,10 @@ def test_a_folder_of_pairs_is_known_by_its_listing(tmp_path: Path, looked_at: li
     assert looked_at == ["a.png"]
 
 
-def test_a_moved_data_set_keeps_what_was_measured(mixed: Path, looked_at: list[str]) -> None:
-    fingerprint = build(mixed).fingerprint()
+def test_a_moved_data_set_keeps_what_was_measured(indexed: Path, looked_at: list[str]) -> None:
+    fingerprint = build(indexed).fingerprint()
     looked_at.clear()
-    moved = mixed.rename(mixed.with_name("moved"))
+    moved = indexed.rename(indexed.with_name("moved"))
     index = build(moved)
     assert looked_at == []
     assert index.fingerprint() == fingerprint
@@ -394,8 +410,8 @@ def test_a_killed_build_is_taken_up_where_it_was(tmp_path: Path, looked_at: list
     assert not partial.exists()
 
 
-def test_a_kill_while_writing_leaves_the_old_index_or_the_new(mixed: Path) -> None:
-    whole = build(mixed)
+def test_a_kill_while_writing_leaves_the_old_index_or_the_new(indexed: Path) -> None:
+    whole = build(indexed)
     path = whole.stored[0]
     code = f"""
         from pathlib import Path
@@ -414,17 +430,17 @@ def test_a_kill_while_writing_leaves_the_old_index_or_the_new(mixed: Path) -> No
         time.sleep(random.Random(number).uniform(0, 0.05))
         writer.kill()
         writer.communicate()
-        index = load_index(path, mixed)
+        index = load_index(path, indexed)
         assert dataclasses.replace(index, stored=None).fingerprint() == whole.fingerprint()
-    for left in mixed.glob(".*.tmp"):
+    for left in indexed.glob(".*.tmp"):
         os.utime(left, (0, 0))
     write_table(load_table(path), {"version": 1}, path)
-    assert list(mixed.glob(".*.tmp")) == []
+    assert list(indexed.glob(".*.tmp")) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "folder", "other_table"])
-def test_a_damaged_index_is_built_again(mixed: Path, damage: str) -> None:
-    whole = build(mixed)
+def test_a_damaged_index_is_built_again(indexed: Path, damage: str) -> None:
+    whole = build(indexed)
     path = whole.stored[0]
     fingerprint, content = whole.fingerprint(), path.read_bytes()
     if damage == "other_table":
@@ -437,13 +453,13 @@ def test_a_damaged_index_is_built_again(mixed: Path, damage: str) -> None:
         path.unlink()
         path.mkdir()
         with pytest.raises(Refusal) as caught:
-            build(mixed)
+            build(indexed)
         assert caught.value.exit_code == STORAGE
         return
     with pytest.raises(Refusal) as caught:
-        load_index(path, mixed)
+        load_index(path, indexed)
     assert caught.value.exit_code == STORAGE
-    assert build(mixed).fingerprint() == fingerprint
+    assert build(indexed).fingerprint() == fingerprint
 
 
 @settings(max_examples=100, deadline=None)
@@ -453,9 +469,9 @@ def test_a_flipped_byte_of_a_saved_index_breaks_no_process(
 ) -> None:
     folder = tmp_path_factory.mktemp("flip")
     path = folder / "index.arrow"
-    columns = Index.from_columns(kind=np.ones(3), width=np.ones(3), height=np.ones(3), frames=np.ones(3))
-    write_metadata(folder, [{"file_path": f"{i}.mp4"} for i in range(len(columns))])
-    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False}
+    row = {"type": "image", "width": 9, "height": 9}
+    write_metadata(folder, [{"file_path": f"{i}.png", **row} for i in range(3)])
+    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False, "trust_metadata": True}
     build_index(folder / "metadata.json", folder, path, **given)
     content = bytearray(path.read_bytes())
     content[at % len(content)] = value
@@ -476,6 +492,22 @@ def test_an_index_folder_that_takes_no_file_is_a_storage_refusal(mixed: Path) ->
             progress=False,
         )
     assert caught.value.exit_code == STORAGE
+
+
+def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, looked_at: list[str]) -> None:
+    fingerprint = load_index(indexed / "metadata.json.videox-index.arrow", indexed).fingerprint()
+    aside = indexed.with_name("aside")
+    aside.mkdir()
+    media = [path for path in indexed.iterdir() if path.suffix in (".mp4", ".png")]
+    for path in media:
+        path.rename(aside / path.name)
+    with pytest.raises(Refusal, match="none of its 6 files is there") as caught:
+        build(indexed)
+    assert caught.value.exit_code == DATA
+    for path in media:
+        (aside / path.name).rename(path)
+    assert build(indexed).fingerprint() == fingerprint
+    assert looked_at == []
 
 
 def test_faults_of_metadata_come_through_as_they_are(tmp_path: Path) -> None:
@@ -516,16 +548,16 @@ def test_the_fingerprint_depends_on_what_a_plan_depends_on() -> None:
 
 
 def test_a_copied_or_touched_data_set_has_the_same_fingerprint(
-    mixed: Path, tmp_path_factory: pytest.TempPathFactory
+    indexed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     copy = tmp_path_factory.mktemp("copy")
-    for path in mixed.iterdir():
+    for path in indexed.iterdir():
         shutil.copyfile(path, copy / path.name)
-    assert build(copy).fingerprint() == build(mixed).fingerprint()
+    assert build(copy).fingerprint() == build(indexed).fingerprint()
 
 
-def test_the_stored_fingerprint_is_the_computed_one(mixed: Path) -> None:
-    index = build(mixed)
+def test_the_stored_fingerprint_is_the_computed_one(indexed: Path) -> None:
+    index = build(indexed)
     assert index.fingerprint() == dataclasses.replace(index, stored=None).fingerprint()
 
 

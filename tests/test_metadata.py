@@ -139,6 +139,12 @@ def test_a_row_with_a_fault_keeps_its_number_and_has_one_problem(tmp_path: Path)
     pa.array(metadata.file_path + metadata.text)  # all of it can be stored
 
 
+def test_unnamed_columns_at_the_end_of_a_csv_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("file_path,text,,\na.mp4,b,,\n")
+    assert (read(path).file_path, read(path).text) == (["a.mp4"], ["b"])
+
+
 def test_a_csv_row_without_a_path_is_the_rows_own_problem(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("file_path,text\r\n,a\r\n\r\nb.mp4,\r\n", newline="")

@@ -382,7 +382,10 @@ class _Wandb:
         del first_step  # there each start is a run of its own
         self.errors = (OSError, wandb.errors.Error)
         logging_dir.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(dir=str(logging_dir), project=project, config=dict(settings))
+        try:
+            self._run = wandb.init(dir=str(logging_dir), project=project, config=dict(settings))
+        except wandb.errors.Error as error:  # not logged in, no network
+            raise OSError(str(error)) from error
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from videox.data.media import MAX_PIXELS, BadMedia, MediaInfo, check_pixels, open_container, raise_for_system
@@ -44,6 +43,8 @@ def resize_cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     Raises:
         BadMedia: too_small, for a strip so thin that covering would take more than MAX_PIXELS pixels.
     """
+    import torch  # here, since the index's child processes look at sizes only and would load it for nothing
+
     full_height, full_width = cover_size(frame.shape[0], frame.shape[1], height, width)
     if full_height * full_width > max(MAX_PIXELS, 4 * height * width):
         raise BadMedia("too_small", f"{frame.shape[1]}x{frame.shape[0]} would grow to {full_width}x{full_height}")

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from videox.data.formats import folder_listing
 from videox.data.index_file import (
     FINGERPRINTED,
     IMAGE,
@@ -35,7 +36,7 @@ from videox.data.index_file import (
     usable_of,
     write_table,
 )
-from videox.data.metadata import confine, folder_listing, read_metadata
+from videox.data.metadata import confine, read_metadata
 from videox.data.probing import DEADLINE
 from videox.data.survey import Files, contradictions, look, rows_of_metadata, rows_of_saved, size_and_time
 from videox.errors import STORAGE, Refusal
@@ -184,7 +185,7 @@ def build_index(
         deadline: seconds that one file may take before it becomes a "timeout".
 
     Raises:
-        Refusal: as `read_metadata`; exit code 5 where the index cannot be written.
+        Refusal: as `read_metadata`; exit code 3 where not one file is there, 5 where the index cannot be written.
     """
     options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": allow_outside_data_dir}
     saved = load_table(index_path)
@@ -201,6 +202,7 @@ def build_index(
     partial = index_path.with_name(f"{index_path.name}.partial")
     files = Files(rows, data_dir, saved if known else None)
     files.survey([table for table in (saved, load_table(partial)) if table is not None], trust_metadata)
+    files.refuse_all_missing(metadata_path)
     if (known and len(files.unseen())) or files.renamed:
         confine(files.unseen_by_row(), data_dir, metadata_path, allow_outside_data_dir=allow_outside_data_dir)
     look(files, partial, workers=workers, progress=progress, deadline=deadline)

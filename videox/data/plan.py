@@ -1,8 +1,8 @@
 """Serves sampler, resume and dry run: the schedule as a pure function of columns, settings, seed and epoch. No torch.
 
 An epoch is a list of optimizer steps; a step is G slots, a slot one or more micro-batches, a micro-batch samples
-of one bucket. G is fixed at first launch, so that the same steps run at any world size which divides it. Whatever a sample
-needs (bucket, clip start, key of its random draws, share of the loss) is known before any file is opened.
+of one bucket. G is fixed at first launch, so that the same steps run at any world size which divides it. Whatever a
+sample needs (bucket, clip start, key of its random draws, share of the loss) is known before any file is opened.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class PlanSettings:
     """Every setting that the schedule depends on besides the columns.
 
     batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" or
-    "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for validation;
-    cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S.
+    "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for
+    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S.
     """
 
     policy: SizePolicy

@@ -33,6 +33,7 @@ from videox.data.index_file import (
 from videox.data.media import BadMedia
 from videox.data.metadata import ROW_PROBLEMS, Metadata
 from videox.data.probing import Answer, probe_each
+from videox.errors import DATA, Refusal
 
 _KINDS = {"image": IMAGE, "video": VIDEO, "": UNKNOWN}
 _LOOK_AGAIN = ("timeout", "crashed", "unreadable")  # mended, they may keep their size and time
@@ -76,6 +77,17 @@ class Files:
             self._stat()
             for table in tables:
                 self._reuse(table, unchanged_only=True)
+
+    def refuse_all_missing(self, metadata_path: Path) -> None:
+        """Refuses a data folder that holds none of the files, before what is saved of them is given up.
+
+        Raises:
+            Refusal: exit code 3.
+        """
+        named = [number for number, path in enumerate(self.paths) if path]
+        if named and all(self.problem[number] == "missing" for number in named):
+            what = f"none of its {len(named)} files is there (first: {self.full_path(named[0])!r})"
+            raise Refusal(str(metadata_path), what, "check train_data_dir, and that its disk is mounted", DATA)
 
     def unseen(self) -> np.ndarray:
         """Returns the numbers of the files that must be looked at."""
