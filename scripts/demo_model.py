@@ -1,16 +1,32 @@
-"""Serves the demo and the tests: a small Wan2.1 of the real diffusers classes, with random weights and no download."""
+"""Serves the demo and the tests: small Wan2.1 of the real diffusers classes, with random weights and no download."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2: where UMT5's tokenizer has its padding and end
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a word's beginning
@@ -61,8 +77,15 @@ def build_tokenizer() -> T5TokenizerFast:
     )
 
 
-def build_wan_t2v(
-    folder: Path,
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights made inside depend on the seed alone; torch's global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def wan_components(
     *,
     heads: int = 2,
     head_dim: int = 12,
@@ -73,15 +96,16 @@ def build_wan_t2v(
     vae_dim: int = 3,
     flow_shift: float = 3.0,
     seed: int = 0,
-) -> Path:
-    """Writes a text-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+    condition_channels: int = 0,
+    image_dim: int | None = None,
+) -> dict[str, Any]:
+    """Returns what both Wan2.1 pipelines have, with random weights in float32, by the names of their arguments.
 
     The structure is the published one (16 latent channels, 4x8x8 compression, patches of 1x2x2, UMT5 text encoder,
     flow-matching UniPC scheduler); only widths and depths are small. The defaults give about 28 thousand parameters
-    in the transformer, in float32. torch's global random state is left as it was.
+    in the transformer.
 
     Args:
-        folder: created if need be; model_index.json and one folder per component are written into it.
         heads: attention heads of the transformer; its width is heads * head_dim.
         head_dim: channels per head, even and at least 6 (rotary embeddings split it over time, height and width).
         layers: transformer blocks.
@@ -91,11 +115,11 @@ def build_wan_t2v(
         vae_dim: base channels of the video autoencoder.
         flow_shift: the scheduler's timestep shift.
         seed: of the random weights; equal arguments give equal files.
+        condition_channels: channels that the transformer takes beside the 16 noisy ones.
+        image_dim: width of the image embeddings that the transformer attends to; None for none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(tokenizer),
@@ -122,7 +146,7 @@ def build_wan_t2v(
             patch_size=(1, 2, 2),
             num_attention_heads=heads,
             attention_head_dim=head_dim,
-            in_channels=16,
+            in_channels=16 + condition_channels,
             out_channels=16,
             text_dim=text_dim,
             freq_dim=256,
@@ -130,15 +154,90 @@ def build_wan_t2v(
             num_layers=layers,
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
+            image_dim=image_dim,
+            added_kv_proj_dim=None if image_dim is None else heads * head_dim,
             rope_max_seq_len=1024,
         )
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
-    WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
-    ).save_pretrained(folder)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "transformer": transformer,
+        "scheduler": scheduler,
+    }
+
+
+def build_wan_t2v(folder: Path, **sizes: int | float) -> Path:
+    """Writes a text-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+
+    Args:
+        folder: created if need be; model_index.json and one folder per component are written into it.
+        sizes: keywords of wan_components, the seed among them.
+    """
+    WanPipeline(**wan_components(**sizes)).save_pretrained(folder)
     return folder
+
+
+def build_wan_i2v(
+    folder: Path,
+    *,
+    image_embedder: bool = True,
+    image_dim: int = 32,
+    image_layers: int = 2,
+    image_size: int = 56,
+    seed: int = 0,
+    **sizes: int | float,
+) -> Path:
+    """Writes an image-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+
+    Beside the 16 noisy channels the transformer takes 4 of the mask and 16 of the encoded condition. The published
+    models also attend to a CLIP image embedding; there is a published kind without it as well.
+
+    Args:
+        folder: created if need be; model_index.json and one folder per component are written into it.
+        image_embedder: whether there is a CLIP image encoder. Without one, model_index.json has null for it and for
+            its processor, and the transformer has no weights for it.
+        image_dim: width of the image encoder and of its embeddings, a multiple of 2.
+        image_layers: layers of the image encoder, at least 2: the embeddings are those before the last layer.
+        image_size: side in pixels of the image that the encoder sees, a multiple of its patches' 14; 224, as
+            published, gives 257 tokens.
+        seed: of the random weights; equal arguments give equal files.
+        sizes: other keywords of wan_components.
+    """
+    components = wan_components(
+        condition_channels=20, image_dim=image_dim if image_embedder else None, seed=seed, **sizes
+    )
+    if image_embedder:
+        with seeded(seed):
+            components["image_encoder"] = CLIPVisionModel(
+                clip_vision_config(width=image_dim, layers=image_layers, image_size=image_size)
+            )
+        components["image_processor"] = clip_image_processor(image_size)
+    WanImageToVideoPipeline(**components).save_pretrained(folder)
+    return folder
+
+
+def clip_vision_config(*, width: int, layers: int, image_size: int) -> CLIPVisionConfig:
+    """Returns a CLIP image encoder's configuration: patches of 14 x 14 pixels, as published."""
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=14,
+    )
+
+
+def clip_image_processor(image_size: int) -> CLIPImageProcessor:
+    """Returns CLIP's preprocessing: shortest side to image_size, centre crop, CLIP's mean and deviation."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
 
 
 def calibrate_latents(folder: Path, clips: torch.Tensor) -> None:
@@ -148,7 +247,7 @@ def calibrate_latents(folder: Path, clips: torch.Tensor) -> None:
     the unit variance that flow matching assumes.
 
     Args:
-        folder: as returned by build_wan_t2v; vae/config.json is written anew.
+        folder: as returned by build_wan_t2v or build_wan_i2v; vae/config.json is written anew.
         clips: [N, 3, T, H, W] float in [-1, 1].
     """
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")

@@ -285,7 +285,9 @@ def differences(output_dir: Path, unbroken: Path, last_step: int) -> list[str]:
     said = []
     if [line["step"] for line in found] != list(range(1, last_step + 1)):
         said.append(f"steps {[line['step'] for line in found]}")
-    said += [f"metrics of step {a['step']}: {b} instead of {a}" for a, b in zip(expected, found, strict=False) if a != b]
+    said += [
+        f"metrics of step {a['step']}: {b} instead of {a}" for a, b in zip(expected, found, strict=False) if a != b
+    ]
     for folder in (f"checkpoint-{last_step}", "transformer"):
         a, b = (_content(root / folder) for root in (unbroken, output_dir))
         said += [f"{folder}/{name}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]

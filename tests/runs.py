@@ -1,4 +1,4 @@
-"""Serves the tests of the trainers: a run of the script in this process, a real launch, and what either left behind."""
+"""Serves the tests of the trainers: a run of the script in this process, a real launch, and what either left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,10 +21,12 @@ import numpy as np
 import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import WanTransformer3DModel
+from diffusers.optimization import get_scheduler
 from safetensors import safe_open
 
+from videox.jsonl import read_lines
 from videox.lifecycle import run_script
-from videox.metrics import read_lines
 
 ROOT = tiny.ROOT
 WAN = "scripts/wan2.1/train.py"
@@ -35,7 +38,7 @@ WAN_PLAIN: Mapping[str, object] = {
     "video_sample_size": 64,
     "token_sample_size": 64,
     "video_sample_stride": 2,
-    "video_sample_n_frames": 9,
+    "video_sample_n_frames": 13,
     "train_batch_size": 1,
     "video_repeat": 1,
     "gradient_accumulation_steps": 1,
@@ -157,6 +160,49 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def replay(
+    model: Path,
+    steps: Sequence[Sequence[Dump]],
+    *,
+    limits: Sequence[float] | None = None,
+    learning_rate: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 3e-2,
+    epsilon: float = 1e-10,
+    warm_up: int = 0,
+) -> tuple[WanTransformer3DModel, list[float], list[float]]:
+    """Trains an untouched transformer on dumped tensors by torch and diffusers alone, at the published settings.
+
+    Args:
+        model: folder of the model that the run began with.
+        steps: the dumped micro-batches of each optimizer step.
+        limits: gradient norm that each step may have (None = 0.05 in all of them).
+        warm_up: steps.
+
+    Returns:
+        The transformer, the loss and the gradient norm before clipping of each step.
+    """
+    transformer = WanTransformer3DModel.from_pretrained(model / "transformer").train()
+    parameters = list(transformer.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warm_up)
+    losses, norms = [], []
+    for limit, step in zip(limits or [0.05] * len(steps), steps, strict=True):
+        losses.append(0.0)
+        for dump in step:
+            noisy, text = dump["model.hidden_states"], dump["model.encoder_hidden_states"]
+            velocity = transformer(noisy, dump["timestep"], text).sample
+            error = torch.nn.functional.mse_loss(velocity, dump["target"], reduction="none")
+            loss = (error.mean(dim=(1, 2, 3, 4)) * dump["weight"]).sum()
+            loss.backward()
+            losses[-1] += loss.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+    return transformer, losses, norms
+
+
 @contextlib.contextmanager
 def untouched_process() -> Iterator[None]:
     """Puts back what a run leaves in a process: accelerate's shared state, environment, generators, switches."""
@@ -173,7 +219,8 @@ def untouched_process() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)
-        gc.collect()  # the loader's workers end with their loader
+        if multiprocessing.active_children():
+            gc.collect()  # the loader's workers end with their loader
 
 
 def train(argv: Sequence[str], trainer: ModuleType | None = None) -> Outcome:

@@ -21,9 +21,9 @@ from PIL import Image, ImageFont
 
 from videox.preview import (
     GAP,
+    LINE,
     SHEET_ENTRIES,
-    THUMB_HEIGHT,
-    THUMB_WIDTH,
+    THUMB_SIDE,
     BatchSample,
     SheetEntry,
     _font,
@@ -123,9 +123,11 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):
     for frames in (tiny.moving_square(5, 64, 64), tiny.moving_square(1, 64, 64)):
         with pytest.raises(OSError, match="file"):
             write_clip(tmp_path / "file" / "clip.mp4", frames, 16)
-    (tmp_path / ".clip.mp4").mkdir()
-    with pytest.raises(OSError, match=r"clip\.mp4"):
-        write_clip(tmp_path / "clip.mp4", tiny.moving_square(5, 64, 64), 16)
+    (tmp_path / "clip.mp4").mkdir()
+    for name in ("clip.mp4", "x" * 250 + ".mp4"):  # a folder; a name too long for anything beside it
+        with pytest.raises(OSError, match=name):
+            write_clip(tmp_path / name, tiny.moving_square(5, 64, 64), 16)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 NASTY = 'a "cat"\n\x1b[31m in the rain \u202e\x00 ../../etc/passwd <b>&amp;</b> \ud800 é'
@@ -152,12 +154,12 @@ def test_the_first_batch_can_be_looked_at(tmp_path):
 
 
 def cell(sheet: np.ndarray, top: int, position: int) -> np.ndarray:
-    left = GAP + position * (THUMB_WIDTH + GAP)
-    return sheet[top : top + THUMB_HEIGHT, left : left + THUMB_WIDTH].astype(float)
+    left = GAP + position * (THUMB_SIDE + GAP)
+    return sheet[top : top + THUMB_SIDE, left : left + THUMB_SIDE].astype(float)
 
 
 def test_the_sheet_has_first_middle_and_last_frame_and_text_under_them(tmp_path):
-    frames = np.zeros((9, THUMB_HEIGHT, THUMB_WIDTH, 3), np.uint8)
+    frames = np.zeros((9, THUMB_SIDE, THUMB_SIDE, 3), np.uint8)
     frames[:, :, :, 0] = np.arange(9)[:, None, None] * 25
     path = write_contact_sheet(
         tmp_path / "sheet.png", [SheetEntry(frames, "row 5", "a red picture that grows bright")]
@@ -168,17 +170,34 @@ def test_the_sheet_has_first_middle_and_last_frame_and_text_under_them(tmp_path)
         [100, 0, 0],
         [200, 0, 0],
     ]
-    text = sheet[GAP + THUMB_HEIGHT :]
+    text = sheet[GAP + THUMB_SIDE :]
     assert 100 < (text.sum(axis=2) < 300).sum() < text.shape[0] * text.shape[1] / 5
     without = write_contact_sheet(tmp_path / "other.png", [SheetEntry(frames, "row 5", "a red picture")])
     assert not np.array_equal(np.asarray(Image.open(without)), sheet)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sides=st.lists(st.tuples(st.integers(4, 40), st.integers(4, 40)), min_size=1, max_size=4))
+def test_each_row_of_a_sheet_is_as_high_as_its_own_pictures(tmp_path_factory, sides):
+    frames = [np.full((1, height, width, 3), 90, np.uint8) for height, width in sides]
+    path = tmp_path_factory.mktemp("sheet") / "sheet.png"
+    sheet = np.asarray(Image.open(write_contact_sheet(path, [SheetEntry(f, "", "i") for f in frames])))
+    filled = (sheet == 90).all(axis=2)
+    starts = np.flatnonzero(filled[1:, GAP] & ~filled[:-1, GAP]) + 1
+    heights = [int(np.argmin(filled[start:, GAP])) for start in starts]
+    widths = [int(np.argmin(filled[start, GAP:])) for start in starts]
+    assert [max(pair) for pair in zip(heights, widths, strict=True)] == [THUMB_SIDE] * len(sides)
+    for (height, width), pair in zip(sides, zip(heights, widths, strict=True), strict=True):
+        assert min(pair) == pytest.approx(THUMB_SIDE * min(height, width) / max(height, width), abs=1)
+    assert np.diff(starts).tolist() == [h + 2 * LINE + 3 * GAP for h in heights[:-1]] and starts[0] == GAP
+    assert len(sheet) == starts[-1] + heights[-1] + 2 * LINE + 3 * GAP
 
 
 def test_sheets_of_many_and_of_odd_shapes(tmp_path):
     tall, wide = np.full((1, 992, 256, 3), 9, np.uint8), np.full((2, 256, 992, 3), 9, np.uint8)
     entries = [SheetEntry(tall, "tall", ""), SheetEntry(wide, "wide", "x" * 10**6)] * SHEET_ENTRIES
     sheet = Image.open(write_contact_sheet(tmp_path / "sheet.png", entries))
-    assert sheet.width < 1800 and sheet.height < 10000
+    assert sheet.width < 1800 and sheet.height < 12000
     few = Image.open(write_contact_sheet(tmp_path / "few.png", entries[:SHEET_ENTRIES]))
     assert few.height < sheet.height
     with pytest.raises(ValueError, match="at least one"):
@@ -259,13 +278,9 @@ def test_the_curves_are_drawn_with_gaps_torn_lines_and_without_validation(tmp_pa
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
 
 
-def test_without_a_step_or_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch, caplog):
-    out = tmp_path / "loss.png"
-    assert not plot_losses(tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", out)
-    metrics = write_lines(tmp_path / "metrics.jsonl", [step_line(1, 0.5)])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not plot_losses(metrics, tmp_path / "absent.jsonl", out)
-    assert "pip install matplotlib" in caplog.text and not out.exists()
+def test_without_a_step_nothing_is_drawn(tmp_path):
+    assert not plot_losses(tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", tmp_path / "loss.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import nn
 
 from videox.flow_matching import keyed_noise
-from videox.metrics import read_lines
-from videox.preview import THUMB_WIDTH
+from videox.jsonl import read_lines
+from videox.preview import THUMB_SIDE
 from videox.validation import (
     HeldOut,
     ValidationLoss,
     append_validation,
+    change_since_first,
     fixed_sigmas,
     sample_clips,
     undisturbed,
@@ -236,6 +237,23 @@ def test_the_line_of_validation_jsonl(tmp_path):
     assert json.loads(path.read_bytes().splitlines()[0])["step"] == 0
 
 
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.5], ""),
+        ([0.5, 0.4, 0.2025], " (-59.5 % since step 0)"),
+        ([0.5, 0.6], " (+20.0 % since step 0)"),
+        ([0.5, math.nan], ""),
+        ([math.inf, 0.5], ""),
+    ],
+)
+def test_a_loss_is_compared_with_the_first_of_the_run(tmp_path, losses, said):
+    path = tmp_path / "validation.jsonl"
+    for step, loss in enumerate(losses):
+        append_validation(path, 20 * step, ValidationLoss(loss, (), ()))
+    assert change_since_first(path) == said
+
+
 def test_clips_are_sampled_at_the_right_rate_and_leave_no_trace(pipeline, tmp_path):
     pipeline.set_progress_bar_config(desc="mine", disable=True)
     pipeline.scheduler.set_timesteps(7)
@@ -252,7 +270,7 @@ def test_clips_are_sampled_at_the_right_rate_and_leave_no_trace(pipeline, tmp_pa
             stream = container.streams.video[0]
             shapes = [frame.to_ndarray(format="rgb24").shape for frame in container.decode(stream)]
             assert (shapes, stream.average_rate) == ([(32, 48, 3)] * 5, 16)
-    assert Image.open(result.paths[2]).size[0] > 3 * THUMB_WIDTH
+    assert Image.open(result.paths[2]).size[0] > 3 * THUMB_SIDE
     assert global_states() == before
     assert pipeline.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
     assert pipeline._progress_bar_config == {"desc": "mine", "disable": True} and dict(pipeline.config) == config

@@ -395,6 +395,14 @@ def test_resizer_equals_the_float_formula_and_pillow(source_height, source_width
     assert np.abs(got - by_pillow).max() <= 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_read_only_frame_is_scaled_without_a_warning_and_left_alone():
+    frame = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    expected, before = resize_cover(frame, 4, 4), frame.copy()
+    frame.setflags(write=False)
+    assert np.array_equal(resize_cover(frame, 4, 4), expected) and np.array_equal(frame, before)
+
+
 def saved(path, image, **how):
     image.save(path, **how)
     return read_image(path, image.height, image.width)[0]

@@ -8,22 +8,22 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from videox.data.buckets import SizePolicy
-from videox.data.index import Index, build_index, load_index
-from videox.data.plan import PlanSettings
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
-from videox.lifecycle import main_first
 from videox.optim import SCHEDULES
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PATHS = (
+    "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
+    "resume_from_checkpoint",
+)  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
@@ -58,16 +58,21 @@ class Parser(argparse.ArgumentParser):
         Raises:
             Refusal: a flag that is gone, unknown, misspelt or out of range.
         """
-        words = [word.split("=", 1)[0] for word in (argv if argv is not None else self._command_line())]
-        for word in words:
-            if word.startswith("--") and word[2:] in GONE:
+        words = list(argv if argv is not None else self._command_line())
+        # before argparse, which would rather say that the flag meant is missing; a value such as "--a dog" has a space
+        for word in (word.split("=", 1)[0] for word in words if word.startswith("--") and " " not in word):
+            if word[2:] in GONE:
                 raise Refusal(word, "is gone", GONE[word[2:]])
-        args, unknown = self.parse_known_args(argv)
+            if word not in self._option_string_actions:
+                raise self._unknown(word)
+        args, unknown = self.parse_known_args(words)
         if unknown:
-            word = unknown[0].split("=", 1)[0]
-            near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
-            raise Refusal(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
+            raise self._unknown(unknown[0].split("=", 1)[0])
         return args
+
+    def _unknown(self, word: str) -> Refusal:
+        near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
+        return Refusal(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
 
     @staticmethod
     def _command_line() -> list[str]:
@@ -85,8 +90,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
                 f"{text!r} is not a whole number" if kind is int else f"{text!r} is no number"
             ) from why
         if not low <= value <= high or (math.isinf(value)):
-            top = "" if math.isinf(high) else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is outside {low:g}{top or ' or more'}")
+            bottom, top = (str(bound) if kind is int else f"{bound:g}" for bound in (low, high))
+            reach = "or more" if math.isinf(high) else f"to {top}"
+            raise argparse.ArgumentTypeError(f"{text} is outside {bottom} {reach}")
         return value
 
     return parse
@@ -166,11 +172,11 @@ def add_shapes(parser: Parser) -> None:
     add("--vae_sample_mode", choices=("sample", "mode"), default="sample", help="posterior: drawn by key, or its mean")
 
 
-def add_training(parser: Parser) -> None:
-    """Adds the flags of the optimizer step."""
+def add_training(parser: Parser, modes: Sequence[str]) -> None:
+    """Adds the flags of the optimizer step; modes: values of train_mode that the family has."""
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--train_mode", choices=("normal",), default="normal", help="normal = text-to-video")
+    add("--train_mode", choices=tuple(modes), default="normal", help="normal = text-to-video; must fit the model")
     add(
         "--trainable_modules",
         nargs="+",
@@ -250,11 +256,11 @@ def add_training(parser: Parser) -> None:
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
         default="none",
-        help="timestep density without uniform_sampling, and loss weight",
+        help="timestep density without uniform_sampling, and loss weight (none = even draws, weight 1)",
     )
     add("--logit_mean", type=number(float, -20, 20), default=0.0, help="of logit_normal")
     add("--logit_std", type=number(float, 1e-6, 20), default=1.0, help="of logit_normal")
-    add("--mode_scale", type=number(float, -2, 2), default=1.29, help="of mode")
+    add("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="of mode")
     add("--motion_sub_loss", action="store_true", help="mix in the error of frame-to-frame change (off = none)")
     add("--motion_sub_loss_ratio", type=SHARE, default=0.25, help="its share, 0 to 1")
     add("--low_vram", action="store_true", help="encoders are on the GPU only while used (off = they stay)")
@@ -272,7 +278,7 @@ def add_run(parser: Parser) -> None:
     add = group.add_argument
     add("--output_dir", default="sd-model-finetuned", help="folder of everything that the run writes")
     add("--logging_dir", default="logs", help="tracker's folder inside output_dir")
-    add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, none")
+    add("--report_to", default="tensorboard", help="tracker: tensorboard or wandb (none = off)")
     add("--tracker_project_name", default="videox", help="name of the run in the tracker")
     add(
         "--checkpointing_steps",
@@ -295,6 +301,7 @@ def add_run(parser: Parser) -> None:
         help="rows kept out of training for the validation loss (0 = off)",
     )
     add("--validation_prompts", nargs="+", default=[], help="prompts to sample clips from (empty = off)")
+    add("--validation_paths", nargs="+", default=[], help="images that these clips start from (empty = text-to-video)")
     add("--validation_steps", type=COUNT, default=2000, help="steps from one validation to the next")
     add("--validation_epochs", type=COUNT_OR_ZERO, default=5, help="epochs from one validation to the next (0 = off)")
     add(
@@ -306,7 +313,7 @@ def add_run(parser: Parser) -> None:
     )
 
 
-def size_policy(args: argparse.Namespace) -> SizePolicy:
+def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
     """Returns the flags that decide sizes; raises Refusal when they contradict each other."""
     return SizePolicy(
         video_sample_size=args.video_sample_size,
@@ -320,6 +327,7 @@ def size_policy(args: argparse.Namespace) -> SizePolicy:
         random_frame_crop=args.random_frame_crop,
         random_ratio_crop=args.random_ratio_crop,
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
+        min_frames=min_frames,
     )
 
 
@@ -339,6 +347,13 @@ def check(args: argparse.Namespace) -> None:
             raise Refusal(
                 f"--{marker}", "the launcher does not run it", f"add --{marker} to accelerate launch, or drop it here"
             )
+    for flag in PATHS:
+        if path := getattr(args, flag):
+            refuse_impossible(f"--{flag}", path)
+    wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
+    if len(args.validation_paths) != wanted:
+        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"
+        raise Refusal("--validation_paths", what, "give one image for each of --validation_prompts in i2v and inpaint")
     output = Path(args.output_dir).resolve()
     data = data_dir(args).resolve()
     for flag, taken in (
@@ -351,63 +366,15 @@ def check(args: argparse.Namespace) -> None:
         raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
 
 
+def refuse_impossible(flag: str, path: str) -> None:
+    """Raises Refusal for a path that the file system cannot even be asked about: too long, or a loop of links."""
+    try:
+        Path(path).resolve().exists()
+    except (OSError, RuntimeError) as why:
+        raise Refusal(flag, f"{path} cannot be looked up ({why})", "give another path") from why
+
+
 def data_dir(args: argparse.Namespace) -> Path:
     """Returns the folder that file_path entries are relative to."""
     meta = Path(args.train_data_meta)
     return Path(args.train_data_dir) if args.train_data_dir else (meta if meta.is_dir() else meta.parent)
-
-
-def index_path(args: argparse.Namespace) -> Path:
-    """Returns where the index is kept: beside the metadata, or in output_dir where that folder is read-only."""
-    meta = Path(args.train_data_meta).resolve()
-    name = f"{meta.name}.videox-index.arrow"
-    return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
-
-
-def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[Any], list[Any]]) -> Index:
-    """Returns the index, brought up to date by the main process and mapped by the others."""
-    build = partial(
-        build_index,
-        Path(args.train_data_meta),
-        data_dir(args),
-        index_path(args),
-        allow_outside_data_dir=args.allow_outside_data_dir,
-        workers=max(args.dataloader_num_workers, 1),
-        progress=True,
-    )
-    main_first(build, is_main=is_main, gather=gather)
-    return load_index(index_path(args), data_dir(args))
-
-
-def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
-    """Returns whether to validate after `step` optimizer steps; epochs: how many just ended, 0 in the midst of one."""
-    by_epoch = epochs > 0 and args.validation_epochs > 0 and epochs % args.validation_epochs == 0
-    return by_epoch or step % args.validation_steps == 0
-
-
-def plan_settings(args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int) -> PlanSettings:
-    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
-    return PlanSettings(
-        policy=size_policy(args),
-        batch_size=args.train_batch_size,
-        slots=slots,
-        seed=seed,
-        slot_fill=args.slot_fill,
-        video_repeat=args.video_repeat,
-        held_out=args.validation_rows,
-        cost_linear=cost[0],
-        cost_quadratic=cost[1],
-    )
-
-
-def notes(args: argparse.Namespace) -> list[str]:
-    """Returns lines on flags that are taken otherwise than a user may think."""
-    lines, policy = [], size_policy(args)
-    if policy.token_length and policy.image_sample_size < policy.video_sample_size:
-        given = (
-            f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
-        )
-        lines.append(f"{given}: sizes run from {policy.low} to {policy.high} all the same")
-    if os.environ.get("NCCL_P2P_DISABLE") == "1" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        lines.append("NCCL_P2P_DISABLE=1 turns NVLink off: unset it on a single machine")
-    return lines

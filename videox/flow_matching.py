@@ -76,7 +76,10 @@ def loss_weights(sigmas: torch.Tensor, scheme: str) -> torch.Tensor:
 
 
 def velocity_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns each sample's weighted mean squared error over all latent elements: float32 [B]."""
+    """Returns each sample's weighted mean squared error over all latent elements: float32 [B].
+
+    Where leading frames are given to the model, the caller leaves them out of prediction and target.
+    """
     return (prediction.float() - target.float()).square().flatten(1).mean(1) * weights
 
 

@@ -34,6 +34,11 @@ class Purpose(IntEnum):
     HELD_OUT = 15
     VALIDATION = 16
     MODEL = 17
+    MASK_FAMILY = 18
+    MASK_FRAME = 19
+    MASK_SHARE = 20
+    MASK_BOX = 21
+    CONDITION_DROP = 22
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from videox.checkpoint import Resume, hold, resolve_resume, sweep
 from videox.errors import BUG, STORAGE, Refusal
-from videox.metrics import RunStatus, read_status
+from videox.run_folder import Resume, hold, resolve_resume, sweep
+from videox.status import RunStatus, read_status
 from videox.weights import SaveFailed
 
 

@@ -24,6 +24,7 @@ class RestingModule:
         self.module = module
         self.device = device
         self.rests = rests
+        self._uses = 0
         if not rests:
             module.to(device)
             return
@@ -34,13 +35,15 @@ class RestingModule:
 
     @contextmanager
     def awake(self) -> Iterator[torch.nn.Module]:
-        """Yields the module on its device; afterwards a resting module holds no device memory."""
-        if self.rests:
-            for tensor, resting in self._resting:
-                tensor.data = resting.to(self.device, non_blocking=True)
+        """Yields the module on its device; after the outermost use a resting module holds no device memory."""
+        self._uses += 1
         try:
+            if self.rests and self._uses == 1:
+                for tensor, resting in self._resting:
+                    tensor.data = resting.to(self.device, non_blocking=True)
             yield self.module
         finally:
-            if self.rests:
+            self._uses -= 1
+            if self.rests and not self._uses:
                 for tensor, resting in self._resting:
                     tensor.data = resting

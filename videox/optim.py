@@ -71,7 +71,8 @@ def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], 
     """Returns the learning rate's factor as a function of the optimizer step, counted from 0.
 
     The formulas are diffusers'; only their scheduler object is left out, since accelerate would step it once per
-    process, and a resumed run would have to restore it. With warm-up, step 0 has the factor 0.
+    process, and a resumed run would have to restore it. With warm-up, step 0 has the factor 0. The end of "polynomial"
+    is a share, 1e-7, of the learning rate: a rate below diffusers' own end would be an error there.
     """
     nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     lambdas = get_scheduler(name, nothing, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas

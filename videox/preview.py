@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import av
@@ -16,11 +15,14 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-logger = logging.getLogger(__name__)
+from videox.files import replacing, write_json_atomically
+from videox.jsonl import read_lines
 
-THUMB_WIDTH, THUMB_HEIGHT = 256, 192  # pixels of a contact sheet's pictures
+THUMB_SIDE = 256  # pixels, the longer side of a contact sheet's pictures
 GAP = 8
+CELL_WIDTH = 3 * THUMB_SIDE + 2 * GAP
 FONT_SIZE = 15
+LINE = round(FONT_SIZE * 1.35)
 CAPTION_LINES = 3
 LONGEST = 5000  # characters of a caption that are looked at; it may be megabytes, and the lines hold far fewer
 SHEET_ENTRIES = 64  # more would make a sheet that no viewer opens
@@ -55,14 +57,11 @@ def write_clip(path: Path, frames: np.ndarray, fps: float) -> Path:
         raise ValueError(f"sides {height}x{width} are not even, as 4:2:0 needs them")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"the rate is {fps} frames per second, not above 0")
-    aside = path.with_name(f".{path.name}")
     try:
-        _encode(aside, frames, Fraction(fps).limit_denominator(1001))
-        aside.replace(path)
+        with replacing(path) as aside:
+            _encode(aside, frames, Fraction(fps).limit_denominator(1001))
     except av.FFmpegError as error:  # its classes are not all OSErrors
         raise OSError(f"{path} cannot be encoded: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -84,12 +83,8 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def _save_png(path: Path, picture: Image.Image) -> Path:
-    aside = path.with_name(f".{path.name}")
-    try:
+    with replacing(path) as aside:
         picture.save(aside, format="PNG")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -151,9 +146,7 @@ def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
             }
         )
     listing = folder / "batch.json"
-    aside = folder / ".batch.json"
-    aside.write_text(json.dumps(records, indent=1) + "\n", encoding="ascii")
-    aside.replace(listing)
+    write_json_atomically(listing, records)
     return [*paths, listing, write_contact_sheet(folder / "contact_sheet.png", entries)]
 
 
@@ -169,6 +162,8 @@ class SheetEntry:
 def write_contact_sheet(path: Path, entries: Sequence[SheetEntry]) -> Path:
     """Writes a PNG with the first, middle and last frame of each clip, its title and its caption under them.
 
+    Each row is as high as its own pictures and captions, the pictures of a row stand on one line.
+
     Args:
         path: the .png to write; its folder is made.
         entries: at least one; after SHEET_ENTRIES of them the rest is only counted.
@@ -179,46 +174,63 @@ def write_contact_sheet(path: Path, entries: Sequence[SheetEntry]) -> Path:
     """
     if not entries:
         raise ValueError("a contact sheet needs at least one clip")
-    shown = entries[:SHEET_ENTRIES]
-    columns = 1 if len(shown) <= 4 else 2
-    rows = math.ceil(len(shown) / columns)
-    line = round(FONT_SIZE * 1.35)
-    cell_width = 3 * (THUMB_WIDTH + GAP) + 2 * GAP
-    cell_height = THUMB_HEIGHT + (1 + CAPTION_LINES) * line + 3 * GAP
-    left_out = len(entries) - len(shown)
-    size = (columns * cell_width + GAP, rows * cell_height + GAP + (line if left_out else 0))
+    cells = [_cell(entry) for entry in entries[:SHEET_ENTRIES]]
+    columns = 1 if len(cells) <= 4 else 2
+    rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+    tops = list(accumulate(map(_row_height, rows), initial=GAP))
+    left_out = len(entries) - len(cells)
+    size = (columns * (CELL_WIDTH + 2 * GAP) + GAP, tops[-1] + (LINE if left_out else 0))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for number, entry in enumerate(shown):
-        left, top = number % columns * cell_width + GAP, number // columns * cell_height + GAP
-        _draw_entry(sheet, draw, entry, (left, top), line)
+    for row, top in zip(rows, tops[:-1], strict=True):
+        for column, cell in enumerate(row):
+            _draw_cell(sheet, draw, cell, GAP + column * (CELL_WIDTH + 2 * GAP), top + _pictures_height(row))
     if left_out:
-        draw.text(
-            (GAP, size[1] - line - GAP // 2),
-            f"and {left_out} more",
-            fill="black",
-            font=ImageFont.load_default(FONT_SIZE),
-        )
+        font = ImageFont.load_default(FONT_SIZE)
+        draw.text((GAP, size[1] - LINE - GAP // 2), f"and {left_out} more", fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     return _save_png(path, sheet)
 
 
-def _draw_entry(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, entry: SheetEntry, corner: tuple[int, int], line: int
-) -> None:
-    left, top = corner
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """What a sheet shows of one clip: pictures of at most THUMB_SIDE a side, a title, the caption's lines."""
+
+    pictures: list[Image.Image]
+    title: str
+    caption: list[str]
+    font: Font
+
+
+def _cell(entry: SheetEntry) -> _Cell:
     count = len(entry.frames)
-    for position, frame in enumerate(sorted({0, count // 2, count - 1})):
-        picture = ImageOps.contain(Image.fromarray(entry.frames[frame]), (THUMB_WIDTH, THUMB_HEIGHT))
-        sheet.paste(picture, (left + position * (THUMB_WIDTH + GAP), top + THUMB_HEIGHT - picture.height))
-    below = top + THUMB_HEIGHT + GAP // 2
-    draw.text((left, below), entry.title, fill="#0b3d91", font=ImageFont.load_default(FONT_SIZE))
+    pictures = [
+        ImageOps.contain(Image.fromarray(entry.frames[frame]), (THUMB_SIDE, THUMB_SIDE))
+        for frame in sorted({0, count // 2, count - 1})
+    ]
     caption = printable(entry.caption[:LONGEST]) or "(no caption)"
     font = _font(caption)
     if font is None:
         caption, font = "(no font of this system shows this caption)", ImageFont.load_default(FONT_SIZE)
-    for number, text in enumerate(_wrap(caption, font, 3 * THUMB_WIDTH + 2 * GAP, CAPTION_LINES), start=1):
-        draw.text((left, below + number * line), text, fill="black", font=font)
+    return _Cell(pictures, entry.title, _wrap(caption, font, CELL_WIDTH, CAPTION_LINES), font)
+
+
+def _pictures_height(row: Sequence[_Cell]) -> int:
+    return max(picture.height for cell in row for picture in cell.pictures)
+
+
+def _row_height(row: Sequence[_Cell]) -> int:
+    return _pictures_height(row) + (1 + max(len(cell.caption) for cell in row)) * LINE + 3 * GAP
+
+
+def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: _Cell, left: int, bottom: int) -> None:
+    """Draws a cell whose pictures stand on the line `bottom`, in pixels from the sheet's top."""
+    for position, picture in enumerate(cell.pictures):
+        sheet.paste(picture, (left + position * (THUMB_SIDE + GAP), bottom - picture.height))
+    below = bottom + GAP // 2
+    draw.text((left, below), cell.title, fill="#0b3d91", font=ImageFont.load_default(FONT_SIZE))
+    for number, text in enumerate(cell.caption, start=1):
+        draw.text((left, below + number * LINE), text, fill="black", font=cell.font)
 
 
 def printable(text: str) -> str:
@@ -280,18 +292,16 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     learning rate and the gradient norm.
 
     Returns:
-        False, with a warning, if matplotlib is not installed; False if there is no step to draw.
+        False if there is no step to draw.
 
     Raises:
         OSError: if the picture cannot be written.
+        Refusal: (exit code 5) for a line that is not a JSON object.
     """
+    from matplotlib.figure import Figure  # here, since it loads slowly; without pyplot: no state of the process
+
     steps = _series(metrics_path, ("step", "loss", "lr", "grad_norm"))
     if not len(steps):
-        return False
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no state of the process
-    except ImportError:
-        logger.warning("no %s: matplotlib is not installed; pip install matplotlib", out_png)
         return False
     figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -311,12 +321,8 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     norms.set(ylabel="gradient norm")
     lower.legend(handles=[*lower.lines, *norms.lines])
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_png.with_name(f".{out_png.name}")
-    try:
+    with replacing(out_png) as aside:
         figure.savefig(aside, format="png")
-        aside.replace(out_png)
-    finally:
-        aside.unlink(missing_ok=True)
     return True
 
 
@@ -341,6 +347,5 @@ def smooth(values: np.ndarray, memory: float = 20.0) -> np.ndarray:
 
 def _series(path: Path, names: Sequence[str]) -> np.ndarray:
     """Returns float64 [lines, names] of a file of JSON lines; null is NaN, and a torn last line is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    records = [json.loads(line) for line in lines]
-    return np.array([[record[name] for name in names] for record in records], dtype=np.float64).reshape(-1, len(names))
+    values = [[record[name] for name in names] for record in read_lines(path)]
+    return np.array(values, dtype=np.float64).reshape(-1, len(names))

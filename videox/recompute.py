@@ -18,7 +18,7 @@ def chosen_blocks(count: int, share: float) -> list[int]:
     for block in range(count):
         if (block + 1) * share >= len(chosen) + 0.5:
             chosen.append(block)
-    return chosen[: round(count * share)]
+    return chosen
 
 
 def recompute_blocks(model: Any, blocks: Sequence[torch.nn.Module], share: float) -> None:  # noqa: ANN401 - a diffusers model

@@ -11,17 +11,11 @@ from typing import Any
 
 import torch
 
-from videox.checkpoint import write_json_atomically
 from videox.data.plan import PlanSettings, check_world_size
 from videox.errors import MODEL, Refusal
-from videox.weights import (
-    StoredTensors,
-    load_optimizer_tensors,
-    load_weights,
-    optimizer_tensors,
-    save_tensors,
-    save_weights,
-)
+from videox.files import write_json_atomically
+from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from videox.weights import StoredTensors, load_weights, save_tensors, save_weights
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_STEM = "optimizer"

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from videox.data.bucket_sampler import BucketBatchSampler
-from videox.data.dataset import Batch
+from videox.data.dataset import BadSample, Batch
 from videox.data.plan import Columns, EpochPlan, PlanSettings, count_steps, plan_epoch
+from videox.distributed import agree
 from videox.keys import mix
-from videox.metrics import StepClock
+from videox.optim import clip_gradients, gradient_norm
+from videox.progress import StepClock
 from videox.state import TrainState
+from videox.watch import Watch
+
+
+class StepEnd(NamedTuple):
+    """What follows a step: stop, a process was asked to; epochs, how many have just ended, 0 in the midst of one."""
+
+    stop: bool
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -80,3 +94,51 @@ def total_steps(columns: Columns, settings: PlanSettings, max_train_steps: int |
     that the learning rate was planned for stays.
     """
     return max_train_steps or sum(count_steps(columns, settings, epoch) for epoch in range(num_train_epochs))
+
+
+def close_step(
+    step: PlannedStep,
+    accelerator: Accelerator,
+    watch: Watch,
+    *,
+    loss: torch.Tensor,
+    bad: Sequence[BadSample],
+    stop: bool,
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[torch.nn.Parameter],
+    clip_limit: Callable[[float, int], float],
+    max_bad_fraction: float,
+    rate: float,
+) -> StepEnd:
+    """Ends an optimizer step on all processes alike: agree on what it was, then take it or leave it, and record it.
+
+    It is left when its loss or gradient is not finite, or when every sample of it was bad.
+
+    Args:
+        loss: float64 scalar, this process's part of the step's loss.
+        bad: this process's bad samples.
+        stop: this process was asked to stop.
+        trained: parameters that hold the step's gradients; they are emptied.
+        clip_limit: the norm to clip to, from (norm, steps done).
+        max_bad_fraction: share of the rows that may be bad.
+        rate: learning rate of this step, for the records.
+
+    Raises:
+        Refusal: too many steps in a row were left, too many rows are bad, or a process is at another step.
+    """
+    state, waited = watch.state, watch.clock.data_wait
+    report = agree(accelerator, loss=loss, stop=stop, bad_samples=len(bad), data_wait=waited, stamp=step.stamp())
+    norm = gradient_norm(trained)
+    grad_norm = float(norm)
+    if math.isfinite(report.loss) and math.isfinite(grad_norm) and report.bad_samples < len(step.rows):
+        clip_gradients(trained, norm, clip_limit(grad_norm, state.step))
+        optimizer.step()
+        state.skipped_in_row = 0
+    else:
+        watch.skipped(step.rows.tolist())
+    optimizer.zero_grad(set_to_none=True)
+    if report.bad_samples:
+        watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
+    epoch_ended = state.advance(step.plan.n_steps)
+    watch.step(step.plan, step.epoch_step, report, rate, grad_norm)
+    return StepEnd(stop=report.stop, epochs=state.epoch if epoch_ended else 0)

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, keyed_noise, shifted, velocity_losses
+from videox.jsonl import append_line, read_lines
 from videox.keys import Purpose, mix
-from videox.metrics import append_line
 from videox.preview import SheetEntry, write_clip, write_contact_sheet
 
 
@@ -97,6 +98,7 @@ def validation_loss(
     shift: float,
     sigmas_per_sample: int,
     noise_key: int,
+    given_frames: int = 0,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -118,6 +120,7 @@ def validation_loss(
         shift: of sigma, as in training.
         sigmas_per_sample: forward passes for each sample.
         noise_key: one whole number for the run, e.g. its seed.
+        given_frames: leading latent frames that the model is given; they are outside the loss.
         device: where x_t and the loss are computed.
         rank: of this process,
         world_size: of so many; sample i belongs to rank i modulo world_size.
@@ -137,7 +140,7 @@ def validation_loss(
             index = first + rank
             sample = samples[index % len(samples)]
             losses = [
-                _loss_at(sample, predict, sigma, int(mix(noise_key, Purpose.VALIDATION, index, i)), device)
+                _loss_at(sample, predict, sigma, int(mix(noise_key, Purpose.VALIDATION, index, i)), given_frames, device)
                 for i, sigma in enumerate(sigmas)
             ]
             if index < len(samples):
@@ -153,13 +156,15 @@ def _loss_at(
     predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
     sigma: float,
     key: int,
+    given_frames: int,
     device: torch.device | str,
 ) -> torch.Tensor:
     latents = sample.latents.to(device, torch.float32)
     noise = keyed_noise(key, latents.shape).to(device)
     level = torch.full((1,), sigma, dtype=torch.float32, device=device)
     prediction = predict(add_noise(latents, noise, level), NUM_TRAIN_TIMESTEPS * level, sample)
-    return velocity_losses(prediction, noise - latents, torch.ones_like(level))[0]
+    made = (slice(None), slice(None), slice(given_frames, None))
+    return velocity_losses(prediction[made], (noise - latents)[made], torch.ones_like(level))[0]
 
 
 def append_validation(path: Path, step: int, result: ValidationLoss) -> None:
@@ -170,6 +175,20 @@ def append_validation(path: Path, step: int, result: ValidationLoss) -> None:
     """
     pairs = [list(pair) for pair in zip(result.sigmas, result.per_sigma, strict=True)]
     append_line(path, {"step": step, "loss": result.mean, "per_sigma": pairs})
+
+
+def change_since_first(path: Path) -> str:
+    """Returns how the last loss in validation.jsonl differs from the first, e.g. " (-59.5 % since step 0)".
+
+    Nothing where there is one line only, or where either loss is not finite.
+
+    Raises:
+        Refusal: (exit code 5) for a line that is not a JSON object.
+    """
+    first, *later = read_lines(path)
+    if not later or not first["loss"] or later[-1]["loss"] is None:
+        return ""
+    return f" ({100 * (later[-1]['loss'] / first['loss'] - 1):+.1f} % since step {first['step']})"
 
 
 class Sampler(Protocol):
@@ -197,6 +216,7 @@ def sample_clips(
     pipeline: Sampler,
     prompts: Sequence[str],
     *,
+    images: Sequence[Image.Image] = (),
     negative_prompt: str = "",
     height: int,
     width: int,
@@ -222,6 +242,7 @@ def sample_clips(
     Args:
         pipeline: built, with the transformer in training; its other modules where they are needed.
         prompts: at least one; they title the contact sheet.
+        images: what each clip starts from, in image-to-video.
         negative_prompt: used where guidance_scale > 1.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
@@ -253,6 +274,8 @@ def sample_clips(
             "generator": torch.Generator("cpu").manual_seed(seed + number),
             "output_type": "np",
         }
+        if images:
+            arguments["image"] = images[number]
         if embeddings is None:
             arguments |= {"prompt": prompt, "negative_prompt": negative_prompt}
         else:

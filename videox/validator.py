@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import TokenLengthDataset
@@ -52,13 +53,14 @@ class Validator:
         model: the transformer, not wrapped.
         held_out: may be empty.
         predict: as validation_loss takes it.
-        prompts: may be empty.
+        prompts: may be empty; images: one for each in image-to-video, else empty.
         pipeline: a context that yields the diffusers pipeline, ready to sample with the trained transformer.
         shape: frames, height, width of the sample clips.
         fps: frames per second of the sample clips.
         shift: of sigma.
         guidance_scale: of the sample clips.
         seed: of noise and samples.
+        given_frames: leading latent frames that the model is given, outside the loss.
     """
 
     def __init__(
@@ -70,17 +72,19 @@ class Validator:
         held_out: Sequence[HeldOut],
         predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
         prompts: Sequence[str],
+        images: Sequence[Image.Image],
         pipeline: Callable[[], AbstractContextManager[Any]],
         shape: Bucket,
         fps: float,
         shift: float,
         guidance_scale: float,
         seed: int,
+        given_frames: int = 0,
     ) -> None:
         self.accelerator, self.watch, self.model = accelerator, watch, model
         self.held_out, self.predict, self.shift, self.seed = held_out, predict, shift, seed
-        self.prompts, self.pipeline, self.guidance_scale = prompts, pipeline, guidance_scale
-        self.shape, self.fps = shape, fps
+        self.prompts, self.images, self.pipeline, self.guidance_scale = prompts, images, pipeline, guidance_scale
+        self.shape, self.fps, self.given_frames = shape, fps, given_frames
 
     def __call__(self) -> None:
         """Runs both parts; all processes call it, and its time does not count as training."""
@@ -99,6 +103,7 @@ class Validator:
             shift=self.shift,
             sigmas_per_sample=SIGMAS,
             noise_key=self.seed,
+            given_frames=self.given_frames,
             device=self.accelerator.device,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -111,6 +116,7 @@ class Validator:
             clips = sample_clips(
                 pipeline,
                 self.prompts,
+                images=self.images,
                 height=self.shape.height,
                 width=self.shape.width,
                 num_frames=self.shape.frames,

@@ -8,17 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from videox.checkpoint import prune, publishing, rewind, room_for, write_json_atomically
+from videox.checkpoint import publishing
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import BadSample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
 from videox.distributed import StepReport
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
+from videox.files import write_json_atomically
+from videox.jsonl import append_line
 from videox.lifecycle import Run, main_first
-from videox.metrics import MetricsLog, ProgressBar, StepClock, StepRecord, Tracker, append_line
+from videox.metrics import MetricsLog, StepRecord
 from videox.preview import BatchSample, plot_losses, write_batch
+from videox.progress import ProgressBar, StepClock
+from videox.run_folder import prune, rewind, room_for
 from videox.state import TrainState
-from videox.validation import SampledClips, ValidationLoss, append_validation
+from videox.tracker import Tracker
+from videox.validation import SampledClips, ValidationLoss, append_validation, change_since_first
 from videox.weights import SaveFailed
 
 ALWAYS_ALLOWED_BAD = 10  # rows that may be unreadable whatever the fraction
@@ -80,7 +85,6 @@ class Watch:
         self.bar = ProgressBar(total, initial=state.step, enabled=is_main)
         self.clock = StepClock()
         self._save_failed = False
-        self._first_validation = 0.0
 
     def first_batch(self, plan: EpochPlan, dataset: TokenLengthDataset, fps: np.ndarray) -> None:
         """Writes the run's first micro-batch to output_dir/first_batch: what the model will really see.
@@ -132,13 +136,10 @@ class Watch:
         """Records a validation loss in validation.jsonl and the tracker, and says how it moved."""
         if not self.is_main:
             return
-        append_validation(self.output_dir / "validation.jsonl", self.state.step, result)
+        records = self.output_dir / "validation.jsonl"
+        append_validation(records, self.state.step, result)
         self.tracker.scalars({"validation/loss": result.mean}, self.state.step)
-        self._first_validation = self._first_validation or result.mean
-        change = result.mean / self._first_validation - 1
-        self.bar.note(
-            f"step {self.state.step}: validation loss {result.mean:.4f} ({change:+.1%} since this process began)"
-        )
+        self.bar.note(f"step {self.state.step}: validation loss {result.mean:.4f}{change_since_first(records)}")
 
     def sampled(self, clips: SampledClips) -> None:
         """Says where the sample clips are, and what went wrong with any."""

@@ -1,10 +1,9 @@
-"""Serves whoever keeps tensors: weights and optimizer state as safetensors in diffusers' layout, nothing pickled."""
+"""Serves whoever keeps tensors: weights as safetensors in diffusers' layout, whole or absent, nothing pickled."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,40 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videox.errors import MODEL, NUMERICS, Refusal
+from videox.files import aside, flush, flush_tree, unused
 
 WEIGHTS = "diffusion_pytorch_model"  # the stem of diffusers' SAFETENSORS_WEIGHTS_NAME
 CONFIG = "config.json"
 MAX_SHARD_SIZE = 5 * 1000**3  # bytes
-
-STATELESS = ""  # the state key of a parameter that the optimizer has not yet touched
-PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-SCALARS: dict[str, tuple[type, torch.dtype]] = {  # suffix of a state key -> the Python type that the tensor stands for
-    ":bool": (bool, torch.bool),
-    ":int": (int, torch.int64),
-    ":float": (float, torch.float64),
-}
 
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class SaveFailed(Exception):
     """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
-
-
-def flush(path: Path) -> None:
-    """Forces a file, or the entries of a folder, onto the disk (fsync). Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_tree(folder: Path) -> None:
-    """Forces every file and folder below `folder`, and itself, onto the disk. Raises OSError."""
-    for path in folder.rglob("*"):
-        flush(path)
-    flush(folder)
 
 
 # ------------------------------------------------------------------------------------- writing tensors
@@ -220,7 +196,7 @@ def _files(folder: Path, stem: str) -> list[Path]:
     )
 
 
-def _few(faults: Sequence[str]) -> str:
+def few(faults: Sequence[str]) -> str:
     """Returns the first five faults in one sentence, with the count of the rest."""
     return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
 
@@ -259,115 +235,13 @@ def load_weights(folder: Path, target: nn.Module | Mapping[str, Tensor], *, stri
     refused = wrong + (differences if strict else [])
     if refused:
         mend = "use the weights and the config of one and the same model"
-        raise Refusal(str(folder), _few(refused), mend, MODEL)
+        raise Refusal(str(folder), few(refused), mend, MODEL)
     with torch.no_grad():
         for name in common:
             if wanted[name].is_meta:
                 raise ValueError(f"{name} is on the meta device")
             wanted[name].copy_(stored[name])
     return differences
-
-
-# ------------------------------------------------------------------------------------- optimizer state
-
-
-def _state_tensor(value: object, where: str) -> tuple[str, Tensor]:
-    """Returns the suffix of the state key and the tensor for a value of an optimizer's state. Raises TypeError."""
-    if type(value) in (Tensor, nn.Parameter):
-        assert isinstance(value, Tensor)
-        return "", value.detach()
-    for suffix, (kind, dtype) in SCALARS.items():
-        if type(value) is kind:
-            return suffix, torch.tensor(value, dtype=dtype)
-    raise TypeError(f"{where} is a {type(value).__name__}; only tensors, int, float and bool can be kept")
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Returns an optimizer's state as `parameter name/state key` -> tensor, whatever the order of its parameters.
-
-    Hyperparameters are not part of it: the learning rate is a function of the step, the rest are flags of the run.
-    A parameter without state yet is marked by an empty tensor, so that loading can tell it from a lost one.
-
-    Args:
-        optimizer: of torch, or one whose state holds tensors, ints, floats and bools.
-        names: the name of every parameter of the optimizer, as in the model's `named_parameters()`.
-
-    Returns:
-        The state's own tensors (not copies); 0-dim tensors for Python numbers (`key:int`, `key:float`, `key:bool`).
-
-    Raises:
-        TypeError: the state holds something else.
-        ValueError: two parameters have one name.
-    """
-    tensors: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    for _, parameter in _parameters(optimizer):
-        name = names[parameter]
-        if name in seen:
-            raise ValueError(f"two parameters are named {name}")
-        seen.add(name)
-        state = optimizer.state.get(parameter, {})
-        if not state:
-            tensors[f"{name}/{STATELESS}"] = torch.empty(0)
-        for key, value in state.items():
-            suffix, tensor = _state_tensor(value, f"{key} of {name}")
-            tensors[f"{name}/{key}{suffix}"] = tensor
-    return tensors
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield group, parameter
-
-
-def _restored(key: str, tensor: Tensor, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[str, Any]:
-    """Returns the state key and the value as the optimizer had it, on the device where torch wants it."""
-    base, colon, kind = key.rpartition(":")
-    if colon and f":{kind}" in SCALARS:
-        return base, tensor.item()
-    # Only fused and capturable kernels read the step counter on the device (torch.optim.Optimizer.load_state_dict).
-    on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return key, tensor.to("cpu" if on_cpu else parameter.device, copy=True)
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Gives an optimizer the state that optimizer_tensors returned, bit for bit; its hyperparameters stay as they are.
-
-    Args:
-        optimizer: over the same parameters by name, in any order and grouping.
-        names: as for optimizer_tensors.
-        tensors: e.g. StoredTensors(folder, stem), or a dict.
-
-    Raises:
-        Refusal: (MODEL) a parameter's state is missing, extra or of another shape; the optimizer is then unchanged.
-    """
-    keys_of: dict[str, list[str]] = {}
-    for full in tensors:
-        name, _, key = full.rpartition("/")
-        keys_of.setdefault(name, []).append(key)
-    owned = {names[parameter]: parameter for _, parameter in _parameters(optimizer)}
-    faults = [f"no state for {name}" for name in sorted(owned.keys() - keys_of.keys())]
-    faults += [f"state for {name}, which is not trained" for name in sorted(keys_of.keys() - owned.keys())]
-    restored: dict[nn.Parameter, dict[str, Any]] = {}
-    for group, parameter in _parameters(optimizer):
-        name = names[parameter]
-        state = restored[parameter] = {}
-        for key in keys_of.get(name, []):
-            if key == STATELESS:
-                continue
-            base, value = _restored(key, tensors[f"{name}/{key}"], group, parameter)
-            state[base] = value
-            if base in PARAMETER_SHAPED and value.shape != parameter.shape:
-                faults.append(f"{base} of {name} is {list(value.shape)}, the parameter {list(parameter.shape)}")
-    if faults:
-        raise Refusal("optimizer state", _few(faults), "resume with the model and flags it was saved with", MODEL)
-    for parameter, state in restored.items():
-        optimizer.state.pop(parameter, None)
-        if state:
-            optimizer.state[parameter] = state
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -397,28 +271,19 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         SaveFailed: the disk refused; nothing is left behind.
     """
-    aside = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(6)}")
+    temporary = aside(folder)
     try:
-        aside.mkdir(parents=True)
-        write(aside)
-        flush_tree(aside)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        flush_tree(temporary)
         if os.path.lexists(folder):
             folder.rename(unused(folder.with_name(f"{folder.name}-superseded")))
-        aside.rename(folder)
+        temporary.rename(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise SaveFailed(f"{folder}: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def unused(path: Path) -> Path:
-    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ..."""
-    free, number = path, 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_transformer(
@@ -445,4 +310,4 @@ def export_transformer(
         SaveFailed: the disk refused; nothing is left behind.
     """
     cast = _cast(state, dtype, keep_fp32)
-    publish_folder(folder, lambda aside: save_weights(aside, cast, config, max_shard_size=max_shard_size))
+    publish_folder(folder, lambda made: save_weights(made, cast, config, max_shard_size=max_shard_size))

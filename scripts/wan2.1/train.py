@@ -13,9 +13,8 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,59 +23,44 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from transformers import UMT5EncoderModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers import CLIPVisionModel, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 import videox.args as flags
-from videox.data.bucket_sampler import BucketBatchSampler
-from videox.data.dataset import Batch, TokenLengthDataset
-from videox.data.loader import build_loader
-from videox.data.plan import Columns, held_out_plan, plan_epoch
-from videox.distributed import (
-    Backend,
-    StopRequest,
-    accumulate,
-    agree,
-    gather_objects,
-    make_accelerator,
-)
+import videox.wiring as wiring
+from videox.conditioning import keep_condition, known_mask, pack_mask
+from videox.data.dataset import Batch
+from videox.data.plan import held_out_plan
+from videox.distributed import Backend, StopRequest, accumulate
 from videox.dump import dump_folder, write_dump
-from videox.errors import Refusal
+from videox.errors import MODEL, Refusal
 from videox.estimate import cost_coefficients
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     batch_noise,
-    draw_sigmas,
     loss_weights,
     motion_losses,
-    timestep_density,
     velocity_losses,
 )
-from videox.keys import Purpose, mix, uniform
-from videox.lifecycle import Run, open_run, run_script
-from videox.metrics import check_tracker
+from videox.keys import Purpose, mix
+from videox.latents import encode, to_video
+from videox.lifecycle import Run, run_script
 from videox.model_folder import load_strictly, read_component, read_model_folder, read_shift, refuse_not_finite
 from videox.offload import RestingModule
-from videox.optim import (
-    choose_trainable,
-    clip_gradients,
-    clip_limit,
-    gradient_norm,
-    make_optimizer,
-    parameter_groups,
-    schedule,
-    set_learning_rate,
-)
-from videox.recompute import recompute_blocks
+from videox.optim import set_learning_rate
 from videox.report import data_lines, start_facts, start_lines, typical_fps
-from videox.state import checkpoint_bytes, load_state, plan_inputs, resume_or_begin, save_state
-from videox.steps import total_steps, walk
+from videox.state import load_state, save_state
+from videox.steps import close_step, walk
+from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
-from videox.watch import Watch
 from videox.weights import export_transformer
 
+TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -87,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__)
     flags.add_model_and_data(parser)
     flags.add_shapes(parser)
-    flags.add_training(parser)
+    flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
@@ -110,8 +94,9 @@ class Components:
 
     transformer: WanTransformer3DModel
     text_encoder: RestingModule
+    image_encoder: RestingModule | None
     vae: RestingModule
-    pipeline: WanPipeline
+    pipeline: WanPipeline | WanImageToVideoPipeline
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
@@ -119,41 +104,59 @@ class Components:
 
 def check_model(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the transformer's configuration after every part of the model has been looked at; loads no weight."""
-    components = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    weighted = [name for name in ("text_encoder", "vae", "transformer") if not getattr(args, f"{name}_path", None)]
-    configs = read_model_folder(args.pretrained_model_name_or_path, ("WanPipeline",), components, weighted)
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=("text_encoder",))
     for name in ("transformer", "vae"):
-        if getattr(args, f"{name}_path"):
-            configs[name] = read_component(Path(getattr(args, f"{name}_path")), weighted=True)
+        folder = getattr(args, f"{name}_path") or Path(args.pretrained_model_name_or_path) / name
+        configs[name] = read_component(Path(folder), weighted=True)
     config = configs["transformer"]
-    if config.get("in_channels") != 16 or config.get("image_dim"):
-        what = f"takes {config.get('in_channels')} channels: it is not a text-to-video checkpoint"
-        raise Refusal("--train_mode normal", f"the transformer {what}", "give Wan2.1-T2V weights")
+    channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
+    made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
+    if args.train_mode not in made_for or config.get("pos_embed_seq_len"):
+        what = f"the transformer takes {channels} channels, which no mode here trains"
+        if made_for:
+            what = f"the transformer takes {channels} channels: it is made for --train_mode {' or '.join(made_for)}"
+        if config.get("pos_embed_seq_len"):
+            what = "the transformer takes features of two images, which no mode here trains"
+        raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
+    if with_image:
+        root = Path(args.pretrained_model_name_or_path)
+        read_component(root / "image_encoder", weighted=True)
+        read_component(root / "image_processor", weighted=False)
     return config
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
-    """Loads the model: encoders frozen, the text encoder in the compute dtype, VAE and transformer in float32."""
+    """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
+    diffusers_logging.disable_progress_bar()  # their warnings are still heard
+    transformers_logging.disable_progress_bar()
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     transformer_folder = Path(args.transformer_path or root / "transformer")
     transformer = load_strictly(WanTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
     refuse_not_finite(transformer, transformer_folder)
-    vae = load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32)
-    text_encoder = load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype)
-    for encoder in (vae, text_encoder):
-        encoder.requires_grad_(False).eval()
-    pipeline = WanPipeline.from_pretrained(root, transformer=None, vae=vae, text_encoder=text_encoder)
-    mean, std = (
-        torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
+    encoders = {
+        "vae": load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32),
+        "text_encoder": load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype),
+    }
+    if transformer.config.image_dim:
+        encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
+    pipeline_class = WanPipeline if args.train_mode == "normal" else WanImageToVideoPipeline
+    pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
+    resting = {
+        name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
+        for name, encoder in encoders.items()
+    }
+    config = encoders["vae"].config
     return Components(
         transformer=transformer.to(device),
-        text_encoder=RestingModule(text_encoder, device, rests=args.low_vram),
-        vae=RestingModule(vae, device, rests=args.low_vram),
+        text_encoder=resting["text_encoder"],
+        image_encoder=resting.get("image_encoder"),
+        vae=resting["vae"],
         pipeline=pipeline,
-        latents_mean=mean,
-        latents_std=std,
+        latents_mean=torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1),
+        latents_std=torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1, 1),
         shift=shift,
     )
 
@@ -173,50 +176,63 @@ def encode_prompts(
     return embeds
 
 
-@torch.no_grad()
 def encode_video(
-    components: Components, pixels: torch.Tensor, keys: Sequence[int] | None, mini_batch: int
+    components: Components, video: torch.Tensor, keys: Sequence[int] | None, mini_batch: int
 ) -> torch.Tensor:
-    """Returns normalised latents (z - mean) / std, float32 [B, 16, t, h, w].
+    """Returns normalised latents (z - mean) / std, float32 [B, 16, t, h, w], of a video [B, 3, T, H, W] in [-1, 1].
+
+    keys draw the posterior's noise, one per sample; None takes its mode. mini_batch: samples per call of the VAE.
+    """
+    z = encode(components.vae, video, keys=keys, mini_batch=mini_batch)
+    return (z - components.latents_mean) / components.latents_std
+
+
+def encode_conditions(
+    components: Components, video: torch.Tensor, mode: str, keys: Sequence[int], mini_batch: int
+) -> dict[str, torch.Tensor]:
+    """Returns what the model is given of the picture beside the prompt: nothing for text-to-video.
+
+    condition [B, 20, t, h, w]: 4 mask channels and 16 of the known pixels' latents (the rest grey, the posterior's
+    mode); image_embeds [B, N, D] of the first frame as far as it is known, zeros where nothing of it is.
 
     Args:
-        pixels: uint8 [B, T, H, W, 3] on the device.
-        keys: one per sample for the posterior's noise; None takes the posterior's mode.
+        video: [B, 3, T, H, W] in [-1, 1].
+        mode: "normal" | "i2v" | "inpaint".
+        keys: one per sample, for masks and dropped conditions.
         mini_batch: samples per call of the VAE.
     """
-    latents = []
-    with components.vae.awake() as vae:
-        for first in range(0, len(pixels), mini_batch):
-            video = pixels[first : first + mini_batch].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            posterior = vae.encode(video).latent_dist
-            z = posterior.mode()
-            if keys is not None:
-                part = [int(mix(key, Purpose.POSTERIOR)) for key in keys[first : first + mini_batch]]
-                z = posterior.mean + posterior.std * batch_noise(part, z.shape[1:]).to(z.device)
-            latents.append((z - components.latents_mean) / components.latents_std)
-    return torch.cat(latents)
+    if mode == "normal":
+        return {}
+    mask = known_mask(mode, keys, *video.shape[2:]).to(video.device)
+    known = encode_video(components, video * mask, None, mini_batch)
+    keep = keep_condition(mode, keys, video.shape[2]).to(video.device)
+    conditions = {"condition": torch.cat([pack_mask(mask), known], 1) * keep}
+    if components.image_encoder is not None:
+        conditions["image_embeds"] = encode_images(components, (video * mask)[:, :, 0], mask[:, :, 0])
+    return conditions
+
+
+@torch.no_grad()
+def encode_images(components: Components, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns CLIP features [B, N, D] of images [B, 3, H, W] in [-1, 1], zeros where the mask [B, 1, H, W] is zero."""
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    with components.image_encoder.awake():
+        embeds = components.pipeline.encode_image([Image.fromarray(image) for image in pixels], images.device)
+    return embeds * mask.amax((1, 2, 3)).view(-1, 1, 1)
 
 
 def transformer_inputs(
-    noisy_latents: torch.Tensor, sigmas: torch.Tensor, prompt_embeds: torch.Tensor
+    noisy_latents: torch.Tensor, sigmas: torch.Tensor, prompt_embeds: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Returns the keywords of WanTransformer3DModel: its timestep is 1000 sigma, float32 [B]."""
+    condition = [conditions["condition"]] if "condition" in conditions else []
     return {
-        "hidden_states": noisy_latents,
+        "hidden_states": torch.cat([noisy_latents, *condition], 1),
         "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
         "encoder_hidden_states": prompt_embeds,
+        "encoder_hidden_states_image": conditions.get("image_embeds"),
         "return_dict": False,
     }
-
-
-def draw_sigmas_of(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:
-    """Returns sigmas, float32 [B]: stratified over the global batch, or drawn one by one from the scheme's density."""
-    if args.uniform_sampling:
-        draws = batch["strata"]
-    else:
-        own = uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
-        draws = timestep_density(own, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
-    return draw_sigmas(draws, shift, args.train_sampling_steps)
 
 
 # ----------------------------------------------------------------------------------------------- one micro-batch
@@ -234,18 +250,19 @@ def accumulate_gradients(
 
     x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
     """
-    device = accelerator.device
-    pixels = batch["pixels"].to(device, non_blocking=True)
-    posterior_keys = batch["keys"] if args.vae_sample_mode == "sample" else None
-    latents = encode_video(components, pixels, posterior_keys, args.vae_mini_batch)
+    device, keys = accelerator.device, batch["keys"]
+    video = to_video(batch["pixels"].to(device, non_blocking=True))
+    posterior_keys = keys if args.vae_sample_mode == "sample" else None
+    latents = encode_video(components, video, posterior_keys, args.vae_mini_batch)
     prompt_embeds = encode_prompts(components, batch["captions"], args.tokenizer_max_length, device)
+    conditions = encode_conditions(components, video, args.train_mode, keys, args.vae_mini_batch)
 
-    sigmas = draw_sigmas_of(args, batch, components.shift).to(device)
-    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in batch["keys"]], latents.shape[1:]).to(device)
+    sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
+    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
-    inputs = transformer_inputs(noisy_latents, sigmas, prompt_embeds)
+    inputs = transformer_inputs(noisy_latents, sigmas, prompt_embeds, conditions)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
@@ -255,15 +272,9 @@ def accumulate_gradients(
         loss = (losses.double() * weights).sum()
         accelerator.backward((loss * accelerator.num_processes).float())  # DDP takes the mean over processes
     if dump_to is not None:
-        state = {
-            "latents": latents,
-            "noise": noise,
-            "sigma": sigmas,
-            "timestep": inputs["timestep"],
-            "weight": weights,
-        }
-        state |= {"target": target, "prediction": prediction, "loss": losses}
-        write_dump(dump_to, rank=accelerator.process_index, batch=batch, tensors=state, model_inputs=inputs)
+        drawn = {"latents": latents, "noise": noise, "sigma": sigmas, "timestep": inputs["timestep"]}
+        found = {"weight": weights, "target": target, "prediction": prediction, "loss": losses}
+        write_dump(dump_to, rank=accelerator.process_index, batch=batch, tensors=drawn | found, model_inputs=inputs)
     return loss.detach()
 
 
@@ -273,12 +284,15 @@ def accumulate_gradients(
 def encode_held_out(
     args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
 ) -> list[HeldOut]:
-    """Returns held-out samples as latents (posterior mode) and prompt embeddings, kept in host memory."""
+    """Returns held-out samples in host memory: latents by the posterior's mode, clips given their first frame."""
     encoded = []
     for pixels, caption in samples:
-        latents = encode_video(components, torch.from_numpy(pixels)[None].to(device), None, args.vae_mini_batch)
-        prompt_embeds = encode_prompts(components, [caption], args.tokenizer_max_length, device)
-        encoded.append(HeldOut(latents.cpu(), {"prompt_embeds": prompt_embeds.cpu()}))
+        video = to_video(torch.from_numpy(pixels)[None].to(device))
+        latents = encode_video(components, video, None, args.vae_mini_batch)
+        mode = "normal" if args.train_mode == "normal" else "i2v"
+        given = encode_conditions(components, video, mode, [0], args.vae_mini_batch)
+        given["prompt_embeds"] = encode_prompts(components, [caption], args.tokenizer_max_length, device)
+        encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
     return encoded
 
 
@@ -286,17 +300,20 @@ def predict_held_out(
     components: Components, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
 ) -> torch.Tensor:
     """Returns the velocity for one held-out sample, as training computes it."""
-    prompt_embeds = sample.conditions["prompt_embeds"].to(noisy_latents.device)
-    return components.transformer(**transformer_inputs(noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, prompt_embeds))[
-        0
-    ]
+    given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
+    sigmas = timestep / NUM_TRAIN_TIMESTEPS
+    return components.transformer(**transformer_inputs(noisy_latents, sigmas, given["prompt_embeds"], given))[0]
 
 
 @contextmanager
-def sampling_pipeline(components: Components) -> Iterator[WanPipeline]:
+def sampling_pipeline(components: Components) -> Iterator[WanPipeline | WanImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device."""
+    encoders = (components.text_encoder, components.image_encoder, components.vae)
     components.pipeline.transformer = components.transformer
-    with components.text_encoder.awake(), components.vae.awake():
+    with ExitStack() as stack:
+        for encoder in encoders:
+            if encoder is not None:
+                stack.enter_context(encoder.awake())
         yield components.pipeline
     components.pipeline.transformer = None
 
@@ -306,152 +323,86 @@ def sampling_pipeline(components: Components) -> Iterator[WanPipeline]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    args = parse_args(argv)
-    accelerator, backend = make_accelerator(args.mixed_precision)
-    gather = gather_objects(accelerator)
-    with open_run(
-        Path(args.output_dir),
-        resume=args.resume_from_checkpoint,
-        verify=args.verify,
-        is_main=accelerator.is_main_process,
-        gather=gather,
-    ) as run:
-        return train(args, accelerator, backend, run, gather)
+    return wiring.start(parse_args(argv), train)
 
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
-    """Builds data, schedule, model and records, then loops over optimizer steps; returns the exit code."""
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
-    transformer_config, shift = check_model(args), read_shift(args.config_path)
+    """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
+    output_dir = Path(args.output_dir)
+    config, shift = check_model(args), read_shift(args.config_path)
     check_tracker(args.report_to)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    task = "text-to-video (the transformer takes 16 channels)"
+    task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
     facts = start_facts(accelerator, backend, task=task, output_dir=output_dir)
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *flags.notes(args)]))
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *wiring.notes(args)]))
 
-    # data and schedule: from here on, everything that will happen is known
-    index = flags.shared_index(args, is_main=is_main, gather=gather)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    # schedule: from here on, everything that will happen is known
     cost = cost_coefficients(
-        dim=transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"],
-        ffn_dim=transformer_config["ffn_dim"],
-        layers=transformer_config["num_layers"],
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        ffn_dim=config["ffn_dim"],
+        layers=config["num_layers"],
         text_tokens=args.tokenizer_max_length,
     )
-    state, settings = resume_or_begin(
-        run.resume.path,
-        partial(flags.plan_settings, args, cost=cost),
-        seed=args.seed,
-        slots=accelerator.num_processes * args.gradient_accumulation_steps,
-        world_size=accelerator.num_processes,
-        index_fingerprint=index.fingerprint(),
-        gather=gather,
-    )
-    plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
-    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    accelerator.print("\n".join(data_lines(index, plan)))
+    planned = wiring.open_schedule(args, accelerator, run, gather, cost)
+    settings, state, total = planned.settings, planned.state, planned.total
+    accelerator.print("\n".join(data_lines(planned.index, planned.plan)))
     accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
 
-    # model and optimizer: float32 masters, computation in the accelerator's precision
+    # model: float32 masters, computation in the accelerator's precision
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
-    full, half = choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    elif args.selective_ac:
-        recompute_blocks(transformer, transformer.blocks, args.selective_ac)
-    base_rate = args.learning_rate * (settings.slots * args.train_batch_size if args.scale_lr else 1)
-    rate_factor = schedule(args.lr_scheduler, args.lr_warmup_steps, total)
+    optimization = wiring.open_optimization(args, transformer, transformer.blocks, planned)
+    optimizer = optimization.optimizer
     model = accelerator.prepare_model(transformer.train())
-    optimizer = make_optimizer(
-        parameter_groups(transformer, full, half),
-        learning_rate=base_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        epsilon=args.adam_epsilon,
-    )
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if run.resume.path:
         load_state(run.resume.path, transformer, optimizer)
 
-    # records and batches
-    resolved = {"seed": settings.seed, "slots": settings.slots, "total_steps": total, "learning_rate": base_rate}
-    watch = Watch(
-        output_dir, run, state, total,
-        asked=vars(args), resolved={**resolved, "shift": shift, "plan": plan_inputs(settings)},
-        report_to=args.report_to, logging_dir=args.logging_dir, project=args.tracker_project_name,
-        checkpoint_bytes=checkpoint_bytes(transformer), is_main=is_main, gather=gather,
-    )  # fmt: skip
-    sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
-    dataset = TokenLengthDataset(
-        index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=args.caption_dropout
-    )
-    loader = build_loader(
-        dataset, sampler, workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
-    undropped = TokenLengthDataset(index, stride=dataset.stride, reader=dataset.reader, caption_dropout=0.0)
-    held_out = held_out_samples(undropped, held_out_plan(columns, settings))
+    # records, batches, looks at the model on the way
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, transformer, {"shift": shift})
+    dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
+    held_out = held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, settings))
+    shape = planned.plan.commonest_bucket()
     validate = Validator(
         accelerator, watch, model=transformer, predict=partial(predict_held_out, components),
         held_out=encode_held_out(args, components, held_out, accelerator.device), prompts=args.validation_prompts,
-        pipeline=partial(sampling_pipeline, components), shape=plan.commonest_bucket(), shift=shift,
-        fps=typical_fps(index) / args.video_sample_stride, guidance_scale=SAMPLING_GUIDANCE, seed=settings.seed,
+        images=wiring.validation_images(args, shape),
+        pipeline=partial(sampling_pipeline, components), shape=shape, shift=shift,
+        fps=typical_fps(planned.index) / args.video_sample_stride, guidance_scale=SAMPLING_GUIDANCE, seed=settings.seed,
     )  # fmt: skip
-    save = partial(
-        save_state, state=state, model=transformer, config=transformer.to_json_string(), optimizer=optimizer
-    )
-    description = {"task": "wan2.1 text-to-video"}
+    transformer_json = transformer.to_json_string()
+    save = partial(save_state, state=state, model=transformer, config=transformer_json, optimizer=optimizer)
+    clip_at = wiring.clip_limit_of(args)
     if state.step == 0:
-        watch.first_batch(plan, dataset, index.fps)
+        watch.first_batch(planned.plan, dataset, planned.index.fps)
         validate()
 
     with StopRequest() as stop:
-        for step in walk(columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            rate = base_rate * rate_factor(state.step)
+        for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
+            rate = optimization.rate(state.step)
             set_learning_rate(optimizer, rate)
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
                 step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
                 bad += batch["bad"]
-
-            # all processes learn what the step was, then take it or leave it together
-            report = agree(
-                accelerator, loss=step_loss, stop=bool(stop), bad_samples=len(bad), data_wait=watch.clock.data_wait,
-                stamp=step.stamp(),
+            end = close_step(
+                step, accelerator, watch, loss=step_loss, bad=bad, stop=bool(stop), optimizer=optimizer,
+                trained=optimization.trained, clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip
-            norm = gradient_norm(trained)
-            grad_norm = float(norm)
-            if math.isfinite(report.loss) and math.isfinite(grad_norm) and report.bad_samples < len(step.rows):
-                limit = clip_limit(
-                    grad_norm, state.step, max_grad_norm=args.max_grad_norm,
-                    initial_ratio=args.initial_grad_norm_ratio, ramp_steps=args.abnormal_norm_clip_start,
-                )  # fmt: skip
-                clip_gradients(trained, norm, limit)
-                optimizer.step()
-                state.skipped_in_row = 0
-            else:
-                watch.skipped(step.rows.tolist())
-            optimizer.zero_grad(set_to_none=True)
-
-            if report.bad_samples:
-                watch.bad_samples(bad, len(index), args.max_bad_fraction)
-            epoch_ended = state.advance(step.plan.n_steps)
-            watch.step(step.plan, step.epoch_step, report, rate, grad_norm)
-            done = state.step == total
 
             # once in a while: validate, save, stop
-            if done or flags.validation_due(args, state.step, state.epoch if epoch_ended else 0):
+            done = state.step == total
+            if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
-            if done or report.stop or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, description)
-            if report.stop and not done:
+            if done or end.stop or state.step % args.checkpointing_steps == 0:
+                watch.save(save, args.checkpoints_total_limit, {"task": f"wan2.1 {args.train_mode}"})
+            if end.stop and not done:
                 return watch.stopped(stop.signal_name)
 
     export = partial(
-        export_transformer, transformer.state_dict(), transformer.to_json_string(), output_dir / "transformer",
+        export_transformer, transformer.state_dict(), transformer_json, output_dir / "transformer",
         flags.EXPORT_DTYPES[args.export_dtype], WanTransformer3DModel._keep_in_fp32_modules,
     )  # fmt: skip
     return watch.finished(export)

@@ -56,6 +56,9 @@ class Fate(IntEnum):
 class SizePolicy:
     """The flags that decide sizes; sizes in pixels of a square's side, frames in frames, stride in source frames.
 
+    min_frames: frames (4k+1) below which a sample teaches nothing, 5 where the first latent frame is given; images and
+    shorter clips are then too short.
+
     Raises:
         Refusal: flags that contradict each other or are out of range.
     """
@@ -71,6 +74,7 @@ class SizePolicy:
     random_frame_crop: bool = False
     random_ratio_crop: bool = False
     fix_sample_size: tuple[int, int] | None = None
+    min_frames: int = 1
 
     def __post_init__(self) -> None:
         for name in ("video_sample_size", "image_sample_size", "token_sample_size"):
@@ -89,6 +93,10 @@ class SizePolicy:
                     raise Refusal(f"--{flag}", "has no meaning without buckets", "add --enable_bucket")
             if self.fix_sample_size:
                 raise Refusal("--fix_sample_size", "has no meaning without buckets", "add --enable_bucket")
+        if self.n_frames < self.min_frames or not self.video_sizes():
+            what = f"{self.n_frames} frames at --token_sample_size {self.token_sample_size} leave no clip of {self.min_frames}"
+            mend = "raise one of them; the given first frame alone teaches nothing"
+            raise Refusal("--video_sample_n_frames", what, mend)
         if self.fix_sample_size and min(self.fix_sample_size) < 2 * GRID:
             raise Refusal("--fix_sample_size", f"{self.fix_sample_size} has a side below 32", "give height and width")
 
@@ -115,7 +123,8 @@ class SizePolicy:
         """Returns the target sizes that a video may be trained at, ascending."""
         if self.enable_bucket and not self.fix_sample_size:
             if self.token_length:
-                return ladder(self.low, self.high)
+                sizes = ladder(self.low, self.high)
+                return tuple(size for size in sizes if self.max_frames(size) >= self.min_frames)
             if self.random_hw_adapt:
                 return ladder(min(self.low, LADDER_FOOT), self.low)
         return (self.video_sample_size,)
@@ -188,8 +197,10 @@ def static_fates(
     """
     fates = np.full(len(kind), Fate.TRAINED, np.uint8)
     fit = (frames.astype(np.int64) - 1) // policy.stride + 1
-    needed = 1 if policy.enable_bucket else policy.n_frames
+    needed = policy.min_frames if policy.enable_bucket else policy.n_frames
     fates[(kind == 1) & (fit < needed)] = Fate.TOO_SHORT
+    if policy.min_frames > 1:
+        fates[kind == 0] = Fate.TOO_SHORT
     fates[np.minimum(height, width) < GRID] = Fate.TOO_SMALL
     fates[~usable] = Fate.REFUSED
     return fates
@@ -220,7 +231,7 @@ def assign(
     longest = budget[np.searchsorted(np.asarray(video_sizes), target[video])]
     length[video] = np.minimum((fit - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1, longest)
     if policy.random_frame_crop:
-        length[video] = crop_frames(length[video], frames_draw[video])
+        length[video] = np.maximum(crop_frames(length[video], frames_draw[video]), policy.min_frames)
 
     if policy.fix_sample_size:
         high, wide = (side // GRID * GRID for side in policy.fix_sample_size)

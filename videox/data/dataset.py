@@ -105,6 +105,10 @@ class TokenLengthDataset(Dataset):
             pixels, planned = nothing, planned._replace(weight=0.0)
         return Sample(planned=planned, pixels=pixels, caption=caption, frame_indices=indices, bad=bad)
 
+    def without_dropout(self) -> TokenLengthDataset:
+        """Returns the same data with every caption kept."""
+        return TokenLengthDataset(self.index, stride=self.stride, reader=self.reader, caption_dropout=0.0)
+
     def _read(self, planned: PlannedSample, path: Path, indices: np.ndarray) -> np.ndarray:
         refuse_changed(path, int(self.index.file_size[planned.row]), int(self.index.mtime_ns[planned.row]))
         if self.index.kind[planned.row] == 0:

@@ -48,7 +48,8 @@ def resize_cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     full_height, full_width = cover_size(frame.shape[0], frame.shape[1], height, width)
     if full_height * full_width > max(MAX_PIXELS, 4 * height * width):
         raise BadMedia("too_small", f"{frame.shape[1]}x{frame.shape[0]} would grow to {full_width}x{full_height}")
-    pixels = torch.from_numpy(np.ascontiguousarray(frame))[None].permute(0, 3, 1, 2)
+    own = np.require(frame, requirements=["C", "W"])  # decoders' frames may be read-only, which torch has no word for
+    pixels = torch.from_numpy(own)[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(pixels, (full_height, full_width), mode="bilinear", antialias=True)
     top, left = (full_height - height) // 2, (full_width - width) // 2
     return scaled[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from videox.errors import STORAGE, Refusal
+from videox.files import replacing
 
 IMAGE, VIDEO, UNKNOWN = 0, 1, 2  # the values of kind; UNKNOWN only where metadata does not say it
 VERSION = 1
@@ -61,26 +60,13 @@ def header_of(table: pa.Table) -> dict[str, Any]:
 
 def write_table(table: pa.Table, header: dict[str, Any], path: Path) -> None:
     """Writes a table aside and puts it in place in one step, so that a reader finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     table = table.replace_schema_metadata({"videox": json.dumps(header)})
     try:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a build that was killed
+        for left in path.parent.glob(f".tmp-{path.name}-*"):  # by a build that was killed
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
-        try:
-            with temporary.open("xb") as file:
-                with pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with replacing(path) as temporary, temporary.open("xb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
     except OSError as error:
         what = f"the index cannot be written ({error.strerror})"
         raise Refusal(str(path), what, "make room there, or make the folder writable", STORAGE) from error

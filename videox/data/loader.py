@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 
 import torch
 from torch.utils.data import DataLoader
@@ -32,8 +34,20 @@ def build_loader(
 
 
 def quiet_worker(worker: int) -> None:
-    """Keeps a worker out of the way: Ctrl-C is the training process's to handle, and decoding needs one thread."""
+    """Keeps a worker out of the way: signals are the training process's to handle, and decoding needs one thread.
+
+    Terminals, batch systems and torchrun signal every process of a session. A worker that obeyed would break the step
+    that the training process wants to finish and save, so that its SIGTERM counts from the training process alone.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_word_from, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_on_word_from(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

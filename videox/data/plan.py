@@ -289,7 +289,9 @@ def _slot_capacity(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> tuple
     return per_slot, np.maximum(per_micro, 1)
 
 
-def plan_epoch(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()) -> EpochPlan:
+def plan_epoch(
+    columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()
+) -> EpochPlan:
     """Returns the epoch's schedule: the same on every process and at every world size.
 
     Args:
@@ -390,7 +392,9 @@ def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
-def count_steps(columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()) -> int:
+def count_steps(
+    columns: Columns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()
+) -> int:
     """Returns the optimizer steps of an epoch without ordering its samples (several times faster than the plan)."""
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
     rows, copies = _samples(columns, settings, fates)

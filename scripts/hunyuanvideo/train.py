@@ -1,0 +1,460 @@
+"""Serves who fine-tunes HunyuanVideo: text-to-video and image-to-video, from clips to a model that diffusers loads.
+
+One process, or one per GPU (DDP); everything after the script's name is the same for both:
+
+    accelerate launch --mixed_precision="bf16" scripts/hunyuanvideo/train.py \
+      --pretrained_model_name_or_path=models/Diffusion_Transformer/HunyuanVideo \
+      --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
+      --output_dir=outputs/hunyuan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \\
+      --gradient_checkpointing
+
+Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoint=latest goes on, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+from PIL import Image
+from transformers import CLIPTextModel, LlamaModel, LlavaForConditionalGeneration
+
+import videox.args as flags
+import videox.wiring as wiring
+from videox.conditioning import concat_first_frame, replace_first_frame
+from videox.data.dataset import Batch
+from videox.data.plan import held_out_plan
+from videox.distributed import Backend, StopRequest, accumulate
+from videox.dump import dump_folder, write_dump
+from videox.errors import MODEL, Refusal
+from videox.estimate import joint_cost_coefficients
+from videox.flow_matching import (
+    NUM_TRAIN_TIMESTEPS,
+    add_noise,
+    batch_noise,
+    loss_weights,
+    motion_losses,
+    velocity_losses,
+)
+from videox.keys import Purpose, mix
+from videox.latents import encode, to_video
+from videox.lifecycle import Run, run_script
+from videox.model_folder import load_strictly, read_component, read_model_folder, refuse_not_finite
+from videox.offload import RestingModule
+from videox.optim import set_learning_rate
+from videox.report import data_lines, start_facts, start_lines, typical_fps
+from videox.state import load_state, save_state
+from videox.steps import close_step, walk
+from videox.text import trim_text
+from videox.tracker import check_tracker
+from videox.validation import HeldOut
+from videox.validator import Validator, held_out_samples
+from videox.weights import export_transformer
+
+TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
+INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is kept, as in the pipeline
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the flags, each checked by itself and against the others."""
+    parser = flags.Parser(description=__doc__)
+    flags.add_model_and_data(parser)
+    flags.add_shapes(parser)
+    flags.add_training(parser, modes=tuple(TASKS))
+    flags.add_run(parser)
+    add = parser.add_argument_group("HunyuanVideo").add_argument
+    add(
+        "--guidance_scale",
+        type=flags.number(float, 1, 100),
+        default=6.0,
+        help="embedded guidance, x 1000 to the model",
+    )
+    add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
+    skip = "last hidden layers of the text encoder to leave out (0 = none)"
+    add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
+    every = "keep every k-th image token of the prompt, 1 to 5 (none = 4 for token_replace, 2 for latent_concat)"
+    add("--image_embed_interleave", type=flags.number(int, 1, 5), help=every)
+    args = parser.parse(argv)
+    flags.check(args)
+    return args
+
+
+# -------------------------------------------------------------------------------------------------- components
+
+
+@dataclass(frozen=True)
+class Components:
+    """The model's parts. transformer: float32 masters; pipeline: diffusers' own, for prompts and sample clips.
+
+    condition: None for text-to-video, else how the first frame is given: "token_replace" | "latent_concat".
+    """
+
+    transformer: HunyuanVideoTransformer3DModel
+    text_encoder: RestingModule
+    text_encoder_2: RestingModule
+    vae: RestingModule
+    pipeline: HunyuanVideoPipeline | HunyuanVideoImageToVideoPipeline
+    attention: MaskFreeAttention
+    scaling_factor: float
+    shift: float
+    condition: str | None
+
+    @property
+    def given_frames(self) -> int:
+        """Leading latent frames that the model is given; they are outside the loss."""
+        return 0 if self.condition is None else 1
+
+
+class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
+    """Attention that leaves the mask away while every text token is real, so that the fused kernels can be used."""
+
+    all_real = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Does what the parent does, with the mask only where it masks something."""
+        mask = None if self.all_real else attention_mask
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+
+
+def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the configurations of all parts after each has been looked at; loads no weight."""
+    pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
+    encoders = ("text_encoder", "text_encoder_2")
+    names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
+    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=encoders)
+    root = Path(args.pretrained_model_name_or_path)
+    for name in ("transformer", "vae"):
+        configs[name] = read_component(Path(getattr(args, f"{name}_path") or root / name), weighted=True)
+    condition = configs["transformer"].get("image_condition_type")
+    made_for = "normal" if condition is None else "i2v"
+    if args.train_mode != made_for:
+        what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
+        raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
+    if made_for == "i2v":
+        read_component(root / "image_processor", weighted=False)
+    return configs
+
+
+def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
+    """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
+    root, device = Path(args.pretrained_model_name_or_path), accelerator.device
+    compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    transformer_folder = Path(args.transformer_path or root / "transformer")
+    transformer = load_strictly(HunyuanVideoTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
+    refuse_not_finite(transformer, transformer_folder)
+    attention = MaskFreeAttention()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.set_processor(attention)
+    text_encoder_class = LlamaModel if args.train_mode == "normal" else LlavaForConditionalGeneration
+    vae_folder = Path(args.vae_path or root / "vae")
+    encoders = {
+        "vae": load_strictly(AutoencoderKLHunyuanVideo, vae_folder, torch_dtype=torch.float32),
+        "text_encoder": load_strictly(text_encoder_class, root / "text_encoder", dtype=compute_dtype),
+        "text_encoder_2": load_strictly(CLIPTextModel, root / "text_encoder_2", dtype=compute_dtype),
+    }
+    pipeline_class = HunyuanVideoPipeline if args.train_mode == "normal" else HunyuanVideoImageToVideoPipeline
+    pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
+    resting = {
+        name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
+        for name, encoder in encoders.items()
+    }
+    return Components(
+        transformer=transformer.to(device),
+        **resting,
+        pipeline=pipeline,
+        attention=attention,
+        scaling_factor=encoders["vae"].config.scaling_factor,
+        shift=shift,
+        condition=transformer.config.image_condition_type,
+    )
+
+
+# --------------------------------------------------------------------------------------------- the family's part
+
+
+@torch.no_grad()
+def encode_prompts(
+    args: argparse.Namespace, components: Components, captions: Sequence[str], video: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Returns prompt_embeds [B, L, D], prompt_mask [B, L] and pooled [B, P], trimmed to the batch's longest caption.
+
+    In image-to-video the prompt shows the first frame of the video [B, 3, T, H, W] to the text encoder, one sample at
+    a time: the pipeline cuts prompts that are too long for its template rightly for a single one only.
+    """
+    pipeline, device = components.pipeline, video.device
+    settings = {
+        "device": device,
+        "max_sequence_length": args.tokenizer_max_length,
+        "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip,
+    }
+    with components.text_encoder.awake(), components.text_encoder_2.awake():
+        if components.condition is None:
+            template = pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE
+            embeds, mask = pipeline._get_llama_prompt_embeds(list(captions), template, **settings)
+        else:
+            template = pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE
+            settings["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[components.condition]
+            images = [Image.fromarray(frame) for frame in first_frames(video)]
+            encoded = [
+                pipeline._get_llama_prompt_embeds([image], [caption], template, **settings)
+                for image, caption in zip(images, captions, strict=True)
+            ]
+            embeds, mask = (torch.cat(part) for part in zip(*encoded, strict=True))
+        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=device)
+    embeds, mask = trim_text(embeds, mask)
+    return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": pooled}
+
+
+def first_frames(video: torch.Tensor) -> np.ndarray:
+    """Returns the first frames as uint8 [B, H, W, 3] of a video [B, 3, T, H, W] in [-1, 1]."""
+    return ((video[:, :, 0] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def encode_video(
+    components: Components, video: torch.Tensor, keys: Sequence[int] | None, mini_batch: int
+) -> torch.Tensor:
+    """Returns scaled latents, float32 [B, 16, t, h, w], of a video [B, 3, T, H, W] in [-1, 1].
+
+    keys draw the posterior's noise, one per sample; None takes its mode. mini_batch: samples per call of the VAE.
+    """
+    return encode(components.vae, video, keys=keys, mini_batch=mini_batch) * components.scaling_factor
+
+
+def transformer_inputs(
+    components: Components, noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor],
+    guidance_scale: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the keywords of HunyuanVideoTransformer3DModel: timestep 1000 sigma, guidance x 1000, both float32 [B].
+
+    Args:
+        given: of encode_prompts; in image-to-video with `first_frame`, its latents [B, 16, 1, h, w].
+        guidance_scale: embedded guidance, for models that take it.
+    """
+    hidden_states = noisy_latents
+    if components.condition == "token_replace":
+        hidden_states = replace_first_frame(noisy_latents, given["first_frame"])
+    elif components.condition == "latent_concat":
+        hidden_states = concat_first_frame(noisy_latents, given["first_frame"])
+    guided = components.transformer.config.guidance_embeds
+    components.attention.all_real = bool(given["prompt_mask"].all())
+    return {
+        "hidden_states": hidden_states,
+        "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
+        "encoder_hidden_states": given["prompt_embeds"],
+        "encoder_attention_mask": given["prompt_mask"],
+        "pooled_projections": given["pooled"],
+        "guidance": torch.full_like(sigmas, 1000 * guidance_scale) if guided else None,
+        "return_dict": False,
+    }
+
+
+# ----------------------------------------------------------------------------------------------- one micro-batch
+
+
+def accumulate_gradients(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    components: Components,
+    model: torch.nn.Module,
+    batch: Batch,
+    dump_to: Path | None,
+) -> torch.Tensor:
+    """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
+
+    x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
+    """
+    device, keys = accelerator.device, batch["keys"]
+    video = to_video(batch["pixels"].to(device, non_blocking=True))
+    posterior_keys = keys if args.vae_sample_mode == "sample" else None
+    latents = encode_video(components, video, posterior_keys, args.vae_mini_batch)
+    given = encode_prompts(args, components, batch["captions"], video)
+    if components.given_frames:  # as at inference: the image alone, the posterior's mode
+        given["first_frame"] = encode_video(components, video[:, :, :1], None, args.vae_mini_batch)
+
+    sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
+    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
+    noisy_latents = add_noise(latents, noise, sigmas)
+    target = noise - latents
+
+    inputs = transformer_inputs(components, noisy_latents, sigmas, given, args.guidance_scale)
+    weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    with accumulate(accelerator, model, batch["last"]):
+        prediction = model(**inputs)[0]
+        made = (slice(None), slice(None), slice(components.given_frames, None))  # what the model was not given
+        losses = velocity_losses(prediction[made], target[made], loss_weights(sigmas, args.weighting_scheme))
+        if args.motion_sub_loss:
+            losses = motion_losses(prediction[made], target[made], losses, args.motion_sub_loss_ratio)
+        loss = (losses.double() * weights).sum()
+        accelerator.backward((loss * accelerator.num_processes).float())  # DDP takes the mean over processes
+    if dump_to is not None:
+        drawn = {"latents": latents, "noise": noise, "sigma": sigmas, "timestep": inputs["timestep"]}
+        found = {"weight": weights, "target": target, "prediction": prediction, "loss": losses}
+        write_dump(dump_to, rank=accelerator.process_index, batch=batch, tensors=drawn | found, model_inputs=inputs)
+    return loss.detach()
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+def encode_held_out(
+    args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
+) -> list[HeldOut]:
+    """Returns held-out samples in host memory: latents by the posterior's mode, prompts, the first frame if given."""
+    encoded = []
+    for pixels, caption in samples:
+        video = to_video(torch.from_numpy(pixels)[None].to(device))
+        given = encode_prompts(args, components, [caption], video)
+        if components.given_frames:
+            given["first_frame"] = encode_video(components, video[:, :, :1], None, args.vae_mini_batch)
+        latents = encode_video(components, video, None, args.vae_mini_batch)
+        encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
+    return encoded
+
+
+def predict_held_out(
+    components: Components,
+    guidance_scale: float,
+    noisy_latents: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: HeldOut,
+) -> torch.Tensor:
+    """Returns the velocity for one held-out sample, as training computes it."""
+    given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
+    inputs = transformer_inputs(components, noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, given, guidance_scale)
+    return components.transformer(**inputs)[0]
+
+
+@contextmanager
+def sampling_pipeline(
+    components: Components,
+) -> Iterator[HunyuanVideoPipeline | HunyuanVideoImageToVideoPipeline]:
+    """Yields the pipeline with the transformer in training, its encoders on the device; it pads and masks its text."""
+    components.pipeline.transformer = components.transformer
+    components.attention.all_real = False
+    with components.text_encoder.awake(), components.text_encoder_2.awake(), components.vae.awake():
+        yield components.pipeline
+    components.pipeline.transformer = None
+
+
+# ------------------------------------------------------------------------------------------------ main and loop
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
+    return wiring.start(parse_args(argv), train)
+
+
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
+) -> int:
+    """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
+    output_dir = Path(args.output_dir)
+    configs = check_model(args)
+    config, shift = configs["transformer"], float(configs["scheduler"]["shift"])
+    check_tracker(args.report_to)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
+    facts = start_facts(accelerator, backend, task=task, output_dir=output_dir)
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *wiring.notes(args)]))
+
+    # schedule: from here on, everything that will happen is known
+    cost = joint_cost_coefficients(
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        mlp_ratio=config["mlp_ratio"],
+        layers=config["num_layers"] + config["num_single_layers"],
+        text_tokens=args.tokenizer_max_length,
+    )
+    min_frames = 1 if args.train_mode == "normal" else 5  # a given first latent frame alone teaches nothing
+    planned = wiring.open_schedule(args, accelerator, run, gather, cost, min_frames)
+    settings, state, total = planned.settings, planned.state, planned.total
+    accelerator.print("\n".join(data_lines(planned.index, planned.plan)))
+    accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
+
+    # model: float32 masters, computation in the accelerator's precision
+    components = load_components(args, shift, accelerator)
+    transformer = components.transformer
+    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    optimization = wiring.open_optimization(args, transformer, blocks, planned)
+    optimizer = optimization.optimizer
+    model = accelerator.prepare_model(transformer.train())
+    if run.resume.path:
+        load_state(run.resume.path, transformer, optimizer)
+
+    # records, batches, looks at the model on the way
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, transformer, {"shift": shift})
+    dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
+    held_out = held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, settings))
+    shape = planned.plan.commonest_bucket()
+    validate = Validator(
+        accelerator, watch, model=transformer, predict=partial(predict_held_out, components, args.guidance_scale),
+        held_out=encode_held_out(args, components, held_out, accelerator.device), prompts=args.validation_prompts,
+        images=wiring.validation_images(args, shape),
+        pipeline=partial(sampling_pipeline, components), shape=shape, shift=shift,
+        fps=typical_fps(planned.index) / args.video_sample_stride, guidance_scale=args.guidance_scale, seed=settings.seed,
+        given_frames=components.given_frames,
+    )  # fmt: skip
+    transformer_json = transformer.to_json_string()
+    save = partial(save_state, state=state, model=transformer, config=transformer_json, optimizer=optimizer)
+    clip_at = wiring.clip_limit_of(args)
+    if state.step == 0:
+        watch.first_batch(planned.plan, dataset, planned.index.fps)
+        validate()
+
+    with StopRequest() as stop:
+        for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
+            rate = optimization.rate(state.step)
+            set_learning_rate(optimizer, rate)
+            step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
+            dump_to = dump_folder(output_dir, state.step + 1, args.dump_steps)
+            for batch in step.batches():
+                step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
+                bad += batch["bad"]
+            end = close_step(
+                step, accelerator, watch, loss=step_loss, bad=bad, stop=bool(stop), optimizer=optimizer,
+                trained=optimization.trained, clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
+            )  # fmt: skip
+
+            # once in a while: validate, save, stop
+            done = state.step == total
+            if done or wiring.validation_due(args, state.step, end.epochs):
+                validate()
+            if done or end.stop or state.step % args.checkpointing_steps == 0:
+                watch.save(save, args.checkpoints_total_limit, {"task": f"hunyuanvideo {args.train_mode}"})
+            if end.stop and not done:
+                return watch.stopped(stop.signal_name)
+
+    export = partial(
+        export_transformer, transformer.state_dict(), transformer_json, output_dir / "transformer",
+        flags.EXPORT_DTYPES[args.export_dtype], HunyuanVideoTransformer3DModel._keep_in_fp32_modules or (),
+    )  # fmt: skip
+    return watch.finished(export)
+
+
+if __name__ == "__main__":
+    run_script(main)

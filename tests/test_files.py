@@ -1,0 +1,95 @@
+"""Serves videox/files.py: a file is whole, old or new, whatever interrupts its writing, and a free name is free."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from crashes import die, fork, names, status_of, strike
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videox.files import aside, flush, flush_tree, replacing, unused, write_json_atomically
+
+
+def test_json_is_replaced_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "run_status.json"
+    write_json_atomically(path, {"step": 1})
+    with pytest.raises(TypeError):
+        write_json_atomically(path, {"step": object()})
+
+    def full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        with pytest.raises(OSError, match="File too large"):
+            write_json_atomically(path, {"step": 2, "error": "long" * 10})
+
+    assert status_of(fork(full_disk)) == 0
+    assert json.loads(path.read_text()) == {"step": 1} and names(tmp_path) == ["run_status.json"]
+
+
+def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError("x")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass  # nothing was written
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
+
+
+def test_a_kill_at_every_file_operation_leaves_the_old_file_or_the_new(tmp_path):
+    points, found, status = 0, [], -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        points += 1
+        path = tmp_path / str(points) / "state.json"
+        path.parent.mkdir()
+        write_json_atomically(path, {"step": 1})
+
+        def killed(at: int = points, path=path) -> None:
+            strike(path.parent, at, die, reads=True)
+            write_json_atomically(path, {"step": 2})
+
+        status = status_of(fork(killed))
+        found.append(json.loads(path.read_text())["step"])
+    assert status == 0 and found == sorted(found) and set(found) == {1, 2} and points > 3
+
+
+@given(st.sets(st.integers(1, 9)))
+def test_the_first_free_name_is_found(tmp_path_factory, taken):
+    folder = tmp_path_factory.mktemp("names")
+    for number in taken:
+        (folder / ("run" if number == 1 else f"run-{number}")).symlink_to(folder / "nowhere")  # counts as taken
+    free = min(set(range(1, 11)) - taken)
+    assert unused(folder / "run").name == ("run" if free == 1 else f"run-{free}")
+
+
+def test_names_aside_are_hidden_and_never_alike(tmp_path):
+    path = tmp_path / "state.json"
+    found = {aside(path, kind) for kind in ("tmp", "trash") for _ in range(100)}
+    assert len(found) == 200 and {p.parent for p in found} == {tmp_path}
+    assert {p.name.split("state.json")[0] for p in found} == {".tmp-", ".trash-"}
+
+
+def test_flushing_reaches_files_and_folders_and_tells_of_what_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("x")
+    flushed = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    flush_tree(tmp_path)
+    assert sorted(flushed) == sorted(str(tmp_path / part) for part in ("", "a", "a/b", "a/b/file")) and flushed[
+        -1
+    ] == (str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        flush(tmp_path / "absent")

@@ -1,0 +1,278 @@
+"""Serves both train.py scripts: turns the flags into the parts that a run is built of.
+
+Beside args.py this is the one place where the parsed flags enter the package; everything that it calls takes named
+parameters. What a family alone knows (its model, its encoders, its inputs) stays in the family's script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from videox.args import data_dir, size_policy
+from videox.data.bucket_sampler import BucketBatchSampler
+from videox.data.dataset import Batch, TokenLengthDataset
+from videox.data.index import Index, build_index, load_index
+from videox.data.loader import build_loader
+from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
+from videox.data.video import BadMedia, read_image
+from videox.distributed import gather_objects, make_accelerator
+from videox.errors import Refusal
+from videox.flow_matching import draw_sigmas, timestep_density
+from videox.keys import Purpose, uniform
+from videox.lifecycle import Run, main_first, open_run
+from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
+from videox.recompute import recompute_blocks
+from videox.shapes import Bucket
+from videox.state import TrainState, checkpoint_bytes, plan_inputs, resume_or_begin
+from videox.steps import total_steps
+from videox.watch import Watch
+
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Data and schedule of a run: from here on, everything that will happen is known.
+
+    plan: of the epoch in which the run goes on; total: optimizer steps of the whole run.
+    """
+
+    index: Index
+    columns: Columns
+    settings: PlanSettings
+    state: TrainState
+    plan: EpochPlan
+    total: int
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What steps the weights: trained parameters, AdamW over them, the learning rate as a function of the step."""
+
+    optimizer: torch.optim.Optimizer
+    trained: Sequence[torch.nn.Parameter]
+    rate: Callable[[int], float]
+
+
+def open_schedule(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    run: Run,
+    gather: Gather,
+    cost: tuple[float, float],
+    min_frames: int = 1,
+) -> Schedule:
+    """Returns the index, brought up to date, and the schedule over it, resumed or begun.
+
+    Args:
+        cost: a and b of a sample's cost a*S + b*S^2 in tokens S.
+        min_frames: below which a sample teaches nothing.
+
+    Raises:
+        Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
+    """
+    index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
+    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    state, settings = resume_or_begin(
+        run.resume.path,
+        partial(plan_settings, args, cost=cost, min_frames=min_frames),
+        seed=args.seed,
+        slots=accelerator.num_processes * args.gradient_accumulation_steps,
+        world_size=accelerator.num_processes,
+        index_fingerprint=index.fingerprint(),
+        gather=gather,
+    )
+    plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
+    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
+    return Schedule(index, columns, settings, state, plan, total)
+
+
+def open_optimization(
+    args: argparse.Namespace, transformer: torch.nn.Module, blocks: Sequence[torch.nn.Module], schedule_: Schedule
+) -> Optimization:
+    """Freezes what is not to train, sets up recomputation, and returns AdamW with its learning rate.
+
+    Args:
+        transformer: of diffusers.
+        blocks: its repeated blocks, in order.
+        schedule_: gives the total steps and the samples per step.
+    """
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    elif args.selective_ac:
+        recompute_blocks(transformer, blocks, args.selective_ac)
+    full, half = choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
+    samples = schedule_.settings.slots * args.train_batch_size
+    base = args.learning_rate * (samples if args.scale_lr else 1)
+    optimizer = make_optimizer(
+        parameter_groups(transformer, full, half),
+        learning_rate=base,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+    )
+    factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return Optimization(optimizer, trained, lambda step: base * factor(step))
+
+
+def open_watch(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    run: Run,
+    gather: Gather,
+    schedule_: Schedule,
+    transformer: torch.nn.Module,
+    resolved: Mapping[str, Any],
+) -> Watch:
+    """Returns the run's records, with what lies behind the resumed step moved aside.
+
+    Args:
+        resolved: what followed from the flags beside the schedule, for args.json.
+    """
+    plan = {"seed": schedule_.settings.seed, "slots": schedule_.settings.slots, "total_steps": schedule_.total}
+    return Watch(
+        Path(args.output_dir),
+        run,
+        schedule_.state,
+        schedule_.total,
+        asked=vars(args),
+        resolved={**plan, **resolved, "plan": plan_inputs(schedule_.settings)},
+        report_to=args.report_to,
+        logging_dir=args.logging_dir,
+        project=args.tracker_project_name,
+        checkpoint_bytes=checkpoint_bytes(transformer),
+        is_main=accelerator.is_main_process,
+        gather=gather,
+    )
+
+
+def open_data(
+    args: argparse.Namespace, accelerator: Accelerator, index: Index
+) -> tuple[TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
+    """Returns dataset, this process's sampler and the loader over both."""
+    dataset = TokenLengthDataset(
+        index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=args.caption_dropout
+    )
+    sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
+    pinned = accelerator.device.type == "cuda"
+    return dataset, sampler, build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pinned)
+
+
+def index_path(args: argparse.Namespace) -> Path:
+    """Returns where the index is kept: beside the metadata, or in output_dir where that folder is read-only."""
+    meta = Path(args.train_data_meta).resolve()
+    name = f"{meta.name}.videox-index.arrow"
+    return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
+
+
+def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[Any], list[Any]]) -> Index:
+    """Returns the index, brought up to date by the main process and mapped by the others."""
+    build = partial(
+        build_index,
+        Path(args.train_data_meta),
+        data_dir(args),
+        index_path(args),
+        allow_outside_data_dir=args.allow_outside_data_dir,
+        workers=max(args.dataloader_num_workers, 1),
+        progress=True,
+    )
+    main_first(build, is_main=is_main, gather=gather)
+    return load_index(index_path(args), data_dir(args))
+
+
+def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
+    """Returns whether to validate after `step` optimizer steps; epochs: how many just ended, 0 in the midst of one."""
+    by_epoch = epochs > 0 and args.validation_epochs > 0 and epochs % args.validation_epochs == 0
+    return by_epoch or step % args.validation_steps == 0
+
+
+def plan_settings(
+    args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int, min_frames: int = 1
+) -> PlanSettings:
+    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
+    return PlanSettings(
+        policy=size_policy(args, min_frames),
+        batch_size=args.train_batch_size,
+        slots=slots,
+        seed=seed,
+        slot_fill=args.slot_fill,
+        video_repeat=args.video_repeat,
+        held_out=args.validation_rows,
+        cost_linear=cost[0],
+        cost_quadratic=cost[1],
+    )
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """Returns lines on flags that are taken otherwise than a user may think."""
+    lines, policy = [], size_policy(args)
+    if policy.token_length and policy.image_sample_size < policy.video_sample_size:
+        given = (
+            f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
+        )
+        lines.append(f"{given}: sizes run from {policy.low} to {policy.high} all the same")
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        lines.append("NCCL_P2P_DISABLE=1 turns NVLink off: unset it on a single machine")
+    return lines
+
+
+def clip_limit_of(args: argparse.Namespace) -> Callable[[float, int], float]:
+    """Returns the gradient norm to clip to, as a function of (norm, optimizer steps done)."""
+    return partial(
+        clip_limit,
+        max_grad_norm=args.max_grad_norm,
+        initial_ratio=args.initial_grad_norm_ratio,
+        ramp_steps=args.abnormal_norm_clip_start,
+    )
+
+
+def draw_sigmas_of(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:
+    """Returns sigmas, float32 [B]: stratified over the global batch, or drawn one by one from the scheme's density."""
+    if args.uniform_sampling:
+        draws = batch["strata"]
+    else:
+        own = uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
+        draws = timestep_density(own, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    return draw_sigmas(draws, shift, args.train_sampling_steps)
+
+
+def validation_images(args: argparse.Namespace, shape: Bucket) -> list[Image.Image]:
+    """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
+
+    Raises:
+        Refusal: one cannot be read.
+    """
+    images = []
+    for path in args.validation_paths:
+        try:
+            images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
+        except BadMedia as why:
+            what = f"{path} is {why.media_class} ({why.detail})"
+            raise Refusal("--validation_paths", what, "give an image that can be read") from why
+    return images
+
+
+def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
+    """Opens processes and run folder, calls train(args, accelerator, backend, run, gather), returns its exit code."""
+    accelerator, backend = make_accelerator(args.mixed_precision)
+    gather = gather_objects(accelerator)
+    with open_run(
+        Path(args.output_dir),
+        resume=args.resume_from_checkpoint,
+        verify=args.verify,
+        is_main=accelerator.is_main_process,
+        gather=gather,
+    ) as run:
+        return train(args, accelerator, backend, run, gather)
