@@ -14,6 +14,8 @@ import argparse
 import os
 import platform
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,9 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import forkserver
 import runs
@@ -34,8 +35,7 @@ from videox.checkpoint import find_checkpoints, latest
 
 STEPS, EVERY, KILLS, IN_SAVES = 60, 5, 20, 7
 CONFIGURATIONS = tuple((workers, precision) for precision in ("no", "bf16") for workers in (0, 2))
-LONGEST_SAVE = 0.03  # seconds: kills that wait for a save come within this after it has begun
-ATTEMPTS = 10  # a save may be over before its kill arrives; then the kill is drawn again
+LONGEST_SAVE = 0.02  # seconds: kills that wait for a save come within this after it has begun
 HEADER = (
     "data workers", "precision", "kills", "inside a save", "before the first save", "resumes", "half checkpoints",
     "differences", "minutes",
@@ -61,44 +61,47 @@ def command(model: Path, metadata: Path, output_dir: Path, *, workers: int, prec
     )  # fmt: skip
 
 
-def saves_under_way(output_dir: Path, step: int | None = None) -> list[Path]:
-    """Returns the temporary folders of saves, of one step's or of any."""
-    return list(output_dir.glob(f".tmp-checkpoint-{step or '*'}-*"))
+def saves_under_way(output_dir: Path, first: int = 0) -> list[Path]:
+    """Returns the temporary folders of saves of step `first` or later."""
+    found = output_dir.glob(".tmp-checkpoint-*-*")
+    return [path for path in found if int(path.name.split("-")[2]) >= first]
 
 
-def kill(
-    server: forkserver.ForkServer,
-    argv: Callable[[Path], list[str]],
-    output_dir: Path,
-    *,
-    moment: float = 0.0,
-    save: int | None = None,
-) -> None:
-    """Starts a trainer and ends it and its workers by SIGKILL.
-
-    Args:
-        argv: flags for an output_dir.
-        moment: seconds after the start, or after the beginning of a save.
-        save: the step of that save; None = of the run.
-    """
+def kill_at(server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, moment: float) -> None:
+    """Starts a trainer and ends it and its workers by SIGKILL, `moment` seconds after its start."""
     trainer = server.start(argv(output_dir), output_dir.with_suffix(".log"))
-    if save is not None:
-        trainer.until(lambda: saves_under_way(output_dir, save))
     time.sleep(moment)
     trainer.kill()
     trainer.wait()
 
 
-def kill_and_resume(
+def kill_in_save(
     server: forkserver.ForkServer,
     argv: Callable[[Path], list[str]],
     output_dir: Path,
-    unbroken: Path,
-    steps: int,
-    **when: float | int | None,
+    first: int,
+    draw: random.Random,
+) -> bool:
+    """Starts a trainer and kills it inside the save of step `first`, or of a later one.
+
+    It is held by SIGSTOP shortly after the save has begun; if that came too late for the save, it may go on to the
+    next one. Returns False if it came too late for all of them, and the run has ended by itself.
+    """
+    trainer = server.start(argv(output_dir), output_dir.with_suffix(".log"))
+    while trainer.until(lambda: saves_under_way(output_dir, first)):
+        time.sleep(draw.uniform(0, LONGEST_SAVE))
+        trainer.signal(signal.SIGSTOP)
+        if saves_under_way(output_dir):
+            trainer.kill()
+            break
+        trainer.signal(signal.SIGCONT)
+    return trainer.wait() == -signal.SIGKILL
+
+
+def resume(
+    server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, unbroken: Path, steps: int
 ) -> Kill:
-    """Kills a run at the given moment, resumes it until it has finished, and compares it with the unbroken one."""
-    kill(server, argv, output_dir, **when)
+    """Looks at what a kill left, resumes the run until it has finished, and compares it with the unbroken one."""
     in_save = bool(saves_under_way(output_dir))
     newest, half = latest(output_dir, hashes=True)
     step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
@@ -120,23 +123,20 @@ def kill_many(
     in_saves: int,
     seed: int,
 ) -> list[Kill]:
-    """Kills `kills` runs, at least `in_saves` of them inside a save, the others at any moment of a run's wall time."""
+    """Kills `kills` runs, `in_saves` of them inside a save, the others at any moment of a run's wall time."""
     draw = random.Random(seed)
     unbroken = folder / "unbroken"
     whole = server.run(argv(unbroken), folder / "unbroken.log")
     assert whole.code == 0, whole.said()[-4000:]
     met = []
     for number in range(kills):
-        if number >= in_saves:
-            when = {"moment": draw.uniform(0, whole.seconds)}
-            met.append(kill_and_resume(server, argv, folder / f"kill-{number}", unbroken, steps, **when))
-            continue
-        for attempt in range(ATTEMPTS):
-            when = {"save": draw.randrange(EVERY, steps + 1, EVERY), "moment": draw.uniform(0, LONGEST_SAVE)}
-            found = kill_and_resume(server, argv, folder / f"kill-{number}-{attempt}", unbroken, steps, **when)
-            if found.in_save or found.half or found.differences:
-                break
-        met.append(found)
+        output_dir = folder / f"kill-{number}"
+        if number < in_saves:
+            while not kill_in_save(server, argv, output_dir, draw.randrange(EVERY, steps, EVERY), draw):
+                shutil.rmtree(output_dir)
+        else:
+            kill_at(server, argv, output_dir, draw.uniform(0, whole.seconds))
+        met.append(resume(server, argv, output_dir, unbroken, steps))
     return met
 
 

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Sizes for a training that shows something in a minute: the transformer is 96 wide, as the demo's Wan2.1 is.
+# Sizes for a training that shows something in a minute: the transformer is as wide as that of WAN_DEMO.
 HUNYUAN_DEMO = {
     "heads": 4,
     "rope_axes": (8, 8, 8),

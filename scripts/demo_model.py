@@ -34,6 +34,9 @@ CHARACTERS = [chr(code) for code in range(33, 127)]
 LOG_VARIANCE = -10.0  # of the autoencoder's posterior
 SPELLED = -20.0  # log-probability of a single character: any whole word is likelier
 
+# Sizes for a training that shows something in a minute.
+WAN_DEMO = {"heads": 4, "head_dim": 24, "layers": 4, "ffn_dim": 256, "text_dim": 64, "vae_dim": 6}
+
 VOCABULARY_TEXT = """
 a large gray rabbit comes out of its burrow and stretches, a rabbit walks out in the morning light under a tree
 a rabbit holds up its arm on a green meadow, looks up and lets its arms fall while leaves move in the wind
@@ -193,8 +196,8 @@ def build_wan_i2v(
 ) -> Path:
     """Writes an image-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
 
-    Beside the 16 noisy channels the transformer takes 4 of the mask and 16 of the encoded condition. The published
-    models also attend to a CLIP image embedding; there is a published kind without it as well.
+    Beside the 16 noisy channels the transformer takes 4 of the mask and 16 of the encoded condition. With an image
+    embedder, as published, it also attends to a CLIP image embedding.
 
     Args:
         folder: created if need be; model_index.json and one folder per component are written into it.

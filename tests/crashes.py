@@ -57,6 +57,12 @@ def publish(output_dir: Path, step: int, **description: object) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
+def publish_all(output_dir: Path, *steps: int) -> Path:
+    for step in steps:
+        publish(output_dir, step)
+    return output_dir
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

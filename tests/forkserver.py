@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import gc
+import importlib
 import json
 import os
 import resource
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tiny
 
@@ -44,14 +47,14 @@ ON_THE_WAY = (
 
 def serve() -> None:
     """Answers each JSON line on stdin by one on stdout: {"start": ...} by a pid, {"reap": pid} by its wait status."""
-    import importlib
-
     import torch
 
     torch.set_num_threads(1)
     script = tiny.load_script(SCRIPT)
     for name in ON_THE_WAY:
         importlib.import_module(name)
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("umt5")  # kept there
+    gc.freeze()
     _answer({"threads": [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]})
     for line in sys.stdin:
         request = json.loads(line)
@@ -63,11 +66,29 @@ def serve() -> None:
         if not pid:
             os.close(reader)
             _become(request, writer)
-            script.run_script(script.main)  # ends in sys.exit, as in a process of its own
+            module, _, function = request["work"].partition(":")
+            work = getattr(importlib.import_module(module), function) if module else script.main
+            _live(script.run_script, work)
         os.close(writer)
         ready = os.read(reader, 1)
         os.close(reader)
         _answer({"pid": pid, "ready": bool(ready)})
+
+
+def _live(run_script: Callable, work: Callable[[], int]) -> NoReturn:
+    """Runs a trainer to its end as the interpreter would, but leaves out taking every imported module apart again."""
+    code = 1
+    try:
+        run_script(work)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        if sys.exception() is not None:
+            sys.excepthook(*sys.exc_info())
+        atexit._run_exitfuncs()  # the loader's workers end here
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _answer(message: dict) -> None:
@@ -140,7 +161,7 @@ class Trainer:
             if not self.running():
                 return bool(happened())
             assert time.monotonic() < deadline, f"nothing after {limit} s:\n{self.said()[-4000:]}"
-            time.sleep(0.001)
+            time.sleep(0.0003)
         return True
 
     def said(self) -> str:
@@ -191,6 +212,7 @@ class ForkServer:
         environment: dict[str, str] | None = None,
         largest_file: int = 0,
         folder: Path = tiny.ROOT,
+        work: str = "",
     ) -> Trainer:
         """Forks a trainer and returns when it runs.
 
@@ -200,6 +222,7 @@ class ForkServer:
             environment: added to this process's.
             largest_file: bytes that any file it writes may have (soft limit), 0 = no limit.
             folder: its working directory.
+            work: "module:function" to run instead of the trainer's main; it returns the exit code.
         """
         answer = self.ask(
             start=list(flags),
@@ -207,6 +230,7 @@ class ForkServer:
             environment=environment or {},
             largest_file=largest_file,
             folder=str(folder),
+            work=work,
         )
         assert answer["ready"], f"no trainer came to life; see {log}"
         return Trainer(self, answer["pid"], log)
@@ -218,27 +242,36 @@ class ForkServer:
         return trainer
 
     def start_ranks(
-        self, world_size: int, flags: Sequence[str], log: Path, environment: dict[str, str] | None = None
+        self,
+        world_size: int,
+        flags: Sequence[str] | Sequence[Sequence[str]],
+        log: Path,
+        work: Sequence[str] = (),
     ) -> list[Trainer]:
-        """Forks the processes of one launch with the variables that accelerate's launcher and torchrun would set."""
+        """Forks the processes of one launch with the variables that accelerate's launcher and torchrun would set.
+
+        Args:
+            flags: of all ranks, or a list for each.
+            log: rank r's output goes to a file beside it, with "-rank<r>" in its name.
+            work: as for `start`, one for each rank (none = all train).
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), **(environment or {})}
+        common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         return [
             self.start(
-                flags,
+                flags if not flags or isinstance(flags[0], str) else flags[rank],
                 log.with_name(f"{log.stem}-rank{rank}{log.suffix}"),
                 environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                work=work[rank] if work else "",
             )
             for rank in range(world_size)
         ]
 
-    def run_ranks(
-        self, world_size: int, flags: Sequence[str], log: Path, environment: dict[str, str] | None = None
-    ) -> list[Trainer]:
-        trainers = self.start_ranks(world_size, flags, log, environment)
+    def run_ranks(self, world_size: int, flags: Sequence[str], log: Path, work: Sequence[str] = ()) -> list[Trainer]:
+        trainers = self.start_ranks(world_size, flags, log, work)
         for trainer in trainers:
             trainer.wait()
         return trainers

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import alone, die, fail, fill, fork, names, publish, status_of, strike
+from crashes import alone, die, fail, fill, fork, names, publish, publish_all, status_of, strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -205,9 +205,7 @@ def test_a_rank_killed_inside_a_save_stops_the_others_and_publishes_nothing(tmp_
 @pytest.fixture(scope="module")
 def third_unsound(tmp_path_factory) -> Path:
     """Checkpoints 1 and 2 are sound, 3 has lost a file."""
-    run = tmp_path_factory.mktemp("third") / "run"
-    for step in (1, 2, 3):
-        publish(run, step)
+    run = publish_all(tmp_path_factory.mktemp("third") / "run", 1, 2, 3)
     (run / "checkpoint-3" / "trainer_state.json").unlink()
     return run
 
@@ -312,10 +310,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("run")
-    publish(run, 1)
-    publish(run, 2)
-    return run
+    return publish_all(tmp_path_factory.mktemp("run"), 1, 2)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import alone, die, fork, names, publish, status_of, strike
+from crashes import alone, die, fork, names, publish, publish_all, status_of, strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videox.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
 from videox.errors import FLAGS, MODEL, STORAGE, Refusal
+from videox.files import aside
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from videox.run_folder import RECORDS, Resume, hold, prune, resolve_resume, rewind, room_for, sweep
 from videox.weights import StoredTensors, save_tensors, save_weights
@@ -27,10 +28,7 @@ from videox.weights import StoredTensors, save_tensors, save_weights
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("run")
-    publish(run, 1)
-    publish(run, 2)
-    return run
+    return publish_all(tmp_path_factory.mktemp("run"), 1, 2)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -210,18 +208,20 @@ def test_rewind_keeps_every_line_once_and_in_order(tmp_path_factory, steps, save
         (run / f"checkpoint-{step}" / MANIFEST).write_text("{}")
     lines = [json.dumps({"step": step, "n": number}) + "\n" for number, step in enumerate(steps)]
     (run / RECORDS[0]).write_text("".join(lines) + ('{"st' if torn else ""))
-    aside = rewind(run, back_to)
+    superseded = rewind(run, back_to)
     later = [line for line, step in zip(lines, steps, strict=True) if step > back_to] + ['{"st'] * torn
     assert (run / RECORDS[0]).read_text() == "".join(
         line for line, step in zip(lines, steps, strict=True) if step <= back_to
     )
     assert {int(path.name[11:]) for path in find_checkpoints(run)} == {step for step in saved if step <= back_to}
     if later or any(step > back_to for step in saved):
-        moved = aside / RECORDS[0]
+        moved = superseded / RECORDS[0]
         assert (moved.read_text() if moved.exists() else "") == "".join(later)
-        assert {int(path.name[11:]) for path in find_checkpoints(aside)} == {step for step in saved if step > back_to}
+        assert {int(path.name[11:]) for path in find_checkpoints(superseded)} == {
+            step for step in saved if step > back_to
+        }
     else:
-        assert aside is None
+        assert superseded is None
     assert rewind(run, back_to) is None
 
 
@@ -341,6 +341,7 @@ def test_sweep_removes_leftovers_of_ours_only(tmp_path):
     ):
         (tmp_path / name / "transformer").mkdir(parents=True)
     (tmp_path / ".tmp-run_status.json-0123456789ab").write_text("{")
+    aside(tmp_path / "losses.png").write_text("half")
     (tmp_path / "precious").mkdir()
     (tmp_path / ".trash-link-0123456789ab").symlink_to(tmp_path / "precious")
     kept = [".tmp", ".tmp-mine", ".trash-1", ".tmp-notes-0123456789", "precious"]

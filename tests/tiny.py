@@ -43,13 +43,36 @@ def load_script(relative: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before execution: dataclasses look their module up by name
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # as when it is run: it imports its neighbours by their plain names
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 
 def build_wan_t2v(folder: Path, **sizes: int | float) -> Path:
     """Writes the 28-thousand-parameter Wan2.1 text-to-video; keywords as in scripts/demo_model.py."""
     return load_script("scripts/demo_model.py").build_wan_t2v(folder, **sizes)
+
+
+def build_wan_i2v(folder: Path, *, image_embedder: bool = True, **sizes: int | float) -> Path:
+    """Writes the 35-thousand-parameter Wan2.1 image-to-video; keywords as in scripts/demo_model.py."""
+    return load_script("scripts/demo_model.py").build_wan_i2v(folder, image_embedder=image_embedder, **sizes)
+
+
+def build_hunyuan_t2v(folder: Path, **sizes: int | float | tuple[int, int, int]) -> Path:
+    """Writes the 96-thousand-parameter HunyuanVideo text-to-video; keywords as in scripts/demo_hunyuan.py."""
+    return load_script("scripts/demo_hunyuan.py").build_hunyuan_t2v(folder, **sizes)
+
+
+def build_hunyuan_i2v(
+    folder: Path, *, image_condition_type: str = "token_replace", **sizes: int | float | tuple[int, int, int]
+) -> Path:
+    """Writes the 96-thousand-parameter HunyuanVideo image-to-video; keywords as in scripts/demo_hunyuan.py."""
+    return load_script("scripts/demo_hunyuan.py").build_hunyuan_i2v(
+        folder, image_condition_type=image_condition_type, **sizes
+    )
 
 
 def moving_square(frames: int, width: int, height: int, seed: int = 0) -> np.ndarray:

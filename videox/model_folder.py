@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from yaml import YAMLError
 
 from videox.errors import MODEL, Refusal
 
-CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+# What the libraries raise over weights that do not fit, and over a configuration with values of the wrong kind.
+UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
+# OmegaConf passes on what the yaml parser raises, and asserts that the document is more than a bare number.
+BAD_YAML = (
+    OSError, ValueError, AttributeError, TypeError, RecursionError, AssertionError, YAMLError, OmegaConfBaseException,
+)  # fmt: skip
 ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
 
 
@@ -71,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON object; raises Refusal for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as why:
+    except (OSError, ValueError, RecursionError) as why:
         raise Refusal(str(path), f"cannot be read as JSON ({why})", "copy the model anew", MODEL) from why
     if not isinstance(content, dict):
         raise Refusal(str(path), "is not a JSON object", "copy the model anew", MODEL)
@@ -88,7 +97,9 @@ def check_weight_files(folder: Path) -> None:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     for index in indices:
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise Refusal(str(index), "has no weight_map from tensors to files", mend, MODEL)
         for name in sorted(set(weight_map.values())):
             if not (folder / name).is_file():
                 count = sum(1 for value in weight_map.values() if value == name)
@@ -117,7 +128,7 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, **settings
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as why:
+    except (SafetensorError, StrictDataclassError, *UNLOADABLE) as why:
         cause = " ".join(str(why).split())
         raise Refusal(
             str(folder), f"does not load as {model_class.__name__} ({cause[:300]})", "copy the model anew", MODEL
@@ -128,6 +139,27 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
             what = f"has {len(keys)} {kind} keys for {model_class.__name__}, first {keys[0]}"
             raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
     return model
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:  # noqa: ANN401 - of transformers
+    """Checks that a tokenizer splits text as its own tokenizer.json says.
+
+    The class that a model folder names may rebuild the tokenizer from its vocabulary by other rules (spaces and line
+    breaks then vanish without a word), so that prompts mean something else than at inference.
+
+    Raises:
+        Refusal: it splits a probe otherwise.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return
+    probe = "A red fox, 2 years old,\n\nruns over the hill <3"
+    wanted = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    wanted.no_padding()
+    wanted.no_truncation()
+    found = tokenizer(probe).input_ids
+    if found != wanted.encode(probe).ids:
+        what = f"is loaded as {type(tokenizer).__name__}, which splits text otherwise than its tokenizer.json"
+        raise Refusal(str(folder), what, "name the class that its tokenizer_config.json was saved with", MODEL)
 
 
 def refuse_not_finite(model: torch.nn.Module, folder: Path) -> None:
@@ -144,7 +176,7 @@ def read_shift(config_path: str) -> float:
         if "${" in text:
             raise Refusal("--config_path", f"{config_path} holds an interpolation", "write the values out")
         shift = float(OmegaConf.create(text).scheduler_kwargs.shift)
-    except (OSError, ValueError, AttributeError, TypeError, OmegaConfBaseException) as why:
+    except BAD_YAML as why:
         cause = " ".join(str(why).split())
         raise Refusal(
             "--config_path", f"{config_path}: {cause}", "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"

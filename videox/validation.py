@@ -140,7 +140,9 @@ def validation_loss(
             index = first + rank
             sample = samples[index % len(samples)]
             losses = [
-                _loss_at(sample, predict, sigma, int(mix(noise_key, Purpose.VALIDATION, index, i)), given_frames, device)
+                _loss_at(
+                    sample, predict, sigma, int(mix(noise_key, Purpose.VALIDATION, index, i)), given_frames, device
+                )
                 for i, sigma in enumerate(sigmas)
             ]
             if index < len(samples):

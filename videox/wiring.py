@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from videox.args import data_dir, size_policy
 from videox.data.bucket_sampler import BucketBatchSampler
@@ -266,6 +268,8 @@ def validation_images(args: argparse.Namespace, shape: Bucket) -> list[Image.Ima
 
 def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
     """Opens processes and run folder, calls train(args, accelerator, backend, run, gather), returns its exit code."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
     accelerator, backend = make_accelerator(args.mixed_precision)
     gather = gather_objects(accelerator)
     with open_run(

@@ -34,7 +34,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 from PIL import Image
-from transformers import CLIPTextModel, LlamaModel, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, CLIPTextModel, LlamaModel, LlavaForConditionalGeneration
 
 import videox.args as flags
 import videox.wiring as wiring
@@ -56,7 +56,7 @@ from videox.flow_matching import (
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import load_strictly, read_component, read_model_folder, refuse_not_finite
+from videox.model_folder import check_tokenizer, load_strictly, read_component, read_model_folder, refuse_not_finite
 from videox.offload import RestingModule
 from videox.optim import set_learning_rate
 from videox.report import data_lines, start_facts, start_lines, typical_fps
@@ -179,7 +179,11 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
         "text_encoder_2": load_strictly(CLIPTextModel, root / "text_encoder_2", dtype=compute_dtype),
     }
     pipeline_class = HunyuanVideoPipeline if args.train_mode == "normal" else HunyuanVideoImageToVideoPipeline
-    pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
+    # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
+    pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
+    for name in ("tokenizer", "tokenizer_2"):
+        check_tokenizer(getattr(pipeline, name), root / name)
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
         for name, encoder in encoders.items()

@@ -24,10 +24,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import CLIPVisionModel, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 import videox.args as flags
 import videox.wiring as wiring
@@ -49,7 +47,14 @@ from videox.flow_matching import (
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import load_strictly, read_component, read_model_folder, read_shift, refuse_not_finite
+from videox.model_folder import (
+    check_tokenizer,
+    load_strictly,
+    read_component,
+    read_model_folder,
+    read_shift,
+    refuse_not_finite,
+)
 from videox.offload import RestingModule
 from videox.optim import set_learning_rate
 from videox.report import data_lines, start_facts, start_lines, typical_fps
@@ -120,6 +125,9 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
         if config.get("pos_embed_seq_len"):
             what = "the transformer takes features of two images, which no mode here trains"
         raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
+    if with_image and args.tokenizer_max_length != 512:
+        what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
+        raise Refusal("--tokenizer_max_length", what, "leave the flag out")
     if with_image:
         root = Path(args.pretrained_model_name_or_path)
         read_component(root / "image_encoder", weighted=True)
@@ -129,8 +137,6 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
-    diffusers_logging.disable_progress_bar()  # their warnings are still heard
-    transformers_logging.disable_progress_bar()
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     transformer_folder = Path(args.transformer_path or root / "transformer")
@@ -144,6 +150,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
         encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
     pipeline_class = WanPipeline if args.train_mode == "normal" else WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
+    check_tokenizer(pipeline.tokenizer, root / "tokenizer")
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
         for name, encoder in encoders.items()
