@@ -23,7 +23,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
 
 from videox.jsonl import read_lines
 from videox.lifecycle import run_script
@@ -205,8 +207,9 @@ def replay(
 
 @contextlib.contextmanager
 def untouched_process() -> Iterator[None]:
-    """Puts back what a run leaves in a process: accelerate's shared state, environment, generators, switches."""
+    """Puts back what a run leaves in a process: accelerate's shared state, environment, generators, switches, bars."""
     environment = dict(os.environ)
+    bars = [(library, library._tqdm_active) for library in (diffusers_logging, transformers_logging)]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - kept, not drawn from
     try:
@@ -214,6 +217,8 @@ def untouched_process() -> Iterator[None]:
     finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
+        for library, shown in bars:
+            (library.enable_progress_bar if shown else library.disable_progress_bar)()
         os.environ.clear()
         os.environ.update(environment)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

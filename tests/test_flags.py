@@ -347,12 +347,29 @@ def test_the_autoencoder_sees_so_many_samples_at_once(
 # ------------------------------------------------------------------------------------------ training
 
 
+@pytest.fixture(scope="module")
+def image_model(bench: Bench) -> Path:
+    return tiny.build_wan_i2v(bench.folder / "image_model", image_embedder=False)
+
+
 @shows("train_mode")
-def test_what_the_mode_asks_for_is_trained_or_refused(bench: Bench, tmp_path: Path) -> None:
-    assert dumps(bench(STEPS))[0][0]["model.hidden_states"].shape[1] == 16  # text-to-video: noisy latents alone
+def test_the_mode_decides_what_the_model_is_given_and_must_fit_it(
+    bench: Bench, image_model: Path, tmp_path: Path
+) -> None:
+    clips = {**STEPS, "metadata": tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),), copies=8)}
+    one = {**clips, **PLAIN_BUCKETS, "train_batch_size": 8, "max_train_steps": 1, "dump_steps": 1}
+    assert bench(one).dump(1)["model.hidden_states"].shape[1] == 16  # the noisy latents alone
+    known = {}
     for mode in ("i2v", "inpaint"):
-        outcome = runs.train(runs.wan_plain(bench.model, bench.metadata, tmp_path / mode, train_mode=mode))
-        assert outcome.code == 2 and outcome.stderr.startswith(f"error: --train_mode: invalid choice: '{mode}'")
+        given = bench(one, model=image_model, train_mode=mode).dump(1)["model.hidden_states"]
+        assert given.shape[1] == 36
+        known[mode] = given[:, 16:20].mean(dim=(3, 4))  # share of each frame that is given: [B, 4, t]
+    first_frame = torch.tensor([[1.0, 0, 0, 0]] * 4)
+    assert torch.equal(known["i2v"], first_frame.expand(8, 4, 4))
+    assert len({tuple(shares.flatten().tolist()) for shares in known["inpaint"]}) > 2
+    for model, mode, fits in ((bench.model, "i2v", "normal"), (image_model, "normal", "i2v or inpaint")):
+        outcome = runs.train(runs.wan_plain(model, bench.metadata, tmp_path / mode, train_mode=mode))
+        assert outcome.code == 4 and f"made for --train_mode {fits}" in outcome.stderr
 
 
 @shows("trainable_modules")
@@ -709,6 +726,23 @@ def test_the_tracker_writes_where_it_is_told(bench: Bench) -> None:
     (events,) = bench(STEPS, **changes).folder.rglob("events.out.tfevents.*")
     assert events.relative_to(bench(STEPS, **changes).folder).parts[:2] == ("curves", "rabbits")
     assert b"train/loss" in events.read_bytes()
+
+
+@shows("validation_paths")
+def test_sample_clips_start_from_the_images_that_were_named(bench: Bench, image_model: Path, tmp_path: Path) -> None:
+    images = [tiny.write_image(tmp_path / f"{number}.png", 128, 96, seed=number) for number in range(2)]
+
+    def samples(*paths: Path) -> list[bytes]:
+        settings = {**STEPS, "model": image_model, "train_mode": "i2v", "max_train_steps": 1, "dump_steps": None}
+        prompts = {"validation_prompts": ["a rabbit walks"] * len(paths), "validation_paths": list(paths)}
+        folder = bench(settings, **prompts).folder / "samples"
+        return [path.read_bytes() for path in sorted(folder.glob("step-000000-prompt-*"))]
+
+    one, other = samples(images[0]), samples(images[1])
+    assert len(one) == len(other) == 1 and one != other
+    assert samples(images[0], images[1])[0] == one[0]
+    argv = runs.wan_plain(bench.model, bench.metadata, tmp_path / "out", validation_paths=images)
+    assert runs.train(argv).code == 2  # text-to-video has no use for them
 
 
 @shows("validation_epochs")

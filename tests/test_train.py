@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+import videox.wiring as wiring
 from videox.data.buckets import Fate
 
 METRICS_KEYS = {
@@ -500,14 +501,14 @@ def damaged_run(
     **changes,
 ) -> runs.Outcome:
     """Runs the trainer and does damage to the data after the index was built and before the first batch is read."""
-    build_loader = runs.script().build_loader
+    build_loader = wiring.build_loader
 
     def build_then_damage(*arguments, **settings) -> DataLoader:
         loader = build_loader(*arguments, **settings)
         damage()
         return loader
 
-    monkeypatch.setattr(runs.script(), "build_loader", build_then_damage)
+    monkeypatch.setattr(wiring, "build_loader", build_then_damage)
     return runs.train(runs.wan_plain(model, metadata, output_dir, **changes))
 
 
@@ -603,6 +604,35 @@ def test_more_bad_rows_than_allowed_end_the_run(
         assert outcome.status["state"] == "failed" and outcome.status["error"] == last
 
 
+def test_steps_of_bad_samples_alone_change_nothing_and_go_by(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rows may always be bad, also when they come one after the other."""
+    media = [(f"{number}.png", 64, 64, 0, 0.0) for number in range(12)]
+    metadata = tiny.make_dataset(tmp_path / "data", tuple(media))
+
+    def damage() -> None:
+        for number in range(10):
+            (metadata.parent / f"{number}.png").unlink()
+
+    settings = {**FLOAT32, "image_sample_size": 64, "num_train_epochs": 2, "checkpointing_steps": 1}
+    outcome = damaged_run(model, metadata, tmp_path / "out", monkeypatch, damage, **settings)
+    assert outcome.code == 0, outcome.stderr
+    assert sorted(record["row"] for record in outcome.bad_samples) == list(range(10))
+    assert all(
+        record["rows"] == [bad["row"]]
+        for bad in outcome.bad_samples
+        for record in outcome.metrics[bad["step"] - 1 : bad["step"]]
+    )
+    lost = {record["step"] for record in outcome.bad_samples}
+    before = runs.read_weights(model / "transformer")
+    for step in range(1, 13):
+        after = outcome.weights(f"checkpoint-{step}/transformer")
+        assert equal(before, after) == (step in lost or step == 1)  # the first step's learning rate is 0
+        before = after
+    assert all(set(record["rows"]) <= {10, 11} for record in outcome.metrics[12:])
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
@@ -665,7 +695,7 @@ REFUSALS = {
     "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Mend: give a model of WanPipeline", True),
     "incomplete model": (no_text_encoder, 4, "text_encoder: has no config.json", True),
     "cut weights": (cut_weights, 4, "is cut short or damaged", True),
-    "image-to-video model": (image_to_video, 2, "--train_mode normal: the transformer takes 36 channels", True),
+    "image-to-video model": (image_to_video, 4, "--train_mode normal: the transformer takes 36 channels: it is made for --train_mode i2v", True),
     "no metadata": (lambda _: {"train_data_meta": "no/such.json"}, 2, "no/such.json", True),
     "rows without a file": (nameless_rows, 3, "nameless.json: no row has file_path; columns found: 'text'", True),
     "no shift": (empty_yaml, 2, "it needs scheduler_kwargs.shift", True),
@@ -677,6 +707,7 @@ REFUSALS = {
     "frames": (lambda _: {"video_sample_n_frames": 14}, 2, "--video_sample_n_frames: 14 is not 4k+1. Mend: use 13 or 17", False),
     "free text for the mode": (lambda _: {"train_mode": "control"}, 2, "--train_mode: invalid choice: 'control'", False),
     "marker without launcher": (lambda _: {"use_deepspeed": True}, 2, "--use_deepspeed: the launcher does not run it", False),
+    "other marker without launcher": (lambda _: {"use_fsdp": True}, 2, "--use_fsdp: the launcher does not run it", False),
 }  # fmt: skip
 
 

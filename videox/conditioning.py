@@ -116,5 +116,5 @@ def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tens
 
 
 def replace_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Returns HunyuanVideo's token_replace input [B, 16, t, h, w]: noisy latents whose first frame is the given one."""
+    """Returns HunyuanVideo's token_replace input [B, 16, t, h, w]: noisy latents with the given first frame."""
     return torch.cat([first, latents[:, :, 1:]], 2)

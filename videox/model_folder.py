@@ -141,18 +141,22 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     return model
 
 
-def check_tokenizer(tokenizer: Any, folder: Path) -> None:  # noqa: ANN401 - of transformers
+def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
     """Checks that a tokenizer splits text as its own tokenizer.json says.
 
     The class that a model folder names may rebuild the tokenizer from its vocabulary by other rules (spaces and line
     breaks then vanish without a word), so that prompts mean something else than at inference.
 
+    Args:
+        tokenizer: as the pipeline uses it.
+        folder: that it was loaded from; one without tokenizer.json is not checked.
+        probe: text with whatever the family's prompts may hold.
+
     Raises:
-        Refusal: it splits a probe otherwise.
+        Refusal: it splits the probe otherwise.
     """
     if not (folder / "tokenizer.json").is_file():
         return
-    probe = "A red fox, 2 years old,\n\nruns over the hill <3"
     wanted = Tokenizer.from_file(str(folder / "tokenizer.json"))
     wanted.no_padding()
     wanted.no_truncation()

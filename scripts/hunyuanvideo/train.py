@@ -2,10 +2,10 @@
 
 One process, or one per GPU (DDP); everything after the script's name is the same for both:
 
-    accelerate launch --mixed_precision="bf16" scripts/hunyuanvideo/train.py \
-      --pretrained_model_name_or_path=models/Diffusion_Transformer/HunyuanVideo \
-      --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
-      --output_dir=outputs/hunyuan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \\
+    accelerate launch --mixed_precision="bf16" scripts/hunyuanvideo/train.py
+      --pretrained_model_name_or_path=models/Diffusion_Transformer/HunyuanVideo
+      --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json
+      --output_dir=outputs/hunyuan --enable_bucket --train_batch_size=1 --mixed_precision="bf16"
       --gradient_checkpointing
 
 Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoint=latest goes on, to the bit.
@@ -182,8 +182,8 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
-    for name in ("tokenizer", "tokenizer_2"):
-        check_tokenizer(getattr(pipeline, name), root / name)
+    check_tokenizer(tokenizer, root / "tokenizer", "A red fox,\n\n2 years old, runs <3")
+    check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
         for name, encoder in encoders.items()

@@ -150,7 +150,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
         encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
     pipeline_class = WanPipeline if args.train_mode == "normal" else WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
-    check_tokenizer(pipeline.tokenizer, root / "tokenizer")
+    check_tokenizer(pipeline.tokenizer, root / "tokenizer", "A red fox, 2 years old, runs over the hill <3")
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
         for name, encoder in encoders.items()
