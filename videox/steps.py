@@ -128,17 +128,19 @@ def close_step(
     """
     state, waited = watch.state, watch.clock.data_wait
     report = agree(accelerator, loss=loss, stop=stop, bad_samples=len(bad), data_wait=waited, stamp=step.stamp())
+    if report.bad_samples:  # first, so that they are named whatever ends the run
+        watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
     norm = gradient_norm(trained)
     grad_norm = float(norm)
-    if math.isfinite(report.loss) and math.isfinite(grad_norm) and report.bad_samples < len(step.rows):
+    if report.bad_samples == len(step.rows):
+        state.skipped += 1  # the data's fault, which max_bad_fraction limits, and no sign of a diverging run
+    elif math.isfinite(report.loss) and math.isfinite(grad_norm):
         clip_gradients(trained, norm, clip_limit(grad_norm, state.step))
         optimizer.step()
         state.skipped_in_row = 0
     else:
         watch.skipped(step.rows.tolist())
     optimizer.zero_grad(set_to_none=True)
-    if report.bad_samples:
-        watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
     epoch_ended = state.advance(step.plan.n_steps)
     watch.step(step.plan, step.epoch_step, report, rate, grad_norm)
     return StepEnd(stop=report.stop, epochs=state.epoch if epoch_ended else 0)

@@ -157,9 +157,7 @@ class Watch:
         self.state.skipped += 1
         self.state.skipped_in_row += 1
         if self.is_main:
-            self.bar.note(
-                f"step {self.state.step + 1} changed nothing: its loss or gradient is not finite, or all its samples are bad"
-            )
+            self.bar.note(f"step {self.state.step + 1} changed nothing: its loss or gradient is not finite")
         if self.state.skipped_in_row >= SKIPS_ALLOWED:
             what = f"{self.state.skipped_in_row} steps in a row had no finite loss and gradient, the last with rows {list(rows)}"
             mend = "resume from an earlier checkpoint with a lower --learning_rate, or look at these rows"

