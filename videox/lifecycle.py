@@ -65,6 +65,7 @@ def open_run(
         if isinstance(shared, Refusal):
             raise shared
         status = RunStatus(output_dir, enabled=is_main)
+        status.step = shared[0].step
         stack.enter_context(_Recorded(status))
         yield Run(shared[0], status, shared[1])
 

@@ -59,15 +59,16 @@ class MetricsLog:
     Args:
         output_dir: the run's folder.
         enabled: False on every process but the main one; then nothing is written.
+        after: the step behind the first line of a new file, for a run that goes on from another folder's checkpoint.
 
     Raises:
         Refusal: (exit code 5) if the file holds a broken line or cannot be written.
     """
 
-    def __init__(self, output_dir: Path, *, enabled: bool = True) -> None:
+    def __init__(self, output_dir: Path, *, enabled: bool = True, after: int = 0) -> None:
         self.path, self.enabled = output_dir / "metrics.jsonl", enabled
         lines = read_lines(self.path) if enabled else []
-        self.last_step = lines[-1]["step"] if lines else 0
+        self.last_step = lines[-1]["step"] if lines else after
         if enabled:
             drop_torn_line(self.path)
 

@@ -62,7 +62,7 @@ def read_state(checkpoint: Path) -> TrainState:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return TrainState(**{name.name: found[name.name] for name in fields(TrainState)})
-    except (OSError, ValueError, KeyError) as why:
+    except (OSError, ValueError, KeyError, TypeError) as why:
         raise Refusal(
             str(path), f"is not a readable trainer state ({why})", "resume from another checkpoint", MODEL
         ) from why

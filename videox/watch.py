@@ -73,7 +73,7 @@ class Watch:
             write_json_atomically(output_dir / "args.json", {"asked": dict(asked), "resolved": dict(resolved)})
 
         main_first(begin, is_main=is_main, gather=gather)
-        self.metrics = MetricsLog(output_dir, enabled=is_main)
+        self.metrics = MetricsLog(output_dir, enabled=is_main, after=state.step)
         self.tracker = Tracker(
             report_to,
             output_dir / logging_dir,

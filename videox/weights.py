@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -261,11 +262,18 @@ def _cast(tensors: NamedTensors, dtype: torch.dtype, keep_fp32: Sequence[str]) -
         yield name, tensor
 
 
+def _same_files(first: Path, second: Path) -> bool:
+    """Tells whether two folders hold the same files, byte for byte."""
+    names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (first, second)]
+    return names[0] == names[1] and all(filecmp.cmp(first / n, second / n, shallow=False) for n in names[0])
+
+
 def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
 
     Args:
-        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted.
+        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted, and one that
+            holds the same files stays, so that a finished run can be resumed any number of times.
         write: fills the folder that it is given.
 
     Raises:
@@ -276,6 +284,8 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         write(temporary)
         flush_tree(temporary)
+        if folder.is_dir() and _same_files(temporary, folder):
+            return
         if os.path.lexists(folder):
             folder.rename(unused(folder.with_name(f"{folder.name}-superseded")))
         temporary.rename(folder)
