@@ -22,24 +22,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 from demo_data import PHOTOS, build_data, calibration_clips
-from demo_hunyuan import HUNYUAN_DEMO, build_hunyuan_i2v, build_hunyuan_t2v, calibrate_scaling_factor
-from demo_model import WAN_DEMO, build_wan_i2v, build_wan_t2v, calibrate_latents
-from diffusers import (
-    HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
 from diffusers.utils import export_to_video
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -60,55 +50,24 @@ HELD_PHOTO = "chelsea.png"  # in image-to-video no row has it, and every sample 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a family and mode bring to the demo.
+    """What a family and mode bring to the demo: names of diffusers classes, the published model's folder and sizes."""
 
-    build, calibrate: write a small model, and give its autoencoder latents of unit deviation on some clips; pipeline:
-    samples from it; weights: folder of the published model; sizes: flags of the published command.
-    """
-
-    build: Callable[[Path], Path]
-    calibrate: Callable[[Path, torch.Tensor], None]
-    transformer: type
-    pipeline: type
+    transformer: str
+    pipeline: str
     weights: str
     sizes: str
 
 
-WAN = {
-    "transformer": WanTransformer3DModel,
-    "calibrate": calibrate_latents,
-    "sizes": "--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 --video_sample_stride=3",
-}
-HUNYUAN = {
-    "transformer": HunyuanVideoTransformer3DModel,
-    "calibrate": calibrate_scaling_factor,
-    "sizes": "--image_sample_size=640 --video_sample_size=640 --token_sample_size=640 --video_sample_stride=2",
-}
+WAN = "--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 --video_sample_stride=3"
+HUNYUAN = "--image_sample_size=640 --video_sample_size=640 --token_sample_size=640 --video_sample_stride=2"
 MODES = {
     "wan2.1": {
-        "normal": Kind(
-            build=partial(build_wan_t2v, **WAN_DEMO), pipeline=WanPipeline, weights="Wan2.1-T2V-14B", **WAN
-        ),
-        "i2v": Kind(
-            build=partial(build_wan_i2v, **WAN_DEMO),
-            pipeline=WanImageToVideoPipeline,
-            weights="Wan2.1-I2V-14B-480P",
-            **WAN,
-        ),
+        "normal": Kind("WanTransformer3DModel", "WanPipeline", "Wan2.1-T2V-14B", WAN),
+        "i2v": Kind("WanTransformer3DModel", "WanImageToVideoPipeline", "Wan2.1-I2V-14B-480P", WAN),
     },
     "hunyuanvideo": {
-        "normal": Kind(
-            build=partial(build_hunyuan_t2v, **HUNYUAN_DEMO),
-            pipeline=HunyuanVideoPipeline,
-            weights="HunyuanVideo",
-            **HUNYUAN,
-        ),
-        "i2v": Kind(
-            build=partial(build_hunyuan_i2v, **HUNYUAN_DEMO),
-            pipeline=HunyuanVideoImageToVideoPipeline,
-            weights="HunyuanVideo-I2V",
-            **HUNYUAN,
-        ),
+        "normal": Kind("HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", "HunyuanVideo", HUNYUAN),
+        "i2v": Kind("HunyuanVideoTransformer3DModel", "HunyuanVideoImageToVideoPipeline", "HunyuanVideo-I2V", HUNYUAN),
     },
 }
 
@@ -148,8 +107,7 @@ def demo(family: str, mode: str, folder: Path) -> None:
         videos = sum(row["type"] == "video" for row in rows)
         print(f"   {len(rows)} rows: {videos} clips, the others photographs")
     with announced(f"model: the classes of {kind.weights} with random weights"):
-        kind.build(model)
-        kind.calibrate(model, calibration_clips(data, rows))
+        build_model(family, mode, model, calibration_clips(data, rows))
     command = train_command(family, mode, model, data, run)
     (folder / "train.sh").write_text(shlex.join(command) + "\n", encoding="utf-8")
     with announced(f"training: {STEPS} steps asked for, SIGTERM at step {STOP_AT}"):
@@ -163,6 +121,24 @@ def demo(family: str, mode: str, folder: Path) -> None:
     with announced("sampling: from the exported weights, by diffusers"):
         sample(kind, mode, folder, folder / "sample.mp4")
     report(family, mode, folder, validation, time.monotonic() - begin)
+
+
+def build_model(family: str, mode: str, folder: Path, clips: torch.Tensor) -> None:
+    """Writes a small model whose latents of these clips, [N, 3, T, H, W] in [-1, 1], deviate by about 1.
+
+    The builders are imported here, after the libraries' warnings are off: the image-to-video pipelines give one on
+    import where torchvision is missing, which they do without.
+    """
+    if family == "wan2.1":
+        from demo_model import WAN_DEMO, build_wan_i2v, build_wan_t2v, calibrate_latents
+
+        build = build_wan_i2v if mode == "i2v" else build_wan_t2v
+        calibrate_latents(build(folder, **WAN_DEMO), clips)
+    else:
+        from demo_hunyuan import HUNYUAN_DEMO, build_hunyuan_i2v, build_hunyuan_t2v, calibrate_scaling_factor
+
+        build = build_hunyuan_i2v if mode == "i2v" else build_hunyuan_t2v
+        calibrate_scaling_factor(build(folder, **HUNYUAN_DEMO), clips)
 
 
 @contextmanager
@@ -302,8 +278,10 @@ def expect_learning(run: Path) -> list[dict]:
 
 def sample(kind: Kind, mode: str, folder: Path, path: Path) -> None:
     """Writes a clip sampled with the exported transformer in the diffusers pipeline of the base model."""
-    exported = kind.transformer.from_pretrained(folder / "run" / "transformer", torch_dtype=torch.float32)
-    pipeline = kind.pipeline.from_pretrained(folder / "model", transformer=exported)
+    exported = getattr(diffusers, kind.transformer).from_pretrained(
+        folder / "run" / "transformer", torch_dtype=torch.float32
+    )
+    pipeline = getattr(diffusers, kind.pipeline).from_pretrained(folder / "model", transformer=exported)
     pipeline.set_progress_bar_config(disable=True)
     frames, height, width = 17, 96, 160
     picture = {"image": Image.fromarray(read_image(folder / "data" / HELD_PHOTO, height, width)[0])}

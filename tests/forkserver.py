@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import tiny
 
@@ -47,6 +47,8 @@ ON_THE_WAY = (
 
 def serve() -> None:
     """Answers each JSON line on stdin by one on stdout: {"start": ...} by a pid, {"reap": pid} by its wait status."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
     import torch
 
     torch.set_num_threads(1)
@@ -55,16 +57,17 @@ def serve() -> None:
         importlib.import_module(name)
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("umt5")  # kept there
     gc.freeze()
-    _answer({"threads": [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]})
+    _answer(answers, {"threads": [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]})
     for line in sys.stdin:
         request = json.loads(line)
         if "reap" in request:
-            _answer({"status": os.waitpid(request["reap"], 0)[1]})
+            _answer(answers, {"status": os.waitpid(request["reap"], 0)[1]})
             continue
         reader, writer = os.pipe()
         pid = os.fork()
         if not pid:
             os.close(reader)
+            os.close(answers.fileno())
             _become(request, writer)
             module, _, function = request["work"].partition(":")
             work = getattr(importlib.import_module(module), function) if module else script.main
@@ -72,7 +75,7 @@ def serve() -> None:
         os.close(writer)
         ready = os.read(reader, 1)
         os.close(reader)
-        _answer({"pid": pid, "ready": bool(ready)})
+        _answer(answers, {"pid": pid, "ready": bool(ready)})
 
 
 def _live(run_script: Callable, work: Callable[[], int]) -> NoReturn:
@@ -81,7 +84,7 @@ def _live(run_script: Callable, work: Callable[[], int]) -> NoReturn:
     try:
         run_script(work)
     except SystemExit as end:
-        code = end.code
+        code = int(end.code or 0)
     finally:
         if sys.exception() is not None:
             sys.excepthook(*sys.exc_info())
@@ -91,9 +94,9 @@ def _live(run_script: Callable, work: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
-def _answer(message: dict) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+def _answer(answers: TextIO, message: dict) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
 
 
 def _become(request: dict, ready: int) -> None:
@@ -328,7 +331,7 @@ def differences(output_dir: Path, unbroken: Path, last_step: int) -> list[str]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    """Returns every file below a folder but the manifest, which names the moment of nothing but holds the versions."""
+    """Returns every file below a folder, by its path inside it."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 

@@ -32,6 +32,7 @@ from videox.lifecycle import run_script
 
 ROOT = tiny.ROOT
 WAN = "scripts/wan2.1/train.py"
+TRAINERS = {"wan2.1": WAN, "hunyuanvideo": "scripts/hunyuanvideo/train.py"}
 TIME_LIMIT = 240  # seconds for a launch; one that takes longer hangs
 
 # The users' own Wan2.1 command, every flag in their order, at sizes that a processor core trains in a blink.
@@ -65,11 +66,16 @@ WAN_PLAIN: Mapping[str, object] = {
     "train_mode": "normal",
     "trainable_modules": ["."],
 }
+# The published HunyuanVideo command has the same flags; its three sizes are one.
+PLAIN: Mapping[str, Mapping[str, object]] = {
+    "wan2.1": WAN_PLAIN,
+    "hunyuanvideo": {**WAN_PLAIN, "image_sample_size": 64},
+}
 
 
-def script() -> ModuleType:
-    """Returns the Wan2.1 trainer as a module; its imports are paid once."""
-    return tiny.load_script(WAN)
+def script(family: str = "wan2.1") -> ModuleType:
+    """Returns a family's trainer as a module; its imports are paid once."""
+    return tiny.load_script(TRAINERS[family])
 
 
 def words(settings: Mapping[str, object]) -> list[str]:
@@ -86,13 +92,18 @@ def words(settings: Mapping[str, object]) -> list[str]:
 
 def wan_plain(model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
     """Returns the users' Wan2.1 command over a model and a data set; keywords change, add or (None) drop flags."""
+    return plain("wan2.1", model, metadata, output_dir, **changes)
+
+
+def plain(family: str, model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
+    """Returns the users' command of a family, as wan_plain."""
     where = {
         "pretrained_model_name_or_path": model,
         "train_data_dir": metadata.parent,
         "train_data_meta": metadata,
         "output_dir": output_dir,
     }
-    return words({**where, **WAN_PLAIN, "report_to": "none", **changes})
+    return words({**where, **PLAIN[family], "report_to": "none", **changes})
 
 
 @dataclass(frozen=True)
@@ -261,10 +272,12 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
-def launch(argv: Sequence[str], launcher: Sequence[str] = (), **environment_changes: str) -> Outcome:
-    """Runs the trainer through a real `accelerate launch`, as users do, from the repository's root."""
+def launch(
+    argv: Sequence[str], launcher: Sequence[str] = (), *, family: str = "wan2.1", **environment_changes: str
+) -> Outcome:
+    """Runs a trainer through a real `accelerate launch`, as users do, from the repository's root."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    return run_command([*accelerate, *launcher, WAN, *argv], output_dir_of(argv), **environment_changes)
+    return run_command([*accelerate, *launcher, TRAINERS[family], *argv], output_dir_of(argv), **environment_changes)
 
 
 def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:

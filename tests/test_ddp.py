@@ -1,7 +1,7 @@
-"""Serves whoever trains on several devices: DDP on real processes is one process with more accumulation, and stops whole.
+"""Serves whoever trains on several devices: DDP on real processes is one process that accumulates, and stops whole.
 
-The launcher itself is started where the launcher matters; elsewhere its processes are forked with its variables, from a
-process that has imported everything (see forkserver.py).
+The launcher itself is started where the launcher matters; elsewhere its processes are forked with its variables, from
+one that has imported everything (see forkserver.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Ground:
 
     def flags(self, output_dir: Path, *, accumulation: int = 1, **changes: object) -> list[str]:
         asked = {"max_train_steps": STEPS, "checkpointing_steps": 4, "mixed_precision": "no"}
-        asked |= {"gradient_accumulation_steps": accumulation}
+        # Sums in another order differ in the last bit, and Adam with a tiny epsilon makes whole steps out of gradients
+        # that are nothing but such bits.
+        asked |= {"gradient_accumulation_steps": accumulation, "adam_epsilon": "1e-6"}
         return runs.wan_plain(self.model, self.metadata, output_dir, **{**asked, **changes})
 
     def ranks(self, world_size: int, output_dir: Path, **changes: object) -> list[forkserver.Trainer]:
@@ -83,7 +85,7 @@ def assert_equal_runs(output_dir: Path, expected: Path, tolerance: float, last: 
     a, b = (runs.read_weights(folder / f"checkpoint-{last}" / "transformer") for folder in (output_dir, expected))
     assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_allclose(a[name].numpy(), b[name].numpy(), rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(a[name].numpy(), b[name].numpy(), rtol=0, atol=1e-5, err_msg=name)
 
 
 # ------------------------------------------------------------------------------ the same run, divided
@@ -274,3 +276,13 @@ def test_the_launcher_without_the_cpu_variable_is_refused(ground: Ground, tmp_pa
     assert "2 processes asked for, 1 joined" in output(folder)
     assert "ACCELERATE_USE_CPU=true" in output(folder)
     assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_without_multi_gpu_trains_one_process_and_says_so(ground: Ground, tmp_path: Path) -> None:
+    # Without a GPU accelerate starts one process whatever --num_processes says, and tells it nothing of the others.
+    folder = tmp_path / "run"
+    assert launched(ground, folder, "--num_processes", "2", max_train_steps=2).wait(forkserver.LIMIT) == 0
+    assert "backend     single" in output(folder)
+    assert "processes   1" in output(folder)
+    assert forkserver.status(folder)["state"] == "finished"

@@ -79,9 +79,7 @@ class Kind:
 
 
 WAN_T2V = Kind(tiny.build_wan_t2v, runs.WAN, "normal", WanPipeline, WanTransformer3DModel, {"guidance_scale": 1.0})
-HUNYUAN_T2V = Kind(
-    tiny.build_hunyuan_t2v, HUNYUAN, "normal", HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, {}
-)
+HUNYUAN_T2V = Kind(tiny.build_hunyuan_t2v, HUNYUAN, "normal", HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, {})
 
 
 def wan_i2v(image_embedder: bool) -> Kind:
@@ -198,7 +196,9 @@ def pair(
 
 
 def noisy_latents(dump: runs.Dump) -> torch.Tensor:
-    return (1 - dump["sigma"].view(-1, 1, 1, 1, 1)) * dump["latents"] + dump["sigma"].view(-1, 1, 1, 1, 1) * dump["noise"]
+    return (1 - dump["sigma"].view(-1, 1, 1, 1, 1)) * dump["latents"] + dump["sigma"].view(-1, 1, 1, 1, 1) * dump[
+        "noise"
+    ]
 
 
 def sample(kind: Kind, pipeline: DiffusionPipeline, dump: runs.Dump) -> torch.Tensor:
@@ -267,11 +267,13 @@ def test_the_velocity_is_that_of_the_pipeline(pair: Pair) -> None:
 
 def test_the_picture_and_the_prompt_matter_to_the_model(pair: Pair) -> None:
     """A model that is deaf to an input would hide that the input is wrong."""
-    matters = [name for name in given(pair.ours) if name not in ("encoder_attention_mask",)]
-    for name in matters:
-        changed = {**pair.theirs.keywords, name: pair.theirs.keywords[name] + 0.5}
+    generator = torch.Generator().manual_seed(0)
+    for name, value in given(pair.theirs).items():
+        other = (
+            1 - value if name == "encoder_attention_mask" else value + torch.randn(value.shape, generator=generator)
+        )
         with torch.no_grad():
-            velocity = pair.pipeline.transformer(**changed)[0]
+            velocity = pair.pipeline.transformer(**{**pair.theirs.keywords, name: other})[0]
         assert not torch.allclose(velocity, pair.theirs.velocity, rtol=0, atol=1e-5), name
 
 
@@ -330,7 +332,9 @@ def test_the_pipeline_decodes_the_latents_to_the_autoencoders_clip(pair: Pair) -
     assert torch.allclose(pair.video, wanted, rtol=0, atol=1e-5)
 
 
-def test_the_shift_is_that_of_the_models_scheduler(models: Callable[[str], Path], metadata: Path, tmp_path: Path) -> None:
+def test_the_shift_is_that_of_the_models_scheduler(
+    models: Callable[[str], Path], metadata: Path, tmp_path: Path
+) -> None:
     """The pipeline's own scheduler, asked for the same share of the way, comes to the same timestep."""
     model = models("hunyuan")
     scheduler = HunyuanVideoPipeline.from_pretrained(model, vae=None, transformer=None).scheduler
@@ -491,7 +495,7 @@ def test_image_to_video_leaves_out_what_teaches_nothing(models: Callable[[str], 
     assert outcome.code == 0, outcome.stderr
     assert sorted(row for record in outcome.metrics for row in record["rows"]) == [0, 0, 0, 3, 3, 3]
     assert min(frames for record in outcome.metrics for frames, _, _ in record["buckets"]) >= 5
-    assert "too_short 2" in outcome.stdout.replace("too short", "too_short")
+    assert "rows: 4 = 2 trained + 2 too_short" in outcome.stdout
 
 
 def plans(kind: Kind, tmp_path: Path, min_frames: int, **changes: object) -> Iterator[EpochPlan]:
@@ -546,6 +550,20 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).abs().max() / other.abs().max()).item()
 
 
+def farthest(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Returns the largest `apart` over gradients by name.
+
+    A gradient below a ten-millionth of the largest is rounding alone: a bias of all keys shifts each softmax's inputs
+    alike, and the softmax over a single text token is 1 whatever they are.
+    """
+    assert ours.keys() == wanted.keys()
+    floor = 1e-7 * max(gradient.abs().max() for gradient in wanted.values())
+    real = [name for name, gradient in wanted.items() if gradient.abs().max() > floor]
+    assert len(real) >= 0.95 * len(wanted)
+    assert all(ours[name].abs().max() <= floor for name in wanted.keys() - set(real))
+    return max(apart(ours[name], wanted[name]) for name in real)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("captions", [[LONG], [""], [LONG, SHORT, ""], [SHORT, SHORT, SHORT]])
 @pytest.mark.parametrize("name", ["hunyuan", *IMAGE_TO_VIDEO])
@@ -573,20 +591,16 @@ def test_trimmed_text_gives_what_masked_text_gives(
             components.transformer.enable_gradient_checkpointing()
         inputs = kind.trainer.transformer_inputs(components, latents, sigmas, {**trimmed, "first_frame": first}, 6.0)
         velocity, weights = run_backward(components.transformer, inputs)
-        attentions = len(components.transformer.transformer_blocks) + len(
-            components.transformer.single_transformer_blocks
-        )
+        blocks = (*components.transformer.transformer_blocks, *components.transformer.single_transformer_blocks)
         all_real = len({int(length) for length in padded["prompt_mask"].sum(1)}) == 1
-        assert masks == [not all_real] * attentions * (2 if checkpointing else 1)
+        assert masks == [not all_real] * len(blocks) * (2 if checkpointing else 1)
         inputs = kind.trainer.transformer_inputs(components, latents, sigmas, {**padded, "first_frame": first}, 6.0)
 
     untouched = HunyuanVideoTransformer3DModel.from_pretrained(model / "transformer").train()
     wanted, wanted_weights = run_backward(untouched, inputs)
     assert trimmed["prompt_embeds"].shape[1] < padded["prompt_embeds"].shape[1]
     assert apart(velocity, wanted) < 2e-6
-    assert weights.keys() == wanted_weights.keys()
-    assert max(apart(weights[name], wanted_weights[name]) for name in weights if wanted_weights[name].any()) < 2e-5
-    assert all(not weights[name].any() for name in weights if not wanted_weights[name].any())
+    assert farthest(weights, wanted_weights) < 1e-5
 
 
 def test_recomputation_keeps_each_micro_batchs_mask(
@@ -607,7 +621,7 @@ def test_recomputation_keeps_each_micro_batchs_mask(
             assert calls == 4 * (2 if checkpointing else 1)
             sums.append({name: weight.grad.clone() for name, weight in components.transformer.named_parameters()})
     kept, recomputed = sums
-    assert all(apart(recomputed[name], kept[name]) < 1e-6 for name in kept if kept[name].any())
+    assert farthest(recomputed, kept) < 1e-6
 
 
 def test_a_prompt_without_a_real_token_stays_finite(models: Callable[[str], Path], tmp_path: Path) -> None:

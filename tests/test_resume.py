@@ -107,6 +107,35 @@ def test_a_checkpoint_elsewhere_is_only_read(ground: Ground, tmp_path: Path) -> 
     assert forkserver.tensors(folder / "checkpoint-12") == forkserver.tensors(ground.unbroken / "checkpoint-12")
 
 
+@pytest.mark.slow
+def test_a_second_rewind_does_not_write_over_the_first(ground: Ground, tmp_path: Path) -> None:
+    folder = shutil.copytree(ground.unbroken, tmp_path / "run")
+    moved = []
+    for name in ("superseded-4", "superseded-4-2"):
+        lines = metrics(folder)
+        assert ground.run(folder, resume_from_checkpoint=str(folder / "checkpoint-4")).code == 0
+        moved.append((folder / name, lines[4:]))
+        assert [metrics(place) for place, _ in moved] == [lines for _, lines in moved]
+    assert ground.differences(folder) == []
+
+
+@pytest.mark.slow
+def test_a_finished_checkpoint_elsewhere_is_exported_at_once(ground: Ground, tmp_path: Path) -> None:
+    trainer = ground.run(tmp_path / "run", resume_from_checkpoint=str(ground.unbroken / "checkpoint-12"))
+    assert trainer.code == 0, trainer.said()[-4000:]
+    assert metrics(tmp_path / "run") == []
+    exported = runs.read_weights(tmp_path / "run" / "transformer")
+    assert all((exported[n] == w).all() for n, w in runs.read_weights(ground.unbroken / "transformer").items())
+
+
+@pytest.mark.slow
+def test_the_tracker_hides_what_was_rewound(ground: Ground, tmp_path: Path) -> None:
+    folder = ground.copy(tmp_path / "run")
+    assert ground.resume(folder, report_to="tensorboard").code == 0
+    assert list((folder / "logs").rglob("events.out.tfevents.*"))
+    assert ground.differences(folder) == []
+
+
 def test_rewind_moves_what_came_later_and_deletes_nothing(ground: Ground, tmp_path: Path) -> None:
     folder = shutil.copytree(ground.unbroken, tmp_path / "run")
     lines, later = metrics(folder), {name: contents(folder / name) for name in ("checkpoint-8", "checkpoint-12")}
@@ -116,12 +145,6 @@ def test_rewind_moves_what_came_later_and_deletes_nothing(ground: Ground, tmp_pa
     assert metrics(moved) == lines[4:]
     assert metrics(folder)[:4] == lines[:4]
     assert {name: contents(moved / name) for name in later} == later
-    assert ground.differences(folder) == []
-    # and once more: the second rewind must not write over the first
-    again = metrics(folder)
-    assert ground.run(folder, resume_from_checkpoint=str(folder / "checkpoint-4")).code == 0
-    assert metrics(folder / "superseded-4-2") == again[4:]
-    assert metrics(moved) == lines[4:]
     assert ground.differences(folder) == []
 
 
@@ -228,7 +251,9 @@ def break_newest(folder: Path, how: str) -> None:
         (folder / "checkpoint-8" / "manifest.json").write_text("{", encoding="ascii")
 
 
-@pytest.mark.parametrize("how", ["bit", "short", "manifest"])
+@pytest.mark.parametrize(
+    "how", ["bit", pytest.param("short", marks=pytest.mark.slow), pytest.param("manifest", marks=pytest.mark.slow)]
+)
 def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(ground: Ground, tmp_path: Path, how: str) -> None:
     folder = ground.copy(tmp_path / "run")
     break_newest(folder, how)

@@ -61,7 +61,7 @@ def launched(model: Path, metadata: Path, tmp_path_factory: pytest.TempPathFacto
     """Returns the users' command as they launch it, with two decoding processes, over an epoch's end."""
     argv = runs.wan_plain(
         model, metadata, tmp_path_factory.mktemp("runs") / "out",
-        dataloader_num_workers=2, num_train_epochs=2, checkpointing_steps=10,
+        dataloader_num_workers=2, num_train_epochs=2, checkpointing_steps=10, report_to=None,
     )  # fmt: skip
     return runs.launch(argv, ["--mixed_precision=bf16"])
 
@@ -84,6 +84,7 @@ def test_the_users_command_ends_well(launched: runs.Outcome, metadata: Path) -> 
     told = json.loads((launched.folder / "args.json").read_text(encoding="utf-8"))
     assert told["asked"]["video_sample_n_frames"] == 13
     assert (told["resolved"]["seed"], told["resolved"]["slots"], told["resolved"]["shift"]) == (42, 1, 5.0)
+    assert list(launched.folder.rglob("events.out.tfevents.*"))  # the tracker that they get unasked
     saved = sorted(path.name for path in launched.folder.glob("checkpoint-*"))
     assert saved == ["checkpoint-10", "checkpoint-20", f"checkpoint-{2 * rows}"]
 

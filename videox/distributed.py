@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -45,6 +46,16 @@ def refuse_other_launch(environment: Mapping[str, str]) -> None:
             raise Refusal(
                 "accelerate launch", f"{name} was asked for and is not supported yet", "launch without it (DDP)"
             )
+
+
+def follow_launcher(environment: Mapping[str, str]) -> None:
+    """Has the kernel send SIGTERM to this process when the launcher that started it dies (Linux).
+
+    `accelerate launch` does not pass a SIGTERM on to a single process: without this the run would go on unseen.
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in environment:
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 
 
 def make_accelerator(mixed_precision: str) -> tuple[Accelerator, Backend]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from videox.errors import BUG, STORAGE, Refusal
 from videox.run_folder import Resume, hold, resolve_resume, sweep
@@ -18,11 +18,15 @@ from videox.weights import SaveFailed
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder: where to resume, the status to keep, and what the user should hear."""
+    """An open run folder: where to resume, the status to keep, what the user should hear.
+
+    finished_step: the step at which the last run here finished, 0 if it did not.
+    """
 
     resume: Resume
     status: RunStatus
     notes: tuple[str, ...]
+    finished_step: int = 0
 
 
 class _Recorded:
@@ -58,19 +62,23 @@ def open_run(
         Refusal: on every process: the folder is in use, holds another run, or the checkpoint cannot be resumed.
     """
     with ExitStack() as stack:
-        decision: Run | Refusal | None = _open_folder(stack, output_dir, resume, verify) if is_main else None
-        shared = gather(decision if isinstance(decision, Refusal) else decision and (decision.resume, decision.notes))[
-            0
-        ]
+        decision = _open_folder(stack, output_dir, resume, verify) if is_main else None
+        shared: _Decision | Refusal = gather(decision)[0]
         if isinstance(shared, Refusal):
             raise shared
         status = RunStatus(output_dir, enabled=is_main)
-        status.step = shared[0].step
+        status.step = shared.resume.step
         stack.enter_context(_Recorded(status))
-        yield Run(shared[0], status, shared[1])
+        yield Run(shared.resume, status, shared.notes, shared.finished_step)
 
 
-def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> Run | Refusal:
+class _Decision(NamedTuple):
+    resume: Resume
+    notes: tuple[str, ...]
+    finished_step: int
+
+
+def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> _Decision | Refusal:
     try:
         notes = [*stack.enter_context(hold(output_dir)), *sweep(output_dir)]
         last = read_status(output_dir)
@@ -80,7 +88,8 @@ def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify:
         found = resolve_resume(resume, output_dir, previous_run_died=died, verify_hashes=verify)
     except Refusal as refusal:
         return refusal
-    return Run(found, RunStatus(output_dir), (*notes, *found.warnings))
+    finished_step = last.step if last is not None and last.state == "finished" else 0
+    return _Decision(found, (*notes, *found.warnings), finished_step)
 
 
 def main_first(work: Callable[[], object], *, is_main: bool, gather: Callable[[object], list[Any]]) -> None:

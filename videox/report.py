@@ -14,7 +14,7 @@ from videox.distributed import Backend
 from videox.shapes import token_count
 
 DIFFERENCES = (
-    "frame 0 is trained like every other latent frame",
+    "frame 0 is trained like every other latent frame (HunyuanVideo image-to-video: all but the one that is given)",
     "weights and optimizer are float32, computation alone is bf16",
     "timesteps are stratified over the global batch, not nailed to processes",
     "max_grad_norm clips from the first step",

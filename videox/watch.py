@@ -227,8 +227,13 @@ class Watch:
         return STOPPED
 
     def finished(self, export: Callable[[], None]) -> int:
-        """Exports the trained model, draws the loss curve, and ends the run; returns its exit code."""
-        main_first(export, is_main=self.is_main, gather=self.gather)
+        """Exports the trained model, draws the loss curve, and ends the run; returns its exit code.
+
+        What an earlier process finished at this very step is not written again.
+        """
+        again = self.run.finished_step == self.state.step and (self.output_dir / "transformer").is_dir()
+        if not again:
+            main_first(export, is_main=self.is_main, gather=self.gather)
         if self.is_main:
             plot_losses(
                 self.output_dir / "metrics.jsonl", self.output_dir / "validation.jsonl", self.output_dir / "losses.png"

@@ -29,7 +29,7 @@ from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, gather_objects, make_accelerator
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.errors import Refusal
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.keys import Purpose, uniform
@@ -290,6 +290,7 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
     """Opens processes and run folder, calls train(args, accelerator, backend, run, gather), returns its exit code."""
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
+    follow_launcher(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
     gather = gather_objects(accelerator)
     with open_run(

@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
@@ -96,7 +97,7 @@ class Components:
     text_encoder: RestingModule
     image_encoder: RestingModule | None
     vae: RestingModule
-    pipeline: WanPipeline | WanImageToVideoPipeline
+    pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
@@ -143,7 +144,8 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     }
     if transformer.config.image_dim:
         encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
-    pipeline_class = WanPipeline if args.train_mode == "normal" else WanImageToVideoPipeline
+    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
+    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
     check_tokenizer(pipeline.tokenizer, root / "tokenizer", "A red fox, 2 years old, runs over the hill <3")
     resting = {
@@ -186,7 +188,7 @@ def encode_video(
     keys draw the posterior's noise, one per sample; None takes its mode. mini_batch: samples per call of the VAE.
     """
     z = encode(components.vae, video, keys=keys, mini_batch=mini_batch)
-    return (z - components.latents_mean) / components.latents_std
+    return (z - components.latents_mean) * (1 / components.latents_std)  # rounded as WanImageToVideoPipeline does
 
 
 def encode_conditions(
@@ -308,7 +310,7 @@ def predict_held_out(
 
 
 @contextmanager
-def sampling_pipeline(components: Components) -> Iterator[WanPipeline | WanImageToVideoPipeline]:
+def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device."""
     encoders = (components.text_encoder, components.image_encoder, components.vae)
     components.pipeline.transformer = components.transformer
