@@ -14,6 +14,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,20 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-)
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 from PIL import Image
-from transformers import AutoTokenizer, CLIPTextModel, LlamaModel, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, CLIPTextModel
 
 import videox.args as flags
 import videox.wiring as wiring
@@ -107,7 +104,7 @@ class Components:
     text_encoder: RestingModule
     text_encoder_2: RestingModule
     vae: RestingModule
-    pipeline: HunyuanVideoPipeline | HunyuanVideoImageToVideoPipeline
+    pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
     attention: MaskFreeAttention
     scaling_factor: float
     shift: float
@@ -166,14 +163,16 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
-    text_encoder_class = LlamaModel if args.train_mode == "normal" else LlavaForConditionalGeneration
+    # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
+    text_to_video = args.train_mode == "normal"
+    text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
     vae_folder = Path(args.vae_path or root / "vae")
     encoders = {
         "vae": load_strictly(AutoencoderKLHunyuanVideo, vae_folder, torch_dtype=torch.float32),
         "text_encoder": load_strictly(text_encoder_class, root / "text_encoder", dtype=compute_dtype),
         "text_encoder_2": load_strictly(CLIPTextModel, root / "text_encoder_2", dtype=compute_dtype),
     }
-    pipeline_class = HunyuanVideoPipeline if args.train_mode == "normal" else HunyuanVideoImageToVideoPipeline
+    pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
@@ -212,12 +211,11 @@ def encode_prompts(
         "max_sequence_length": args.tokenizer_max_length,
         "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip,
     }
+    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE  # each pipeline has its own
     with components.text_encoder.awake(), components.text_encoder_2.awake():
         if components.condition is None:
-            template = pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE
             embeds, mask = pipeline._get_llama_prompt_embeds(list(captions), template, **settings)
         else:
-            template = pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE
             settings["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[components.condition]
             images = [Image.fromarray(frame) for frame in first_frames(video)]
             encoded = [
@@ -352,7 +350,7 @@ def predict_held_out(
 @contextmanager
 def sampling_pipeline(
     components: Components,
-) -> Iterator[HunyuanVideoPipeline | HunyuanVideoImageToVideoPipeline]:
+) -> Iterator[HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device; it pads and masks its text."""
     components.pipeline.transformer = components.transformer
     components.attention.all_real = False
