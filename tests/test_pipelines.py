@@ -88,9 +88,9 @@ def wan_i2v(image_embedder: bool) -> Kind:
 
 
 def hunyuan_i2v(condition: str, guidance_scale: float) -> Kind:
-    build, sampling = partial(tiny.build_hunyuan_i2v, image_condition_type=condition), guidance_scale
+    build = partial(tiny.build_hunyuan_i2v, image_condition_type=condition)
     pipeline, transformer = HunyuanVideoImageToVideoPipeline, HunyuanVideoTransformer3DModel
-    return Kind(build, HUNYUAN, "i2v", pipeline, transformer, {"guidance_scale": sampling})
+    return Kind(build, HUNYUAN, "i2v", pipeline, transformer, {"guidance_scale": guidance_scale})
 
 
 KINDS = {
@@ -307,13 +307,12 @@ def test_the_channels_lie_in_the_pipelines_order(pair: Pair) -> None:
         assert states.shape[1] == 16
 
 
+@pytest.mark.parametrize("pair", IMAGE_TO_VIDEO, indirect=True)
 def test_the_given_frame_is_encoded_alone(pair: Pair) -> None:
     """An autoencoder that norms over all frames would give another first latent frame to a whole clip."""
-    condition = pair.pipeline.transformer.config.get("image_condition_type")
-    if condition is None:
-        return
+    replaced = pair.pipeline.transformer.config.image_condition_type == "token_replace"
     states = pair.ours.keywords["hidden_states"]
-    first = states[:, :, :1] if condition == "token_replace" else states[:, 16:32, :1]
+    first = states[:, :, :1] if replaced else states[:, 16:32, :1]
     vae, video = pair.pipeline.vae, pair.dump["pixels"].permute(0, 4, 1, 2, 3).float() / 255 * 2 - 1
     with torch.no_grad():
         alone = vae.encode(video[:, :, :1]).latent_dist.mode() * vae.config.scaling_factor
@@ -622,6 +621,23 @@ def test_recomputation_keeps_each_micro_batchs_mask(
             sums.append({name: weight.grad.clone() for name, weight in components.transformer.named_parameters()})
     kept, recomputed = sums
     assert farthest(recomputed, kept) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["hunyuan", *IMAGE_TO_VIDEO])
+def test_a_caption_past_the_limit_is_cut_in_a_batch_as_it_is_alone(
+    name: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kind, captions = KINDS[name], [LONG * 40, SHORT]
+    video = 2 * (batch_of(captions)["pixels"].permute(0, 4, 1, 2, 3).float() / 255) - 1
+    with opened(kind, models(name), tmp_path) as (args, _, components, _):
+        together = kind.trainer.encode_prompts(args, components, captions, video)
+        for row, caption in enumerate(captions):
+            alone = kind.trainer.encode_prompts(args, components, [caption], video[row : row + 1])
+            length = int(together["prompt_mask"][row].sum())
+            assert alone["prompt_mask"].tolist() == [[1.0] * length]
+            assert torch.allclose(together["prompt_embeds"][row, :length], alone["prompt_embeds"][0], atol=1e-5)
+    cut, short = together["prompt_mask"].sum(1).tolist()
+    assert cut == together["prompt_mask"].shape[1] and cut - short > 200
 
 
 def test_a_prompt_without_a_real_token_stays_finite(models: Callable[[str], Path], tmp_path: Path) -> None:

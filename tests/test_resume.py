@@ -107,6 +107,18 @@ def test_a_checkpoint_elsewhere_is_only_read(ground: Ground, tmp_path: Path) -> 
     assert forkserver.tensors(folder / "checkpoint-12") == forkserver.tensors(ground.unbroken / "checkpoint-12")
 
 
+def test_a_rewound_run_exports_what_it_then_trained(ground: Ground, tmp_path: Path) -> None:
+    folder = shutil.copytree(ground.unbroken, tmp_path / "run")
+    before = runs.read_weights(folder / "transformer")
+    back = {"resume_from_checkpoint": str(folder / "checkpoint-8"), "learning_rate": "1e-2", "export_dtype": "fp32"}
+    assert ground.run(folder, **back).code == 0
+    exported = runs.read_weights(folder / "transformer")
+    trained = runs.read_weights(folder / "checkpoint-12" / "transformer")
+    assert all((exported[name] == trained[name]).all() for name in trained)
+    kept = runs.read_weights(folder / "transformer-superseded")
+    assert all((kept[name] == before[name]).all() for name in before)
+
+
 @pytest.mark.slow
 def test_a_second_rewind_does_not_write_over_the_first(ground: Ground, tmp_path: Path) -> None:
     folder = shutil.copytree(ground.unbroken, tmp_path / "run")

@@ -73,10 +73,10 @@ def check_kills(met: list, kills: int, in_saves: int) -> None:
 
 def test_killed_runs_go_on_to_the_bit(ground: Ground, tmp_path: Path) -> None:
     def argv(output_dir: Path) -> list[str]:
-        return ground.flags(output_dir, checkpointing_steps=3, checkpoints_total_limit=2)
+        return ground.flags(output_dir, max_train_steps=10, checkpointing_steps=2, checkpoints_total_limit=2)
 
     met = stops.kill_many(
-        forkserver.shared(), argv, tmp_path, steps=STEPS, kills=QUICK_KILLS, in_saves=QUICK_IN_SAVES, seed=11
+        forkserver.shared(), argv, tmp_path, steps=10, kills=QUICK_KILLS, in_saves=QUICK_IN_SAVES, seed=11
     )
     check_kills(met, QUICK_KILLS, QUICK_IN_SAVES)
 

@@ -93,12 +93,21 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return rearrange(torch.cat([first, spatial[:, :, 1:]], 2), "b 1 (t r) h w -> b r t h w", r=TEMPORAL_RATIO)
 
 
-def keep_condition(mode: str, keys: Sequence[int], frames: int) -> torch.Tensor:
-    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: nine images in ten get no condition."""
-    if frames > 1 or mode == "normal":
-        return torch.ones(len(keys), 1, 1, 1, 1)
-    draws = uniform(np.array(keys, np.uint64), Purpose.CONDITION_DROP)
-    return torch.from_numpy((draws >= IMAGE_DROP).astype(np.float32)).view(-1, 1, 1, 1, 1)
+def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
+    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: nine in ten images of which nothing is known get no condition.
+
+    They are trained as text-to-image, so that the model keeps that ability. Clips always keep theirs, as do images of
+    which something is known.
+
+    Args:
+        mask: of known_mask, [B, 1, T, H, W].
+        keys: one per sample.
+    """
+    keep = torch.ones(len(keys), 1, 1, 1, 1)
+    if mask.shape[2] == 1:
+        draws = torch.from_numpy(uniform(np.array(keys, np.uint64), Purpose.CONDITION_DROP))
+        keep[(draws < IMAGE_DROP) & (mask.amax((1, 2, 3, 4)).cpu() == 0)] = 0
+    return keep
 
 
 def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,7 @@ def encode_conditions(
         return {}
     mask = known_mask(mode, keys, *video.shape[2:]).to(video.device)
     known = encode_video(components, video * mask, None, mini_batch)
-    keep = keep_condition(mode, keys, video.shape[2]).to(video.device)
+    keep = keep_condition(mask, keys).to(video.device)
     conditions = {"condition": torch.cat([pack_mask(mask), known], 1) * keep}
     if components.image_encoder is not None:
         conditions["image_embeds"] = encode_images(components, (video * mask)[:, :, 0], mask[:, :, 0])
