@@ -94,7 +94,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
-    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: nine in ten images of which nothing is known get no condition.
+    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for nine in ten images of which nothing is known.
 
     They are trained as text-to-image, so that the model keeps that ability. Clips always keep theirs, as do images of
     which something is known.

@@ -15,6 +15,8 @@ from videox.run_folder import Resume, hold, resolve_resume, sweep
 from videox.status import RunStatus, read_status
 from videox.weights import SaveFailed
 
+INTERRUPTED = 130  # as shells tell a SIGINT
+
 
 @dataclass(frozen=True)
 class Run:
@@ -41,7 +43,9 @@ class _Recorded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            self.status.write("stopped", exit_code=INTERRUPTED, error="interrupted outside a step; nothing was saved")
+        elif error is not None:
             self.status.write("failed", exit_code=exit_code(error), error=one_line(error))
 
 
@@ -128,4 +132,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except (Refusal, SaveFailed) as error:
         sys.stderr.write(f"{one_line(error)}\n")
         code = exit_code(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted outside a step; the last checkpoint stands\n")
+        code = INTERRUPTED
     sys.exit(code)

@@ -229,9 +229,10 @@ class Watch:
     def finished(self, export: Callable[[], None]) -> int:
         """Exports the trained model, draws the loss curve, and ends the run; returns its exit code.
 
-        What an earlier process finished at this very step is not written again.
+        What an earlier process finished at this very step is not written again, unless this one trained anew to it.
         """
-        again = self.run.finished_step == self.state.step and (self.output_dir / "transformer").is_dir()
+        untouched = self.run.finished_step == self.run.resume.step == self.state.step
+        again = untouched and (self.output_dir / "transformer").is_dir()
         if not again:
             main_first(export, is_main=self.is_main, gather=self.gather)
         if self.is_main:
