@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, Refusal
-from videox.lifecycle import Run, exit_code, main_first, one_line, open_run, run_script
+from videox.lifecycle import INTERRUPTED, Run, exit_code, main_first, one_line, open_run, run_script
 from videox.status import RunStatus, read_status
 from videox.weights import SaveFailed
 
@@ -67,9 +67,8 @@ def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
         (Refusal("--seed", "is odd", "give another", DATA), DATA, "error: --seed: is odd. Mend: give another."),
         (SaveFailed("No space left"), STORAGE, "error: SaveFailed: No space left"),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
-        (KeyboardInterrupt(), BUG, "error: KeyboardInterrupt:"),
     ],
-    ids=["refusal", "save", "bug", "interrupt"],
+    ids=["refusal", "save", "bug"],
 )
 def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
     tmp_path: Path, error: BaseException, code: int, line: str
@@ -81,6 +80,15 @@ def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
     status = read_status(tmp_path)
     assert (status.state, status.exit_code, status.step, status.error) == ("failed", code, 7, line)
     assert not status.died
+
+
+def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as run:
+        run.status.heartbeat(7)
+        raise KeyboardInterrupt
+    status = read_status(tmp_path)
+    assert (status.state, status.exit_code, status.step) == ("stopped", INTERRUPTED, 7)
+    assert "nothing was saved" in status.error
 
 
 def test_a_folder_has_one_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
