@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -91,6 +92,10 @@ def shard_size(text: str) -> int:
     return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
 
 
+def readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
 # ------------------------------------------------------------------------------------------------ what to read
 
 
@@ -134,9 +139,14 @@ def whole_weights(checkpoint: Path) -> Path | None:
 def with_notes(shards: Shards, checkpoint: Path) -> Shards:
     """Adds a word for the user who need not convert: the 16-bit weights may lie there already."""
     folder = whole_weights(checkpoint)
-    if folder is None or any(tensor.dtype == torch.float32 for tensor in read_whole(folder)):
+    if folder is None:
         return shards
-    note = f"{folder} already holds the 16-bit weights whole; the float32 masters of the shards are converted here"
+    try:
+        if any(tensor.dtype == torch.float32 for tensor in read_whole(folder)):
+            return shards
+        note = f"{folder} already holds the 16-bit weights whole; the float32 masters of the shards are converted here"
+    except Refusal as broken:
+        note = f"{broken.where} {broken.what}; it is not used, the float32 masters of the shards are converted"
     return Shards(shards.kind, shards.tensors, (*shards.notes, note))
 
 
@@ -162,7 +172,7 @@ def find_config(checkpoint: Path, given: Path | None) -> tuple[Path, bytes]:
     return path, content
 
 
-def model_class(path: Path, config: bytes) -> type[torch.nn.Module]:
+def model_class(path: Path, config: bytes) -> type[Any]:
     """Returns the diffusers class that a config names. Raises Refusal (MODEL)."""
     import diffusers  # seconds; most conversions need none of it
 
@@ -246,7 +256,7 @@ def refuse_full_disk(output: Path, size: int) -> None:
     parent = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < size:
-        what = f"{size / 1e9:.2f} GB are needed in {parent}, {free / 1e9:.2f} GB are free"
+        what = f"{readable(size)} are needed in {parent}, {readable(free)} are free"
         raise Refusal("output_dir", what, "free some space, or name a folder on another disk", STORAGE)
 
 
@@ -273,8 +283,7 @@ def write_model(output: Path, tensors: list[Planned], config: bytes, max_shard_s
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
-    checkpoint, output = flags.checkpoint_dir, Path(os.path.abspath(flags.output_dir))
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half written is then removed
+    checkpoint, output = flags.checkpoint_dir, flags.output_dir.resolve()
     refuse_place(checkpoint, output)
     shards = open_checkpoint(checkpoint, flags.tag, flags.exclude_frozen_parameters)
     if (checkpoint / MANIFEST).is_file() and (problems := verify(checkpoint, hashes=flags.verify)):
@@ -295,9 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in shards.notes:
         print(f"note: {note}")
     write_model(output, tensors, config, flags.max_shard_size, flags.verify)
-    print(f"{output}: {size / 1e9:.2f} GB, checked; load it with from_pretrained(..., torch_dtype=torch.bfloat16)")
+    print(f"{output}: {readable(size)}, checked; load it with from_pretrained(..., torch_dtype=torch.bfloat16)")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half written is then removed
     run_script(main)

@@ -1,0 +1,253 @@
+"""Serves the tests of conversion: checkpoints of real DeepSpeed engines and of FSDP, and ZeRO files written by hand.
+
+Run by itself it is one process of two that train a small Wan2.1 and save it, as the launcher starts it:
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/shard_maker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+TIME_LIMIT = 400  # seconds; the first run of an environment compiles DeepSpeed's part for CPUs
+TAG = "pytorch_model"  # as accelerate names it
+STEPS = (1, 2)  # saved after each
+FROZEN = "blocks.0.attn1"
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "ffn_dim": 33,  # odd, so that pieces need padding
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
+
+
+# ------------------------------------------------------------------------------------------------ real engines
+
+
+def make_real(folder: Path) -> None:
+    """Writes FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each), by two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside the interpreter
+    done = subprocess.run(
+        [*command, str(Path(__file__).resolve()), str(folder)],
+        env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def build() -> nn.Module:
+    """Returns a Wan2.1 with a frozen part, a parameter under two names, and buffers of three kinds."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**TINY)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(FROZEN not in name)
+    model.twin = nn.Linear(24, 24, bias=False)
+    model.twin.weight = model.blocks[1].attn1.to_q.weight
+    model.register_buffer("count", torch.arange(5) + 2**40)
+    model.register_buffer("flag", torch.tensor([True, False, True]))
+    model.register_buffer("gain", torch.tensor([1.001, float("-inf")]))
+    return model
+
+
+def _loss(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    latents = torch.randn(1, 16, 1, 8, 8, dtype=dtype)
+    return model(latents, torch.tensor([500]), torch.randn(1, 4, 32, dtype=dtype)).sample.float().pow(2).mean()
+
+
+def _train_zero(stage: int, folder: Path) -> None:
+    import deepspeed
+
+    model = build()
+    config = model.to_json_string()
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, "sub_group_size": 4000},  # several flat groups per rank under ZeRO-3
+        "zero_allow_untested_optimizer": True,
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    large = [parameter for parameter in trained if parameter.ndim > 1]
+    groups = [{"params": large}, {"params": [p for p in trained if p.ndim <= 1], "lr": 2e-3}]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-3), config=settings)
+    for step in STEPS:
+        engine.backward(_loss(engine, torch.bfloat16))
+        engine.step()
+        checkpoint = folder / f"checkpoint-{step}"
+        engine.save_checkpoint(str(checkpoint), TAG)
+        if engine.global_rank == 0:
+            (checkpoint / "transformer").mkdir()
+            (checkpoint / "transformer" / "config.json").write_text(config, encoding="utf-8")
+    engine.destroy()
+
+
+def _save_fsdp(version: int, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+    from torch.distributed.tensor import Shard
+
+    model = build()
+    model.gain.fill_(1.001)  # nothing in these files tells a buffer from a parameter, and a parameter must be finite
+    reference = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    config = model.to_json_string()
+    shards = folder / "checkpoint-2" / "pytorch_model_fsdp_0"
+    if version == 1:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+            dcp.save({"model": model.state_dict()}, checkpoint_id=shards)
+    else:
+        # A matrix is cut by columns, so that a shard is no single stretch of it; all else by rows, unevenly.
+        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 2 == 0 else None)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        _loss(model, torch.float32).backward()
+        dcp.save({"model": model.state_dict()}, checkpoint_id=shards)
+        optimizer.step()
+        dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=folder / "checkpoint-2" / "optimizer_0")
+        dcp.save(reference | {"only": {"nested": reference["gain"]}}, checkpoint_id=folder / "bare")
+    if torch.distributed.get_rank() == 0:
+        torch.save(reference, folder / "reference.pt")
+        (folder / "checkpoint-2" / "config.json").write_text(config, encoding="utf-8")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for stage in (2, 3):
+        _train_zero(stage, folder / f"zero{stage}")
+    for version in (1, 2):
+        _save_fsdp(version, folder / f"fsdp{version}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- by hand
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(-tensor.numel() % multiple)])
+
+
+def _flat_stage_2(
+    groups: Sequence[Mapping[str, Tensor]], world: int, gap: int
+) -> tuple[list[list[Tensor]], list[list[int]]]:
+    """Returns each rank's piece of each group, and the padding after each parameter, as the engine lays them out."""
+    pieces: list[list[Tensor]] = [[] for _ in range(world)]
+    gaps = [[gap * (i % 2) for i, _ in enumerate(group)] for group in groups]
+    for group, holes in zip(groups, gaps, strict=True):
+        parts = [torch.cat([t.reshape(-1), t.new_zeros(hole)]) for t, hole in zip(group.values(), holes, strict=True)]
+        for rank, piece in enumerate(_padded(torch.cat(parts), 2 * world).chunk(world)):
+            pieces[rank].append(piece.clone())
+    return pieces, gaps
+
+
+def _flat_stage_3(groups: Sequence[Mapping[str, Tensor]], world: int, sub_groups: int) -> list[list[Tensor]]:
+    pieces: list[list[Tensor]] = []
+    for rank in range(world):
+        parts = []
+        for tensor in (tensor for group in groups for tensor in group.values()):
+            share = math.ceil(tensor.numel() / world)
+            parts.append(_padded(tensor.reshape(-1), world)[rank * share : (rank + 1) * share])
+        size = math.ceil(len(parts) / sub_groups)  # a flat group ends where a parameter ends
+        pieces.append([torch.cat(parts[i : i + size]) for i in range(0, len(parts), size)])
+    return pieces
+
+
+def write_zero(
+    folder: Path,
+    groups: Sequence[Mapping[str, Tensor]],
+    *,
+    stage: int,
+    world: int,
+    frozen: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    shared: Mapping[str, str] | None = None,
+    gap: int = 0,
+    sub_groups: int = 1,
+    step: int = 7,
+    moments: bool = False,
+) -> Path:
+    """Writes a DeepSpeed checkpoint of stage 1, 2 or 3 with the tensors given, and a config.json beside it.
+
+    Args:
+        groups: trained parameters, float32, by parameter group.
+        frozen: stored whole (stage 1, 2) or in equal pieces (3).
+        shared: name to the name that holds its data.
+        gap: elements of padding after every second parameter (stage 1, 2).
+        sub_groups: flat groups per rank (stage 3).
+        moments: add Adam's two moments, which make up two thirds of a real file.
+    """
+    frozen, buffers = frozen or {}, buffers or {}
+    tag = folder / TAG
+    tag.mkdir(parents=True)
+    (folder / "latest").write_text(TAG, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}), encoding="utf-8")
+    whole = {name: tensor.bfloat16() for group in groups for name, tensor in group.items()} if stage < 3 else {}
+    if stage < 3:
+        pieces, gaps = _flat_stage_2(groups, world, gap)
+    else:
+        pieces, gaps = _flat_stage_3(groups, world, sub_groups), []
+    for rank in range(world):
+        kept = dict(frozen)
+        if stage == 3:
+            kept = {name: _padded(t.reshape(-1), world).chunk(world)[rank].clone() for name, t in frozen.items()}
+        model = {
+            "module": OrderedDict({**whole, **buffers}),
+            "buffer_names": list(buffers),
+            "param_shapes": [OrderedDict((name, t.shape) for name, t in group.items()) for group in groups],
+            "frozen_param_shapes": OrderedDict((name, t.shape) for name, t in frozen.items()) or None,
+            "frozen_param_fragments": OrderedDict(kept) or None,
+            "shared_params": dict(shared or {}),
+            "global_steps": step,
+            "dp_world_size": world,
+            "ds_version": "0.19.8",
+        }
+        if stage == 3:
+            torch.save(model, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        elif rank == 0:
+            torch.save(model, tag / "mp_rank_00_model_states.pt")
+        adam = {"step": torch.tensor(float(step))}
+        if moments:
+            adam |= {name: torch.zeros(sum(p.numel() for p in pieces[rank])) for name in ("exp_avg", "exp_avg_sq")}
+        base = {"state": {0: adam}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+        state = {"zero_stage": stage, "partition_count": world if stage == 3 else [world] * len(groups)}
+        if stage == 3:
+            state |= {"fp32_flat_groups": pieces[rank], "optimizer_state_dict": base}
+        else:
+            state |= {"single_partition_of_fp32_groups": pieces[rank], "base_optimizer_state": base}
+            state |= {"param_alignment_paddings": gaps} if gap else {}
+        torch.save(
+            {"optimizer_state_dict": state, "ds_version": "0.19.8"},
+            tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    main()
