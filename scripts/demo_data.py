@@ -93,7 +93,7 @@ def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None
     with av.open(str(source)) as reader, av.open(str(piece), "w") as writer:
         stream = reader.streams.video[0]
         out = writer.add_stream("libx264", rate=stream.average_rate)
-        out.options = {"preset": "veryfast", "crf": "16"}
+        out.options, out.thread_count = {"preset": "veryfast", "crf": "16"}, 1  # threads may change the bytes
         out.width, out.height, out.pix_fmt = round(stream.width * height / stream.height / 2) * 2, height, "yuv420p"
         out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
         written = 0

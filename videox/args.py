@@ -19,6 +19,7 @@ from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
+LR_WARMUP_STEPS = 500
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
@@ -201,7 +202,7 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--max_train_steps", type=COUNT, help="optimizer steps; wins over num_train_epochs (none = by epochs)")
     add("--learning_rate", type=number(float, 0, 10), default=1e-4, help="per optimizer step")
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="a function of the optimizer step")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="optimizer steps of warm-up (0 = off)")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=LR_WARMUP_STEPS, help="optimizer steps of warm-up (0 = off)")
     add("--scale_lr", action="store_true", help="learning rate x samples per optimizer step (off = as given)")
     add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9, help="decay of the first moment")
     add("--adam_beta2", type=number(float, 0, 0.9999999), default=0.999, help="decay of the second moment")

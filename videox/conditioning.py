@@ -25,15 +25,18 @@ IMAGE_MASKS = {"boxes": 0.75, "nothing": 0.25}
 MOST_BOXES = 4
 
 
-def known_mask(mode: str, keys: Sequence[int], frames: int, height: int, width: int) -> torch.Tensor:
+def known_mask(
+    mode: str, keys: Sequence[int], frames: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Returns what each sample is given: float32 [B, 1, T, H, W], 1 = known.
 
     Args:
         mode: "i2v" (the first frame; nothing of an image) | "inpaint" (a family of masks drawn by the sample's key).
         keys: one per sample.
         frames, height, width: of the bucket, in pixels.
+        device: where the mask is made.
     """
-    masks = torch.zeros(len(keys), 1, frames, height, width)
+    masks = torch.zeros(len(keys), 1, frames, height, width, device=device)
     for mask, key in zip(masks, keys, strict=True):
         if mode == "inpaint":
             family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
@@ -64,7 +67,7 @@ def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
     elif family == "frames":
         chosen = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
         chosen[int(mix(key, Purpose.MASK_SHARE)) % frames] = False
-        mask[torch.from_numpy(chosen)] = 1
+        mask[torch.from_numpy(chosen).to(mask.device)] = 1
     elif family == "boxes":
         mask[:] = 1
         for box in range(1 + int(mix(key, Purpose.MASK_BOX)) % MOST_BOXES):

@@ -181,6 +181,6 @@ class StopRequest:
         if self.signal_name and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal_name = signal.Signals(number).name
-        sys.stderr.write(
-            f"\n{self.signal_name}: saving after this step (Ctrl-C again: leave at once, last save kept)\n"
-        )
+        said = f"\n{self.signal_name}: saving after this step (Ctrl-C again: leave at once, last save kept)\n"
+        with contextlib.suppress(OSError):  # a lost terminal; and a buffered stream may not be entered twice
+            os.write(2, said.encode())

@@ -87,6 +87,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_number(config: dict[str, Any], name: str, where: str) -> float:
+    """Returns a number of a component's configuration; raises Refusal where there is none."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Refusal(where, f"its configuration has {name} = {value!r}", "copy the model anew", MODEL)
+    return float(value)
+
+
 def check_weight_files(folder: Path) -> None:
     """Opens the header of each safetensors file of a component; an index must name only files that are there.
 

@@ -12,7 +12,7 @@ class RestingModule:
     """A frozen module whose weights rest in host memory and are copied to the device for each use.
 
     Frozen weights never change, so nothing is copied back: the device's copies are dropped and the module points at
-    the resting weights again. With a GPU the resting weights are pinned, so that the copies overlap with computation.
+    the resting weights again. With a GPU the resting weights are pinned, for copies at the bus's full rate.
 
     Args:
         module: frozen, on the CPU.

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
+from videox.data.buckets import cut_share
 from videox.data.index import Index, index_summary
-from videox.data.plan import EpochPlan
+from videox.data.plan import Columns, EpochPlan
 from videox.distributed import Backend
 from videox.shapes import token_count
 
+MUCH_CUT = 0.12  # of a sample's area; rows that lose more are named
 DIFFERENCES = (
     "frame 0 is trained like every other latent frame (HunyuanVideo image-to-video: all but the one that is given)",
     "weights and optimizer are float32, computation alone is bf16",
@@ -44,14 +46,30 @@ def start_lines(facts: Mapping[str, object]) -> list[str]:
     ]
 
 
-def data_lines(index: Index, plan: EpochPlan, most: int = 20) -> list[str]:
-    """Returns the ledger of the rows and the table of buckets with their share of tokens."""
+def data_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 20) -> list[str]:
+    """Returns the ledger of the rows, what is cut of them, and the table of buckets with their share of tokens."""
     fates = {name: count for name, count in plan.fate_counts().items() if count}
     lines = [
         *index_summary(index),
         f"rows: {len(index)} = " + " + ".join(f"{count} {name}" for name, count in fates.items()),
     ]
-    return lines + bucket_lines(plan, most)
+    return [*lines, *cut_lines(index, columns, plan), *bucket_lines(plan, most)]
+
+
+def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:
+    """Returns what share of the samples' areas sticks out of their buckets, and the rows that lose the most."""
+    bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
+    heights, widths = (np.array([getattr(b, side) for b in plan.buckets])[bucket] for side in ("height", "width"))
+    cut = cut_share(columns.height[plan.row], columns.width[plan.row], heights, widths)
+    lines = [
+        f"cut at the borders: median {np.median(cut):.1%}, p95 {np.quantile(cut, 0.95):.1%}, most {cut.max():.1%}"
+    ]
+    losers = np.flatnonzero(cut > MUCH_CUT)
+    worst = losers[np.argsort(-cut[losers], kind="stable")][:most]
+    lines += [f"  row {plan.row[i]} loses {cut[i]:.0%}: {index.file_path[int(plan.row[i])].as_py()!r}" for i in worst]
+    if len(losers) > most:
+        lines.append(f"  and {len(losers) - most} more lose over {MUCH_CUT:.0%}")
+    return lines
 
 
 def bucket_lines(plan: EpochPlan, most: int = 20) -> list[str]:

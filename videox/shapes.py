@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TEMPORAL_RATIO = 4  # frames per latent frame after the first, both families' VAE
 SPATIAL_RATIO = 8  # pixels per latent pixel and side, both families' VAE
@@ -23,9 +23,9 @@ def snap_frames(frames: int) -> int:
     return max(0, (frames - 1) // TEMPORAL_RATIO) * TEMPORAL_RATIO + 1
 
 
-def frames_that_fit(length: int, stride: int) -> int:
-    """Returns how many frames, `stride` apart, a video of `length` frames holds (0 for an empty video)."""
-    return (length - 1) // stride + 1 if length > 0 else 0
+def frames_that_fit(length: Any, stride: int) -> Any:  # noqa: ANN401 - a number, or a column of them
+    """Returns how many frames, `stride` apart, a video of `length` frames holds (0 for none); also for columns."""
+    return (length - 1) // stride + 1
 
 
 def token_limited_frames(n_frames: int, token_sample_size: int, size: int) -> int:

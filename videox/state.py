@@ -26,14 +26,15 @@ class TrainState:
     """Where a run stands. Order, noise, timesteps and learning rate are functions of these numbers.
 
     step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
-    index's fingerprint; settings: of the plan; quarantined: rows that this epoch's plan leaves out; bad: rows found
-    bad since; skipped: steps without an update; skipped_in_row: the last ones of them without pause.
+    index's fingerprint; settings: of the plan; run: a name that no other run has; quarantined: rows that this epoch's
+    plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones of them without pause.
     """
 
     seed: int
     slots: int
     index: str
     settings: dict[str, Any]
+    run: str
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
@@ -88,6 +89,22 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
         raise Refusal("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), mend, MODEL)
 
 
+def refuse_other_run(output_dir: Path, state: TrainState) -> None:
+    """Refuses to go on with one run in the folder of another, whose records and checkpoints would become its own.
+
+    Raises:
+        Refusal: output_dir holds another run than the checkpoint's.
+    """
+    try:
+        there = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["resolved"]["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or one that never began
+    if there != state.run:
+        what = f"{output_dir} holds another run than the checkpoint's"
+        mend = "give the checkpoint's own folder, or a new one, as --output_dir"
+        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -127,7 +144,8 @@ def resume_or_begin(
     if state:
         refuse_changed_plan(state, index_fingerprint, settings)
         return state, settings
-    return TrainState(chosen, slots, index_fingerprint, plan_inputs(settings)), settings
+    name = gather(secrets.token_hex(8))[0]
+    return TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), name), settings
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:

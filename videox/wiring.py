@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from videox.args import EXPORT_DTYPES, data_dir, size_policy
+from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
@@ -38,7 +38,7 @@ from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter
 from videox.recompute import recompute_blocks
 from videox.report import data_lines, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.state import TrainState, checkpoint_bytes, plan_inputs, resume_or_begin
+from videox.state import TrainState, checkpoint_bytes, plan_inputs, refuse_other_run, resume_or_begin
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
@@ -113,9 +113,15 @@ def open_schedule(
         index_fingerprint=index.fingerprint(),
         gather=gather,
     )
+    if run.resume.path:
+        refuse_other_run(Path(args.output_dir), state)
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    accelerator.print("\n".join(data_lines(index, plan)))
+    accelerator.print("\n".join(data_lines(index, columns, plan)))
+    asked = accelerator.num_processes * args.gradient_accumulation_steps
+    if settings.slots != asked:
+        steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
+        accelerator.print(f"a step has {settings.slots} micro-batches, as the run began: {steps}, not {asked} in all")
     accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
     return Schedule(index, columns, settings, state, plan, total)
 
@@ -163,7 +169,12 @@ def open_watch(
     Args:
         resolved: what followed from the flags beside the schedule, for args.json.
     """
-    plan = {"seed": schedule_.settings.seed, "slots": schedule_.settings.slots, "total_steps": schedule_.total}
+    plan = {
+        "run": schedule_.state.run,
+        "seed": schedule_.settings.seed,
+        "slots": schedule_.settings.slots,
+        "total_steps": schedule_.total,
+    }
     return Watch(
         Path(args.output_dir),
         run,
@@ -240,12 +251,17 @@ def plan_settings(
 def notes(args: argparse.Namespace) -> list[str]:
     """Returns lines on flags that are taken otherwise than a user may think."""
     lines, policy = [], size_policy(args)
-    if policy.token_length and policy.image_sample_size < policy.video_sample_size:
+    ranged = policy.token_length or policy.random_hw_adapt
+    if ranged and policy.image_sample_size < policy.video_sample_size:
         given = (
             f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
         )
         lines.append(f"{given}: sizes run from {policy.low} to {policy.high} all the same")
-    if os.environ.get("NCCL_P2P_DISABLE") == "1" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
+        lines.append("--lr_warmup_steps does nothing with --lr_scheduler constant; constant_with_warmup has a warm-up")
+    world = os.environ.get("WORLD_SIZE", "1")
+    one_machine = world == os.environ.get("LOCAL_WORLD_SIZE", world)
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" and one_machine and world != "1":
         lines.append("NCCL_P2P_DISABLE=1 turns NVLink off: unset it on a single machine")
     return lines
 
@@ -322,7 +338,8 @@ def open_validator(
     Args:
         transformer: not wrapped; held_out, predict, pipeline, shift, guidance_scale, given_frames: as Validator's.
     """
-    shape = planned.plan.commonest_bucket()
+    # of the first epoch, so that the clips of two steps, or of a resumed run, differ by the training alone
+    shape = plan_epoch(planned.columns, planned.settings, 0).commonest_bucket()
     return Validator(
         accelerator,
         watch,

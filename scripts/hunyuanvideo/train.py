@@ -14,6 +14,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,14 @@ from videox.flow_matching import (
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, load_strictly, read_component, read_model_folder, refuse_not_finite
+from videox.model_folder import (
+    check_tokenizer,
+    load_strictly,
+    read_component,
+    read_model_folder,
+    read_number,
+    refuse_not_finite,
+)
 from videox.offload import RestingModule
 from videox.optim import set_learning_rate
 from videox.state import load_state, save_state
@@ -177,6 +185,8 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
     check_tokenizer(tokenizer, root / "tokenizer", "A red fox,\n\n2 years old, runs <3")
+    # a caption beyond CLIP's 77 tokens is cut for the pooled embedding alone; once a batch this is no news
+    logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
     check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
@@ -294,6 +304,7 @@ def accumulate_gradients(
     if components.given_frames:  # as at inference: the image alone, the posterior's mode
         given["first_frame"] = encode_video(components, video[:, :, :1], None, args.vae_mini_batch)
 
+    del video  # as large as all activations of a block
     sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
     noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
     noisy_latents = add_noise(latents, noise, sigmas)
@@ -372,8 +383,8 @@ def train(
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
     configs = check_model(args)
-    config, shift = configs["transformer"], float(configs["scheduler"]["shift"])
-    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config['image_condition_type']})"
+    config, shift = configs["transformer"], read_number(configs["scheduler"], "shift", "scheduler")
+    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
     wiring.announce(args, accelerator, backend, run, task)
 
     # schedule: from here on, everything that will happen is known
@@ -429,12 +440,13 @@ def train(
 
             # once in a while: validate, save, stop
             done = state.step == total
+            if end.stop and not done:  # first of all: whoever asks may not wait for long
+                watch.save(save, args.checkpoints_total_limit, {"task": f"hunyuanvideo {args.train_mode}"})
+                return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
-            if done or end.stop or state.step % args.checkpointing_steps == 0:
+            if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, {"task": f"hunyuanvideo {args.train_mode}"})
-            if end.stop and not done:
-                return watch.stopped(stop.signal_name)
 
     return watch.finished(wiring.export_of(args, transformer))
 

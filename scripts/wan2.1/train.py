@@ -207,7 +207,7 @@ def encode_conditions(
     """
     if mode == "normal":
         return {}
-    mask = known_mask(mode, keys, *video.shape[2:]).to(video.device)
+    mask = known_mask(mode, keys, *video.shape[2:], device=video.device)
     known = encode_video(components, video * mask, None, mini_batch)
     keep = keep_condition(mask, keys).to(video.device)
     conditions = {"condition": torch.cat([pack_mask(mask), known], 1) * keep}
@@ -261,6 +261,7 @@ def accumulate_gradients(
     prompt_embeds = encode_prompts(components, batch["captions"], args.tokenizer_max_length, device)
     conditions = encode_conditions(components, video, args.train_mode, keys, args.vae_mini_batch)
 
+    del video  # as large as all activations of a block
     sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
     noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
     noisy_latents = add_noise(latents, noise, sigmas)
@@ -288,13 +289,12 @@ def accumulate_gradients(
 def encode_held_out(
     args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
 ) -> list[HeldOut]:
-    """Returns held-out samples in host memory: latents by the posterior's mode, clips given their first frame."""
+    """Returns held-out samples in host memory: latents by the posterior's mode, a mask of the mode's for each."""
     encoded = []
-    for pixels, caption in samples:
+    for number, (pixels, caption) in enumerate(samples):
         video = to_video(torch.from_numpy(pixels)[None].to(device))
         latents = encode_video(components, video, None, args.vae_mini_batch)
-        mode = "normal" if args.train_mode == "normal" else "i2v"
-        given = encode_conditions(components, video, mode, [0], args.vae_mini_batch)
+        given = encode_conditions(components, video, args.train_mode, [number], args.vae_mini_batch)
         given["prompt_embeds"] = encode_prompts(components, [caption], args.tokenizer_max_length, device)
         encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
     return encoded
@@ -389,12 +389,13 @@ def train(
 
             # once in a while: validate, save, stop
             done = state.step == total
+            if end.stop and not done:  # first of all: whoever asks may not wait for long
+                watch.save(save, args.checkpoints_total_limit, {"task": f"wan2.1 {args.train_mode}"})
+                return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
-            if done or end.stop or state.step % args.checkpointing_steps == 0:
+            if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, {"task": f"wan2.1 {args.train_mode}"})
-            if end.stop and not done:
-                return watch.stopped(stop.signal_name)
 
     return watch.finished(wiring.export_of(args, transformer))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from videox.errors import Refusal
-from videox.shapes import GRID, TEMPORAL_RATIO, snap_frames, token_limited_frames
+from videox.shapes import GRID, TEMPORAL_RATIO, frames_that_fit, snap_frames, token_limited_frames
 
 LADDER_STEP = 128  # pixels between two target sizes
 LADDER_FOOT = 512  # under random_hw_adapt alone the smallest target is at most this
@@ -196,7 +196,7 @@ def static_fates(
     A source with a side under 16 pixels is too small. Without buckets every video must have all n_frames.
     """
     fates = np.full(len(kind), Fate.TRAINED, np.uint8)
-    fit = (frames.astype(np.int64) - 1) // policy.stride + 1
+    fit = frames_that_fit(frames.astype(np.int64), policy.stride)
     needed = policy.min_frames if policy.enable_bucket else policy.n_frames
     fates[(kind == 1) & (fit < needed)] = Fate.TOO_SHORT
     if policy.min_frames > 1:
@@ -227,7 +227,7 @@ def assign(
 
     budget = np.array([policy.max_frames(size) for size in video_sizes])
     length = np.ones(len(kind), np.int64)
-    fit = np.maximum((frames[video].astype(np.int64) - 1) // policy.stride + 1, 1)
+    fit = np.maximum(frames_that_fit(frames[video].astype(np.int64), policy.stride), 1)
     longest = budget[np.searchsorted(np.asarray(video_sizes), target[video])]
     length[video] = np.minimum((fit - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1, longest)
     if policy.random_frame_crop:
