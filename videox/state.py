@@ -27,7 +27,8 @@ class TrainState:
 
     step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
     index's fingerprint; settings: of the plan; run: a name that no other run has; quarantined: rows that this epoch's
-    plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones of them without pause.
+    plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones of them
+    without pause.
     """
 
     seed: int
