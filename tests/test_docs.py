@@ -1,0 +1,353 @@
+"""Serves the reader who types what stands in the documents: every command there is one, every snippet there runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+from accelerate.commands.launch import launch_command_parser
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
+from PIL import Image
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from videox.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MOST_BOXES
+
+ROOT = tiny.ROOT
+WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
+PAGES = ("README.md", WAN_PAGE, HUNYUAN_PAGE)
+# What a cluster sets in the shells where the command for several machines is typed.
+CLUSTER = {
+    "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "NUM_PROCESS": "16", "RANK": "1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a document: the words as the shell would split them, variables filled in."""
+
+    page: str
+    words: tuple[str, ...]
+
+    @property
+    def is_launch(self) -> bool:
+        return self.words[:2] == ("accelerate", "launch")
+
+    @property
+    def split(self) -> tuple[list[str], str, list[str]]:
+        """The launcher's flags, the script, the script's flags."""
+        script = next(i for i, word in enumerate(self.words) if word.endswith(".py"))
+        return list(self.words[2:script]), self.words[script], list(self.words[script + 1 :])
+
+    @property
+    def family(self) -> str:
+        return next(family for family, script in runs.TRAINERS.items() if script == self.split[1])
+
+    def __str__(self) -> str:
+        return f"{self.page}: {shlex.join(self.words)[:400]}"
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def fill_in(word: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$([A-Z_]+)", lambda found: variables[found[1]], word)
+
+
+def commands(page: str) -> list[Command]:
+    """Returns a page's commands in their order; what it exports is known from there on."""
+    variables, found = dict(CLUSTER), []
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = [fill_in(word, variables) for word in shlex.split(line, comments=True)]
+            if words[:1] == ["export"]:
+                variables |= dict(word.split("=", 1) for word in words[1:])
+            elif words:
+                found.append(Command(page, tuple(words)))
+    return found
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+LAUNCHES = [command for command in COMMANDS if command.is_launch]
+
+
+def name_of(command: Command) -> str:
+    launcher, _, flags = command.split
+    mode = next(flag.split("=")[1] for flag in flags if flag.startswith("--train_mode="))
+    several = "machines" if any("num_machines" in flag for flag in launcher) else ""
+    return "-".join(filter(None, (command.page.split("/")[-2] if "/" in command.page else "root", command.family, mode,
+                                  several or ("ddp" if "--multi_gpu" in launcher else "plain"))))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def test_the_pages_have_the_published_recipes() -> None:
+    assert {name_of(command) for command in LAUNCHES} == {
+        "root-wan2.1-normal-plain", "wan2.1-wan2.1-normal-plain", "wan2.1-wan2.1-normal-ddp",
+        "wan2.1-wan2.1-normal-machines", "wan2.1-wan2.1-i2v-ddp", "wan2.1-wan2.1-inpaint-plain",
+        "hunyuanvideo-hunyuanvideo-normal-plain", "hunyuanvideo-hunyuanvideo-normal-ddp",
+        "hunyuanvideo-hunyuanvideo-i2v-ddp",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.is_launch], ids=lambda c: shlex.join(c.words))
+def test_a_command_can_be_typed(command: Command) -> None:
+    if command.words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", text("Makefile"), flags=re.MULTILINE)
+        assert command.words[1] in targets, command
+        variables = [word.split("=")[0] for word in command.words[2:]]
+        assert all(re.search(rf"^{name} \?=", text("Makefile"), flags=re.MULTILINE) for name in variables), command
+    else:
+        assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
+
+
+@pytest.mark.parametrize("command", LAUNCHES, ids=name_of)
+def test_a_launch_is_taken_by_launcher_and_trainer(command: Command) -> None:
+    launcher, script, flags = command.split
+    taken = launch_command_parser().parse_args([*launcher, script, *flags])
+    assert taken.training_script == script and taken.mixed_precision == "bf16"
+    assert (taken.num_processes or 1) > 1 if "--multi_gpu" in launcher else taken.num_processes is None
+    args = runs.script(command.family).parse_args(flags)
+    assert args.mixed_precision == "bf16" and args.max_grad_norm == 0.05
+    folder = Path(args.pretrained_model_name_or_path)
+    assert f"`{folder}`" in text("models/README.md")  # the page on weights says what belongs there
+    assert f"{args.train_data_dir}" in text("datasets/README.md")
+    assert Path(args.train_data_meta) == Path(args.train_data_dir) / "metadata.json"
+
+
+def test_every_published_flag_is_in_every_launch() -> None:
+    """The users' own command: the tests train it at small sizes, flag by flag, so the pages must not say another."""
+    places = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
+    for command in LAUNCHES:
+        given = {word[2:].split("=")[0] for word in command.split[2] if word.startswith("--")}
+        assert given == places | set(runs.PLAIN[command.family]), command
+
+
+# What makes a published command small; a flag given twice has its last value, as on any command line.
+SMALL = {
+    "image_sample_size": 96, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
+    "video_sample_stride": 2, "dataloader_num_workers": 2, "num_train_epochs": 1, "report_to": "none",
+}  # fmt: skip
+MODELS: dict[tuple[str, str], Callable[[Path], Path]] = {
+    ("wan2.1", "normal"): tiny.build_wan_t2v,
+    ("wan2.1", "i2v"): tiny.build_wan_i2v,
+    ("wan2.1", "inpaint"): tiny.build_wan_i2v,
+    ("hunyuanvideo", "normal"): tiny.build_hunyuan_t2v,
+    ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in LAUNCHES if "machines" not in name_of(c)], ids=name_of)
+def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Path) -> None:
+    launcher, _, flags = command.split
+    mode = runs.script(command.family).parse_args(flags).train_mode
+    metadata = tiny.make_dataset(tmp_path / "data")
+    places = {
+        "pretrained_model_name_or_path": MODELS[command.family, mode](tmp_path / "model"),
+        "train_data_dir": metadata.parent, "train_data_meta": metadata, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    launcher = ["--num_processes=2" if word == "--num_processes=8" else word for word in launcher]
+    launched = runs.launch(replaced(flags, {**places, **SMALL}), launcher, family=command.family)
+    outcome = replace(launched, folder=tmp_path / "out")  # named by --output_dir=, in one word
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.status["state"] == "finished" and outcome.metrics
+    assert f"processes   {2 if '--multi_gpu' in launcher else 1}\n" in outcome.stdout
+    assert runs.read_weights(tmp_path / "out" / "transformer")
+
+
+def replaced(flags: list[str], values: dict[str, object]) -> list[str]:
+    """Returns flags with other values; those that are not among them come first."""
+    line = [
+        f"{word.split('=')[0]}={values[word[2:].split('=')[0]]}" if word[2:].split("=")[0] in values else word
+        for word in flags
+    ]
+    given = {word[2:].split("=")[0] for word in flags}
+    return [*runs.words({name: value for name, value in values.items() if name not in given}), *line]
+
+
+# ------------------------------------------------------------------------------------------- snippets
+
+SNIPPETS = [(page, code) for page in PAGES for code in blocks(page, "python")]
+FOLDERS = {
+    "Wan2.1-T2V-14B": tiny.build_wan_t2v, "Wan2.1-I2V-14B-480P": tiny.build_wan_i2v,
+    "HunyuanVideo": tiny.build_hunyuan_t2v, "HunyuanVideo-I2V": tiny.build_hunyuan_i2v,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])
+def test_a_snippet_runs(page: str, code: str, tmp_path: Path) -> None:
+    """With paths, sizes and the device replaced, nothing else: the model is a small one of the class that is named."""
+    (name,) = set(re.findall(r'"models/Diffusion_Transformer/([^"/]+)"', code))
+    model = FOLDERS[name](tmp_path / "model")
+    picture = tiny.write_image(tmp_path / "first_frame.png")
+    for found, put in (
+        (rf'"models/Diffusion_Transformer/{name}"', f'"{model}"'),
+        (r'"outputs/[a-z0-9_]+/transformer"', f'"{model / "transformer"}"'),
+        (r'"datasets/internal_datasets/[a-z_]+\.png"', f'"{picture}"'),
+        (r"\bheight=\d+", "height=48"), (r"\bwidth=\d+", "width=64"), (r"\bnum_frames=\d+", "num_frames=9"),
+        ('"cuda"', '"cpu"'),
+    ):  # fmt: skip
+        code = re.sub(found, put, code)
+    assert "models/" not in code and "outputs/" not in code and "datasets/" not in code
+    names: dict[str, object] = {}
+    with contextlib.chdir(tmp_path):
+        exec(compile(code, page, "exec"), names)
+    pipeline = names["pipeline"]
+    assert isinstance(pipeline, DiffusionPipeline) and pipeline.transformer is names["transformer"]
+    assert pipeline.transformer.dtype is torch.bfloat16
+    if "frames" in names:
+        assert isinstance(names["image"], Image.Image) and len(names["frames"]) == 9
+        assert (tmp_path / "sample.mp4").stat().st_size > 0
+    else:
+        assert "export_to_video" not in code
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+PARTS = {WAN_PAGE: "attn1", HUNYUAN_PAGE: "attn"}
+WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+TRANSFORMERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "Wan2.1-T2V-1.3B": lambda: wan(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
+    "Wan2.1-T2V-14B": lambda: wan(**WAN_14B),
+    "Wan2.1-I2V-14B": lambda: wan(**WAN_14B, in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+    "HunyuanVideo": HunyuanVideoTransformer3DModel,
+    "HunyuanVideo-I2V, token_replace": lambda: HunyuanVideoTransformer3DModel(image_condition_type="token_replace"),
+    "HunyuanVideo-I2V, latent_concat": lambda: HunyuanVideoTransformer3DModel(
+        in_channels=33, out_channels=16, image_condition_type="latent_concat", guidance_embeds=False
+    ),
+}
+
+
+def wan(**sizes: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(out_channels=16, qk_norm="rms_norm_across_heads", cross_attn_norm=True, **sizes)
+
+
+def llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+
+
+def vision(**sizes: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(num_attention_heads=16, patch_size=14, **sizes)
+
+
+def umt5() -> UMT5EncoderModel:
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    return UMT5EncoderModel(UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **sizes))
+
+
+def llava() -> LlavaForConditionalGeneration:
+    eyes = vision(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=llama(), vision_config=eyes))
+
+
+ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "UMT5-XXL (text)": umt5,
+    "CLIP ViT-H (image embedder)": lambda: CLIPVisionModel(
+        vision(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, image_size=224)
+    ),
+    "Llama 3 8B (text-to-video)": lambda: LlamaModel(llama()),
+    "Llava Llama 3 8B (image-to-video)": llava,
+    "CLIP ViT-L text (pooled)": lambda: CLIPTextModel(
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    ),
+    f"VAE {WAN_PAGE}": AutoencoderKLWan,
+    f"VAE {HUNYUAN_PAGE}": AutoencoderKLHunyuanVideo,
+}
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """Returns the rows, without the heading, of the table whose heading begins with `first`."""
+    lines = text(page).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
+def test_the_memory_of_the_weights_is_what_the_classes_have(page: str) -> None:
+    for name, told, whole, part in table(page, "model"):
+        with torch.device("meta"):
+            sizes = {key: p.numel() for key, p in TRANSFORMERS[name]().named_parameters()}
+        count, some = sum(sizes.values()), sum(size for key, size in sizes.items() if PARTS[page] in key)
+        assert told == f"{count / 1e9:.2f} billion", name
+        assert whole == f"{16 * count / 2**30:.0f} GiB", name
+        assert part == f"{(4 * count + 12 * some) / 2**30:.0f} GiB", name
+    assert f"--trainable_modules {PARTS[page]}" in text(page)
+
+
+@pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
+def test_the_memory_of_the_encoders_is_what_the_classes_have(page: str) -> None:
+    rows = table(page, "encoder")
+    assert len(rows) >= 3
+    for name, told, memory in rows:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in ENCODERS.get(name, ENCODERS.get(f"{name} {page}"))().parameters())
+        size, precision = memory.split(" GiB in ")
+        assert told == f"{count / 1e9:.2f} billion", name
+        assert size == f"{count * {'bf16': 2, 'float32': 4}[precision] / 2**30:.1f}", name
+
+
+def test_the_shares_of_the_masks_are_those_that_are_drawn() -> None:
+    page = text(WAN_PAGE)
+    names = {
+        "first": "first frame", "first_and_last": "first and last frame", "boxes": "all but one to four boxes",
+        "frames": "some frames", "nothing": "nothing",
+    }  # fmt: skip
+    clips, images = (
+        ", ".join(f"{names[family]} {100 * share:.0f} %" for family, share in shares.items())
+        for shares in (CLIP_MASKS, IMAGE_MASKS)
+    )
+    assert f"drawn by the sample: {clips} | {images} |" in page
+    assert f"given nothing, {100 * IMAGE_DROP:.0f} % have the whole condition zeroed" in page
+    assert MOST_BOXES == 4
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (*PAGES, "models/README.md", "datasets/README.md", "CONTRIBUTING.md", "benchmarks/families.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", text(page)):
+            file, _, anchor = target.partition("#")
+            if file.startswith("http"):
+                continue
+            there = (ROOT / page).parent / file if file else ROOT / page
+            assert there.exists(), f"{page}: {target}"
+            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not anchor or anchor in anchors, f"{page}: {target}"
