@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from videox.checkpoint import read_manifest
 from videox.data.plan import PlanSettings, check_world_size
+from videox.distributed import BACKENDS, Backend
 from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
@@ -130,6 +132,30 @@ def resume_or_begin(
     return TrainState(chosen, slots, index_fingerprint, plan_inputs(settings)), settings
 
 
+def refuse_other_backend(checkpoint: Path | None, backend: Backend, processes: int) -> None:
+    """Refuses a checkpoint that another kind of backend saved, or another number of processes where that matters.
+
+    Args:
+        checkpoint: None for a new run.
+        backend: that runs.
+        processes: of this launch.
+
+    Raises:
+        Refusal: naming both, with the way to start from its weights.
+    """
+    if checkpoint is None:
+        return
+    manifest = read_manifest(checkpoint)
+    saved = BACKENDS[manifest["description"].get("backend", "single")]
+    same = saved.kind == backend.kind if backend.kind == "whole" else saved.name == backend.name
+    if not same:
+        mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
+        raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
+    if not backend.elastic and manifest["world_size"] != processes:
+        what = f"was saved by {manifest['world_size']} processes under {backend.name}, this launch has {processes}"
+        raise Refusal(str(checkpoint), what, f"launch {manifest['world_size']} processes", MODEL)
+
+
 def checkpoint_bytes(model: torch.nn.Module) -> int:
     """Returns the size of one checkpoint: float32 weights, and two moments for each trained one."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
@@ -147,6 +173,11 @@ def save_state(
     names = {parameter: name for name, parameter in model.named_parameters()}
     save_weights(folder / "transformer", model.state_dict(), config)
     save_tensors(folder / OPTIMIZER_STEM, optimizer_tensors(optimizer, names), stem=OPTIMIZER_STEM)
+    write_state(folder, state)
+
+
+def write_state(folder: Path, state: TrainState) -> None:
+    """Writes trainer_state.json into a folder."""
     write_json_atomically(folder / STATE_FILE, asdict(state))
 
 
