@@ -203,5 +203,6 @@ def test_processes_at_other_steps_find_out(tmp_path: Path) -> None:
 
 def test_every_backend_says_what_it_can() -> None:
     assert not dist.is_initialized()  # nothing above has left a process group in this process
-    assert {backend.name for backend in BACKENDS.values()} == {"single", "ddp"}
-    assert all(backend.whole_weights for backend in BACKENDS.values())
+    assert list(BACKENDS) == ["single", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"]
+    assert [name for name, backend in BACKENDS.items() if not backend.whole_weights] == ["zero3", "fsdp1", "fsdp2"]
+    assert [name for name, backend in BACKENDS.items() if not backend.elastic] == ["zero2", "zero3"]

@@ -139,14 +139,14 @@ def follow_launcher(environment: Mapping[str, str]) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 
 
-def make_accelerator(mixed_precision: str) -> tuple[Accelerator, Backend]:
+def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]:
     """Returns the Accelerator and the backend that really runs.
 
     Gradients are accumulated by the training loop itself (it knows from the plan which micro-batch is the last), and
     batches are dealt by the plan, so the Accelerator is given neither a number of accumulation steps nor a loader.
 
     Args:
-        mixed_precision: "no" | "bf16"; the weights stay float32, the computation is in bfloat16.
+        mixed_precision: "no" | "bf16", None = the launcher's; the masters are float32 in any case.
 
     Raises:
         Refusal: what runs is not what the launcher and mixed_precision ask for.
@@ -165,7 +165,7 @@ def make_accelerator(mixed_precision: str) -> tuple[Accelerator, Backend]:
     if kind == "zero":
         # From here on transformers would divide whatever it loads, also the frozen encoders, which ZeRO does not run.
         unset_hf_deepspeed_config()
-    if accelerator.mixed_precision != mixed_precision:
+    if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
         what = f"{mixed_precision}, but the DeepSpeed file computes in {accelerator.mixed_precision}"
         raise Refusal("--mixed_precision", what, "make them say the same")
     return accelerator, BACKENDS[name]
