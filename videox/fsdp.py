@@ -101,7 +101,7 @@ class FsdpEngine:
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             parts: list[Callable[[], object]] = [
                 partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
-                partial(_write, {"optimizer": optimizer}, folder / OPTIMIZER_FOLDER),
+                partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
             ]
             if self.is_main:
                 parts.append(partial(write_run, folder, state, self.config))
@@ -113,7 +113,7 @@ class FsdpEngine:
         with _quiet():
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             _read({"model": weights}, checkpoint / WEIGHTS_FOLDER)
-            _read({"optimizer": optimizer}, checkpoint / OPTIMIZER_FOLDER)
+            _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
             set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
         restore_hyperparameters(self.optimizer, groups)
         if not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
@@ -125,6 +125,11 @@ class FsdpEngine:
             sharded = get_model_state_dict(self.model)
         for name, tensor in sharded.items():
             yield name, _whole(tensor)
+
+
+def _moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer's tensors alone: its settings are the launch's, and would go to disk as pickles."""
+    return {"optimizer": {"state": optimizer["state"]}}
 
 
 def refuse_unknown_layers(names: Sequence[str] | None, model: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -71,8 +71,10 @@ class ZeroEngine:
             "train_batch_size": "auto",
         }
         accelerator.gradient_accumulation_steps = micro_batches
-        # DeepSpeed rounds the weights before it takes its masters from them; these keep the float32 ones, in the file.
+        # DeepSpeed rounds the weights before it takes its masters from them. These keep what was loaded, which lies in
+        # the mapped file; of the frozen ones what rounding changes, for the export.
         exact = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
+        self.frozen = _changed_by_rounding(transformer) if self.is_main else {}
         if accelerator.mixed_precision == "bf16":
             plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
             plugin.deepspeed_config["bf16"]["check_grad_overflow"] = True
@@ -129,9 +131,17 @@ class ZeroEngine:
                 yield name, safe_get_full_fp32_param(parameter)
             else:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.divides_weights):
-                    yield name, parameter.detach().to(torch.float32, copy=True)
+                    whole = parameter.detach().to("cpu", torch.float32, copy=True)
+                exact = self.frozen.get(name)
+                yield name, exact if exact is not None and torch.equal(exact.bfloat16().float(), whole) else whole
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
+
+
+def _changed_by_rounding(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the frozen float32 parameters that bfloat16 cannot hold, by name."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in frozen.items() if not torch.equal(value.bfloat16().float(), value)}
 
 
 class _Writer(TorchCheckpointEngine):
