@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
 from videox.optim import clip_gradients, gradient_norm, set_learning_rate
-from videox.state import TrainState, load_state, save_state, write_state
+from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.weights import write_config
 
 OptimizerOver = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
@@ -90,7 +90,7 @@ class WholeEngine:
         self.optimizer = make_optimizer(dict(transformer.named_parameters()))
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model = accelerator.prepare_model(transformer.train())
-        self.checkpoint_bytes = stored_bytes(transformer, trained=12, frozen=4)
+        self.checkpoint_bytes = checkpoint_bytes(transformer)
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
@@ -130,11 +130,6 @@ def compute_in_bf16(module: nn.Module, device: torch.device) -> None:
     Its inputs stay as they are: a backend that casts them would round the timestep, 0 to 1000, to eight bits.
     """
     module.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(module.forward))
-
-
-def stored_bytes(module: nn.Module, *, trained: int, frozen: int) -> int:
-    """Returns the size of what is stored of a module, from the bytes per value of a trained and a frozen parameter."""
-    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in module.parameters())
 
 
 def write_all(parts: Iterable[Callable[[], object]]) -> None:

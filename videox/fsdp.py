@@ -27,17 +27,18 @@ from videox.engine import (
     compute_in_bf16,
     hyperparameters,
     restore_hyperparameters,
-    stored_bytes,
     write_all,
     write_run,
 )
 from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
-from videox.state import TrainState
+from videox.pickles import read_pickle
+from videox.state import TrainState, checkpoint_bytes
 from videox.weights import SaveFailed
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
+METADATA = ".metadata"
 DIVIDED = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 
 
@@ -67,7 +68,7 @@ class FsdpEngine:
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
         self.is_main = accelerator.is_main_process
         self.config = transformer.to_json_string()  # type: ignore[operator]
-        self.checkpoint_bytes = stored_bytes(transformer, trained=12, frozen=4)
+        self.checkpoint_bytes = checkpoint_bytes(transformer)
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
@@ -210,8 +211,9 @@ def _read(state: dict[str, Any], folder: Path) -> None:
     """Reads a distributed checkpoint into a state's tensors.
 
     Raises:
-        Refusal: (MODEL) it does not fit this model, or cannot be read.
+        Refusal: (MODEL) it does not fit this model, cannot be read, or holds what no checkpoint needs.
     """
+    read_pickle(folder / METADATA)  # refuses what torch should not unpickle; the tensors themselves it reads safely
     # Flattened, a process without a piece of a small tensor would take the file for one of an old torch.
     planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
     try:
@@ -232,4 +234,5 @@ class _quiet(warnings.catch_warnings):
     def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*(ShardedTensor|sharded state dict|state_dict_type).*")
+        warnings.filterwarnings("ignore", message=".*(ShardedTensor|state_dict_type|_get_pg_default_device).*")
+        warnings.filterwarnings("ignore", message="Multiple backends are registered with this ProcessGroup")

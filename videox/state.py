@@ -156,10 +156,15 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, processes: i
         raise Refusal(str(checkpoint), what, f"launch {manifest['world_size']} processes", MODEL)
 
 
-def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Returns the size of one checkpoint: float32 weights, and two moments for each trained one."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return sum(size * (3 if trained else 1) for size, trained in sizes)
+def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:
+    """Returns the size of one checkpoint.
+
+    Args:
+        model: its parameters, before anything divides them.
+        trained: bytes for each number of a trained parameter: float32 weight and two moments.
+        frozen: the same of a frozen one.
+    """
+    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
 
 
 def save_state(

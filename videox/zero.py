@@ -24,13 +24,13 @@ from videox.engine import (
     drain,
     hyperparameters,
     restore_hyperparameters,
-    stored_bytes,
     write_all,
     write_run,
 )
 from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
-from videox.state import TrainState
+from videox.pickles import read_archive
+from videox.state import TrainState, checkpoint_bytes
 from videox.weights import save_weights
 
 TAG = "pytorch_model"  # accelerate's; DeepSpeed's own scripts find it through the file `latest`
@@ -62,7 +62,8 @@ class ZeroEngine:
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
-        self.checkpoint_bytes = stored_bytes(transformer, trained=14 + (not self.divides_weights) * 4, frozen=6)
+        whole = 0 if self.divides_weights else 4  # transformer/ beside DeepSpeed's bfloat16 weights and masters
+        self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=2 + whole)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin.deepspeed_config |= {
             "gradient_clipping": max_grad_norm,
@@ -80,6 +81,9 @@ class ZeroEngine:
             plugin.deepspeed_config["bf16"]["check_grad_overflow"] = True
             compute_in_bf16(transformer, accelerator.device)
         optimizer = make_optimizer(dict(transformer.named_parameters()))
+        if accelerator.device.type == "cuda":
+            for group in optimizer.param_groups:  # chosen for the host's parameters, stepped on the GPU
+                group["fused"] = True
         self.model: Any = accelerator.prepare(transformer.train(), optimizer)[0]
         self.parameters = dict(transformer.named_parameters())
         for name, value in exact.items():
@@ -118,6 +122,8 @@ class ZeroEngine:
 
     def load(self, checkpoint: Path) -> None:
         """As Engine's; at the number of processes that saved it."""
+        for file in sorted((checkpoint / TAG).glob("*.pt")):
+            read_archive(file)  # refuses what DeepSpeed should not unpickle
         groups = hyperparameters(self.model.optimizer)
         path, _ = self.model.load_checkpoint(str(checkpoint), tag=TAG)
         if path is None:
