@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -250,6 +250,7 @@ class ForkServer:
         flags: Sequence[str] | Sequence[Sequence[str]],
         log: Path,
         work: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> list[Trainer]:
         """Forks the processes of one launch with the variables that accelerate's launcher and torchrun would set.
 
@@ -257,6 +258,7 @@ class ForkServer:
             flags: of all ranks, or a list for each.
             log: rank r's output goes to a file beside it, with "-rank<r>" in its name.
             work: as for `start`, one for each rank (none = all train).
+            environment: added to all of it, e.g. what the launcher sets for a backend.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -267,7 +269,7 @@ class ForkServer:
             self.start(
                 flags if not flags or isinstance(flags[0], str) else flags[rank],
                 log.with_name(f"{log.stem}-rank{rank}{log.suffix}"),
-                environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 work=work[rank] if work else "",
             )
             for rank in range(world_size)

@@ -87,6 +87,14 @@ def test_make_passes_family_and_mode_on() -> None:
         assert 'scripts/demo.py --family "{}" --mode "{}"'.format(*wanted) in told
 
 
+def test_the_data_is_the_same_every_time(tmp_path: Path) -> None:
+    one, other = demo.build_data(tmp_path / "one"), demo.build_data(tmp_path / "other", unlisted={demo.HELD_PHOTO})
+    assert [row for row in one if row["file_path"] != demo.HELD_PHOTO] == other and len(one) == len(other) + 1
+    media = {path.name for path in (tmp_path / "one").iterdir()} - {"metadata.json"}
+    assert {row["file_path"] for row in one} == media
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in media)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "mode"), KINDS)
 def test_the_demo_runs_whole(family: str, mode: str, tmp_path: Path) -> None:

@@ -33,16 +33,41 @@ from videox.errors import FLAGS, PEER_LOST, Refusal
 # ------------------------------------------------------------------------------------------ one process
 
 
+ZERO, FSDP = {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_USE_FSDP": "1"}
+
+
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+    ("environment", "processes", "runs_as", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, 1, "single", "2 processes asked for, 1 joined"),
+        (ZERO, 1, "ddp", "DeepSpeed was asked for, ddp would run"),
+        (FSDP, 1, "single", "FSDP was asked for, single would run"),
+        ({"ACCELERATE_USE_FSDP": "True"}, 1, "zero2", "FSDP was asked for, zero2 would run"),
+        ({}, 1, "fsdp2", "neither DeepSpeed nor FSDP was asked for, fsdp2 would run"),
+        (ZERO, 1, "zero1", "zero1 is not supported"),
+        ({}, 1, "DistributedType.XLA", "DistributedType.XLA is not supported"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            1,
+            "zero2",
+            "--zero_stage 3, but the DeepSpeed file says stage 2",
+        ),
+    ],
 )
-def test_a_launch_that_is_not_supported_is_refused(variable: str, name: str) -> None:
-    for value in ("true", "True", "1"):
-        with pytest.raises(Refusal, match=name) as refused:
-            refuse_other_launch({variable: value})
-        assert refused.value.exit_code == FLAGS
-    refuse_other_launch({variable: "false"})
-    refuse_other_launch({})
+def test_what_was_not_asked_for_is_refused(
+    environment: dict[str, str], processes: int, runs_as: str, said: str
+) -> None:
+    with pytest.raises(Refusal, match=said) as refused:
+        refuse_other_launch(environment, processes, runs_as)
+    assert refused.value.exit_code == FLAGS
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_was_asked_for_is_not(name: str) -> None:
+    asked = {"whole": {"ACCELERATE_USE_FSDP": "false"}, "zero": ZERO, "fsdp": FSDP}[BACKENDS[name].kind]
+    refuse_other_launch({**asked, "WORLD_SIZE": "3"}, 3, name)
+    if BACKENDS[name].kind == "zero":
+        refuse_other_launch({**asked, "ACCELERATE_DEEPSPEED_ZERO_STAGE": name[-1]}, 1, name)
 
 
 def test_one_process_is_named_and_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,5 +203,6 @@ def test_processes_at_other_steps_find_out(tmp_path: Path) -> None:
 
 def test_every_backend_says_what_it_can() -> None:
     assert not dist.is_initialized()  # nothing above has left a process group in this process
-    assert {backend.name for backend in BACKENDS.values()} == {"single", "ddp"}
-    assert all(backend.whole_weights for backend in BACKENDS.values())
+    assert list(BACKENDS) == ["single", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"]
+    assert [name for name, backend in BACKENDS.items() if not backend.whole_weights] == ["zero3", "fsdp1", "fsdp2"]
+    assert [name for name, backend in BACKENDS.items() if not backend.elastic] == ["zero2", "zero3"]

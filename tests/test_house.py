@@ -55,10 +55,13 @@ FLOORS = {
     "videox.zero_shards": 3,
     "videox.args": 4,
     "videox.lifecycle": 4,
+    "videox.engine": 4,
+    "videox.fsdp": 5,
     "videox.watch": 5,
     "videox.steps": 6,
     "videox.validator": 6,
     "videox.wiring": 7,
+    "videox.zero": 5,
 }
 # videox.data is floor 2 as a whole; inside it imports go only leftwards.
 DATA = (

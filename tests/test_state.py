@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.data.buckets import SizePolicy
-from videox.data.plan import PlanSettings
+from videox.data.plan import Columns, PlanSettings
 from videox.errors import FLAGS, MODEL, Refusal
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
 from videox.state import (
@@ -42,7 +43,7 @@ SETTINGS = PlanSettings(
 
 
 def state_of(settings: PlanSettings = SETTINGS, index: str = "same") -> TrainState:
-    return TrainState(settings.seed, settings.slots, index, plan_inputs(settings))
+    return TrainState(settings.seed, settings.slots, index, plan_inputs(settings), run="a run")
 
 
 def alone(value: object) -> list[object]:
@@ -135,13 +136,43 @@ def test_the_state_of_an_older_version_without_a_setting_is_refused_by_name() ->
         refuse_changed_plan(state, "same", SETTINGS)
 
 
+def columns_of(width: int = 64, usable: bool = True) -> Columns:
+    """Two rows, of which the second one may be lost."""
+    sides = {"height": np.array([48, 48], np.int32), "frames": np.array([9, 9], np.int32)}
+    kind, widths = np.array([1, 1], np.uint8), np.array([64, width], np.int32)
+    return Columns(kind=kind, width=widths, usable=np.array([True, usable]), **sides)
+
+
+COLUMNS = columns_of()
+
+
+def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path) -> None:
+    state, _ = begin(None)
+    write_state(tmp_path / "checkpoint", state)
+
+    def resumed(columns: Columns, names: str = "names") -> TrainState:
+        def settings_of(*, seed: int, slots: int) -> PlanSettings:
+            return replace(SETTINGS, seed=seed, slots=slots)
+
+        return resume_or_begin(
+            tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
+            names=names, columns=columns, gather=alone,
+        )[0]  # fmt: skip
+
+    assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
+    for columns, names in ((columns_of(width=80), "names"), (columns_of(usable=False), "others")):
+        with pytest.raises(Refusal, match="data's rows"):
+            resumed(columns, names)
+
+
 def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:
     def settings_of(*, seed: int, slots: int) -> PlanSettings:
         return replace(SETTINGS, seed=seed, slots=slots)
 
     return resume_or_begin(
-        checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same", gather=alone
-    )
+        checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",
+        names="names", columns=COLUMNS, gather=alone,
+    )  # fmt: skip
 
 
 def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:

@@ -10,43 +10,127 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from videox.errors import PEER_LOST, Refusal
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a launch mode can do: name, whether ranks meet at every layer, whether weights are whole on each rank."""
+    """A launch mode: how it is called, and what follows from how it keeps the weights.
+
+    Attributes:
+        name: single | ddp | zero2 | zero3 | fsdp1 | fsdp2.
+        processes: how they share the work, in words.
+        kind: whose machinery trains: whole (torch), zero (DeepSpeed), fsdp.
+        whole_weights: each process can compute alone; else every forward pass is a collective.
+        elastic: a checkpoint resumes at another number of processes.
+        clips_by_own_norm: a step may be clipped by a limit that depends on its own gradient norm.
+    """
 
     name: str
     processes: str
+    kind: str
     whole_weights: bool
+    elastic: bool
+    clips_by_own_norm: bool
 
 
 BACKENDS = {
-    DistributedType.NO: Backend("single", "one process", True),
-    DistributedType.MULTI_GPU: Backend("ddp", "one process per GPU, whole weights on each", True),
-    DistributedType.MULTI_CPU: Backend("ddp", "several CPU processes (gloo), whole weights on each", True),
+    backend.name: backend
+    for backend in (
+        Backend("single", "one process", "whole", True, True, True),
+        Backend("ddp", "whole weights on each process", "whole", True, True, True),
+        Backend("zero2", "DeepSpeed: optimizer and gradients divided among processes", "zero", True, False, False),
+        Backend("zero3", "DeepSpeed: weights, optimizer and gradients divided", "zero", False, False, False),
+        Backend("fsdp1", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
+        Backend("fsdp2", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
+    )
 }
+ON = ("true", "1")
+# How long processes wait for one that samples, indexes or writes; torch's own ten minutes end a run in such a pause.
+PATIENCE = timedelta(hours=1)
 
 
-def refuse_other_launch(environment: Mapping[str, str]) -> None:
-    """Refuses to start when the launcher asked for what this version does not run, instead of running something else.
+def asked_for(environment: Mapping[str, str]) -> str:
+    """Returns what the launcher's variables ask for: "zero", "fsdp", or "whole" (DDP or one process)."""
+    for variable, kind in (("ACCELERATE_USE_DEEPSPEED", "zero"), ("ACCELERATE_USE_FSDP", "fsdp")):
+        if environment.get(variable, "false").lower() in ON:
+            return kind
+    return "whole"
+
+
+def resolved(accelerator: Accelerator) -> str:
+    """Returns the name of the backend that accelerate made, or its own name for one that is not in BACKENDS."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
+    names = {DistributedType.NO: "single", DistributedType.MULTI_GPU: "ddp", DistributedType.MULTI_CPU: "ddp"}
+    return names.get(kind, str(kind))
+
+
+def refuse_other_launch(environment: Mapping[str, str], processes: int, name: str) -> None:
+    """Refuses to start when something else runs than the launcher and the flags ask for.
+
+    accelerate falls back in silence: to one process, to several that do not know of each other, to DDP.
+
+    Args:
+        environment: the launcher's variables.
+        processes: that have joined.
+        name: as `resolved` returns it.
 
     Raises:
-        Refusal: DeepSpeed or FSDP was asked for.
+        Refusal: naming both.
     """
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if environment.get(variable, "false").lower() in ("true", "1"):
-            raise Refusal(
-                "accelerate launch", f"{name} was asked for and is not supported yet", "launch without it (DDP)"
-            )
+    where, asked = "accelerate launch", int(environment.get("WORLD_SIZE", "1"))
+    if processes != asked:
+        mend = "on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+        raise Refusal(where, f"{asked} processes asked for, {processes} joined", mend)
+    if name not in BACKENDS:
+        raise Refusal(where, f"{name} is not supported", f"launch one of {', '.join(BACKENDS)}")
+    if BACKENDS[name].kind != asked_for(environment):
+        titles = {"zero": "DeepSpeed", "fsdp": "FSDP", "whole": "neither DeepSpeed nor FSDP"}
+        what = f"{titles[asked_for(environment)]} was asked for, {name} would run"
+        raise Refusal(where, what, "launch it by `accelerate launch`, without ACCELERATE_USE_CPU where there is a GPU")
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if BACKENDS[name].kind == "zero" and stage is not None and name != f"zero{stage}":
+        what = f"--zero_stage {stage}, but the DeepSpeed file says stage {name.removeprefix('zero')}"
+        raise Refusal(
+            where, what, "give the file of that stage: config/zero_stage2_config.json or zero_stage3_config.json"
+        )
+
+
+@contextmanager
+def _launch_on_cpu(kind: str) -> Iterator[None]:
+    """Lets accelerate resolve DeepSpeed and FSDP on a machine without a GPU; elsewhere it changes nothing.
+
+    torch's FSDP and DeepSpeed run on CPUs over gloo. accelerate offers FSDP on accelerators only, and takes
+    ACCELERATE_USE_CPU for DDP: so the variable is put aside, and its choice of a backend is answered for it.
+    """
+    if kind == "whole" or torch.accelerator.is_available():
+        yield
+        return
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if kind == "zero":  # for DeepSpeed a process group over gloo, which accelerate can be asked for, is enough
+        yield
+        return
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    before = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = before
 
 
 def follow_launcher(environment: Mapping[str, str]) -> None:
@@ -59,30 +143,41 @@ def follow_launcher(environment: Mapping[str, str]) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 
 
-def make_accelerator(mixed_precision: str) -> tuple[Accelerator, Backend]:
+def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]:
     """Returns the Accelerator and the backend that really runs.
 
     Gradients are accumulated by the training loop itself (it knows from the plan which micro-batch is the last), and
     batches are dealt by the plan, so the Accelerator is given neither a number of accumulation steps nor a loader.
 
     Args:
-        mixed_precision: "no" | "bf16"; the weights stay float32, autocast computes in bfloat16.
+        mixed_precision: "no" | "bf16", None = the launcher's; the masters are float32 in any case.
 
     Raises:
-        Refusal: the launcher's number of processes is not the number that runs, or the backend is unknown.
+        Refusal: what runs is not what the launcher and mixed_precision ask for.
     """
-    refuse_other_launch(os.environ)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        mend = "on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
-        raise Refusal("accelerate launch", f"{asked} processes asked for, {accelerator.num_processes} joined", mend)
-    backend = BACKENDS.get(accelerator.distributed_type)
-    if backend is None:
-        raise Refusal(
-            "accelerate launch", f"{accelerator.distributed_type} is not supported", "launch DDP or one process"
-        )
-    return accelerator, backend
+    kind = asked_for(os.environ)
+    if kind == "fsdp":
+        # Every process reads the same files. Otherwise only the first would, and transformers would leave the frozen
+        # encoders of the others empty.
+        os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+    gloo = {"backend": "gloo"} if kind == "zero" and not torch.accelerator.is_available() else {}
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo)]
+    with _launch_on_cpu(kind):
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        what = f"{accelerator.mixed_precision} overflows in these models"
+        raise Refusal("--mixed_precision", what, "launch and train with bf16 or no")
+    if kind != "zero":  # whatever a launcher left in the environment: the plan accumulates, and no loss is divided
+        accelerator.gradient_accumulation_steps = 1
+    name = resolved(accelerator)
+    refuse_other_launch(os.environ, accelerator.num_processes, name)
+    if kind == "zero":
+        # From here on transformers would divide whatever it loads, also the frozen encoders, which ZeRO does not run.
+        unset_hf_deepspeed_config()
+    if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
+        what = f"{mixed_precision}, but the DeepSpeed file computes in {accelerator.mixed_precision}"
+        raise Refusal("--mixed_precision", what, "make them say the same")
+    return accelerator, BACKENDS[name]
 
 
 def gather_objects(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
@@ -106,13 +201,26 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
-    """Leaves gradients unreduced except in a step's last micro-batch."""
-    if last or accelerator.num_processes == 1:
+def accumulate(accelerator: Accelerator, model: Any, last: bool) -> Iterator[None]:  # noqa: ANN401 - wrapped or an engine
+    """Leaves gradients unreduced except in a step's last micro-batch; FSDP divides them after each, to save memory."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.set_gradient_accumulation_boundary(last)
+        yield
+    elif last or accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.FSDP:
         yield
     else:
         with accelerator.no_sync(model):
             yield
+
+
+def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - as above
+    """Adds the gradients of a loss that counts as a sum over processes; every backend takes the mean over them."""
+    scaled = (loss * accelerator.num_processes).float()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # A loss that is not finite must leave no finite gradient: by that DeepSpeed knows a step to leave.
+        model.backward(scaled * (1 + 0 * scaled.detach()), scale_wrt_gas=False)
+    else:
+        accelerator.backward(scaled)
 
 
 @dataclass(frozen=True)

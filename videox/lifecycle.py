@@ -109,6 +109,18 @@ def main_first(work: Callable[[], object], *, is_main: bool, gather: Callable[[o
         raise refusal
 
 
+def together(work: Callable[[], object], *, gather: Callable[[object], list[Any]]) -> None:
+    """Runs `work` on every process; a Refusal of any of them is raised on all."""
+    refusal: Refusal | None = None
+    try:
+        work()
+    except Refusal as found:
+        refusal = found
+    refusals = [found for found in gather(refusal) if found is not None]
+    if refusals:
+        raise refusals[0]
+
+
 def exit_code(error: BaseException) -> int:
     """Returns the exit code that an exception ends a run with (see videox.errors)."""
     if isinstance(error, Refusal):

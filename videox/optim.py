@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -50,9 +50,17 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(pattern == "." or pattern in name for pattern in patterns)
 
 
-def parameter_groups(module: torch.nn.Module, full: Sequence[str], half: Sequence[str]) -> list[dict]:
-    """Returns the optimizer's groups, each with its `rate_factor` (1.0 and 0.5); an empty group is left out."""
-    parameters = dict(module.named_parameters())
+def parameter_groups(
+    parameters: torch.nn.Module | Mapping[str, torch.nn.Parameter], full: Sequence[str], half: Sequence[str]
+) -> list[dict]:
+    """Returns the optimizer's groups, each with its `rate_factor` (1.0 and 0.5); an empty group is left out.
+
+    Args:
+        parameters: by name, or the module that has them.
+        full: names at the full rate; half: at half of it.
+    """
+    if isinstance(parameters, torch.nn.Module):
+        parameters = dict(parameters.named_parameters())
     groups = [(full, 1.0), (half, 0.5)]
     return [{"params": [parameters[n] for n in names], "rate_factor": factor} for names, factor in groups if names]
 

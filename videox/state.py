@@ -9,15 +9,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from videox.data.plan import PlanSettings, check_world_size
+from videox.checkpoint import read_manifest
+from videox.data.plan import Columns, PlanSettings, check_world_size
+from videox.distributed import BACKENDS, Backend
 from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from videox.weights import StoredTensors, load_weights, save_tensors, save_weights
 
 STATE_FILE = "trainer_state.json"
+COLUMNS_FILE = "columns.safetensors"
 OPTIMIZER_STEM = "optimizer"
 
 
@@ -28,7 +34,7 @@ class TrainState:
     step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
     index's fingerprint; settings: of the plan; run: a name that no other run has; quarantined: rows that this epoch's
     plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones of them
-    without pause.
+    without pause; names: of the rows, a fingerprint; columns: what the plan reads of them, in a file of their own.
     """
 
     seed: int
@@ -43,6 +49,8 @@ class TrainState:
     bad: list[int] = field(default_factory=list)
     skipped: int = 0
     skipped_in_row: int = 0
+    names: str = ""
+    columns: Columns | None = field(default=None, repr=False, compare=False)
 
     def advance(self, steps_of_epoch: int) -> bool:
         """Counts one step; returns whether it ended its epoch. The next epoch leaves out what was found bad."""
@@ -63,8 +71,11 @@ def read_state(checkpoint: Path) -> TrainState:
     path = checkpoint / STATE_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return TrainState(**{name.name: found[name.name] for name in fields(TrainState)})
-    except (OSError, ValueError, KeyError, TypeError) as why:
+        state = TrainState(**{name.name: found[name.name] for name in fields(TrainState) if name.name != "columns"})
+        if (checkpoint / COLUMNS_FILE).is_file():
+            state.columns = Columns(**load_file(checkpoint / COLUMNS_FILE))
+        return state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as why:
         raise Refusal(
             str(path), f"is not a readable trainer state ({why})", "resume from another checkpoint", MODEL
         ) from why
@@ -121,9 +132,14 @@ def resume_or_begin(
     slots: int,
     world_size: int,
     index_fingerprint: str,
+    names: str,
+    columns: Columns,
     gather: Callable[[Any], list[Any]],
 ) -> tuple[TrainState, PlanSettings]:
     """Returns the state of a checkpoint, or of a new run, and the plan's settings that go with it.
+
+    Its columns are those that the run began with: a file that has gone bad since keeps its place in the schedule,
+    where it is found, named and counted like any other.
 
     Args:
         checkpoint: None for a new run.
@@ -131,7 +147,7 @@ def resume_or_begin(
         seed: asked for; None takes the checkpoint's, or draws one that all processes share.
         slots: processes x accumulation of this launch; a checkpoint's own number wins, accumulation adapts to it.
         world_size: processes of this launch; it must divide the slots.
-        index_fingerprint: of the data.
+        index_fingerprint: of the data; names: of its rows alone; columns: what the plan reads of it.
         gather: collective that returns every process's value.
 
     Raises:
@@ -143,16 +159,60 @@ def resume_or_begin(
     settings = settings_of(seed=chosen, slots=state.slots if state else slots)
     check_world_size(settings.slots, world_size)
     if state:
-        refuse_changed_plan(state, index_fingerprint, settings)
+        only_lost = (
+            state.names == names and state.columns is not None and lost_rows(state.columns, columns) is not None
+        )
+        refuse_changed_plan(state, state.index if only_lost else index_fingerprint, settings)
+        state.columns = state.columns if only_lost else columns
         return state, settings
     name = gather(secrets.token_hex(8))[0]
-    return TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), name), settings
+    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), name, names=names, columns=columns)
+    return state, settings
 
 
-def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Returns the size of one checkpoint: float32 weights, and two moments for each trained one."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return sum(size * (3 if trained else 1) for size, trained in sizes)
+def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
+    """Returns the rows that could be read then and cannot now, if nothing else has changed; otherwise None."""
+    both = then.usable & now.usable
+    same = [
+        np.array_equal(getattr(then, name)[both], getattr(now, name)[both])
+        for name in ("kind", "width", "height", "frames")
+    ]
+    return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
+
+
+def refuse_other_backend(checkpoint: Path | None, backend: Backend, processes: int) -> None:
+    """Refuses a checkpoint that another kind of backend saved, or another number of processes where that matters.
+
+    Args:
+        checkpoint: None for a new run.
+        backend: that runs.
+        processes: of this launch.
+
+    Raises:
+        Refusal: naming both, with the way to start from its weights.
+    """
+    if checkpoint is None:
+        return
+    manifest = read_manifest(checkpoint)
+    saved = BACKENDS[manifest["description"].get("backend", "single")]
+    same = saved.kind == backend.kind if backend.kind == "whole" else saved.name == backend.name
+    if not same:
+        mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
+        raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
+    if not backend.elastic and manifest["world_size"] != processes:
+        what = f"was saved by {manifest['world_size']} processes under {backend.name}, this launch has {processes}"
+        raise Refusal(str(checkpoint), what, f"launch {manifest['world_size']} processes", MODEL)
+
+
+def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:
+    """Returns the size of one checkpoint.
+
+    Args:
+        model: its parameters, before anything divides them.
+        trained: bytes for each number of a trained parameter: float32 weight and two moments.
+        frozen: the same of a frozen one.
+    """
+    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
 
 
 def save_state(
@@ -166,7 +226,18 @@ def save_state(
     names = {parameter: name for name, parameter in model.named_parameters()}
     save_weights(folder / "transformer", model.state_dict(), config)
     save_tensors(folder / OPTIMIZER_STEM, optimizer_tensors(optimizer, names), stem=OPTIMIZER_STEM)
-    write_json_atomically(folder / STATE_FILE, asdict(state))
+    write_state(folder, state)
+
+
+def write_state(folder: Path, state: TrainState) -> None:
+    """Writes trainer_state.json into a folder, and the columns that the plan reads beside it."""
+    numbers = {name.name: getattr(state, name.name) for name in fields(state) if name.name != "columns"}
+    write_json_atomically(folder / STATE_FILE, numbers)
+    if state.columns is not None:
+        columns = {
+            name.name: np.ascontiguousarray(getattr(state.columns, name.name)) for name in fields(state.columns)
+        }
+        save_file(columns, folder / COLUMNS_FILE)
 
 
 def load_state(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

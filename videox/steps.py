@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import BadSample, Batch
 from videox.data.plan import Columns, EpochPlan, PlanSettings, count_steps, plan_epoch
 from videox.distributed import agree
+from videox.engine import Engine
 from videox.keys import mix
-from videox.optim import clip_gradients, gradient_norm
 from videox.progress import StepClock
 from videox.state import TrainState
 from videox.watch import Watch
@@ -100,13 +100,12 @@ def close_step(
     step: PlannedStep,
     accelerator: Accelerator,
     watch: Watch,
+    engine: Engine,
     *,
     loss: torch.Tensor,
     bad: Sequence[BadSample],
     stop: bool,
-    optimizer: torch.optim.Optimizer,
-    trained: Sequence[torch.nn.Parameter],
-    clip_limit: Callable[[float, int], float],
+    clip_limit: Callable[..., float],
     max_bad_fraction: float,
     rate: float,
 ) -> StepEnd:
@@ -115,11 +114,11 @@ def close_step(
     It is left when its loss or gradient is not finite, or when every sample of it was bad.
 
     Args:
+        engine: holds the step's gradients.
         loss: float64 scalar, this process's part of the step's loss.
         bad: this process's bad samples.
         stop: this process was asked to stop.
-        trained: parameters that hold the step's gradients; they are emptied.
-        clip_limit: the norm to clip to, from (norm, steps done).
+        clip_limit: the norm to clip to, from (norm, step=steps done).
         max_bad_fraction: share of the rows that may be bad.
         rate: learning rate of this step, for the records.
 
@@ -130,17 +129,14 @@ def close_step(
     report = agree(accelerator, loss=loss, stop=stop, bad_samples=len(bad), data_wait=waited, stamp=step.stamp())
     if report.bad_samples:  # first, so that they are named whatever ends the run
         watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
-    norm = gradient_norm(trained)
-    grad_norm = float(norm)
-    if report.bad_samples == len(step.rows):
+    empty = report.bad_samples == len(step.rows)
+    update = engine.update(loss=report.loss, empty=empty, limit=partial(clip_limit, step=state.step))
+    if empty:
         state.skipped += 1  # the data's fault, which max_bad_fraction limits, and no sign of a diverging run
-    elif math.isfinite(report.loss) and math.isfinite(grad_norm):
-        clip_gradients(trained, norm, clip_limit(grad_norm, state.step))
-        optimizer.step()
+    elif update.applied:
         state.skipped_in_row = 0
     else:
         watch.skipped(step.rows.tolist())
-    optimizer.zero_grad(set_to_none=True)
     epoch_ended = state.advance(step.plan.n_steps)
-    watch.step(step.plan, step.epoch_step, report, rate, grad_norm)
+    watch.step(step.plan, step.epoch_step, report, rate, update.grad_norm)
     return StepEnd(stop=report.stop, epochs=state.epoch if epoch_ended else 0)

@@ -60,6 +60,7 @@ class Validator:
         shift: of sigma.
         guidance_scale: of the sample clips.
         seed: of noise and samples.
+        collective: weights are sharded, so that all processes sample together.
         given_frames: leading latent frames that the model is given, outside the loss.
     """
 
@@ -79,19 +80,20 @@ class Validator:
         shift: float,
         guidance_scale: float,
         seed: int,
+        collective: bool,
         given_frames: int = 0,
     ) -> None:
         self.accelerator, self.watch, self.model = accelerator, watch, model
         self.held_out, self.predict, self.shift, self.seed = held_out, predict, shift, seed
         self.prompts, self.images, self.pipeline, self.guidance_scale = prompts, images, pipeline, guidance_scale
-        self.shape, self.fps, self.given_frames = shape, fps, given_frames
+        self.shape, self.fps, self.given_frames, self.collective = shape, fps, given_frames, collective
 
     def __call__(self) -> None:
         """Runs both parts; all processes call it, and its time does not count as training."""
         with self.watch.clock.aside():
             if self.held_out:
                 self._measure()
-            if self.prompts and self.accelerator.is_main_process:
+            if self.prompts and (self.collective or self.accelerator.is_main_process):
                 self._sample()
             self.accelerator.wait_for_everyone()
 
@@ -126,5 +128,7 @@ class Validator:
                 guidance_scale=self.guidance_scale,
                 folder=self.watch.output_dir / "samples",
                 step=self.watch.state.step,
+                write=self.accelerator.is_main_process,
+                collective=self.collective,
             )
         self.watch.sampled(clips)

@@ -16,7 +16,7 @@ from videox.distributed import StepReport
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
 from videox.files import write_json_atomically
 from videox.jsonl import append_line
-from videox.lifecycle import Run, main_first
+from videox.lifecycle import Run, main_first, together
 from videox.metrics import MetricsLog, StepRecord
 from videox.preview import BatchSample, plot_losses, write_batch
 from videox.progress import ProgressBar, StepClock
@@ -190,7 +190,7 @@ class Watch:
         """Publishes checkpoint-N whole or not at all, then drops the oldest ones beyond `keep`; all processes call it.
 
         Args:
-            write: writes the checkpoint's files into the folder given, on the main process.
+            write: writes the checkpoint's files into the folder given; all processes call it.
             keep: None = all.
             description: for the manifest.
 
@@ -203,7 +203,7 @@ class Watch:
                 with publishing(
                     self.output_dir, self.state.step, is_main=self.is_main, gather=self.gather, description=description
                 ) as folder:
-                    if folder is not None and self.is_main:
+                    if folder is not None:
                         write(folder)
             except SaveFailed as why:
                 if self._save_failed:
@@ -227,14 +227,14 @@ class Watch:
         return STOPPED
 
     def finished(self, export: Callable[[], None]) -> int:
-        """Exports the trained model, draws the loss curve, and ends the run; returns its exit code.
+        """Exports the trained model, draws the loss curve, ends the run; all processes call it. Returns the exit code.
 
         What an earlier process finished at this very step is not written again, unless this one trained anew to it.
         """
         untouched = self.run.finished_step == self.run.resume.step == self.state.step
         again = untouched and (self.output_dir / "transformer").is_dir()
-        if not again:
-            main_first(export, is_main=self.is_main, gather=self.gather)
+        if not self.gather(again)[0]:
+            together(export, gather=self.gather)
         if self.is_main:
             plot_losses(
                 self.output_dir / "metrics.jsonl", self.output_dir / "validation.jsonl", self.output_dir / "losses.png"

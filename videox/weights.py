@@ -129,9 +129,14 @@ def save_weights(
     Raises:
         OSError or SafetensorError: the first failure to write.
     """
+    save_tensors(folder, tensors, max_shard_size=max_shard_size)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any] | str) -> None:
+    """Writes config.json into a folder, without the path that the model once came from."""
     plain = dict(json.loads(config) if isinstance(config, str) else config)
     plain.pop("_name_or_path", None)
-    save_tensors(folder, tensors, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

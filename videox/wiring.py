@@ -30,15 +30,17 @@ from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
+from videox.engine import Engine, WholeEngine, drain
 from videox.errors import Refusal
 from videox.flow_matching import draw_sigmas, timestep_density
+from videox.fsdp import FsdpEngine
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.recompute import recompute_blocks
 from videox.report import data_lines, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.state import TrainState, checkpoint_bytes, plan_inputs, refuse_other_run, resume_or_begin
+from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
@@ -64,15 +66,6 @@ class Schedule:
     total: int
 
 
-@dataclass(frozen=True)
-class Optimization:
-    """What steps the weights: trained parameters, AdamW over them, the learning rate as a function of the step."""
-
-    optimizer: torch.optim.Optimizer
-    trained: Sequence[torch.nn.Parameter]
-    rate: Callable[[int], float]
-
-
 def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, task: str) -> None:
     """Prints what runs and sets what holds for the whole process; refuses a tracker that is not there.
 
@@ -80,6 +73,10 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         task: what is trained, and where that was read from.
     """
     check_tracker(args.report_to)
+    if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
+        what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
+        raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
+    refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
     accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args)]))
@@ -111,10 +108,17 @@ def open_schedule(
         slots=accelerator.num_processes * args.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
         index_fingerprint=index.fingerprint(),
+        names=index.names(),
+        columns=columns,
         gather=gather,
     )
     if run.resume.path:
         refuse_other_run(Path(args.output_dir), state)
+        lost = np.flatnonzero((state.columns or columns).usable & ~columns.usable)
+        if len(lost):
+            named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])
+            accelerator.print(f"{len(lost)} rows cannot be read any more and will count nothing: {named}")
+    columns = state.columns or columns
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
     accelerator.print("\n".join(data_lines(index, columns, plan)))
@@ -126,10 +130,17 @@ def open_schedule(
     return Schedule(index, columns, settings, state, plan, total)
 
 
-def open_optimization(
-    args: argparse.Namespace, transformer: torch.nn.Module, blocks: Sequence[torch.nn.Module], schedule_: Schedule
-) -> Optimization:
-    """Freezes what is not to train, sets up recomputation, and returns AdamW with its learning rate.
+def open_engine(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    backend: Backend,
+    transformer: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    schedule_: Schedule,
+) -> tuple[Engine, Callable[[int], float]]:
+    """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
+
+    Freezes what is not to train and sets up recomputation.
 
     Args:
         transformer: of diffusers.
@@ -141,18 +152,37 @@ def open_optimization(
     elif args.selective_ac:
         recompute_blocks(transformer, blocks, args.selective_ac)
     full, half = choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
-    samples = schedule_.settings.slots * args.train_batch_size
-    base = args.learning_rate * (samples if args.scale_lr else 1)
-    optimizer = make_optimizer(
-        parameter_groups(transformer, full, half),
-        learning_rate=base,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        epsilon=args.adam_epsilon,
-    )
+    slots = schedule_.settings.slots
+    base = args.learning_rate * (slots * args.train_batch_size if args.scale_lr else 1)
+
+    def optimizer_over(parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(
+            parameter_groups(parameters, full, half),
+            learning_rate=base,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            epsilon=args.adam_epsilon,
+        )
+
+    engine: Engine
+    if backend.kind == "zero":
+        from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
+
+        several = slots // accelerator.num_processes
+        engine = ZeroEngine(
+            accelerator,
+            transformer,
+            optimizer_over,
+            max_grad_norm=args.max_grad_norm,
+            batch_size=args.train_batch_size,
+            micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
+        )
+    elif backend.kind == "fsdp":
+        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over)
+    else:
+        engine = WholeEngine(accelerator, transformer, optimizer_over)
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return Optimization(optimizer, trained, lambda step: base * factor(step))
+    return engine, lambda step: base * factor(step)
 
 
 def open_watch(
@@ -161,7 +191,7 @@ def open_watch(
     run: Run,
     gather: Gather,
     schedule_: Schedule,
-    transformer: torch.nn.Module,
+    engine: Engine,
     resolved: Mapping[str, Any],
 ) -> Watch:
     """Returns the run's records, with what lies behind the resumed step moved aside.
@@ -185,7 +215,7 @@ def open_watch(
         report_to=args.report_to,
         logging_dir=args.logging_dir,
         project=args.tracker_project_name,
-        checkpoint_bytes=checkpoint_bytes(transformer),
+        checkpoint_bytes=engine.checkpoint_bytes,
         is_main=accelerator.is_main_process,
         gather=gather,
     )
@@ -322,10 +352,11 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
 def open_validator(
     args: argparse.Namespace,
     accelerator: Accelerator,
+    backend: Backend,
     watch: Watch,
     planned: Schedule,
     *,
-    transformer: torch.nn.Module,
+    engine: Engine,
     held_out: Sequence[HeldOut],
     predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
     pipeline: Callable[[], AbstractContextManager[Any]],
@@ -336,14 +367,14 @@ def open_validator(
     """Returns what looks at the model on the way; sample clips have the size of the commonest bucket.
 
     Args:
-        transformer: not wrapped; held_out, predict, pipeline, shift, guidance_scale, given_frames: as Validator's.
+        engine: with the model; held_out, predict, pipeline, shift, guidance_scale, given_frames: as Validator's.
     """
     # of the first epoch, so that the clips of two steps, or of a resumed run, differ by the training alone
     shape = plan_epoch(planned.columns, planned.settings, 0).commonest_bucket()
     return Validator(
         accelerator,
         watch,
-        model=transformer,
+        model=engine.network,
         held_out=held_out,
         predict=predict,
         prompts=args.validation_prompts,
@@ -354,6 +385,7 @@ def open_validator(
         shift=shift,
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
+        collective=not backend.whole_weights,
         given_frames=given_frames,
     )
 
@@ -363,13 +395,22 @@ def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tupl
     return held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, planned.settings))
 
 
-def export_of(args: argparse.Namespace, transformer: Any) -> Callable[[], None]:  # noqa: ANN401 - a diffusers model
-    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so."""
-    return partial(
-        export_transformer,
-        transformer.state_dict(),
-        transformer.to_json_string(),
-        Path(args.output_dir) / "transformer",
-        EXPORT_DTYPES[args.export_dtype],
-        type(transformer)._keep_in_fp32_modules or (),
-    )
+def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: bool) -> Callable[[], None]:  # noqa: ANN401
+    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so.
+
+    Args:
+        model: of diffusers, for the names of what stays float32.
+        is_main: on the one process that writes; the others take part in gathering.
+    """
+    kept, config = type(model)._keep_in_fp32_modules or (), engine.config
+
+    def export() -> None:
+        weights = engine.weights()
+        try:
+            if is_main:
+                folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
+                export_transformer(weights, config, folder, dtype, kept)
+        finally:
+            drain(weights)
+
+    return export

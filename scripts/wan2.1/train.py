@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate
+from videox.distributed import Backend, StopRequest, accumulate, backward
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import cost_coefficients
@@ -56,8 +56,6 @@ from videox.model_folder import (
     refuse_not_finite,
 )
 from videox.offload import RestingModule
-from videox.optim import set_learning_rate
-from videox.state import load_state, save_state
 from videox.steps import close_step, walk
 from videox.validation import HeldOut
 
@@ -154,7 +152,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     }
     config = encoders["vae"].config
     return Components(
-        transformer=transformer.to(device),
+        transformer=transformer,
         text_encoder=resting["text_encoder"],
         image_encoder=resting.get("image_encoder"),
         vae=resting["vae"],
@@ -275,7 +273,7 @@ def accumulate_gradients(
         if args.motion_sub_loss:
             losses = motion_losses(prediction, target, losses, args.motion_sub_loss_ratio)
         loss = (losses.double() * weights).sum()
-        accelerator.backward((loss * accelerator.num_processes).float())  # DDP takes the mean over processes
+        backward(accelerator, model, loss)
     if dump_to is not None:
         drawn = {"latents": latents, "noise": noise, "sigma": sigmas, "timestep": inputs["timestep"]}
         found = {"weight": weights, "target": target, "prediction": prediction, "loss": losses}
@@ -351,23 +349,22 @@ def train(
     # model: float32 masters, computation in the accelerator's precision
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
-    optimization = wiring.open_optimization(args, transformer, transformer.blocks, planned)
-    optimizer = optimization.optimizer
-    model = accelerator.prepare_model(transformer.train())
+    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
+    components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
-        load_state(run.resume.path, transformer, optimizer)
+        engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, transformer, {"shift": shift})
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
     dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
     held_out = encode_held_out(args, components, wiring.held_out_of(planned, dataset), accelerator.device)
     validate = wiring.open_validator(
-        args, accelerator, watch, planned, transformer=transformer, held_out=held_out, shift=shift,
+        args, accelerator, backend, watch, planned, engine=engine, held_out=held_out, shift=shift,
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    config_json = transformer.to_json_string()
-    save = partial(save_state, state=state, model=transformer, config=config_json, optimizer=optimizer)
+    save = partial(engine.save, state=state)
+    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
     clip_at = wiring.clip_limit_of(args)
     if state.step == 0:
         watch.first_batch(planned.plan, dataset, planned.index.fps)
@@ -375,29 +372,29 @@ def train(
 
     with StopRequest() as stop:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            rate = optimization.rate(state.step)
-            set_learning_rate(optimizer, rate)
+            rate = rate_at(state.step)
+            engine.set_rate(rate)
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, model, batch, dump_to)
+                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
-                step, accelerator, watch, loss=step_loss, bad=bad, stop=bool(stop), optimizer=optimizer,
-                trained=optimization.trained, clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
+                step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
+                clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip
 
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(save, args.checkpoints_total_limit, {"task": f"wan2.1 {args.train_mode}"})
+                watch.save(save, args.checkpoints_total_limit, about)
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, {"task": f"wan2.1 {args.train_mode}"})
+                watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, transformer))
+    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from videox.data.index_file import (
     fingerprint_of,
     header_of,
     load_table,
+    names_of,
     repeated_string,
     string_array,
     usable_of,
@@ -113,6 +114,10 @@ class Index:
         if self.stored is not None:
             return self.stored[1]
         return fingerprint_of(pa.table({name: getattr(self, name) for name in (*FINGERPRINTED, "problem")}))
+
+    def names(self) -> str:
+        """Returns sha256 (hex) over file_path and text alone: the same rows, whatever has become of their files."""
+        return str(names_of(pa.table({name: getattr(self, name) for name in ("file_path", "text")})).hexdigest())
 
     @classmethod
     def from_columns(

@@ -72,8 +72,8 @@ def write_table(table: pa.Table, header: dict[str, Any], path: Path) -> None:
         raise Refusal(str(path), what, "make room there, or make the folder writable", STORAGE) from error
 
 
-def fingerprint_of(table: pa.Table) -> str:
-    """Returns sha256 (hex) over the columns FINGERPRINTED and over which rows are usable, however they are stored."""
+def names_of(table: pa.Table) -> Any:  # noqa: ANN401 - a hash object of hashlib
+    """Returns a sha256 over file_path and text, however they are stored; it can be updated further."""
     digest = hashlib.sha256(str(table.num_rows).encode())
     for name in ("file_path", "text"):
         strings = table[name].combine_chunks()
@@ -81,6 +81,12 @@ def fingerprint_of(table: pa.Table) -> str:
         _, offsets, data = strings.buffers()
         ends = np.frombuffer(offsets, np.int64)[[strings.offset, strings.offset + len(strings)]]
         digest.update(memoryview(data or b"")[ends[0] : ends[1]])
+    return digest
+
+
+def fingerprint_of(table: pa.Table) -> str:
+    """Returns sha256 (hex) over the columns FINGERPRINTED and over which rows are usable, however they are stored."""
+    digest = names_of(table)
     for name in ("kind", "width", "height", "frames"):
         digest.update(np.ascontiguousarray(table[name].to_numpy()).astype("<i4").tobytes())
     digest.update(usable_of(table).tobytes())

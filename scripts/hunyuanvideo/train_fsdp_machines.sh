@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Serves who trains HunyuanVideo text-to-video with FSDP on several machines: flags given to this script are passed on and win.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+export MODEL_NAME="${MODEL_NAME:-models/Diffusion_Transformer/HunyuanVideo}"
+export DATASET_NAME="${DATASET_NAME:-datasets/internal_datasets/}"
+export DATASET_META_NAME="${DATASET_META_NAME:-datasets/internal_datasets/metadata.json}"
+export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
+# For several machines without RDMA only; on a single machine the second turns NVLink off.
+# export NCCL_IB_DISABLE=1
+# export NCCL_P2P_DISABLE=1
+
+# Each machine runs this script; RANK is its own number, from 0. NUM_PROCESS counts the processes of all machines.
+: "${MASTER_ADDR:?the address of machine 0}" "${WORLD_SIZE:?the number of machines}"
+: "${NUM_PROCESS:?the processes of all machines}" "${RANK:?the number of this machine}"
+export MASTER_PORT="${MASTER_PORT:-10086}"
+
+accelerate launch --main_process_ip="$MASTER_ADDR" --main_process_port="$MASTER_PORT" \
+  --num_machines="$WORLD_SIZE" --num_processes="$NUM_PROCESS" --machine_rank="$RANK" \
+  --mixed_precision="bf16" --use_fsdp \
+  --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+  --fsdp_transformer_layer_cls_to_wrap=HunyuanVideoTransformerBlock,HunyuanVideoSingleTransformerBlock \
+  --fsdp_sharding_strategy "FULL_SHARD" --fsdp_state_dict_type=SHARDED_STATE_DICT \
+  --fsdp_backward_prefetch "BACKWARD_PRE" --fsdp_cpu_ram_efficient_loading False \
+  scripts/hunyuanvideo/train.py \
+  --pretrained_model_name_or_path="$MODEL_NAME" \
+  --train_data_dir="$DATASET_NAME" \
+  --train_data_meta="$DATASET_META_NAME" \
+  --output_dir="outputs/hunyuanvideo" \
+  --image_sample_size=640 --video_sample_size=640 --token_sample_size=640 \
+  --video_sample_stride=2 --video_sample_n_frames=81 \
+  --train_batch_size=1 --video_repeat=1 --gradient_accumulation_steps=1 --dataloader_num_workers=8 \
+  --num_train_epochs=100 --checkpointing_steps=50 \
+  --learning_rate=2e-05 --lr_scheduler="constant_with_warmup" --lr_warmup_steps=100 --seed=42 \
+  --gradient_checkpointing --mixed_precision="bf16" \
+  --adam_weight_decay=3e-2 --adam_epsilon=1e-10 --vae_mini_batch=1 --max_grad_norm=0.05 \
+  --random_hw_adapt --training_with_video_token_length --enable_bucket --uniform_sampling \
+  --low_vram --train_mode="normal" --trainable_modules "." \
+  "$@"

@@ -1,0 +1,167 @@
+"""Serves both training loops: how the weights in training are stepped, saved and loaded, whatever keeps them.
+
+An Engine is what a backend makes of the model: WholeEngine here, FsdpEngine in fsdp.py, ZeroEngine in zero.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+
+from videox.checkpoint import SAVE_ERRORS
+from videox.optim import clip_gradients, gradient_norm, set_learning_rate
+from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
+from videox.weights import write_config
+
+OptimizerOver = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+
+
+class Update(NamedTuple):
+    """How a step ended: the global gradient norm before clipping, and whether the weights were stepped."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """The model in training. All processes call its methods together; with sharded weights each is a collective.
+
+    Attributes:
+        model: called in training.
+        network: called by validation and sampling; with sharded weights by all processes equally often.
+        config: of the model, as diffusers writes it (JSON text).
+        checkpoint_bytes: size of a checkpoint.
+    """
+
+    model: nn.Module
+    network: Any
+    config: str
+    checkpoint_bytes: int
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the learning rate of the next step, times each group's rate_factor."""
+
+    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+        """Steps the weights by the accumulated gradients, unless loss or gradients are not finite, and empties these.
+
+        Args:
+            loss: of the step, over all processes.
+            empty: no sample of the step could be read, so that its gradients are zero: no step.
+            limit: the norm to clip to, from the norm.
+        """
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """Writes what resuming needs into a folder that all processes share.
+
+        Raises:
+            OSError, SafetensorError, RuntimeError, SaveFailed: a write failed, after every collective is through.
+        """
+
+    def load(self, checkpoint: Path) -> None:
+        """Puts back, to the bit, what save wrote. Raises Refusal where it does not fit."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the state dict, whole tensor by whole tensor, float32 masters where there are some.
+
+        Every process must ask for all of them, since each may be a collective; they are right on the main process.
+        """
+
+
+class WholeEngine:
+    """Weights whole on each process: a single one, or DDP.
+
+    Args:
+        accelerator: of the run.
+        transformer: of diffusers, float32, its trained parameters chosen.
+        make_optimizer: makes the optimizer over parameters by name.
+    """
+
+    def __init__(self, accelerator: Accelerator, transformer: nn.Module, make_optimizer: OptimizerOver) -> None:
+        self.is_main = accelerator.is_main_process
+        self.config = transformer.to_json_string()  # type: ignore[operator]
+        self.network = transformer.to(accelerator.device)
+        self.optimizer = make_optimizer(dict(transformer.named_parameters()))
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.model = accelerator.prepare_model(transformer.train())
+        self.checkpoint_bytes = checkpoint_bytes(transformer)
+
+    def set_rate(self, rate: float) -> None:
+        """As Engine's."""
+        set_learning_rate(self.optimizer, rate)
+
+    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+        """As Engine's."""
+        norm = gradient_norm(self.trained)
+        grad_norm = float(norm)
+        applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            clip_gradients(self.trained, norm, limit(grad_norm))
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(grad_norm, applied)
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """As Engine's: transformer/ in diffusers layout, and the optimizer's tensors."""
+        if self.is_main:
+            save_state(folder, state=state, model=self.network, config=self.config, optimizer=self.optimizer)
+
+    def load(self, checkpoint: Path) -> None:
+        """As Engine's."""
+        load_state(checkpoint, self.network, self.optimizer)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As Engine's."""
+        yield from self.network.state_dict().items()
+
+
+# ------------------------------------------------------------------------------------- what sharded engines share
+
+
+def compute_in_bf16(module: nn.Module, device: torch.device) -> None:
+    """Has the module compute under autocast to bfloat16 and return float32, as accelerate does for whole weights.
+
+    Its inputs stay as they are: a backend that casts them would round the timestep, 0 to 1000, to eight bits.
+    """
+    module.forward = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16)(module.forward))
+
+
+def write_all(parts: Iterable[Callable[[], object]]) -> None:
+    """Runs every part, also after one has failed to write, since each may be a collective; then raises the failure."""
+    failure: Exception | None = None
+    for part in parts:
+        try:
+            part()
+        except SAVE_ERRORS as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def write_run(folder: Path, state: TrainState, config: str) -> None:
+    """Writes trainer_state.json, and the model's config.json beside sharded weights."""
+    write_state(folder, state)
+    write_config(folder, config)
+
+
+def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - torch's or DeepSpeed's
+    """Returns each group's settings without its parameters: they are this launch's, whatever a checkpoint holds."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore_hyperparameters(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+    """Puts back what hyperparameters() returned."""
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        group.update(kept)
+
+
+def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Asks for the rest of an Engine's weights, as every process must that does not write them."""
+    for _ in tensors:
+        pass

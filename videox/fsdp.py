@@ -1,0 +1,238 @@
+"""Serves both training loops under FSDP1 and FSDP2: weights, gradients and optimizer divided among the processes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.tensor import DTensor
+
+from videox.engine import (
+    OptimizerOver,
+    Update,
+    compute_in_bf16,
+    hyperparameters,
+    restore_hyperparameters,
+    write_all,
+    write_run,
+)
+from videox.errors import MODEL, Refusal
+from videox.optim import set_learning_rate
+from videox.pickles import read_pickle
+from videox.state import TrainState, checkpoint_bytes
+from videox.weights import SaveFailed
+
+# accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
+WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
+METADATA = ".metadata"
+DIVIDED = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+
+
+class FsdpEngine:
+    """See Engine. Each layer class that the launcher names is gathered for its own computation alone.
+
+    Gradients are divided after every micro-batch: kept whole until the step's last, they would fill the device.
+
+    Args:
+        accelerator: of the run, with FSDP resolved.
+        transformer: of diffusers, float32, its trained parameters chosen; on the host.
+        blocks: its repeated blocks, for the sentence about a layer class that it has not.
+        make_optimizer: makes the optimizer over parameters by name.
+
+    Raises:
+        Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        transformer: nn.Module,
+        blocks: Sequence[nn.Module],
+        make_optimizer: OptimizerOver,
+    ) -> None:
+        plugin = accelerator.state.fsdp_plugin
+        refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
+        self.is_main = accelerator.is_main_process
+        self.config = transformer.to_json_string()  # type: ignore[operator]
+        self.checkpoint_bytes = checkpoint_bytes(transformer)
+        wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
+        self.model = self.network = wrap(accelerator, transformer.train())
+        parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
+        self.optimizer = make_optimizer(parameters)
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.group = _group(self.model, self.trained[0])
+
+    def set_rate(self, rate: float) -> None:
+        """As Engine's."""
+        set_learning_rate(self.optimizer, rate)
+
+    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+        """As Engine's."""
+        gradients = [_local(parameter.grad) for parameter in self.trained if parameter.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.trained[0].device)
+        if gradients:
+            squares += torch.nn.utils.get_total_norm(gradients).double() ** 2
+        dist.all_reduce(squares, group=self.group)
+        grad_norm = math.sqrt(squares.item()) if math.isfinite(squares.item()) else math.nan
+        applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
+            torch._foreach_mul_(gradients, scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(grad_norm, applied)
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """As Engine's: torch's distributed checkpoints of weights and optimizer, each process its own shards."""
+        with _quiet():
+            weights, optimizer = get_state_dict(self.model, self.optimizer)
+            parts: list[Callable[[], object]] = [
+                partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
+                partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
+            ]
+            if self.is_main:
+                parts.append(partial(write_run, folder, state, self.config))
+            write_all(parts)
+
+    def load(self, checkpoint: Path) -> None:
+        """As Engine's; at any number of processes."""
+        groups = hyperparameters(self.optimizer)
+        with _quiet():
+            weights, optimizer = get_state_dict(self.model, self.optimizer)
+            _read({"model": weights}, checkpoint / WEIGHTS_FOLDER)
+            _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
+            set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
+        restore_hyperparameters(self.optimizer, groups)
+        if not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
+            raise RuntimeError(f"{checkpoint / OPTIMIZER_FOLDER} was read, and the optimizer has no state")
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As Engine's: one tensor at a time is whole."""
+        with _quiet():
+            sharded = get_model_state_dict(self.model)
+        for name, tensor in sharded.items():
+            yield name, _whole(tensor)
+
+
+def _moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer's tensors alone: its settings are the launch's, and would go to disk as pickles."""
+    return {"optimizer": {"state": optimizer["state"]}}
+
+
+def refuse_unknown_layers(names: Sequence[str] | None, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Refuses layer classes to wrap that the model does not have; accelerate would end with a traceback.
+
+    Raises:
+        Refusal: with the classes that it has.
+    """
+    found = {type(module).__name__ for module in model.modules()}
+    missing = [name for name in names or () if name not in found]
+    if missing:
+        mend = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
+        raise Refusal("--fsdp_transformer_layer_cls_to_wrap", f"no layer here is a {missing[0]}", f"give {mend}")
+
+
+def _fully_shard(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
+    """Returns the model under FSDP2: its parameters become DTensors, float32, gathered in the compute dtype."""
+    compute = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    if compute is not None:
+        compute_in_bf16(transformer, accelerator.device)
+    # accelerate takes a model together with an optimizer only; ours is made over the shards, where they lie.
+    with_gradients = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    return accelerator.prepare(transformer, torch.optim.SGD(with_gradients, lr=0.0))[0]
+
+
+def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
+    """Returns the model under FSDP1; accelerate has it compute under autocast.
+
+    Raises:
+        Refusal: a sharding strategy that divides nothing, or the nodes from each other.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.sharding_strategy not in DIVIDED:
+        what = f"{plugin.sharding_strategy.name} is not supported"
+        raise Refusal("--fsdp_sharding_strategy", what, f"give {' or '.join(s.name for s in DIVIDED)}, or launch DDP")
+    compute = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    plugin.use_orig_params = True  # the model asks its own parameters for their dtype, and parts may be frozen
+    plugin.mixed_precision_policy = MixedPrecision(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False, cast_root_forward_inputs=False
+    )
+    with _quiet():
+        return accelerator.prepare_model(transformer)
+
+
+def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version
+    """Returns the processes among which a tensor is divided."""
+    if isinstance(parameter, DTensor):
+        return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+    return model.process_group
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Any) -> Tensor:  # noqa: ANN401 - a shard of either version, or a plain tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if isinstance(tensor, ShardedTensor):
+        whole = torch.empty(tensor.size(), dtype=tensor.dtype) if dist.get_rank() == 0 else torch.empty(0)
+        tensor.gather(0, whole if dist.get_rank() == 0 else None)
+        return whole
+    return tensor
+
+
+def _write(state: Mapping[str, Any], folder: Path) -> None:
+    """Writes a distributed checkpoint; a failure anywhere is raised on every process."""
+    try:
+        dcp.save(dict(state), checkpoint_id=folder)
+    except CheckpointException as error:
+        raise SaveFailed(_first_cause(error)) from error
+
+
+def _read(state: dict[str, Any], folder: Path) -> None:
+    """Reads a distributed checkpoint into a state's tensors.
+
+    Raises:
+        Refusal: (MODEL) it does not fit this model, cannot be read, or holds what no checkpoint needs.
+    """
+    read_pickle(folder / METADATA)  # refuses what torch should not unpickle; the tensors themselves it reads safely
+    # Flattened, a process without a piece of a small tensor would take the file for one of an old torch.
+    planner = DefaultLoadPlanner(flatten_sharded_tensors=False)
+    try:
+        dcp.load(state, checkpoint_id=folder, planner=planner)
+    except CheckpointException as error:
+        mend = "resume with the model and flags it was saved with"
+        raise Refusal(str(folder), f"cannot be read ({_first_cause(error)})", mend, MODEL) from error
+
+
+def _first_cause(error: CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+class _quiet(warnings.catch_warnings):
+    """Keeps back torch's notes that its FSDP1 and ShardedTensor are being replaced: no user can act on them."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*(ShardedTensor|state_dict_type|_get_pg_default_device).*")
+        warnings.filterwarnings("ignore", message="Multiple backends are registered with this ProcessGroup")
