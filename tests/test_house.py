@@ -68,6 +68,7 @@ DATA = (
     "formats",
     "metadata",
     "media",
+    "deadline",
     "image",
     "decord_reader",
     "video",
@@ -84,7 +85,7 @@ DATA = (
 )
 DATA_FLOOR = 2
 
-LINES = 450  # a train.py tells a whole family; a module of the package is split long before
+LINES = 460  # a train.py tells a whole family; a module of the package is split long before
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}
 IMPORT_NAMES = {
     "av": "av",

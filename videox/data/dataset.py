@@ -8,8 +8,9 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from videox.data.deadline import READ_SECONDS, deadline
 from videox.data.index import Index
 from videox.data.plan import PADDING
 from videox.data.video import BadMedia, read_clip, read_image
@@ -99,7 +100,8 @@ class TokenLengthDataset(Dataset):
         caption = "" if dropped else self.index.caption(planned.row)
         path = self.index.file(planned.row)
         try:
-            pixels, bad = self._read(planned, path, indices), None
+            with deadline(READ_SECONDS, own_process=get_worker_info() is not None):
+                pixels, bad = self._read(planned, path, indices), None
         except BadMedia as why:
             bad = BadSample(planned.row, str(path), why.media_class, why.detail)
             pixels, planned = nothing, planned._replace(weight=0.0)
