@@ -39,13 +39,14 @@ def test_other_errors_pass_and_the_timer_is_gone() -> None:
 
 
 def test_a_hang_that_holds_the_interpreter_ends_a_reading_process() -> None:
-    """ctypes.PyDLL keeps the interpreter's lock during the call, as a decoder that hangs in native code does."""
+    """ctypes.PyDLL keeps the interpreter's lock during the call, and no signal ends the wait for a locked mutex."""
     code = "\n".join(
         [
             "import ctypes",
             "from videox.data.deadline import deadline",
+            "mutex, lock = ctypes.create_string_buffer(128), ctypes.PyDLL(None).pthread_mutex_lock",
             "with deadline(0.3, own_process=True):",
-            "    ctypes.PyDLL(None).sleep(60)",
+            "    lock(mutex), lock(mutex)",
         ]
     )
     begin = time.monotonic()
