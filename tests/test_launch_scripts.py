@@ -39,9 +39,13 @@ def test_a_launch_script_trains(script: str, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path / "data")
     names = {"MODEL_NAME": str(model), "DATASET_NAME": str(metadata.parent), "DATASET_META_NAME": str(metadata)}
     folder = tmp_path / "run"
+    # without a GPU to count, the launcher takes the number of processes from accelerate's own configuration
+    config = tmp_path / "home" / "accelerate" / "default_config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\n")
     flags = runs.words({**SMALL, "output_dir": folder})
     machines = MACHINES if "_machines" in script else {}
-    found = runs.run_command(["bash", script, *flags], folder, **names, **machines)
+    found = runs.run_command(["bash", script, *flags], folder, HF_HOME=str(tmp_path / "home"), **names, **machines)
     assert found.code == 0, found.stdout[-1000:] + found.stderr[-5000:]
     assert f"backend     {backend(script)} (" in found.stdout
     assert [line["step"] for line in forkserver.steps(folder)] == [1, 2]
