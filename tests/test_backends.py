@@ -163,7 +163,12 @@ def check_checkpoint(ground: Ground, backend: str, folder: Path, world_size: int
     assert verify(checkpoint, hashes=True) == []
     manifest = read_manifest(checkpoint)
     assert (manifest["world_size"], manifest["description"]["backend"]) == (world_size, backend)
-    common = {"manifest.json", "trainer_state.json", *(["config.json"] if backend != "ddp" else [])}
+    common = {
+        "manifest.json",
+        "trainer_state.json",
+        "columns.safetensors",
+        *(["config.json"] if backend != "ddp" else []),
+    }
     assert {path.name for path in checkpoint.iterdir()} == STORED[backend] | common
     if "transformer" in STORED[backend]:
         masters = runs.read_weights(checkpoint / "transformer")
