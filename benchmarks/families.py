@@ -133,6 +133,8 @@ def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
         if not same or not here:
             found.append(name)
     states = [json.loads((run.folder / f"checkpoint-{STEPS}/trainer_state.json").read_text()) for run in (one, other)]
+    for state in states:
+        del state["run"]  # a run's name, which no other run has
     return found if states[0] == states[1] else [*found, "trainer_state.json"]
 
 

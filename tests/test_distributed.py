@@ -100,7 +100,7 @@ def test_more_processes_asked_for_than_joined_is_refused(monkeypatch: pytest.Mon
 
 
 def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.CaptureFixture[str]) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with StopRequest() as stop:
@@ -109,7 +109,7 @@ def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.Capture
             assert stop
             assert stop.signal_name == number.name
             os.kill(os.getpid(), signal.SIGTERM)  # a second one of another kind changes nothing
-        assert f"{number.name}: saving after this step" in capfd.readouterr().err
+        assert f"{number.name}: saves after this step" in capfd.readouterr().err
         assert [signal.getsignal(number) for number in numbers] == before
 
 

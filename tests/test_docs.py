@@ -127,6 +127,8 @@ def test_a_command_can_be_typed(command: Command) -> None:
         assert command.words[1] in targets, command
         variables = [word.split("=")[0] for word in command.words[2:]]
         assert all(re.search(rf"^{name} \?=", text("Makefile"), flags=re.MULTILINE) for name in variables), command
+    elif command.words[0] == "bash":
+        assert len(command.words) == 2 and (ROOT / command.words[1]).is_file(), command
     else:
         assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
 
@@ -143,6 +145,12 @@ def test_a_launch_is_taken_by_launcher_and_trainer(command: Command) -> None:
     assert f"`{folder}`" in text("models/README.md")  # the page on weights says what belongs there
     assert f"{args.train_data_dir}" in text("datasets/README.md")
     assert Path(args.train_data_meta) == Path(args.train_data_dir) / "metadata.json"
+
+
+@pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
+def test_every_launch_script_is_on_its_page(page: str) -> None:
+    scripts = (ROOT / page).parent.glob("train_*.sh")
+    assert not [script.name for script in scripts if f"bash {script.relative_to(ROOT)}" not in text(page)]
 
 
 def test_every_published_flag_is_in_every_launch() -> None:

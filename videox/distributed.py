@@ -267,7 +267,7 @@ def agree(
 
 
 class StopRequest:
-    """Turns a SIGTERM, SIGINT or SIGUSR1 into a wish to stop at the step's end; a second SIGINT ends at once."""
+    """Turns SIGTERM, SIGINT, SIGUSR1 or SIGHUP into a wish to stop at the step's end; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -277,8 +277,9 @@ class StopRequest:
         return bool(self.signal_name)
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -287,9 +288,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.signal_name and number == signal.SIGINT:
-            os._exit(128 + number)
+        if self.signal_name:
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return  # the launcher, or the kernel in its place, passing on what was heard already
         self.signal_name = signal.Signals(number).name
-        said = f"\n{self.signal_name}: saving after this step (Ctrl-C again: leave at once, last save kept)\n"
+        who = f"process {os.getpid()} saves after this step and then says 'stopped', also when its launcher has left"
+        said = f"\n{self.signal_name}: {who} (Ctrl-C again: leave at once, last save kept)\n"
         with contextlib.suppress(OSError):  # a lost terminal; and a buffered stream may not be entered twice
             os.write(2, said.encode())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 
-from videox.data.buckets import cut_share
+from videox.data.buckets import Fate, cut_share
 from videox.data.index import Index, index_summary
 from videox.data.plan import Columns, EpochPlan
 from videox.distributed import Backend
@@ -70,6 +71,29 @@ def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) ->
     if len(losers) > most:
         lines.append(f"  and {len(losers) - most} more lose over {MUCH_CUT:.0%}")
     return lines
+
+
+def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:
+    """Returns row, path, class and detail of every row that is neither trained nor held out."""
+    problems = {row: (kind, detail) for row, _, kind, detail in index.problems()}
+    rows = np.flatnonzero((plan.fates != Fate.TRAINED) & (plan.fates != Fate.HELD_OUT)).tolist()
+    refused = []
+    for row in rows:
+        kind, detail = problems.get(row, (Fate(int(plan.fates[row])).name.lower(), ""))
+        refused.append({"row": row, "path": index.file_path[row].as_py(), "class": kind, "detail": detail})
+    return refused
+
+
+def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
+    """Returns a line for each flag that a resumed run gets otherwise than the run here had it last."""
+    try:
+        before = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["asked"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a new folder
+    own = {"resume_from_checkpoint", "output_dir", "verify"}
+    plain = json.loads(json.dumps(dict(now)))
+    names = [name for name in plain if name not in own and name in before and before[name] != plain[name]]
+    return [f"--{name} was {before[name]}, is {plain[name]} from here on" for name in names]
 
 
 def bucket_lines(plan: EpochPlan, most: int = 20) -> list[str]:

@@ -117,6 +117,8 @@ def _start_anew(output_dir: Path) -> Resume:
 
 def _resume_path(path: str, output_dir: Path, hashes: bool) -> Resume:
     checkpoint = Path(path)
+    if not checkpoint.exists() and (output_dir / path / MANIFEST).is_file():
+        checkpoint = output_dir / path  # a bare name, as users of other trainers give it
     if not (checkpoint / MANIFEST).is_file():
         raise _refuse_stranger(checkpoint, output_dir)
     problems = verify(checkpoint, hashes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from videox.checkpoint import publishing
 from videox.data.bucket_sampler import planned_samples
-from videox.data.dataset import BadSample, TokenLengthDataset
+from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
 from videox.distributed import StepReport
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
@@ -99,7 +99,9 @@ class Watch:
             dataset[planned] for planned in planned_samples(plan.micro_batches(0, 0, plan.slots)[0], 0, last=True)
         ]
         shown = [
-            BatchSample(s["planned"].row, s["pixels"], s["caption"], float(fps[s["planned"].row]), dataset.stride)
+            BatchSample(
+                s["planned"].row, s["pixels"], shown_caption(s, dataset), float(fps[s["planned"].row]), dataset.stride
+            )
             for s in samples
             if s["bad"] is None and s["planned"].row != PADDING
         ]
@@ -246,3 +248,10 @@ class Watch:
     def _close(self) -> None:
         self.bar.close()
         self.tracker.close()
+
+
+def shown_caption(sample: Sample, dataset: TokenLengthDataset) -> str:
+    """Returns a sample's caption for people, who would take one that was dropped for one that is missing."""
+    if not sample["caption"] and dataset.index.caption(sample["planned"].row):
+        return "(trained without its caption, by --caption_dropout)"
+    return sample["caption"]

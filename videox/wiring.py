@@ -32,13 +32,15 @@ from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.engine import Engine, WholeEngine, drain
 from videox.errors import Refusal
+from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
+from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.recompute import recompute_blocks
-from videox.report import data_lines, start_facts, start_lines, typical_fps
+from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
 from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
 from videox.steps import total_steps
@@ -79,7 +81,8 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args)]))
+    changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed]))
 
 
 def open_schedule(
@@ -122,6 +125,12 @@ def open_schedule(
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
     accelerator.print("\n".join(data_lines(index, columns, plan)))
+    if accelerator.is_main_process and (refused := refused_rows(index, plan)):
+        with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
+            aside.write_bytes(b"".join(map(json_line, refused)))
+        accelerator.print(
+            f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
+        )
     asked = accelerator.num_processes * args.gradient_accumulation_steps
     if settings.slots != asked:
         steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
@@ -290,6 +299,11 @@ def notes(args: argparse.Namespace) -> list[str]:
     if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
         lines.append("--lr_warmup_steps does nothing with --lr_scheduler constant; constant_with_warmup has a warm-up")
     world = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        lines.append(
+            "after Ctrl-C or SIGTERM the launcher waits 30 s and then kills: export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 "
+            "where a step and its save take longer"
+        )
     one_machine = world == os.environ.get("LOCAL_WORLD_SIZE", world)
     if os.environ.get("NCCL_P2P_DISABLE") == "1" and one_machine and world != "1":
         lines.append("NCCL_P2P_DISABLE=1 turns NVLink off: unset it on a single machine")

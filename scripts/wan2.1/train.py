@@ -59,6 +59,7 @@ from videox.offload import RestingModule
 from videox.steps import close_step, walk
 from videox.validation import HeldOut
 
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
         "--config_path",
-        default="config/wan2.1/wan_civitai.yaml",
+        default=str(ROOT / "config/wan2.1/wan_civitai.yaml"),
         help="yaml with the flow shift (scheduler_kwargs.shift)",
     )
     wan.add_argument("--tokenizer_max_length", type=flags.number(int, 1, 512), default=512, help="text tokens at most")
