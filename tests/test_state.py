@@ -156,7 +156,7 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
 
         return resume_or_begin(
             tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
-            names=names, columns=columns, gather=alone,
+            names=names, columns=columns, run="a run", gather=alone,
         )[0]  # fmt: skip
 
     assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
@@ -171,7 +171,7 @@ def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, worl
 
     return resume_or_begin(
         checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",
-        names="names", columns=COLUMNS, gather=alone,
+        names="names", columns=COLUMNS, run="a run", gather=alone,
     )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_a_second_ctrl_c_leaves_at_once(ground: Ground, tmp_path: Path) -> None:
     trainer = start(ground, folder, checkpointing_steps=1, **slow_steps)
     trainer.until(lambda: find_checkpoints(folder))
     trainer.signal_all(signal.SIGINT)
-    trainer.until(lambda: "SIGINT: saving after this step" in trainer.said())
+    trainer.until(lambda: "SIGINT: process" in trainer.said())
     kept = [path.name for path in find_checkpoints(folder)]
     trainer.signal_all(signal.SIGINT)
     assert trainer.wait(limit=5) == 128 + signal.SIGINT

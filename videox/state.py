@@ -32,9 +32,10 @@ class TrainState:
     """Where a run stands. Order, noise, timesteps and learning rate are functions of these numbers.
 
     step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
-    index's fingerprint; settings: of the plan; run: a name that no other run has; quarantined: rows that this epoch's
-    plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones of them
-    without pause; names: of the rows, a fingerprint; columns: what the plan reads of them, in a file of their own.
+    index's fingerprint; settings: of the plan; run: its name, shared by equal runs only; quarantined: rows that this
+    epoch's plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones
+    of them without pause; names: of the rows, a fingerprint; columns: what the plan reads of them, in a file of its
+    own.
     """
 
     seed: int
@@ -134,6 +135,7 @@ def resume_or_begin(
     index_fingerprint: str,
     names: str,
     columns: Columns,
+    run: str,
     gather: Callable[[Any], list[Any]],
 ) -> tuple[TrainState, PlanSettings]:
     """Returns the state of a checkpoint, or of a new run, and the plan's settings that go with it.
@@ -148,6 +150,7 @@ def resume_or_begin(
         slots: processes x accumulation of this launch; a checkpoint's own number wins, accumulation adapts to it.
         world_size: processes of this launch; it must divide the slots.
         index_fingerprint: of the data; names: of its rows alone; columns: what the plan reads of it.
+        run: name of the run that these flags begin.
         gather: collective that returns every process's value.
 
     Raises:
@@ -165,8 +168,7 @@ def resume_or_begin(
         refuse_changed_plan(state, state.index if only_lost else index_fingerprint, settings)
         state.columns = state.columns if only_lost else columns
         return state, settings
-    name = gather(secrets.token_hex(8))[0]
-    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), name, names=names, columns=columns)
+    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), run, names=names, columns=columns)
     return state, settings
 
 

@@ -7,6 +7,8 @@ parameters. What a family alone knows (its model, its encoders, its inputs) stay
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -50,6 +52,13 @@ from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
 from videox.weights import export_transformer
 
+# Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
+WITHOUT_NUMBERS = {
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
+    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
+    "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
+    "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
+}  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
 
@@ -113,6 +122,7 @@ def open_schedule(
         index_fingerprint=index.fingerprint(),
         names=index.names(),
         columns=columns,
+        run=run_name(vars(args)),
         gather=gather,
     )
     if run.resume.path:
@@ -137,6 +147,12 @@ def open_schedule(
         accelerator.print(f"a step has {settings.slots} micro-batches, as the run began: {steps}, not {asked} in all")
     accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
     return Schedule(index, columns, settings, state, plan, total)
+
+
+def run_name(asked: Mapping[str, Any]) -> str:
+    """Returns a name for the run that these flags begin: equal for runs whose every number is equal, else another."""
+    numbers = {name: value for name, value in asked.items() if name not in WITHOUT_NUMBERS}
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_engine(
