@@ -109,7 +109,7 @@ def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.Capture
             assert stop
             assert stop.signal_name == number.name
             os.kill(os.getpid(), signal.SIGTERM)  # a second one of another kind changes nothing
-        assert f"{number.name}: saves after this step" in capfd.readouterr().err
+        assert f"{number.name}: process {os.getpid()} saves after this step" in capfd.readouterr().err
         assert [signal.getsignal(number) for number in numbers] == before
 
 

@@ -39,7 +39,7 @@ def deadline(seconds: float, *, own_process: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, too_late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     if own_process:
-        faulthandler.dump_traceback_later(2 * seconds, exit=True)
+        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
     try:
         yield
     finally:
