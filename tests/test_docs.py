@@ -129,6 +129,10 @@ def test_a_command_can_be_typed(command: Command) -> None:
         assert all(re.search(rf"^{name} \?=", text("Makefile"), flags=re.MULTILINE) for name in variables), command
     elif command.words[0] == "bash":
         assert len(command.words) == 2 and (ROOT / command.words[1]).is_file(), command
+    elif command.words[:2] == ("python", "scripts/zero_to_bf16.py"):
+        # what it does with real checkpoints, by these very flags, is in test_zero_to_bf16.py
+        flags = tiny.load_script("scripts/zero_to_bf16.py").parse_flags(list(command.words[2:]))
+        assert flags.output_dir.name == f"{flags.checkpoint_dir.name}-outputs"
     else:
         assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
 
