@@ -95,6 +95,9 @@ def tiles(folder: Path) -> tuple[Path, torch.Tensor]:
     return metadata, torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
+INPAINT = {"tokenizer_max_length": 16, "train_mode": "inpaint"}
+
+
 def wan(folder: Path, clips: torch.Tensor, *, image_embedder: bool) -> Path:
     sizes = {"heads": 4, "head_dim": 24, "layers": 2, "ffn_dim": 192}
     tiny.build_wan_i2v(folder, image_embedder=image_embedder, **sizes)
@@ -113,7 +116,7 @@ def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known: mask channels and image embeddings are zero, condition latents those of a grey clip."""
     script = runs.script("wan2.1")
     known_mask = script.known_mask
-    monkeypatch.setattr(script, "known_mask", lambda *given: torch.zeros_like(known_mask(*given)))
+    monkeypatch.setattr(script, "known_mask", lambda *given, **where: torch.zeros_like(known_mask(*given, **where)))
 
 
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,10 +138,11 @@ def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("wan2.1", wan, {"image_embedder": False}, {"tokenizer_max_length": 16}, hide_from_wan),
         ("wan2.1", wan, {"image_embedder": True}, {}, hide_from_wan),
+        ("wan2.1", wan, {"image_embedder": False}, INPAINT, hide_from_wan),
         ("hunyuanvideo", hunyuan, {"image_condition_type": "token_replace"}, SHORT_PROMPT, hide_from_hunyuan),
         ("hunyuanvideo", hunyuan, {"image_condition_type": "latent_concat"}, SHORT_PROMPT, hide_from_hunyuan),
     ],
-    ids=["wan2.1", "wan2.1-image-embedder", "token_replace", "latent_concat"],
+    ids=["wan2.1", "wan2.1-image-embedder", "wan2.1-inpaint", "token_replace", "latent_concat"],
 )
 def test_a_new_clip_is_made_from_its_first_frame(
     family: str,
@@ -161,14 +165,15 @@ def test_a_new_clip_is_made_from_its_first_frame(
     for hidden in (False, True):
         if hidden:
             hide(monkeypatch)
-        argv = runs.plain(family, model, metadata, tmp_path / f"hidden-{hidden}", **LEARN, **text)
+        argv = runs.plain(family, model, metadata, tmp_path / f"hidden-{hidden}", **LEARN | text)
         outcome = runs.train(argv, runs.script(family))
         assert outcome.code == 0, outcome.stderr
         first, last = outcome.validation
         losses[hidden] = last["loss"]
         assert last["loss"] < 0.5 * first["loss"]
     print(f"{family} {kind}: held-out loss {losses[False]:.4f} with the picture, {losses[True]:.4f} without")
-    assert losses[False] < 0.6 * losses[True]
+    # inpainting hides all of one clip in ten, and in others most of what there is to see
+    assert losses[False] < (0.8 if text is INPAINT else 0.6) * losses[True]
 
 
 # ------------------------------------------------------------------------------------- refusals
