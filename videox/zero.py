@@ -29,12 +29,11 @@ from videox.engine import (
     write_all,
     write_run,
 )
-from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
 from videox.weights import save_weights
-from videox.zero_universal import TAG, converted, load_frozen, load_universal, saved_by
+from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
 
 class ZeroEngine:
@@ -132,9 +131,7 @@ class ZeroEngine:
         optimizer = self.model.optimizer
         groups, limit = hyperparameters(optimizer), optimizer.clip_grad
         if saved_by(checkpoint) == self.processes:
-            path, _ = self.model.load_checkpoint(str(checkpoint), tag=TAG)
-            if path is None:
-                raise Refusal(str(checkpoint), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
+            load_engine(self.model, checkpoint, TAG)
         else:
             with converted(checkpoint, TAG, self.output_dir, is_main=self.is_main, gather=self.gather) as folder:
                 load_universal(self.model, folder, TAG)

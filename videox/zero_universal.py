@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ def _converting(source: Path, folder: Path) -> Iterator[_Conversion]:
 def _workers(source: Path) -> int:
     """Returns how many processes may convert at a time; each holds an optimizer file and copies of its parts."""
     largest = max((path.stat().st_size for path in source.glob("*_optim_states.pt")), default=1)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    free = 1024 * int(told["MemAvailable"].split()[0])
     return max(1, min(WORKERS, len(os.sched_getaffinity(0)), free // (2 * largest)))
 
 
@@ -226,17 +228,29 @@ def _shrink(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the loading
 
 
+def load_engine(engine: Any, folder: Path, tag: str) -> None:  # noqa: ANN401 - DeepSpeed's
+    """Has DeepSpeed load a checkpoint, by a link: it takes a path for a pattern, and a user's may hold any character.
+
+    Raises:
+        Refusal: (MODEL) DeepSpeed cannot load it.
+    """
+    with TemporaryDirectory(prefix="videox-") as place:
+        link = Path(place) / "checkpoint"
+        link.symlink_to(folder.resolve())
+        path, _ = engine.load_checkpoint(str(link), tag=tag)
+    if path is None:
+        raise Refusal(str(folder), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
+
+
 def load_universal(engine: Any, folder: Path, tag: str) -> None:  # noqa: ANN401 - DeepSpeed's
     """Loads masters and optimizer state from a universal checkpoint; frozen parameters and buffers stay as they are.
 
     Raises:
         Refusal: (MODEL) DeepSpeed cannot load it.
     """
-    engine._config.load_universal_checkpoint = True
-    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    engine._config.load_universal_checkpoint = True  # asked for at each load, and only there
+    load_engine(engine, folder, tag)
     engine._config.load_universal_checkpoint = False
-    if path is None:
-        raise Refusal(str(folder), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
     # ZeRO-3 gives all its groups one and the same step counter, which each of them would then advance.
     for parameter, state in engine.optimizer.optimizer.state.items():
         if isinstance(state.get("step"), Tensor):
