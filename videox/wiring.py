@@ -51,6 +51,7 @@ from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
 from videox.weights import export_transformer
+from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
@@ -87,11 +88,22 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
-    refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
+    refuse_other_backend(run.resume.path, backend)
+    converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
     changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed]))
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting]))
+
+
+def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
+    """Returns lines on a DeepSpeed checkpoint that this number of processes must convert; refuses where no room is."""
+    said: list[str] = []
+    if checkpoint is not None:
+        work = partial(announce_conversion, checkpoint, Path(args.output_dir), accelerator.num_processes)
+        is_main, gather = accelerator.is_main_process, gather_objects(accelerator)
+        main_first(lambda: said.extend(work()), is_main=is_main, gather=gather)
+    return said
 
 
 def open_schedule(
@@ -201,6 +213,7 @@ def open_engine(
             max_grad_norm=args.max_grad_norm,
             batch_size=args.train_batch_size,
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
+            output_dir=Path(args.output_dir),
         )
     elif backend.kind == "fsdp":
         engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over)

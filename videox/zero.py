@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
+from videox.distributed import gather_objects
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -27,13 +29,11 @@ from videox.engine import (
     write_all,
     write_run,
 )
-from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
 from videox.weights import save_weights
-
-TAG = "pytorch_model"  # accelerate's; DeepSpeed's own scripts find it through the file `latest`
+from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
 
 class ZeroEngine:
@@ -46,6 +46,7 @@ class ZeroEngine:
         max_grad_norm: global gradient norm to clip to, in every step.
         batch_size: samples of a micro-batch, for DeepSpeed's own reports.
         micro_batches: of a step on one process, at most.
+        output_dir: of the run, where a checkpoint of another number of processes is converted.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class ZeroEngine:
         max_grad_norm: float,
         batch_size: int,
         micro_batches: int,
+        output_dir: Path,
     ) -> None:
+        self.processes, self.gather = accelerator.num_processes, gather_objects(accelerator)
+        self.output_dir = output_dir
         self.is_main, self.network = accelerator.is_main_process, transformer
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
@@ -121,14 +125,26 @@ class ZeroEngine:
             raise self.writer.failure
 
     def load(self, checkpoint: Path) -> None:
-        """As Engine's; at the number of processes that saved it."""
+        """As Engine's; what another number of processes saved is converted first."""
         for file in sorted((checkpoint / TAG).glob("*.pt")):
             read_archive(file)  # refuses what DeepSpeed should not unpickle
-        groups = hyperparameters(self.model.optimizer)
-        path, _ = self.model.load_checkpoint(str(checkpoint), tag=TAG)
-        if path is None:
-            raise Refusal(str(checkpoint), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
-        restore_hyperparameters(self.model.optimizer, groups)
+        optimizer = self.model.optimizer
+        groups, limit = hyperparameters(optimizer), optimizer.clip_grad
+        if saved_by(checkpoint) == self.processes:
+            load_engine(self.model, checkpoint, TAG)
+        else:
+            with converted(checkpoint, TAG, self.output_dir, is_main=self.is_main, gather=self.gather) as folder:
+                load_universal(self.model, folder, TAG)
+            load_frozen(checkpoint / TAG, self.parameters | dict(self.network.named_buffers()), self._writing)
+        restore_hyperparameters(optimizer, groups)
+        optimizer.clip_grad = limit  # ZeRO-2 takes the checkpoint's
+
+    @contextmanager
+    def _writing(self, tensor: Tensor) -> Iterator[bool]:
+        """Makes a tensor whole on all processes; says whether this one is to write it, for the others too."""
+        divided = self.divides_weights and hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=divided):
+            yield self.is_main or not divided
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's: one tensor at a time is whole."""
