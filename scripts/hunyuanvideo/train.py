@@ -59,7 +59,6 @@ from videox.model_folder import (
     read_component,
     read_model_folder,
     read_number,
-    refuse_not_finite,
 )
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
@@ -163,9 +162,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer_folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(HunyuanVideoTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, transformer_folder)
+    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)

@@ -53,7 +53,6 @@ from videox.model_folder import (
     read_component,
     read_model_folder,
     read_shift,
-    refuse_not_finite,
 )
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
@@ -134,9 +133,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer_folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(WanTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, transformer_folder)
+    transformer = wiring.open_transformer(args, accelerator, WanTransformer3DModel)
     encoders = {
         "vae": load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32),
         "text_encoder": load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype),
