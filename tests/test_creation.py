@@ -1,4 +1,4 @@
-"""Serves whoever trains a model larger than one process may hold: it is divided from its creation, and trains alike."""
+"""Serves whoever trains a model larger than one process may hold: it is divided when it is made, and trains alike."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 from test_backends import variables
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import videox.wiring as wiring
-from videox.creation import has_not_finite, is_divided, skeleton
+from videox.creation import is_divided
 from videox.distributed import backward, make_accelerator
 from videox.engine import Engine
-from videox.errors import MODEL, Refusal
 from videox.fsdp import FsdpEngine
 from videox.model_folder import load_strictly, load_whole
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
-from videox.weights import StoredTensors, write_config
+from videox.weights import StoredTensors
 
 SIZES = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 256,
@@ -151,9 +149,9 @@ def nothing_loaded_whole() -> Iterator[None]:
 
 
 def examine() -> int:
-    """Trains a model, loaded whole or divided from its creation or first the one, and writes what there is to compare."""
+    """Trains a model, loaded whole, divided from its creation, or both in turn; writes what there is to compare."""
     folder, out, ways, patterns = json.loads(sys.argv[1])
-    accelerator, backend = make_accelerator("bf16")
+    accelerator, _ = make_accelerator("bf16")
     stored = StoredTensors(Path(folder))
     report: dict[str, dict] = {}
     for way in ways:
@@ -204,7 +202,7 @@ def examined(backend: str, folder: Path, out: Path, ways: list[str], patterns: l
 
 
 def check_shards(found: list[dict], stored: StoredTensors) -> None:
-    """Checks that every parameter is divided: all shards are equally large, and together the whole with its padding."""
+    """Checks that every parameter is divided: all shards equally large, and together the whole with its padding."""
     for name in stored:
         whole = prod(stored.shape(name))
         own, kept = zip(*(rank["sizes"][name] for rank in found), strict=True)

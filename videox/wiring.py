@@ -46,6 +46,7 @@ from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
+from videox.sharing import load_frozen
 from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
 from videox.steps import total_steps
 from videox.tracker import check_tracker
@@ -179,6 +180,12 @@ def open_transformer(args: argparse.Namespace, accelerator: Accelerator, model_c
 
         return create(model_class, folder, accelerator)
     return load_whole(model_class, folder)
+
+
+def encoder_loader(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., Any]:
+    """Returns what loads a frozen model, from (class, folder, dtype), into host memory once per machine."""
+    pinned = args.low_vram and accelerator.device.type == "cuda"
+    return partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
 
 
 def open_engine(
