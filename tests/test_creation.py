@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
@@ -18,18 +18,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 from test_backends import variables
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import videox.wiring as wiring
-from videox.creation import is_divided
+from videox.creation import is_divided, skeleton
 from videox.distributed import backward, make_accelerator
 from videox.engine import Engine
+from videox.errors import MODEL, Refusal
 from videox.fsdp import FsdpEngine
-from videox.model_folder import load_strictly, load_whole
+from videox.model_folder import has_not_finite, load_strictly, load_whole
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
-from videox.weights import StoredTensors
+from videox.weights import StoredTensors, write_config
 
 SIZES = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 256,
@@ -174,7 +176,7 @@ def examine() -> int:
             "checkpoint_bytes": engine.checkpoint_bytes,
             "config": {key: value for key, value in json.loads(engine.config).items() if key != "_name_or_path"},
         }
-        exact = [torch.equal(value, stored[name]) for name, value in engine.weights()]
+        exact = [torch.equal(value, stored[name].float()) for name, value in engine.weights()]
         assert accelerator.process_index or (all(exact) and len(exact) == len(stored))
         report[way]["losses"] = train_steps(accelerator, engine)
         report[way]["trained"] = [value.double().sum().item().hex() for _, value in engine.weights()]
@@ -183,8 +185,8 @@ def examine() -> int:
     return 0
 
 
-def examined(backend: str, folder: Path, out: Path, ways: list[str], patterns: list[str]) -> list[dict]:
-    """Returns what the processes found, by rank."""
+def started(backend: str, folder: Path, out: Path, ways: list[str], patterns: list[str]) -> list[forkserver.Trainer]:
+    """Has `examine` run in several processes and returns them when they have ended."""
     ranks = forkserver.shared().start_ranks(
         WORLD,
         [json.dumps([str(folder), str(out), ways, patterns])],
@@ -194,11 +196,31 @@ def examined(backend: str, folder: Path, out: Path, ways: list[str], patterns: l
     )
     for rank in ranks:
         rank.wait()
+    return ranks
+
+
+def examined(backend: str, folder: Path, out: Path, ways: list[str], patterns: list[str]) -> list[dict]:
+    """Returns what the processes found, by rank."""
+    ranks = started(backend, folder, out, ways, patterns)
     assert [rank.code for rank in ranks] == [0] * WORLD, "\n".join(rank.said()[-4000:] for rank in ranks)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 # -------------------------------------------------------------------------------------------------- and outside
+
+
+def check_alike(found: list[dict], folder: Path) -> None:
+    """Checks that a divided transformer has nothing whole, and buffers, shards and steps as one that was loaded."""
+    loaded = load_strictly(WanTransformer3DModel, folder, torch_dtype=torch.float32)
+    buffers = {name: buffer.tolist() for name, buffer in loaded.named_buffers()}
+    assert buffers
+    for rank in found:
+        whole, divided = rank["whole"], rank["divided"]
+        assert divided["whole at creation"] == 0
+        assert divided["buffers"] == buffers
+        for name in ("sizes", "losses", "trained", "checkpoint_bytes", "config"):
+            assert divided[name] == whole[name], name
+    check_shards([rank["divided"] for rank in found], StoredTensors(folder))
 
 
 def check_shards(found: list[dict], stored: StoredTensors) -> None:
@@ -215,16 +237,19 @@ def check_shards(found: list[dict], stored: StoredTensors) -> None:
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 def test_a_divided_transformer_is_the_whole_one_to_the_bit(small: Path, tmp_path: Path, backend: str) -> None:
     found = examined(backend, small, tmp_path / "found", ["whole", "divided"], ["attn1", "ffn"])
-    loaded = load_strictly(WanTransformer3DModel, small)
-    buffers = {name: buffer.tolist() for name, buffer in loaded.named_buffers()}
-    assert buffers
-    for rank in found:
-        whole, divided = rank["whole"], rank["divided"]
-        assert divided["whole at creation"] == 0
-        assert divided["buffers"] == buffers
-        for name in ("sizes", "losses", "trained", "checkpoint_bytes", "config"):
-            assert divided[name] == whole[name], name
-    check_shards([rank["divided"] for rank in found], StoredTensors(small))
+    check_alike(found, small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_files_of_another_dtype_are_read_alike(small: Path, tmp_path: Path, backend: str, dtype: torch.dtype) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((small / "config.json").read_bytes())
+    tensors = {name: tensor.to(dtype) for name, tensor in StoredTensors(small).items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    check_alike(examined(backend, folder, tmp_path / "found", ["whole", "divided"], ["."]), folder)
 
 
 @pytest.mark.slow
@@ -246,3 +271,79 @@ def test_a_process_keeps_its_share_of_a_large_transformer_alone(large: Path, tmp
         taken = a["divided"][moment]
         print(f"{backend}: {taken / 1e6:.0f} MB of {width * total / 1e6:.0f} MB in all")
         assert width * total / WORLD < taken <= width * total / WORLD + width * max(sizes.values()) + SPARE
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def damaged(small: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Writes the small transformer in one file after change(its tensors)."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((small / "config.json").read_bytes())
+    tensors = {name: tensor.clone() for name, tensor in StoredTensors(small).items()}
+    change(tensors)
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "missing": lambda tensors: tensors.pop("proj_out.weight"),
+    "unexpected": lambda tensors: tensors.update({"stray.weight": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_refused_in_the_same_words(small: Path, tmp_path: Path, kind: str) -> None:
+    folder = damaged(small, tmp_path / "transformer", DAMAGE[kind])
+    lines = []
+    for load in (skeleton, load_whole):
+        with pytest.raises(Refusal) as refused:
+            load(WanTransformer3DModel, folder)
+        assert refused.value.exit_code == MODEL
+        lines.append(refused.value.line())
+    assert lines[0] == lines[1]
+    assert f"1 {kind} keys" in lines[0]
+
+
+def test_a_shape_or_a_configuration_that_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
+    folder = damaged(small, tmp_path / "shape", lambda tensors: tensors.update({"proj_out.bias": torch.ones(3)}))
+    with pytest.raises(Refusal, match=r"1 mismatched keys for WanTransformer3DModel, first proj_out\.bias"):
+        skeleton(WanTransformer3DModel, folder)
+    folder = damaged(small, tmp_path / "config", len)
+    write_config(folder, {"_class_name": "WanTransformer3DModel", "num_layers": "two"})
+    with pytest.raises(Refusal, match="does not load as WanTransformer3DModel"):
+        skeleton(WanTransformer3DModel, folder)
+    with pytest.raises(Refusal, match=r"has no diffusion_pytorch_model\.safetensors"):
+        skeleton(WanTransformer3DModel, tmp_path / "nothing")
+
+
+def test_keys_that_diffusers_passes_over_are_passed_over(small: Path, tmp_path: Path) -> None:
+    spare = {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}
+    folder = damaged(small, tmp_path / "transformer", lambda tensors: tensors.update(spare))
+    load_whole(WanTransformer3DModel, folder)
+    model = skeleton(WanTransformer3DModel, folder)
+    assert is_divided(model)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: str) -> None:
+    for place in range(5):
+        tensor = torch.zeros(5, dtype=dtype)
+        assert not has_not_finite(tensor)
+        tensor[place] = float(value)
+        assert has_not_finite(tensor)
+    assert not has_not_finite(torch.zeros(0, 3, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_what_one_process_finds_all_refuse(small: Path, tmp_path: Path, backend: str) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["proj_out.weight"][-1, -1] = float("nan")  # in the last process's slice alone
+
+    folder = damaged(small, tmp_path / "transformer", spoil)
+    ranks = started(backend, folder, tmp_path / "found", ["divided"], ["."])
+    assert [rank.code for rank in ranks] == [MODEL] * WORLD, "\n".join(rank.said()[-4000:] for rank in ranks)
+    assert "proj_out.weight holds values that are not finite" in ranks[0].said()
