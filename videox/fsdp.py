@@ -18,9 +18,11 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from videox.creation import fill
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -34,7 +36,7 @@ from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed
+from videox.weights import SaveFailed, StoredTensors
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -49,9 +51,10 @@ class FsdpEngine:
 
     Args:
         accelerator: of the run, with FSDP resolved.
-        transformer: of diffusers, float32, its trained parameters chosen; on the host.
+        transformer: of diffusers, float32, its trained parameters chosen; on the host, or a creation.skeleton.
         blocks: its repeated blocks, for the sentence about a layer class that it has not.
         make_optimizer: makes the optimizer over parameters by name.
+        stored: the weights of a skeleton (FSDP2), of which each process reads its own shards.
 
     Raises:
         Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
@@ -63,6 +66,8 @@ class FsdpEngine:
         transformer: nn.Module,
         blocks: Sequence[nn.Module],
         make_optimizer: OptimizerOver,
+        *,
+        stored: StoredTensors | None = None,
     ) -> None:
         plugin = accelerator.state.fsdp_plugin
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
@@ -71,6 +76,9 @@ class FsdpEngine:
         self.checkpoint_bytes = checkpoint_bytes(transformer)
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
+        if stored:
+            _give_memory(self.model, accelerator)
+            fill(_shards(self.model, stored), stored.folder)
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
         self.optimizer = make_optimizer(parameters)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -157,6 +165,26 @@ def _fully_shard(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     # accelerate takes a model together with an optimizer only; ours is made over the shards, where they lie.
     with_gradients = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     return accelerator.prepare(transformer, torch.optim.SGD(with_gradients, lr=0.0))[0]
+
+
+def _give_memory(model: nn.Module, accelerator: Accelerator) -> None:
+    """Gives the shards of a skeleton memory, uninitialised, where FSDP keeps shards; what has memory stays."""
+    offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    device = torch.device("cpu") if offloaded else accelerator.device
+    # to_empty would empty the buffers as well; FSDP's own _apply takes the new shards over, as it does for to_empty
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def _shards(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields (name, this process's shard, its slice of the stored tensor) of each parameter."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise TypeError(f"{name} is not divided")
+        sizes, begins = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        own = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+        yield name, parameter.to_local(), stored[name][own]
 
 
 def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
 from videox.weights import save_weights
+from videox.zero_creation import set_masters
 from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
 
@@ -41,8 +42,9 @@ class ZeroEngine:
 
     Args:
         accelerator: of the run, with DeepSpeed resolved.
-        transformer: of diffusers, float32, its trained parameters chosen; on the host.
+        transformer: of diffusers, its trained parameters chosen; float32 on the host, or made by zero_creation.create.
         make_optimizer: makes the optimizer over parameters by name.
+        stored: the float32 weights by name, where the transformer was divided from its creation.
         max_grad_norm: global gradient norm to clip to, in every step.
         batch_size: samples of a micro-batch, for DeepSpeed's own reports.
         micro_batches: of a step on one process, at most.
@@ -55,6 +57,7 @@ class ZeroEngine:
         transformer: nn.Module,
         make_optimizer: OptimizerOver,
         *,
+        stored: Mapping[str, Tensor] | None = None,
         max_grad_norm: float,
         batch_size: int,
         micro_batches: int,
@@ -78,8 +81,8 @@ class ZeroEngine:
         accelerator.gradient_accumulation_steps = micro_batches
         # DeepSpeed rounds the weights before it takes its masters from them. These keep what was loaded, which lies in
         # the mapped file; of the frozen ones what rounding changes, for the export.
-        exact = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
-        self.frozen = _changed_by_rounding(transformer) if self.is_main else {}
+        exact = {} if stored else {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
+        self.frozen = stored or (_changed_by_rounding(transformer) if self.is_main else {})
         if accelerator.mixed_precision == "bf16":
             plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
             plugin.deepspeed_config["bf16"]["check_grad_overflow"] = True
@@ -92,6 +95,8 @@ class ZeroEngine:
         self.parameters = dict(transformer.named_parameters())
         for name, value in exact.items():
             safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
+        if stored:
+            set_masters(self.parameters, stored)
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
 
@@ -154,8 +159,8 @@ class ZeroEngine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.divides_weights):
                     whole = parameter.detach().to("cpu", torch.float32, copy=True)
-                exact = self.frozen.get(name)
-                yield name, exact if exact is not None and torch.equal(exact.bfloat16().float(), whole) else whole
+                exact = self.frozen[name].float() if self.is_main and name in self.frozen else whole
+                yield name, exact if torch.equal(exact.bfloat16().float(), whole) else whole
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
 
