@@ -56,6 +56,7 @@ FLOORS = {
     "videox.args": 4,
     "videox.lifecycle": 4,
     "videox.engine": 4,
+    "videox.averaging": 5,
     "videox.fsdp": 5,
     "videox.watch": 5,
     "videox.steps": 6,

@@ -18,9 +18,17 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+)
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
+from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -72,6 +80,7 @@ class FsdpEngine:
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.optimizer = make_optimizer(parameters)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.group = _group(self.model, self.trained[0])
@@ -127,6 +136,21 @@ class FsdpEngine:
         for name, tensor in sharded.items():
             yield name, _whole(tensor)
 
+    def masters(self) -> Masters:
+        """As Engine's."""
+
+        def read(name: str) -> Tensor:
+            return _local(self.parameters[name].detach())
+
+        return Masters(
+            tuple(self.parameters),
+            read,
+            lambda name, values: read(name).copy_(values),
+            settle=partial(_drop_gathered, self.model),
+            divided=True,
+            group=self.group,
+        )
+
 
 def _moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an optimizer's tensors alone: its settings are the launch's, and would go to disk as pickles."""
@@ -176,6 +200,15 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     )
     with _quiet():
         return accelerator.prepare_model(transformer)
+
+
+def _drop_gathered(model: nn.Module) -> None:
+    """Frees the whole weights that a forward pass without a backward pass leaves, which the next one would reuse."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            _reshard(module, module._handle, True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version
