@@ -20,8 +20,9 @@ from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_backends import DIVIDED, Ground, codes, said
+from test_backends import DIVIDED, LAUNCHER, Ground, codes, said
 
+import videox.averaging
 import videox.ema
 from videox.averaging import AveragedEngine
 from videox.checkpoint import verify
@@ -208,6 +209,58 @@ def test_an_average_is_resumed_begun_late_and_left(wan: Ground, alone: runs.Outc
     assert late.losses == alone.losses
 
 
+def test_validation_measures_the_average_and_samples_with_it(wan: Ground, tmp_path: Path) -> None:
+    """A run that begins with the average measures and samples, at its first step, what the average was found to be."""
+    asked = {"validation_prompts": ["a red fox"], "max_train_steps": 1, "lr_warmup_steps": 0}
+    averaged = {"use_ema": True, "validate_ema": True, "checkpointing_steps": 1, **asked}
+    one = runs.train(wan.flags(tmp_path / "one", **averaged, max_train_steps=2))
+    begins = {"transformer_path": one.folder / "checkpoint-2" / "transformer_ema"}
+    other = runs.train(wan.flags(tmp_path / "other", **asked, **begins))
+    assert (one.code, other.code) == (0, 0), one.stderr + other.stderr
+    assert one.validation[-1]["ema_loss"] == other.validation[0]["loss"] != one.validation[-1]["loss"]
+    assert one.validation[-1]["ema_per_sigma"] == other.validation[0]["per_sigma"]
+    clips = [
+        run.folder / "samples" / f"step-{step:06d}-prompt-0.mp4" for run, step in ((one, 2), (other, 0), (one, 0))
+    ]
+    assert clips[0].read_bytes() == clips[1].read_bytes() != clips[2].read_bytes()
+    assert f"with the EMA {one.validation[-1]['ema_loss']:.4f}" in one.stdout + one.stderr
+
+
+@pytest.mark.parametrize("place", ["accelerator", "cpu"])
+def test_the_average_is_kept_where_it_was_asked_for(
+    wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    asked: list[torch.device | None] = []
+
+    class Noted(Ema):
+        def __init__(self, masters: Masters, *, decay: float, device: torch.device | None = None) -> None:
+            asked.append(device)
+            super().__init__(masters, decay=decay, device=device)
+
+    monkeypatch.setattr(videox.averaging, "Ema", Noted)
+    outcome = runs.train(wan.flags(tmp_path, use_ema=True, ema_device=place, max_train_steps=1))
+    assert outcome.code == 0, outcome.stderr
+    assert asked == [torch.device("cpu") if place == "cpu" else None]
+
+
+def test_parts_that_are_read_as_copies_are_averaged_and_exchanged_alike() -> None:
+    """As where the average lies on another device than the weights, or DeepSpeed hands out copies."""
+    weights = [weights_at(0), weights_at(0)]
+    copied = Masters(
+        tuple(weights[1]), lambda name: weights[1][name].clone(), lambda name, new: weights[1][name].copy_(new)
+    )
+    averages = [Ema(live(weights[0]), decay=0.4), Ema(copied, decay=0.4)]
+    for step in range(1, 4):
+        for tensors, average in zip(weights, averages, strict=True):
+            for name, tensor in tensors.items():
+                tensor.copy_(weights_at(step)[name])
+            average.update()
+            with average.in_place():
+                assert not torch.equal(tensors["a"], weights_at(step)["a"]) or step == 1
+            assert all(torch.equal(tensor, weights_at(step)[name]) for name, tensor in tensors.items())
+    assert all(torch.equal(averages[0].parts[name], part) for name, part in averages[1].parts.items())
+
+
 # ----------------------------------------------------------------------------------------------------- many processes
 
 
@@ -252,3 +305,64 @@ def check_backend(ground: Ground, backend: str, tmp_path: Path, **asked: object)
 @pytest.mark.parametrize("backend", ["ddp", *DIVIDED])
 def test_every_backend_averages_what_it_gathers(wan: Ground, tmp_path: Path, backend: str) -> None:
     check_backend(wan, backend, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp1_averages_what_it_keeps_whole_after_a_forward_pass(
+    wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [flag.replace("FULL_SHARD", "SHARD_GRAD_OP") for flag in LAUNCHER["fsdp1"]]
+    monkeypatch.setitem(LAUNCHER, "fsdp1", flags)
+    check_backend(wan, "fsdp1", tmp_path)
+
+
+@pytest.mark.slow
+def test_zero3_averages_what_it_keeps_in_pieces(wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small models of the tests lie below the size up to which ZeRO-3 keeps weights whole between steps."""
+    used = Path(LAUNCHER["zero3"][-1])
+    settings = json.loads(used.read_text(encoding="utf-8"))
+    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    (tmp_path / used.name).write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setitem(LAUNCHER, "zero3", [*LAUNCHER["zero3"][:-1], str(tmp_path / used.name)])
+    check_backend(wan, "zero3", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", *DIVIDED])
+def test_frozen_weights_are_their_own_average(wan: Ground, tmp_path: Path, backend: str) -> None:
+    work, asked = "test_ema:train_and_gather", {**EMA, "trainable_modules": ["attn1"]}
+    ranks = wan.ranks(backend, tmp_path / "run", work=work, **asked)
+    assert codes(ranks) == [0, 0], said(ranks)
+    begin = runs.read_weights(wan.model / "transformer")
+    average = runs.read_weights(tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema")
+    check_equal(average, expected(begin, tmp_path / "run", range(1, STEPS + 1)))
+    moved = {name for name in begin if not torch.equal(average[name], begin[name])}
+    assert moved == {name for name in begin if "attn1" in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_average_goes_on_at_another_number_of_processes(
+    wan: Ground, tmp_path: Path, backend: str, world_size: int
+) -> None:
+    work, folder = "test_ema:train_and_gather", tmp_path / "run"
+    asked = {**EMA, "gradient_accumulation_steps": 2}
+    assert codes(wan.ranks(backend, folder, work=work, **asked)) == [0, 0]
+    half = shutil.copytree(folder / f"checkpoint-{STEPS // 2}", tmp_path / "half" / f"checkpoint-{STEPS // 2}")
+    shutil.rmtree(folder / "gathered")
+    ranks = wan.ranks(backend, folder, world_size, work=work, resume_from_checkpoint=half, **asked)
+    assert codes(ranks) == [0] * world_size, said(ranks)
+    begin = runs.read_weights(half / "transformer_ema")
+    found = runs.read_weights(folder / f"checkpoint-{STEPS}" / "transformer_ema")
+    check_equal(found, expected(begin, folder, range(STEPS // 2 + 1, STEPS + 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "fsdp2"])
+def test_a_step_that_is_left_does_not_move_the_average(wan: Ground, tmp_path: Path, backend: str) -> None:
+    work = "test_backends:train_with_an_infinite_loss"
+    ranks = wan.ranks(backend, tmp_path / "run", work=work, **EMA)
+    assert codes(ranks) == [0, 0], said(ranks)
+    text = (tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema" / "ema.json").read_text(encoding="utf-8")
+    assert json.loads(text)["updates"] == STEPS - 1

@@ -266,7 +266,7 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--use_ema", action="store_true", help="keep a moving average of the float32 weights (off = none)")
     add(
         "--ema_decay",
-        type=number(float, 0, 1),
+        type=SHARE,
         default=EMA_DECAY,
         help="share of itself that the average keeps per optimizer step n, at most; n / (9 + n) at first",
     )
