@@ -5,10 +5,11 @@ What it should be is computed here, from the weights that the engine gathers aft
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -366,3 +367,29 @@ def test_a_step_that_is_left_does_not_move_the_average(wan: Ground, tmp_path: Pa
     assert codes(ranks) == [0, 0], said(ranks)
     text = (tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema" / "ema.json").read_text(encoding="utf-8")
     assert json.loads(text)["updates"] == STEPS - 1
+
+
+def train_with_a_disk_that_is_full_once() -> int:
+    """Trains where the first average that is saved meets a full disk, after the checkpoint's other files."""
+    save, calls = videox.averaging.save_weights, iter(range(1, 100))
+
+    def full_once(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], config: str) -> None:
+        if next(calls) == 1:
+            next(weights)  # one tensor is gathered by all
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, weights, config)
+
+    videox.averaging.save_weights = full_once
+    return runs.script().main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", DIVIDED)
+def test_an_average_that_cannot_be_written_disturbs_nothing(wan: Ground, tmp_path: Path, backend: str) -> None:
+    ranks = wan.ranks(backend, tmp_path / "run", work="test_ema:train_with_a_disk_that_is_full_once", **EMA)
+    assert codes(ranks) == [0, 0], said(ranks)
+    assert f"no checkpoint at step {STEPS // 2}" in ranks[0].said()
+    assert codes(wan.ranks(backend, tmp_path / "plain", **EMA)) == [0, 0]
+    assert forkserver.steps(tmp_path / "run") == forkserver.steps(tmp_path / "plain")
+    one, other = (run / f"checkpoint-{STEPS}" / "transformer_ema" for run in (tmp_path / "run", tmp_path / "plain"))
+    check_equal(runs.read_weights(one), runs.read_weights(other))

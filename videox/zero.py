@@ -188,6 +188,7 @@ class ZeroEngine:
 
 def _gather_persistent(optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed's, of stage 3
     """Gathers the small weights that ZeRO-3 keeps whole between steps, and drops its copies within a node."""
+    deepspeed.get_accelerator().synchronize()  # other weights are gathered on a stream of their own
     optimizer.invalidate_secondary_tensor()
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
