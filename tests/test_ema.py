@@ -213,8 +213,8 @@ def test_an_average_is_resumed_begun_late_and_left(wan: Ground, alone: runs.Outc
 def test_validation_measures_the_average_and_samples_with_it(wan: Ground, tmp_path: Path) -> None:
     """A run that begins with the average measures and samples, at its first step, what the average was found to be."""
     asked = {"validation_prompts": ["a red fox"], "max_train_steps": 1, "lr_warmup_steps": 0}
-    averaged = {"use_ema": True, "validate_ema": True, "checkpointing_steps": 1, **asked}
-    one = runs.train(wan.flags(tmp_path / "one", **averaged, max_train_steps=2))
+    averaged = {**asked, "use_ema": True, "validate_ema": True, "max_train_steps": 2}
+    one = runs.train(wan.flags(tmp_path / "one", **averaged))
     begins = {"transformer_path": one.folder / "checkpoint-2" / "transformer_ema"}
     other = runs.train(wan.flags(tmp_path / "other", **asked, **begins))
     assert (one.code, other.code) == (0, 0), one.stderr + other.stderr
@@ -337,6 +337,10 @@ def test_frozen_weights_are_their_own_average(wan: Ground, tmp_path: Path, backe
     begin = runs.read_weights(wan.model / "transformer")
     average = runs.read_weights(tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema")
     check_equal(average, expected(begin, tmp_path / "run", range(1, STEPS + 1)))
+    half = tmp_path / "run" / f"checkpoint-{STEPS // 2}"
+    ranks = wan.ranks(backend, tmp_path / "run", resume_from_checkpoint=half, **asked)
+    assert codes(ranks) == [0, 0], said(ranks)
+    check_equal(runs.read_weights(tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema"), average)
     moved = {name for name in begin if not torch.equal(average[name], begin[name])}
     assert moved == {name for name in begin if "attn1" in name}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from videox.engine import Engine, Update, write_all, written_by_main
 from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
 from videox.state import TrainState
-from videox.weights import StoredTensors, save_weights
+from videox.weights import SaveFailed, StoredTensors, export_transformer, save_weights
 
 EMA_FOLDER = "transformer_ema"  # in a checkpoint in float32, in output_dir as --export_dtype says
 UPDATES_FILE = "ema.json"
@@ -83,6 +83,37 @@ def _updates(path: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"cannot be read ({type(error).__name__}: {error})"
         raise Refusal(str(path), what, "resume from another checkpoint", MODEL) from error
+
+
+def export_weights(
+    engine: Engine, output_dir: Path, dtype: torch.dtype, keep_fp32: Sequence[str], *, is_main: bool
+) -> None:
+    """Writes output_dir/transformer for use, and transformer_ema where there is an average; all processes call it.
+
+    Args:
+        engine: at the end of the run.
+        output_dir: of the run.
+        dtype: of the floating tensors.
+        keep_fp32: parts of names that stay float32.
+        is_main: on the one process that writes; the others take part in gathering.
+
+    Raises:
+        Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
+        SaveFailed: the disk refused.
+    """
+    places: dict[str, Callable[[], AbstractContextManager[None]]] = {"transformer": nullcontext}
+    if isinstance(engine, AveragedEngine):
+        places[EMA_FOLDER] = engine.averaged
+    failures = []
+    for name, in_place in places.items():
+        write = partial(
+            export_transformer, config=engine.config, folder=output_dir / name, dtype=dtype, keep_fp32=keep_fp32
+        )
+        with in_place():
+            failures.append(written_by_main(engine.weights(), write, (Refusal, SaveFailed), is_main=is_main))
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def average_notes(checkpoint: Path | None, use_ema: bool) -> list[str]:

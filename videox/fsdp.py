@@ -100,7 +100,8 @@ class FsdpEngine:
         applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
             scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
-            torch._foreach_mul_(gradients, scale)
+            if gradients:  # a process may hold no piece of what is trained
+                torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, applied)
@@ -207,8 +208,10 @@ def _drop_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            _reshard(module, module._handle, True)
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            if handle is not None and handle.uses_sharded_strategy:  # one process divides nothing
+                _reshard(module, handle, True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
-from videox.averaging import EMA_FOLDER, AveragedEngine, average_notes
+from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
@@ -33,7 +33,7 @@ from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
-from videox.engine import Engine, WholeEngine, written_by_main
+from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
@@ -58,7 +58,6 @@ from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
-from videox.weights import SaveFailed, export_transformer
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
@@ -448,28 +447,9 @@ def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tupl
 def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: bool) -> Callable[[], None]:  # noqa: ANN401
     """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so.
 
-    With --use_ema it writes output_dir/transformer_ema, the average in the same dtypes, as well.
-
     Args:
         model: of diffusers, for the names of what stays float32.
         is_main: on the one process that writes; the others take part in gathering.
     """
-    dtype, kept = EXPORT_DTYPES[args.export_dtype], type(model)._keep_in_fp32_modules or ()
-    places: dict[str, Callable[[], AbstractContextManager[None]]] = {"transformer": nullcontext}
-    if isinstance(engine, AveragedEngine):
-        places[EMA_FOLDER] = engine.averaged
-
-    def export_to(folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        export_transformer(weights, engine.config, folder, dtype, kept)
-
-    def export() -> None:
-        failures = []
-        for name, in_place in places.items():
-            write = partial(export_to, Path(args.output_dir) / name)
-            with in_place():
-                failures.append(written_by_main(engine.weights(), write, (Refusal, SaveFailed), is_main=is_main))
-        for failure in failures:
-            if failure is not None:
-                raise failure
-
-    return export
+    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
+    return partial(export_weights, engine, Path(args.output_dir), dtype, kept, is_main=is_main)
