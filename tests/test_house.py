@@ -60,6 +60,7 @@ FLOORS = {
     "videox.lifecycle": 4,
     "videox.engine": 4,
     "videox.zero_universal": 4,
+    "videox.averaging": 5,
     "videox.fsdp": 5,
     "videox.watch": 5,
     "videox.steps": 6,

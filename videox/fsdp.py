@@ -18,11 +18,20 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+)
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from videox.creation import fill
+from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -80,6 +89,7 @@ class FsdpEngine:
             _give_memory(self.model, accelerator)
             fill(_shards(self.model, stored), stored.folder)
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.optimizer = make_optimizer(parameters)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.group = _group(self.model, self.trained[0])
@@ -99,7 +109,8 @@ class FsdpEngine:
         applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
             scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
-            torch._foreach_mul_(gradients, scale)
+            if gradients:  # a process may hold no piece of what is trained
+                torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, applied)
@@ -134,6 +145,21 @@ class FsdpEngine:
             sharded = get_model_state_dict(self.model)
         for name, tensor in sharded.items():
             yield name, _whole(tensor)
+
+    def masters(self) -> Masters:
+        """As Engine's."""
+
+        def read(name: str) -> Tensor:
+            return _local(self.parameters[name].detach())
+
+        return Masters(
+            tuple(self.parameters),
+            read,
+            lambda name, values: read(name).copy_(values),
+            settle=partial(_drop_gathered, self.model),
+            divided=True,
+            group=self.group,
+        )
 
 
 def _moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +230,17 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     )
     with _quiet():
         return accelerator.prepare_model(transformer)
+
+
+def _drop_gathered(model: nn.Module) -> None:
+    """Frees the whole weights that a forward pass without a backward pass leaves, which the next one would reuse."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            if handle is not None and handle.uses_sharded_strategy:  # one process divides nothing
+                _reshard(module, handle, True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version

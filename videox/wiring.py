@@ -25,6 +25,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
+from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.creation import is_divided, skeleton
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
@@ -33,7 +34,7 @@ from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
-from videox.engine import Engine, WholeEngine, drain
+from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
@@ -47,13 +48,20 @@ from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
 from videox.sharing import load_frozen
-from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
+from videox.state import (
+    TrainState,
+    checkpoint_bytes,
+    plan_inputs,
+    refuse_other_backend,
+    refuse_other_run,
+    resume_or_begin,
+)
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
-from videox.weights import StoredTensors, export_transformer
+from videox.weights import StoredTensors
 from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
@@ -62,6 +70,7 @@ WITHOUT_NUMBERS = {
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
+    "use_ema", "ema_decay", "ema_device", "validate_ema",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -96,7 +105,8 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
     changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting]))
+    late = average_notes(run.resume.path, args.use_ema)
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
 
 
 def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
@@ -236,6 +246,7 @@ def open_engine(
 
     engine: Engine
     stored = StoredTensors(transformer_folder(args)) if is_divided(transformer) else None
+    whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -254,6 +265,14 @@ def open_engine(
         engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored)
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
+    if args.use_ema:
+        engine = AveragedEngine(
+            engine,
+            is_main=accelerator.is_main_process,
+            decay=args.ema_decay,
+            device=torch.device("cpu") if args.ema_device == "cpu" else None,
+            whole_bytes=whole_bytes,
+        )
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
     return engine, lambda step: base * factor(step)
 
@@ -464,6 +483,7 @@ def open_validator(
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
         collective=not backend.whole_weights,
+        averaged=engine.averaged if args.validate_ema and isinstance(engine, AveragedEngine) else None,
         given_frames=given_frames,
     )
 
@@ -480,15 +500,5 @@ def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: 
         model: of diffusers, for the names of what stays float32.
         is_main: on the one process that writes; the others take part in gathering.
     """
-    kept, config = type(model)._keep_in_fp32_modules or (), engine.config
-
-    def export() -> None:
-        weights = engine.weights()
-        try:
-            if is_main:
-                folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
-                export_transformer(weights, config, folder, dtype, kept)
-        finally:
-            drain(weights)
-
-    return export
+    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
+    return partial(export_weights, engine, Path(args.output_dir), dtype, kept, is_main=is_main)

@@ -14,11 +14,17 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
 from videox.distributed import gather_objects
+from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -29,6 +35,7 @@ from videox.engine import (
     write_all,
     write_run,
 )
+from videox.errors import Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
@@ -163,6 +170,50 @@ class ZeroEngine:
                 yield name, exact if torch.equal(exact.bfloat16().float(), whole) else whole
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
+
+    def masters(self) -> Masters:
+        """As Engine's. Refuses masters on NVMe, which have no place in memory to exchange them with."""
+        optimizer = self.model.optimizer
+        parameters: Mapping[str, Any] = self.parameters  # DeepSpeed adds to them
+        names = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
+        if not self.divides_weights:
+            empty = torch.empty(0)
+
+            def read(name: str) -> Tensor:
+                mapping = parameters[name]._hp_mapping  # None where no part of it is this process's
+                return empty if mapping is None else mapping.hp_fragment
+
+            return Masters(
+                names,
+                read,
+                lambda name, values: read(name).copy_(values),
+                publish=optimizer.update_lp_params,
+                divided=True,
+            )
+        if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+            what = "keeps the weights on NVMe, where they cannot change places with their EMA"
+            raise Refusal("--use_ema", f"the DeepSpeed file {what}", "offload to cpu, or drop the flag")
+
+        def write(name: str, values: Tensor) -> None:
+            safe_set_local_fp32_param(parameters[name], values)
+            parameters[name].ds_tensor.data.copy_(values)
+
+        return Masters(
+            names,
+            lambda name: safe_get_local_fp32_param(parameters[name]),
+            write,
+            settle=self.model.empty_partition_cache,
+            publish=partial(_gather_persistent, optimizer),
+            divided=True,
+        )
+
+
+def _gather_persistent(optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed's, of stage 3
+    """Gathers the small weights that ZeRO-3 keeps whole between steps, and drops its copies within a node."""
+    deepspeed.get_accelerator().synchronize()  # other weights are gathered on a stream of their own
+    optimizer.invalidate_secondary_tensor()
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _changed_by_rounding(module: nn.Module) -> dict[str, Tensor]:
