@@ -57,6 +57,7 @@ FLOORS = {
     "videox.lifecycle": 4,
     "videox.engine": 4,
     "videox.fsdp": 5,
+    "videox.peers": 5,
     "videox.watch": 5,
     "videox.steps": 6,
     "videox.validator": 6,

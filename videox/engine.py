@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Writes what resuming needs into a folder that all processes share.
 
         Raises:
-            OSError, SafetensorError, RuntimeError, SaveFailed: a write failed, after every collective is through.
+            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
         """
 
     def load(self, checkpoint: Path) -> None:

@@ -34,3 +34,17 @@ class Refusal(Exception):
         """Returns the one line for stderr and run_status.json; control characters are escaped."""
         text = f"error: {self}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class PeerFailed(Exception):
+    """What ends a process because another one of the run failed first.
+
+    Args:
+        line: of the process that failed.
+        exit_code: that the run ends with.
+        say: whether this process prints the line: the one that failed could not, or did on another machine.
+    """
+
+    def __init__(self, line: str, exit_code: int, *, say: bool) -> None:
+        self.line, self.exit_code, self.say = line, exit_code, say
+        super().__init__(line)

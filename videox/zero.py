@@ -16,7 +16,6 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from videox.checkpoint import SAVE_ERRORS
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -31,7 +30,7 @@ from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import save_weights
+from videox.weights import SaveFailed, save_weights
 
 TAG = "pytorch_model"  # accelerate's; DeepSpeed's own scripts find it through the file `latest`
 
@@ -156,11 +155,11 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failure: Exception | None = None
+        self.failure: SaveFailed | None = None
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Writes one file in torch's zip format."""
+        """Writes one file in torch's zip format; torch reports a full disk as RuntimeError."""
         try:
             torch.save(state_dict, path)
-        except SAVE_ERRORS as error:
-            self.failure = self.failure or error
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or SaveFailed(f"{type(error).__name__}: {error}")
