@@ -104,16 +104,22 @@ class Ground:
         self, backend: str, output_dir: Path, world_size: int = 2, work: str = "", **changes: object
     ) -> list[forkserver.Trainer]:
         """Forks the processes of a launch and returns them when they have ended."""
-        started = forkserver.shared().start_ranks(
+        started = self.start(backend, output_dir, world_size, work, **changes)
+        for rank in started:
+            rank.wait()
+        return started
+
+    def start(
+        self, backend: str, output_dir: Path, world_size: int = 2, work: str = "", **changes: object
+    ) -> list[forkserver.Trainer]:
+        """Forks the processes of a launch."""
+        return forkserver.shared().start_ranks(
             world_size,
             self.flags(output_dir, **changes),
             output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.log"),
             work=[work or f"test_backends:train_{self.family.split('.')[0]}"] * world_size,
             environment=variables(backend, self.kind, world_size),
         )
-        for rank in started:
-            rank.wait()
-        return started
 
 
 def train_wan2() -> int:

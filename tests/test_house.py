@@ -27,6 +27,7 @@ FLOORS = {
     "videox.jsonl": 1,
     "videox.layouts": 1,
     "videox.lora": 1,
+    "videox.meeting": 1,
     "videox.model_folder": 1,
     "videox.offload": 1,
     "videox.optim": 1,

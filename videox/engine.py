@@ -165,3 +165,20 @@ def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Asks for the rest of an Engine's weights, as every process must that does not write them."""
     for _ in tensors:
         pass
+
+
+def write_gathered(
+    tensors: Iterator[tuple[str, Tensor]], write: Callable[[Iterator[tuple[str, Tensor]]], object], *, is_main: bool
+) -> None:
+    """Has the main process write an Engine's weights while all gather them, one tensor at a time.
+
+    Raises:
+        OSError, SafetensorError: the write failed; the rest has been gathered all the same.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except SAVE_ERRORS:
+        drain(tensors)
+        raise
+    drain(tensors)

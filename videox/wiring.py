@@ -59,6 +59,7 @@ WITHOUT_NUMBERS = {
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
+    "save_whole_weights",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -202,9 +203,12 @@ def open_engine(
             max_grad_norm=args.max_grad_norm,
             batch_size=args.train_batch_size,
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
+            whole_weights=args.save_whole_weights,
         )
     elif backend.kind == "fsdp":
-        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over)
+        engine = FsdpEngine(
+            accelerator, transformer, blocks, optimizer_over, whole_weights=args.save_whole_weights
+        )
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,10 @@ from videox.engine import (
     OptimizerOver,
     Update,
     compute_in_bf16,
-    drain,
     hyperparameters,
     restore_hyperparameters,
     write_all,
+    write_gathered,
     write_run,
 )
 from videox.errors import MODEL, Refusal
@@ -45,6 +46,7 @@ class ZeroEngine:
         max_grad_norm: global gradient norm to clip to, in every step.
         batch_size: samples of a micro-batch, for DeepSpeed's own reports.
         micro_batches: of a step on one process, at most.
+        whole_weights: ZeRO-3's checkpoints too have transformer/, float32, gathered tensor by tensor.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class ZeroEngine:
         max_grad_norm: float,
         batch_size: int,
         micro_batches: int,
+        whole_weights: bool = False,
     ) -> None:
         self.is_main, self.network = accelerator.is_main_process, transformer
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
-        whole = 0 if self.divides_weights else 4  # transformer/ beside DeepSpeed's bfloat16 weights and masters
+        self.saves_whole = whole_weights or not self.divides_weights
+        whole = 4 if self.saves_whole else 0  # transformer/ beside DeepSpeed's bfloat16 weights and masters
         self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=2 + whole)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin.deepspeed_config |= {
@@ -89,6 +93,7 @@ class ZeroEngine:
             safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
+        self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
@@ -103,19 +108,20 @@ class ZeroEngine:
         return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """As Engine's: DeepSpeed's checkpoint, and under ZeRO-2 transformer/ with the float32 masters."""
+        """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
         parts: list[Callable[[], object]] = [partial(self._save_engine, folder)]
-        if not self.divides_weights:
-            weights = self.weights()
-            write = partial(save_weights, folder / "transformer", weights, self.config)
-            parts.append(write if self.is_main else partial(drain, weights))
+        if self.saves_whole:
+            write = partial(save_weights, folder / "transformer", config=self.config)
+            parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
         if self.is_main:
             parts.append(partial(write_run, folder, state, self.config))
         write_all(parts)
 
     def _save_engine(self, folder: Path) -> None:
         self.writer.failure = None
-        self.model.save_checkpoint(str(folder), tag=TAG)
+        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.is_main:
+            self.writer.attempt((folder / "latest").write_text, TAG)
         if self.writer.failure is not None:
             raise self.writer.failure
 
@@ -157,9 +163,17 @@ class _Writer(TorchCheckpointEngine):
         super().__init__()
         self.failure: SaveFailed | None = None
 
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Writes one file in torch's zip format; torch reports a full disk as RuntimeError."""
+    def attempt(self, write: Callable[..., object], *arguments: object, **settings: object) -> None:
+        """Writes something; torch reports a full disk as RuntimeError."""
         try:
-            torch.save(state_dict, path)
+            write(*arguments, **settings)
         except (OSError, RuntimeError) as error:
             self.failure = self.failure or SaveFailed(f"{type(error).__name__}: {error}")
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Makes a folder."""
+        self.attempt(os.makedirs, path, exist_ok=exist_ok)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Writes one file in torch's zip format."""
+        self.attempt(torch.save, state_dict, path)
