@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,6 +200,16 @@ def check_export(ground: Ground, folder: Path) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def convert(folder: Path, step: int) -> runs.Outcome:
+    """Converts a checkpoint by the published command."""
+    checkpoint = folder / f"checkpoint-{step}"
+    outputs = checkpoint.with_name(f"{checkpoint.name}-outputs")
+    command = [sys.executable, "scripts/zero_to_bf16.py", str(checkpoint), str(outputs)]
+    found = runs.run_command([*command, "--max_shard_size", "80GB", "--safe_serialization"], outputs)
+    assert found.code == 0, found.stdout + found.stderr
+    return found
+
+
 def check_backend(ground: Ground, backend: str, folder: Path, **changes: object) -> None:
     found = ground.launch(backend, folder, **changes)
     assert found.code == 0, found.stdout[-2000:] + found.stderr[-6000:]
@@ -234,6 +245,27 @@ def test_every_family_and_task_under_every_backend(ground: Ground, tmp_path: Pat
     check_backend(ground, backend, tmp_path / "run", **sampled)
     clips = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.mp4"))
     assert clips == (["step-000000-prompt-0.mp4", "step-000010-prompt-0.mp4"] if sampled else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero3", "fsdp1", "fsdp2"])
+def test_sharded_checkpoints_hold_whole_weights_when_asked(wan: Ground, tmp_path: Path, backend: str) -> None:
+    folder = tmp_path / "run"
+    ranks = wan.ranks(backend, folder, save_whole_weights=True)
+    assert codes(ranks) == [0, 0], said(ranks)
+    for step in (wan.steps // 2, wan.steps):
+        whole = runs.read_weights(folder / f"checkpoint-{step}" / "transformer")
+        assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+        converted = convert(folder, step)
+        assert "already holds the weights whole, in float32" in converted.stdout
+        bf16 = runs.read_weights(converted.folder)
+        assert bf16.keys() == whole.keys()
+        assert all(torch.equal(bf16[name], whole[name].bfloat16()) for name in whole)
+        model = diffusers.WanTransformer3DModel.from_pretrained(folder / f"checkpoint-{step}" / "transformer")
+        assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
+    ranks = wan.ranks(backend, folder, resume_from_checkpoint=folder / f"checkpoint-{wan.steps // 2}")
+    assert codes(ranks) == [0, 0], said(ranks)  # with or without the flag
+    check_resumed(wan, folder)
 
 
 # ------------------------------------------------------------------------------------------------- parts and rates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
+
+import torch.distributed as dist
 
 from videox.errors import BUG, STORAGE, PeerFailed, Refusal
 from videox.run_folder import Resume, hold, resolve_resume, sweep
@@ -156,4 +160,20 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted outside a step; the last checkpoint stands\n")
         code = INTERRUPTED
+    if dist.is_initialized():
+        _leave_group(code)
     sys.exit(code)
+
+
+def _leave_group(code: int) -> NoReturn:
+    """Ends one of several processes as sys.exit does, except that the interpreter is not taken down first.
+
+    gloo's threads hold the tensors of the last collectives. One that lets go of them while the interpreter is taken
+    down aborts the process, and the launcher takes a run that has finished for one that has failed.
+    """
+    if code == 0:
+        dist.destroy_process_group()  # after a failure it could wait for a process that will not come
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

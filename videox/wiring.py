@@ -206,9 +206,7 @@ def open_engine(
             whole_weights=args.save_whole_weights,
         )
     elif backend.kind == "fsdp":
-        engine = FsdpEngine(
-            accelerator, transformer, blocks, optimizer_over, whole_weights=args.save_whole_weights
-        )
+        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, whole_weights=args.save_whole_weights)
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
