@@ -20,6 +20,7 @@ FLOORS = {
     "videox.files": 0,
     "videox.keys": 0,
     "videox.shapes": 0,
+    "videox.build_lock": 1,
     "videox.conditioning": 1,
     "videox.ema": 1,
     "videox.estimate": 1,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 FLAGS = 2
 DATA = 3
 MODEL = 4
@@ -48,3 +51,20 @@ class PeerFailed(Exception):
     def __init__(self, line: str, exit_code: int, *, say: bool) -> None:
         self.line, self.exit_code, self.say = line, exit_code, say
         super().__init__(line)
+
+
+@contextmanager
+def told_once(environment: Mapping[str, str]) -> Iterator[None]:
+    """Has one process of each machine print what all of its processes find out.
+
+    Args:
+        environment: the launcher's variables.
+
+    Raises:
+        PeerFailed: in place of a Refusal.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        first = environment.get("LOCAL_RANK", "0") == "0"
+        raise PeerFailed(refusal.line(), refusal.exit_code, say=first) from refusal

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from videox.errors import FLAGS, PEER_LOST, PeerFailed, Refusal
+from videox.errors import FLAGS, PEER_LOST, Refusal, told_once
 
 LIMIT, VARIABLE = 45.0, "VIDEOX_MEETING_SECONDS"  # with the imports before it, a minute
 ATTEMPT = 0.2  # seconds between two looks
@@ -124,7 +124,7 @@ def meet_processes(environment: Mapping[str, str]) -> TCPStore | None:
     if world == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(environment):
         return None
     rank, kept = int(environment["RANK"]), environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
+    with told_once(environment):
         return meet(
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
@@ -133,9 +133,6 @@ def meet_processes(environment: Mapping[str, str]) -> TCPStore | None:
             limit=meeting_limit(environment),
             place=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
-    except Refusal as refusal:
-        first = environment.get("LOCAL_RANK", "0") == "0"
-        raise PeerFailed(refusal.line(), refusal.exit_code, say=first) from refusal
 
 
 def machine_of(environment: Mapping[str, str]) -> tuple[str, int, Member]:
