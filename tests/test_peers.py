@@ -114,7 +114,7 @@ def with_a_full_disk(script: ModuleType) -> None:
 
     def full(watch: object, *arguments: object) -> None:
         if next(calls) >= 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (48 << 10, resource.RLIM_INFINITY))
         save(watch, *arguments)
 
     script.wiring.Watch.save = full
