@@ -302,6 +302,12 @@ def add_run(parser: Parser) -> None:
         help="steps from one checkpoint to the next; the end is always saved",
     )
     add("--checkpoints_total_limit", type=COUNT, help="keep this many checkpoints (none = all)")
+    add(
+        "--save_whole_weights",
+        action="store_true",
+        help="checkpoints of ZeRO-3 and FSDP also hold transformer/ for diffusers, float32 (off = shards alone; ZeRO-2, "
+        "DDP and one process hold it in any case)",
+    )
     add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint (none = a new run)")
     add(
         "--verify",

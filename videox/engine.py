@@ -62,7 +62,7 @@ class Engine(Protocol):
         """Writes what resuming needs into a folder that all processes share.
 
         Raises:
-            OSError, SafetensorError, RuntimeError, SaveFailed: a write failed, after every collective is through.
+            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
         """
 
     def load(self, checkpoint: Path) -> None:
@@ -196,3 +196,20 @@ def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Asks for the rest of an Engine's weights, as every process must that does not write them."""
     for _ in tensors:
         pass
+
+
+def write_gathered(
+    tensors: Iterator[tuple[str, Tensor]], write: Callable[[Iterator[tuple[str, Tensor]]], object], *, is_main: bool
+) -> None:
+    """Has the main process write an Engine's weights while all gather them, one tensor at a time.
+
+    Raises:
+        OSError, SafetensorError: the write failed; the rest has been gathered all the same.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except SAVE_ERRORS:
+        drain(tensors)
+        raise
+    drain(tensors)

@@ -39,13 +39,14 @@ from videox.engine import (
     hyperparameters,
     restore_hyperparameters,
     write_all,
+    write_gathered,
     write_run,
 )
 from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, StoredTensors
+from videox.weights import SaveFailed, StoredTensors, save_weights
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -64,6 +65,7 @@ class FsdpEngine:
         blocks: its repeated blocks, for the sentence about a layer class that it has not.
         make_optimizer: makes the optimizer over parameters by name.
         stored: the weights of a skeleton (FSDP2), of which each process reads its own shards.
+        whole_weights: checkpoints also have transformer/, float32, gathered tensor by tensor.
 
     Raises:
         Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
@@ -77,12 +79,16 @@ class FsdpEngine:
         make_optimizer: OptimizerOver,
         *,
         stored: StoredTensors | None = None,
+        whole_weights: bool = False,
     ) -> None:
         plugin = accelerator.state.fsdp_plugin
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
         self.is_main = accelerator.is_main_process
         self.config = transformer.to_json_string()  # type: ignore[operator]
+        self.saves_whole = whole_weights
         self.checkpoint_bytes = checkpoint_bytes(transformer)
+        if whole_weights:
+            self.checkpoint_bytes += sum(4 * parameter.numel() for parameter in transformer.parameters())
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
         if stored:
@@ -116,13 +122,16 @@ class FsdpEngine:
         return Update(grad_norm, applied)
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """As Engine's: torch's distributed checkpoints of weights and optimizer, each process its own shards."""
+        """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
         with _quiet():
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             parts: list[Callable[[], object]] = [
                 partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
                 partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
             ]
+            if self.saves_whole:
+                write = partial(save_weights, folder / "transformer", config=self.config)
+                parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
             if self.is_main:
                 parts.append(partial(write_run, folder, state, self.config))
             write_all(parts)

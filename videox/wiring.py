@@ -44,6 +44,7 @@ from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.model_folder import load_whole
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
+from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
@@ -71,6 +72,7 @@ WITHOUT_NUMBERS = {
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
+    "save_whole_weights",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -260,9 +262,11 @@ def open_engine(
             batch_size=args.train_batch_size,
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
             output_dir=Path(args.output_dir),
+            whole_weights=args.save_whole_weights,
         )
     elif backend.kind == "fsdp":
-        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored)
+        whole = args.save_whole_weights
+        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole)
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
     if args.use_ema:
@@ -435,15 +439,21 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
         library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
     follow_launcher(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
-    gather = gather_objects(accelerator)
-    with open_run(
+    gather, peers = gather_objects(accelerator), Peers()
+    if accelerator.num_processes > 1:
+        accelerator.print(*peers.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
+    opened = open_run(
         Path(args.output_dir),
         resume=args.resume_from_checkpoint,
         verify=args.verify,
         is_main=accelerator.is_main_process,
         gather=gather,
-    ) as run:
-        return train(args, accelerator, backend, run, gather)
+    )
+    with peers.first_cause(), opened as run, peers.first_cause():  # inside, so that run_status.json gets the cause
+        peers.status = run.status
+        code = train(args, accelerator, backend, run, gather)
+    peers.leave()
+    return code
 
 
 def open_validator(

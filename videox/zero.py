@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,24 +23,23 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from videox.checkpoint import SAVE_ERRORS
 from videox.distributed import gather_objects
 from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
     compute_in_bf16,
-    drain,
     hyperparameters,
     restore_hyperparameters,
     write_all,
+    write_gathered,
     write_run,
 )
 from videox.errors import Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import save_weights
+from videox.weights import SaveFailed, save_weights
 from videox.zero_creation import set_masters
 from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
@@ -56,6 +56,7 @@ class ZeroEngine:
         batch_size: samples of a micro-batch, for DeepSpeed's own reports.
         micro_batches: of a step on one process, at most.
         output_dir: of the run, where a checkpoint of another number of processes is converted.
+        whole_weights: ZeRO-3's checkpoints too have transformer/, float32, gathered tensor by tensor.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ZeroEngine:
         batch_size: int,
         micro_batches: int,
         output_dir: Path,
+        whole_weights: bool = False,
     ) -> None:
         self.processes, self.gather = accelerator.num_processes, gather_objects(accelerator)
         self.output_dir = output_dir
@@ -76,7 +78,8 @@ class ZeroEngine:
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
-        whole = 0 if self.divides_weights else 4  # transformer/ beside DeepSpeed's bfloat16 weights and masters
+        self.saves_whole = whole_weights or not self.divides_weights
+        whole = 4 if self.saves_whole else 0  # transformer/ beside DeepSpeed's bfloat16 weights and masters
         self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=2 + whole)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin.deepspeed_config |= {
@@ -106,6 +109,7 @@ class ZeroEngine:
             set_masters(self.parameters, stored)
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
+        self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
@@ -120,19 +124,20 @@ class ZeroEngine:
         return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """As Engine's: DeepSpeed's checkpoint, and under ZeRO-2 transformer/ with the float32 masters."""
+        """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
         parts: list[Callable[[], object]] = [partial(self._save_engine, folder)]
-        if not self.divides_weights:
-            weights = self.weights()
-            write = partial(save_weights, folder / "transformer", weights, self.config)
-            parts.append(write if self.is_main else partial(drain, weights))
+        if self.saves_whole:
+            write = partial(save_weights, folder / "transformer", config=self.config)
+            parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
         if self.is_main:
             parts.append(partial(write_run, folder, state, self.config))
         write_all(parts)
 
     def _save_engine(self, folder: Path) -> None:
         self.writer.failure = None
-        self.model.save_checkpoint(str(folder), tag=TAG)
+        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.is_main:
+            self.writer.attempt((folder / "latest").write_text, TAG)
         if self.writer.failure is not None:
             raise self.writer.failure
 
@@ -228,11 +233,19 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failure: Exception | None = None
+        self.failure: SaveFailed | None = None
+
+    def attempt(self, write: Callable[..., object], *arguments: object, **settings: object) -> None:
+        """Writes something; torch reports a full disk as RuntimeError."""
+        try:
+            write(*arguments, **settings)
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or SaveFailed(f"{type(error).__name__}: {error}")
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Makes a folder."""
+        self.attempt(os.makedirs, path, exist_ok=exist_ok)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Writes one file in torch's zip format."""
-        try:
-            torch.save(state_dict, path)
-        except SAVE_ERRORS as error:
-            self.failure = self.failure or error
+        self.attempt(torch.save, state_dict, path)
