@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     MASK_SHARE = 20
     MASK_BOX = 21
     CONDITION_DROP = 22
+    ADAPTER = 23
+    ADAPTER_DROPOUT = 24
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""Serves both training loops where --lora_rank is given: small trained adapters on a frozen transformer, through peft."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from videox.errors import Refusal
+from videox.keys import Purpose, mix
+
+ADAPTER = "default"  # peft's name for the one adapter of a model; it stands in its parameters' names
+BASE_LAYER = ".base_layer."  # what peft puts into the name of a weight that it wraps
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adaptation: each target's weight W acts as W + alpha / rank * B A, and A and B alone are trained.
+
+    Attributes:
+        rank: columns of B and rows of A.
+        alpha: above 0.
+        dropout: share of a target's inputs, 0 to 1, that its adapter does not see in training.
+        targets: full names of the linear layers that have an adapter.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def config(self) -> LoraConfig:
+        """Returns the same in peft's words."""
+        return LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=list(self.targets)
+        )
+
+
+# ------------------------------------------------------------------------------------------------ what is adapted
+
+
+def choose_targets(transformer: nn.Module, blocks: Sequence[nn.Module], own: Sequence[str], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names of the linear layers to adapt, in the model's order.
+
+    A pattern is one or more whole parts of a name: "attn1" chooses every linear layer below it, "to_q" each layer of
+    this name, "attn1.to_q" those that are inside an attn1.
+
+    Args:
+        transformer: of diffusers, without adapters.
+        blocks: its repeated blocks.
+        own: the family's patterns, matched inside the blocks alone: the layers around them, such as the refiner of
+            the prompt, have like names.
+        asked: patterns matched in the whole model; None takes the family's.
+
+    Raises:
+        Refusal: a pattern matches no linear layer.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    repeated = [name for name in linear if id(transformer.get_submodule(name)) in inside]
+    patterns, names = (own, repeated) if asked is None else (asked, linear)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            parts = sorted({part for name in linear for part in name.split(".") if not part.isdigit()})
+            near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
+            raise Refusal("--lora_target_modules", f"{pattern!r} matches no linear layer", f"try {', '.join(near)}")
+    return tuple(name for name in names if any(_matches(name, pattern) for pattern in patterns))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return f".{pattern}." in f".{name}."
+
+
+# ------------------------------------------------------------------------------------------------ adding adapters
+
+
+def add_adapters(transformer: nn.Module, lora: Lora) -> None:
+    """Puts adapters without memory beside the targets and freezes everything else; `place` gives them values."""
+    inject_adapter_in_model(lora.config(), transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast chooses the dtype; a copy of the inputs in the adapters' float32 would only take memory.
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    trained = dict(adapters(transformer))
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def adapters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the adapters' parameters by name."""
+    for name, parameter in transformer.named_parameters():
+        if public_name(name) != name:
+            yield name, parameter
+
+
+def public_name(name: str) -> str:
+    """Returns what an adapter's parameter is called in files: without peft's name of the adapter."""
+    return name.replace(f".lora_A.{ADAPTER}.", ".lora_A.").replace(f".lora_B.{ADAPTER}.", ".lora_B.")
+
+
+def base_name(name: str) -> str:
+    """Returns what a parameter of the base is called in the model without adapters."""
+    return name.replace(BASE_LAYER, ".")
+
+
+def initial_values(transformer: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Returns float32 values to begin with, by name: B is 0, so that the model is the base; A is drawn by key.
+
+    A is uniform in +-1/sqrt(in), as peft has it: He et al., "Delving Deep into Rectifiers" (2015), with a^2 = 5.
+
+    Args:
+        transformer: with adapters, with or without memory.
+        seed: of the run; every process draws the same.
+    """
+    values = {}
+    for number, (name, parameter) in enumerate(adapters(transformer)):
+        values[name] = torch.zeros(parameter.shape, dtype=torch.float32)
+        if ".lora_A." in name:
+            draw = torch.Generator().manual_seed(int(mix(seed, Purpose.ADAPTER, number)))
+            nn.init.kaiming_uniform_(values[name], a=math.sqrt(5), generator=draw)
+    return values
+
+
+def place(transformer: nn.Module, values: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives the adapters memory and values.
+
+    Args:
+        transformer: with adapters.
+        values: by name, as initial_values returns them.
+        device: "meta" leaves them without memory, for a backend that divides them first.
+        dtype: float32, or that of a backend with masters of its own.
+    """
+    for name, value in values.items():
+        module, _, kind = name.rpartition(".")
+        setattr(transformer.get_submodule(module), kind, nn.Parameter(value.to(device, dtype, copy=True)))
+
+
+def store_base(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the floating parameters in `dtype`, except those that diffusers keeps in float32; call it before adapters."""
+    kept = type(transformer)._keep_in_fp32_modules or ()  # type: ignore[attr-defined]
+    for name, parameter in transformer.named_parameters():
+        if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def seed_dropout(key: int, device: torch.device) -> None:
+    """Sets torch's generators for one forward pass, which a resumed run then repeats; key: of a planned sample."""
+    del device
+    torch.manual_seed(int(mix(key, Purpose.ADAPTER_DROPOUT)))
