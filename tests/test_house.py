@@ -44,6 +44,7 @@ FLOORS = {
     "videox.optimizer_state": 2,
     "videox.preview": 2,
     "videox.shards": 2,
+    "videox.cost_model": 3,
     "videox.dump": 3,
     "videox.fsdp_shards": 3,
     "videox.report": 3,

@@ -151,8 +151,8 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
     write_state(tmp_path / "checkpoint", state)
 
     def resumed(columns: Columns, names: str = "names") -> TrainState:
-        def settings_of(*, seed: int, slots: int) -> PlanSettings:
-            return replace(SETTINGS, seed=seed, slots=slots)
+        def settings_of(**kept: object) -> PlanSettings:
+            return replace(SETTINGS, **kept)
 
         return resume_or_begin(
             tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
@@ -166,8 +166,8 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
 
 
 def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:
-    def settings_of(*, seed: int, slots: int) -> PlanSettings:
-        return replace(SETTINGS, seed=seed, slots=slots)
+    def settings_of(**kept: object) -> PlanSettings:
+        return replace(SETTINGS, **kept)
 
     return resume_or_begin(
         checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",

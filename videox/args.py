@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from videox.data.buckets import SizePolicy
+from videox.data.settings import BALANCES
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
@@ -23,7 +24,7 @@ LR_WARMUP_STEPS = 500
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "cost_model",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
@@ -196,6 +197,16 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         choices=("fixed", "cost"),
         default="fixed",
         help="fixed: train_batch_size samples; cost: as many small ones as cost the same",
+    )
+    add(
+        "--balance",
+        choices=BALANCES,
+        default=BALANCES[0],
+        help="what runs side by side costs alike: mixed, while steps stay as varied as the data; strict, further (none = off)",
+    )
+    add(
+        "--cost_model",
+        help="cost_model.json of an earlier run, for what a sample costs (none = from the model's dimensions)",
     )
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs")

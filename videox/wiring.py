@@ -25,13 +25,14 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
+from videox.cost_model import read_cost_model, step_times
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
+from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
 from videox.engine import Engine, WholeEngine, drain
 from videox.errors import Refusal
 from videox.files import replacing
@@ -105,7 +106,7 @@ def open_schedule(
     """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
 
     Args:
-        cost: a and b of a sample's cost a*S + b*S^2 in tokens S.
+        cost: a and b of a sample's cost a*S + b*S^2 in tokens S; --cost_model gives others to a new run.
         min_frames: below which a sample teaches nothing.
 
     Raises:
@@ -113,9 +114,18 @@ def open_schedule(
     """
     index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
     columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
     state, settings = resume_or_begin(
         run.resume.path,
-        partial(plan_settings, args, cost=cost, min_frames=min_frames),
+        partial(
+            plan_settings,
+            args,
+            min_frames=min_frames,
+            cost_linear=cost[0],
+            cost_quadratic=cost[1],
+            barrier=backend_of(accelerator).barrier,
+            accumulation=args.gradient_accumulation_steps,
+        ),
         seed=args.seed,
         slots=accelerator.num_processes * args.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
@@ -141,6 +151,8 @@ def open_schedule(
         accelerator.print(
             f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
         )
+    if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
+        accelerator.print("--cost_model: a running plan never changes, what the run began with stays")
     asked = accelerator.num_processes * args.gradient_accumulation_steps
     if settings.slots != asked:
         steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
@@ -243,6 +255,7 @@ def open_watch(
         checkpoint_bytes=engine.checkpoint_bytes,
         is_main=accelerator.is_main_process,
         gather=gather,
+        times=step_times(accelerator, schedule_.settings),
     )
 
 
@@ -287,10 +300,10 @@ def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
 
 
 def plan_settings(
-    args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int, min_frames: int = 1
+    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
 ) -> PlanSettings:
-    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
-    return PlanSettings(
+    """Returns the flags that the schedule depends on; launched: other fields of PlanSettings, which win over flags."""
+    fields: dict[str, Any] = dict(
         policy=size_policy(args, min_frames),
         batch_size=args.train_batch_size,
         slots=slots,
@@ -298,9 +311,9 @@ def plan_settings(
         slot_fill=args.slot_fill,
         video_repeat=args.video_repeat,
         held_out=args.validation_rows,
-        cost_linear=cost[0],
-        cost_quadratic=cost[1],
+        balance=args.balance,
     )
+    return PlanSettings(**{**fields, **launched})
 
 
 def notes(args: argparse.Namespace) -> list[str]:

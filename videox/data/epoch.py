@@ -98,6 +98,15 @@ class EpochPlan:
         """Returns the transformer's tokens of the whole global batch."""
         return sum(token_count(bucket) for bucket in self.buckets_of_step(step))
 
+    def shape_of_step(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns int64 [M] of a step's micro-batches: tokens of a sample, samples, slot of the step, place in it."""
+        slots = self._slot_range(step)
+        firsts = self.slot_first[slots.start : slots.stop + 1]
+        micros = np.arange(firsts[0], firsts[-1])
+        slot = np.repeat(np.arange(len(slots)), np.diff(firsts))
+        tokens = np.array([token_count(self.buckets[number]) for number in self.micro_bucket[micros]])
+        return tokens, self.micro_first[micros + 1] - self.micro_first[micros], slot, micros - firsts[slot]
+
     def strata_of_step(self, step: int) -> np.ndarray:
         """Returns one draw in (0, 1) per sample: sample i of n lies in a stratum of width 1/n that only it has.
 
