@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from videox.data.buckets import SizePolicy
-from videox.data.settings import BALANCES
+from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
@@ -121,6 +121,18 @@ def add_model_and_data(parser: Parser) -> None:
         default=0,
         help="times a video occurs in an epoch; images once (0 = once)",
     )
+    add(
+        "--clips_per_video",
+        type=COUNT,
+        default=1,
+        help="clips of n_frames that a video gives in an epoch at most, as many as it holds (1 = off)",
+    )
+    add(
+        "--clip_sampling",
+        choices=SAMPLINGS,
+        default=SAMPLINGS[0],
+        help="where clips begin: anywhere, spread evenly, or one after another from the beginning",
+    )
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
     add(
         "--dataloader_num_workers",
@@ -152,6 +164,12 @@ def add_shapes(parser: Parser) -> None:
         type=COUNT,
         default=4,
         help="source frames from one kept frame to the next (1 = every frame)",
+    )
+    add(
+        "--video_sample_fps",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="frames to keep per second of video, in place of the stride where a file tells its rate (0 = off)",
     )
     add("--video_sample_n_frames", type=COUNT, default=17, help="frames of a clip at most, 4k+1")
     add(
@@ -333,6 +351,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         token_sample_size=args.token_sample_size,
         n_frames=args.video_sample_n_frames,
         stride=args.video_sample_stride,
+        sample_fps=args.video_sample_fps,
         enable_bucket=args.enable_bucket,
         random_hw_adapt=args.random_hw_adapt,
         token_length=args.training_with_video_token_length,

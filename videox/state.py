@@ -27,6 +27,7 @@ COLUMNS_FILE = "columns.safetensors"
 # What a run's first launch decides for all of it; and what an older checkpoint, which lacks it, was planned with.
 LAUNCHED = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
 OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
+LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
 OPTIMIZER_STEM = "optimizer"
 
 
@@ -96,7 +97,7 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
     Raises:
         Refusal: naming what changed, with both values.
     """
-    now, then = _flat(plan_inputs(settings)), OLDER | _flat(state.settings)
+    now, then = _flat(plan_inputs(settings)), OLDER | LATER | _flat(state.settings)
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if now.get(name) != then.get(name)]
     if index_fingerprint != state.index:
         changed.append("the data's rows, captions or sizes are others")
@@ -194,10 +195,10 @@ def resume_or_begin(
 def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
     """Returns the rows that could be read then and cannot now, if nothing else has changed; otherwise None."""
     both = then.usable & now.usable
-    same = [
-        np.array_equal(getattr(then, name)[both], getattr(now, name)[both])
-        for name in ("kind", "width", "height", "frames")
+    pairs = [
+        (getattr(then, name), getattr(now, name)) for name in ("kind", "width", "height", "frames", "fps", "weight")
     ]
+    same = [a is b if a is None or b is None else np.array_equal(a[both], b[both]) for a, b in pairs]
     return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
 
 
@@ -256,7 +257,7 @@ def write_state(folder: Path, state: TrainState) -> None:
     write_json_atomically(folder / STATE_FILE, numbers)
     if state.columns is not None:
         columns = {
-            name.name: np.ascontiguousarray(getattr(state.columns, name.name)) for name in fields(state.columns)
+            name: np.ascontiguousarray(column) for name, column in vars(state.columns).items() if column is not None
         }
         save_file(columns, folder / COLUMNS_FILE)
 

@@ -104,7 +104,11 @@ class Watch:
         ]
         shown = [
             BatchSample(
-                s["planned"].row, s["pixels"], shown_caption(s, dataset), float(fps[s["planned"].row]), dataset.stride
+                s["planned"].row,
+                s["pixels"],
+                shown_caption(s, dataset),
+                float(fps[s["planned"].row]),
+                dataset.pace(s["planned"].row),
             )
             for s in samples
             if s["bad"] is None and s["planned"].row != PADDING

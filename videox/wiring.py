@@ -31,6 +31,7 @@ from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
+from videox.data.settings import columns_fingerprint, columns_of
 from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
 from videox.engine import Engine, WholeEngine, drain
@@ -113,7 +114,7 @@ def open_schedule(
         Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
     """
     index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
     state, settings = resume_or_begin(
         run.resume.path,
@@ -129,7 +130,7 @@ def open_schedule(
         seed=args.seed,
         slots=accelerator.num_processes * args.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
-        index_fingerprint=index.fingerprint(),
+        index_fingerprint=columns_fingerprint(index, columns),
         names=index.names(),
         columns=columns,
         run=run_name(vars(args)),
@@ -264,7 +265,7 @@ def open_data(
 ) -> tuple[TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
     """Returns dataset, this process's sampler and the loader over both."""
     dataset = TokenLengthDataset(
-        index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=args.caption_dropout
+        index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout
     )
     sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
     pinned = accelerator.device.type == "cuda"
@@ -312,6 +313,8 @@ def plan_settings(
         video_repeat=args.video_repeat,
         held_out=args.validation_rows,
         balance=args.balance,
+        clips_per_video=args.clips_per_video,
+        clip_sampling=args.clip_sampling,
     )
     return PlanSettings(**{**fields, **launched})
 
@@ -424,7 +427,7 @@ def open_validator(
         images=validation_images(args, shape),
         pipeline=pipeline,
         shape=shape,
-        fps=typical_fps(planned.index) / args.video_sample_stride,
+        fps=args.video_sample_fps or typical_fps(planned.index) / args.video_sample_stride,
         shift=shift,
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,

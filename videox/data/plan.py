@@ -9,10 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from videox.data.buckets import Fate, assign, clip_starts, static_fates
+from videox.data.buckets import (
+    Fate,
+    assign,
+    clip_starts,
+    frame_offsets,
+    frames_at_pace,
+    pace_of,
+    planned_starts,
+    room_of,
+    static_fates,
+)
 from videox.data.dealing import Deck, deal
 from videox.data.epoch import PADDING, EpochPlan, MicroBatch, check_world_size
 from videox.data.settings import BARRIERS, Columns, PlanSettings, sample_cost
@@ -29,10 +40,15 @@ __all__ = [
 
 def held_out_rows(columns: Columns, settings: PlanSettings) -> np.ndarray:
     """Returns the rows (int64, ascending) kept for validation: a keyed choice among those that could be trained."""
-    fates = static_fates(settings.policy, columns.kind, columns.height, columns.width, columns.frames, columns.usable)
+    fates = _static(columns, settings)
     rows = np.flatnonzero(fates == Fate.TRAINED)
     order = mix(settings.seed, Purpose.HELD_OUT, rows)
     return np.sort(rows[np.argsort(order, kind="stable")[: settings.held_out]])
+
+
+def _static(columns: Columns, settings: PlanSettings) -> np.ndarray:
+    shape = columns.kind, columns.height, columns.width, columns.frames
+    return static_fates(settings.policy, *shape, columns.usable, columns.fps)
 
 
 def held_out_plan(columns: Columns, settings: PlanSettings) -> EpochPlan | None:
@@ -44,27 +60,46 @@ def held_out_plan(columns: Columns, settings: PlanSettings) -> EpochPlan | None:
     alone = replace(
         settings, held_out=0, batch_size=1, slots=1, accumulation=1, slot_fill="fixed", balance="none", video_repeat=1
     )
-    return plan_epoch(replace(columns, usable=kept), alone, 0)
+    return plan_epoch(replace(columns, usable=kept, weight=None), alone, 0)
 
 
 def row_fates(columns: Columns, settings: PlanSettings, excluded: np.ndarray) -> np.ndarray:
     """Returns a Fate per metadata row (uint8); `excluded` are the rows quarantined while training."""
-    policy = settings.policy
-    fates = static_fates(policy, columns.kind, columns.height, columns.width, columns.frames, columns.usable)
+    fates = _static(columns, settings)
     if settings.held_out:
         fates[held_out_rows(columns, settings)] = Fate.HELD_OUT
     fates[np.asarray(excluded, np.int64)] = Fate.QUARANTINED
     return fates
 
 
-def _samples(columns: Columns, settings: PlanSettings, fates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rows, copies): images once, videos video_repeat times."""
+class Samples(NamedTuple):
+    """What an epoch trains, one entry per sample, int64: metadata row, copy of it, which of its `clips` clips."""
+
+    row: np.ndarray
+    copy: np.ndarray
+    clip: np.ndarray
+    clips: np.ndarray
+
+
+def draw_samples(columns: Columns, settings: PlanSettings, epoch: int, fates: np.ndarray) -> Samples:
+    """Returns the samples of an epoch; rows whose weight gives them none this time become NOT_DRAWN in `fates`.
+
+    An image occurs once, a video video_repeat times with each of its clips, all that times the row's weight; the part
+    of it that is no whole number is the probability of one more.
+    """
     rows = np.flatnonzero(fates == Fate.TRAINED)
-    if settings.video_repeat <= 1:
-        return rows, np.zeros(len(rows), np.int64)
-    times = np.where(columns.kind[rows] == 1, settings.video_repeat, 1)
+    video = columns.kind[rows] == 1
+    pace = pace_of(settings.policy, None if columns.fps is None else columns.fps[rows])
+    whole = frames_at_pace(columns.frames[rows].astype(np.int64), pace) // settings.policy.n_frames
+    clips = np.where(video, np.clip(whole, 1, settings.clips_per_video), 1)
+    times = np.where(video, max(settings.video_repeat, 1), 1) * clips
+    if columns.weight is not None:
+        draw = uniform(settings.seed, epoch, rows, Purpose.REPEAT)
+        times = np.floor(times * columns.weight[rows].astype(np.float64) + draw).astype(np.int64)
+        fates[rows[times == 0]] = Fate.NOT_DRAWN
     copies = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-    return np.repeat(rows, times), copies
+    clips = np.repeat(clips, times)
+    return Samples(np.repeat(rows, times), copies, (copies + epoch) % clips, clips)
 
 
 def _draw_buckets(
@@ -81,6 +116,7 @@ def _draw_buckets(
         size_draw=uniform(key, Purpose.SIZE),
         ratio_draw=uniform(key, Purpose.RATIO),
         frames_draw=uniform(key, Purpose.FRAMES),
+        fps=None if columns.fps is None else columns.fps[rows],
     )
     code = (frames.astype(np.int64) << 40) | (height.astype(np.int64) << 20) | width
     values, number = np.unique(code, return_inverse=True)
@@ -103,13 +139,18 @@ def plan_epoch(
         Refusal: nothing is left to train.
     """
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
-    rows, copies = _samples(columns, settings, fates)
+    rows, copies, clip, clips = draw_samples(columns, settings, epoch, fates)
     if not len(rows):
         met = ", ".join(f"{np.count_nonzero(fates == f)} {f.name.lower()}" for f in Fate if np.any(fates == f))
         mend = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
         raise Refusal("--train_data_meta", f"no row of {len(columns)} can be trained ({met})", mend, DATA)
     key, number, buckets, frames = _draw_buckets(columns, settings, epoch, rows, copies)
-    starts = clip_starts(columns.frames[rows], frames, settings.policy.stride, uniform(key, Purpose.START))
+    pace = pace_of(settings.policy, None if columns.fps is None else columns.fps[rows])
+    if settings.clip_sampling == "random":
+        starts = clip_starts(columns.frames[rows], frames, pace, uniform(key, Purpose.START))
+    else:
+        room, length = room_of(columns.frames[rows], frames, pace), frame_offsets(frames - 1, pace) + 1
+        starts = planned_starts(room, length, clip, clips, settings.clip_sampling)
 
     # shuffle the samples, then bring each bucket's together: a random order within every bucket
     order = np.argsort(mix(key, Purpose.ORDER), kind="stable")
@@ -150,7 +191,9 @@ def slot_order(
     not fill a step comes last.
     """
     shuffled = np.argsort(mix(settings.seed, epoch, Purpose.MICRO_BATCH, np.arange(filling.slots)), kind="stable")
-    ranks = settings.slots // settings.accumulation
+    ranks, accumulation = settings.slots // settings.accumulation, settings.accumulation
+    if ranks == 1:  # one process has nobody to wait for: its plan is that of a process for each slot
+        ranks, accumulation = settings.slots, 1
     if settings.balance == "none" or ranks == 1:
         return shuffled
     unit = sample_cost(settings, buckets)
@@ -165,7 +208,7 @@ def slot_order(
     dealt = deal(
         deck,
         ranks=ranks,
-        accumulation=settings.accumulation,
+        accumulation=accumulation,
         barrier=settings.barrier,
         spread=math.sqrt(int(counts @ logs**2) / int(counts.sum())),
         strict=settings.balance == "strict",
@@ -190,7 +233,7 @@ def count_steps(
 ) -> int:
     """Returns the optimizer steps of an epoch without ordering its samples (several times faster than the plan)."""
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
-    rows, copies = _samples(columns, settings, fates)
+    rows, copies, _, _ = draw_samples(columns, settings, epoch, fates)
     if not len(rows):
         return 0
     _, number, buckets, _ = _draw_buckets(columns, settings, epoch, rows, copies)
