@@ -24,6 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+import videox.report as report
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.cost_model import read_cost_model, step_times
 from videox.data.bucket_sampler import BucketBatchSampler
@@ -44,7 +45,6 @@ from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.recompute import recompute_blocks
-from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
 from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
 from videox.steps import total_steps
@@ -91,9 +91,9 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
-    changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed]))
+    facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
+    changed = report.changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
+    accelerator.print("\n".join([*report.start_lines(facts), *run.notes, *notes(args), *changed]))
 
 
 def open_schedule(
@@ -138,15 +138,12 @@ def open_schedule(
     )
     if run.resume.path:
         refuse_other_run(Path(args.output_dir), state)
-        lost = np.flatnonzero((state.columns or columns).usable & ~columns.usable)
-        if len(lost):
-            named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])
-            accelerator.print(f"{len(lost)} rows cannot be read any more and will count nothing: {named}")
-    columns = state.columns or columns
+    lost, columns = report.lost_lines(index, state.columns or columns, columns), state.columns or columns
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    accelerator.print("\n".join(data_lines(index, columns, plan)))
-    if accelerator.is_main_process and (refused := refused_rows(index, plan)):
+    balance = report.balance_line(plan, settings, accelerator.num_processes)
+    accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
+    if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
         with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
             aside.write_bytes(b"".join(map(json_line, refused)))
         accelerator.print(
@@ -427,7 +424,7 @@ def open_validator(
         images=validation_images(args, shape),
         pipeline=pipeline,
         shape=shape,
-        fps=args.video_sample_fps or typical_fps(planned.index) / args.video_sample_stride,
+        fps=args.video_sample_fps or report.typical_fps(planned.index) / args.video_sample_stride,
         shift=shift,
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
