@@ -27,6 +27,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
 
 from videox.data import decord_reader
+from videox.data.buckets import SizePolicy
+from videox.data.index import load_index
+from videox.data.plan import PlanSettings, plan_epoch
+from videox.data.settings import columns_of
 
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
@@ -301,6 +305,22 @@ def test_balance_decides_what_runs_side_by_side(bench: Bench) -> None:
     orders = [rows(bench(balance=balance)) for balance in ("mixed", "strict", "none")]
     assert len({tuple(sorted(order)) for order in orders}) == 1
     assert orders[1] != orders[2]
+
+
+def test_what_runs_is_what_was_planned(bench: Bench) -> None:
+    outcome = bench(STEPS, gradient_accumulation_steps=2)
+    asked = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    settings = PlanSettings(**{**asked, "policy": SizePolicy(**asked["policy"])})
+    index = load_index(bench.metadata.with_name("metadata.json.videox-index.arrow"), bench.metadata.parent)
+    plan = plan_epoch(columns_of(index, by_second=False), settings, 0)
+    ran = [
+        (step, 0, micro, row, *dump.bucket, frames[0])
+        for step in range(2)
+        for micro in range(2)
+        for dump in [outcome.dump(step + 1, micro)]
+        for row, frames in zip(dump.rows, dump.frame_indices, strict=True)
+    ]
+    assert ran == [sample for sample in plan.executed(1) if sample.step < 2]
 
 
 @shows("cost_model")

@@ -6,6 +6,7 @@ of one bucket. G is fixed at first launch, so that the same steps run at any wor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,19 @@ class MicroBatch(NamedTuple):
     def tokens(self) -> int:
         """The transformer's tokens of all real samples together."""
         return token_count(self.bucket) * int(np.count_nonzero(self.rows != PADDING))
+
+
+class Executed(NamedTuple):
+    """One real sample where it runs: micro counts the rank's micro-batches of the step, sizes are in pixels."""
+
+    step: int
+    rank: int
+    micro: int
+    row: int
+    frames: int
+    height: int
+    width: int
+    clip_start: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,19 @@ class EpochPlan:
                 )  # fmt: skip
             batches += [padding(step, slot, short if micros else whole)] * (depth - len(micros))
         return batches
+
+    def executed(self, world_size: int) -> Iterator[Executed]:
+        """Yields every real sample of the epoch as world_size processes run it: by step, rank and micro-batch.
+
+        Raises:
+            Refusal: world_size does not divide the number of slots.
+        """
+        for step in range(self.n_steps):
+            for rank in range(world_size):
+                for micro, batch in enumerate(self.micro_batches(step, rank, world_size)):
+                    for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True):
+                        if row != PADDING:
+                            yield Executed(step, rank, micro, row, *batch.bucket, start)
 
     def padding_buckets(self, step: int) -> tuple[Bucket, Bucket]:
         """Returns the buckets of weight-0 micro-batches: for a slot without samples, and for one with too few batches.
