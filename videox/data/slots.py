@@ -11,7 +11,9 @@ from videox.data.settings import PlanSettings, sample_cost
 from videox.shapes import Bucket, token_count
 
 UNITS = 1 << 14  # of cost in a full slot
-FILLED = 0.985  # of the slots' room that is filled: without some to spare the last micro-batches would find none
+ROOM = (
+    UNITS * 102 // 100
+)  # what a slot may hold at most: with none to spare the last micro-batches would find no place
 PART = 20  # a micro-batch of several samples takes at most this part of its slot, so that it finds room
 CLUMP = 2.0  # samples of one bucket that run together, on the mean over what makes steps differ
 
@@ -37,8 +39,8 @@ def fill_slots(settings: PlanSettings, buckets: tuple[Bucket, ...], counts: np.n
     """Returns the micro-batches and slots of an epoch.
 
     Fixed fill: a slot is a micro-batch of batch_size samples, each bucket's remainder a smaller one. Cost fill: a slot
-    holds the cost of batch_size samples of the largest bucket. Where ranks meet once a step, it is filled by several
-    micro-batches of any buckets; where they meet in each micro-batch, it is one, as large as memory allows.
+    holds the cost of batch_size samples of the largest bucket, to 2 %. Where ranks meet once a step, several
+    micro-batches of any buckets fill it; where they meet in each micro-batch it is one, as large as memory allows.
 
     Args:
         counts: samples of each bucket, int64.
@@ -96,13 +98,13 @@ def pack(cost: np.ndarray) -> np.ndarray:
     number of micro-batches.
 
     Args:
-        cost: int64 [M], 1 to UNITS; no slot gets more than UNITS.
+        cost: int64 [M], 1 to UNITS; no slot gets more than ROOM.
     """
     slot = np.empty(len(cost), np.int64)
     order = np.argsort(-cost, kind="stable")
     values, firsts = np.unique(-cost[order], return_index=True)
-    slots = -(-int(cost.sum()) // int(UNITS * FILLED))
-    rooms, open_slots = [UNITS], {UNITS: [np.arange(slots)]}
+    slots = -(-int(cost.sum()) // UNITS)
+    rooms, open_slots = [ROOM], {ROOM: [np.arange(slots)]}
 
     def leave(room: int, numbers: np.ndarray) -> None:
         if room not in open_slots:
@@ -114,7 +116,7 @@ def pack(cost: np.ndarray) -> np.ndarray:
         while len(waiting):
             if not rooms or rooms[-1] < value:  # new slots: as many as these alone would fill
                 several = -(-len(waiting) // (UNITS // value))
-                leave(UNITS, np.arange(slots, slots + several))
+                leave(ROOM, np.arange(slots, slots + several))
                 slots += several
             room = rooms[-1]
             numbers = open_slots[room].pop()
