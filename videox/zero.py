@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
@@ -91,7 +91,7 @@ class ZeroEngine:
         self.model: Any = accelerator.prepare(transformer.train(), optimizer)[0]
         self.parameters = dict(transformer.named_parameters())
         for name, value in exact.items():
-            safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
+            _set_master(self.parameters[name], value.to(accelerator.device, torch.float32))
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
 
@@ -158,6 +158,16 @@ class ZeroEngine:
                 yield name, exact if exact is not None and torch.equal(exact.bfloat16().float(), whole) else whole
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
+
+
+def _set_master(parameter: Any, value: Tensor) -> None:  # noqa: ANN401 - with DeepSpeed's attributes
+    """Sets the float32 master of a parameter, or this process's equal slice of it, of which the last is padded."""
+    if not hasattr(parameter, "ds_tensor"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    size = parameter.ds_tensor.numel()  # DeepSpeed's own way to set a whole one knows no padding
+    own = value.reshape(-1)[parameter.ds_zero_partition_rank * size :][:size]
+    safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
 
 
 def _changed_by_rounding(module: nn.Module) -> dict[str, Tensor]:
