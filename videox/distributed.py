@@ -20,7 +20,9 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.state import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from videox.errors import PEER_LOST, Refusal
+from videox.build_lock import refuse_dead_locks
+from videox.errors import PEER_LOST, Refusal, told_once
+from videox.meeting import meet_processes
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ BACKENDS = {
 ON = ("true", "1")
 # How long processes wait for one that samples, indexes or writes; torch's own ten minutes end a run in such a pause.
 PATIENCE = timedelta(hours=1)
+_OPEN: list[object] = []  # the store of the processes' meeting, which torch goes on to use
 
 
 def asked_for(environment: Mapping[str, str]) -> str:
@@ -158,12 +161,17 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
 
     Raises:
         Refusal: what runs is not what the launcher and mixed_precision ask for.
+        PeerFailed: a process has not come, or DeepSpeed would wait for a dead one's build lock.
     """
     kind = asked_for(os.environ)
     if kind == "fsdp":
         # Every process reads the same files. Otherwise only the first would, and transformers would leave the frozen
         # encoders of the others empty.
         os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+    if kind == "zero":
+        with told_once(os.environ):
+            refuse_dead_locks(os.environ)
+    _OPEN.append(meet_processes(os.environ))
     gloo = {"backend": "gloo"} if kind == "zero" and not torch.accelerator.is_available() else {}
     handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo)]
     with _launch_on_cpu(kind):

@@ -206,11 +206,13 @@ def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int =
     """Returns the size of one checkpoint.
 
     Args:
-        model: its parameters, before anything divides them.
+        model: its parameters, whole, without memory, or divided by DeepSpeed as they were made.
         trained: bytes for each number of a trained parameter: float32 weight and two moments.
         frozen: the same of a frozen one.
     """
-    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * (trained if p.requires_grad else frozen) for p in model.parameters()
+    )
 
 
 def save_state(

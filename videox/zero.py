@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,25 +15,32 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor, nn
 
-from videox.checkpoint import SAVE_ERRORS
 from videox.distributed import gather_objects
+from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
     compute_in_bf16,
-    drain,
     hyperparameters,
     restore_hyperparameters,
     write_all,
+    write_gathered,
     write_run,
 )
+from videox.errors import Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import save_weights
+from videox.weights import SaveFailed, save_weights
+from videox.zero_creation import set_masters
 from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
 
@@ -41,12 +49,14 @@ class ZeroEngine:
 
     Args:
         accelerator: of the run, with DeepSpeed resolved.
-        transformer: of diffusers, float32, its trained parameters chosen; on the host.
+        transformer: of diffusers, its trained parameters chosen; float32 on the host, or made by zero_creation.create.
         make_optimizer: makes the optimizer over parameters by name.
+        stored: the float32 weights by name, where the transformer was divided from its creation.
         max_grad_norm: global gradient norm to clip to, in every step.
         batch_size: samples of a micro-batch, for DeepSpeed's own reports.
         micro_batches: of a step on one process, at most.
         output_dir: of the run, where a checkpoint of another number of processes is converted.
+        whole_weights: ZeRO-3's checkpoints too have transformer/, float32, gathered tensor by tensor.
     """
 
     def __init__(
@@ -55,10 +65,12 @@ class ZeroEngine:
         transformer: nn.Module,
         make_optimizer: OptimizerOver,
         *,
+        stored: Mapping[str, Tensor] | None = None,
         max_grad_norm: float,
         batch_size: int,
         micro_batches: int,
         output_dir: Path,
+        whole_weights: bool = False,
     ) -> None:
         self.processes, self.gather = accelerator.num_processes, gather_objects(accelerator)
         self.output_dir = output_dir
@@ -66,7 +78,8 @@ class ZeroEngine:
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
-        whole = 0 if self.divides_weights else 4  # transformer/ beside DeepSpeed's bfloat16 weights and masters
+        self.saves_whole = whole_weights or not self.divides_weights
+        whole = 4 if self.saves_whole else 0  # transformer/ beside DeepSpeed's bfloat16 weights and masters
         self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=2 + whole)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin.deepspeed_config |= {
@@ -78,8 +91,8 @@ class ZeroEngine:
         accelerator.gradient_accumulation_steps = micro_batches
         # DeepSpeed rounds the weights before it takes its masters from them. These keep what was loaded, which lies in
         # the mapped file; of the frozen ones what rounding changes, for the export.
-        exact = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
-        self.frozen = _changed_by_rounding(transformer) if self.is_main else {}
+        exact = {} if stored else {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
+        self.frozen = stored or (_changed_by_rounding(transformer) if self.is_main else {})
         if accelerator.mixed_precision == "bf16":
             plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
             plugin.deepspeed_config["bf16"]["check_grad_overflow"] = True
@@ -90,10 +103,14 @@ class ZeroEngine:
                 group["fused"] = True
         self.model: Any = accelerator.prepare(transformer.train(), optimizer)[0]
         self.parameters = dict(transformer.named_parameters())
-        for name, value in exact.items():
-            _set_master(self.parameters[name], value.to(accelerator.device, torch.float32))
+        if self.divides_weights:
+            set_masters(self.parameters, stored or exact)
+        else:
+            for name, value in exact.items():
+                safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
+        self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
@@ -108,19 +125,20 @@ class ZeroEngine:
         return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """As Engine's: DeepSpeed's checkpoint, and under ZeRO-2 transformer/ with the float32 masters."""
+        """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
         parts: list[Callable[[], object]] = [partial(self._save_engine, folder)]
-        if not self.divides_weights:
-            weights = self.weights()
-            write = partial(save_weights, folder / "transformer", weights, self.config)
-            parts.append(write if self.is_main else partial(drain, weights))
+        if self.saves_whole:
+            write = partial(save_weights, folder / "transformer", config=self.config)
+            parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
         if self.is_main:
             parts.append(partial(write_run, folder, state, self.config))
         write_all(parts)
 
     def _save_engine(self, folder: Path) -> None:
         self.writer.failure = None
-        self.model.save_checkpoint(str(folder), tag=TAG)
+        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.is_main:
+            self.writer.attempt((folder / "latest").write_text, TAG)
         if self.writer.failure is not None:
             raise self.writer.failure
 
@@ -154,20 +172,54 @@ class ZeroEngine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.divides_weights):
                     whole = parameter.detach().to("cpu", torch.float32, copy=True)
-                exact = self.frozen.get(name)
-                yield name, exact if exact is not None and torch.equal(exact.bfloat16().float(), whole) else whole
+                exact = self.frozen[name].float() if self.is_main and name in self.frozen else whole
+                yield name, exact if torch.equal(exact.bfloat16().float(), whole) else whole
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
 
+    def masters(self) -> Masters:
+        """As Engine's. Refuses masters on NVMe, which have no place in memory to exchange them with."""
+        optimizer = self.model.optimizer
+        parameters: Mapping[str, Any] = self.parameters  # DeepSpeed adds to them
+        names = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
+        if not self.divides_weights:
+            empty = torch.empty(0)
 
-def _set_master(parameter: Any, value: Tensor) -> None:  # noqa: ANN401 - with DeepSpeed's attributes
-    """Sets the float32 master of a parameter, or this process's equal slice of it, of which the last is padded."""
-    if not hasattr(parameter, "ds_tensor"):
-        safe_set_full_fp32_param(parameter, value)
-        return
-    size = parameter.ds_tensor.numel()  # DeepSpeed's own way to set a whole one knows no padding
-    own = value.reshape(-1)[parameter.ds_zero_partition_rank * size :][:size]
-    safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
+            def read(name: str) -> Tensor:
+                mapping = parameters[name]._hp_mapping  # None where no part of it is this process's
+                return empty if mapping is None else mapping.hp_fragment
+
+            return Masters(
+                names,
+                read,
+                lambda name, values: read(name).copy_(values),
+                publish=optimizer.update_lp_params,
+                divided=True,
+            )
+        if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+            what = "keeps the weights on NVMe, where they cannot change places with their EMA"
+            raise Refusal("--use_ema", f"the DeepSpeed file {what}", "offload to cpu, or drop the flag")
+
+        def write(name: str, values: Tensor) -> None:
+            safe_set_local_fp32_param(parameters[name], values)
+            parameters[name].ds_tensor.data.copy_(values)
+
+        return Masters(
+            names,
+            lambda name: safe_get_local_fp32_param(parameters[name]),
+            write,
+            settle=self.model.empty_partition_cache,
+            publish=partial(_gather_persistent, optimizer),
+            divided=True,
+        )
+
+
+def _gather_persistent(optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed's, of stage 3
+    """Gathers the small weights that ZeRO-3 keeps whole between steps, and drops its copies within a node."""
+    deepspeed.get_accelerator().synchronize()  # other weights are gathered on a stream of their own
+    optimizer.invalidate_secondary_tensor()
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _changed_by_rounding(module: nn.Module) -> dict[str, Tensor]:
@@ -182,11 +234,19 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failure: Exception | None = None
+        self.failure: SaveFailed | None = None
+
+    def attempt(self, write: Callable[..., object], *arguments: object, **settings: object) -> None:
+        """Writes something; torch reports a full disk as RuntimeError."""
+        try:
+            write(*arguments, **settings)
+        except (OSError, RuntimeError) as error:
+            self.failure = self.failure or SaveFailed(f"{type(error).__name__}: {error}")
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Makes a folder."""
+        self.attempt(os.makedirs, path, exist_ok=exist_ok)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Writes one file in torch's zip format."""
-        try:
-            torch.save(state_dict, path)
-        except SAVE_ERRORS as error:
-            self.failure = self.failure or error
+        self.attempt(torch.save, state_dict, path)

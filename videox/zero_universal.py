@@ -7,7 +7,6 @@ read. What DeepSpeed then leaves out, frozen parameters and buffers, is read fro
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -199,7 +199,7 @@ def main() -> None:
     follow_parent()
     source, tag, workers = sys.argv[1:]
     ds_to_universal.main(
-        argparse.Namespace(
+        SimpleNamespace(
             input_folder=source,
             output_folder=tag,
             num_extract_workers=int(workers),
