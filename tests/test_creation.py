@@ -76,7 +76,7 @@ def engine_of(accelerator: Accelerator, model: nn.Module, stored: StoredTensors 
         return FsdpEngine(accelerator, model, model.blocks, optimizer, stored=stored)
     from videox.zero import ZeroEngine
 
-    settings = {"max_grad_norm": 0.05, "batch_size": 1, "micro_batches": 1}
+    settings = {"max_grad_norm": 0.05, "batch_size": 1, "micro_batches": 1, "output_dir": Path()}
     return ZeroEngine(accelerator, model, optimizer, stored=stored, **settings)
 
 
