@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import sys
@@ -23,14 +22,14 @@ from test_backends import variables
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import videox.wiring as wiring
-from videox.creation import is_divided, skeleton
+from videox.creation import skeleton, stored_weights
 from videox.distributed import backward, make_accelerator
 from videox.engine import Engine
 from videox.errors import MODEL, Refusal
 from videox.fsdp import FsdpEngine
 from videox.model_folder import has_not_finite, load_strictly, load_whole
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
+from videox.transformer import load_transformer
 from videox.weights import StoredTensors, write_config
 
 SIZES = {
@@ -159,14 +158,13 @@ def examine() -> int:
     for way in ways:
         with Sampled() as load, nothing_loaded_whole() if way == "divided" else nullcontext():
             if way == "divided":
-                asked = argparse.Namespace(transformer_path=folder, pretrained_model_name_or_path="")
-                model = wiring.open_transformer(asked, accelerator, WanTransformer3DModel)
-                assert is_divided(model)
+                model = load_transformer(WanTransformer3DModel, Path(folder), accelerator)
             else:
                 model = load_whole(WanTransformer3DModel, Path(folder))
+            assert (stored_weights(model) is not None) == (way == "divided")
             at_creation = [parameter.numel() for parameter in model.parameters() if not parameter.is_meta]
             created = load.most
-            engine = engine_of(accelerator, model, stored if way == "divided" else None, patterns)
+            engine = engine_of(accelerator, model, stored_weights(model), patterns)
         report[way] = {
             "created": created,
             "opened": load.most,
@@ -322,7 +320,7 @@ def test_keys_that_diffusers_passes_over_are_passed_over(small: Path, tmp_path: 
     folder = damaged(small, tmp_path / "transformer", lambda tensors: tensors.update(spare))
     load_whole(WanTransformer3DModel, folder)
     model = skeleton(WanTransformer3DModel, folder)
-    assert is_divided(model)
+    assert stored_weights(model) is not None
     assert not any(buffer.is_meta for buffer in model.buffers())
 
 

@@ -22,6 +22,7 @@ import pytest
 import runs
 import tiny
 import torch
+from accelerate import DistributedType
 from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
@@ -546,7 +547,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
             moved = function(*arguments, **(settings or {}))
             return moved.clone() if function is torch.Tensor.to else moved
 
-    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
+    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
     argv = runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
 
     def places(module: torch.nn.Module) -> list[int]:

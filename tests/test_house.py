@@ -55,6 +55,7 @@ FLOORS = {
     "videox.state": 3,
     "videox.streaming": 3,
     "videox.tracker": 3,
+    "videox.transformer": 4,
     "videox.validation": 3,
     "videox.zero_creation": 3,
     "videox.zero_shards": 3,

@@ -45,6 +45,7 @@ def skeleton(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - of 
     for name, buffer in model.named_buffers():
         if name in wanted:
             buffer.copy_(stored[name])
+    model.register_to_config(_name_or_path=str(folder))  # as from_pretrained does
     return model.eval()
 
 
@@ -52,9 +53,11 @@ def _found(patterns: Iterable[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Returns whether a model's parameters are nowhere whole: on the meta device, or divided by DeepSpeed."""
-    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
+def stored_weights(model: nn.Module) -> StoredTensors | None:
+    """Returns what a model's shards are filled from if its parameters are nowhere whole; None if it was loaded."""
+    divided = any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    config: Any = model.config
+    return StoredTensors(Path(config._name_or_path)) if divided else None
 
 
 def fill(shards: Iterable[tuple[str, Tensor, Tensor]], folder: Path) -> None:

@@ -26,14 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
-from videox.creation import is_divided, skeleton
+from videox.creation import stored_weights
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.files import replacing
@@ -42,13 +42,11 @@ from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
-from videox.model_folder import load_whole
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.sharing import load_frozen
 from videox.state import (
     TrainState,
     checkpoint_bytes,
@@ -62,7 +60,6 @@ from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
-from videox.weights import StoredTensors
 from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
@@ -182,36 +179,6 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def transformer_folder(args: argparse.Namespace) -> Path:
-    """Returns the folder of the transformer that training begins with."""
-    return Path(args.transformer_path or Path(args.pretrained_model_name_or_path) / "transformer")
-
-
-def open_transformer(args: argparse.Namespace, accelerator: Accelerator, model_class: Any) -> Any:  # noqa: ANN401
-    """Returns the transformer in float32, or, under ZeRO-3 and FSDP2, what open_engine divides without a whole one.
-
-    Args:
-        model_class: of diffusers.
-
-    Raises:
-        Refusal: its weights are not those of its configuration, or not finite.
-    """
-    folder, backend = transformer_folder(args), resolved(accelerator)
-    if backend == "fsdp2":
-        return skeleton(model_class, folder)
-    if backend == "zero3":
-        from videox.zero_creation import create  # DeepSpeed is installed on Linux only
-
-        return create(model_class, folder, accelerator)
-    return load_whole(model_class, folder)
-
-
-def encoder_loader(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., Any]:
-    """Returns what loads a frozen model, from (class, folder, dtype), into host memory once per machine."""
-    pinned = args.low_vram and accelerator.device.type == "cuda"
-    return partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
-
-
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -225,7 +192,7 @@ def open_engine(
     Freezes what is not to train and sets up recomputation.
 
     Args:
-        transformer: of open_transformer.
+        transformer: of load_transformer.
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
     """
@@ -247,7 +214,7 @@ def open_engine(
         )
 
     engine: Engine
-    stored = StoredTensors(transformer_folder(args)) if is_divided(transformer) else None
+    stored = stored_weights(transformer)
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only

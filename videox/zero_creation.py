@@ -49,6 +49,7 @@ def create(model_class: Any, folder: Path, accelerator: Accelerator) -> nn.Modul
     for name, module in plain.named_modules():
         for kind, buffer in module.named_buffers(recurse=False):
             setattr(model.get_submodule(name), kind, buffer.to(accelerator.device))
+    model.register_to_config(_name_or_path=str(folder))
     fill(_shards(model, StoredTensors(folder)), folder)
     return model.eval()
 

@@ -38,7 +38,7 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward
+from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import joint_cost_coefficients
@@ -60,8 +60,10 @@ from videox.model_folder import (
     read_number,
 )
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import trim_text
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
@@ -161,7 +163,8 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
+    transformer_folder = Path(args.transformer_path or root / "transformer")
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, transformer_folder, accelerator)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
@@ -169,7 +172,8 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
     vae_folder = Path(args.vae_path or root / "vae")
-    load = wiring.encoder_loader(args, accelerator)
+    pinned = args.low_vram and device.type == "cuda"
+    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
     encoders = {
         "vae": load(AutoencoderKLHunyuanVideo, vae_folder, torch.float32),
         "text_encoder": load(text_encoder_class, root / "text_encoder", compute_dtype),
