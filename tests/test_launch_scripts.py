@@ -18,6 +18,7 @@ import runs
 import tiny
 import torch
 
+from videox.distributed import make_accelerator
 from videox.errors import FLAGS, PEER_LOST, Refusal
 from videox.meeting import Member, machine_of, meeting_limit
 
@@ -165,6 +166,24 @@ def test_without_a_word_on_it_a_missing_machine_is_named_within_a_minute(tmp_pat
     _, line, seconds = failed(PLAIN, tmp_path, WORLD_SIZE="3", NUM_PROCESS="3")
     assert "machine 1, 2 of 3 has not come within 45 s" in line
     assert seconds < LIMIT
+
+
+def join() -> int:
+    make_accelerator("no")
+    return 0
+
+
+def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
+    # without a launcher that keeps the store; torch would wait for an hour
+    port = str(free_port())
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "VIDEOX_MEETING_SECONDS": "1"}
+    for rank, who in (("0", "process 1 of 2 has not come within 1 s"), ("1", "machine 0 does not answer there")):
+        alone = {**names, "RANK": rank, "LOCAL_RANK": "0"}
+        found = forkserver.shared().run(
+            [], tmp_path / f"log-{rank}", environment=alone, work="test_launch_scripts:join"
+        )
+        assert found.code == PEER_LOST
+        assert f"error: 127.0.0.1:{port}: {who}" in found.complaint()
 
 
 def test_a_busy_port_is_named(tmp_path: Path) -> None:

@@ -208,13 +208,9 @@ def test_a_disk_full_on_one_process_ends_all_by_one_line(
 # --------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize(
-    ("backend", "victim"),
-    [
-        ("ddp", 1),
-        *(pytest.param(name, rank, marks=pytest.mark.slow) for name in BACKENDS for rank in (0, 1)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_process_is_a_lost_peer(wan: Ground, tmp_path: Path, backend: str, victim: int) -> None:
     folder = tmp_path / "run"
     ranks = wan.start(backend, folder, checkpointing_steps=1)
