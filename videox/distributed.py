@@ -34,7 +34,6 @@ class Backend:
         processes: how they share the work, in words.
         kind: whose machinery trains: whole (torch), zero (DeepSpeed), fsdp.
         whole_weights: each process can compute alone; else every forward pass is a collective.
-        elastic: a checkpoint resumes at another number of processes.
         clips_by_own_norm: a step may be clipped by a limit that depends on its own gradient norm.
     """
 
@@ -42,19 +41,18 @@ class Backend:
     processes: str
     kind: str
     whole_weights: bool
-    elastic: bool
     clips_by_own_norm: bool
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("single", "one process", "whole", True, True, True),
-        Backend("ddp", "whole weights on each process", "whole", True, True, True),
-        Backend("zero2", "DeepSpeed: optimizer and gradients divided among processes", "zero", True, False, False),
-        Backend("zero3", "DeepSpeed: weights, optimizer and gradients divided", "zero", False, False, False),
-        Backend("fsdp1", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
-        Backend("fsdp2", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
+        Backend("single", "one process", "whole", True, True),
+        Backend("ddp", "whole weights on each process", "whole", True, True),
+        Backend("zero2", "DeepSpeed: optimizer and gradients divided among processes", "zero", True, False),
+        Backend("zero3", "DeepSpeed: weights, optimizer and gradients divided", "zero", False, False),
+        Backend("fsdp1", "weights, optimizer and gradients divided among processes", "fsdp", False, True),
+        Backend("fsdp2", "weights, optimizer and gradients divided among processes", "fsdp", False, True),
     )
 }
 ON = ("true", "1")
@@ -141,7 +139,13 @@ def follow_launcher(environment: Mapping[str, str]) -> None:
 
     `accelerate launch` does not pass a SIGTERM on to a single process: without this the run would go on unseen.
     """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in environment:
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        follow_parent()
+
+
+def follow_parent() -> None:
+    """Has the kernel send SIGTERM to this process when the one that started it dies (Linux)."""
+    if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 

@@ -16,6 +16,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
+from videox.ema import Masters
 from videox.optim import clip_gradients, gradient_norm, set_learning_rate
 from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.weights import write_config
@@ -73,6 +74,9 @@ class Engine(Protocol):
         Every process must ask for all of them, since each may be a collective; they are right on the main process.
         """
 
+    def masters(self) -> Masters:
+        """Returns this process's part of the trained weights in float32, to read and to exchange."""
+
 
 class WholeEngine:
     """Weights whole on each process: a single one, or DDP.
@@ -119,6 +123,11 @@ class WholeEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's."""
         yield from self.network.state_dict().items()
+
+    def masters(self) -> Masters:
+        """As Engine's: all of them."""
+        trained = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return Masters(tuple(trained), trained.__getitem__, lambda name, values: trained[name].copy_(values))
 
 
 # ------------------------------------------------------------------------------------- what sharded engines share
@@ -167,6 +176,28 @@ def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
         pass
 
 
+def written_by_main(
+    tensors: Iterator[tuple[str, Tensor]],
+    write: Callable[[Iterator[tuple[str, Tensor]]], object],
+    expected: tuple[type[Exception], ...],
+    *,
+    is_main: bool,
+) -> Exception | None:
+    """Has the main process write what all processes gather, each tensor to the last one whatever happens.
+
+    Returns:
+        The failure, of one of the classes expected, for the caller to raise when no collective is to follow.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except expected as error:
+        return error
+    finally:
+        drain(tensors)
+    return None
+
+
 def write_gathered(
     tensors: Iterator[tuple[str, Tensor]], write: Callable[[Iterator[tuple[str, Tensor]]], object], *, is_main: bool
 ) -> None:
@@ -175,10 +206,6 @@ def write_gathered(
     Raises:
         OSError, SafetensorError: the write failed; the rest has been gathered all the same.
     """
-    try:
-        if is_main:
-            write(tensors)
-    except SAVE_ERRORS:
-        drain(tensors)
-        raise
-    drain(tensors)
+    failure = written_by_main(tensors, write, SAVE_ERRORS, is_main=is_main)
+    if failure is not None:
+        raise failure
