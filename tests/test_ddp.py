@@ -199,7 +199,9 @@ def test_one_process_that_fails_ends_all(ground: Ground, tmp_path: Path) -> None
         2, ground.flags(folder), ground.log("fails"), work=("", "test_ddp:fail_in_sixth_batch")
     )
     assert codes(ranks, OUT_IN)[0] == BUG, said(ranks)
-    assert "".join(rank.said() for rank in ranks).count("this process fails") == 1  # by the one that does
+    assert (
+        "".join(rank.said() for rank in ranks).count("RuntimeError: this process fails") == 1
+    )  # by the one that does
     status = forkserver.status(folder)
     assert (status["exit_code"], status["error"]) == (BUG, "error: process 1: RuntimeError: this process fails")
     check_ended(ground, folder, ranks, newest=4)

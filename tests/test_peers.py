@@ -20,7 +20,7 @@ from test_backends import Ground, codes, launcher, said, variables
 
 from videox.checkpoint import find_checkpoints, verify
 from videox.errors import BUG, PEER_LOST, STORAGE
-from videox.peers import Report, first_of
+from videox.peer_hub import Report, first_of
 
 BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
 OUT_IN = 30.0  # seconds in which all processes are gone after one is
