@@ -78,10 +78,12 @@ class Line:
         self.connection, self._rest = connection, b""
 
     def fileno(self) -> int:
+        """Returns the descriptor, by which select can wait for the line."""
         return self.connection.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # whoever is gone is found by reading
+        """Sends a message; a broken line is no error here, since reading finds it."""
+        with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any] | None]:

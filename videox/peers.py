@@ -6,6 +6,7 @@ connection broke. So each process keeps one more connection to the first one (vi
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
