@@ -32,6 +32,7 @@ FLOORS = {
     "videox.model_folder": 1,
     "videox.offload": 1,
     "videox.optim": 1,
+    "videox.peer_hub": 1,
     "videox.pickles": 1,
     "videox.precision": 1,
     "videox.progress": 1,
