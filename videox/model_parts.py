@@ -68,7 +68,7 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> 
         raise Refusal(str(path), what, "copy the model anew", MODEL) from missing
     except (ValueError, ZeroDivisionError, TypeError, IndexError) as why:
         raise Refusal(str(path), f"has tensors of odd shapes ({why})", "copy the model anew", MODEL) from why
-    if tensors.layout and (faults := model_configs.contradictions(config, known)):
+    if tensors.layout == "wan" and (faults := model_configs.contradictions(config, known)):
         raise Refusal(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
     return Part(path, {**known, **config} if tensors.layout is None else config, tensors)
 
@@ -109,7 +109,7 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype) -> torch.nn.Modu
 
 
 def refuse_misfit(tensors: LayoutTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises Refusal (MODEL) naming the tensors that are missing, extra or of another shape, as the file calls them."""
+    """Raises Refusal (MODEL) naming what is missing, extra or of another shape, as the file calls it."""
     said = tensors.name_in_file
     faults = [f"{said(name)} is missing" for name in sorted(wanted.keys() - tensors.keys())]
     faults += [f"{said(name)} is not in the model" for name in sorted(tensors.keys() - wanted.keys())]
@@ -162,15 +162,15 @@ def original_parts(
     """
     yaml = read_yaml(config_path)
     given = {"transformer": transformer_path, "vae": vae_path}
-    parts = {}
+    parts: dict[str, Part] = {}
     for name in ("transformer", "vae", "text_encoder", "image_encoder"):
         if name == "image_encoder" and not parts["transformer"].config.get("image_dim"):
             continue
-        known = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
+        known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
         if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
             known = read_json(places[name] / "config.json")
         chosen = given.get(name)
-        part = find_part(Path(chosen) if chosen else places[name], KINDS[name], known if isinstance(known, dict) else {})
-        parts[name] = part
+        path = Path(chosen) if chosen else places[name]
+        parts[name] = find_part(path, KINDS[name], known if isinstance(known, dict) else {})
     parts["tokenizer"] = Part(places["tokenizer"], read_component(places["tokenizer"], weighted=False))
     return parts

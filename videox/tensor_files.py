@@ -1,4 +1,4 @@
-"""Serves whoever has weights from elsewhere: any file or folder of tensors, read by diffusers' names, a part at a time.
+"""Serves whoever has weights from elsewhere: files of tensors, read by diffusers' names, a part at a time.
 
 A file is told by what is in it. Prefixes that other programs put before every name are taken off, 8-bit floats are
 multiplied by their scales, and a pickle is never run. Nothing is read before it is asked for.
@@ -100,7 +100,9 @@ def assembled(entry: Entry, stored: Mapping[str, Scattered], path: Path) -> Scat
     if any((part.dtype, part.scale, part.stride) != (first.dtype, first.scale, None) for part in parts):
         what = f"{entry.name} is made of parts of different dtypes, scales or strides"
         raise Refusal(str(path), what, "save the weights anew in one dtype", MODEL)
-    runs = tuple(run for piece, part in zip(entry.pieces, parts, strict=True) for run in cut(part, piece.begin, piece.count))
+    runs = tuple(
+        run for piece, part in zip(entry.pieces, parts, strict=True) for run in cut(part, piece.begin, piece.count)
+    )
     return Scattered(entry.name, first.dtype, entry.shape, runs, scale=first.scale)
 
 
@@ -129,7 +131,7 @@ def open_tensors(path: Path) -> LayoutTensors:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that hold a model's tensors: the path itself, or those in the folder. Raises Refusal (MODEL)."""
+    """Returns the files that hold a model's tensors: the path itself, or those in the folder. Raises Refusal."""
     if path.is_file():
         if path.suffix not in (".safetensors", *ARCHIVES):
             raise Refusal(str(path), "is no file of weights", f"give .safetensors or {', '.join(ARCHIVES)}", MODEL)
@@ -141,7 +143,9 @@ def weight_files(path: Path) -> list[Path]:
     weights = [file for file in found if file.suffix == ".safetensors"]
     stemmed = [file for file in weights if file.name.startswith(WEIGHTS)]
     if not weights:
-        names = ", ".join(file.name for file in found[:8]) or ("nothing" if path.is_dir() else "no such file or folder")
+        names = ", ".join(file.name for file in found[:8]) or (
+            "nothing" if path.is_dir() else "no such file or folder"
+        )
         raise Refusal(str(path), f"holds no .safetensors weights (found: {names})", "give safetensors weights", MODEL)
     return stemmed or weights
 
