@@ -148,11 +148,9 @@ def open_pipeline(
     return pipeline_class(**own, **encoders, scheduler=scheduler, transformer=None)
 
 
-def load_components(
-    args: argparse.Namespace, parts: dict[str, Part], shift: float, accelerator: Accelerator
-) -> Components:
+def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
-    device = accelerator.device
+    parts, device = check_model(args), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     transformer = load_part(WanTransformer3DModel, parts["transformer"], torch.float32)
     refuse_not_finite(transformer, parts["transformer"].path)
@@ -366,7 +364,7 @@ def train(
     settings, state, total = planned.settings, planned.state, planned.total
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, parts, shift, accelerator)
+    components = load_components(args, shift, accelerator)
     transformer = components.transformer
     engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
