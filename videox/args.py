@@ -16,6 +16,7 @@ import torch
 from videox.data.buckets import SizePolicy
 from videox.data.video import READERS
 from videox.errors import Refusal
+from videox.exports import LAYOUTS
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
@@ -293,6 +294,13 @@ def add_run(parser: Parser) -> None:
         "--verify",
         action="store_true",
         help="check all hashes of the checkpoint before resuming (off = after a crash only)",
+    )
+    add(
+        "--export_layouts",
+        nargs="+",
+        choices=("diffusers", *LAYOUTS),
+        default=["diffusers"],
+        help="of the trained weights at the end; diffusers is always written (original, comfyui: one file more each)",
     )
     add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of output_dir/transformer at the end")
     add(

@@ -34,6 +34,7 @@ from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.engine import Engine, WholeEngine, drain
 from videox.errors import Refusal
+from videox.exports import describe, export_file
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
@@ -55,7 +56,8 @@ from videox.weights import export_transformer
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
-    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
+    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
+    "export_layouts", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
 }  # fmt: skip
@@ -425,22 +427,38 @@ def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tupl
     return held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, planned.settings))
 
 
-def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: bool) -> Callable[[], None]:  # noqa: ANN401
-    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so.
+def export_of(
+    args: argparse.Namespace,
+    engine: Engine,
+    model: Any,  # noqa: ANN401 - of diffusers
+    facts: Mapping[str, object],
+    *,
+    is_main: bool,
+) -> Callable[[], None]:
+    """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
+        facts: task, steps and shift, for the files' headers.
         is_main: on the one process that writes; the others take part in gathering.
     """
     kept, config = type(model)._keep_in_fp32_modules or (), engine.config
+    asked = (
+        "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
+        "seed",
+    )  # fmt: skip
+    sizes = {name: getattr(args, name) for name in asked}
+    header = describe(args.pretrained_model_name_or_path, {**facts, **sizes, "dtype": args.export_dtype})
 
     def export() -> None:
         weights = engine.weights()
+        folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
         try:
             if is_main:
-                folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
-                export_transformer(weights, config, folder, dtype, kept)
+                export_transformer(weights, config, folder, dtype, kept, metadata=header)
         finally:
             drain(weights)
+        for layout in sorted(set(args.export_layouts) - {"diffusers"}) if is_main else ():
+            export_file(folder, folder.with_name(f"transformer_{layout}.safetensors"), layout, dtype, header)
 
     return export

@@ -440,7 +440,8 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
+    facts = {**about, "steps": total, "shift": shift}
+    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":
