@@ -4,9 +4,9 @@
     python scripts/export.py outputs/wan/transformer    wan.safetensors --layout original
     python scripts/export.py wan2.1_t2v_14B_bf16.safetensors a_new_folder --layout diffusers
 
-It reads a run's checkpoint-N or transformer folder, a model folder or transformer folder of diffusers, Wan's original
-folder, and single files (.safetensors, .pt, .pth), bf16, fp16, float32 or 8-bit with scales. `diffusers` makes a folder
-that from_pretrained loads, `original` one file with the published names, `comfyui` the same for ComfyUI's folder
+It reads a run's checkpoint-N or transformer folder, a transformer folder of diffusers, Wan's original folder, and
+single files (.safetensors, .pt, .pth), bf16, fp16, float32 or 8-bit with scales. `diffusers` makes a folder that
+from_pretrained loads, `original` one file with the published names, `comfyui` the same for ComfyUI's folder
 diffusion_models. What is there is never overwritten, the result is whole or absent, and nothing that lies in a file is
 run. A checkpoint in shards goes through scripts/zero_to_bf16.py first.
 """

@@ -31,6 +31,7 @@ from videox.data import decord_reader
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "dump_steps": "test_train.test_a_dump_changes_nothing",
     "max_bad_fraction": "test_train.test_more_bad_rows_than_allowed_end_the_run",
     "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_accounts_for_the_rest",

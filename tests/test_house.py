@@ -29,6 +29,7 @@ FLOORS = {
     "videox.layout_tables": 0,
     "videox.layouts": 1,
     "videox.lora": 1,
+    "videox.lora_layouts": 2,
     "videox.model_configs": 2,
     "videox.model_folder": 1,
     "videox.model_parts": 4,

@@ -309,3 +309,49 @@ def test_a_run_from_the_original_layout_is_the_run_from_diffusers(t2v: Path, met
     weights, known = one.weights(), other.weights()
     assert weights.keys() == known.keys() and all(torch.equal(weights[name], known[name]) for name in known)
     assert folder.is_dir()
+
+
+@pytest.mark.slow
+def test_image_to_video_trains_from_the_original_layout(i2v: Path, metadata: Path, tmp_path: Path) -> None:
+    """CLIP's activation is the published one here, quick_gelu in the tiny model: no loss is compared."""
+    folder = originals.build_wan(tmp_path / "original", i2v, dtype=torch.bfloat16)
+    outcome = trained(folder, metadata, tmp_path / "run", train_mode="i2v", tokenizer_max_length=512)
+    assert len(outcome.losses) == 2 and outcome.status["state"] == "finished"
+    again = WanTransformer3DModel.from_pretrained(outcome.folder / "transformer")
+    assert again.config.image_dim == 160
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repack.safetensors", "mp_rank_00_model_states.pt"])
+def test_hunyuan_trains_from_its_single_file(hunyuan: Path, metadata: Path, tmp_path: Path, name: str) -> None:
+    state = originals.rebuilt(originals.weights(hunyuan / "transformer"), "hunyuan")
+    if name.endswith(".pt"):
+        torch.save({"module": state}, tmp_path / name)
+    else:
+        save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, tmp_path / name)
+    vae = next((hunyuan / "vae").glob("*.safetensors"))
+    torch.save({"state_dict": {f"vae.{key}": tensor for key, tensor in load_file(vae).items()}}, tmp_path / "vae.pt")
+    settings = {"max_train_steps": 2, "train_batch_size": 2, "tokenizer_max_length": 16}
+    files = {"transformer_path": tmp_path / name, "vae_path": tmp_path / "vae.pt"}
+    trainer = runs.script("hunyuanvideo")
+    one, other = (
+        runs.train(runs.plain("hunyuanvideo", hunyuan, metadata, tmp_path / out, **settings, **given), trainer)
+        for out, given in (("files", files), ("folder", {}))
+    )
+    assert (one.code, other.code) == (0, 0), one.stderr + other.stderr
+    assert one.losses == other.losses and len(one.losses) == 2
+
+
+def test_a_folder_of_videox_fun_is_told_by_its_tensors(t2v: Path, metadata: Path, tmp_path: Path) -> None:
+    """Its checkpoint-N/transformer names diffusers' class, with original tensors and a default that is wrong."""
+    folder = originals.build_wan(tmp_path / "original", t2v)
+    theirs = tmp_path / "checkpoint-7/transformer"
+    theirs.mkdir(parents=True)
+    for path in folder.glob("diffusion_pytorch_model*"):
+        shutil.copy(path, theirs)
+    config = json.loads((folder / "config.json").read_text())
+    more = {"_class_name": "WanTransformer3DModel", "in_channels": 16, "hidden_size": 2048}
+    (theirs / "config.json").write_text(json.dumps({**config, **more}))
+    part = find_part(theirs, "wan")
+    known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
+    assert_equal_models(load_part(WanTransformer3DModel, part, torch.float32), known)
