@@ -99,7 +99,7 @@ def find_transformer(path: Path, config: Path | None) -> Part:
     beside = config or (path.parent / CONFIG if path.is_file() else None)
     known = read_json(beside) if beside and (config or beside.is_file()) else {}
     part = find_part(path, family, known)
-    return Part(part.path, part.config, tensors)
+    return Part(part.path, part.config, tensors)  # those of a diffusers folder, too
 
 
 def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers

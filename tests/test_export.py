@@ -52,7 +52,11 @@ def test_there_and_back_is_bit_equal(model: tuple[str, Path, type], tmp_path: Pa
     stored = load_file(tmp_path / "out.safetensors")
     assert stored.keys() == {f"{prefix}{key}" for key in wanted}
     assert all(torch.equal(stored[f"{prefix}{key}"], tensor) for key, tensor in wanted.items())
-    config = ["--config", folder / "config.json"]
+    other, config = {"original": "comfyui", "comfyui": "original"}[layout], ["--config", folder / "config.json"]
+    export(tmp_path / "out.safetensors", tmp_path / "other.safetensors", "--layout", other, *config)
+    again = load_file(tmp_path / "other.safetensors")
+    bare = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in again.items()}
+    assert bare.keys() == wanted.keys() and all(torch.equal(bare[key], tensor) for key, tensor in wanted.items())
     assert export(tmp_path / "out.safetensors", tmp_path / "back", "--layout", "diffusers", *config) == 0
     again = model_class.from_pretrained(tmp_path / "back")
     known = model_class.from_pretrained(folder)

@@ -158,13 +158,13 @@ def wan_file(t2v: Path, path: Path, prefix: str = "", **more: torch.Tensor) -> P
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_repacked_file_is_the_model(t2v: Path, tmp_path: Path, prefix: str) -> None:
     known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
-    part = find_part(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"num_attention_heads": 2})
+    part = find_part(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
     assert_equal_models(load_part(WanTransformer3DModel, part, torch.float32), known)
 
 
 def test_diffusers_names_in_one_file_are_the_model(t2v: Path) -> None:
     path = t2v / "transformer/diffusion_pytorch_model.safetensors"
-    part = find_part(path, "wan", {"num_attention_heads": 2})
+    part = find_part(path, "wan", {"attention_head_dim": 12})
     assert_equal_models(
         load_part(WanTransformer3DModel, part, torch.float32), WanTransformer3DModel.from_pretrained(path.parent)
     )
@@ -188,7 +188,7 @@ def test_8_bit_weights_are_multiplied_by_their_scales(
         else:
             stored[name] = wanted[name] = tensor.to(torch.float16)
     save_file(stored, tmp_path / "fp8.safetensors")
-    part = find_part(tmp_path / "fp8.safetensors", "wan", {"num_attention_heads": 2})
+    part = find_part(tmp_path / "fp8.safetensors", "wan", {"attention_head_dim": 12})
     found = load_part(WanTransformer3DModel, part, torch.float32).state_dict()
     for name, tensor in originals.rebuilt(wanted, "wan", back=False).items():
         assert torch.equal(found[name], tensor.float()), name
@@ -223,7 +223,7 @@ def test_slices_are_read_without_the_rest(hunyuan: Path, tmp_path: Path) -> None
 
 def test_a_missing_and_an_extra_tensor_are_named_as_in_the_file(t2v: Path, tmp_path: Path) -> None:
     def load(path: Path) -> object:
-        return load_part(WanTransformer3DModel, find_part(path, "wan", {"num_heads": 2}), torch.float32)
+        return load_part(WanTransformer3DModel, find_part(path, "wan", {"dim": 24, "num_heads": 2}), torch.float32)
 
     path = wan_file(t2v, tmp_path / "extra.safetensors", stray=torch.ones(2))
     refusal(lambda: load(path), path, "stray is not in the model")

@@ -29,11 +29,13 @@ def wan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     embedder = "condition_embedder"
     image = shapes.get(f"{embedder}.image_embedder.norm1.weight")
     positions = shapes.get(f"{embedder}.image_embedder.pos_embed")
-    heads = known.get("num_attention_heads") or known.get("num_heads") or width // HEAD_DIM
+    head_dim = known.get("attention_head_dim") or HEAD_DIM
+    if "dim" in known and "num_heads" in known:
+        head_dim = known["dim"] // known["num_heads"]
     return {
         "patch_size": tuple(patch),
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
         "in_channels": channels,
         "out_channels": shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2]),
         "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],

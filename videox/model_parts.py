@@ -34,6 +34,10 @@ class Part:
     config: dict[str, Any]
     tensors: LayoutTensors | None = None
 
+    def stored(self) -> LayoutTensors:
+        """Returns its tensors by diffusers' names, each read when asked for, whole or in slices. Raises Refusal."""
+        return open_tensors(self.path) if self.tensors is None else self.tensors
+
 
 def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> Part:
     """Returns a part of a model in whatever layout it is: told by its tensors' names, not by the name of its file.
@@ -46,15 +50,11 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> 
     Raises:
         Refusal: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
     """
-    known = dict(known or {})
-    if not path.is_file():
-        own = read_component(path, weighted=True)
-        tensors = open_tensors(path)
-        if tensors.layout is None:
-            return Part(path, own)
-        known |= own
-    else:
-        tensors = open_tensors(path)
+    own = {} if path.is_file() else read_component(path, weighted=True)
+    tensors = open_tensors(path)
+    if tensors.layout is None and not path.is_file():
+        return Part(path, own)
+    known = {**(known or {}), **own}
     found = tensors.layout or family_of(tensors)
     if found not in (kind, None):
         raise Refusal(str(path), f"holds weights of the kind {found}, not {kind}", "give the right file", MODEL)
@@ -68,7 +68,7 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> 
         raise Refusal(str(path), what, "copy the model anew", MODEL) from missing
     except (ValueError, ZeroDivisionError, TypeError, IndexError) as why:
         raise Refusal(str(path), f"has tensors of odd shapes ({why})", "copy the model anew", MODEL) from why
-    if tensors.layout == "wan" and (faults := model_configs.contradictions(config, known)):
+    if tensors.layout == "wan" and (faults := model_configs.contradictions(config, own)):
         raise Refusal(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
     return Part(path, {**known, **config} if tensors.layout is None else config, tensors)
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -209,11 +208,3 @@ def _unscaled(stored: dict[str, Scattered], path: Path) -> dict[str, Scattered]:
     if odd:
         raise Refusal(str(path), f"has a scale for {few(odd)}, which is no 8-bit weight", "give other weights", MODEL)
     return {name: replace(tensor, scale=scales.get(name, 1.0)) for name, tensor in kept.items()}
-
-
-def dtype_of(tensors: LayoutTensors) -> torch.dtype:
-    """Returns the dtype in which most elements are stored."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.stored.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
-    return max(sizes, key=lambda dtype: sizes[dtype])
