@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from videox import model_configs
 from videox.errors import MODEL, Refusal
 from videox.layouts import family_of
-from videox.model_folder import UNLOADABLE, load_strictly, read_component, read_json, read_yaml
+from videox.model_folder import UNLOADABLE, load_strictly, read_component, read_json, read_yaml, refuse_not_finite
 from videox.tensor_files import LayoutTensors, open_tensors
-from videox.weights import few
+from videox.weights import StoredTensors, TensorSource, few
+
+ALIGNED = 64  # bytes, as torch aligns what it allocates
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Part:
     path: Path
     config: dict[str, Any]
     tensors: LayoutTensors | None = None
+
+    def source(self) -> TensorSource:
+        """Returns its tensors by diffusers' names, mapped, for who reads slices of them. Raises Refusal (MODEL)."""
+        return StoredTensors(self.path) if self.tensors is None else self.tensors
+
+    def own_config(self) -> dict[str, Any] | None:
+        """Returns its configuration where its folder has none in diffusers' words."""
+        return None if self.tensors is None else self.config
 
     def stored(self) -> LayoutTensors:
         """Returns its tensors by diffusers' names, each read when asked for, whole or in slices. Raises Refusal."""
@@ -73,19 +84,19 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> 
     return Part(path, {**known, **config} if tensors.layout is None else config, tensors)
 
 
-def load_part(model_class: Any, part: Part, dtype: torch.dtype) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
+def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
     """Returns the model with every weight of the part in it, in eval mode, one tensor in memory beside it at a time.
 
     Args:
         model_class: of diffusers or transformers.
-        dtype: of the floating tensors.
+        dtype: of the floating tensors; None for the one that each is stored in.
 
     Raises:
         Refusal: (MODEL) weights are missing, extra, or of another shape than the configuration says, each by name.
     """
     from_diffusers = hasattr(model_class, "load_config")
     if part.tensors is None:
-        return load_strictly(model_class, part.path, **{"torch_dtype" if from_diffusers else "dtype": dtype})
+        return load_strictly(model_class, part.path, dtype=dtype)
     try:
         with init_empty_weights():
             if from_diffusers:
@@ -98,21 +109,42 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype) -> torch.nn.Modu
     wanted = model.state_dict()
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         wanted.pop(tied, None)
-    refuse_misfit(part.tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    passed_over = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    refuse_misfit(part.tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, passed_over)
     for name in wanted:
         value = part.tensors[name]
-        value = value.to(dtype) if value.is_floating_point() else value
+        value = value.to(dtype) if value.is_floating_point() and dtype else value
+        if value.data_ptr() % ALIGNED:  # kernels sum in another order where memory begins askew
+            value = value.clone()
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.eval()
 
 
-def refuse_misfit(tensors: LayoutTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises Refusal (MODEL) naming what is missing, extra or of another shape, as the file calls it."""
+def load_whole(model_class: Any, part: Part) -> torch.nn.Module:  # noqa: ANN401 - of diffusers
+    """Returns a model in float32 whose weights all found their place and are finite; raises Refusal otherwise."""
+    model = load_part(model_class, part, torch.float32)
+    refuse_not_finite(model, part.path)
+    return model
+
+
+def refuse_misfit(
+    tensors: LayoutTensors, wanted: Mapping[str, tuple[int, ...]], passed_over: Sequence[str] = ()
+) -> None:
+    """Raises Refusal (MODEL) naming what is missing, extra or of another shape, as the file calls it.
+
+    Args:
+        tensors: that are to be loaded.
+        wanted: the shapes of the model's.
+        passed_over: patterns of names that may be left over, as the model's class says.
+    """
     said = tensors.name_in_file
     faults = [f"{said(name)} is missing" for name in sorted(wanted.keys() - tensors.keys())]
-    faults += [f"{said(name)} is not in the model" for name in sorted(tensors.keys() - wanted.keys())]
+    left = [
+        name for name in sorted(tensors.keys() - wanted.keys()) if not any(re.search(p, name) for p in passed_over)
+    ]
+    faults += [f"{said(name)} is not in the model" for name in left]
     faults += [
         f"{said(name)} is {list(tensors.shape(name))}, the model has {list(shape)}"
         for name, shape in wanted.items()

@@ -7,12 +7,15 @@ multiplied by their scales, and a pickle is never run. Nothing is read before it
 from __future__ import annotations
 
 import json
+import mmap
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from videox.errors import MODEL, Refusal
 from videox.layouts import Entry
 from videox.pickles import StoredTensor, read_archive
 from videox.shards import EIGHT_BITS, Scattered, cut, read, read_file, renamed, whole
-from videox.weights import WEIGHTS, few
+from videox.weights import WEIGHTS, TensorSource, few
 
 ARCHIVES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("module", "state_dict", "model")  # keys under which a file of torch.save may hold the tensors
@@ -31,7 +34,7 @@ MARKS = (".scale_input", ".input_scale", ".comfy_quant")
 MARK = "scaled_fp8"
 
 
-class LayoutTensors(Mapping[str, Tensor]):
+class LayoutTensors(TensorSource):
     """A model's tensors by their names in diffusers, wherever they lie: each read from its file when it is asked for.
 
     Args:
@@ -41,7 +44,8 @@ class LayoutTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, stored: Mapping[str, Scattered], layout: str | None) -> None:
-        self.path, self.stored, self.layout = path, dict(stored), layout
+        self.path, self.folder, self.stored, self.layout = path, path, dict(stored), layout
+        self._maps: dict[Path, mmap.mmap] = {}
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         if layout is None:
             entries = [Entry(name, shape, ()) for name, shape in shapes.items()]
@@ -50,7 +54,26 @@ class LayoutTensors(Mapping[str, Tensor]):
         self._entries = {entry.name: entry for entry in entries}
 
     def __getitem__(self, name: str) -> Tensor:
-        return read(self.scattered(name))
+        tensor = self.scattered(name)
+        found = self._mapped(tensor)
+        return read(tensor) if found is None else found
+
+    def _mapped(self, tensor: Scattered) -> Tensor | None:
+        """Returns a tensor that lies in one piece as its file's own pages, to be read where they are used, or None.
+
+        Whoever writes to it writes to a copy: the mapping is private.
+        """
+        run, size = tensor.runs[0], tensor.dtype.itemsize
+        in_one_piece = len(tensor.runs) == 1 and tensor.stride is None and tensor.numel == run.count > 0
+        if not in_one_piece or tensor.dtype in EIGHT_BITS or run.start % size:
+            return None
+        if run.path not in self._maps:
+            with run.path.open("rb") as file:
+                self._maps[run.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if run.start + run.count * size > len(self._maps[run.path]):
+            return None  # cut short since: the plain read says so
+        flat = torch.frombuffer(self._maps[run.path], dtype=tensor.dtype, count=run.count, offset=run.start)
+        return flat.reshape(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -65,6 +88,14 @@ class LayoutTensors(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of all tensors, by name."""
         return {name: entry.shape for name, entry in self._entries.items()}
+
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of most bytes as they are read."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.stored.values():
+            read_as = torch.float32 if tensor.dtype in EIGHT_BITS else tensor.dtype
+            sizes[read_as] += tensor.numel * read_as.itemsize
+        return sizes.most_common(1)[0][0]
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns rows `begin` to `end` of a tensor, counted along its first dimension, reading no others."""

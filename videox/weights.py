@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,17 @@ def write_config(folder: Path, config: Mapping[str, Any] | str) -> None:
 # ------------------------------------------------------------------------------------- reading tensors
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class TensorSource(Mapping[str, Tensor]):
+    """A model's tensors by name, in files below `folder`, each read when it is asked for."""
+
+    folder: Path
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor, without reading it."""
+
+
+class StoredTensors(TensorSource):
     """The tensors of one stem in a folder, by name: memory-mapped, each read when it is asked for.
 
     Args:

@@ -25,33 +25,45 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
+from videox.averaging import AveragedEngine, average_notes, export_weights
+from videox.creation import is_divided, skeleton
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
-from videox.engine import Engine, WholeEngine, drain
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
+from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
-from videox.exports import describe, export_file
+from videox.exports import describe
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
+from videox.model_parts import Part, load_whole
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
+from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
+from videox.sharing import load_frozen
+from videox.state import (
+    TrainState,
+    checkpoint_bytes,
+    plan_inputs,
+    refuse_other_backend,
+    refuse_other_run,
+    resume_or_begin,
+)
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
-from videox.weights import export_transformer
+from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
@@ -60,6 +72,8 @@ WITHOUT_NUMBERS = {
     "export_layouts", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
+    "use_ema", "ema_decay", "ema_device", "validate_ema",
+    "save_whole_weights",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -89,11 +103,23 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
-    refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
+    refuse_other_backend(run.resume.path, backend)
+    converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
     changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed]))
+    late = average_notes(run.resume.path, args.use_ema)
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
+
+
+def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
+    """Returns lines on a DeepSpeed checkpoint that this number of processes must convert; refuses where no room is."""
+    said: list[str] = []
+    if checkpoint is not None:
+        work = partial(announce_conversion, checkpoint, Path(args.output_dir), accelerator.num_processes)
+        is_main, gather = accelerator.is_main_process, gather_objects(accelerator)
+        main_first(lambda: said.extend(work()), is_main=is_main, gather=gather)
+    return said
 
 
 def open_schedule(
@@ -157,6 +183,33 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def open_transformer(part: Part, accelerator: Accelerator, model_class: Any) -> Any:  # noqa: ANN401
+    """Returns the transformer in float32, or, under ZeRO-3 and FSDP2, what open_engine divides without a whole one.
+
+    Args:
+        part: the transformer that training begins with.
+        model_class: of diffusers.
+
+    Raises:
+        Refusal: its weights are not those of its configuration, or not finite.
+    """
+    backend = resolved(accelerator)
+    if backend == "fsdp2":
+        return skeleton(model_class, part.source(), part.own_config())
+    if backend == "zero3":
+        from videox.zero_creation import create, keeps_more  # DeepSpeed is installed on Linux only
+
+        if not keeps_more(accelerator):
+            return create(model_class, part.source(), part.own_config(), accelerator)
+    return load_whole(model_class, part)
+
+
+def encoder_loader(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., Any]:
+    """Returns what loads a frozen model, from (class, part, dtype), into host memory once per machine."""
+    pinned = args.low_vram and accelerator.device.type == "cuda"
+    return partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
+
+
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -164,15 +217,17 @@ def open_engine(
     transformer: torch.nn.Module,
     blocks: Sequence[torch.nn.Module],
     schedule_: Schedule,
+    part: Part,
 ) -> tuple[Engine, Callable[[int], float]]:
     """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
 
     Freezes what is not to train and sets up recomputation.
 
     Args:
-        transformer: of diffusers.
+        transformer: of open_transformer.
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
+        part: that open_transformer was given.
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -192,6 +247,8 @@ def open_engine(
         )
 
     engine: Engine
+    stored = part.source() if is_divided(transformer) else None
+    whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -200,14 +257,26 @@ def open_engine(
             accelerator,
             transformer,
             optimizer_over,
+            stored=stored,
             max_grad_norm=args.max_grad_norm,
             batch_size=args.train_batch_size,
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
+            output_dir=Path(args.output_dir),
+            whole_weights=args.save_whole_weights,
         )
     elif backend.kind == "fsdp":
-        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over)
+        whole = args.save_whole_weights
+        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole)
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
+    if args.use_ema:
+        engine = AveragedEngine(
+            engine,
+            is_main=accelerator.is_main_process,
+            decay=args.ema_decay,
+            device=torch.device("cpu") if args.ema_device == "cpu" else None,
+            whole_bytes=whole_bytes,
+        )
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
     return engine, lambda step: base * factor(step)
 
@@ -370,15 +439,21 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
         library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
     follow_launcher(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
-    gather = gather_objects(accelerator)
-    with open_run(
+    gather, peers = gather_objects(accelerator), Peers()
+    if accelerator.num_processes > 1:
+        accelerator.print(*peers.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
+    opened = open_run(
         Path(args.output_dir),
         resume=args.resume_from_checkpoint,
         verify=args.verify,
         is_main=accelerator.is_main_process,
         gather=gather,
-    ) as run:
-        return train(args, accelerator, backend, run, gather)
+    )
+    with peers.first_cause(), opened as run, peers.first_cause():  # inside, so that run_status.json gets the cause
+        peers.status = run.status
+        code = train(args, accelerator, backend, run, gather)
+    peers.leave()
+    return code
 
 
 def open_validator(
@@ -418,6 +493,7 @@ def open_validator(
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
         collective=not backend.whole_weights,
+        averaged=engine.averaged if args.validate_ema and isinstance(engine, AveragedEngine) else None,
         given_frames=given_frames,
     )
 
@@ -442,23 +518,19 @@ def export_of(
         facts: task, steps and shift, for the files' headers.
         is_main: on the one process that writes; the others take part in gathering.
     """
-    kept, config = type(model)._keep_in_fp32_modules or (), engine.config
+    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
     asked = (
         "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
         "seed",
     )  # fmt: skip
-    sizes = {name: getattr(args, name) for name in asked}
-    header = describe(args.pretrained_model_name_or_path, {**facts, **sizes, "dtype": args.export_dtype})
-
-    def export() -> None:
-        weights = engine.weights()
-        folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
-        try:
-            if is_main:
-                export_transformer(weights, config, folder, dtype, kept, metadata=header)
-        finally:
-            drain(weights)
-        for layout in sorted(set(args.export_layouts) - {"diffusers"}) if is_main else ():
-            export_file(folder, folder.with_name(f"transformer_{layout}.safetensors"), layout, dtype, header)
-
-    return export
+    told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
+    return partial(
+        export_weights,
+        engine,
+        Path(args.output_dir),
+        dtype,
+        kept,
+        layouts=sorted(set(args.export_layouts) - {"diffusers"}),
+        metadata=describe(args.pretrained_model_name_or_path, told),
+        is_main=is_main,
+    )

@@ -54,8 +54,8 @@ from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_number, refuse_not_finite
-from videox.model_parts import Part, find_part, load_part
+from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_number
+from videox.model_parts import Part, find_part
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
 from videox.text import trim_text
@@ -160,18 +160,18 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     parts, device = check_model(args), accelerator.device
     root = parts["scheduler"].path.parent
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = load_part(HunyuanVideoTransformer3DModel, parts["transformer"], torch.float32)
-    refuse_not_finite(transformer, parts["transformer"].path)
+    transformer = wiring.open_transformer(parts["transformer"], accelerator, HunyuanVideoTransformer3DModel)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
     text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
+    load = wiring.encoder_loader(args, accelerator)
     encoders = {
-        "vae": load_part(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
-        "text_encoder": load_part(text_encoder_class, parts["text_encoder"], compute_dtype),
-        "text_encoder_2": load_part(CLIPTextModel, parts["text_encoder_2"], compute_dtype),
+        "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
+        "text_encoder": load(text_encoder_class, parts["text_encoder"], compute_dtype),
+        "text_encoder_2": load(CLIPTextModel, parts["text_encoder_2"], compute_dtype),
     }
     pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
@@ -395,7 +395,9 @@ def train(
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)

@@ -49,8 +49,8 @@ from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_shift, refuse_not_finite
-from videox.model_parts import Part, find_part, load_part, original_parts, original_places
+from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_shift
+from videox.model_parts import Part, find_part, original_parts, original_places
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
 from videox.validation import HeldOut
@@ -152,14 +152,14 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
     parts, device = check_model(args), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = load_part(WanTransformer3DModel, parts["transformer"], torch.float32)
-    refuse_not_finite(transformer, parts["transformer"].path)
+    transformer = wiring.open_transformer(parts["transformer"], accelerator, WanTransformer3DModel)
+    load = wiring.encoder_loader(args, accelerator)
     encoders = {
-        "vae": load_part(AutoencoderKLWan, parts["vae"], torch.float32),
-        "text_encoder": load_part(UMT5EncoderModel, parts["text_encoder"], compute_dtype),
+        "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
+        "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype),
     }
     if transformer.config.image_dim:
-        encoders["image_encoder"] = load_part(CLIPVisionModel, parts["image_encoder"], torch.float32)
+        encoders["image_encoder"] = load(CLIPVisionModel, parts["image_encoder"], torch.float32)
     pipeline = open_pipeline(args, parts, shift, encoders)
     check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
     resting = {
@@ -366,7 +366,9 @@ def train(
     # model: float32 masters, computation in the accelerator's precision
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
