@@ -32,6 +32,7 @@ from videox.data import decord_reader
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
     "use_ema": "test_ema.test_one_process_averages_its_masters",
