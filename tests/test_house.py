@@ -63,7 +63,7 @@ FLOORS = {
     "videox.streaming": 3,
     "videox.tensor_files": 3,
     "videox.tracker": 3,
-    "videox.transformer": 4,
+    "videox.transformer": 5,
     "videox.validation": 3,
     "videox.zero_creation": 3,
     "videox.zero_shards": 3,
