@@ -22,6 +22,7 @@ import pytest
 import runs
 import tiny
 import torch
+from accelerate import DistributedType
 from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
@@ -35,6 +36,7 @@ from videox.data.settings import columns_of
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
     "use_ema": "test_ema.test_one_process_averages_its_masters",
@@ -613,7 +615,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
             moved = function(*arguments, **(settings or {}))
             return moved.clone() if function is torch.Tensor.to else moved
 
-    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
+    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
     argv = runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
 
     def places(module: torch.nn.Module) -> list[int]:
