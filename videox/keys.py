@@ -39,8 +39,9 @@ class Purpose(IntEnum):
     MASK_SHARE = 20
     MASK_BOX = 21
     CONDITION_DROP = 22
-    ADAPTER = 23
-    ADAPTER_DROPOUT = 24
+    REPEAT = 23
+    ADAPTER = 24
+    ADAPTER_DROPOUT = 25
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:
