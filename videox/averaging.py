@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from videox.adapter_files import AdaptersAlone
 from videox.checkpoint import SAVE_ERRORS
 from videox.ema import Ema
 from videox.engine import Engine, Update, write_all, written_by_main
 from videox.errors import MODEL, Refusal
 from videox.exports import export_file
 from videox.files import write_json_atomically
+from videox.kept import TRANSFORMER
 from videox.state import TrainState
-from videox.weights import SaveFailed, StoredTensors, export_transformer, save_weights
+from videox.weights import SaveFailed, export_transformer
 
 EMA_FOLDER = "transformer_ema"  # in a checkpoint in float32, in output_dir as --export_dtype says
 UPDATES_FILE = "ema.json"
@@ -39,7 +41,7 @@ class AveragedEngine:
         self, engine: Engine, *, is_main: bool, decay: float, device: torch.device | None, whole_bytes: int
     ) -> None:
         self.engine, self.is_main = engine, is_main
-        self.model, self.network, self.config = engine.model, engine.network, engine.config
+        self.model, self.network, self.config, self.kept = engine.model, engine.network, engine.config, engine.kept
         self.masters, self.weights, self.set_rate = engine.masters, engine.weights, engine.set_rate
         self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
         self.ema = Ema(engine.masters(), decay=decay, device=device)
@@ -61,7 +63,7 @@ class AveragedEngine:
 
     def _save_average(self, folder: Path) -> None:
         def write(weights: Iterator[tuple[str, Tensor]]) -> None:
-            save_weights(folder, weights, self.config)
+            self.kept.save(folder.parent, folder.name, weights, self.config)
             write_json_atomically(folder / UPDATES_FILE, {"updates": self.ema.updates, "decay": self.ema.decay})
 
         with self.averaged():
@@ -75,7 +77,7 @@ class AveragedEngine:
         self.ema.begin()
         folder = checkpoint / EMA_FOLDER
         if folder.is_dir():
-            self.ema.load(StoredTensors(folder), _updates(folder / UPDATES_FILE))
+            self.ema.load(self.kept.stored(checkpoint, EMA_FOLDER), _updates(folder / UPDATES_FILE))
 
 
 def _updates(path: Path) -> int:
@@ -111,13 +113,18 @@ def export_weights(
         Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
         SaveFailed: the disk refused.
     """
-    places: dict[str, Callable[[], AbstractContextManager[None]]] = {"transformer": nullcontext}
+    places: dict[str, Callable[[], AbstractContextManager[None]]] = {TRANSFORMER: nullcontext}
     if isinstance(engine, AveragedEngine):
         places[EMA_FOLDER] = engine.averaged
     failures = []
     told = dict(metadata or {})
 
     def write_as(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+        if isinstance(engine.kept, AdaptersAlone):
+            engine.kept.export(
+                output_dir, folder.name, weights, engine.config, dtype=dtype, layouts=layouts, metadata=told
+            )
+            return
         export_transformer(weights, engine.config, folder, dtype, keep_fp32, metadata=told)
         for layout in layouts:
             export_file(folder, folder.with_name(f"{folder.name}_{layout}.safetensors"), layout, dtype, told)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
 from videox.ema import Masters
+from videox.kept import Kept, WholeModel
 from videox.optim import clip_gradients, gradient_norm, set_learning_rate
 from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.weights import write_config
@@ -39,12 +40,14 @@ class Engine(Protocol):
         network: called by validation and sampling; with sharded weights by all processes equally often.
         config: of the model, as diffusers writes it (JSON text).
         checkpoint_bytes: size of a checkpoint.
+        kept: what checkpoints and `weights` hold of the model.
     """
 
     model: nn.Module
     network: Any
     config: str
     checkpoint_bytes: int
+    kept: Kept
 
     def set_rate(self, rate: float) -> None:
         """Sets the learning rate of the next step, times each group's rate_factor."""
@@ -69,7 +72,7 @@ class Engine(Protocol):
         """Puts back, to the bit, what save wrote. Raises Refusal where it does not fit."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields the state dict, whole tensor by whole tensor, float32 masters where there are some.
+        """Yields the state dict, or what is trained alone, whole tensor by whole tensor, float32 masters if any.
 
         Every process must ask for all of them, since each may be a collective; they are right on the main process.
         """
@@ -85,16 +88,23 @@ class WholeEngine:
         accelerator: of the run.
         transformer: of diffusers, float32, its trained parameters chosen.
         make_optimizer: makes the optimizer over parameters by name.
+        kept: what checkpoints hold of the model (None = all).
     """
 
-    def __init__(self, accelerator: Accelerator, transformer: nn.Module, make_optimizer: OptimizerOver) -> None:
-        self.is_main = accelerator.is_main_process
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        transformer: nn.Module,
+        make_optimizer: OptimizerOver,
+        kept: Kept | None = None,
+    ) -> None:
+        self.is_main, self.kept = accelerator.is_main_process, kept or WholeModel()
         self.config = transformer.to_json_string()  # type: ignore[operator]
         self.network = transformer.to(accelerator.device)
         self.optimizer = make_optimizer(dict(transformer.named_parameters()))
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model = accelerator.prepare_model(transformer.train())
-        self.checkpoint_bytes = checkpoint_bytes(transformer)
+        self.checkpoint_bytes = checkpoint_bytes(transformer, frozen=0 if self.kept.trained_alone else 4)
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
@@ -114,15 +124,25 @@ class WholeEngine:
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: transformer/ in diffusers layout, and the optimizer's tensors."""
         if self.is_main:
-            save_state(folder, state=state, model=self.network, config=self.config, optimizer=self.optimizer)
+            save_state(
+                folder,
+                state=state,
+                model=self.network,
+                config=self.config,
+                optimizer=self.optimizer,
+                kept=self.kept,
+            )
 
     def load(self, checkpoint: Path) -> None:
         """As Engine's."""
-        load_state(checkpoint, self.network, self.optimizer)
+        load_state(checkpoint, self.network, self.optimizer, self.kept)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's."""
-        yield from self.network.state_dict().items()
+        if self.kept.trained_alone:
+            yield from ((name, p.detach()) for name, p in self.network.named_parameters() if p.requires_grad)
+        else:
+            yield from self.network.state_dict().items()
 
     def masters(self) -> Masters:
         """As Engine's: all of them."""

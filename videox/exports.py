@@ -103,11 +103,10 @@ def write_file(
         Refusal: (NUMERICS) a value is not finite in its dtype.
         SaveFailed: the disk refused; nothing is left behind.
     """
-    temporary = aside(target)
-    try:
-        temporary.mkdir(parents=True)
+
+    def write(folder: Path) -> None:
         checksums = write_folder(
-            temporary,
+            folder,
             tensors,
             max_shard_size=float("inf"),
             with_checksums=verify,
@@ -115,9 +114,27 @@ def write_file(
             stem=target.name.removesuffix(".safetensors"),
             metadata=metadata,
         )
-        check_folder(temporary, tensors)
+        check_folder(folder, tensors)
         if verify:
-            check_bytes(temporary, checksums, told)
+            check_bytes(folder, checksums, told)
+
+    publish_file(target, write)
+
+
+def publish_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes a file that is whole or absent; one that stands there with other content is moved aside, never deleted.
+
+    Args:
+        target: the file; its folder may be made.
+        write: makes a file of this name in the folder that it is given.
+
+    Raises:
+        SaveFailed: the disk refused; nothing is left behind.
+    """
+    temporary = aside(target)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
         flush_tree(temporary)
         made = temporary / target.name
         if target.is_file() and filecmp.cmp(made, target, shallow=False):

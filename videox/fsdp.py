@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -43,10 +49,11 @@ from videox.engine import (
     write_run,
 )
 from videox.errors import MODEL, Refusal
+from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, TensorSource, save_weights
+from videox.weights import SaveFailed, TensorSource
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -66,6 +73,7 @@ class FsdpEngine:
         make_optimizer: makes the optimizer over parameters by name.
         stored: the weights of a skeleton (FSDP2), of which each process reads its own shards.
         whole_weights: checkpoints also have transformer/, float32, gathered tensor by tensor.
+        kept: what checkpoints hold of the model (None = all); what is trained alone they also hold gathered.
 
     Raises:
         Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
@@ -80,15 +88,17 @@ class FsdpEngine:
         *,
         stored: TensorSource | None = None,
         whole_weights: bool = False,
+        kept: Kept | None = None,
     ) -> None:
+        self.kept = kept or WholeModel()
         plugin = accelerator.state.fsdp_plugin
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
         self.is_main = accelerator.is_main_process
         self.config = transformer.to_json_string()  # type: ignore[operator]
-        self.saves_whole = whole_weights
-        self.checkpoint_bytes = checkpoint_bytes(transformer)
-        if whole_weights:
-            self.checkpoint_bytes += sum(4 * parameter.numel() for parameter in transformer.parameters())
+        self.saves_whole = whole_weights or self.kept.trained_alone
+        whole, frozen = 4 if self.saves_whole else 0, 0 if self.kept.trained_alone else 4
+        self.checkpoint_bytes = checkpoint_bytes(transformer, trained=12 + whole, frozen=frozen and frozen + whole)
+        self.options = StateDictOptions(ignore_frozen_params=self.kept.trained_alone)
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
         if stored:
@@ -124,13 +134,13 @@ class FsdpEngine:
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
         with _quiet():
-            weights, optimizer = get_state_dict(self.model, self.optimizer)
+            weights, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
             parts: list[Callable[[], object]] = [
                 partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
                 partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
             ]
             if self.saves_whole:
-                write = partial(save_weights, folder / "transformer", config=self.config)
+                write = partial(self.kept.save, folder, TRANSFORMER, config=self.config)
                 parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
             if self.is_main:
                 parts.append(partial(write_run, folder, state, self.config))
@@ -140,10 +150,16 @@ class FsdpEngine:
         """As Engine's; at any number of processes."""
         groups = hyperparameters(self.optimizer)
         with _quiet():
-            weights, optimizer = get_state_dict(self.model, self.optimizer)
+            weights, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
             _read({"model": weights}, checkpoint / WEIGHTS_FOLDER)
             _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
-            set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=weights,
+                optim_state_dict=optimizer,
+                options=replace(self.options, strict=not self.kept.trained_alone),
+            )
         restore_hyperparameters(self.optimizer, groups)
         holds_some = any(_local(parameter).numel() for parameter in self.trained)
         if holds_some and not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
@@ -152,9 +168,10 @@ class FsdpEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's: one tensor at a time is whole."""
         with _quiet():
-            sharded = get_model_state_dict(self.model)
+            sharded = get_model_state_dict(self.model, options=self.options)
         for name, tensor in sharded.items():
-            yield name, _whole(tensor)
+            if name in self.parameters or not self.kept.trained_alone:
+                yield name, _whole(tensor)
 
     def masters(self) -> Masters:
         """As Engine's."""

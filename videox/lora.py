@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from videox.errors import Refusal
 from videox.keys import Purpose, mix
+from videox.weights import TensorSource
 
 ADAPTER = "default"  # peft's name for the one adapter of a model; it stands in its parameters' names
 BASE_LAYER = ".base_layer."  # what peft puts into the name of a weight that it wraps
@@ -50,7 +51,9 @@ class Lora:
 # ------------------------------------------------------------------------------------------------ what is adapted
 
 
-def choose_targets(transformer: nn.Module, blocks: Sequence[nn.Module], own: Sequence[str], asked: Sequence[str] | None) -> tuple[str, ...]:
+def choose_targets(
+    transformer: nn.Module, blocks: Sequence[nn.Module], own: Sequence[str], asked: Sequence[str] | None
+) -> tuple[str, ...]:
     """Returns the names of the linear layers to adapt, in the model's order.
 
     A pattern is one or more whole parts of a name: "attn1" chooses every linear layer below it, "to_q" each layer of
@@ -154,7 +157,32 @@ def store_base(transformer: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def seed_dropout(key: int, device: torch.device) -> None:
+def seed_dropout(key: int) -> None:
     """Sets torch's generators for one forward pass, which a resumed run then repeats; key: of a planned sample."""
-    del device
     torch.manual_seed(int(mix(key, Purpose.ADAPTER_DROPOUT)))
+
+
+class Adapted(TensorSource):
+    """The tensors of a model with adapters: those of its base, by the names they have there, and the adapters' own.
+
+    Args:
+        base: where the base's tensors are.
+        values: of the adapters, by name.
+    """
+
+    def __init__(self, base: TensorSource, values: Mapping[str, Tensor]) -> None:
+        self.folder, self._base, self._values = base.folder, base, values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name] if name in self._values else self._base[base_name(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._values
+        yield from self._base
+
+    def __len__(self) -> int:
+        return len(self._values) + len(self._base)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As TensorSource's."""
+        return tuple(self._values[name].shape) if name in self._values else self._base.shape(base_name(name))

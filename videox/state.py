@@ -19,8 +19,9 @@ from videox.data.plan import Columns, PlanSettings, check_world_size
 from videox.distributed import BACKENDS, Backend
 from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
+from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from videox.weights import StoredTensors, load_weights, save_tensors, save_weights
+from videox.weights import StoredTensors, save_tensors
 
 STATE_FILE = "trainer_state.json"
 COLUMNS_FILE = "columns.safetensors"
@@ -236,15 +237,24 @@ def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int =
 
 
 def save_state(
-    folder: Path, *, state: TrainState, model: torch.nn.Module, config: str, optimizer: torch.optim.Optimizer
+    folder: Path,
+    *,
+    state: TrainState,
+    model: torch.nn.Module,
+    config: str,
+    optimizer: torch.optim.Optimizer,
+    kept: Kept | None = None,
 ) -> None:
     """Writes transformer/ (float32 masters, diffusers layout), optimizer tensors and trainer_state.json into a folder.
 
     Args:
         config: the model's configuration as diffusers writes it (JSON text).
+        kept: what to write of the weights (None = all of them).
     """
+    kept = kept or WholeModel()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    save_weights(folder / "transformer", model.state_dict(), config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept.save(folder, TRANSFORMER, trained if kept.trained_alone else model.state_dict(), config)
     save_tensors(folder / OPTIMIZER_STEM, optimizer_tensors(optimizer, names), stem=OPTIMIZER_STEM)
     write_state(folder, state)
 
@@ -260,12 +270,14 @@ def write_state(folder: Path, state: TrainState) -> None:
         save_file(columns, folder / COLUMNS_FILE)
 
 
-def load_state(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_state(
+    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: Kept | None = None
+) -> None:
     """Puts a checkpoint's weights and optimizer state back, in place and to the bit.
 
     Raises:
         Refusal: a tensor is missing, extra or of another shape.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    load_weights(checkpoint / "transformer", model)
+    (kept or WholeModel()).load(checkpoint, model)
     load_optimizer_tensors(optimizer, names, StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM))

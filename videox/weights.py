@@ -235,7 +235,9 @@ def _differences(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     return missing + [f"{name} is not in the model" for name in sorted(stored.keys() - wanted.keys())]
 
 
-def load_weights(folder: Path, target: nn.Module | Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+def load_weights(
+    folder: Path, target: nn.Module | Mapping[str, Tensor], *, strict: bool = True, stem: str = WEIGHTS
+) -> list[str]:
     """Copies a folder's weights into existing tensors, in place; the dtype of these wins (equal dtypes: exact).
 
     Names and shapes are compared before the first value is copied, so a refused folder changes nothing.
@@ -244,6 +246,7 @@ def load_weights(folder: Path, target: nn.Module | Mapping[str, Tensor], *, stri
         folder: diffusers layout, whole or sharded.
         target: a module, or its tensors by name.
         strict: refuse a missing or extra tensor; otherwise they are returned.
+        stem: file name without suffix.
 
     Returns:
         The differences that were passed over, one sentence each (none if strict).
@@ -253,7 +256,7 @@ def load_weights(folder: Path, target: nn.Module | Mapping[str, Tensor], *, stri
         ValueError: a target tensor has no memory to copy into (meta device).
     """
     wanted = target.state_dict() if isinstance(target, nn.Module) else target
-    stored = StoredTensors(folder)
+    stored = StoredTensors(folder, stem)
     differences = _differences(stored, wanted)
     common = [name for name in wanted if name in stored]
     wrong = [

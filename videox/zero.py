@@ -36,10 +36,11 @@ from videox.engine import (
     write_run,
 )
 from videox.errors import Refusal
+from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, save_weights
+from videox.weights import SaveFailed
 from videox.zero_creation import set_masters
 from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
@@ -57,6 +58,7 @@ class ZeroEngine:
         micro_batches: of a step on one process, at most.
         output_dir: of the run, where a checkpoint of another number of processes is converted.
         whole_weights: ZeRO-3's checkpoints too have transformer/, float32, gathered tensor by tensor.
+        kept: what checkpoints hold of the model (None = all); what is trained alone they also hold gathered.
     """
 
     def __init__(
@@ -71,16 +73,19 @@ class ZeroEngine:
         micro_batches: int,
         output_dir: Path,
         whole_weights: bool = False,
+        kept: Kept | None = None,
     ) -> None:
+        self.kept = kept or WholeModel()
         self.processes, self.gather = accelerator.num_processes, gather_objects(accelerator)
         self.output_dir = output_dir
         self.is_main, self.network = accelerator.is_main_process, transformer
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
-        self.saves_whole = whole_weights or not self.divides_weights
+        self.saves_whole = whole_weights or not self.divides_weights or self.kept.trained_alone
         whole = 4 if self.saves_whole else 0  # transformer/ beside DeepSpeed's bfloat16 weights and masters
-        self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=2 + whole)
+        frozen = 0 if self.kept.trained_alone else 2 + whole
+        self.checkpoint_bytes = checkpoint_bytes(transformer, trained=14 + whole, frozen=frozen)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin.deepspeed_config |= {
             "gradient_clipping": max_grad_norm,
@@ -128,7 +133,7 @@ class ZeroEngine:
         """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
         parts: list[Callable[[], object]] = [partial(self._save_engine, folder)]
         if self.saves_whole:
-            write = partial(save_weights, folder / "transformer", config=self.config)
+            write = partial(self.kept.save, folder, TRANSFORMER, config=self.config)
             parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
         if self.is_main:
             parts.append(partial(write_run, folder, state, self.config))
@@ -136,7 +141,9 @@ class ZeroEngine:
 
     def _save_engine(self, folder: Path) -> None:
         self.writer.failure = None
-        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self.model.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self.kept.trained_alone
+        )
         if self.is_main:
             self.writer.attempt((folder / "latest").write_text, TAG)
         if self.writer.failure is not None:
@@ -149,11 +156,12 @@ class ZeroEngine:
         optimizer = self.model.optimizer
         groups, limit = hyperparameters(optimizer), optimizer.clip_grad
         if saved_by(checkpoint) == self.processes:
-            load_engine(self.model, checkpoint, TAG)
+            load_engine(self.model, checkpoint, TAG, strict=not self.kept.trained_alone)
         else:
             with converted(checkpoint, TAG, self.output_dir, is_main=self.is_main, gather=self.gather) as folder:
                 load_universal(self.model, folder, TAG)
-            load_frozen(checkpoint / TAG, self.parameters | dict(self.network.named_buffers()), self._writing)
+            if not self.kept.trained_alone:
+                load_frozen(checkpoint / TAG, self.parameters | dict(self.network.named_buffers()), self._writing)
         restore_hyperparameters(optimizer, groups)
         optimizer.clip_grad = limit  # ZeRO-2 takes the checkpoint's
 
@@ -169,11 +177,13 @@ class ZeroEngine:
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter)
-            else:
+            elif not self.kept.trained_alone:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.divides_weights):
                     whole = parameter.detach().to("cpu", torch.float32, copy=True)
                 exact = self.frozen[name].float() if self.is_main and name in self.frozen else whole
                 yield name, exact if torch.equal(exact.bfloat16().float(), whole) else whole
+        if self.kept.trained_alone:
+            return
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
 

@@ -228,8 +228,11 @@ def _shrink(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the loading
 
 
-def load_engine(engine: Any, folder: Path, tag: str) -> None:  # noqa: ANN401 - DeepSpeed's
+def load_engine(engine: Any, folder: Path, tag: str, *, strict: bool = True) -> None:  # noqa: ANN401 - DeepSpeed's
     """Has DeepSpeed load a checkpoint, by a link: it takes a path for a pattern, and a user's may hold any character.
+
+    Args:
+        strict: every tensor of the model must be in it.
 
     Raises:
         Refusal: (MODEL) DeepSpeed cannot load it.
@@ -237,7 +240,7 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:  # noqa: ANN401 - 
     with TemporaryDirectory(prefix="videox-") as place:
         link = Path(place) / "checkpoint"
         link.symlink_to(folder.resolve())
-        path, _ = engine.load_checkpoint(str(link), tag=tag)
+        path, _ = engine.load_checkpoint(str(link), tag=tag, load_module_strict=strict)
     if path is None:
         raise Refusal(str(folder), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
 

@@ -1,0 +1,290 @@
+"""Serves who keeps a LoRA: adapters in files that diffusers and ComfyUI load, and checkpoints without the frozen base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from videox.checkpoint import read_manifest
+from videox.errors import MODEL, NUMERICS, Refusal
+from videox.exports import publish_file
+from videox.files import write_json_atomically
+from videox.kept import TRANSFORMER
+from videox.lora import Lora, adapters, public_name
+from videox.lora_layouts import lora_to_comfyui
+from videox.model_folder import UNLOADABLE
+from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors
+
+STEM = "pytorch_lora_weights"  # that of diffusers' LORA_WEIGHT_NAME_SAFE
+PREFIX = "transformer."  # diffusers' name, in such a file, of the part that is adapted
+FACTS = "lora.json"  # beside the adapters in a checkpoint
+SAMPLED = 64  # numbers at the beginning, in the middle and at the end of a tensor that tell a base from another
+
+SaveLora = Callable[..., None]  # save_lora_weights of a diffusers pipeline
+
+
+class AdaptersAlone:
+    """See Kept: pytorch_lora_weights.safetensors as diffusers' pipeline writes it, float32, beside lora.json.
+
+    Args:
+        lora: what is trained.
+        base: fingerprint of the frozen weights; needed on the main process alone.
+        family: whose layouts the adapters have, as videox.layouts calls it.
+        save_lora_weights: of the family's pipeline.
+    """
+
+    trained_alone = True
+
+    def __init__(self, lora: Lora, base: str, family: str, save_lora_weights: SaveLora) -> None:
+        self.lora, self.base, self.family, self.save_lora_weights = lora, base, family, save_lora_weights
+
+    def save(self, checkpoint: Path, name: str, tensors: NamedTensors, config: str) -> None:
+        """As Kept's; an average has a folder of its name."""
+        del config
+        found = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        write_adapters(_place(checkpoint, name), found, self.lora, self.save_lora_weights)
+        if name == TRANSFORMER:
+            write_json_atomically(checkpoint / FACTS, {**asdict(self.lora), "base": self.base})
+
+    def export(
+        self,
+        output_dir: Path,
+        name: str,
+        tensors: NamedTensors,
+        config: str,
+        *,
+        dtype: torch.dtype,
+        layouts: Sequence[str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Writes the trained adapters for use: diffusers' file, and pytorch_lora_weights_comfyui.safetensors if asked.
+
+        Args:
+            output_dir: of the run.
+            name: as for save.
+            tensors: as for save.
+            config: of the base.
+            dtype: of the tensors.
+            layouts: beside diffusers'.
+            metadata: for the header of the other layouts' files; diffusers' has its own.
+
+        Raises:
+            Refusal: (NUMERICS) a value is not finite in this dtype.
+            SaveFailed: the disk refused; what stood there stands.
+        """
+        found = _cast(dict(tensors.items() if isinstance(tensors, Mapping) else tensors), dtype)
+        place = _place(output_dir, name)
+        place.mkdir(parents=True, exist_ok=True)
+        write = partial(write_adapters, tensors=found, lora=self.lora, save_lora_weights=self.save_lora_weights)
+        publish_file(place / f"{STEM}.safetensors", write)
+        for layout in layouts:
+            public = {public_name(key): tensor for key, tensor in found.items()}
+            ratio = json.loads(config).get("mlp_ratio", 4.0)
+            made = lora_to_comfyui(public, self.family, self.lora.alpha, mlp_ratio=ratio)
+            stem = f"{STEM}_{layout}"
+            save = partial(save_tensors, tensors=made, stem=stem, metadata={**metadata, "layout": layout})
+            publish_file(place / f"{stem}.safetensors", save)
+
+    def load(self, checkpoint: Path, model: nn.Module) -> None:
+        """As Kept's."""
+        trained = {f"{PREFIX}{public_name(name)}": parameter for name, parameter in adapters(model)}
+        load_weights(checkpoint, trained, stem=STEM)
+
+    def stored(self, checkpoint: Path, name: str) -> Mapping[str, Tensor]:
+        """As Kept's."""
+        found = StoredTensors(_place(checkpoint, name), STEM)
+        return {_own_name(key): found[key] for key in found}
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder if name == TRANSFORMER else folder / name
+
+
+def _own_name(key: str) -> str:
+    for half in (".lora_A", ".lora_B"):
+        key = key.replace(f"{half}.weight", f"{half}.default.weight")
+    return key.removeprefix(PREFIX)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def write_adapters(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, save_lora_weights: SaveLora) -> None:
+    """Writes pytorch_lora_weights.safetensors, with rank and alpha in its header, from which diffusers reads them.
+
+    Args:
+        folder: made if absent; it must hold no such file.
+        tensors: A and B by their parameters' names.
+        lora: what they are.
+        save_lora_weights: of the family's pipeline.
+
+    Raises:
+        OSError, SafetensorError: the write failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{STEM}.safetensors"
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode  # of the user's umask; safetensors alone makes it 0600
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    save_lora_weights(
+        folder,
+        {public_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+        weight_name=path.name,
+        transformer_lora_adapter_metadata={**settings, "target_modules": sorted(lora.targets)},
+    )
+    path.chmod(mode)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not torch.isfinite(tensor).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise Refusal(name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS)
+    return cast
+
+
+# ----------------------------------------------------------------------------------------------- the base and resume
+
+
+def fingerprint(stored: TensorSource) -> str:
+    """Returns a hash of a base's weights by diffusers' names, of a few numbers of each; equal in every layout of them."""
+    digest = hashlib.sha256()
+    for name in sorted(stored):
+        values = stored[name].reshape(-1)
+        middle = len(values) // 2
+        few_of_it = torch.cat([values[:SAMPLED], values[middle : middle + SAMPLED], values[-SAMPLED:]])
+        digest.update(f"{name} {list(stored.shape(name))} ".encode())
+        digest.update(few_of_it.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any] | None:
+    """Returns what lora.json says of a checkpoint's adapters, None where it holds whole weights. Raises Refusal."""
+    path = checkpoint / FACTS
+    if FACTS not in read_manifest(checkpoint)["files"]:
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        what = f"cannot be read ({type(error).__name__}: {error})"
+        raise Refusal(str(path), what, "resume from another checkpoint", MODEL) from error
+
+
+def refuse_other_kind(checkpoint: Path | None, rank: int) -> None:
+    """Refuses a checkpoint of whole weights for a LoRA run, one of adapters for a full one, and one of another rank.
+
+    Args:
+        checkpoint: to resume from, None for a new run.
+        rank: that was asked for, 0 = full fine-tuning.
+
+    Raises:
+        Refusal: (MODEL) with both.
+    """
+    if checkpoint is None:
+        return
+    facts = read_facts(checkpoint)
+    saved = facts["rank"] if facts else 0
+    if saved != rank:
+        kinds = {value: f"of rank {value}" if value else "of the whole model" for value in (saved, rank)}
+        what = f"{checkpoint.name} is {kinds[saved]}, this run is {kinds[rank]}"
+        mend = f"give --lora_rank {saved}, or begin a run in another --output_dir from these weights"
+        raise Refusal("--lora_rank", what, mend, MODEL)
+
+
+def refuse_other_adapters(checkpoint: Path, lora: Lora, base: str) -> None:
+    """Refuses adapters that another setting, or another base, gives another meaning.
+
+    Args:
+        checkpoint: to resume from.
+        lora: of this launch.
+        base: fingerprint of this launch's base.
+
+    Raises:
+        Refusal: (MODEL) naming what changed.
+    """
+    facts = read_facts(checkpoint)
+    if facts is None:
+        return
+    if facts.get("base") != base:
+        what = f"{checkpoint.name} was trained on other frozen weights than these"
+        mend = "give the base that the run began with (--pretrained_model_name_or_path, --transformer_path)"
+        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+    if facts.get("alpha") != lora.alpha:
+        what = f"{lora.alpha:g}, {checkpoint.name} has {facts.get('alpha')}"
+        raise Refusal("--lora_alpha", what, "resume with the value that the run began with", MODEL)
+    if differing := sorted({*facts.get("targets", ())} ^ {*lora.targets}):
+        what = f"{few([f'{name} differs' for name in differing])} from {checkpoint.name}"
+        raise Refusal("--lora_target_modules", what, "resume with the layers that the run began with", MODEL)
+
+
+# ------------------------------------------------------------------------------------------------------ beginning
+
+
+def begin_from(
+    path: Path,
+    values: Mapping[str, Tensor],
+    lora: Lora,
+    load: Callable[..., tuple[dict[str, Tensor], dict[str, Any] | None]],
+) -> tuple[dict[str, Tensor], str]:
+    """Returns the values to begin with from a LoRA that was trained before, and a line that tells what was taken.
+
+    Another alpha there is moved into B, so that the model begins as that LoRA left it. Layers that it does not adapt
+    begin anew.
+
+    Args:
+        path: a .safetensors file in any layout that diffusers reads, or a folder with one, such as a checkpoint.
+        values: initial_values.
+        lora: of this run.
+        load: lora_state_dict of the family's pipeline.
+
+    Raises:
+        Refusal: (MODEL) it cannot be read, adapts other layers, or has another rank.
+    """
+    try:
+        found, metadata = load(
+            path if path.is_dir() else path.parent,
+            weight_name=f"{STEM}.safetensors" if path.is_dir() else path.name,
+            return_lora_metadata=True, local_files_only=True, use_safetensors=True,
+        )  # fmt: skip
+    except UNLOADABLE as why:
+        cause = " ".join(str(why).split())[:200]
+        raise Refusal(
+            "--init_lora_from", f"{path} cannot be read ({cause})", f"give a LoRA with {STEM}.safetensors", MODEL
+        ) from why
+    stored = {_own_name(key): tensor for key, tensor in found.items()}
+    stray = sorted(stored.keys() - values.keys())
+    if stray or not stored:
+        what = (
+            f"{path} adapts {len(stray)} tensors that this run does not, first {stray[0]}"
+            if stray
+            else f"{path} holds no LoRA"
+        )
+        raise Refusal("--init_lora_from", what, "name its layers by --lora_target_modules", MODEL)
+    scale = _scale_of(metadata or {}, path)
+    begun = dict(values)
+    for name, tensor in stored.items():
+        if tensor.shape != values[name].shape:
+            what = f"{path} has {list(tensor.shape)} in {name}, this run {list(values[name].shape)}"
+            raise Refusal("--init_lora_from", what, f"give --lora_rank {min(tensor.shape)}", MODEL)
+        begun[name] = tensor.float() * (scale / lora.scale if ".lora_B." in name else 1.0)
+    new = len(values) - len(stored)
+    return begun, f"begins with the LoRA of {path}" + (f"; {new // 2} layers that it lacks begin anew" if new else "")
+
+
+def _scale_of(metadata: Mapping[str, Any], path: Path) -> float:
+    """Returns alpha / rank as a file's header says; without one it is in the tensors already."""
+    said = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+    unusual = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if said.get(key)]
+    if unusual:
+        what = f"{path} has {unusual[0]} = {said[unusual[0]]}, which no run here trains"
+        raise Refusal("--init_lora_from", what, "give a LoRA of one rank and one alpha", MODEL)
+    return float(said["lora_alpha"]) / float(said["r"]) if "lora_alpha" in said and "r" in said else 1.0
