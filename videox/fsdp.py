@@ -241,7 +241,9 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False, cast_root_forward_inputs=False
     )
     with _quiet():
-        return accelerator.prepare_model(transformer)
+        model = accelerator.prepare_model(transformer)
+    model.register_forward_pre_hook(lambda module, _: _name_parameters(module))
+    return model
 
 
 def _drop_gathered(model: nn.Module) -> None:
@@ -256,7 +258,11 @@ def _drop_gathered(model: nn.Module) -> None:
 
 
 def _name_parameters(model: nn.Module) -> None:
-    """Makes parameters again of what FSDP1 leaves as bare tensors after a forward pass: frozen ones on one process."""
+    """Makes parameters again of what FSDP1 leaves as bare tensors after a forward pass, where it divides nothing.
+
+    One process in float32: what lies outside the blocks and sees no gradient. The next forward pass would take the
+    tensors for new parameters, and a state dict would be without them.
+    """
     for module in model.modules():
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
         if handle is not None and not handle.uses_sharded_strategy:
