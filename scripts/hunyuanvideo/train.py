@@ -38,7 +38,7 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward
+from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import joint_cost_coefficients
@@ -50,18 +50,17 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
+from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import (
-    check_tokenizer,
-    read_component,
-    read_model_folder,
-    read_number,
-)
+from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_number
+from videox.model_parts import Part, find_part
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import trim_text
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
@@ -138,42 +137,44 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
-def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the configurations of all parts after each has been looked at; loads no weight."""
+def check_model(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns the model's parts after each has been looked at; loads no weight."""
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=encoders)
-    root = Path(args.pretrained_model_name_or_path)
-    for name in ("transformer", "vae"):
-        configs[name] = read_component(Path(getattr(args, f"{name}_path") or root / name), weighted=True)
-    condition = configs["transformer"].get("image_condition_type")
+    root = local_folder(args.pretrained_model_name_or_path)
+    configs = read_model_folder(str(root), pipelines, names, weighted=encoders)
+    parts = {name: Part(root / name, configs[name]) for name in names}
+    for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
+        parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+    condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
         raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
     if made_for == "i2v":
         read_component(root / "image_processor", weighted=False)
-    return configs
+    return parts
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
     """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
-    root, device = Path(args.pretrained_model_name_or_path), accelerator.device
+    parts, device = check_model(args), accelerator.device
+    root = parts["scheduler"].path.parent
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
     text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
-    vae_folder = Path(args.vae_path or root / "vae")
-    load = wiring.encoder_loader(args, accelerator)
+    pinned = args.low_vram and device.type == "cuda"
+    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
     encoders = {
-        "vae": load(AutoencoderKLHunyuanVideo, vae_folder, torch.float32),
-        "text_encoder": load(text_encoder_class, root / "text_encoder", compute_dtype),
-        "text_encoder_2": load(CLIPTextModel, root / "text_encoder_2", compute_dtype),
+        "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
+        "text_encoder": load(text_encoder_class, parts["text_encoder"], compute_dtype),
+        "text_encoder_2": load(CLIPTextModel, parts["text_encoder_2"], compute_dtype),
     }
     pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
@@ -377,8 +378,8 @@ def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    configs = check_model(args)
-    config, shift = configs["transformer"], read_number(configs["scheduler"], "shift", "scheduler")
+    parts = check_model(args)
+    config, shift = parts["transformer"].config, read_number(parts["scheduler"].config, "shift", "scheduler")
     task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
     wiring.announce(args, accelerator, backend, run, task)
 
@@ -397,7 +398,9 @@ def train(
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
@@ -442,7 +445,8 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
+    facts = {**about, "steps": total, "shift": shift}
+    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,17 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from PIL import Image
-from transformers import CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward
+from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import cost_coefficients
@@ -44,17 +45,16 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
+from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
-from videox.model_folder import (
-    check_tokenizer,
-    read_component,
-    read_model_folder,
-    read_shift,
-)
+from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_shift
+from videox.model_parts import Part, find_part, original_parts, original_places
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,15 +100,22 @@ class Components:
     shift: float
 
 
-def check_model(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the transformer's configuration after every part of the model has been looked at; loads no weight."""
-    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
-    names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=("text_encoder",))
-    for name in ("transformer", "vae"):
-        folder = getattr(args, f"{name}_path") or Path(args.pretrained_model_name_or_path) / name
-        configs[name] = read_component(Path(folder), weighted=True)
-    config = configs["transformer"]
+def check_model(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns the model's parts after every one has been looked at; loads no weight."""
+    root = local_folder(args.pretrained_model_name_or_path)
+    if places := original_places(root, args.config_path):
+        parts = original_parts(places, args.config_path, args.transformer_path, args.vae_path)
+    else:
+        pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+        names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",))
+        parts = {name: Part(root / name, configs[name]) for name in names}
+        for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
+            parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+        if parts["transformer"].config.get("image_dim"):
+            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision")
+            read_component(root / "image_processor", weighted=False)
+    config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
     if args.train_mode not in made_for or config.get("pos_embed_seq_len"):
@@ -121,29 +128,43 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
-    if with_image:
-        root = Path(args.pretrained_model_name_or_path)
-        read_component(root / "image_encoder", weighted=True)
-        read_component(root / "image_processor", weighted=False)
-    return config
+    return parts
+
+
+def open_pipeline(
+    args: argparse.Namespace, parts: dict[str, Part], shift: float, encoders: dict[str, torch.nn.Module]
+) -> WanPipeline | diffusers.WanImageToVideoPipeline:
+    """Returns diffusers' pipeline over these encoders, without a transformer."""
+    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
+    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
+    if "scheduler" in parts:
+        return pipeline_class.from_pretrained(parts["scheduler"].path.parent, transformer=None, **encoders)
+    own: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(parts["tokenizer"].path, local_files_only=True)}
+    if "image_encoder" in parts:
+        side = parts["image_encoder"].config["image_size"]
+        crop = {"height": side, "width": side}
+        own["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+    return pipeline_class(**own, **encoders, scheduler=scheduler, transformer=None)
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
-    root, device = Path(args.pretrained_model_name_or_path), accelerator.device
+    parts, device = check_model(args), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = wiring.open_transformer(args, accelerator, WanTransformer3DModel)
-    load = wiring.encoder_loader(args, accelerator)
+    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
+    pinned = args.low_vram and device.type == "cuda"
+    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
     encoders = {
-        "vae": load(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch.float32),
-        "text_encoder": load(UMT5EncoderModel, root / "text_encoder", compute_dtype),
+        "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
+        "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype),
     }
     if transformer.config.image_dim:
-        encoders["image_encoder"] = load(CLIPVisionModel, root / "image_encoder", torch.float32)
-    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
-    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
-    pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
-    check_tokenizer(pipeline.tokenizer, root / "tokenizer", "A red fox, 2 years old, runs over the hill <3")
+        encoders["image_encoder"] = load(CLIPVisionModel, parts["image_encoder"], torch.float32)
+    pipeline = open_pipeline(args, parts, shift, encoders)
+    check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
     resting = {
         name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
         for name, encoder in encoders.items()
@@ -330,7 +351,8 @@ def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    config, shift = check_model(args), read_shift(args.config_path)
+    parts, shift = check_model(args), read_shift(args.config_path)
+    config = parts["transformer"].config
     task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
     wiring.announce(args, accelerator, backend, run, task)
 
@@ -347,7 +369,9 @@ def train(
     # model: float32 masters, computation in the accelerator's precision
     components = load_components(args, shift, accelerator)
     transformer = components.transformer
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
@@ -392,7 +416,8 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
+    facts = {**about, "steps": total, "shift": shift}
+    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":
