@@ -22,7 +22,6 @@ from test_backends import variables
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import videox.wiring as wiring
 from videox.creation import is_divided, skeleton
 from videox.distributed import backward, make_accelerator
 from videox.engine import Engine
@@ -31,6 +30,7 @@ from videox.fsdp import FsdpEngine
 from videox.model_folder import has_not_finite, load_strictly
 from videox.model_parts import Part, load_whole
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
+from videox.transformer import load_transformer
 from videox.weights import StoredTensors, write_config
 
 SIZES = {
@@ -159,10 +159,10 @@ def examine() -> int:
     for way in ways:
         with Sampled() as load, nothing_loaded_whole() if way == "divided" else nullcontext():
             if way == "divided":
-                model = wiring.open_transformer(Part(Path(folder), {}), accelerator, WanTransformer3DModel)
-                assert is_divided(model)
+                model = load_transformer(WanTransformer3DModel, Part(Path(folder), {}), accelerator)
             else:
                 model = load_whole(WanTransformer3DModel, Part(Path(folder), {}))
+            assert is_divided(model) == (way == "divided")
             at_creation = [parameter.numel() for parameter in model.parameters() if not parameter.is_meta]
             created = load.most
             engine = engine_of(accelerator, model, stored if way == "divided" else None, patterns)

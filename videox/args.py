@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from videox.data.buckets import SizePolicy
+from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.exports import LAYOUTS
@@ -25,7 +26,7 @@ EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "cost_model",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
@@ -122,6 +123,18 @@ def add_model_and_data(parser: Parser) -> None:
         default=0,
         help="times a video occurs in an epoch; images once (0 = once)",
     )
+    add(
+        "--clips_per_video",
+        type=COUNT,
+        default=1,
+        help="clips of n_frames that a video gives in an epoch at most, as many as it holds (1 = off)",
+    )
+    add(
+        "--clip_sampling",
+        choices=SAMPLINGS,
+        default=SAMPLINGS[0],
+        help="where clips begin: anywhere, spread evenly, or one after another from the beginning",
+    )
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
     add(
         "--dataloader_num_workers",
@@ -153,6 +166,12 @@ def add_shapes(parser: Parser) -> None:
         type=COUNT,
         default=4,
         help="source frames from one kept frame to the next (1 = every frame)",
+    )
+    add(
+        "--video_sample_fps",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="frames to keep per second of video, in place of the stride where a file tells its rate (0 = off)",
     )
     add("--video_sample_n_frames", type=COUNT, default=17, help="frames of a clip at most, 4k+1")
     add(
@@ -198,6 +217,16 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         choices=("fixed", "cost"),
         default="fixed",
         help="fixed: train_batch_size samples; cost: as many small ones as cost the same",
+    )
+    add(
+        "--balance",
+        choices=BALANCES,
+        default=BALANCES[0],
+        help="what runs side by side costs alike: mixed, while steps stay as varied as the data; strict, further (none = off)",
+    )
+    add(
+        "--cost_model",
+        help="cost_model.json of an earlier run, for what a sample costs (none = from the model's dimensions)",
     )
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs")
@@ -355,6 +384,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         token_sample_size=args.token_sample_size,
         n_frames=args.video_sample_n_frames,
         stride=args.video_sample_stride,
+        sample_fps=args.video_sample_fps,
         enable_bucket=args.enable_bucket,
         random_hw_adapt=args.random_hw_adapt,
         token_length=args.training_with_video_token_length,

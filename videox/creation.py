@@ -50,6 +50,7 @@ def skeleton(
     for name, buffer in model.named_buffers():
         if name in wanted:
             buffer.copy_(stored[name])
+    model.register_to_config(_name_or_path=str(folder))  # as from_pretrained does
     return model.eval()
 
 
@@ -58,7 +59,7 @@ def _found(patterns: Iterable[str], name: str) -> bool:
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Returns whether a model's parameters are nowhere whole: on the meta device, or divided by DeepSpeed."""
+    """Returns whether a model's parameters are nowhere whole, so that its shards are yet to be filled."""
     return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -51,6 +51,7 @@ def create(
     for name, module in plain.named_modules():
         for kind, buffer in module.named_buffers(recurse=False):
             setattr(model.get_submodule(name), kind, buffer.to(accelerator.device))
+    model.register_to_config(_name_or_path=str(stored.folder))
     fill(_shards(model, stored), stored.folder)
     return model.eval()
 

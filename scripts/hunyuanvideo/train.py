@@ -38,7 +38,7 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward
+from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import joint_cost_coefficients
@@ -57,8 +57,10 @@ from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_number
 from videox.model_parts import Part, find_part
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import trim_text
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
@@ -160,14 +162,15 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     parts, device = check_model(args), accelerator.device
     root = parts["scheduler"].path.parent
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = wiring.open_transformer(parts["transformer"], accelerator, HunyuanVideoTransformer3DModel)
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
     text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
-    load = wiring.encoder_loader(args, accelerator)
+    pinned = args.low_vram and device.type == "cuda"
+    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
     encoders = {
         "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
         "text_encoder": load(text_encoder_class, parts["text_encoder"], compute_dtype),

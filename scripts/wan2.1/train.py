@@ -33,7 +33,7 @@ import videox.args as flags
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward
+from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
 from videox.estimate import cost_coefficients
@@ -52,7 +52,9 @@ from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_shift
 from videox.model_parts import Part, find_part, original_parts, original_places
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,8 +154,9 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
     parts, device = check_model(args), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = wiring.open_transformer(parts["transformer"], accelerator, WanTransformer3DModel)
-    load = wiring.encoder_loader(args, accelerator)
+    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
+    pinned = args.low_vram and device.type == "cuda"
+    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
     encoders = {
         "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
         "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from videox.data.buckets import SizePolicy, frame_offsets, pace_of
 from videox.data.deadline import READ_SECONDS, deadline
 from videox.data.index import Index
 from videox.data.plan import PADDING
@@ -78,21 +79,21 @@ class TokenLengthDataset(Dataset):
 
     Args:
         index: the rows.
-        stride: source frames from one kept frame to the next.
+        policy: the flags that decide which frames are kept.
         reader: "pyav" | "decord".
         caption_dropout: share of captions (0 to 1) replaced by "", drawn by each sample's key.
     """
 
-    def __init__(self, index: Index, *, stride: int, reader: str, caption_dropout: float) -> None:
+    def __init__(self, index: Index, *, policy: SizePolicy, reader: str, caption_dropout: float) -> None:
         self.index = index
-        self.stride = stride
+        self.policy = policy
         self.reader = reader
         self.caption_dropout = caption_dropout
 
     def __getitem__(self, planned: PlannedSample) -> Sample:
         """Returns the sample; one that cannot be read comes back as zeros with weight 0 and its reason."""
         bucket = planned.bucket
-        indices = planned.start + self.stride * np.arange(bucket.frames)
+        indices = planned.start + frame_offsets(np.arange(bucket.frames), self.pace(planned.row))
         nothing = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         if planned.row == PADDING:
             return Sample(planned=planned, pixels=nothing, caption="", frame_indices=indices, bad=None)
@@ -107,9 +108,13 @@ class TokenLengthDataset(Dataset):
             pixels, planned = nothing, planned._replace(weight=0.0)
         return Sample(planned=planned, pixels=pixels, caption=caption, frame_indices=indices, bad=bad)
 
+    def pace(self, row: int) -> float:
+        """Returns the source frames from one kept frame of a row to the next."""
+        return float(np.ravel(pace_of(self.policy, self.index.fps[[max(row, 0)]]))[0])
+
     def without_dropout(self) -> TokenLengthDataset:
         """Returns the same data with every caption kept."""
-        return TokenLengthDataset(self.index, stride=self.stride, reader=self.reader, caption_dropout=0.0)
+        return TokenLengthDataset(self.index, policy=self.policy, reader=self.reader, caption_dropout=0.0)
 
     def _read(self, planned: PlannedSample, path: Path, indices: np.ndarray) -> np.ndarray:
         refuse_changed(path, int(self.index.file_size[planned.row]), int(self.index.mtime_ns[planned.row]))
