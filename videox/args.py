@@ -23,14 +23,14 @@ LR_WARMUP_STEPS = 500
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "latent_cache",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
     "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
-    "enable_text_encoder_in_dataloader": "leave it out: text is encoded once per batch, and --low_vram keeps it off the GPU",
-    "multi_stream": "leave it out: encoders do not need a second stream",
+    "enable_text_encoder_in_dataloader": "use --latent_cache, which encodes each caption once, not once per epoch",
+    "multi_stream": "use --latent_cache, with which no encoder runs beside the model",
     "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
     **dict.fromkeys(
         (
@@ -133,6 +133,22 @@ def add_model_and_data(parser: Parser) -> None:
         type=SHARE,
         default=0.01,
         help="share of rows, 0 to 1, that may be unreadable before the run stops; ten always may",
+    )
+    add(
+        "--latent_cache",
+        metavar="DIR",
+        help="folder in which what the encoders make is kept and found again; several runs may share it (none = off)",
+    )
+    add(
+        "--cache_only",
+        action="store_true",
+        help="fill --latent_cache for all that the run needs, and end (off = train)",
+    )
+    add(
+        "--cache_variants",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="clip starts, sizes and masks are drawn for so many epochs and then come again (0 = drawn anew in each)",
     )
 
 
@@ -351,6 +367,8 @@ def check(args: argparse.Namespace) -> None:
     for flag in PATHS:
         if path := getattr(args, flag):
             refuse_impossible(f"--{flag}", path)
+    if args.cache_only and not args.latent_cache:
+        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
     if len(args.validation_paths) != wanted:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"

@@ -149,6 +149,22 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     return model
 
 
+def full_config(model_class: Any, folder: Path) -> Any:  # noqa: ANN401 - diffusers' own class and configuration
+    """Returns a model's configuration with the defaults of what its file leaves out; loads no weight.
+
+    Raises:
+        Refusal: the class cannot be made by it.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(model_class.load_config(folder, local_files_only=True)).config
+    except UNLOADABLE as why:
+        cause = " ".join(str(why).split())
+        raise Refusal(
+            str(folder), f"is no configuration of {model_class.__name__} ({cause[:300]})", "copy the model anew", MODEL
+        ) from why
+
+
 def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
     """Checks that a tokenizer splits text as its own tokenizer.json says.
 

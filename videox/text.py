@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,3 +25,14 @@ def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     kept[:, 0] = 1
     longest = int(kept.sum(1).max())
     return embeds[:, :longest], kept[:, :longest]
+
+
+def join_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns embeddings [B, longest, D], zeros past each text's end, and their mask, float32 [B, longest].
+
+    Args:
+        texts: embeddings [L, D] of each text, all of whose tokens are real.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+    return pad_sequence(list(texts), batch_first=True), mask.to(texts[0].device)

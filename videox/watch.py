@@ -103,7 +103,7 @@ class Watch:
                 s["planned"].row, s["pixels"], shown_caption(s, dataset), float(fps[s["planned"].row]), dataset.stride
             )
             for s in samples
-            if s["bad"] is None and s["planned"].row != PADDING
+            if s["bad"] is None and s["pixels"] is not None and s["planned"].row != PADDING
         ]
         if shown:
             write_batch(folder, shown)

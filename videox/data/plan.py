@@ -44,7 +44,8 @@ class PlanSettings:
 
     batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" or
     "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for
-    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S.
+    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S; cache_variants: so
+    many epochs draw clip starts, sizes and crops of their own, then these come again (0 = every epoch its own).
     """
 
     policy: SizePolicy
@@ -56,13 +57,14 @@ class PlanSettings:
     held_out: int = 0
     cost_linear: float = 1.0
     cost_quadratic: float = 0.0
+    cache_variants: int = 0
 
 
 class MicroBatch(NamedTuple):
     """Samples of one bucket that one process trains at once, with all that their tensors depend on.
 
-    rows, copies, starts int64 [B]; keys uint64 [B]; weights float64 [B], each sample's share of the step's loss (0 for
-    padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch.
+    rows, copies, starts int64 [B]; keys, variants uint64 [B]; weights float64 [B], each sample's share of the step's
+    loss (0 for padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch.
     """
 
     step: int
@@ -72,6 +74,7 @@ class MicroBatch(NamedTuple):
     copies: np.ndarray
     starts: np.ndarray
     keys: np.ndarray
+    variants: np.ndarray
     weights: np.ndarray
     strata: np.ndarray
 
@@ -85,7 +88,8 @@ class MicroBatch(NamedTuple):
 class EpochPlan:
     """One epoch's schedule. Samples lie in schedule order; micro-batches and slots are ranges over them.
 
-    row, copy, start int64 [N], key uint64 [N]; micro_first int64 [M + 1] into samples;
+    row, copy, start int64 [N]; key, variant uint64 [N], of draws made anew each epoch, and of those that come again
+    after cache_variants epochs; micro_first int64 [M + 1] into samples;
     micro_bucket int64 [M] into buckets; slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row.
     """
 
@@ -97,6 +101,7 @@ class EpochPlan:
     copy: np.ndarray
     start: np.ndarray
     key: np.ndarray
+    variant: np.ndarray
     micro_first: np.ndarray
     micro_bucket: np.ndarray
     slot_first: np.ndarray
@@ -172,7 +177,8 @@ class EpochPlan:
                 batches.append(
                     MicroBatch(
                         step, slot, self.buckets[self.micro_bucket[m]], self.row[part], self.copy[part],
-                        self.start[part], self.key[part], weights, strata[part.start - first : part.stop - first],
+                        self.start[part], self.key[part], self.variant[part], weights,
+                        strata[part.start - first : part.stop - first],
                     )
                 )  # fmt: skip
             batches += [padding(step, slot, cheapest)] * (depth - len(micros))
@@ -198,9 +204,8 @@ class EpochPlan:
 def padding(step: int, slot: int, bucket: Bucket) -> MicroBatch:
     """Returns a micro-batch of one sample that opens no file and weighs nothing."""
     one = np.zeros(1, np.int64)
-    return MicroBatch(
-        step, slot, bucket, one + PADDING, one, one, one.astype(np.uint64), np.zeros(1), np.full(1, 0.5)
-    )  # fmt: skip
+    key = one.astype(np.uint64)
+    return MicroBatch(step, slot, bucket, one + PADDING, one, one, key, key, np.zeros(1), np.full(1, 0.5))
 
 
 def check_world_size(slots: int, world_size: int) -> None:
@@ -252,25 +257,47 @@ def _samples(columns: Columns, settings: PlanSettings, fates: np.ndarray) -> tup
     return np.repeat(rows, times), copies
 
 
-def _draw_buckets(
-    columns: Columns, settings: PlanSettings, epoch: int, rows: np.ndarray, copies: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[Bucket, ...], np.ndarray]:
-    """Returns (key uint64 [N], bucket number int64 [N], buckets, sample frames int32 [N])."""
-    key = mix(settings.seed, epoch, rows, copies, Purpose.SAMPLE)
+class Draws(NamedTuple):
+    """One epoch's samples before they are put in order, with what is drawn for each.
+
+    rows, copies, starts int64 [N]; keys, variants uint64 [N]; number int64 [N] into buckets.
+    """
+
+    rows: np.ndarray
+    copies: np.ndarray
+    starts: np.ndarray
+    keys: np.ndarray
+    variants: np.ndarray
+    number: np.ndarray
+    buckets: tuple[Bucket, ...]
+
+
+def draw_samples(columns: Columns, settings: PlanSettings, epoch: int, fates: np.ndarray) -> Draws:
+    """Returns the samples of an epoch, by row: their buckets, clip starts and keys. fates: of row_fates."""
+    rows, copies = _samples(columns, settings, fates)
+    turn = epoch % settings.cache_variants if settings.cache_variants else epoch
+    variants = mix(settings.seed, turn, rows, copies, Purpose.SAMPLE)
     frames, height, width, _ = assign(
         settings.policy,
         columns.kind[rows],
         columns.height[rows],
         columns.width[rows],
         columns.frames[rows],
-        size_draw=uniform(key, Purpose.SIZE),
-        ratio_draw=uniform(key, Purpose.RATIO),
-        frames_draw=uniform(key, Purpose.FRAMES),
+        size_draw=uniform(variants, Purpose.SIZE),
+        ratio_draw=uniform(variants, Purpose.RATIO),
+        frames_draw=uniform(variants, Purpose.FRAMES),
     )
     code = (frames.astype(np.int64) << 40) | (height.astype(np.int64) << 20) | width
     values, number = np.unique(code, return_inverse=True)
-    buckets = tuple(Bucket(int(v >> 40), int(v >> 20 & 0xFFFFF), int(v & 0xFFFFF)) for v in values)
-    return key, number, buckets, frames
+    return Draws(
+        rows=rows,
+        copies=copies,
+        starts=clip_starts(columns.frames[rows], frames, settings.policy.stride, uniform(variants, Purpose.START)),
+        keys=mix(settings.seed, epoch, rows, copies, Purpose.SAMPLE),
+        variants=variants,
+        number=number,
+        buckets=tuple(Bucket(int(v >> 40), int(v >> 20 & 0xFFFFF), int(v & 0xFFFFF)) for v in values),
+    )
 
 
 def _slot_capacity(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -304,13 +331,11 @@ def plan_epoch(
         Refusal: nothing is left to train.
     """
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
-    rows, copies = _samples(columns, settings, fates)
+    rows, copies, starts, key, variants, number, buckets = draw_samples(columns, settings, epoch, fates)
     if not len(rows):
         counts = ", ".join(f"{np.count_nonzero(fates == f)} {f.name.lower()}" for f in Fate if np.any(fates == f))
         mend = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
         raise Refusal("--train_data_meta", f"no row of {len(columns)} can be trained ({counts})", mend, DATA)
-    key, number, buckets, frames = _draw_buckets(columns, settings, epoch, rows, copies)
-    starts = clip_starts(columns.frames[rows], frames, settings.policy.stride, uniform(key, Purpose.START))
 
     # shuffle the samples, then bring each bucket's together: a random order within every bucket
     order = np.argsort(mix(key, Purpose.ORDER), kind="stable")
@@ -347,6 +372,7 @@ def plan_epoch(
         copy=copies[sample_order],
         start=starts[sample_order],
         key=key[sample_order],
+        variant=variants[sample_order],
         micro_first=np.concatenate([[0], np.cumsum(micro_size)]),
         micro_bucket=bucket[micro_chunk],
         slot_first=np.concatenate([[0], np.cumsum(np.bincount(slot[micro_chunk], minlength=n_slots))]),
@@ -397,11 +423,10 @@ def count_steps(
 ) -> int:
     """Returns the optimizer steps of an epoch without ordering its samples (several times faster than the plan)."""
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
-    rows, copies = _samples(columns, settings, fates)
-    if not len(rows):
+    drawn = draw_samples(columns, settings, epoch, fates)
+    if not len(drawn.rows):
         return 0
-    _, number, buckets, _ = _draw_buckets(columns, settings, epoch, rows, copies)
-    per_slot, _ = _slot_capacity(settings, buckets)
-    _, count, bucket = _chunks(np.bincount(number, minlength=len(buckets)), per_slot)
+    per_slot, _ = _slot_capacity(settings, drawn.buckets)
+    _, count, bucket = _chunks(np.bincount(drawn.number, minlength=len(drawn.buckets)), per_slot)
     slots = int(_fill_slots(settings, count, bucket, per_slot).max()) + 1
     return -(-slots // settings.slots)
