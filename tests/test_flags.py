@@ -31,6 +31,9 @@ from videox.data import decord_reader
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
+    "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
     "dump_steps": "test_train.test_a_dump_changes_nothing",
     "max_bad_fraction": "test_train.test_more_bad_rows_than_allowed_end_the_run",
     "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_accounts_for_the_rest",
@@ -548,8 +551,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
     with Elsewhere():
-        components = trainer.load_components(trainer.parse_args(argv), 5.0, accelerator)
-        for encoder in (components.text_encoder, components.vae):
+        encoders = runs.components_of(trainer, trainer.parse_args(argv), accelerator).encoders()
+        for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:
                 within = places(module)

@@ -82,6 +82,7 @@ DATA = (
     "plan",
     "shard_file",
     "cache",
+    "cache_care",
     "dataset",
     "bucket_sampler",
     "loader",

@@ -7,6 +7,7 @@ loaded by the first recipe that runs: a run whose every tensor is in the cache l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class Encoder:
         self.device = device
         self.shelf = shelf
         self.cache = shelf.cache if shelf is not None else None
+        self._told = len(self.cache.damaged) if self.cache is not None else 0
         self.parts = {part.name: part for part in shelf.parts} if shelf is not None else {}
 
     def __enter__(self) -> Encoder:
@@ -189,10 +191,13 @@ class Encoder:
         if only is not None and key not in only:
             return {place: recipe.nothing(batch["bucket"])}
         found = self.cache.read(key)
+        for line in self.cache.damage()[self._told :]:
+            sys.stderr.write(f"warning: {line}\n")
+            self._told += 1
         if found is None:
             tensor = recipe.encode(video.of([place]))[0]
             found = recipe.stored(tensor).cpu()
-            note = {"part": part.name, "encoder": part.encoder, "file": facts.file}
+            note = {"part": part.name, "encoder": part.encoder, "file": facts.file if part.sees_pixels else None}
             self.cache.put(key, found, {**note, "size": facts.size, "mtime_ns": facts.mtime_ns})
         return {place: recipe.restored(found, batch["bucket"])}
 
@@ -207,8 +212,10 @@ class _Video:
     def of(self, places: Sequence[int]) -> Raw:
         """Returns what encoders see of the samples in these places."""
         batch = self._batch
-        if self._video is None:
-            self._video = to_video(batch["pixels"].to(self._device, non_blocking=True))
         read = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
-        video = self._video if read == list(range(len(self._video))) else self._video[read]
+        if self._video is None and read:
+            self._video = to_video(batch["pixels"].to(self._device, non_blocking=True))
+        video = torch.empty(0)  # of text alone
+        if self._video is not None:
+            video = self._video if read == list(range(len(self._video))) else self._video[read]
         return Raw(video, [batch["captions"][p] for p in places], [batch["variants"][p] for p in places])

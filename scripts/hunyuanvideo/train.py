@@ -167,11 +167,11 @@ def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def load_encoders(args: argparse.Namespace, accelerator: Accelerator) -> Encoders:
-    """Loads the encoders, frozen: those of text in the compute dtype, the VAE in float32."""
+def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator) -> Encoders:
+    """Loads the encoders: those of text in the compute dtype, the VAE in float32. config: of the transformer."""
     root, dtype = Path(args.pretrained_model_name_or_path), compute_dtype(accelerator)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
-    text_to_video = args.train_mode == "normal"
+    text_to_video = config.get("image_condition_type") is None
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
     vae_folder = Path(args.vae_path or root / "vae")
     encoders = {
@@ -421,7 +421,7 @@ def train(
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, accelerator))
+    encoders = OnDemand(partial(load_encoders, args, config, accelerator))
     recipes = recipes_of(args, config, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:

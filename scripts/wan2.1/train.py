@@ -141,14 +141,14 @@ def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def load_encoders(args: argparse.Namespace, with_image: bool, accelerator: Accelerator) -> Encoders:
-    """Loads the encoders, frozen: the text encoder in the compute dtype, the others in float32."""
+def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator) -> Encoders:
+    """Loads the encoders: that of text in the compute dtype, the others in float32. config: of the transformer."""
     root = Path(args.pretrained_model_name_or_path)
     encoders = {
         "vae": load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32),
         "text_encoder": load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype(accelerator)),
     }
-    if with_image:
+    if config.get("image_dim"):
         encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
     # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
@@ -159,16 +159,16 @@ def load_encoders(args: argparse.Namespace, with_image: bool, accelerator: Accel
 
 
 def load_components(
-    args: argparse.Namespace, shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
+    args: argparse.Namespace, shift: float, encoders: OnDemand[Encoders], encode: Encoder
 ) -> Components:
     """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    root, device = Path(args.pretrained_model_name_or_path), accelerator.device
+    root = Path(args.pretrained_model_name_or_path)
     folder = Path(args.transformer_path or root / "transformer")
     transformer = load_strictly(WanTransformer3DModel, folder, torch_dtype=torch.float32)
     refuse_not_finite(transformer, folder)
     config = full_config(AutoencoderKLWan, Path(args.vae_path or root / "vae"))
     mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+        torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
         for values in (config.latents_mean, config.latents_std)
     )
     return Components(transformer, encoders, encode, mean, std, shift)
@@ -369,14 +369,14 @@ def train(
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, bool(config.get("image_dim")), accelerator))
+    encoders = OnDemand(partial(load_encoders, args, config, accelerator))
     recipes = recipes_of(args, config, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, accelerator, encoders, encode)
+    components = load_components(args, shift, encoders, encode)
     transformer = components.transformer
     engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
