@@ -168,7 +168,7 @@ def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator
     config = trainer.check_model(args)["transformer"]
     encoders = OnDemand(partial(trainer.load_encoders, args, config, accelerator))
     encode = Encoder(trainer.recipes_of(args, config, encoders, accelerator), accelerator.device)
-    return trainer.load_components(args, shift, encoders, encode)
+    return trainer.load_components(args, shift, accelerator, encoders, encode)
 
 
 def read_dump(path: Path) -> Dump:

@@ -22,39 +22,37 @@ from videox.latents import to_video
 from videox.shapes import Bucket, latent_shape
 
 Kind = TypeVar("Kind")
+Gather = Callable[[Any], list[Any]]
 
 
 class OnDemand(Generic[Kind]):
-    """Something that is loaded when it is first asked for.
+    """The frozen encoders, loaded when they are first asked for.
 
     Args:
-        load: loads it.
+        load: loads them, from a collective by which the processes of a machine share them in its memory.
     """
 
-    def __init__(self, load: Callable[[], Kind]) -> None:
+    def __init__(self, load: Callable[[Gather], Kind]) -> None:
         self._load = load
         self._loaded: list[Kind] = []
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether it takes memory now."""
-        return bool(self._loaded)
+    def load(self, gather: Gather) -> Kind:
+        """Loads them on all processes together, which share the memory."""
+        self._loaded = [self._load(gather)]
+        return self._loaded[0]
 
     def __call__(self) -> Kind:
-        """Returns it, loaded now if it was not."""
-        if not self._loaded:
-            self._loaded.append(self._load())
-        return self._loaded[0]
+        """Returns them, loaded by this process alone if they were not there."""
+        return self._loaded[0] if self._loaded else self.load(lambda mine: [mine])
 
     @contextmanager
     def for_a_while(self) -> Iterator[Kind]:
-        """Yields it; if it was not loaded before, it is gone again afterwards."""
-        kept = self.is_loaded
+        """Yields them; if they were not there before, they are gone again afterwards."""
+        before = list(self._loaded)
         try:
             yield self()
         finally:
-            if not kept:
-                self._loaded.clear()
+            self._loaded = before
 
 
 class Raw(NamedTuple):

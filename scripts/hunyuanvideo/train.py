@@ -56,11 +56,9 @@ from videox.lifecycle import Run, run_script
 from videox.model_folder import (
     check_tokenizer,
     full_config,
-    load_strictly,
     read_component,
     read_model_folder,
     read_number,
-    refuse_not_finite,
 )
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
@@ -167,17 +165,20 @@ def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator) -> Encoders:
+def load_encoders(
+    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, gather: wiring.Gather
+) -> Encoders:
     """Loads the encoders: those of text in the compute dtype, the VAE in float32. config: of the transformer."""
     root, dtype = Path(args.pretrained_model_name_or_path), compute_dtype(accelerator)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
     text_to_video = config.get("image_condition_type") is None
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
     vae_folder = Path(args.vae_path or root / "vae")
+    load = wiring.encoder_loader(args, accelerator, gather)
     encoders = {
-        "vae": load_strictly(AutoencoderKLHunyuanVideo, vae_folder, torch_dtype=torch.float32),
-        "text_encoder": load_strictly(text_encoder_class, root / "text_encoder", dtype=dtype),
-        "text_encoder_2": load_strictly(CLIPTextModel, root / "text_encoder_2", dtype=dtype),
+        "vae": load(AutoencoderKLHunyuanVideo, vae_folder, torch.float32),
+        "text_encoder": load(text_encoder_class, root / "text_encoder", dtype),
+        "text_encoder_2": load(CLIPTextModel, root / "text_encoder_2", dtype),
     }
     pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
@@ -192,17 +193,15 @@ def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator:
 
 
 def load_components(
-    args: argparse.Namespace, shift: float, encoders: OnDemand[Encoders], encode: Encoder
+    args: argparse.Namespace, shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
 ) -> Components:
     """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    root = Path(args.pretrained_model_name_or_path)
-    folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(HunyuanVideoTransformer3DModel, folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, folder)
+    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
-    scaling = full_config(AutoencoderKLHunyuanVideo, Path(args.vae_path or root / "vae")).scaling_factor
+    vae = Path(args.vae_path or Path(args.pretrained_model_name_or_path) / "vae")
+    scaling = full_config(AutoencoderKLHunyuanVideo, vae).scaling_factor
     condition = transformer.config.image_condition_type
     return Components(transformer, encoders, encode, attention, scaling, shift, condition)
 
@@ -428,7 +427,7 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, encoders, encode)
+    components = load_components(args, shift, accelerator, encoders, encode)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned)

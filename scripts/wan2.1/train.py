@@ -50,11 +50,9 @@ from videox.lifecycle import Run, run_script
 from videox.model_folder import (
     check_tokenizer,
     full_config,
-    load_strictly,
     read_component,
     read_model_folder,
     read_shift,
-    refuse_not_finite,
 )
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
@@ -141,15 +139,18 @@ def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator) -> Encoders:
+def load_encoders(
+    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, gather: wiring.Gather
+) -> Encoders:
     """Loads the encoders: that of text in the compute dtype, the others in float32. config: of the transformer."""
     root = Path(args.pretrained_model_name_or_path)
+    load = wiring.encoder_loader(args, accelerator, gather)
     encoders = {
-        "vae": load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32),
-        "text_encoder": load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype(accelerator)),
+        "vae": load(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch.float32),
+        "text_encoder": load(UMT5EncoderModel, root / "text_encoder", compute_dtype(accelerator)),
     }
     if config.get("image_dim"):
-        encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
+        encoders["image_encoder"] = load(CLIPVisionModel, root / "image_encoder", torch.float32)
     # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
@@ -159,14 +160,11 @@ def load_encoders(args: argparse.Namespace, config: dict[str, Any], accelerator:
 
 
 def load_components(
-    args: argparse.Namespace, shift: float, encoders: OnDemand[Encoders], encode: Encoder
+    args: argparse.Namespace, shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
 ) -> Components:
     """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    root = Path(args.pretrained_model_name_or_path)
-    folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(WanTransformer3DModel, folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, folder)
-    config = full_config(AutoencoderKLWan, Path(args.vae_path or root / "vae"))
+    transformer = wiring.open_transformer(args, accelerator, WanTransformer3DModel)
+    config = full_config(AutoencoderKLWan, Path(args.vae_path or Path(args.pretrained_model_name_or_path) / "vae"))
     mean, std = (
         torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
         for values in (config.latents_mean, config.latents_std)
@@ -376,7 +374,7 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, encoders, encode)
+    components = load_components(args, shift, accelerator, encoders, encode)
     transformer = components.transformer
     engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
