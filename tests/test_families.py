@@ -122,14 +122,14 @@ def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first frame's latents, which alone are encoded from one frame, are zero; Llava is shown a black picture."""
     script = runs.script("hunyuanvideo")
-    encode_moments, to_images = script.encode_moments, script.to_images
+    encode_moments, to_images = script.encode_moments, text.to_images
 
     def without_first_frame(vae: object, video: torch.Tensor, **settings: object) -> torch.Tensor:
         moments = encode_moments(vae, video, **settings)
         return torch.zeros_like(moments) if video.shape[2] == 1 else moments
 
     monkeypatch.setattr(script, "encode_moments", without_first_frame)
-    monkeypatch.setattr(script, "to_images", lambda frames: to_images(torch.full_like(frames, -1)))
+    monkeypatch.setattr(text, "to_images", lambda frames: to_images(torch.full_like(frames, -1)))
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from videox.data.dataset import Batch
 from videox.data.plan import held_out_plan
 from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
 from videox.dump import dump_folder, write_dump
-from videox.encoding import Encoder, OnDemand, Raw, Recipe, latents_recipe
+from videox.encoding import Encoder, OnDemand, Recipe, latents_recipe
 from videox.errors import MODEL, Refusal
 from videox.estimate import joint_cost_coefficients
 from videox.flow_matching import (
@@ -51,7 +50,7 @@ from videox.flow_matching import (
     velocity_losses,
 )
 from videox.keys import Purpose, mix
-from videox.latents import draw, encode_moments, to_images
+from videox.latents import draw, encode_moments
 from videox.lifecycle import Run, run_script
 from videox.model_folder import (
     check_tokenizer,
@@ -62,7 +61,7 @@ from videox.model_folder import (
 )
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
-from videox.text import join_text, trim_text
+from videox.text import encode_pooled, encode_text, join_text
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
 
@@ -209,34 +208,6 @@ def load_components(
 # --------------------------------------------------------------------------------------------- the family's part
 
 
-@torch.no_grad()
-def encode_text(encoders: Encoders, raw: Raw, settings: dict[str, int]) -> list[torch.Tensor]:
-    """Returns the text encoder's embeddings [L, D] of each caption, without padding, as the pipeline makes them.
-
-    Each is encoded alone: its embedding must not depend on its neighbours. In image-to-video the prompt shows the
-    first frame of the video to the text encoder. settings: keywords of the pipeline's function.
-    """
-    pipeline, embeddings = encoders.pipeline, []
-    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE  # each pipeline has its own
-    shown: list[list[Any]] = [[] for _ in raw.captions]
-    if "image_embed_interleave" in settings:
-        shown = [[[image]] for image in to_images(raw.video[:, :, 0])]
-    with encoders.text_encoder.awake():
-        for caption, image in zip(raw.captions, shown, strict=True):
-            device = encoders.text_encoder.device
-            embeds, mask = pipeline._get_llama_prompt_embeds(*image, [caption], template, device=device, **settings)
-            embeddings.append(trim_text(embeds, mask)[0][0])
-    return embeddings
-
-
-@torch.no_grad()
-def encode_pooled(encoders: Encoders, captions: Sequence[str]) -> torch.Tensor:
-    """Returns CLIP's pooled embeddings [B, P], each caption encoded alone."""
-    clip = partial(encoders.pipeline._get_clip_prompt_embeds, device=encoders.text_encoder_2.device)
-    with encoders.text_encoder_2.awake():
-        return torch.cat([clip([caption]) for caption in captions])
-
-
 def recipes_of(
     args: argparse.Namespace, config: dict[str, Any], encoders: OnDemand[Encoders], accelerator: Accelerator
 ) -> list[Recipe]:
@@ -264,11 +235,11 @@ def recipes_of(
         *recipes,
         latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
         Recipe(
-            "prompt_embeds", sees, lambda raw: encode_text(encoders(), raw, text),
+            "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
             lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True,
         ),
         Recipe(
-            "pooled", ("caption",), lambda raw: encode_pooled(encoders(), raw.captions),
+            "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
             lambda _: (config["pooled_projection_dim"],), dtype, clip,
         ),
     ]  # fmt: skip
