@@ -13,6 +13,8 @@ import runs
 import tiny
 import torch
 
+from videox import text
+
 families = tiny.load_script("benchmarks/families.py")
 
 CELLS = {cell.name: cell for cell in families.cells()}
