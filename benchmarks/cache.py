@@ -99,7 +99,9 @@ def step_times(name: str, folder: Path, rounds: int) -> tuple[float, float, floa
 
     script.transformer_inputs, wiring.open_engine, script.close_step = note_inputs, note_engine, note_close
     try:
-        done = runs.train(argv(folder / f"out-{name}", latent_cache=folder / f"cache-{name}", checkpointing_steps=10**6))
+        done = runs.train(
+            argv(folder / f"out-{name}", latent_cache=folder / f"cache-{name}", checkpointing_steps=10**6)
+        )
     finally:
         script.transformer_inputs, wiring.open_engine, script.close_step = inner, open_engine, close
     if done.code:

@@ -134,7 +134,9 @@ def test_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit", "columns", "header"])
-def test_damage_is_found_and_named_and_the_rest_stands(tmp_path: Path, damage: str) -> None:
+def test_damage_is_found_and_named_and_the_rest_stands(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     filled(tmp_path, range(4))
     filled(tmp_path, range(4, 8))
     path = shards(tmp_path)[0]
@@ -147,6 +149,9 @@ def test_damage_is_found_and_named_and_the_rest_stands(tmp_path: Path, damage: s
     path.write_bytes(content)
     whole, faults = verify(tmp_path)
     assert whole == 8 - lost and len(faults) == 1 and path.name in faults[0]
+    assert tiny.load_script("scripts/cache.py").main(["verify", str(tmp_path)]) == 5
+    said = capsys.readouterr().out
+    assert path.name in said and f"{whole} entries are whole, 1 faults" in said
     cache = Cache(tmp_path)
     missing = [number for number in range(8) if cache.read(key(number)) is None]
     assert len(missing) == lost and len(cache.damage()) == 1 and path.name in cache.damage()[0]
