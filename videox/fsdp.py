@@ -145,7 +145,8 @@ class FsdpEngine:
             _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
             set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
         restore_hyperparameters(self.optimizer, groups)
-        if not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
+        holds_some = any(_local(parameter).numel() for parameter in self.trained)
+        if holds_some and not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
             raise RuntimeError(f"{checkpoint / OPTIMIZER_FOLDER} was read, and the optimizer has no state")
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
