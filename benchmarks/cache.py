@@ -69,11 +69,11 @@ def step_times(name: str, folder: Path, rounds: int) -> tuple[float, float, floa
     inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.close_step
     seen: dict[str, Any] = {}
 
-    def note_inputs(*given: Any) -> dict[str, Any]:
+    def note_inputs(*given: Any) -> dict[str, Any]:  # noqa: ANN401 - passed on as it came
         seen["inputs"] = inner(*given)
         return seen["inputs"]
 
-    def note_engine(*given: Any) -> Any:
+    def note_engine(*given: Any) -> Any:  # noqa: ANN401 - passed on as it came
         engine, rate = open_engine(*given)
         twin = type(engine.network).from_config(engine.network.config).train()
         seen["twin"] = twin
@@ -89,7 +89,7 @@ def step_times(name: str, folder: Path, rounds: int) -> tuple[float, float, floa
         seen["optimizer"].step()
         seen["optimizer"].zero_grad()
 
-    def note_close(*given: Any, **named: Any) -> Any:
+    def note_close(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - passed on as it came
         end = close(*given, **named)
         if marks:
             cached.append(time.perf_counter() - marks[-1])
