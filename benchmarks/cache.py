@@ -165,7 +165,7 @@ def main() -> int:
         "# What the latent cache costs and saves",
         "",
         "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, clips of",
-        f"13 frames, one thread of {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}.",
+        f"13 frames, one thread of {os.cpu_count()} cores ({platform.machine()}, load {os.getloadavg()[0]:.0f}), torch {torch.__version__}.",
         "",
         "| model | cached step | bare transformer step | ratio (median of pairs) |",
         "| --- | --- | --- | --- |",

@@ -556,7 +556,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
     with Elsewhere():
-        encoders = runs.components_of(trainer, trainer.parse_args(argv), accelerator).encoders()
+        args = trainer.parse_args(argv)
+        encoders = trainer.load_encoders(args, trainer.check_model(args)["transformer"], accelerator, lambda x: [x])
         for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:
