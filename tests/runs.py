@@ -165,10 +165,11 @@ class Dump:
 
 def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
     """Returns a family's components as a run without a cache has them."""
-    config = trainer.check_model(args)["transformer"]
-    encoders = OnDemand(partial(trainer.load_encoders, args, config, accelerator))
-    encode = Encoder(trainer.recipes_of(args, config, encoders, accelerator), accelerator.device)
-    return trainer.load_components(args, shift, accelerator, encoders, encode)
+    parts = trainer.check_model(args)
+    shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan makes its own scheduler
+    encoders = OnDemand(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
+    encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
+    return trainer.load_components(parts, shift, accelerator, encoders, encode)
 
 
 def read_dump(path: Path) -> Dump:

@@ -60,7 +60,7 @@ class Ground:
         return runs.wan_plain(self.model, self.metadata, output_dir, **{**asked, **changes})
 
     def variables(self, backend: str, precision: str, world_size: int) -> dict[str, str]:
-        if backend == "single":
+        if backend == "single" or (backend, world_size) == ("ddp", 1):
             return {}
         found = test_backends.variables(backend, "wan2.1 normal", world_size)
         if backend.startswith("zero") and precision == "no":
@@ -245,8 +245,9 @@ def is_trained(name: str) -> bool:
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
-    """Returns every file of a checkpoint but its manifest, which names the hour."""
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "manifest.json")
+    """Returns every file of a checkpoint but its manifest and torch's list of pieces, which come in any order."""
+    left_out = ("manifest.json", ".metadata")
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in left_out)
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 

@@ -22,6 +22,7 @@ import pytest
 import runs
 import tiny
 import torch
+from accelerate import DistributedType
 from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
@@ -34,6 +35,7 @@ SHOWN_ELSEWHERE = {
     "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
     "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
     "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
     "use_ema": "test_ema.test_one_process_averages_its_masters",
@@ -549,7 +551,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
             moved = function(*arguments, **(settings or {}))
             return moved.clone() if function is torch.Tensor.to else moved
 
-    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
+    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
     argv = runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
 
     def places(module: torch.nn.Module) -> list[int]:
@@ -557,7 +560,7 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
 
     with Elsewhere():
         args = trainer.parse_args(argv)
-        encoders = trainer.load_encoders(args, trainer.check_model(args)["transformer"], accelerator, lambda x: [x])
+        encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
         for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:

@@ -16,6 +16,7 @@ import torch
 from videox.data.buckets import SizePolicy
 from videox.data.video import READERS
 from videox.errors import Refusal
+from videox.exports import LAYOUTS
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
@@ -109,9 +110,9 @@ def add_model_and_data(parser: Parser) -> None:
     """Adds the flags for where model and data come from."""
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder of the model in diffusers layout")
-    add("--transformer_path", help="folder of other transformer weights, diffusers layout (none = the model's own)")
-    add("--vae_path", help="folder of another VAE, diffusers layout (none = the model's own)")
+    add("--pretrained_model_name_or_path", required=True, help="folder of the model, or its id on the hub")
+    add("--transformer_path", help="folder or file of other transformer weights, any layout (none = the model's own)")
+    add("--vae_path", help="folder or file of another VAE, any layout (none = the model's own)")
     add("--train_data_dir", help="folder that file_path entries are relative to (none = the metadata's own folder)")
     add("--train_data_meta", required=True, help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
     add("--allow_outside_data_dir", action="store_true", help="allow files outside train_data_dir (off = refused)")
@@ -329,6 +330,13 @@ def add_run(parser: Parser) -> None:
         "--verify",
         action="store_true",
         help="check all hashes of the checkpoint before resuming (off = after a crash only)",
+    )
+    add(
+        "--export_layouts",
+        nargs="+",
+        choices=("diffusers", *LAYOUTS),
+        default=["diffusers"],
+        help="of the trained weights at the end; diffusers is always written (original, comfyui: one file more each)",
     )
     add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of output_dir/transformer at the end")
     add(

@@ -46,7 +46,7 @@ from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, StoredTensors, save_weights
+from videox.weights import SaveFailed, TensorSource, save_weights
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -78,7 +78,7 @@ class FsdpEngine:
         blocks: Sequence[nn.Module],
         make_optimizer: OptimizerOver,
         *,
-        stored: StoredTensors | None = None,
+        stored: TensorSource | None = None,
         whole_weights: bool = False,
     ) -> None:
         plugin = accelerator.state.fsdp_plugin

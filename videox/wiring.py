@@ -27,30 +27,30 @@ from transformers.utils import logging as transformers_logging
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
-from videox.creation import is_divided, skeleton
+from videox.creation import is_divided
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
+from videox.exports import describe
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
-from videox.model_folder import load_whole
+from videox.model_parts import Part
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.sharing import load_frozen
 from videox.state import (
     TrainState,
     checkpoint_bytes,
@@ -64,13 +64,13 @@ from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator
 from videox.watch import Watch
-from videox.weights import StoredTensors
 from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
-    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
+    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
+    "export_layouts", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
@@ -184,35 +184,6 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def transformer_folder(args: argparse.Namespace) -> Path:
-    """Returns the folder of the transformer that training begins with."""
-    return Path(args.transformer_path or Path(args.pretrained_model_name_or_path) / "transformer")
-
-
-def open_transformer(args: argparse.Namespace, accelerator: Accelerator, model_class: Any) -> Any:  # noqa: ANN401
-    """Returns the transformer in float32, or, under ZeRO-3 and FSDP2, what open_engine divides without a whole one.
-
-    Args:
-        model_class: of diffusers.
-
-    Raises:
-        Refusal: its weights are not those of its configuration, or not finite.
-    """
-    folder, backend = transformer_folder(args), resolved(accelerator)
-    if backend == "fsdp2":
-        return skeleton(model_class, folder)
-    if backend == "zero3":
-        from videox.zero_creation import create  # DeepSpeed is installed on Linux only
-
-        return create(model_class, folder, accelerator)
-    return load_whole(model_class, folder)
-
-
-def encoder_loader(args: argparse.Namespace, accelerator: Accelerator, gather: Gather) -> Callable[..., Any]:
-    """Returns what loads a frozen model, from (class, folder, dtype), into host memory once for all that gather."""
-    return partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-
-
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -220,15 +191,17 @@ def open_engine(
     transformer: torch.nn.Module,
     blocks: Sequence[torch.nn.Module],
     schedule_: Schedule,
+    part: Part,
 ) -> tuple[Engine, Callable[[int], float]]:
     """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
 
     Freezes what is not to train and sets up recomputation.
 
     Args:
-        transformer: of open_transformer.
+        transformer: of load_transformer.
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
+        part: that load_transformer was given.
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -248,7 +221,7 @@ def open_engine(
         )
 
     engine: Engine
-    stored = StoredTensors(transformer_folder(args)) if is_divided(transformer) else None
+    stored = part.source() if is_divided(transformer) else None
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
@@ -533,12 +506,34 @@ def open_validator(
     )
 
 
-def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: bool) -> Callable[[], None]:  # noqa: ANN401
-    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so.
+def export_of(
+    args: argparse.Namespace,
+    engine: Engine,
+    model: Any,  # noqa: ANN401 - of diffusers
+    facts: Mapping[str, object],
+    *,
+    is_main: bool,
+) -> Callable[[], None]:
+    """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
+        facts: task, steps and shift, for the files' headers.
         is_main: on the one process that writes; the others take part in gathering.
     """
     kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
-    return partial(export_weights, engine, Path(args.output_dir), dtype, kept, is_main=is_main)
+    asked = (
+        "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
+        "seed",
+    )  # fmt: skip
+    told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
+    return partial(
+        export_weights,
+        engine,
+        Path(args.output_dir),
+        dtype,
+        kept,
+        layouts=sorted(set(args.export_layouts) - {"diffusers"}),
+        metadata=describe(args.pretrained_model_name_or_path, told),
+        is_main=is_main,
+    )

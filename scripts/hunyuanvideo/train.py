@@ -49,19 +49,17 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
+from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import draw, encode_moments
 from videox.lifecycle import Run, run_script
-from videox.model_folder import (
-    check_tokenizer,
-    full_config,
-    read_component,
-    read_model_folder,
-    read_number,
-)
+from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
+from videox.model_parts import Part, find_part
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import encode_pooled, encode_text, join_text
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
 
@@ -145,39 +143,39 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
-def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the configurations of all parts after each has been looked at; loads no weight."""
+def check_model(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns the model's parts after each has been looked at; loads no weight."""
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=encoders)
-    root = Path(args.pretrained_model_name_or_path)
-    for name in ("transformer", "vae"):
-        configs[name] = read_component(Path(getattr(args, f"{name}_path") or root / name), weighted=True)
-    condition = configs["transformer"].get("image_condition_type")
+    root = local_folder(args.pretrained_model_name_or_path)
+    configs = read_model_folder(str(root), pipelines, names, weighted=encoders)
+    parts = {name: Part(root / name, configs[name]) for name in names}
+    for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
+        parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+    condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
         raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
     if made_for == "i2v":
         read_component(root / "image_processor", weighted=False)
-    return configs
+    return parts
 
 
 def load_encoders(
-    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, gather: wiring.Gather
+    args: argparse.Namespace, parts: dict[str, Part], accelerator: Accelerator, gather: wiring.Gather
 ) -> Encoders:
-    """Loads the encoders: those of text in the compute dtype, the VAE in float32. config: of the transformer."""
-    root, dtype = Path(args.pretrained_model_name_or_path), compute_dtype(accelerator)
+    """Loads the encoders: those of text in the compute dtype, the VAE in float32."""
+    root, dtype = parts["scheduler"].path.parent, compute_dtype(accelerator)
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
-    text_to_video = config.get("image_condition_type") is None
+    text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
-    vae_folder = Path(args.vae_path or root / "vae")
-    load = wiring.encoder_loader(args, accelerator, gather)
+    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     encoders = {
-        "vae": load(AutoencoderKLHunyuanVideo, vae_folder, torch.float32),
-        "text_encoder": load(text_encoder_class, root / "text_encoder", dtype),
-        "text_encoder_2": load(CLIPTextModel, root / "text_encoder_2", dtype),
+        "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
+        "text_encoder": load(text_encoder_class, parts["text_encoder"], dtype),
+        "text_encoder_2": load(CLIPTextModel, parts["text_encoder_2"], dtype),
     }
     pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
@@ -192,15 +190,14 @@ def load_encoders(
 
 
 def load_components(
-    args: argparse.Namespace, shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
 ) -> Components:
     """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
-    vae = Path(args.vae_path or Path(args.pretrained_model_name_or_path) / "vae")
-    scaling = full_config(AutoencoderKLHunyuanVideo, vae).scaling_factor
+    scaling = full_config(AutoencoderKLHunyuanVideo, parts["vae"].config).scaling_factor
     condition = transformer.config.image_condition_type
     return Components(transformer, encoders, encode, attention, scaling, shift, condition)
 
@@ -209,17 +206,16 @@ def load_components(
 
 
 def recipes_of(
-    args: argparse.Namespace, config: dict[str, Any], encoders: OnDemand[Encoders], accelerator: Accelerator
+    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
 ) -> list[Recipe]:
-    """Returns how the tensors of a sample are made; config: of the transformer.
+    """Returns how the tensors of a sample are made.
 
     moments: of the VAE's posterior; prompt_embeds and pooled: of the caption; in image-to-video also first_frame: the
     posterior's mode of the image alone, as at inference, and prompt_embeds see the image too.
     """
-    root, dtype, condition = (
-        Path(args.pretrained_model_name_or_path), compute_dtype(accelerator), config.get("image_condition_type"),
-    )  # fmt: skip
-    vae, given = (Path(args.vae_path or root / "vae"),), partial(encode_moments, mini_batch=args.vae_mini_batch)
+    config, dtype, root = parts["transformer"].config, compute_dtype(accelerator), parts["scheduler"].path.parent
+    condition = config.get("image_condition_type")
+    vae, given = (parts["vae"].path,), partial(encode_moments, mini_batch=args.vae_mini_batch)
     kept, length = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), args.tokenizer_max_length
     text = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
     llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
@@ -374,8 +370,8 @@ def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    configs = check_model(args)
-    config, shift = configs["transformer"], read_number(configs["scheduler"], "shift", "scheduler")
+    parts = check_model(args)
+    config, shift = parts["transformer"].config, read_number(parts["scheduler"].config, "shift", "scheduler")
     task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
     wiring.announce(args, accelerator, backend, run, task)
 
@@ -391,17 +387,19 @@ def train(
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, config, accelerator))
-    recipes = recipes_of(args, config, encoders, accelerator)
+    encoders = OnDemand(partial(load_encoders, args, parts, accelerator))
+    recipes = recipes_of(args, parts, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, accelerator, encoders, encode)
+    components = load_components(parts, shift, accelerator, encoders, encode)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
@@ -446,7 +444,8 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
+    facts = {**about, "steps": total, "shift": shift}
+    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
 import videox.args as flags
 import videox.wiring as wiring
@@ -44,18 +45,16 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
+from videox.hub import local_folder
 from videox.keys import Purpose, mix
 from videox.latents import draw, encode_moments, to_images
 from videox.lifecycle import Run, run_script
-from videox.model_folder import (
-    check_tokenizer,
-    full_config,
-    read_component,
-    read_model_folder,
-    read_shift,
-)
+from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
+from videox.model_parts import Part, find_part, original_parts, original_places
 from videox.offload import RestingModule
+from videox.sharing import load_frozen
 from videox.steps import close_step, walk
+from videox.transformer import load_transformer
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
 
@@ -111,15 +110,22 @@ class Components:
     shift: float
 
 
-def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the configurations of all parts after each has been looked at; loads no weight."""
-    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
-    names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=("text_encoder",))
-    for name in ("transformer", "vae"):
-        folder = getattr(args, f"{name}_path") or Path(args.pretrained_model_name_or_path) / name
-        configs[name] = read_component(Path(folder), weighted=True)
-    config = configs["transformer"]
+def check_model(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns the model's parts after every one has been looked at; loads no weight."""
+    root = local_folder(args.pretrained_model_name_or_path)
+    if places := original_places(root, args.config_path):
+        parts = original_parts(places, args.config_path, args.transformer_path, args.vae_path)
+    else:
+        pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+        names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",))
+        parts = {name: Part(root / name, configs[name]) for name in names}
+        for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
+            parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+        if parts["transformer"].config.get("image_dim"):
+            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision")
+            read_component(root / "image_processor", weighted=False)
+    config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
     if args.train_mode not in made_for or config.get("pos_embed_seq_len"):
@@ -132,39 +138,51 @@ def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
-    if with_image:
-        root = Path(args.pretrained_model_name_or_path)
-        read_component(root / "image_encoder", weighted=True)
-        read_component(root / "image_processor", weighted=False)
-    return configs
+    return parts
+
+
+def open_pipeline(
+    args: argparse.Namespace, parts: dict[str, Part], shift: float, encoders: dict[str, torch.nn.Module]
+) -> WanPipeline | diffusers.WanImageToVideoPipeline:
+    """Returns diffusers' pipeline over these encoders, without a transformer."""
+    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
+    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
+    if "scheduler" in parts:
+        return pipeline_class.from_pretrained(parts["scheduler"].path.parent, transformer=None, **encoders)
+    own: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(parts["tokenizer"].path, local_files_only=True)}
+    if "image_encoder" in parts:
+        side = parts["image_encoder"].config["image_size"]
+        crop = {"height": side, "width": side}
+        own["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+    return pipeline_class(**own, **encoders, scheduler=scheduler, transformer=None)
 
 
 def load_encoders(
-    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, gather: wiring.Gather
+    args: argparse.Namespace, parts: dict[str, Part], shift: float, accelerator: Accelerator, gather: wiring.Gather
 ) -> Encoders:
-    """Loads the encoders: that of text in the compute dtype, the others in float32. config: of the transformer."""
-    root = Path(args.pretrained_model_name_or_path)
-    load = wiring.encoder_loader(args, accelerator, gather)
+    """Loads the encoders: that of text in the compute dtype, the others in float32."""
+    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     encoders = {
-        "vae": load(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch.float32),
-        "text_encoder": load(UMT5EncoderModel, root / "text_encoder", compute_dtype(accelerator)),
+        "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
+        "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype(accelerator)),
     }
-    if config.get("image_dim"):
-        encoders["image_encoder"] = load(CLIPVisionModel, root / "image_encoder", torch.float32)
-    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
-    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
-    pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)
-    check_tokenizer(pipeline.tokenizer, root / "tokenizer", "A red fox, 2 years old, runs over the hill <3")
+    if parts["transformer"].config.get("image_dim"):
+        encoders["image_encoder"] = load(CLIPVisionModel, parts["image_encoder"], torch.float32)
+    pipeline = open_pipeline(args, parts, shift, encoders)
+    check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
     resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
     return Encoders(resting["text_encoder"], resting.get("image_encoder"), resting["vae"], pipeline)
 
 
 def load_components(
-    args: argparse.Namespace, shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
 ) -> Components:
     """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    transformer = wiring.open_transformer(args, accelerator, WanTransformer3DModel)
-    config = full_config(AutoencoderKLWan, Path(args.vae_path or Path(args.pretrained_model_name_or_path) / "vae"))
+    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
+    config = full_config(AutoencoderKLWan, parts["vae"].config)
     mean, std = (
         torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
         for values in (config.latents_mean, config.latents_std)
@@ -204,15 +222,15 @@ def known_pixels(mode: str, raw: Raw) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def recipes_of(
-    args: argparse.Namespace, config: dict[str, Any], encoders: OnDemand[Encoders], accelerator: Accelerator
+    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
 ) -> list[Recipe]:
-    """Returns how the tensors of a sample are made; config: of the transformer.
+    """Returns how the tensors of a sample are made.
 
     moments: of the VAE's posterior; prompt_embeds; for images also known: the posterior's mode of what is known, and
     image_embeds: of the first frame as far as it is known, where the model takes them.
     """
-    root, mode, length = Path(args.pretrained_model_name_or_path), args.train_mode, args.tokenizer_max_length
-    vae, text = (Path(args.vae_path or root / "vae"),), (root / "text_encoder", root / "tokenizer")
+    config, mode, length = parts["transformer"].config, args.train_mode, args.tokenizer_max_length
+    vae, text = (parts["vae"].path,), (parts["text_encoder"].path, parts["tokenizer"].path)
     to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
     kept = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
     recipes = [
@@ -226,9 +244,9 @@ def recipes_of(
         known = lambda raw: to_moments(encoders().vae, known_pixels(mode, raw)[0])  # noqa: E731
         recipes.append(latents_recipe("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
-        seen = CLIPVisionConfig.from_pretrained(root / "image_encoder")
+        seen = CLIPVisionConfig(**parts["image_encoder"].config)
         shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
-        weights = (root / "image_encoder", root / "image_processor")
+        weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
         recipes.append(Recipe(
             "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
             lambda _: shape, torch.float32, weights,
@@ -352,7 +370,8 @@ def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    config, shift = check_model(args)["transformer"], read_shift(args.config_path)
+    parts, shift = check_model(args), read_shift(args.config_path)
+    config = parts["transformer"].config
     task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
     wiring.announce(args, accelerator, backend, run, task)
 
@@ -367,16 +386,18 @@ def train(
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, config, accelerator))
-    recipes = recipes_of(args, config, encoders, accelerator)
+    encoders = OnDemand(partial(load_encoders, args, parts, shift, accelerator))
+    recipes = recipes_of(args, parts, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, accelerator, encoders, encode)
+    components = load_components(parts, shift, accelerator, encoders, encode)
     transformer = components.transformer
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, transformer.blocks, planned)
+    engine, rate_at = wiring.open_engine(
+        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"]
+    )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
@@ -421,7 +442,8 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    return watch.finished(wiring.export_of(args, engine, transformer, is_main=accelerator.is_main_process))
+    facts = {**about, "steps": total, "shift": shift}
+    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
 if __name__ == "__main__":
