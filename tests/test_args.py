@@ -183,7 +183,7 @@ def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str,
         ("--learning-rate=1e-5", "--learning_rate"),
         ("--resume_from_checkpoints=latest", "--resume_from_checkpoint"),
         ("--train_data_metta=x", "--train_data_meta"),
-        ("--video_sample=256", "--video_sample_size"),
+        ("--video_sampl_size=256", "--video_sample_size"),
         ("--enable_buckets", "--enable_bucket"),
     ],
 )

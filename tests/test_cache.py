@@ -90,7 +90,7 @@ PART = Part("moments", "vae", ("clip", "mask", "caption"))
 @pytest.mark.parametrize(
     "changed",
     [
-        {"file": "b.mp4"}, {"size": 11}, {"mtime_ns": 21}, {"start": 4}, {"stride": 3}, {"mask": "nothing"},
+        {"file": "b.mp4"}, {"size": 11}, {"mtime_ns": 21}, {"start": 4}, {"pace": 3}, {"mask": "nothing"},
         {"bucket": Bucket(5, 64, 96)}, {"bucket": Bucket(9, 96, 64)}, {"caption": "a cat"},
     ],
 )  # fmt: skip

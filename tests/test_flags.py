@@ -28,6 +28,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
 
 from videox.data import decord_reader
+from videox.data.buckets import SizePolicy
+from videox.data.index import load_index
+from videox.data.plan import PlanSettings, plan_epoch
+from videox.data.settings import columns_of
 
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
@@ -273,6 +277,69 @@ def test_kept_frames_are_a_stride_apart(bench: Bench, stride: int) -> None:
     outcome = bench(STEPS, video_sample_stride=stride)
     clips = [frames for step in dumps(outcome) for dump in step for frames in dump.frame_indices if len(frames) > 1]
     assert clips and {b - a for frames in clips for a, b in itertools.pairwise(frames)} == {stride}
+
+
+WHOLE = {**STEPS, "fix_sample_size": [64, 64], "video_sample_n_frames": 5, "train_batch_size": 64}  # images, clips
+
+
+def sampled(outcome: runs.Outcome) -> list[tuple[int, list[int]]]:
+    """Returns (row, source frames) of every sample in the dumps."""
+    pairs = [zip(dump.rows, dump.frame_indices, strict=True) for step in dumps(outcome) for dump in step]
+    return [pair for several in pairs for pair in several]
+
+
+@shows("video_sample_fps")
+def test_kept_frames_follow_the_sources_rate(bench: Bench) -> None:
+    files = {name: rate for name, *_, rate in tiny.DATASET}
+    rates = [files[row["file_path"]] for row in bench.table]
+    seen = set()
+    for row, frames in sampled(bench(WHOLE, video_sample_fps=10)):
+        if len(frames) > 1:
+            seen.add(rates[row])
+            assert [i - frames[0] for i in frames] == [math.floor(n * rates[row] / 10 + 1e-6) for n in range(5)]
+    assert seen == {24.0, 30.0}  # at 25 the short clip holds four frames, which is one of 4k+1
+
+
+@shows("clips_per_video", "clip_sampling")
+def test_a_long_video_gives_several_clips_in_an_epoch(bench: Bench) -> None:
+    lengths = {name: frames for name, _, _, frames, _ in tiny.DATASET}
+    starts: dict[int, list[int]] = {}
+    for row, frames in sampled(bench(WHOLE, clips_per_video=2, clip_sampling="head")):
+        starts.setdefault(row, []).append(frames[0])
+    for row, entry in enumerate(bench.table):  # five frames at stride 2 take nine
+        assert sorted(starts[row]) == ([0, 9] if lengths[entry["file_path"]] >= 20 else [0])
+
+
+@shows("balance")
+def test_balance_decides_what_runs_side_by_side(bench: Bench) -> None:
+    orders = [rows(bench(balance=balance)) for balance in ("mixed", "strict", "none")]
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    assert orders[1] != orders[2]
+
+
+def test_what_runs_is_what_was_planned(bench: Bench) -> None:
+    outcome = bench(STEPS, gradient_accumulation_steps=2)
+    asked = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    settings = PlanSettings(**{**asked, "policy": SizePolicy(**asked["policy"])})
+    index = load_index(bench.metadata.with_name("metadata.json.videox-index.arrow"), bench.metadata.parent)
+    plan = plan_epoch(columns_of(index, by_second=False), settings, 0)
+    ran = [
+        (step, 0, micro, row, *dump.bucket, frames[0])
+        for step in range(2)
+        for micro in range(2)
+        for dump in [outcome.dump(step + 1, micro)]
+        for row, frames in zip(dump.rows, dump.frame_indices, strict=True)
+    ]
+    assert ran == [sample for sample in plan.executed(1) if sample.step < 2]
+
+
+@shows("cost_model")
+def test_a_new_run_takes_the_costs_of_an_earlier_one(bench: Bench, tmp_path: Path) -> None:
+    model = tmp_path / "cost_model.json"
+    model.write_text(json.dumps({"linear": 3.0, "quadratic": 0.25}))
+    outcome = bench(STEPS, cost_model=model, max_train_steps=1)
+    plan = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    assert (plan["cost_linear"], plan["cost_quadratic"]) == (3.0, 0.25)
 
 
 @shows("video_sample_n_frames")

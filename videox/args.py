@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from videox.data.buckets import SizePolicy
+from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.exports import LAYOUTS
@@ -25,7 +26,7 @@ EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint", "latent_cache",
+    "resume_from_checkpoint", "cost_model", "latent_cache",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
@@ -122,6 +123,18 @@ def add_model_and_data(parser: Parser) -> None:
         default=0,
         help="times a video occurs in an epoch; images once (0 = once)",
     )
+    add(
+        "--clips_per_video",
+        type=COUNT,
+        default=1,
+        help="clips of n_frames that a video gives in an epoch at most, as many as it holds (1 = off)",
+    )
+    add(
+        "--clip_sampling",
+        choices=SAMPLINGS,
+        default=SAMPLINGS[0],
+        help="where clips begin: anywhere, spread evenly, or one after another from the beginning",
+    )
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
     add(
         "--dataloader_num_workers",
@@ -136,22 +149,15 @@ def add_model_and_data(parser: Parser) -> None:
         default=0.01,
         help="share of rows, 0 to 1, that may be unreadable before the run stops; ten always may",
     )
-    add(
-        "--latent_cache",
-        metavar="DIR",
-        help="folder in which what the encoders make is kept and found again; several runs may share it (none = off)",
-    )
+    kept = "folder in which what the encoders make is kept and found again; runs may share it (none = off)"
+    add("--latent_cache", metavar="DIR", help=kept)
     add(
         "--cache_only",
         action="store_true",
-        help="fill --latent_cache for all that the run needs, and end (off = train)",
+        help="fill --latent_cache with all that the run needs, and end (off = train)",
     )
-    add(
-        "--cache_variants",
-        type=COUNT_OR_ZERO,
-        default=0,
-        help="clip starts, sizes and masks are drawn for so many epochs and then come again (0 = drawn anew in each)",
-    )
+    turns = "clip starts, sizes and masks are drawn for so many epochs and then come again (0 = drawn anew in each)"
+    add("--cache_variants", type=COUNT_OR_ZERO, default=0, help=turns)
 
 
 def add_shapes(parser: Parser) -> None:
@@ -169,6 +175,12 @@ def add_shapes(parser: Parser) -> None:
         type=COUNT,
         default=4,
         help="source frames from one kept frame to the next (1 = every frame)",
+    )
+    add(
+        "--video_sample_fps",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="frames to keep per second of video, in place of the stride where a file tells its rate (0 = off)",
     )
     add("--video_sample_n_frames", type=COUNT, default=17, help="frames of a clip at most, 4k+1")
     add(
@@ -214,6 +226,16 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         choices=("fixed", "cost"),
         default="fixed",
         help="fixed: train_batch_size samples; cost: as many small ones as cost the same",
+    )
+    add(
+        "--balance",
+        choices=BALANCES,
+        default=BALANCES[0],
+        help="what runs side by side costs alike: mixed, while steps stay as varied as the data; strict, further (none = off)",
+    )
+    add(
+        "--cost_model",
+        help="cost_model.json of an earlier run, for what a sample costs (none = from the model's dimensions)",
     )
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs")
@@ -371,6 +393,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         token_sample_size=args.token_sample_size,
         n_frames=args.video_sample_n_frames,
         stride=args.video_sample_stride,
+        sample_fps=args.video_sample_fps,
         enable_bucket=args.enable_bucket,
         random_hw_adapt=args.random_hw_adapt,
         token_length=args.training_with_video_token_length,
@@ -404,7 +427,6 @@ def check(args: argparse.Namespace) -> None:
     for flag in PATHS:
         if path := getattr(args, flag):
             refuse_impossible(f"--{flag}", path)
-    check_cache(args)
     wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
     if len(args.validation_paths) != wanted:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"
@@ -419,12 +441,6 @@ def check(args: argparse.Namespace) -> None:
             raise Refusal("--output_dir", f"{args.output_dir} is or contains --{flag}", "give a folder of its own")
     if output.exists() and not output.is_dir():
         raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
-
-
-def check_cache(args: argparse.Namespace) -> None:
-    """Raises Refusal where there is no cache to fill."""
-    if args.cache_only and not args.latent_cache:
-        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
 
 
 def refuse_impossible(flag: str, path: str) -> None:

@@ -22,7 +22,7 @@ from videox.data.bucket_sampler import held_out_samples
 from videox.data.cache import Cache, Part, Shelf, key_of, read_memo, write_memo
 from videox.data.dataset import BadSample, PlannedSample, TokenLengthDataset, collate, facts_of
 from videox.data.loader import quiet_worker
-from videox.data.plan import Columns, PlanSettings, count_steps, draw_samples, held_out_plan, row_fates
+from videox.data.plan import Columns, PlanSettings, count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed import StopRequest
 from videox.encoding import Encoder, Recipe
 from videox.errors import STOPPED, STORAGE, Refusal
@@ -68,23 +68,20 @@ def samples_to_come(
     Where clips and sizes come again after some epochs (cache_variants), so do the samples; whether a caption is
     dropped is drawn anew in every epoch.
     """
-    fates = row_fates(columns, settings, np.asarray(quarantined, np.int64))
     turns = settings.cache_variants or len(epochs)
     for turn in range(min(turns, len(epochs))):
-        wanted: dict[bool, np.ndarray] = {}
+        seen: dict[bool, np.ndarray] = {state: np.empty(0, np.uint64) for state in (False, True)}
         for epoch in epochs[turn::turns]:
-            drawn = draw_samples(columns, settings, epoch, fates)
+            drawn = draw_epoch(columns, settings, epoch, row_fates(columns, settings, np.array(quarantined, np.int64)))
             dropped = uniform(drawn.keys, Purpose.CAPTION_DROPOUT) < caption_dropout
-            for state in (False, True):
-                # the key of some epoch in which it is so; 0 is none
-                keys = np.where(dropped == state, drawn.keys, np.uint64(0))
-                wanted[state] = np.where(wanted[state], wanted[state], keys) if state in wanted else keys
-        for keys in wanted.values():
-            for i in np.flatnonzero(keys):
-                yield PlannedSample(
-                    int(drawn.rows[i]), int(drawn.starts[i]), int(keys[i]), int(drawn.variants[i]), 1.0, 0.5,
-                    drawn.buckets[drawn.number[i]], 0, 0, True,
-                )  # fmt: skip
+            for state, before in seen.items():
+                new = np.flatnonzero((dropped == state) & ~np.isin(drawn.variants, before))
+                seen[state] = np.concatenate([before, drawn.variants[new]])
+                for i in new:
+                    yield PlannedSample(
+                        int(drawn.rows[i]), int(drawn.starts[i]), int(drawn.keys[i]), int(drawn.variants[i]), 1.0, 0.5,
+                        drawn.buckets[drawn.number[i]], 0, 0, True,
+                    )  # fmt: skip
 
 
 def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder) -> Stock:
@@ -93,7 +90,7 @@ def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, en
     seen: set[bytes] = set()
     jobs = []
     for planned in samples:
-        facts = facts_of(dataset.index, planned, dataset.stride, encoder.shelf.mode, dataset.caption_of(planned))
+        facts = facts_of(dataset, planned, encoder.shelf.mode)
         keys = {key_of(encoder.parts[recipe.name], facts): recipe for recipe in encoder.recipes}
         new = keys.keys() - seen
         seen |= new

@@ -43,6 +43,11 @@ class Backend:
     whole_weights: bool
     clips_by_own_norm: bool
 
+    @property
+    def barrier(self) -> str:
+        """Where ranks wait for each other: once a "step", or at every layer of each "micro" batch."""
+        return "step" if self.whole_weights else "micro"
+
 
 BACKENDS = {
     backend.name: backend
@@ -78,6 +83,11 @@ def resolved(accelerator: Accelerator) -> str:
         return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
     names = {DistributedType.NO: "single", DistributedType.MULTI_GPU: "ddp", DistributedType.MULTI_CPU: "ddp"}
     return names.get(kind, str(kind))
+
+
+def backend_of(accelerator: Accelerator) -> Backend:
+    """Returns the backend that accelerate made, one of BACKENDS."""
+    return BACKENDS[resolved(accelerator)]
 
 
 def refuse_other_launch(environment: Mapping[str, str], processes: int, name: str) -> None:

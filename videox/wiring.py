@@ -24,17 +24,20 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+import videox.report as report
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
+from videox.cost_model import read_cost_model, step_times
 from videox.creation import is_divided
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
+from videox.data.settings import columns_fingerprint, columns_of
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
+from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
@@ -49,7 +52,6 @@ from videox.model_parts import Part
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
-from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
 from videox.state import (
     TrainState,
@@ -107,10 +109,10 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     refuse_other_backend(run.resume.path, backend)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
-    changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
+    facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
+    changed = report.changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
     late = average_notes(run.resume.path, args.use_ema)
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
+    accelerator.print("\n".join([*report.start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
 
 
 def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
@@ -134,21 +136,30 @@ def open_schedule(
     """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
 
     Args:
-        cost: a and b of a sample's cost a*S + b*S^2 in tokens S.
+        cost: a and b of a sample's cost a*S + b*S^2 in tokens S; --cost_model gives others to a new run.
         min_frames: below which a sample teaches nothing.
 
     Raises:
         Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
     """
     index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    columns = columns_of(index, by_second=args.video_sample_fps > 0)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
     state, settings = resume_or_begin(
         run.resume.path,
-        partial(plan_settings, args, cost=cost, min_frames=min_frames),
+        partial(
+            plan_settings,
+            args,
+            min_frames=min_frames,
+            cost_linear=cost[0],
+            cost_quadratic=cost[1],
+            barrier=backend_of(accelerator).barrier,
+            accumulation=args.gradient_accumulation_steps,
+        ),
         seed=args.seed,
         slots=accelerator.num_processes * args.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
-        index_fingerprint=index.fingerprint(),
+        index_fingerprint=columns_fingerprint(index, columns),
         names=index.names(),
         columns=columns,
         run=run_name(vars(args)),
@@ -156,20 +167,19 @@ def open_schedule(
     )
     if run.resume.path:
         refuse_other_run(Path(args.output_dir), state)
-        lost = np.flatnonzero((state.columns or columns).usable & ~columns.usable)
-        if len(lost):
-            named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])
-            accelerator.print(f"{len(lost)} rows cannot be read any more and will count nothing: {named}")
-    columns = state.columns or columns
+    lost, columns = report.lost_lines(index, state.columns or columns, columns), state.columns or columns
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    accelerator.print("\n".join(data_lines(index, columns, plan)))
-    if accelerator.is_main_process and (refused := refused_rows(index, plan)):
+    balance = report.balance_line(plan, settings, accelerator.num_processes)
+    accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
+    if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
         with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
             aside.write_bytes(b"".join(map(json_line, refused)))
         accelerator.print(
             f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
         )
+    if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
+        accelerator.print("--cost_model: a running plan never changes, what the run began with stays")
     asked = accelerator.num_processes * args.gradient_accumulation_steps
     if settings.slots != asked:
         steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
@@ -288,6 +298,7 @@ def open_watch(
         checkpoint_bytes=engine.checkpoint_bytes,
         is_main=accelerator.is_main_process,
         gather=gather,
+        times=step_times(accelerator, schedule_.settings),
     )
 
 
@@ -305,12 +316,14 @@ def open_data(
         recipes: how a sample's tensors are made.
         encoders: loaded here, unless the cache has everything that they would make.
     """
+    if args.cache_only and not args.latent_cache:
+        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     encode = open_encoder(
         recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
         is_main=accelerator.is_main_process, gather=gather,
     )  # fmt: skip
     dataset = TokenLengthDataset(
-        planned.index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=args.caption_dropout,
+        planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
         shelf=encode.shelf, always_read=bool(args.dump_steps),
     )  # fmt: skip
     stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
@@ -365,10 +378,10 @@ def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
 
 
 def plan_settings(
-    args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int, min_frames: int = 1
+    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
 ) -> PlanSettings:
-    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
-    return PlanSettings(
+    """Returns the flags that the schedule depends on; launched: other fields of PlanSettings, which win over flags."""
+    fields: dict[str, Any] = dict(
         policy=size_policy(args, min_frames),
         batch_size=args.train_batch_size,
         slots=slots,
@@ -376,10 +389,12 @@ def plan_settings(
         slot_fill=args.slot_fill,
         video_repeat=args.video_repeat,
         held_out=args.validation_rows,
-        cost_linear=cost[0],
-        cost_quadratic=cost[1],
+        balance=args.balance,
+        clips_per_video=args.clips_per_video,
+        clip_sampling=args.clip_sampling,
         cache_variants=args.cache_variants,
     )
+    return PlanSettings(**{**fields, **launched})
 
 
 def notes(args: argparse.Namespace) -> list[str]:
@@ -496,7 +511,7 @@ def open_validator(
         images=validation_images(args, shape),
         pipeline=pipeline,
         shape=shape,
-        fps=typical_fps(planned.index) / args.video_sample_stride,
+        fps=args.video_sample_fps or report.typical_fps(planned.index) / args.video_sample_stride,
         shift=shift,
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,

@@ -49,7 +49,7 @@ class Part(NamedTuple):
 class Facts(NamedTuple):
     """What a sample is made from.
 
-    file: relative path; size: bytes, mtime_ns: of the indexed file; start, stride, bucket: the frames and their size;
+    file: relative path; size: bytes, mtime_ns: of the indexed file; start, pace, bucket: the frames and their size;
     mask: its name; caption: after dropout.
     """
 
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     size: int
     mtime_ns: int
     start: int
-    stride: int
+    pace: float
     bucket: Bucket
     mask: str
     caption: str
@@ -67,7 +67,7 @@ def key_of(part: Part, facts: Facts) -> bytes:
     """Returns the address of a part of a sample: equal where all that it depends on is equal."""
     file, frames = (facts.file, facts.size, facts.mtime_ns, facts.start), facts.bucket.frames
     used: dict[str, Any] = {
-        "clip": (*file, facts.stride if frames > 1 else 1, *facts.bucket),
+        "clip": (*file, float(facts.pace) if frames > 1 else 1.0, *facts.bucket),
         "frame": (*file, *facts.bucket[1:]),
         "mask": facts.mask,
         "caption": facts.caption,

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from videox.conditioning import mask_name
+from videox.data.buckets import SizePolicy, frame_offsets, pace_of
 from videox.data.cache import Facts, Shelf
 from videox.data.deadline import READ_SECONDS, deadline
 from videox.data.index import Index
@@ -95,7 +96,7 @@ class TokenLengthDataset(Dataset):
 
     Args:
         index: the rows.
-        stride: source frames from one kept frame to the next.
+        policy: the flags that decide which frames are kept.
         reader: "pyav" | "decord".
         caption_dropout: share of captions (0 to 1) replaced by "", drawn by each sample's key.
         shelf: where what encoders made of a sample may be found, so that its file need not be read.
@@ -103,11 +104,11 @@ class TokenLengthDataset(Dataset):
     """
 
     def __init__(
-        self, index: Index, *, stride: int, reader: str, caption_dropout: float, shelf: Shelf | None = None,
+        self, index: Index, *, policy: SizePolicy, reader: str, caption_dropout: float, shelf: Shelf | None = None,
         always_read: bool = False,
     ) -> None:  # fmt: skip
         self.index = index
-        self.stride = stride
+        self.policy = policy
         self.reader = reader
         self.caption_dropout = caption_dropout
         self.shelf = shelf
@@ -116,7 +117,7 @@ class TokenLengthDataset(Dataset):
     def __getitem__(self, planned: PlannedSample) -> Sample:
         """Returns the sample; one that cannot be read comes back as zeros with weight 0 and its reason."""
         bucket = planned.bucket
-        indices = planned.start + self.stride * np.arange(bucket.frames)
+        indices = planned.start + frame_offsets(np.arange(bucket.frames), self.pace(planned.row))
         nothing = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         sample = Sample(
             planned=planned, pixels=nothing, caption="", frame_indices=indices, found={}, facts=None, bad=None
@@ -125,7 +126,7 @@ class TokenLengthDataset(Dataset):
             return sample
         sample["caption"] = self.caption_of(planned)
         if self.shelf is not None:
-            facts = facts_of(self.index, planned, self.stride, self.shelf.mode, sample["caption"])
+            facts = facts_of(self, planned, self.shelf.mode)
             sample["facts"], sample["found"] = facts, self.shelf.find(facts)
             if not self.always_read and not self.shelf.needs_pixels(sample["found"]):
                 sample["pixels"] = None
@@ -144,6 +145,10 @@ class TokenLengthDataset(Dataset):
         dropped = uniform(planned.key, Purpose.CAPTION_DROPOUT) < self.caption_dropout
         return "" if dropped else self.index.caption(planned.row)
 
+    def pace(self, row: int) -> float:
+        """Returns the source frames from one kept frame of a row to the next."""
+        return float(np.ravel(pace_of(self.policy, self.index.fps[[max(row, 0)]]))[0])
+
     def without_dropout(self) -> TokenLengthDataset:
         """Returns the same data with every caption kept."""
         return self._but(caption_dropout=0.0)
@@ -153,7 +158,7 @@ class TokenLengthDataset(Dataset):
         return self._but(shelf=None)
 
     def _but(self, **changes: Any) -> TokenLengthDataset:  # noqa: ANN401 - keywords of the class
-        names = ("stride", "reader", "caption_dropout", "shelf", "always_read")
+        names = ("policy", "reader", "caption_dropout", "shelf", "always_read")
         return TokenLengthDataset(self.index, **{name: getattr(self, name) for name in names} | changes)
 
     def _read(self, planned: PlannedSample, path: Path, indices: np.ndarray) -> np.ndarray:
@@ -163,12 +168,12 @@ class TokenLengthDataset(Dataset):
         return read_clip(path, indices.tolist(), planned.bucket.height, planned.bucket.width, self.reader)
 
 
-def facts_of(index: Index, planned: PlannedSample, stride: int, mode: str, caption: str) -> Facts:
-    """Returns what a sample is made from; mode: of known_mask; caption: after dropout."""
-    row = planned.row
-    mask = mask_name(mode, planned.variant, planned.bucket.frames)
+def facts_of(dataset: TokenLengthDataset, planned: PlannedSample, mode: str) -> Facts:
+    """Returns what a sample is made from; mode: of known_mask."""
+    index, row = dataset.index, planned.row
     file = str(index.file_path[row].as_py()), int(index.file_size[row]), int(index.mtime_ns[row])
-    return Facts(*file, planned.start, stride, planned.bucket, mask, caption)
+    mask = mask_name(mode, planned.variant, planned.bucket.frames)
+    return Facts(*file, planned.start, dataset.pace(row), planned.bucket, mask, dataset.caption_of(planned))
 
 
 def refuse_changed(path: Path, file_size: int, mtime_ns: int) -> None:
