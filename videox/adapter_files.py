@@ -1,4 +1,4 @@
-"""Serves who keeps a LoRA: adapters in files that diffusers and ComfyUI load, and checkpoints without the frozen base."""
+"""Serves who keeps a LoRA: adapters in files that diffusers and ComfyUI load, checkpoints without the frozen base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from videox.errors import MODEL, NUMERICS, Refusal
 from videox.exports import publish_file
 from videox.files import write_json_atomically
 from videox.kept import TRANSFORMER
-from videox.lora import Lora, adapters, public_name
+from videox.lora import Lora, own_name, public_name
 from videox.lora_layouts import lora_to_comfyui
 from videox.model_folder import UNLOADABLE
 from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors
@@ -36,6 +36,7 @@ class AdaptersAlone:
 
     Args:
         lora: what is trained.
+        values: of the adapters to begin with, by their parameters' names.
         base: fingerprint of the frozen weights; needed on the main process alone.
         family: whose layouts the adapters have, as videox.layouts calls it.
         save_lora_weights: of the family's pipeline.
@@ -43,8 +44,11 @@ class AdaptersAlone:
 
     trained_alone = True
 
-    def __init__(self, lora: Lora, base: str, family: str, save_lora_weights: SaveLora) -> None:
-        self.lora, self.base, self.family, self.save_lora_weights = lora, base, family, save_lora_weights
+    def __init__(
+        self, lora: Lora, values: Mapping[str, Tensor], *, base: str, family: str, save_lora_weights: SaveLora
+    ) -> None:
+        self.lora, self.values, self.base, self.family = lora, values, base, family
+        self.save_lora_weights = save_lora_weights
 
     def save(self, checkpoint: Path, name: str, tensors: NamedTensors, config: str) -> None:
         """As Kept's; an average has a folder of its name."""
@@ -95,23 +99,17 @@ class AdaptersAlone:
 
     def load(self, checkpoint: Path, model: nn.Module) -> None:
         """As Kept's."""
-        trained = {f"{PREFIX}{public_name(name)}": parameter for name, parameter in adapters(model)}
+        trained = {f"{PREFIX}{public_name(n)}": p for n, p in model.named_parameters() if n in self.values}
         load_weights(checkpoint, trained, stem=STEM)
 
     def stored(self, checkpoint: Path, name: str) -> Mapping[str, Tensor]:
         """As Kept's."""
         found = StoredTensors(_place(checkpoint, name), STEM)
-        return {_own_name(key): found[key] for key in found}
+        return {own_name(key.removeprefix(PREFIX)): found[key] for key in found}
 
 
 def _place(folder: Path, name: str) -> Path:
     return folder if name == TRANSFORMER else folder / name
-
-
-def _own_name(key: str) -> str:
-    for half in (".lora_A", ".lora_B"):
-        key = key.replace(f"{half}.weight", f"{half}.default.weight")
-    return key.removeprefix(PREFIX)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -156,7 +154,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def fingerprint(stored: TensorSource) -> str:
-    """Returns a hash of a base's weights by diffusers' names, of a few numbers of each; equal in every layout of them."""
+    """Returns a hash of a few numbers of each of a base's weights, by diffusers' names: equal in all their layouts."""
     digest = hashlib.sha256()
     for name in sorted(stored):
         values = stored[name].reshape(-1)
@@ -260,7 +258,7 @@ def begin_from(
         raise Refusal(
             "--init_lora_from", f"{path} cannot be read ({cause})", f"give a LoRA with {STEM}.safetensors", MODEL
         ) from why
-    stored = {_own_name(key): tensor for key, tensor in found.items()}
+    stored = {own_name(key.removeprefix(PREFIX)): tensor for key, tensor in found.items()}
     stray = sorted(stored.keys() - values.keys())
     if stray or not stored:
         what = (

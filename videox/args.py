@@ -26,7 +26,7 @@ EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint", "cost_model", "latent_cache",
+    "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
@@ -221,6 +221,20 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         help="the same at half the learning rate (empty = none)",
     )
     add("--train_batch_size", type=COUNT, default=16, help="samples per micro-batch and process")
+    add("--lora_rank", type=number(int, 0, 4096), default=0, help="train a LoRA of this rank (0 = the model itself)")
+    add("--lora_alpha", type=number(float, 1e-6, 1e6), help="its changes count alpha / rank (none = the rank)")
+    add(
+        "--lora_target_modules",
+        nargs="+",
+        help="linear layers that it changes, by one or more parts of their names (none = attention and feed-forward)",
+    )
+    add(
+        "--lora_dropout",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="share of a layer's inputs it misses (0 = off)",
+    )
+    add("--init_lora_from", help="file or folder of a LoRA to begin with, any layout (none = a new one)")
     add(
         "--slot_fill",
         choices=("fixed", "cost"),
@@ -419,6 +433,7 @@ def check(args: argparse.Namespace) -> None:
     for flag, default in without_effect.items():
         if not args.use_ema and getattr(args, flag) != default:
             raise Refusal(f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out")
+    _check_lora(args)
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise Refusal(
@@ -441,6 +456,25 @@ def check(args: argparse.Namespace) -> None:
             raise Refusal("--output_dir", f"{args.output_dir} is or contains --{flag}", "give a folder of its own")
     if output.exists() and not output.is_dir():
         raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
+
+
+def _check_lora(args: argparse.Namespace) -> None:
+    if not args.lora_rank:
+        for flag, default in (
+            ("lora_alpha", None), ("lora_target_modules", None), ("lora_dropout", 0.0), ("init_lora_from", None),
+        ):  # fmt: skip
+            if getattr(args, flag) != default:
+                raise Refusal(f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or leave it out")
+        return
+    for flag, usual in (("trainable_modules", ["."]), ("trainable_modules_low_learning_rate", [])):
+        if getattr(args, flag) != usual:
+            what = f"{' '.join(getattr(args, flag))}: a LoRA trains its adapters alone"
+            raise Refusal(f"--{flag}", what, "name the layers by --lora_target_modules, or leave --lora_rank out")
+    if args.save_whole_weights:
+        what = "a LoRA's checkpoints hold its adapters whole, and nothing of what is frozen"
+        raise Refusal("--save_whole_weights", what, "leave it out")
+    if "original" in args.export_layouts:
+        raise Refusal("--export_layouts", "a LoRA has no layout called original", "give comfyui, which has its names")
 
 
 def refuse_impossible(flag: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Serves both training loops where --lora_rank is given: small trained adapters on a frozen transformer, through peft."""
+"""Serves both training loops where --lora_rank is given: trained adapters on a frozen transformer, through peft."""
 
 from __future__ import annotations
 
@@ -41,10 +41,19 @@ class Lora:
         """What B A is multiplied by."""
         return self.alpha / self.rank
 
+    def line(self, stored: TensorSource) -> str:
+        """Returns what is to be trained, in one line; stored: the base's weights, of which the shapes are read."""
+        numbers = sum(self.rank * sum(stored.shape(f"{target}.weight")) for target in self.targets)
+        what = f"{len(self.targets)} linear layers, {numbers / 1e6:.3g} million numbers"
+        return f"LoRA        rank {self.rank}, alpha {self.alpha:g}: {what}; everything else stays as it is"
+
     def config(self) -> LoraConfig:
         """Returns the same in peft's words."""
         return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=list(self.targets)
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
         )
 
 
@@ -52,59 +61,52 @@ class Lora:
 
 
 def choose_targets(
-    transformer: nn.Module, blocks: Sequence[nn.Module], own: Sequence[str], asked: Sequence[str] | None
+    stored: TensorSource, own: Mapping[str, Sequence[str]], asked: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Returns the names of the linear layers to adapt, in the model's order.
+    """Returns the names of the linear layers to adapt.
 
     A pattern is one or more whole parts of a name: "attn1" chooses every linear layer below it, "to_q" each layer of
     this name, "attn1.to_q" those that are inside an attn1.
 
     Args:
-        transformer: of diffusers, without adapters.
-        blocks: its repeated blocks.
-        own: the family's patterns, matched inside the blocks alone: the layers around them, such as the refiner of
-            the prompt, have like names.
+        stored: the model's weights; only their names and shapes are read.
+        own: the family's patterns by list of blocks. They are matched inside it alone: the layers around the blocks,
+            such as the refiner of the prompt, have like names.
         asked: patterns matched in the whole model; None takes the family's.
 
     Raises:
         Refusal: a pattern matches no linear layer.
     """
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    repeated = [name for name in linear if id(transformer.get_submodule(name)) in inside]
-    patterns, names = (own, repeated) if asked is None else (asked, linear)
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+    linear = [name for name in map(_linear, sorted(stored)) if name and len(stored.shape(f"{name}.weight")) == 2]
+    if asked is not None:
+        chosen = {pattern: [name for name in linear if _matches(name, pattern)] for pattern in asked}
+    else:
+        chosen = {
+            f"{blocks}.*.{pattern}": [
+                name for name in linear if name.startswith(f"{blocks}.") and _matches(name, pattern)
+            ]
+            for blocks, patterns in own.items()
+            for pattern in patterns
+        }
+    for pattern, names in chosen.items():
+        if not names:
             parts = sorted({part for name in linear for part in name.split(".") if not part.isdigit()})
             near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
             raise Refusal("--lora_target_modules", f"{pattern!r} matches no linear layer", f"try {', '.join(near)}")
-    return tuple(name for name in names if any(_matches(name, pattern) for pattern in patterns))
+    return tuple(sorted({name for names in chosen.values() for name in names}))
+
+
+def _linear(name: str) -> str:
+    """Returns the layer that a weight may be of, "" for another tensor."""
+    layer, _, kind = name.rpartition(".")
+    return layer if kind == "weight" else ""
 
 
 def _matches(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-# ------------------------------------------------------------------------------------------------ adding adapters
-
-
-def add_adapters(transformer: nn.Module, lora: Lora) -> None:
-    """Puts adapters without memory beside the targets and freezes everything else; `place` gives them values."""
-    inject_adapter_in_model(lora.config(), transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-    for module in transformer.modules():
-        if isinstance(module, LoraLayer):
-            # Autocast chooses the dtype; a copy of the inputs in the adapters' float32 would only take memory.
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-    trained = dict(adapters(transformer))
-    for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(name in trained)
-
-
-def adapters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the adapters' parameters by name."""
-    for name, parameter in transformer.named_parameters():
-        if public_name(name) != name:
-            yield name, parameter
+# ------------------------------------------------------------------------------------------------- names and values
 
 
 def public_name(name: str) -> str:
@@ -112,48 +114,70 @@ def public_name(name: str) -> str:
     return name.replace(f".lora_A.{ADAPTER}.", ".lora_A.").replace(f".lora_B.{ADAPTER}.", ".lora_B.")
 
 
+def own_name(name: str) -> str:
+    """Returns what a tensor of a file is called in the model: the inverse of public_name."""
+    return name.replace(".lora_A.weight", f".lora_A.{ADAPTER}.weight").replace(
+        ".lora_B.weight", f".lora_B.{ADAPTER}.weight"
+    )
+
+
 def base_name(name: str) -> str:
     """Returns what a parameter of the base is called in the model without adapters."""
     return name.replace(BASE_LAYER, ".")
 
 
-def initial_values(transformer: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Returns float32 values to begin with, by name: B is 0, so that the model is the base; A is drawn by key.
+def initial_values(lora: Lora, stored: TensorSource, seed: int) -> dict[str, Tensor]:
+    """Returns float32 A [rank, in] and B [out, rank] to begin with, by name: B is 0, so that the model is the base.
 
-    A is uniform in +-1/sqrt(in), as peft has it: He et al., "Delving Deep into Rectifiers" (2015), with a^2 = 5.
+    A is uniform in +-1/sqrt(in), as in peft: He et al., "Delving Deep into Rectifiers" (2015), with a^2 = 5.
 
     Args:
-        transformer: with adapters, with or without memory.
-        seed: of the run; every process draws the same.
+        lora: what is adapted.
+        stored: the base's weights; only their shapes are read.
+        seed: of the run; A is drawn by key, alike in every process and backend.
     """
     values = {}
-    for number, (name, parameter) in enumerate(adapters(transformer)):
-        values[name] = torch.zeros(parameter.shape, dtype=torch.float32)
-        if ".lora_A." in name:
-            draw = torch.Generator().manual_seed(int(mix(seed, Purpose.ADAPTER, number)))
-            nn.init.kaiming_uniform_(values[name], a=math.sqrt(5), generator=draw)
+    for number, target in enumerate(lora.targets):
+        outputs, inputs = stored.shape(f"{target}.weight")
+        draw = torch.Generator().manual_seed(int(mix(seed, Purpose.ADAPTER, number)))
+        a = nn.init.kaiming_uniform_(torch.empty(lora.rank, inputs), a=math.sqrt(5), generator=draw)
+        values[own_name(f"{target}.lora_A.weight")] = a
+        values[own_name(f"{target}.lora_B.weight")] = torch.zeros(outputs, lora.rank)
     return values
 
 
-def place(transformer: nn.Module, values: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the adapters memory and values.
+# ------------------------------------------------------------------------------------------------ adding adapters
+
+
+def add_adapters(
+    transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Puts adapters beside the targets and freezes everything else.
 
     Args:
-        transformer: with adapters.
-        values: by name, as initial_values returns them.
-        device: "meta" leaves them without memory, for a backend that divides them first.
+        transformer: of diffusers, with or without memory.
+        lora: what is adapted.
+        values: of the adapters' parameters, by name.
+        device: where they go; "meta" leaves them without memory, for a backend that divides them first.
         dtype: float32, or that of a backend with masters of its own.
     """
+    inject_adapter_in_model(lora.config(), transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast chooses the dtype; a copy of the inputs in the adapters' float32 would only take memory.
+            module.cast_input_dtype_enabled = False
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(False)
     for name, value in values.items():
-        module, _, kind = name.rpartition(".")
-        setattr(transformer.get_submodule(module), kind, nn.Parameter(value.to(device, dtype, copy=True)))
+        module_name, _, kind = name.rpartition(".")
+        setattr(transformer.get_submodule(module_name), kind, nn.Parameter(value.to(device, dtype, copy=True)))
 
 
 def store_base(transformer: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the floating parameters in `dtype`, except those that diffusers keeps in float32; call it before adapters."""
+    """Keeps the parameters in `dtype`, except those that diffusers keeps in float32; call it before add_adapters."""
     kept = type(transformer)._keep_in_fp32_modules or ()  # type: ignore[attr-defined]
     for name, parameter in transformer.named_parameters():
-        if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
+        if not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -122,9 +122,13 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.
     return model.eval()
 
 
-def load_whole(model_class: Any, part: Part) -> torch.nn.Module:  # noqa: ANN401 - of diffusers
-    """Returns a model in float32 whose weights all found their place and are finite; raises Refusal otherwise."""
-    model = load_part(model_class, part, torch.float32)
+def load_whole(
+    model_class: Any,  # noqa: ANN401 - of diffusers
+    part: Part,
+    dtype: torch.dtype = torch.float32,
+) -> torch.nn.Module:
+    """Returns a model in a dtype whose weights all found their place and are finite; raises Refusal otherwise."""
+    model = load_part(model_class, part, dtype)
     refuse_not_finite(model, part.path)
     return model
 

@@ -25,6 +25,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import videox.report as report
+from videox.adapter_files import AdaptersAlone, begin_from, fingerprint, refuse_other_adapters, refuse_other_kind
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
@@ -47,7 +48,9 @@ from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
+from videox.layouts import family_of
 from videox.lifecycle import Run, main_first, open_run
+from videox.lora import Adapted, Lora, choose_targets, initial_values, seed_dropout
 from videox.model_parts import Part
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
@@ -63,6 +66,7 @@ from videox.state import (
 )
 from videox.steps import total_steps
 from videox.tracker import check_tracker
+from videox.transformer import attach
 from videox.validation import HeldOut
 from videox.validator import Validator
 from videox.watch import Watch
@@ -107,6 +111,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend)
+    refuse_other_kind(run.resume.path, args.lora_rank)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
@@ -194,6 +199,49 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def open_lora(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    run: Run,
+    schedule_: Schedule,
+    part: Part,
+    targets: Mapping[str, Sequence[str]],
+    pipeline_class: Any,  # noqa: ANN401 - of diffusers
+) -> AdaptersAlone | None:
+    """Returns what a LoRA run trains and keeps, None without --lora_rank; says it, and reads no weight as a whole.
+
+    Args:
+        part: the transformer.
+        targets: the family's own, as choose_targets takes them.
+        pipeline_class: of the family, which knows its LoRA files.
+
+    Raises:
+        Refusal: no layer is called so, or the checkpoint to resume was trained otherwise, or on another base.
+    """
+    if not args.lora_rank:
+        return None
+    stored = part.source()
+    lora = Lora(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha or float(args.lora_rank),
+        dropout=args.lora_dropout,
+        targets=choose_targets(stored, targets, args.lora_target_modules),
+    )
+    values, said = initial_values(lora, stored, schedule_.settings.seed), [lora.line(stored)]
+    base = fingerprint(stored) if accelerator.is_main_process else ""
+    if run.resume.path:
+        check = partial(refuse_other_adapters, run.resume.path, lora, base)
+        main_first(check, is_main=accelerator.is_main_process, gather=gather_objects(accelerator))
+    elif args.init_lora_from:
+        values, line = begin_from(Path(args.init_lora_from), values, lora, pipeline_class.lora_state_dict)
+        said.append(line)
+    if backend_of(accelerator).name == "fsdp1":
+        said.append("FSDP1 keeps the frozen weights in float32; with --fsdp_version 2 they take half of that")
+    accelerator.print("\n".join(said))
+    family = family_of(stored) or ""
+    return AdaptersAlone(lora, values, base=base, family=family, save_lora_weights=pipeline_class.save_lora_weights)
+
+
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -202,6 +250,7 @@ def open_engine(
     blocks: Sequence[torch.nn.Module],
     schedule_: Schedule,
     part: Part,
+    adapters: AdaptersAlone | None = None,
 ) -> tuple[Engine, Callable[[int], float]]:
     """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
 
@@ -212,12 +261,18 @@ def open_engine(
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
         part: that load_transformer was given.
+        adapters: of open_lora; they train, and the transformer is frozen.
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     elif args.selective_ac:
         recompute_blocks(transformer, blocks, args.selective_ac)
-    full, half = choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
+    stored = part.source() if is_divided(transformer) else None
+    if adapters is None:
+        full, half = choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
+    else:
+        full, half = attach(transformer, adapters.lora, adapters.values, accelerator), []
+        stored = Adapted(stored, adapters.values) if stored is not None else None
     slots = schedule_.settings.slots
     base = args.learning_rate * (slots * args.train_batch_size if args.scale_lr else 1)
 
@@ -231,8 +286,7 @@ def open_engine(
         )
 
     engine: Engine
-    stored = part.source() if is_divided(transformer) else None
-    whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
+    whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4 if adapters is None else 0)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -247,12 +301,20 @@ def open_engine(
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
             output_dir=Path(args.output_dir),
             whole_weights=args.save_whole_weights,
+            kept=adapters,
         )
     elif backend.kind == "fsdp":
-        whole = args.save_whole_weights
-        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole)
+        engine = FsdpEngine(
+            accelerator,
+            transformer,
+            blocks,
+            optimizer_over,
+            stored=stored,
+            whole_weights=args.save_whole_weights,
+            kept=adapters,
+        )
     else:
-        engine = WholeEngine(accelerator, transformer, optimizer_over)
+        engine = WholeEngine(accelerator, transformer, optimizer_over, adapters)
     if args.use_ema:
         engine = AveragedEngine(
             engine,
@@ -428,6 +490,12 @@ def clip_limit_of(args: argparse.Namespace) -> Callable[[float, int], float]:
         initial_ratio=args.initial_grad_norm_ratio,
         ramp_steps=args.abnormal_norm_clip_start,
     )
+
+
+def draw_dropout(args: argparse.Namespace, batch: Batch) -> None:
+    """Has the adapters' dropout of a micro-batch be a function of its key, so that a resumed run repeats it."""
+    if args.lora_dropout:
+        seed_dropout(batch["keys"][0])
 
 
 def draw_sigmas_of(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:

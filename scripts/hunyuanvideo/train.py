@@ -64,6 +64,9 @@ from videox.validation import HeldOut
 from videox.validator import encode_held_out
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
+LORA_TARGETS = {  # attention and feed-forward, by list of blocks
+    "transformer_blocks": ("attn", "ff", "ff_context"), "single_transformer_blocks": ("attn", "proj_mlp", "proj_out")
+}  # fmt: skip
 LATENT_CHANNELS = 16
 MOST_IMAGE_TOKENS = 576  # of the prompt: what Llava sees of an image, before most are left out
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is kept, as in the pipeline
@@ -190,10 +193,11 @@ def load_encoders(
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
-) -> Components:
-    """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder,
+    *, frozen: bool,
+) -> Components:  # fmt: skip
+    """Loads the transformer, float32 unless it is frozen; the encoders are loaded by whoever asks for them first."""
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator, frozen=frozen)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
@@ -314,6 +318,7 @@ def accumulate_gradients(
 
     inputs = transformer_inputs(components, noisy_latents, sigmas, given, args.guidance_scale)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    wiring.draw_dropout(args, batch)
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         made = (slice(None), slice(None), slice(components.given_frames, None))  # what the model was not given
@@ -385,6 +390,7 @@ def train(
     min_frames = 1 if args.train_mode == "normal" else 5  # a given first latent frame alone teaches nothing
     planned = wiring.open_schedule(args, accelerator, run, gather, cost, min_frames)
     settings, state, total = planned.settings, planned.state, planned.total
+    lora = wiring.open_lora(args, accelerator, run, planned, parts["transformer"], LORA_TARGETS, HunyuanVideoPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
     encoders = OnDemand(partial(load_encoders, args, parts, accelerator))
@@ -394,11 +400,11 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(parts, shift, accelerator, encoders, encode)
+    components = load_components(parts, shift, accelerator, encoders, encode, frozen=lora is not None)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
+        args, accelerator, backend, transformer, blocks, planned, parts["transformer"], lora
     )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:

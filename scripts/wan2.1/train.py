@@ -60,6 +60,7 @@ from videox.validator import encode_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
+LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # attention and feed-forward, by list of blocks
 LATENT_CHANNELS = 16
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
@@ -178,10 +179,11 @@ def load_encoders(
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
-) -> Components:
-    """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
-    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder,
+    *, frozen: bool,
+) -> Components:  # fmt: skip
+    """Loads the transformer, float32 unless it is frozen; the encoders are loaded by whoever asks for them first."""
+    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator, frozen=frozen)
     config = full_config(AutoencoderKLWan, parts["vae"].config)
     mean, std = (
         torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
@@ -320,6 +322,7 @@ def accumulate_gradients(
 
     inputs = transformer_inputs(noisy_latents, sigmas, given)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    wiring.draw_dropout(args, batch)
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme))
@@ -384,6 +387,7 @@ def train(
     )
     planned = wiring.open_schedule(args, accelerator, run, gather, cost)
     settings, state, total = planned.settings, planned.state, planned.total
+    lora = wiring.open_lora(args, accelerator, run, planned, parts["transformer"], LORA_TARGETS, WanPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
     encoders = OnDemand(partial(load_encoders, args, parts, shift, accelerator))
@@ -393,10 +397,10 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(parts, shift, accelerator, encoders, encode)
+    components = load_components(parts, shift, accelerator, encoders, encode, frozen=lora is not None)
     transformer = components.transformer
     engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"]
+        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"], lora
     )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
