@@ -33,11 +33,13 @@ from videox.weights import StoredTensors
 
 BUILD = {
     "wan2.1 normal": tiny.build_wan_t2v,
+    "wan2.1 i2v": tiny.build_wan_i2v,
     "hunyuanvideo normal": tiny.build_hunyuan_t2v,
     "hunyuanvideo i2v": tiny.build_hunyuan_i2v,
 }
 LAYERS = {
     "wan2.1 normal": "WanTransformerBlock",
+    "wan2.1 i2v": "WanTransformerBlock",
     "hunyuanvideo normal": "HunyuanVideoTransformerBlock,HunyuanVideoSingleTransformerBlock",
     "hunyuanvideo i2v": "HunyuanVideoTokenReplaceTransformerBlock,HunyuanVideoTokenReplaceSingleTransformerBlock",
 }

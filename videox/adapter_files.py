@@ -21,7 +21,7 @@ from videox.kept import TRANSFORMER
 from videox.lora import Lora, own_name, public_name
 from videox.lora_layouts import lora_to_comfyui
 from videox.model_folder import UNLOADABLE
-from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors
+from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors, sort_metadata
 
 STEM = "pytorch_lora_weights"  # that of diffusers' LORA_WEIGHT_NAME_SAFE
 PREFIX = "transformer."  # diffusers' name, in such a file, of the part that is adapted
@@ -138,6 +138,7 @@ def write_adapters(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, save
         weight_name=path.name,
         transformer_lora_adapter_metadata={**settings, "target_modules": sorted(lora.targets)},
     )
+    sort_metadata(path)
     path.chmod(mode)
 
 
