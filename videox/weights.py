@@ -59,6 +59,18 @@ def _save_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, st
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt", **metadata})
     path.chmod(mode)
+    if metadata:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the header's metadata in order: safetensors writes it in another one each time, and equal files differ."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def save_tensors(
