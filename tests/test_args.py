@@ -23,8 +23,8 @@ TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
 REPLACED = {
     "auto_tile_batch_size": "slot_fill",
     "keep_all_node_same_token_length": "plan",
-    "enable_text_encoder_in_dataloader": "once per batch",
-    "multi_stream": "leave it out",
+    "enable_text_encoder_in_dataloader": "latent_cache",
+    "multi_stream": "latent_cache",
     "report_model_info": "metrics",
 }
 NEVER_READ = (

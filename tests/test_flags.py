@@ -36,6 +36,9 @@ from videox.data.settings import columns_of
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
+    "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
     "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
@@ -623,8 +626,9 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
     with Elsewhere():
-        components = trainer.load_components(trainer.parse_args(argv), 5.0, accelerator)
-        for encoder in (components.text_encoder, components.vae):
+        args = trainer.parse_args(argv)
+        encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
+        for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:
                 within = places(module)

@@ -123,6 +123,7 @@ class FsdpEngine:
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
+        _name_parameters(self.model)
         with _quiet():
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             parts: list[Callable[[], object]] = [
@@ -151,6 +152,7 @@ class FsdpEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's: one tensor at a time is whole."""
+        _name_parameters(self.model)
         with _quiet():
             sharded = get_model_state_dict(self.model)
         for name, tensor in sharded.items():
@@ -239,7 +241,9 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False, cast_root_forward_inputs=False
     )
     with _quiet():
-        return accelerator.prepare_model(transformer)
+        model = accelerator.prepare_model(transformer)
+    model.register_forward_pre_hook(lambda module, _: _name_parameters(module))
+    return model
 
 
 def _drop_gathered(model: nn.Module) -> None:
@@ -251,6 +255,18 @@ def _drop_gathered(model: nn.Module) -> None:
             handle = module._handle
             if handle is not None and handle.uses_sharded_strategy:  # one process divides nothing
                 _reshard(module, handle, True)
+
+
+def _name_parameters(model: nn.Module) -> None:
+    """Makes parameters again of what FSDP1 leaves as bare tensors after a forward pass, where it divides nothing.
+
+    One process in float32: what lies outside the blocks and sees no gradient. The next forward pass would take the
+    tensors for new parameters, and a state dict would be without them.
+    """
+    for module in model.modules():
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is not None and not handle.uses_sharded_strategy:
+            handle._use_unsharded_views(as_params=True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version

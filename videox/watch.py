@@ -111,7 +111,7 @@ class Watch:
                 dataset.pace(s["planned"].row),
             )
             for s in samples
-            if s["bad"] is None and s["planned"].row != PADDING
+            if s["bad"] is None and s["pixels"] is not None and s["planned"].row != PADDING
         ]
         if shown:
             write_batch(folder, shown)

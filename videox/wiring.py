@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,16 +27,18 @@ from transformers.utils import logging as transformers_logging
 import videox.report as report
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
+from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
 from videox.cost_model import read_cost_model, step_times
 from videox.creation import is_divided
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
-from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
+from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
 from videox.data.settings import columns_fingerprint, columns_of
 from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
+from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.exports import describe
@@ -62,7 +64,7 @@ from videox.state import (
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
-from videox.validator import Validator, held_out_samples
+from videox.validator import Validator
 from videox.watch import Watch
 from videox.zero_universal import announce_conversion
 
@@ -74,7 +76,7 @@ WITHOUT_NUMBERS = {
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
-    "save_whole_weights",
+    "save_whole_weights", "latent_cache", "cache_only",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -301,15 +303,50 @@ def open_watch(
 
 
 def open_data(
-    args: argparse.Namespace, accelerator: Accelerator, index: Index
-) -> tuple[TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
-    """Returns dataset, this process's sampler and the loader over both."""
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    gather: Gather,
+    planned: Schedule,
+    recipes: Sequence[Recipe],
+    encoders: OnDemand,
+) -> tuple[Encoder, TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
+    """Returns what encodes, dataset, this process's sampler and the loader over both.
+
+    Args:
+        recipes: how a sample's tensors are made.
+        encoders: loaded here, unless the cache has everything that they would make.
+    """
+    if args.cache_only and not args.latent_cache:
+        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
+    encode = open_encoder(
+        recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
+        is_main=accelerator.is_main_process, gather=gather,
+    )  # fmt: skip
     dataset = TokenLengthDataset(
-        index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout
-    )
+        planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
+        shelf=encode.shelf, always_read=bool(args.dump_steps),
+    )  # fmt: skip
+    stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
+    for line in stock_lines(stocks, encode.cache) if encode.cache else ():
+        accelerator.print(line)
+    if not args.cache_only and any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
+        encoders.load(gather)
     sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
     pinned = accelerator.device.type == "cuda"
-    return dataset, sampler, build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pinned)
+    loader = build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pinned)
+    return encode, dataset, sampler, loader
+
+
+def fill_cache(
+    args: argparse.Namespace, accelerator: Accelerator, run: Run, gather: Gather, planned: Schedule,
+    encode: Encoder, dataset: TokenLengthDataset,
+) -> int:  # fmt: skip
+    """Makes all that the run needs and the cache has not, each process its share; returns the exit code."""
+    return fill_together(
+        take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode), encode,
+        rank=accelerator.process_index, world_size=accelerator.num_processes, workers=args.dataloader_num_workers,
+        gather=gather, say=accelerator.print, status=run.status,
+    )  # fmt: skip
 
 
 def index_path(args: argparse.Namespace) -> Path:
@@ -355,6 +392,7 @@ def plan_settings(
         balance=args.balance,
         clips_per_video=args.clips_per_video,
         clip_sampling=args.clip_sampling,
+        cache_variants=args.cache_variants,
     )
     return PlanSettings(**{**fields, **launched})
 
@@ -481,11 +519,6 @@ def open_validator(
         averaged=engine.averaged if args.validate_ema and isinstance(engine, AveragedEngine) else None,
         given_frames=given_frames,
     )
-
-
-def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tuple[np.ndarray, str]]:
-    """Yields (pixels uint8 [T, H, W, 3], caption) of each held-out row, its caption kept."""
-    return held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, planned.settings))
 
 
 def export_of(
