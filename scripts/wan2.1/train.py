@@ -122,9 +122,6 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
         parts = {name: Part(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
             parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
-        if parts["transformer"].config.get("image_dim"):
-            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision")
-            read_component(root / "image_processor", weighted=False)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -138,6 +135,11 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
+    if with_image:
+        encoder = places["image_encoder"] if places else root / "image_encoder"
+        parts["image_encoder"] = find_part(encoder, "clip_vision")
+        if not places:
+            read_component(root / "image_processor", weighted=False)
     return parts
 
 
