@@ -78,6 +78,7 @@ DATA = (
     "index",
     "buckets",
     "plan",
+    "balance",
     "cache",
     "dataset",
     "bucket_sampler",

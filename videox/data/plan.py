@@ -19,6 +19,8 @@ from videox.keys import Purpose, mix, uniform
 from videox.shapes import Bucket, token_count
 
 PADDING = -1  # the row number of a sample that only keeps ranks in step
+# where ranks wait for each other: once in an optimizer step (DDP, ZeRO-2), or in each micro-batch (ZeRO-3, FSDP)
+BARRIERS = ("step", "micro")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class PlanSettings:
 
     batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" or
     "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for
-    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S.
+    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S; barrier: one of
+    BARRIERS.
     """
 
     policy: SizePolicy
@@ -56,6 +59,7 @@ class PlanSettings:
     held_out: int = 0
     cost_linear: float = 1.0
     cost_quadratic: float = 0.0
+    barrier: str = "step"
 
 
 class MicroBatch(NamedTuple):
@@ -273,6 +277,12 @@ def _draw_buckets(
     return key, number, buckets, frames
 
 
+def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:
+    """Returns the cost a*S + b*S^2 of one sample of each bucket, float64."""
+    tokens = np.array([token_count(bucket) for bucket in buckets], np.float64)
+    return settings.cost_linear * tokens + settings.cost_quadratic * tokens**2
+
+
 def _slot_capacity(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (samples that fill a slot, samples that fill a micro-batch) per bucket, both int64.
 
@@ -283,7 +293,7 @@ def _slot_capacity(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> tuple
     if settings.slot_fill == "fixed":
         batch = np.full(len(buckets), settings.batch_size, np.int64)
         return batch, batch
-    cost = settings.cost_linear * tokens + settings.cost_quadratic * tokens**2
+    cost = sample_cost(settings, buckets)
     per_slot = np.floor(settings.batch_size * cost.max() / cost * (1 + 1e-12)).astype(np.int64)
     per_micro = np.minimum(per_slot, np.floor(settings.batch_size * tokens.max() / tokens).astype(np.int64))
     return per_slot, np.maximum(per_micro, 1)
