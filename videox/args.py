@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from videox.data.buckets import SizePolicy
+from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.video import READERS
+from videox.distributed import BACKENDS
 from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
@@ -161,6 +162,12 @@ def add_shapes(parser: Parser) -> None:
         help="one size for all samples (none = off)",
     )
     add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
+    add(
+        "--bucket_grid",
+        choices=GRIDS,
+        default=GRIDS[0],
+        help="sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16",
+    )
     add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
     add(
         "--training_with_video_token_length",
@@ -314,6 +321,46 @@ def add_run(parser: Parser) -> None:
     )
 
 
+def add_planning(parser: Parser) -> None:
+    """Adds the flags that plan a run, and those by which it is measured."""
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
+    add("--dry_run", action="store_true", help="say what would be trained and what it takes, then end (off = train)")
+    add(
+        "--explain",
+        type=COUNT_OR_ZERO,
+        metavar="ROW",
+        help="say what becomes of a metadata row, then end (none = off)",
+    )
+    add(
+        "--dry_run_plan",
+        type=COUNT,
+        nargs="+",
+        default=[],
+        metavar="PROCESSES",
+        help="dry run: also write the first epoch's plan for so many processes (empty = none)",
+    )
+    add("--dry_run_processes", type=COUNT, help="dry run: GPUs to plan for (none = as launched)")
+    add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
+    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB of a GPU, for the verdict")
+    add(
+        "--assumed_mfu",
+        type=number(float, 0.001, 1),
+        default=0.35,
+        help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
+    )
+    add(
+        "--peak_tflops",
+        type=number(float, 0.001, 10**6),
+        help="dense bf16 TFLOP/s of a GPU at its peak (none = by its name)",
+    )
+
+
+def only_plans(args: argparse.Namespace) -> bool:
+    """Returns whether the flags ask for a plan alone."""
+    return bool(args.dry_run or args.explain is not None)
+
+
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
     """Returns the flags that decide sizes; raises Refusal when they contradict each other."""
     return SizePolicy(
@@ -329,6 +376,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         random_ratio_crop=args.random_ratio_crop,
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
         min_frames=min_frames,
+        grid=args.bucket_grid,
     )
 
 

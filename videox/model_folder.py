@@ -149,6 +149,23 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     return model
 
 
+def without_weights(model_class: Any, folder: Path) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
+    """Returns the model that a folder's config.json describes, its tensors without data.
+
+    Raises:
+        Refusal: there is no configuration, or the class cannot take it.
+    """
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "load_config"):
+                return model_class.from_config(model_class.load_config(folder, local_files_only=True))
+            return model_class(model_class.config_class.from_pretrained(folder, local_files_only=True))
+    except (StrictDataclassError, *UNLOADABLE) as why:
+        cause = " ".join(str(why).split())
+        what = f"does not describe a {model_class.__name__} ({cause[:300]})"
+        raise Refusal(str(folder), what, "copy the model anew", MODEL) from why
+
+
 def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
     """Checks that a tokenizer splits text as its own tokenizer.json says.
 

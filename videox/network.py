@@ -93,9 +93,7 @@ class Network:
         return Polynomial(*(3 * f - i for f, i in zip(forward, self.first, strict=True)))
 
 
-def cross_attention_network(
-    config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool
-) -> Network:
+def cross_attention_network(config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool) -> Network:
     """Returns a transformer whose latents attend to each other and then to the text (Wan2.1).
 
     Args:
@@ -133,7 +131,7 @@ def cross_attention_network(
     )
     ends_kept = Polynomial(
         constant=3 * text_tokens * dim * size + text_tokens * text_dim * size + image_tokens * dim * (8 + 2 * size),
-        linear=dim * (8 + 2 * size) + inputs * size + 8 * config["attention_head_dim"],
+        linear=dim * (8 + size) + inputs * size + 8 * config["attention_head_dim"],
     )
     return Network((block,) * config["num_layers"], total(ends, first), first, ends_kept)
 
@@ -184,7 +182,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     refiner_kept = text * dim * 21 * size + heads * text * text * size
     ends_kept = Polynomial(
         constant=refiners * refiner_kept + text * (dim + text_dim) * size,
-        linear=5 * dim * size + inputs * size + 8 * config["attention_head_dim"],
+        linear=3 * dim * size + inputs * size + 8 * config["attention_head_dim"],
     )
     blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
     return Network(blocks, total(ends, first), first, ends_kept)

@@ -35,13 +35,13 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 import videox.args as flags
+import videox.planning as planning
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
 from videox.distributed import Backend, StopRequest, accumulate, backward
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
-from videox.estimate import joint_cost_coefficients
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -61,6 +61,7 @@ from videox.model_folder import (
     read_number,
     refuse_not_finite,
 )
+from videox.network import joint_attention_network
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
 from videox.text import trim_text
@@ -79,6 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    flags.add_planning(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
     add(
         "--guidance_scale",
@@ -142,21 +144,38 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
 
 def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns the configurations of all parts after each has been looked at; loads no weight."""
-    pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
+    trains, pipelines = not flags.only_plans(args), ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
-    names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=encoders)
+    names = (*encoders, *(("scheduler", "tokenizer", "tokenizer_2") if trains else ()))
+    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, encoders if trains else ())
     root = Path(args.pretrained_model_name_or_path)
     for name in ("transformer", "vae"):
-        configs[name] = read_component(Path(getattr(args, f"{name}_path") or root / name), weighted=True)
+        configs[name] = read_component(Path(getattr(args, f"{name}_path") or root / name), weighted=trains)
     condition = configs["transformer"].get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
         raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
-    if made_for == "i2v":
+    if made_for == "i2v" and trains:
         read_component(root / "image_processor", weighted=False)
     return configs
+
+
+def describe(args: argparse.Namespace) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    configs = check_model(args)
+    condition, text_tokens = configs["transformer"].get("image_condition_type"), args.tokenizer_max_length
+    if condition is not None:  # the prompt shows the first frame, too
+        seen = {"image_size": 336, "patch_size": 14} | configs["text_encoder"].get("vision_config", {})
+        every = args.image_embed_interleave or INTERLEAVE[condition]
+        text_tokens += (seen["image_size"] // seen["patch_size"]) ** 2 // every
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {condition})",
+        network=partial(joint_attention_network, configs["transformer"], text_tokens=text_tokens),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        min_frames=1 if condition is None else 5,  # a given first latent frame alone teaches nothing
+        divided="fsdp1",
+    )
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
@@ -373,27 +392,19 @@ def sampling_pipeline(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, describe)
 
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    configs = check_model(args)
-    config, shift = configs["transformer"], read_number(configs["scheduler"], "shift", "scheduler")
-    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
-    wiring.announce(args, accelerator, backend, run, task)
+    model, root = describe(args), Path(args.pretrained_model_name_or_path)
+    shift = read_number(read_component(root / "scheduler", weighted=False), "shift", "scheduler")
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = joint_cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        mlp_ratio=config["mlp_ratio"],
-        layers=config["num_layers"] + config["num_single_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    min_frames = 1 if args.train_mode == "normal" else 5  # a given first latent frame alone teaches nothing
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost, min_frames)
+    planned = wiring.open_schedule(args, accelerator, run, gather, model.cost, model.min_frames)
     settings, state, total = planned.settings, planned.state, planned.total
 
     # model: float32 masters, computation in the accelerator's precision

@@ -29,13 +29,13 @@ from PIL import Image
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 import videox.args as flags
+import videox.planning as planning
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
 from videox.distributed import Backend, StopRequest, accumulate, backward
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
-from videox.estimate import cost_coefficients
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -55,6 +55,7 @@ from videox.model_folder import (
     read_shift,
     refuse_not_finite,
 )
+from videox.network import cross_attention_network
 from videox.offload import RestingModule
 from videox.steps import close_step, walk
 from videox.validation import HeldOut
@@ -73,6 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    flags.add_planning(parser)
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
         "--config_path",
@@ -103,13 +105,17 @@ class Components:
 
 
 def check_model(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the transformer's configuration after every part of the model has been looked at; loads no weight."""
-    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
-    names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted=("text_encoder",))
+    """Returns the transformer's configuration after every part of the model has been looked at; loads no weight.
+
+    For planning the configurations of what has weights are enough, without the weights.
+    """
+    trains, pipelines = not flags.only_plans(args), ("WanPipeline", "WanImageToVideoPipeline")
+    names = ("text_encoder", *(("scheduler", "tokenizer") if trains else ()))
+    weighted = ("text_encoder",) if trains else ()
+    configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted)
     for name in ("transformer", "vae"):
         folder = getattr(args, f"{name}_path") or Path(args.pretrained_model_name_or_path) / name
-        configs[name] = read_component(Path(folder), weighted=True)
+        configs[name] = read_component(Path(folder), weighted=trains)
     config = configs["transformer"]
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -125,9 +131,24 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
     if with_image:
         root = Path(args.pretrained_model_name_or_path)
-        read_component(root / "image_encoder", weighted=True)
-        read_component(root / "image_processor", weighted=False)
+        read_component(root / "image_encoder", weighted=trains)
+        if trains:
+            read_component(root / "image_processor", weighted=False)
     return config
+
+
+def describe(args: argparse.Namespace) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    config, image_tokens = check_model(args), 0
+    if config.get("image_dim"):
+        seen = read_component(Path(args.pretrained_model_name_or_path) / "image_encoder", weighted=False)
+        image_tokens = (seen["image_size"] // seen["patch_size"]) ** 2 + 1
+    texts = args.tokenizer_max_length
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
+        network=partial(cross_attention_network, config, text_tokens=texts, image_tokens=image_tokens),
+        blocks=("blocks",),
+    )
 
 
 def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
@@ -326,25 +347,18 @@ def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffuser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, describe)
 
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    config, shift = check_model(args), read_shift(args.config_path)
-    task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
-    wiring.announce(args, accelerator, backend, run, task)
+    model, shift = describe(args), read_shift(args.config_path)
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        ffn_dim=config["ffn_dim"],
-        layers=config["num_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost)
+    planned = wiring.open_schedule(args, accelerator, run, gather, model.cost)
     settings, state, total = planned.settings, planned.state, planned.total
 
     # model: float32 masters, computation in the accelerator's precision

@@ -129,7 +129,7 @@ def unplanned(
     order = order[np.argsort(bucket[order], kind="stable")]
     counts = np.bincount(bucket)
     within = np.arange(len(cost)) - np.repeat(np.cumsum(counts) - counts, counts)
-    batch = np.cumsum((within % batch_size == 0)) - 1
+    batch = np.cumsum(within % batch_size == 0) - 1
     costs = np.bincount(batch, weights=cost[order])
     costs = costs[np.argsort(mixed(seed, Purpose.MICRO_BATCH, np.arange(len(costs))), kind="stable")]
     steps = len(costs) // (ranks * accumulation)
