@@ -163,6 +163,13 @@ def ladder_lines(policy: SizePolicy) -> list[str]:
     return [f"videos: {videos}", f"images: {', '.join(map(str, policy.image_sizes()))}"]
 
 
+def attribute_line(found: Mapping[str, int]) -> str:
+    """Returns how many of the trained rows are changed, and how."""
+    words = {"repeated": "occur more than once", "clipped": "are longer than their clip", "cropped": "lose a border"}
+    words["upscaled"] = "are enlarged"
+    return "of the trained rows " + ", ".join(f"{found[name]:,} {text}" for name, text in words.items())
+
+
 def tail_line(plan: EpochPlan, settings: PlanSettings) -> str:
     """Returns what becomes of samples that fill no batch, and of batches that fill no step."""
     sizes = np.diff(plan.micro_first)
@@ -177,21 +184,25 @@ def tail_line(plan: EpochPlan, settings: PlanSettings) -> str:
 
 
 def time_lines(plan: EpochPlan, work: Work, most: int = 20) -> list[str]:
-    """Returns the table of buckets: samples, tokens, and the share of the time that they take."""
+    """Returns the table of buckets: samples, tokens, and the share of the time that they take, dearest first."""
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
     spent = counts * work.by_bucket
     order = np.argsort(-spent, kind="stable")
-    lines = [f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'of time':>8}"]
+    tokens = counts * np.array([token_count(bucket) for bucket in plan.buckets])
+    lines = [
+        f"epoch 0: {len(plan.buckets)} buckets, {tokens.sum():,} tokens",
+        f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'of tokens':>9} {'of time':>8}",
+    ]
     shown = order if len(order) <= most else order[: most - 1]
     for number in shown:
         bucket = plan.buckets[number]
         name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
-        share = spent[number] / spent.sum()
-        lines.append(f"  {name:>24} {token_count(bucket):>8,} {counts[number]:>8,} {share:>8.1%}")
+        shares = f"{tokens[number] / tokens.sum():>9.1%} {spent[number] / spent.sum():>8.1%}"
+        lines.append(f"  {name:>24} {token_count(bucket):>8,} {counts[number]:>8,} {shares}")
     rest = order[len(shown) :]
     if len(rest):
-        share = spent[rest].sum() / spent.sum()
-        lines.append(f"  {f'{len(rest)} others':>24} {'':>8} {counts[rest].sum():>8,} {share:>8.1%}")
+        shares = f"{tokens[rest].sum() / tokens.sum():>9.1%} {spent[rest].sum() / spent.sum():>8.1%}"
+        lines.append(f"  {f'{len(rest)} others':>24} {'':>8} {counts[rest].sum():>8,} {shares}")
     return lines
 
 

@@ -160,8 +160,10 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
         "activations": setup.batch * network.peak(setup.tokens, chosen),
         "communication": communication_bytes(parameters, setup),
     }
-    awake = max(encoders.weights.values(), default=0) if setup.rest else 0.0
-    encoding = {"encoding": awake + encoders.work}
+    encoding = {"encoding": encoders.work}
+    if setup.rest:  # one part is awake at a time
+        awake = {name: size + (encoders.work if name == "vae" else 0.0) for name, size in encoders.weights.items()}
+        encoding = {"encoding": max(awake.values())}
     step: dict[str, float] = {}
     if setup.backend == "zero3" and not setup.offloads("optimizer"):  # flattens a sub-group's gradients once more
         part = int(_number(setup.zero, "sub_group_size", SUB_GROUP))

@@ -14,7 +14,7 @@ from videox.files import replacing
 from videox.shapes import Bucket, token_count
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#9a9a9a"
-MOST = 16  # buckets that are named; the others share a bar
+MOST = 16  # buckets that are named
 
 
 def plot_plan(
@@ -47,17 +47,17 @@ def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, spe
         f"{buckets[i].frames} × {buckets[i].height} × {buckets[i].width}  ({token_count(buckets[i]):,})" for i in shown
     ]
     samples, time = counts[shown] / counts.sum(), spent[shown] / spent.sum()
-    if len(rest):
-        names.append(f"{len(rest)} others")
-        samples = np.append(samples, counts[rest].sum() / counts.sum())
-        time = np.append(time, spent[rest].sum() / spent.sum())
     places = np.arange(len(names))
     axes.barh(places - 0.2, 100 * time, 0.4, color=BLUE, label="of the time")
     axes.barh(places + 0.2, 100 * samples, 0.4, color=GREY, label="of the samples")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlabel("percent")
-    axes.set_title("Buckets: frames × height × width (tokens)")
+    title = "Buckets: frames × height × width (tokens)"
+    if len(rest):
+        others = f"{spent[rest].sum() / spent.sum():.0%} of the time, {counts[rest].sum() / counts.sum():.0%} of the samples"
+        title += f"\n{len(rest)} more take {others}"
+    axes.set_title(title)
     axes.legend(frameon=False, loc="lower right")
 
 

@@ -30,6 +30,8 @@ from videox.dry_run import (
     GIB,
     Speed,
     Work,
+    attribute_line,
+    attributes,
     balance_lines,
     balances,
     disk_lines,
@@ -54,7 +56,7 @@ from videox.optim import choose_trainable
 from videox.peak import module_bytes, peak_bytes
 from videox.plan_picture import plot_plan
 from videox.recompute import chosen_blocks
-from videox.report import data_lines
+from videox.report import ledger_lines
 from videox.shapes import Bucket, token_count
 from videox.steps import total_steps
 from videox.utilization import device_peak
@@ -151,8 +153,8 @@ def _plan(args: argparse.Namespace, model: Model) -> None:
         return
     plan = plan_epoch(columns, settings, 0)
     _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *wiring.notes(args))
-    _say(*data_lines(index, columns, plan), tail_line(plan, settings), "sizes:")
-    _say(*(f"  {line}" for line in ladder_lines(settings.policy)))
+    _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy.stride)))
+    _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in ladder_lines(settings.policy)))
     _Forecast(args, model, launch, columns, settings, plan).tell()
 
 
@@ -191,7 +193,7 @@ class _Forecast:
         work = work_of(plan, self.network, chosen)
         balanced = balances(self.columns, settings, args.gradient_accumulation_steps)
         own = balances(self.columns, settings, args.gradient_accumulation_steps, (self.launch.processes,))["balance"]
-        _say("share of an epoch's time:", *time_lines(plan, work))
+        _say(*time_lines(plan, work))
         efficiency = own[str(self.launch.processes)]
         _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
         _say("how evenly processes are loaded:", *balance_lines(balanced))
