@@ -39,6 +39,7 @@ from videox.weights import CONFIG, WEIGHTS, SaveFailed, few
 from videox.zero_shards import LATEST, read_zero, tag_folder
 
 TRANSFORMER = "transformer"
+LOADS = "{} already holds the weights whole, in float32: from_pretrained(..., torch_dtype=torch.bfloat16) loads it as it is"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -120,8 +121,10 @@ def open_checkpoint(checkpoint: Path, tag: str | None, exclude_frozen: bool) -> 
         tensors = read_whole(folder)
         floating = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
         stored = "float32" if torch.float32 in floating else "16-bit"
-        notes = () if stored == "float32" else (f"{folder} already holds 16-bit weights and loads as it is",)
-        return Shards(f"whole {stored} weights in {folder.name}", tensors, notes)
+        note = f"{folder} already holds 16-bit weights and loads as it is"
+        if stored == "float32":
+            note = LOADS.format(folder)
+        return Shards(f"whole {stored} weights in {folder.name}", tensors, (note,))
     found = few(sorted(path.name for path in checkpoint.iterdir())) or "nothing"
     what = f"{checkpoint} holds no ZeRO or FSDP shards and no weights (looked for {LATEST}, {FOLDERS}, "
     what += f"{TRANSFORMER}/{WEIGHTS}*.safetensors; found: {found})"
@@ -137,14 +140,14 @@ def whole_weights(checkpoint: Path) -> Path | None:
 
 
 def with_notes(shards: Shards, checkpoint: Path) -> Shards:
-    """Adds a word for the user who need not convert: the 16-bit weights may lie there already."""
+    """Adds a word for the user who need not convert: the weights may lie there whole already."""
     folder = whole_weights(checkpoint)
     if folder is None:
         return shards
     try:
-        if any(tensor.dtype == torch.float32 for tensor in read_whole(folder)):
-            return shards
         note = f"{folder} already holds the 16-bit weights whole; the float32 masters of the shards are converted here"
+        if any(tensor.dtype == torch.float32 for tensor in read_whole(folder)):
+            note = LOADS.format(folder)
     except Refusal as broken:
         note = f"{broken.where} {broken.what}; it is not used, the float32 masters of the shards are converted"
     return Shards(shards.kind, shards.tensors, (*shards.notes, note))

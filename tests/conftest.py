@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,19 +21,38 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".venv" if (ROOT / ".venv").is_dir() else Path(tempfile.gettempdir())
 
 
+# DeepSpeed's C++ parts, built once for these versions; every session works on a copy.
+BUILT = CACHE / f"torch_extensions_test-{version('torch')}-{version('deepspeed')}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Points HF_HOME at an empty folder, so that no accelerate configuration of this machine changes a launch, and
-    TORCH_EXTENSIONS_DIR at one without a stale build lock, at which DeepSpeed would wait for ever."""
+    TORCH_EXTENSIONS_DIR at one that no other session builds in, or leaves a lock in when it is killed."""
     before = {name: os.environ.get(name) for name in ("HF_HOME", "TORCH_EXTENSIONS_DIR")}
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
-    extensions = CACHE / "torch_extensions_test"
-    for lock in extensions.glob("**/lock"):
-        lock.unlink()
+    extensions = tmp_path_factory.mktemp("torch_extensions")
+    for part in BUILT.glob("*"):
+        shutil.copytree(part, extensions / part.name)  # with its times, by which ninja tells what is built
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
     yield
+    for part in extensions.iterdir():
+        keep_built(part)
+    shutil.rmtree(extensions)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name)
         else:
             os.environ[name] = value
+
+
+def keep_built(part: Path) -> None:
+    """Keeps what a session has built for the next ones, unless another session was first."""
+    if (part / "lock").exists() or not list(part.glob("*.so")) or (BUILT / part.name).exists():
+        return
+    BUILT.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{part.name}-", dir=BUILT.parent))
+    shutil.copytree(part, aside / part.name)
+    with contextlib.suppress(OSError):  # the other session
+        (aside / part.name).rename(BUILT / part.name)
+    shutil.rmtree(aside)

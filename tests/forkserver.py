@@ -251,6 +251,7 @@ class ForkServer:
         log: Path,
         work: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        largest_file: int = 0,
     ) -> list[Trainer]:
         """Forks the processes of one launch with the variables that accelerate's launcher and torchrun would set.
 
@@ -259,6 +260,7 @@ class ForkServer:
             log: rank r's output goes to a file beside it, with "-rank<r>" in its name.
             work: as for `start`, one for each rank (none = all train).
             environment: added to all of it, e.g. what the launcher sets for a backend.
+            largest_file: as for `start`.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -271,6 +273,7 @@ class ForkServer:
                 log.with_name(f"{log.stem}-rank{rank}{log.suffix}"),
                 environment={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 work=work[rank] if work else "",
+                largest_file=largest_file,
             )
             for rank in range(world_size)
         ]

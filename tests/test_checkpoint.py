@@ -66,7 +66,7 @@ def test_what_bears_the_name_and_is_not_sound_is_moved_aside(tmp_path, kind):
     assert names(tmp_path) == ["checkpoint-3", "superseded-3"] and names(tmp_path / "superseded-3") == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("PytorchStreamWriter failed")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SaveFailed("PytorchStreamWriter failed")])
 def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     publish(tmp_path, 1)
     with (
@@ -78,9 +78,10 @@ def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     assert names(tmp_path) == ["checkpoint-1"] and latest(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
 
 
-def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(KeyError), publishing(tmp_path, 2, is_main=True, gather=alone, description={}):
-        raise KeyError("x")
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("out of memory")])
+def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)), publishing(tmp_path, 2, is_main=True, gather=alone, description={}):
+        raise error
     assert names(tmp_path) == []
 
 

@@ -138,9 +138,9 @@ def test_a_number_of_processes_that_does_not_divide_is_refused(ground: Ground, t
     folder = shutil.copytree(ground.alone, tmp_path / "run")
     ranks = ground.ranks(3, folder, resume_from_checkpoint="latest")
     assert codes(ranks) == [FLAGS] * 3, said(ranks)
-    for rank in ranks:
-        assert "3 does not divide the 2 slots of an optimizer step" in rank.complaint()
-        assert "start one of 1, 2 processes" in rank.complaint()
+    assert "3 does not divide the 2 slots of an optimizer step" in ranks[0].complaint()
+    assert "start one of 1, 2 processes" in ranks[0].complaint()
+    assert not any("error: " in rank.said() for rank in ranks[1:])  # once is enough
 
 
 # -------------------------------------------------------------------------------------- ended together
@@ -230,8 +230,7 @@ def test_processes_with_other_flags_are_found_out_at_the_first_step(ground: Grou
         2, [ground.flags(folder), ground.flags(folder, seed=43)], ground.log("seeds")
     )
     assert codes(ranks) == [PEER_LOST, PEER_LOST], said(ranks)
-    for rank in ranks:
-        assert "ranks [1] are not at the step of rank 0" in rank.complaint()
+    assert "ranks [1] are not at the step of rank 0" in ranks[0].complaint()
     assert find_checkpoints(folder) == []
 
 

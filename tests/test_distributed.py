@@ -205,4 +205,4 @@ def test_every_backend_says_what_it_can() -> None:
     assert not dist.is_initialized()  # nothing above has left a process group in this process
     assert list(BACKENDS) == ["single", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"]
     assert [name for name, backend in BACKENDS.items() if not backend.whole_weights] == ["zero3", "fsdp1", "fsdp2"]
-    assert [name for name, backend in BACKENDS.items() if not backend.elastic] == ["zero2", "zero3"]
+    assert [name for name, backend in BACKENDS.items() if not backend.clips_by_own_norm] == ["zero2", "zero3"]

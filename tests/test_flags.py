@@ -31,8 +31,13 @@ from videox.data import decord_reader
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "ema_decay": "test_ema.test_one_process_averages_its_masters",
+    "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
+    "use_ema": "test_ema.test_one_process_averages_its_masters",
+    "validate_ema": "test_ema.test_validation_measures_the_average_and_samples_with_it",
     "dump_steps": "test_train.test_a_dump_changes_nothing",
     "max_bad_fraction": "test_train.test_more_bad_rows_than_allowed_end_the_run",
+    "save_whole_weights": "test_backends.test_sharded_checkpoints_hold_whole_weights_when_asked",
     "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_accounts_for_the_rest",
     "trainable_modules_low_learning_rate": "test_train.test_the_low_rate_list_gets_half",
     "use_deepspeed": "test_train.test_a_refusal_is_one_line_before_any_weight_is_loaded",

@@ -1,15 +1,25 @@
-"""Serves who starts a training by one of the shell scripts: each one is run, on a small model, with one process."""
+"""Serves who starts a training by one of the shell scripts: each one is run, on one machine and on two."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import forkserver
 import pytest
 import runs
 import tiny
+import torch
+
+from videox.errors import FLAGS, PEER_LOST, Refusal
+from videox.meeting import Member, machine_of, meeting_limit
 
 SCRIPTS = sorted(path.relative_to(runs.ROOT).as_posix() for path in runs.ROOT.glob("scripts/*/train_*.sh"))
 BUILD = {
@@ -22,34 +32,88 @@ SMALL = {
     "image_sample_size": 64, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
     "dataloader_num_workers": 0, "max_train_steps": 2, "lr_warmup_steps": 1, "report_to": "none",
 }  # fmt: skip
-MACHINES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "NUM_PROCESS": "1", "RANK": "0"}
+PROCESSES = 2
+LIMIT = 60.0  # seconds after which a start that cannot succeed has ended
 
 
 def backend(script: str) -> str:
-    """Returns the backend that a script's name promises, for one process."""
+    """Returns the backend that a script's name promises, for two processes."""
     recipe = re.search(r"zero2|zero3|fsdp|plain", Path(script).stem)[0]
-    return {"fsdp": "fsdp1", "plain": "single"}.get(recipe, recipe)
+    return {"fsdp": "fsdp1", "plain": "ddp"}.get(recipe, recipe)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def cluster(machines: int, rank: int, port: int, address: str = "127.0.0.1") -> dict[str, str]:
+    """Returns the five variables."""
+    numbers = {"MASTER_PORT": port, "WORLD_SIZE": machines, "NUM_PROCESS": PROCESSES, "RANK": rank}
+    return {"MASTER_ADDR": address, **{name: str(number) for name, number in numbers.items()}}
+
+
+class Recipe:
+    """A launch script over a small model and data set."""
+
+    def __init__(self, script: str, folder: Path) -> None:
+        self.script, self.folder = script, folder
+        family, mode = Path(script).parent.name, "i2v" if "_i2v" in script else "normal"
+        model = BUILD[family, mode](folder / "model")
+        metadata = tiny.make_dataset(folder / "data")
+        self.names = {
+            "MODEL_NAME": str(model),
+            "DATASET_NAME": str(metadata.parent),
+            "DATASET_META_NAME": str(metadata),
+        }
+
+    def start(self, output_dir: Path, variables: Mapping[str, str], log: Path) -> subprocess.Popen:
+        """Starts the script as a shell would on one machine."""
+        command = ["bash", self.script, *runs.words({**SMALL, "output_dir": output_dir})]
+        asked = runs.environment(GLOO_SOCKET_IFNAME="lo", **self.names, **variables)
+        with log.open("wb") as out:
+            return subprocess.Popen(command, cwd=runs.ROOT, env=asked, stdout=out, stderr=out, start_new_session=True)
+
+    def run(self, output_dir: Path, machines: Sequence[Mapping[str, str]]) -> tuple[list[int], list[str]]:
+        """Starts the script on each machine; returns exit codes and what was said when all have ended."""
+        logs = [output_dir.with_name(f"{output_dir.name}-{number}.log") for number in range(len(machines))]
+        started = [self.start(output_dir, *given) for given in zip(machines, logs, strict=True)]
+        try:
+            found = [launch.wait(runs.TIME_LIMIT) for launch in started]
+        finally:
+            for launch in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(launch.pid, signal.SIGKILL)
+        return found, [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+
+
+def check_trained(script: str, folder: Path, said: str) -> None:
+    assert f"backend     {backend(script)} (" in said
+    assert f"processes   {PROCESSES}" in said
+    assert [line["step"] for line in forkserver.steps(folder)] == [1, 2]
+    assert (folder / "transformer" / "config.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_launch_script_trains(script: str, tmp_path: Path) -> None:
-    family, mode = Path(script).parent.name, "i2v" if "_i2v" in script else "normal"
-    model = BUILD[family, mode](tmp_path / "model")
-    metadata = tiny.make_dataset(tmp_path / "data")
-    names = {"MODEL_NAME": str(model), "DATASET_NAME": str(metadata.parent), "DATASET_META_NAME": str(metadata)}
-    folder = tmp_path / "run"
-    # without a GPU to count, the launcher takes the number of processes from accelerate's own configuration
-    config = tmp_path / "home" / "accelerate" / "default_config.yaml"
-    config.parent.mkdir(parents=True)
-    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\n")
-    flags = runs.words({**SMALL, "output_dir": folder})
-    machines = MACHINES if "_machines" in script else {}
-    found = runs.run_command(["bash", script, *flags], folder, HF_HOME=str(tmp_path / "home"), **names, **machines)
-    assert found.code == 0, found.stdout[-1000:] + found.stderr[-5000:]
-    assert f"backend     {backend(script)} (" in found.stdout
-    assert [line["step"] for line in forkserver.steps(folder)] == [1, 2]
-    assert (folder / "transformer" / "config.json").is_file()
+def test_a_launch_script_trains_on_one_machine_and_on_two(script: str, tmp_path: Path) -> None:
+    recipe = Recipe(script, tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    # the variables of a cluster, still exported where there is but one machine
+    codes, said = recipe.run(one, [cluster(1, 0, free_port())])
+    assert codes == [0], said[0][-6000:]
+    check_trained(script, one, said[0])
+    port = free_port()
+    codes, said = recipe.run(two, [cluster(2, rank, port) for rank in (1, 0)])
+    assert codes == [0, 0], said[0][-4000:] + said[1][-4000:]
+    for machine in said:
+        check_trained(script, two, machine)
+    assert ["step 2/2" in machine for machine in said] == [False, True]  # machine 0 alone tells of the steps
+    assert forkserver.steps(two) == forkserver.steps(one)
+    here, there = (runs.read_weights(run / "transformer") for run in (one, two))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -57,8 +121,96 @@ def test_a_launch_script_can_be_run_and_passes_flags_on(script: str) -> None:
     text = (runs.ROOT / script).read_text(encoding="utf-8")
     assert os.access(runs.ROOT / script, os.X_OK)
     assert text.endswith('"$@"\n')
+    assert 'accelerate launch "${MACHINES[@]}" ' in text
     assert "--deepspeed_multinode_launcherr" not in text
     for name in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME", "NCCL_DEBUG"):
         assert f'export {name}="${{{name}:-' in text
     for name in ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"):
         assert f"\n# export {name}=1\n" in text
+
+
+# ------------------------------------------------------------------------------------- starts that cannot succeed
+
+
+def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, float]:
+    """Returns exit code, the one line, and the seconds that a start took; no model is looked at."""
+    asked = {**cluster(2, 0, free_port()), **variables}
+    environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
+    begin = time.monotonic()
+    done = subprocess.run(
+        ["bash", script, "--output_dir", str(tmp_path / "run")],
+        cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    return done.returncode, lines[0], time.monotonic() - begin
+
+
+PLAIN = "scripts/wan2.1/train_plain.sh"
+
+
+def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
+    port = str(free_port())
+    code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, VIDEOX_MEETING_SECONDS="1")
+    assert code == PEER_LOST
+    assert f"error: 127.0.0.1:{port}: machine 1 of 2 has not come within 1 s" in line
+    code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, RANK="1", VIDEOX_MEETING_SECONDS="1")
+    assert code == PEER_LOST
+    assert f"error: 127.0.0.1:{port}: machine 0 does not answer there" in line
+    assert "VIDEOX_MEETING_SECONDS=600 waits for ten minutes" in line
+
+
+@pytest.mark.slow
+def test_without_a_word_on_it_a_missing_machine_is_named_within_a_minute(tmp_path: Path) -> None:
+    _, line, seconds = failed(PLAIN, tmp_path, WORLD_SIZE="3", NUM_PROCESS="3")
+    assert "machine 1, 2 of 3 has not come within 45 s" in line
+    assert seconds < LIMIT
+
+
+def test_a_busy_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, VIDEOX_MEETING_SECONDS="5")
+        assert (code, f"error: 127.0.0.1:{port}: port {port} is taken here by another program" in line) == (7, True)
+
+
+@pytest.mark.slow
+def test_an_address_that_is_not_machine_0_is_named(tmp_path: Path) -> None:
+    for rank, host, said in (
+        ("0", "203.0.113.1", "this machine cannot be reached there"),
+        ("1", "machine-0.invalid", "machine 0 does not answer there"),
+    ):
+        where = {"MASTER_ADDR": host, "MASTER_PORT": "10086", "RANK": rank, "VIDEOX_MEETING_SECONDS": "4"}
+        code, line, _ = failed(PLAIN, tmp_path, **where)
+        assert (code, f"error: {host}:10086: {said}" in line) == (PEER_LOST, True), line
+    with socket.create_server(("", 0)) as other:  # listens, and is no store
+        where = {"MASTER_PORT": str(other.getsockname()[1]), "RANK": "1", "VIDEOX_MEETING_SECONDS": "4"}
+        code, line, _ = failed(PLAIN, tmp_path, **where)
+        assert (code, "something answers there, but not machine 0" in line) == (PEER_LOST, True)
+
+
+ASKED = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "NUM_PROCESS": "16", "RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR not set"),
+        ({"NUM_PROCESS": "", "RANK": ""}, "NUM_PROCESS and RANK not set"),
+        ({"RANK": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"NUM_PROCESS": "15"}, "NUM_PROCESS=15 processes on WORLD_SIZE=2 machines"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no number"),
+    ],
+)
+def test_variables_that_do_not_fit_are_refused(changes: dict[str, str], said: str) -> None:
+    assert machine_of(ASKED) == ("10.0.0.1", 10086, Member("machine", 1, 2))
+    with pytest.raises(Refusal, match=said) as refused:
+        machine_of({**ASKED, **changes})
+    assert refused.value.exit_code == FLAGS
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "soon", "nan"])
+def test_a_time_that_is_none_is_refused(text: str) -> None:
+    assert meeting_limit({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
+    with pytest.raises(Refusal, match="VIDEOX_MEETING_SECONDS"):
+        meeting_limit({"VIDEOX_MEETING_SECONDS": text})

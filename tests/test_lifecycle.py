@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +192,28 @@ def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> No
         run_script(lambda: 1 // 0)
     assert exit_code(ZeroDivisionError("division by zero")) == BUG
     assert one_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
+
+
+# The interpreter's lock stays with the main thread, so that gloo's thread still waits for it when the process ends.
+ONE_OF_SEVERAL = """
+import atexit, sys, torch, torch.distributed as dist
+from videox.lifecycle import run_script
+
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "last words", end="")
+    sys.setswitchinterval(100)
+    for _ in range(50):
+        dist.all_gather([torch.zeros(1)], torch.ones(1))
+    return {code}
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_process_of_several_ends_with_its_code_while_gloo_still_holds_tensors(code: int) -> None:
+    command = [sys.executable, "-c", ONE_OF_SEVERAL.format(code=code)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0] for process in started] == ["last words"] * 2
+    assert [process.returncode for process in started] == [code] * 2

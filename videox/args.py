@@ -21,6 +21,7 @@ from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
 LR_WARMUP_STEPS = 500
+EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
@@ -269,6 +270,19 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--logit_mean", type=number(float, -20, 20), default=0.0, help="of logit_normal")
     add("--logit_std", type=number(float, 1e-6, 20), default=1.0, help="of logit_normal")
     add("--mode_scale", type=number(float, -1, 1.75), default=1.29, help="of mode")
+    add("--use_ema", action="store_true", help="keep a moving average of the float32 weights (off = none)")
+    add(
+        "--ema_decay",
+        type=SHARE,
+        default=EMA_DECAY,
+        help="share of itself that the average keeps per optimizer step n, at most; n / (9 + n) at first",
+    )
+    add(
+        "--ema_device",
+        choices=EMA_DEVICES,
+        default=EMA_DEVICES[0],
+        help="where the average is kept: beside the weights, or in host memory",
+    )
     add("--motion_sub_loss", action="store_true", help="mix in the error of frame-to-frame change (off = none)")
     add("--motion_sub_loss_ratio", type=SHARE, default=0.25, help="its share, 0 to 1")
     add("--low_vram", action="store_true", help="encoders are on the GPU only while used (off = they stay)")
@@ -295,6 +309,12 @@ def add_run(parser: Parser) -> None:
         help="steps from one checkpoint to the next; the end is always saved",
     )
     add("--checkpoints_total_limit", type=COUNT, help="keep this many checkpoints (none = all)")
+    add(
+        "--save_whole_weights",
+        action="store_true",
+        help="checkpoints of ZeRO-3 and FSDP also hold transformer/ for diffusers, float32 (off = shards alone; ZeRO-2, "
+        "DDP and one process hold it in any case)",
+    )
     add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint (none = a new run)")
     add(
         "--verify",
@@ -307,6 +327,11 @@ def add_run(parser: Parser) -> None:
         type=COUNT_OR_ZERO,
         default=0,
         help="rows kept out of training for the validation loss (0 = off)",
+    )
+    add(
+        "--validate_ema",
+        action="store_true",
+        help="sample clips with the average of --use_ema, measure it beside the weights (off = the weights alone)",
     )
     add("--validation_prompts", nargs="+", default=[], help="prompts to sample clips from (empty = off)")
     add("--validation_paths", nargs="+", default=[], help="images that these clips start from (empty = text-to-video)")
@@ -391,6 +416,10 @@ def check(args: argparse.Namespace) -> None:
         raise Refusal(
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "give one of them"
         )
+    without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}
+    for flag, default in without_effect.items():
+        if not args.use_ema and getattr(args, flag) != default:
+            raise Refusal(f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out")
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise Refusal(

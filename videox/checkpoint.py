@@ -27,9 +27,9 @@ MANIFEST = "manifest.json"
 NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 HASHING_THREADS = 4  # hashing leaves the interpreter lock, and one thread is slower than a disk
 
-# What a save may meet: the disk (OSError; safetensors' own class for the same) and the writers of torch and DeepSpeed,
-# which report a full disk as RuntimeError. Anything else is a fault of the program and is not taken for a full disk.
-SAVE_ERRORS = (OSError, SafetensorError, RuntimeError, SaveFailed)
+# What a save may meet: the disk (OSError; safetensors' own class for the same). Anything else, above all a
+# RuntimeError out of a collective or for want of memory, is no full disk: this process is not where the others are.
+SAVE_ERRORS = (OSError, SafetensorError, SaveFailed)
 
 Report = tuple[str, Any]  # what a rank tells the others: its error ("" if none) and its result
 

@@ -20,7 +20,9 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.state import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from videox.errors import PEER_LOST, Refusal
+from videox.build_lock import refuse_dead_locks
+from videox.errors import PEER_LOST, Refusal, told_once
+from videox.meeting import meet_processes
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Backend:
         processes: how they share the work, in words.
         kind: whose machinery trains: whole (torch), zero (DeepSpeed), fsdp.
         whole_weights: each process can compute alone; else every forward pass is a collective.
-        elastic: a checkpoint resumes at another number of processes.
         clips_by_own_norm: a step may be clipped by a limit that depends on its own gradient norm.
     """
 
@@ -40,24 +41,24 @@ class Backend:
     processes: str
     kind: str
     whole_weights: bool
-    elastic: bool
     clips_by_own_norm: bool
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("single", "one process", "whole", True, True, True),
-        Backend("ddp", "whole weights on each process", "whole", True, True, True),
-        Backend("zero2", "DeepSpeed: optimizer and gradients divided among processes", "zero", True, False, False),
-        Backend("zero3", "DeepSpeed: weights, optimizer and gradients divided", "zero", False, False, False),
-        Backend("fsdp1", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
-        Backend("fsdp2", "weights, optimizer and gradients divided among processes", "fsdp", False, True, True),
+        Backend("single", "one process", "whole", True, True),
+        Backend("ddp", "whole weights on each process", "whole", True, True),
+        Backend("zero2", "DeepSpeed: optimizer and gradients divided among processes", "zero", True, False),
+        Backend("zero3", "DeepSpeed: weights, optimizer and gradients divided", "zero", False, False),
+        Backend("fsdp1", "weights, optimizer and gradients divided among processes", "fsdp", False, True),
+        Backend("fsdp2", "weights, optimizer and gradients divided among processes", "fsdp", False, True),
     )
 }
 ON = ("true", "1")
 # How long processes wait for one that samples, indexes or writes; torch's own ten minutes end a run in such a pause.
 PATIENCE = timedelta(hours=1)
+_OPEN: list[object] = []  # the store of the processes' meeting, which torch goes on to use
 
 
 def asked_for(environment: Mapping[str, str]) -> str:
@@ -138,7 +139,13 @@ def follow_launcher(environment: Mapping[str, str]) -> None:
 
     `accelerate launch` does not pass a SIGTERM on to a single process: without this the run would go on unseen.
     """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in environment:
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        follow_parent()
+
+
+def follow_parent() -> None:
+    """Has the kernel send SIGTERM to this process when the one that started it dies (Linux)."""
+    if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 
@@ -154,12 +161,17 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
 
     Raises:
         Refusal: what runs is not what the launcher and mixed_precision ask for.
+        PeerFailed: a process has not come, or DeepSpeed would wait for a dead one's build lock.
     """
     kind = asked_for(os.environ)
     if kind == "fsdp":
         # Every process reads the same files. Otherwise only the first would, and transformers would leave the frozen
         # encoders of the others empty.
         os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+    if kind == "zero":
+        with told_once(os.environ):
+            refuse_dead_locks(os.environ)
+    _OPEN.append(meet_processes(os.environ))
     gloo = {"backend": "gloo"} if kind == "zero" and not torch.accelerator.is_available() else {}
     handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo)]
     with _launch_on_cpu(kind):

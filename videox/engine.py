@@ -16,6 +16,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
+from videox.ema import Masters
 from videox.optim import clip_gradients, gradient_norm, set_learning_rate
 from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.weights import write_config
@@ -61,7 +62,7 @@ class Engine(Protocol):
         """Writes what resuming needs into a folder that all processes share.
 
         Raises:
-            OSError, SafetensorError, RuntimeError, SaveFailed: a write failed, after every collective is through.
+            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
         """
 
     def load(self, checkpoint: Path) -> None:
@@ -72,6 +73,9 @@ class Engine(Protocol):
 
         Every process must ask for all of them, since each may be a collective; they are right on the main process.
         """
+
+    def masters(self) -> Masters:
+        """Returns this process's part of the trained weights in float32, to read and to exchange."""
 
 
 class WholeEngine:
@@ -120,6 +124,11 @@ class WholeEngine:
         """As Engine's."""
         yield from self.network.state_dict().items()
 
+    def masters(self) -> Masters:
+        """As Engine's: all of them."""
+        trained = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return Masters(tuple(trained), trained.__getitem__, lambda name, values: trained[name].copy_(values))
+
 
 # ------------------------------------------------------------------------------------- what sharded engines share
 
@@ -144,6 +153,28 @@ def write_all(parts: Iterable[Callable[[], object]]) -> None:
         raise failure
 
 
+def written_by_main(
+    tensors: Iterator[tuple[str, Tensor]],
+    write: Callable[[Iterator[tuple[str, Tensor]]], object],
+    expected: tuple[type[Exception], ...],
+    *,
+    is_main: bool,
+) -> Exception | None:
+    """Has the main process write what all processes gather, each tensor to the last one whatever happens.
+
+    Returns:
+        The failure, of one of the classes expected, for the caller to raise when no collective is to follow.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except expected as error:
+        return error
+    finally:
+        drain(tensors)
+    return None
+
+
 def write_run(folder: Path, state: TrainState, config: str) -> None:
     """Writes trainer_state.json, and the model's config.json beside sharded weights."""
     write_state(folder, state)
@@ -165,3 +196,20 @@ def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Asks for the rest of an Engine's weights, as every process must that does not write them."""
     for _ in tensors:
         pass
+
+
+def write_gathered(
+    tensors: Iterator[tuple[str, Tensor]], write: Callable[[Iterator[tuple[str, Tensor]]], object], *, is_main: bool
+) -> None:
+    """Has the main process write an Engine's weights while all gather them, one tensor at a time.
+
+    Raises:
+        OSError, SafetensorError: the write failed; the rest has been gathered all the same.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except SAVE_ERRORS:
+        drain(tensors)
+        raise
+    drain(tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 FLAGS = 2
 DATA = 3
 MODEL = 4
@@ -34,3 +37,34 @@ class Refusal(Exception):
         """Returns the one line for stderr and run_status.json; control characters are escaped."""
         text = f"error: {self}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class PeerFailed(Exception):
+    """What ends a process because another one of the run failed first.
+
+    Args:
+        line: of the process that failed.
+        exit_code: that the run ends with.
+        say: whether this process prints the line: the one that failed could not, or did on another machine.
+    """
+
+    def __init__(self, line: str, exit_code: int, *, say: bool) -> None:
+        self.line, self.exit_code, self.say = line, exit_code, say
+        super().__init__(line)
+
+
+@contextmanager
+def told_once(environment: Mapping[str, str]) -> Iterator[None]:
+    """Has one process of each machine print what all of its processes find out.
+
+    Args:
+        environment: the launcher's variables.
+
+    Raises:
+        PeerFailed: in place of a Refusal.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        first = environment.get("LOCAL_RANK", "0") == "0"
+        raise PeerFailed(refusal.line(), refusal.exit_code, say=first) from refusal

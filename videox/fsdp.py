@@ -18,9 +18,20 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+)
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from videox.creation import fill
+from videox.ema import Masters
 from videox.engine import (
     OptimizerOver,
     Update,
@@ -28,13 +39,14 @@ from videox.engine import (
     hyperparameters,
     restore_hyperparameters,
     write_all,
+    write_gathered,
     write_run,
 )
 from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed
+from videox.weights import SaveFailed, StoredTensors, save_weights
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -49,9 +61,11 @@ class FsdpEngine:
 
     Args:
         accelerator: of the run, with FSDP resolved.
-        transformer: of diffusers, float32, its trained parameters chosen; on the host.
+        transformer: of diffusers, float32, its trained parameters chosen; on the host, or a creation.skeleton.
         blocks: its repeated blocks, for the sentence about a layer class that it has not.
         make_optimizer: makes the optimizer over parameters by name.
+        stored: the weights of a skeleton (FSDP2), of which each process reads its own shards.
+        whole_weights: checkpoints also have transformer/, float32, gathered tensor by tensor.
 
     Raises:
         Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
@@ -63,15 +77,25 @@ class FsdpEngine:
         transformer: nn.Module,
         blocks: Sequence[nn.Module],
         make_optimizer: OptimizerOver,
+        *,
+        stored: StoredTensors | None = None,
+        whole_weights: bool = False,
     ) -> None:
         plugin = accelerator.state.fsdp_plugin
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
         self.is_main = accelerator.is_main_process
         self.config = transformer.to_json_string()  # type: ignore[operator]
+        self.saves_whole = whole_weights
         self.checkpoint_bytes = checkpoint_bytes(transformer)
+        if whole_weights:
+            self.checkpoint_bytes += sum(4 * parameter.numel() for parameter in transformer.parameters())
         wrap = _fully_shard if plugin.fsdp_version == 2 else _wrap
         self.model = self.network = wrap(accelerator, transformer.train())
+        if stored:
+            _give_memory(self.model, accelerator)
+            fill(_shards(self.model, stored), stored.folder)
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.optimizer = make_optimizer(parameters)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.group = _group(self.model, self.trained[0])
@@ -91,19 +115,23 @@ class FsdpEngine:
         applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
             scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
-            torch._foreach_mul_(gradients, scale)
+            if gradients:  # a process may hold no piece of what is trained
+                torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, applied)
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """As Engine's: torch's distributed checkpoints of weights and optimizer, each process its own shards."""
+        """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
         with _quiet():
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             parts: list[Callable[[], object]] = [
                 partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
                 partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
             ]
+            if self.saves_whole:
+                write = partial(save_weights, folder / "transformer", config=self.config)
+                parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
             if self.is_main:
                 parts.append(partial(write_run, folder, state, self.config))
             write_all(parts)
@@ -126,6 +154,21 @@ class FsdpEngine:
             sharded = get_model_state_dict(self.model)
         for name, tensor in sharded.items():
             yield name, _whole(tensor)
+
+    def masters(self) -> Masters:
+        """As Engine's."""
+
+        def read(name: str) -> Tensor:
+            return _local(self.parameters[name].detach())
+
+        return Masters(
+            tuple(self.parameters),
+            read,
+            lambda name, values: read(name).copy_(values),
+            settle=partial(_drop_gathered, self.model),
+            divided=True,
+            group=self.group,
+        )
 
 
 def _moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +202,26 @@ def _fully_shard(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     return accelerator.prepare(transformer, torch.optim.SGD(with_gradients, lr=0.0))[0]
 
 
+def _give_memory(model: nn.Module, accelerator: Accelerator) -> None:
+    """Gives the shards of a skeleton memory, uninitialised, where FSDP keeps shards; what has memory stays."""
+    offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    device = torch.device("cpu") if offloaded else accelerator.device
+    # to_empty would empty the buffers as well; FSDP's own _apply takes the new shards over, as it does for to_empty
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def _shards(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields (name, this process's shard, its slice of the stored tensor) of each parameter."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise TypeError(f"{name} is not divided")
+        sizes, begins = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        own = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+        yield name, parameter.to_local(), stored[name][own]
+
+
 def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     """Returns the model under FSDP1; accelerate has it compute under autocast.
 
@@ -176,6 +239,17 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     )
     with _quiet():
         return accelerator.prepare_model(transformer)
+
+
+def _drop_gathered(model: nn.Module) -> None:
+    """Frees the whole weights that a forward pass without a backward pass leaves, which the next one would reuse."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            if handle is not None and handle.uses_sharded_strategy:  # one process divides nothing
+                _reshard(module, handle, True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version

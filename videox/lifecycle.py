@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,12 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-from videox.errors import BUG, STORAGE, Refusal
+import torch.distributed as dist
+
+from videox.errors import BUG, STORAGE, PeerFailed, Refusal
 from videox.run_folder import Resume, hold, resolve_resume, sweep
 from videox.status import RunStatus, read_status
 from videox.weights import SaveFailed
 
 INTERRUPTED = 130  # as shells tell a SIGINT
+OUTSIDE = "interrupted outside a step; nothing was saved"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class _Recorded:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self.status.write("stopped", exit_code=INTERRUPTED, error="interrupted outside a step; nothing was saved")
+            self.status.write("stopped", exit_code=INTERRUPTED, error=OUTSIDE)
         elif error is not None:
             self.status.write("failed", exit_code=exit_code(error), error=one_line(error))
 
@@ -123,17 +128,21 @@ def together(work: Callable[[], object], *, gather: Callable[[object], list[Any]
 
 def exit_code(error: BaseException) -> int:
     """Returns the exit code that an exception ends a run with (see videox.errors)."""
-    if isinstance(error, Refusal):
+    if isinstance(error, (Refusal, PeerFailed)):
         return error.exit_code
-    if isinstance(error, SaveFailed):
-        return STORAGE
-    return BUG
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return STORAGE if isinstance(error, SaveFailed) else BUG
 
 
 def one_line(error: BaseException) -> str:
     """Returns the one line that tells a person what ended a run."""
     if isinstance(error, Refusal):
         return error.line()
+    if isinstance(error, PeerFailed):
+        return error.line
+    if isinstance(error, KeyboardInterrupt):
+        return OUTSIDE
     return " ".join(f"error: {type(error).__name__}: {error}".split())
 
 
@@ -144,7 +153,27 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except (Refusal, SaveFailed) as error:
         sys.stderr.write(f"{one_line(error)}\n")
         code = exit_code(error)
+    except PeerFailed as error:
+        if error.say:
+            sys.stderr.write(f"{error.line}\n")
+        code = error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted outside a step; the last checkpoint stands\n")
         code = INTERRUPTED
+    if dist.is_initialized():
+        _leave_group(code)
     sys.exit(code)
+
+
+def _leave_group(code: int) -> NoReturn:
+    """Ends one of several processes as sys.exit does, except that the interpreter is not taken down first.
+
+    gloo's threads hold the tensors of the last collectives. One that lets go of them while the interpreter is taken
+    down aborts the process, and the launcher takes a run that has finished for one that has failed.
+    """
+    if code == 0:
+        dist.destroy_process_group()  # after a failure it could wait for a process that will not come
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

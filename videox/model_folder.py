@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +133,50 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     Raises:
         Refusal: weights are missing, extra, or of another shape than the configuration says.
     """
-    try:
+    with unloadable_refused(model_class, folder):
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, **settings
         )
+    refuse_unmatched(
+        model_class,
+        folder,
+        **{kind: list(report.get(f"{kind}_keys") or []) for kind in ("missing", "unexpected", "mismatched")},
+    )
+    return model
+
+
+def load_whole(model_class: Any, folder: Path) -> torch.nn.Module:  # noqa: ANN401 - of diffusers
+    """Returns a model in float32 whose weights all found their place and are finite; raises Refusal otherwise."""
+    model = load_strictly(model_class, folder, torch_dtype=torch.float32)
+    refuse_not_finite(model, folder)
+    return model
+
+
+@contextmanager
+def unloadable_refused(model_class: Any, folder: Path) -> Iterator[None]:  # noqa: ANN401 - of diffusers or transformers
+    """Turns whatever the libraries raise over a folder that does not fit its configuration into a Refusal."""
+    try:
+        yield
     except (SafetensorError, StrictDataclassError, *UNLOADABLE) as why:
         cause = " ".join(str(why).split())
         raise Refusal(
             str(folder), f"does not load as {model_class.__name__} ({cause[:300]})", "copy the model anew", MODEL
         ) from why
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = list(report.get(f"{kind}_keys") or [])
-        if keys:
-            what = f"has {len(keys)} {kind} keys for {model_class.__name__}, first {keys[0]}"
+
+
+def refuse_unmatched(model_class: Any, folder: Path, **unmatched: Sequence[Any]) -> None:  # noqa: ANN401 - as above
+    """Refuses weights that are missing, unexpected or mismatched in shape.
+
+    Args:
+        unmatched: the tensors' names by kind.
+
+    Raises:
+        Refusal: naming the first.
+    """
+    for kind, names in unmatched.items():
+        if names:
+            what = f"has {len(names)} {kind} keys for {model_class.__name__}, first {names[0]}"
             raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
-    return model
 
 
 def without_weights(model_class: Any, folder: Path) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
@@ -194,8 +224,18 @@ def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: 
 def refuse_not_finite(model: torch.nn.Module, folder: Path) -> None:
     """Raises Refusal naming the first tensor with a value that is not finite."""
     for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
+        if has_not_finite(tensor):
+            raise not_finite(name, folder)
+
+
+def has_not_finite(tensor: torch.Tensor) -> bool:
+    """Returns whether a value is infinite or no number: the extremes tell, which need no memory beside the tensor."""
+    return bool(tensor.numel()) and not all(torch.isfinite(extreme).item() for extreme in torch.aminmax(tensor))
+
+
+def not_finite(name: str, folder: Path) -> Refusal:
+    """Returns the Refusal of a tensor with such a value."""
+    return Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
 
 
 def read_shift(config_path: str) -> float:

@@ -30,7 +30,8 @@ class RestingModule:
             return
         if device.type == "cuda":
             for tensor in (*module.parameters(), *module.buffers()):
-                tensor.data = tensor.data.pin_memory()
+                if not tensor.is_pinned():  # what the machine's processes share is pinned where it lies
+                    tensor.data = tensor.data.pin_memory()
         self._resting = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
 
     @contextmanager

@@ -267,15 +267,21 @@ def prune(output_dir: Path, keep: int) -> list[str]:
     return warnings
 
 
-def room_for(output_dir: Path, bytes_needed: int) -> None:
-    """Checks that the disk of `output_dir` (which may not exist yet) has room. Raises Refusal (STORAGE)."""
+def room_for(output_dir: Path, bytes_needed: int, what: str = "a checkpoint") -> None:
+    """Checks that the disk of `output_dir` (which may not exist yet) has room. Raises Refusal (STORAGE).
+
+    Args:
+        output_dir: of a run.
+        bytes_needed: at most.
+        what: needs it, for the message.
+    """
     place = output_dir.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        what = f"a checkpoint needs {bytes_needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB"
-        raise Refusal(str(output_dir), what, "free some room, or give an --output_dir on another disk", STORAGE)
+        found = f"{what} needs {bytes_needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB"
+        raise Refusal(str(output_dir), found, "free some room, or give an --output_dir on another disk", STORAGE)
 
 
 # Descriptors of locks; a forked worker closes its copies, or it would outlive its owner's lock.

@@ -182,13 +182,12 @@ def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
     return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
 
 
-def refuse_other_backend(checkpoint: Path | None, backend: Backend, processes: int) -> None:
-    """Refuses a checkpoint that another kind of backend saved, or another number of processes where that matters.
+def refuse_other_backend(checkpoint: Path | None, backend: Backend) -> None:
+    """Refuses a checkpoint that another kind of backend saved.
 
     Args:
         checkpoint: None for a new run.
         backend: that runs.
-        processes: of this launch.
 
     Raises:
         Refusal: naming both, with the way to start from its weights.
@@ -201,20 +200,19 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, processes: i
     if not same:
         mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
         raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
-    if not backend.elastic and manifest["world_size"] != processes:
-        what = f"was saved by {manifest['world_size']} processes under {backend.name}, this launch has {processes}"
-        raise Refusal(str(checkpoint), what, f"launch {manifest['world_size']} processes", MODEL)
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:
     """Returns the size of one checkpoint.
 
     Args:
-        model: its parameters, before anything divides them.
+        model: its parameters, whole, without memory, or divided by DeepSpeed as they were made.
         trained: bytes for each number of a trained parameter: float32 weight and two moments.
         frozen: the same of a frozen one.
     """
-    return sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * (trained if p.requires_grad else frozen) for p in model.parameters()
+    )
 
 
 def save_state(

@@ -169,14 +169,24 @@ def _loss_at(
     return velocity_losses(prediction[made], (noise - latents)[made], torch.ones_like(level))[0]
 
 
-def append_validation(path: Path, step: int, result: ValidationLoss) -> None:
+def append_validation(path: Path, step: int, result: ValidationLoss, average: ValidationLoss | None = None) -> None:
     """Appends {"step", "loss", "per_sigma": [[sigma, loss], ...]} to validation.jsonl.
+
+    Args:
+        path: of the file.
+        step: optimizer steps done.
+        result: of the weights.
+        average: of their EMA, appended as "ema_loss" and "ema_per_sigma".
 
     Raises:
         Refusal: (exit code 5) if the file cannot be written.
     """
-    pairs = [list(pair) for pair in zip(result.sigmas, result.per_sigma, strict=True)]
-    append_line(path, {"step": step, "loss": result.mean, "per_sigma": pairs})
+    line: dict[str, Any] = {"step": step}
+    for prefix, found in (("", result), ("ema_", average)):
+        if found is not None:
+            pairs = [list(pair) for pair in zip(found.sigmas, found.per_sigma, strict=True)]
+            line |= {f"{prefix}loss": found.mean, f"{prefix}per_sigma": pairs}
+    append_line(path, line)
 
 
 def change_since_first(path: Path) -> str:

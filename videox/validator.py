@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from videox.data.plan import EpochPlan
 from videox.distributed import sum_over_ranks
 from videox.errors import DATA, Refusal
 from videox.shapes import Bucket
-from videox.validation import HeldOut, sample_clips, validation_loss
+from videox.validation import HeldOut, ValidationLoss, sample_clips, validation_loss
 from videox.watch import Watch
 
 SIGMAS = 4  # noise levels at which each held-out row is measured
@@ -61,6 +61,7 @@ class Validator:
         guidance_scale: of the sample clips.
         seed: of noise and samples.
         collective: weights are sharded, so that all processes sample together.
+        averaged: has the model be its average inside, which then is measured too, and sampled from; None = not.
         given_frames: leading latent frames that the model is given, outside the loss.
     """
 
@@ -81,24 +82,28 @@ class Validator:
         guidance_scale: float,
         seed: int,
         collective: bool,
+        averaged: Callable[[], AbstractContextManager[None]] | None = None,
         given_frames: int = 0,
     ) -> None:
         self.accelerator, self.watch, self.model = accelerator, watch, model
         self.held_out, self.predict, self.shift, self.seed = held_out, predict, shift, seed
         self.prompts, self.images, self.pipeline, self.guidance_scale = prompts, images, pipeline, guidance_scale
         self.shape, self.fps, self.given_frames, self.collective = shape, fps, given_frames, collective
+        self.averaged = averaged
 
     def __call__(self) -> None:
         """Runs both parts; all processes call it, and its time does not count as training."""
         with self.watch.clock.aside():
-            if self.held_out:
-                self._measure()
-            if self.prompts and (self.collective or self.accelerator.is_main_process):
-                self._sample()
-            self.accelerator.wait_for_everyone()
+            loss = self._measure() if self.held_out else None
+            with self.averaged() if self.averaged else nullcontext():
+                if loss is not None:
+                    self.watch.validation(loss, self._measure() if self.averaged else None)
+                if self.prompts and (self.collective or self.accelerator.is_main_process):
+                    self._sample()
+                self.accelerator.wait_for_everyone()
 
-    def _measure(self) -> None:
-        result = validation_loss(
+    def _measure(self) -> ValidationLoss:
+        return validation_loss(
             self.held_out,
             self.predict,
             model=self.model,
@@ -111,7 +116,6 @@ class Validator:
             world_size=self.accelerator.num_processes,
             all_reduce_sum=sum_over_ranks,
         )
-        self.watch.validation(result)
 
     def _sample(self) -> None:
         with self.pipeline() as pipeline:

@@ -134,14 +134,17 @@ class Watch:
         self.run.status.heartbeat(self.state.step)
         self.bar.update(report.loss, times.smooth_tokens_per_second, times.wait_share)
 
-    def validation(self, result: ValidationLoss) -> None:
-        """Records a validation loss in validation.jsonl and the tracker, and says how it moved."""
+    def validation(self, result: ValidationLoss, average: ValidationLoss | None = None) -> None:
+        """Records a validation loss in validation.jsonl and the tracker, and says how it moved; average: the EMA's."""
         if not self.is_main:
             return
         records = self.output_dir / "validation.jsonl"
-        append_validation(records, self.state.step, result)
-        self.tracker.scalars({"validation/loss": result.mean}, self.state.step)
-        self.bar.note(f"step {self.state.step}: validation loss {result.mean:.4f}{change_since_first(records)}")
+        append_validation(records, self.state.step, result, average)
+        scalars, said = {"validation/loss": result.mean}, ""
+        if average is not None:
+            scalars["validation/ema_loss"], said = average.mean, f", with the EMA {average.mean:.4f}"
+        self.tracker.scalars(scalars, self.state.step)
+        self.bar.note(f"step {self.state.step}: validation loss {result.mean:.4f}{change_since_first(records)}{said}")
 
     def sampled(self, clips: SampledClips) -> None:
         """Says where the sample clips are, and what went wrong with any."""

@@ -25,14 +25,16 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
+from videox.averaging import AveragedEngine, average_notes, export_weights
+from videox.creation import is_divided, skeleton
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
 from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
-from videox.engine import Engine, WholeEngine, drain
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
+from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
@@ -40,17 +42,28 @@ from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
+from videox.model_folder import load_whole
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
+from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.state import TrainState, plan_inputs, refuse_other_backend, refuse_other_run, resume_or_begin
+from videox.sharing import load_frozen
+from videox.state import (
+    TrainState,
+    checkpoint_bytes,
+    plan_inputs,
+    refuse_other_backend,
+    refuse_other_run,
+    resume_or_begin,
+)
 from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.validation import HeldOut
 from videox.validator import Validator, held_out_samples
 from videox.watch import Watch
-from videox.weights import export_transformer
+from videox.weights import StoredTensors
+from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
@@ -58,6 +71,8 @@ WITHOUT_NUMBERS = {
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
+    "use_ema", "ema_decay", "ema_device", "validate_ema",
+    "save_whole_weights",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -87,11 +102,23 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
-    refuse_other_backend(run.resume.path, backend, accelerator.num_processes)
+    refuse_other_backend(run.resume.path, backend)
+    converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
     changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed]))
+    late = average_notes(run.resume.path, args.use_ema)
+    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
+
+
+def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
+    """Returns lines on a DeepSpeed checkpoint that this number of processes must convert; refuses where no room is."""
+    said: list[str] = []
+    if checkpoint is not None:
+        work = partial(announce_conversion, checkpoint, Path(args.output_dir), accelerator.num_processes)
+        is_main, gather = accelerator.is_main_process, gather_objects(accelerator)
+        main_first(lambda: said.extend(work()), is_main=is_main, gather=gather)
+    return said
 
 
 def open_schedule(
@@ -155,6 +182,36 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def transformer_folder(args: argparse.Namespace) -> Path:
+    """Returns the folder of the transformer that training begins with."""
+    return Path(args.transformer_path or Path(args.pretrained_model_name_or_path) / "transformer")
+
+
+def open_transformer(args: argparse.Namespace, accelerator: Accelerator, model_class: Any) -> Any:  # noqa: ANN401
+    """Returns the transformer in float32, or, under ZeRO-3 and FSDP2, what open_engine divides without a whole one.
+
+    Args:
+        model_class: of diffusers.
+
+    Raises:
+        Refusal: its weights are not those of its configuration, or not finite.
+    """
+    folder, backend = transformer_folder(args), resolved(accelerator)
+    if backend == "fsdp2":
+        return skeleton(model_class, folder)
+    if backend == "zero3":
+        from videox.zero_creation import create  # DeepSpeed is installed on Linux only
+
+        return create(model_class, folder, accelerator)
+    return load_whole(model_class, folder)
+
+
+def encoder_loader(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., Any]:
+    """Returns what loads a frozen model, from (class, folder, dtype), into host memory once per machine."""
+    pinned = args.low_vram and accelerator.device.type == "cuda"
+    return partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
+
+
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -168,7 +225,7 @@ def open_engine(
     Freezes what is not to train and sets up recomputation.
 
     Args:
-        transformer: of diffusers.
+        transformer: of open_transformer.
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
     """
@@ -190,6 +247,8 @@ def open_engine(
         )
 
     engine: Engine
+    stored = StoredTensors(transformer_folder(args)) if is_divided(transformer) else None
+    whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -198,14 +257,26 @@ def open_engine(
             accelerator,
             transformer,
             optimizer_over,
+            stored=stored,
             max_grad_norm=args.max_grad_norm,
             batch_size=args.train_batch_size,
             micro_batches=several if args.slot_fill == "fixed" else max(several, 2),
+            output_dir=Path(args.output_dir),
+            whole_weights=args.save_whole_weights,
         )
     elif backend.kind == "fsdp":
-        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over)
+        whole = args.save_whole_weights
+        engine = FsdpEngine(accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole)
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over)
+    if args.use_ema:
+        engine = AveragedEngine(
+            engine,
+            is_main=accelerator.is_main_process,
+            decay=args.ema_decay,
+            device=torch.device("cpu") if args.ema_device == "cpu" else None,
+            whole_bytes=whole_bytes,
+        )
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
     return engine, lambda step: base * factor(step)
 
@@ -368,15 +439,21 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
         library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
     follow_launcher(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
-    gather = gather_objects(accelerator)
-    with open_run(
+    gather, peers = gather_objects(accelerator), Peers()
+    if accelerator.num_processes > 1:
+        accelerator.print(*peers.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
+    opened = open_run(
         Path(args.output_dir),
         resume=args.resume_from_checkpoint,
         verify=args.verify,
         is_main=accelerator.is_main_process,
         gather=gather,
-    ) as run:
-        return train(args, accelerator, backend, run, gather)
+    )
+    with peers.first_cause(), opened as run, peers.first_cause():  # inside, so that run_status.json gets the cause
+        peers.status = run.status
+        code = train(args, accelerator, backend, run, gather)
+    peers.leave()
+    return code
 
 
 def open_validator(
@@ -416,6 +493,7 @@ def open_validator(
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
         collective=not backend.whole_weights,
+        averaged=engine.averaged if args.validate_ema and isinstance(engine, AveragedEngine) else None,
         given_frames=given_frames,
     )
 
@@ -432,15 +510,5 @@ def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: 
         model: of diffusers, for the names of what stays float32.
         is_main: on the one process that writes; the others take part in gathering.
     """
-    kept, config = type(model)._keep_in_fp32_modules or (), engine.config
-
-    def export() -> None:
-        weights = engine.weights()
-        try:
-            if is_main:
-                folder, dtype = Path(args.output_dir) / "transformer", EXPORT_DTYPES[args.export_dtype]
-                export_transformer(weights, config, folder, dtype, kept)
-        finally:
-            drain(weights)
-
-    return export
+    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
+    return partial(export_weights, engine, Path(args.output_dir), dtype, kept, is_main=is_main)

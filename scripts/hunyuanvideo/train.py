@@ -55,11 +55,9 @@ from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
 from videox.model_folder import (
     check_tokenizer,
-    load_strictly,
     read_component,
     read_model_folder,
     read_number,
-    refuse_not_finite,
 )
 from videox.network import joint_attention_network
 from videox.offload import RestingModule
@@ -182,9 +180,7 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer_folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(HunyuanVideoTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, transformer_folder)
+    transformer = wiring.open_transformer(args, accelerator, HunyuanVideoTransformer3DModel)
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
@@ -192,10 +188,11 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     text_to_video = args.train_mode == "normal"
     text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
     vae_folder = Path(args.vae_path or root / "vae")
+    load = wiring.encoder_loader(args, accelerator)
     encoders = {
-        "vae": load_strictly(AutoencoderKLHunyuanVideo, vae_folder, torch_dtype=torch.float32),
-        "text_encoder": load_strictly(text_encoder_class, root / "text_encoder", dtype=compute_dtype),
-        "text_encoder_2": load_strictly(CLIPTextModel, root / "text_encoder_2", dtype=compute_dtype),
+        "vae": load(AutoencoderKLHunyuanVideo, vae_folder, torch.float32),
+        "text_encoder": load(text_encoder_class, root / "text_encoder", compute_dtype),
+        "text_encoder_2": load(CLIPTextModel, root / "text_encoder_2", compute_dtype),
     }
     pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks

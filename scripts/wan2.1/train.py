@@ -49,11 +49,9 @@ from videox.latents import encode, to_video
 from videox.lifecycle import Run, run_script
 from videox.model_folder import (
     check_tokenizer,
-    load_strictly,
     read_component,
     read_model_folder,
     read_shift,
-    refuse_not_finite,
 )
 from videox.network import cross_attention_network
 from videox.offload import RestingModule
@@ -155,15 +153,14 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
     root, device = Path(args.pretrained_model_name_or_path), accelerator.device
     compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer_folder = Path(args.transformer_path or root / "transformer")
-    transformer = load_strictly(WanTransformer3DModel, transformer_folder, torch_dtype=torch.float32)
-    refuse_not_finite(transformer, transformer_folder)
+    transformer = wiring.open_transformer(args, accelerator, WanTransformer3DModel)
+    load = wiring.encoder_loader(args, accelerator)
     encoders = {
-        "vae": load_strictly(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch_dtype=torch.float32),
-        "text_encoder": load_strictly(UMT5EncoderModel, root / "text_encoder", dtype=compute_dtype),
+        "vae": load(AutoencoderKLWan, Path(args.vae_path or root / "vae"), torch.float32),
+        "text_encoder": load(UMT5EncoderModel, root / "text_encoder", compute_dtype),
     }
     if transformer.config.image_dim:
-        encoders["image_encoder"] = load_strictly(CLIPVisionModel, root / "image_encoder", dtype=torch.float32)
+        encoders["image_encoder"] = load(CLIPVisionModel, root / "image_encoder", torch.float32)
     # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     pipeline = pipeline_class.from_pretrained(root, transformer=None, **encoders)

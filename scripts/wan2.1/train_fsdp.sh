@@ -11,7 +11,8 @@ export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 
-accelerate launch --mixed_precision="bf16" --use_fsdp \
+source scripts/machines.sh
+accelerate launch "${MACHINES[@]}" --mixed_precision="bf16" --use_fsdp \
   --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
   --fsdp_transformer_layer_cls_to_wrap=WanTransformerBlock \
   --fsdp_sharding_strategy "FULL_SHARD" --fsdp_state_dict_type=SHARDED_STATE_DICT \

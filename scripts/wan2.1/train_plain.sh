@@ -11,7 +11,11 @@ export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 
-accelerate launch --mixed_precision="bf16" \
+source scripts/machines.sh
+if [ "${NUM_PROCESS:-1}" -gt 1 ]; then
+  MACHINES+=(--multi_gpu)
+fi
+accelerate launch "${MACHINES[@]}" --mixed_precision="bf16" \
   scripts/wan2.1/train.py \
   --pretrained_model_name_or_path="$MODEL_NAME" \
   --train_data_dir="$DATASET_NAME" \

@@ -11,7 +11,8 @@ export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 
-accelerate launch --use_deepspeed --deepspeed_config_file config/zero_stage2_config.json \
+source scripts/machines.sh
+accelerate launch "${MACHINES[@]}" --use_deepspeed --deepspeed_config_file config/zero_stage2_config.json \
   --deepspeed_multinode_launcher standard \
   scripts/wan2.1/train.py \
   --pretrained_model_name_or_path="$MODEL_NAME" \

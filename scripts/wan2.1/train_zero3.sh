@@ -11,7 +11,8 @@ export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 
-accelerate launch --zero_stage 3 --zero3_save_16bit_model true --zero3_init_flag true \
+source scripts/machines.sh
+accelerate launch "${MACHINES[@]}" --zero_stage 3 --zero3_save_16bit_model true --zero3_init_flag true \
   --use_deepspeed --deepspeed_config_file config/zero_stage3_config.json \
   --deepspeed_multinode_launcher standard \
   scripts/wan2.1/train.py \

@@ -1,0 +1,164 @@
+"""Serves whoever asks whether a launch recipe trains as one process does: each family under each, and a table.
+
+    python benchmarks/backends.py [--output benchmarks/backends.md]
+
+Each cell is the users' launch command on a small model of the real classes, ten steps with the clip binding: it is
+compared with one process at an equal global batch, saved, resumed from the middle, converted by the published command,
+resumed again beside what that wrote, and loaded by diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import diffusers
+import forkserver
+import runs
+import test_backends as backends
+import tiny
+import torch
+
+families = tiny.load_script("benchmarks/families.py")
+
+STEPS = 10
+RECIPES = ("plain", "ddp", "zero2", "zero3", "fsdp1", "fsdp2")
+SETTINGS = {"learning_rate": "1e-03", "max_grad_norm": 0.05}
+HEADER = ("family", "mode", "recipe", "loss distance", "cosine", "trained", "resumed", "converted")
+PROMPT = "a red fox"
+
+
+@dataclass
+class Found:
+    """What a cell showed: distances from one process, and what went wrong, by column."""
+
+    loss_distance: float = float("nan")
+    cosine: float = float("nan")
+    wrong: dict[str, str] = field(default_factory=dict)
+
+    def note(self, column: str, check: Callable[..., object], *arguments: object, **settings: object) -> None:
+        """Runs a check and keeps what it has against the run."""
+        try:
+            check(*arguments, **settings)
+        except AssertionError as why:
+            self.wrong[column] = self.wrong.get(column, "") + f"{check.__name__}: {why}"
+
+
+def ground_of(kind: str, folder: Path) -> backends.Ground:
+    """Returns a kind of model with a data set, trained by one process with two micro-batches a step."""
+    ground = backends.Ground(folder, kind, STEPS, **SETTINGS)
+    norms = [line["grad_norm"] for line in forkserver.steps(ground.alone)]
+    assert min(norms) > SETTINGS["max_grad_norm"], f"the clip does not bind: {norms}"
+    return ground
+
+
+def run_cell(ground: backends.Ground, recipe: str, folder: Path) -> Found:
+    """Trains, resumes, converts and resumes again; the run is left in `folder`."""
+    found, world_size = Found(), 1 if recipe == "plain" else 2
+    changes: dict[str, object] = {"gradient_accumulation_steps": 2 // world_size}
+    if ground.mode == "normal":
+        changes["validation_prompts"] = [PROMPT]
+    found.note("trained", backends.check_launched, ground, recipe, folder, world_size, **changes)
+    if found.wrong:
+        return found
+    losses = [[line["loss"] for line in forkserver.steps(run)] for run in (folder, ground.alone)]
+    found.loss_distance = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    moved = [backends.movement(ground.model, run / "transformer") for run in (folder, ground.alone)]
+    found.cosine = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
+    for check in (backends.check_like_alone, backends.check_export):
+        found.note("trained", check, ground, folder)
+    found.note("trained", backends.check_checkpoint, ground, recipe, folder, world_size)
+    found.note("resumed", backends.check_gone_on, ground, recipe, folder, world_size, **changes)
+    found.note("converted", check_converted, ground, recipe, folder)
+    found.note("resumed", check_goes_on_beside_outputs, ground, recipe, folder, world_size, **changes)
+    return found
+
+
+def check_converted(ground: backends.Ground, recipe: str, folder: Path) -> None:
+    """Checks that the published command makes the trained weights, cast, which diffusers loads."""
+    converted = backends.convert(folder, STEPS)
+    if "transformer" in backends.STORED[recipe]:
+        assert "already holds the weights whole, in float32" in converted.stdout, converted.stdout
+    weights, trained = (runs.read_weights(place) for place in (converted.folder, folder / "transformer"))
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in trained.items()), "other weights"
+    kind = getattr(diffusers, backends.CLASSES[ground.family])
+    loaded = kind.from_pretrained(converted.folder, torch_dtype=torch.bfloat16)
+    assert all(torch.equal(weights[name], value.bfloat16()) for name, value in loaded.state_dict().items())
+
+
+def check_goes_on_beside_outputs(
+    ground: backends.Ground, recipe: str, folder: Path, world_size: int, **changes: object
+) -> None:
+    """Checks that `latest` is the newest checkpoint, not what a conversion wrote beside it."""
+    more = {**changes, "max_train_steps": STEPS + 1, "resume_from_checkpoint": "latest"}
+    ranks = ground.ranks(recipe, folder, world_size, **more)
+    assert backends.codes(ranks) == [0] * world_size, backends.said(ranks)
+    assert [line["step"] for line in forkserver.steps(folder)] == list(range(1, STEPS + 2))
+    assert (folder / f"checkpoint-{STEPS}-outputs").is_dir()
+
+
+def row(kind: str, recipe: str, found: Found) -> tuple[str, ...]:
+    """Returns one line of the table."""
+    words = ["NO" if column in found.wrong else "yes" for column in ("trained", "resumed", "converted")]
+    return (*kind.split(), recipe, f"{found.loss_distance:.4f}", f"{found.cosine:.4f}", *words)
+
+
+def page(lines: list[tuple[str, ...]]) -> str:
+    """Returns the report as Markdown."""
+    table = [HEADER, ("---",) * len(HEADER), *lines]
+    return "\n".join(
+        [
+            "# Each family under each launch recipe",
+            "",
+            f"`python benchmarks/backends.py`: the users' launch commands on small models of the real classes, {STEPS} steps in",
+            "bf16 at learning rate 1e-3 with max_grad_norm 0.05, which every step exceeds; plain is one process with two",
+            "micro-batches a step, the others are two processes over gloo.",
+            "",
+            *("| " + " | ".join(line) + " |" for line in table),
+            "",
+            "Loss distance: the largest difference of a step's loss from one process's. Cosine: between the movements of all",
+            "parameters. Trained: samples, learning rates, losses within 0.02, gradient norms within 2 %, backend, number of",
+            "processes and checkpoint as expected, export loaded by diffusers. Resumed: from the middle, the second half equal to",
+            "the bit; and once more by `latest` after the conversion. Converted: by `scripts/zero_to_bf16.py`, equal to the trained",
+            "weights cast to bfloat16, loaded by diffusers.",
+            "",
+            f"{os.cpu_count()}-core {families.processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
+            f" diffusers {diffusers.__version__}, Python {platform.python_version()}.",
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    args = parser.parse_args()
+    lines, wrong = [], []
+    with tempfile.TemporaryDirectory(prefix="videox-backends-") as name:
+        for kind in backends.BUILD:
+            ground = ground_of(kind, Path(name) / kind.replace(" ", "-"))
+            for recipe in RECIPES:
+                found = run_cell(ground, recipe, ground.folder / recipe)
+                lines.append(row(kind, recipe, found))
+                wrong += [f"{kind} {recipe}: {column}: {why}" for column, why in found.wrong.items()]
+                print(*lines[-1], sep="\t", flush=True)
+    print("\n".join(wrong), file=sys.stderr)
+    text = page(lines)
+    print(text)
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Serves both training loops where --use_ema is given: an engine that keeps the average of its weights beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from videox.checkpoint import SAVE_ERRORS
+from videox.ema import Ema
+from videox.engine import Engine, Update, write_all, written_by_main
+from videox.errors import MODEL, Refusal
+from videox.files import write_json_atomically
+from videox.state import TrainState
+from videox.weights import SaveFailed, StoredTensors, export_transformer, save_weights
+
+EMA_FOLDER = "transformer_ema"  # in a checkpoint in float32, in output_dir as --export_dtype says
+UPDATES_FILE = "ema.json"
+
+
+class AveragedEngine:
+    """See Engine. The engine given trains; after each step that it takes, the average of its weights follows.
+
+    Args:
+        engine: of the backend.
+        is_main: on the one process that writes.
+        decay: see videox.ema.decay_at.
+        device: where the average is kept (None = beside the weights).
+        whole_bytes: size of the whole model in float32.
+    """
+
+    def __init__(
+        self, engine: Engine, *, is_main: bool, decay: float, device: torch.device | None, whole_bytes: int
+    ) -> None:
+        self.engine, self.is_main = engine, is_main
+        self.model, self.network, self.config = engine.model, engine.network, engine.config
+        self.masters, self.weights, self.set_rate = engine.masters, engine.weights, engine.set_rate
+        self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
+        self.ema = Ema(engine.masters(), decay=decay, device=device)
+
+    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+        """As Engine's."""
+        update = self.engine.update(loss=loss, empty=empty, limit=limit)
+        if update.applied:
+            self.ema.update()
+        return update
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Has `network` and `weights` be those of the average inside; all processes enter and leave together."""
+        return self.ema.in_place()
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """As Engine's, and transformer_ema/ in diffusers layout, float32."""
+        write_all([partial(self.engine.save, folder, state), partial(self._save_average, folder / EMA_FOLDER)])
+
+    def _save_average(self, folder: Path) -> None:
+        def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+            save_weights(folder, weights, self.config)
+            write_json_atomically(folder / UPDATES_FILE, {"updates": self.ema.updates, "decay": self.ema.decay})
+
+        with self.averaged():
+            failure = written_by_main(self.weights(), write, SAVE_ERRORS, is_main=self.is_main)
+        if failure is not None:
+            raise failure
+
+    def load(self, checkpoint: Path) -> None:
+        """As Engine's; where the checkpoint holds no average, it begins as the weights are."""
+        self.engine.load(checkpoint)
+        self.ema.begin()
+        folder = checkpoint / EMA_FOLDER
+        if folder.is_dir():
+            self.ema.load(StoredTensors(folder), _updates(folder / UPDATES_FILE))
+
+
+def _updates(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_bytes())["updates"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"cannot be read ({type(error).__name__}: {error})"
+        raise Refusal(str(path), what, "resume from another checkpoint", MODEL) from error
+
+
+def export_weights(
+    engine: Engine, output_dir: Path, dtype: torch.dtype, keep_fp32: Sequence[str], *, is_main: bool
+) -> None:
+    """Writes output_dir/transformer for use, and transformer_ema where there is an average; all processes call it.
+
+    Args:
+        engine: at the end of the run.
+        output_dir: of the run.
+        dtype: of the floating tensors.
+        keep_fp32: parts of names that stay float32.
+        is_main: on the one process that writes; the others take part in gathering.
+
+    Raises:
+        Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
+        SaveFailed: the disk refused.
+    """
+    places: dict[str, Callable[[], AbstractContextManager[None]]] = {"transformer": nullcontext}
+    if isinstance(engine, AveragedEngine):
+        places[EMA_FOLDER] = engine.averaged
+    failures = []
+    for name, in_place in places.items():
+        write = partial(
+            export_transformer, config=engine.config, folder=output_dir / name, dtype=dtype, keep_fp32=keep_fp32
+        )
+        with in_place():
+            failures.append(written_by_main(engine.weights(), write, (Refusal, SaveFailed), is_main=is_main))
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def average_notes(checkpoint: Path | None, use_ema: bool) -> list[str]:
+    """Returns a line where a resumed run begins an average late, or goes on without the one that it had.
+
+    Args:
+        checkpoint: to resume from, None for a new run.
+        use_ema: what this launch asks for.
+    """
+    there = checkpoint is not None and (checkpoint / EMA_FOLDER).is_dir()
+    if checkpoint is None or there == use_ema:
+        return []
+    if use_ema:
+        return [f"--use_ema: {checkpoint.name} holds no EMA, which begins here, as the weights are"]
+    return [f"--use_ema is not given: the EMA of {checkpoint.name} is not carried on"]
