@@ -66,6 +66,7 @@ FLOORS = {
     "videox.zero_creation": 3,
     "videox.zero_shards": 3,
     "videox.args": 4,
+    "videox.first_minute": 6,
     "videox.lifecycle": 4,
     "videox.engine": 4,
     "videox.zero_universal": 4,

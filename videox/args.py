@@ -375,6 +375,12 @@ def add_planning(parser: Parser) -> None:
         help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
     )
     add(
+        "--try_largest_first",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the largest micro-batch of all epochs before the first step, to no effect (auto = on GPUs)",
+    )
+    add(
         "--peak_tflops",
         type=number(float, 0.001, 10**6),
         help="dense bf16 TFLOP/s of a GPU at its peak (none = by its name)",

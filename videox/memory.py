@@ -61,6 +61,8 @@ class Setup:
         tokens: of the largest sample.
         batch: samples of its micro-batch.
         zero: zero_optimization of the DeepSpeed file; {} = DeepSpeed's own.
+        average: where an EMA of the masters is kept: "accelerator", "cpu", or "" for none.
+        whole: checkpoints of divided weights also hold whole ones.
     """
 
     backend: str
@@ -73,6 +75,8 @@ class Setup:
     tokens: int
     batch: int
     zero: Mapping[str, Any]
+    average: str = ""
+    whole: bool = False
 
     def offloads(self, what: str) -> bool:
         """Returns whether DeepSpeed keeps "optimizer" or "param" on the host."""
@@ -152,6 +156,8 @@ def _number(zero: Mapping[str, Any], name: str, default: float) -> float:
 def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setup: Setup) -> Memory:
     """Returns what a run with this setup takes."""
     states = state_bytes(parameters, setup)
+    if setup.average == "accelerator":
+        states["average"] = _divided(4.0 * parameters.trained, setup)
     kept = float(encoders.total())
     if not setup.rest:
         states["encoders"] = kept
@@ -173,27 +179,41 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     )
 
 
+def _divided(size: float, setup: Setup) -> float:
+    """Returns this process's part of what is divided as the masters are."""
+    return size if setup.backend in WHOLE else size / setup.processes
+
+
 def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict[str, float]:
     """Returns the bytes on one machine's host: while loading, and while training.
 
-    Every process loads the whole transformer in float32 before it is moved or divided.
+    Every process loads the whole transformer in float32 before it is moved or divided; under ZeRO-3 and FSDP2 it reads
+    its own part alone. Encoders lie there once for all processes of a machine.
     """
     count, trained = setup.per_host, float(parameters.trained)
+    share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
     training = {
-        "resting encoders": float(count * encoders.total()) if setup.rest else 0.0,
+        "resting encoders": float(encoders.total()) if setup.rest else 0.0,
         "workers": count * setup.workers * WORKER,
     }
     if setup.offloads("optimizer"):
         training["offloaded optimizer"] = count * 16 * trained / setup.processes
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
-    return {"loading": count * (4.0 * parameters.total + encoders.total()), **training}
+    if setup.average == "cpu":
+        training["average"] = count * _divided(4.0 * trained, setup)
+    return {"loading": count * 4.0 * parameters.total * share + encoders.total(), **training}
 
 
-def checkpoint_size(parameters: Parameters, backend: str) -> float:
-    """Returns the bytes of one checkpoint: float32 weights and two moments, and what DeepSpeed writes besides."""
-    trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(backend, (12, 4))
-    return float(trained * parameters.trained + frozen * (parameters.total - parameters.trained))
+def checkpoint_size(parameters: Parameters, setup: Setup) -> float:
+    """Returns the bytes of one checkpoint: float32 weights and two moments, and what DeepSpeed writes besides.
+
+    An average is one more copy of the whole model; so are whole weights where the backend's own are divided.
+    """
+    trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, (12, 4))
+    copies = int(bool(setup.average)) + int(setup.whole and setup.backend in ("zero3", "fsdp1", "fsdp2"))
+    own = trained * parameters.trained + frozen * (parameters.total - parameters.trained)
+    return float(own + copies * 4 * parameters.total)
 
 
 # ------------------------------------------------------------------------------------------------------- verdict

@@ -19,13 +19,15 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 
 import videox.wiring as wiring
 from videox.args import data_dir, only_plans
+from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.extent import largest_bucket
 from videox.data.index import Index, build_index, load_index
 from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
-from videox.distributed import BACKENDS, asked_for
+from videox.distributed import BACKENDS, Backend, asked_for
 from videox.dry_run import (
     GIB,
     Speed,
@@ -45,9 +47,11 @@ from videox.dry_run import (
     time_lines,
     work_of,
 )
+from videox.engine import Engine
 from videox.errors import MODEL, Refusal
 from videox.explain import explain_row
 from videox.files import replacing, write_json_atomically
+from videox.first_minute import largest_batch, names_phase, try_batch
 from videox.jsonl import json_line
 from videox.memory import Encoders, Memory, Parameters, Setup, checkpoint_size, memory_of, nearest_that_fits
 from videox.model_folder import read_json, without_weights
@@ -108,10 +112,36 @@ def start(args: argparse.Namespace, train: Callable[..., int], describe: Callabl
         describe: returns the model's description from the flags, without weights.
     """
     if not only_plans(args):
-        return wiring.start(args, train)
+        return wiring.start(args, names_phase(train))
     if os.environ.get("RANK", "0") == "0":
         _plan(args, describe(args))
     return 0
+
+
+def try_largest(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    backend: Backend,
+    planned: wiring.Schedule,
+    engine: Engine,
+    dataset: TokenLengthDataset,
+    accumulate: Callable[[Batch], object],
+) -> None:
+    """Runs the largest micro-batch that any epoch may bring, so that a lack of memory shows in the first minute.
+
+    Args:
+        accumulate: adds a batch's gradients.
+
+    Raises:
+        Refusal: it does not fit.
+    """
+    if args.try_largest_first == "off" or (args.try_largest_first == "auto" and accelerator.device.type != "cuda"):
+        return
+    bucket = largest_bucket(planned.columns, planned.settings)
+    last = backend.kind != "zero"  # DeepSpeed would take it for a step's end
+    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last)
+    try_batch(engine, batch, accumulate, has_moments=planned.state.step > 0)
+    accelerator.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
 
 
 def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
@@ -184,6 +214,8 @@ class _Forecast:
             tokens=token_count(largest_bucket(columns, settings)),
             batch=args.train_batch_size,
             zero=launch.zero,
+            average=args.ema_device if args.use_ema else "",
+            whole=args.save_whole_weights,
         )
 
     def tell(self) -> None:
@@ -199,7 +231,7 @@ class _Forecast:
         _say("how evenly processes are loaded:", *balance_lines(balanced))
         parameters = self._parameters()
         memory = self._memory(parameters)
-        checkpoint = checkpoint_size(parameters, self.launch.backend)
+        checkpoint = checkpoint_size(parameters, self.setup)
         steps = total_steps(self.columns, settings, args.max_train_steps, args.num_train_epochs)
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
         report = plan_report(

@@ -123,6 +123,13 @@ class ZeroEngine:
         self.model.step()
         return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
 
+    def discard(self) -> None:
+        """As Engine's. ZeRO-3's next backward pass writes over its buffers; ZeRO-2's add up until they are dropped."""
+        optimizer = self.model.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
         parts: list[Callable[[], object]] = [partial(self._save_engine, folder)]

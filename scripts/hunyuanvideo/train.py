@@ -42,6 +42,7 @@ from videox.data.dataset import Batch
 from videox.distributed import Backend, StopRequest, accumulate, backward
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -80,12 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     flags.add_planning(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    add(
-        "--guidance_scale",
-        type=flags.number(float, 1, 100),
-        default=6.0,
-        help="embedded guidance, x 1000 to the model",
-    )
+    embedded = "embedded guidance, x 1000 to the model"
+    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
     skip = "last hidden layers of the text encoder to leave out (0 = none)"
     add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
@@ -298,6 +295,7 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -425,6 +423,8 @@ def train(
     save = partial(engine.save, state=state)
     about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
     clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset, planned.index.fps)
         validate()
@@ -436,7 +436,7 @@ def train(
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),

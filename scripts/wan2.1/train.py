@@ -36,6 +36,7 @@ from videox.data.dataset import Batch
 from videox.distributed import Backend, StopRequest, accumulate, backward
 from videox.dump import dump_folder, write_dump
 from videox.errors import MODEL, Refusal
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -259,6 +260,7 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -378,6 +380,8 @@ def train(
     save = partial(engine.save, state=state)
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
     clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset, planned.index.fps)
         validate()
@@ -389,7 +393,7 @@ def train(
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
