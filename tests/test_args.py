@@ -44,6 +44,7 @@ def shared_parser() -> flags.Parser:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=("normal", "i2v", "inpaint"))
     flags.add_run(parser)
+    flags.add_planning(parser)
     return parser
 
 

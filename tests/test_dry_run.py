@@ -134,6 +134,12 @@ def test_the_verdict_names_the_nearest_setting_that_fits(ground: Ground) -> None
     assert "50% of 100 TFLOP/s" in fast.stdout
 
 
+def test_the_backend_decides_what_memory_holds(ground: Ground) -> None:
+    two, three = (ground.plan(name, dry_run_backend=name)[1]["memory"] for name in ("zero2", "zero3"))
+    assert three["weights"] == two["weights"] // 2 and three["masters"] == two["masters"]
+    assert three["checkpoint"] < two["checkpoint"]
+
+
 # ------------------------------------------------------------------------------------------------------- explain
 
 
@@ -228,7 +234,7 @@ def test_a_lack_of_memory_names_bucket_phase_and_way_out(ground: Ground, monkeyp
     calls = iter(range(100))
     forward = WanTransformer3DModel.forward
 
-    def exhausted(self: Any, *given: Any, **by_name: Any) -> Any:  # noqa: ANN401
+    def exhausted(self: Any, *given: Any, **by_name: Any) -> Any:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, *given, **by_name)
@@ -243,14 +249,16 @@ def test_a_lack_of_memory_names_bucket_phase_and_way_out(ground: Ground, monkeyp
 
 
 def test_a_run_says_which_share_of_the_peak_it_reaches(ground: Ground) -> None:
-    def mfu(peak: float) -> list[Mapping[str, Any]]:
+    def run(peak: float | None) -> list[Mapping[str, Any]]:
         flags = {**QUICK, "max_train_steps": 2, "peak_tflops": peak}
         outcome = runs.train(runs.wan_plain(ground.model, ground.metadata, ground.folder / f"peak-{peak}", **flags))
         assert outcome.code == 0, outcome.stderr
         return outcome.metrics
 
-    for record in mfu(0.001):
-        assert 0 < record["mfu"] < 100 and 0 < record["balance"] <= 1
+    slow, fast, silent = run(0.001), run(0.002), run(None)
+    for record in (*slow, *fast):
+        assert record["mfu"] > 0 and record["planned_balance"] == 1
+    assert all("mfu" not in record and record["planned_balance"] == 1 for record in silent)
 
 
 def test_policies_differ_by_their_grid() -> None:

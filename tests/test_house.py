@@ -61,7 +61,7 @@ FLOORS = {
     "videox.state": 3,
     "videox.streaming": 3,
     "videox.tracker": 3,
-    "videox.utilization": 1,
+    "videox.utilization": 3,
     "videox.validation": 3,
     "videox.zero_creation": 3,
     "videox.zero_shards": 3,

@@ -369,7 +369,7 @@ def train(
         engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
     dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
     held_out = encode_held_out(args, components, wiring.held_out_of(planned, dataset), accelerator.device)
     validate = wiring.open_validator(
