@@ -355,7 +355,7 @@ def add_planning(parser: Parser) -> None:
         "--explain",
         type=COUNT_OR_ZERO,
         metavar="ROW",
-        help="say what becomes of a metadata row, then end (none = off)",
+        help="say what becomes of this one of the rows, then end (0 = the first, none = off)",
     )
     add(
         "--dry_run_plan",
@@ -365,9 +365,9 @@ def add_planning(parser: Parser) -> None:
         metavar="PROCESSES",
         help="dry run: also write the first epoch's plan for so many processes (empty = none)",
     )
-    add("--dry_run_processes", type=COUNT, help="dry run: GPUs to plan for (none = as launched)")
+    add("--dry_run_processes", type=COUNT, help="dry run: number of processes to plan for (none = as launched)")
     add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
-    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB of a GPU, for the verdict")
+    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
     add(
         "--assumed_mfu",
         type=number(float, 0.001, 1),
@@ -383,7 +383,7 @@ def add_planning(parser: Parser) -> None:
     add(
         "--peak_tflops",
         type=number(float, 0.001, 10**6),
-        help="dense bf16 TFLOP/s of a GPU at its peak (none = by its name)",
+        help="dense bf16 TFLOP per second of a GPU at its peak (none = by its name)",
     )
 
 

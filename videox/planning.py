@@ -240,18 +240,20 @@ class _Forecast:
         self._write(report, work, balanced)
 
     def _parameters(self) -> Parameters:
-        transformer: Any = without_weights(*_part(self.args, "transformer"))
-        choose_trainable(transformer, self.args.trainable_modules, self.args.trainable_modules_low_learning_rate)
+        args = self.args
+        transformer: Any = without_weights(*_part(args, "transformer"))
+        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
         blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
         everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
         return Parameters(everything, trained, max(sizes), everything - sum(sizes))
 
     def _memory(self, parameters: Parameters) -> Memory:
+        args = self.args
         largest = largest_bucket(self.columns, self.settings)
-        encoders = encoders_of(self.args, self.launch.half, largest)
+        encoders = encoders_of(args, self.launch.half, largest)
         memory = partial(memory_of, parameters, self.network, encoders)
-        found, limit = memory(self.setup), self.args.gpu_memory * GIB
+        found, limit = memory(self.setup), args.gpu_memory * GIB
         way_out = "no setting here fits"
         if found.total() > limit:
             tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
@@ -264,14 +266,15 @@ class _Forecast:
         return found
 
     def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[str, Mapping[str, float]]) -> None:
-        folder, plan = Path(self.args.output_dir), self.plan
+        args = self.args
+        folder, plan = Path(args.output_dir), self.plan
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomically(folder / "plan_report.json", report)
         counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
         plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * work.by_bucket, balanced)
         written = ["plan_report.json", "plan_report.png"]
-        for world in self.args.dry_run_plan:
-            own = replace(self.settings, slots=world * self.args.gradient_accumulation_steps)
+        for world in args.dry_run_plan:
+            own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
             with replacing(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
                 file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
             written.append(f"plan-{world}.jsonl")

@@ -129,6 +129,8 @@ class ZeroEngine:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = None
+        if not self.divides_weights:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""
