@@ -39,6 +39,7 @@ def parameters_of(model: torch.nn.Module) -> Parameters:
 
 def held(engine: Engine, others: set[int]) -> Counter[str]:
     """Returns bytes by dtype of all tensors that came to be since `others` were there, gradients too, buffers not."""
+    gc.collect()
     found = {}
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
     tensors += [p.grad for p in engine.network.parameters() if p.grad is not None]

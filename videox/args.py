@@ -15,7 +15,6 @@ import torch
 
 from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.video import READERS
-from videox.distributed import BACKENDS
 from videox.errors import Refusal
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
@@ -344,52 +343,6 @@ def add_run(parser: Parser) -> None:
         default=[],
         help="steps whose tensors are written to output_dir/dump (empty = off)",
     )
-
-
-def add_planning(parser: Parser) -> None:
-    """Adds the flags that plan a run, and those by which it is measured."""
-    group = parser.add_argument_group("planning")
-    add = group.add_argument
-    add("--dry_run", action="store_true", help="say what would be trained and what it takes, then end (off = train)")
-    add(
-        "--explain",
-        type=COUNT_OR_ZERO,
-        metavar="ROW",
-        help="say what becomes of this one of the rows, then end (0 = the first, none = off)",
-    )
-    add(
-        "--dry_run_plan",
-        type=COUNT,
-        nargs="+",
-        default=[],
-        metavar="PROCESSES",
-        help="dry run: also write the first epoch's plan for so many processes (empty = none)",
-    )
-    add("--dry_run_processes", type=COUNT, help="dry run: number of processes to plan for (none = as launched)")
-    add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
-    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
-    add(
-        "--assumed_mfu",
-        type=number(float, 0.001, 1),
-        default=0.35,
-        help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
-    )
-    add(
-        "--try_largest_first",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="run the largest micro-batch of all epochs before the first step, to no effect (auto = on GPUs)",
-    )
-    add(
-        "--peak_tflops",
-        type=number(float, 0.001, 10**6),
-        help="dense bf16 TFLOP per second of a GPU at its peak (none = by its name)",
-    )
-
-
-def only_plans(args: argparse.Namespace) -> bool:
-    """Returns whether the flags ask for a plan alone."""
-    return bool(args.dry_run or args.explain is not None)
 
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:

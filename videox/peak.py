@@ -24,10 +24,10 @@ class _Held(TorchDispatchMode):
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        given: tuple[Any, ...] = (),
+        by_name: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
-        result = func(*args, **(kwargs or {}))
+        result = func(*given, **(by_name or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())

@@ -22,7 +22,7 @@ import transformers
 from accelerate import Accelerator
 
 import videox.wiring as wiring
-from videox.args import data_dir, only_plans
+from videox.args import COUNT, COUNT_OR_ZERO, Parser, data_dir, number
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.extent import largest_bucket
 from videox.data.index import Index, build_index, load_index
@@ -102,6 +102,52 @@ class Launch:
     per_host: int
     half: bool
     zero: Mapping[str, Any]
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags that plan a run, and those by which it is measured."""
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
+    add("--dry_run", action="store_true", help="say what would be trained and what it takes, then end (off = train)")
+    add(
+        "--explain",
+        type=COUNT_OR_ZERO,
+        metavar="ROW",
+        help="say what becomes of this one of the rows, then end (0 = the first) (none = off)",
+    )
+    add(
+        "--dry_run_plan",
+        type=COUNT,
+        nargs="+",
+        default=[],
+        metavar="PROCESSES",
+        help="dry run: also write the first epoch's plan for so many processes (empty = none)",
+    )
+    add("--dry_run_processes", type=COUNT, help="dry run: number of processes to plan for (none = as launched)")
+    add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
+    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
+    add(
+        "--assumed_mfu",
+        type=number(float, 0.001, 1),
+        default=0.35,
+        help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
+    )
+    add(
+        "--try_largest_first",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the largest micro-batch of all epochs before the first step, to no effect (auto = on GPUs)",
+    )
+    add(
+        "--peak_tflops",
+        type=number(float, 0.001, 10**6),
+        help="dense bf16 TFLOP per second of a GPU at its peak (none = by its name)",
+    )
+
+
+def only_plans(args: argparse.Namespace) -> bool:
+    """Returns whether the flags ask for a plan alone."""
+    return bool(args.dry_run or args.explain is not None)
 
 
 def start(args: argparse.Namespace, train: Callable[..., int], describe: Callable[[argparse.Namespace], Model]) -> int:

@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
-    flags.add_planning(parser)
+    planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
     embedded = "embedded guidance, x 1000 to the model"
     add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
@@ -139,7 +139,7 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
 
 def check_model(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns the configurations of all parts after each has been looked at; loads no weight."""
-    trains, pipelines = not flags.only_plans(args), ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
+    trains, pipelines = not planning.only_plans(args), ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = (*encoders, *(("scheduler", "tokenizer", "tokenizer_2") if trains else ()))
     configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, encoders if trains else ())

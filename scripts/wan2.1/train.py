@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
-    flags.add_planning(parser)
+    planning.add_flags(parser)
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
         "--config_path",
@@ -108,7 +108,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
 
     For planning the configurations of what has weights are enough, without the weights.
     """
-    trains, pipelines = not flags.only_plans(args), ("WanPipeline", "WanImageToVideoPipeline")
+    trains, pipelines = not planning.only_plans(args), ("WanPipeline", "WanImageToVideoPipeline")
     names = ("text_encoder", *(("scheduler", "tokenizer") if trains else ()))
     weighted = ("text_encoder",) if trains else ()
     configs = read_model_folder(args.pretrained_model_name_or_path, pipelines, names, weighted)
