@@ -77,6 +77,9 @@ def write_model(folder: Path, name: str) -> Path:
     }
     if hunyuan:
         parts["text_encoder_2"] = ("transformers", "CLIPTextModel", CLIP)
+    for part, name in (("scheduler", "scheduler"), ("tokenizer", "tokenizer"), ("tokenizer_2", "tokenizer")):
+        (folder / part).mkdir(parents=True)
+        (folder / part / f"{name}_config.json").write_text('{"shift": 7.0}', encoding="utf-8")
     index: dict[str, Any] = {"_class_name": "HunyuanVideoPipeline" if hunyuan else "WanPipeline"}
     for part, (library, class_name, config) in parts.items():
         (folder / part).mkdir(parents=True)

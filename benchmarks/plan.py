@@ -56,7 +56,7 @@ def save_index(path: Path, rows: int) -> None:
         text=[f"clip {row} of a bright square that moves over a dark background" for row in range(rows)],
     )
     columns = {name: getattr(index, name) for name in ("file_path", "text", "detail", "problem", *MEASURED)}
-    columns |= {name: columns[name.removeprefix("declared_")] for name in DECLARED}
+    columns |= {name: getattr(index, name.removeprefix("declared_")) for name in DECLARED}
     table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
     write_table(table, {"version": VERSION, "notes": [], "fingerprint": fingerprint_of(table)}, path)
 

@@ -24,8 +24,8 @@ TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
 REPLACED = {
     "auto_tile_batch_size": "slot_fill",
     "keep_all_node_same_token_length": "plan",
-    "enable_text_encoder_in_dataloader": "once per batch",
-    "multi_stream": "leave it out",
+    "enable_text_encoder_in_dataloader": "latent_cache",
+    "multi_stream": "latent_cache",
     "report_model_info": "metrics",
 }
 NEVER_READ = (
@@ -185,7 +185,7 @@ def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str,
         ("--learning-rate=1e-5", "--learning_rate"),
         ("--resume_from_checkpoints=latest", "--resume_from_checkpoint"),
         ("--train_data_metta=x", "--train_data_meta"),
-        ("--video_sample=256", "--video_sample_size"),
+        ("--video_sampl_size=256", "--video_sample_size"),
         ("--enable_buckets", "--enable_bucket"),
     ],
 )

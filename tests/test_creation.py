@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import sys
@@ -23,14 +22,15 @@ from test_backends import variables
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import videox.wiring as wiring
 from videox.creation import is_divided, skeleton
 from videox.distributed import backward, make_accelerator
 from videox.engine import Engine
 from videox.errors import MODEL, Refusal
 from videox.fsdp import FsdpEngine
-from videox.model_folder import has_not_finite, load_strictly, load_whole
+from videox.model_folder import has_not_finite, load_strictly
+from videox.model_parts import Part, load_whole
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
+from videox.transformer import load_transformer
 from videox.weights import StoredTensors, write_config
 
 SIZES = {
@@ -159,11 +159,10 @@ def examine() -> int:
     for way in ways:
         with Sampled() as load, nothing_loaded_whole() if way == "divided" else nullcontext():
             if way == "divided":
-                asked = argparse.Namespace(transformer_path=folder, pretrained_model_name_or_path="")
-                model = wiring.open_transformer(asked, accelerator, WanTransformer3DModel)
-                assert is_divided(model)
+                model = load_transformer(WanTransformer3DModel, Part(Path(folder), {}), accelerator)
             else:
-                model = load_whole(WanTransformer3DModel, Path(folder))
+                model = load_whole(WanTransformer3DModel, Part(Path(folder), {}))
+            assert is_divided(model) == (way == "divided")
             at_creation = [parameter.numel() for parameter in model.parameters() if not parameter.is_meta]
             created = load.most
             engine = engine_of(accelerator, model, stored if way == "divided" else None, patterns)
@@ -296,9 +295,9 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 def test_what_does_not_fit_is_refused_in_the_same_words(small: Path, tmp_path: Path, kind: str) -> None:
     folder = damaged(small, tmp_path / "transformer", DAMAGE[kind])
     lines = []
-    for load in (skeleton, load_whole):
+    for load, source in ((skeleton, StoredTensors(folder)), (load_whole, Part(folder, {}))):
         with pytest.raises(Refusal) as refused:
-            load(WanTransformer3DModel, folder)
+            load(WanTransformer3DModel, source)
         assert refused.value.exit_code == MODEL
         lines.append(refused.value.line())
     assert lines[0] == lines[1]
@@ -308,20 +307,20 @@ def test_what_does_not_fit_is_refused_in_the_same_words(small: Path, tmp_path: P
 def test_a_shape_or_a_configuration_that_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
     folder = damaged(small, tmp_path / "shape", lambda tensors: tensors.update({"proj_out.bias": torch.ones(3)}))
     with pytest.raises(Refusal, match=r"1 mismatched keys for WanTransformer3DModel, first proj_out\.bias"):
-        skeleton(WanTransformer3DModel, folder)
+        skeleton(WanTransformer3DModel, StoredTensors(folder))
     folder = damaged(small, tmp_path / "config", len)
     write_config(folder, {"_class_name": "WanTransformer3DModel", "num_layers": "two"})
     with pytest.raises(Refusal, match="does not load as WanTransformer3DModel"):
-        skeleton(WanTransformer3DModel, folder)
+        skeleton(WanTransformer3DModel, StoredTensors(folder))
     with pytest.raises(Refusal, match=r"has no diffusion_pytorch_model\.safetensors"):
-        skeleton(WanTransformer3DModel, tmp_path / "nothing")
+        skeleton(WanTransformer3DModel, StoredTensors(tmp_path / "nothing"))
 
 
 def test_keys_that_diffusers_passes_over_are_passed_over(small: Path, tmp_path: Path) -> None:
     spare = {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}
     folder = damaged(small, tmp_path / "transformer", lambda tensors: tensors.update(spare))
-    load_whole(WanTransformer3DModel, folder)
-    model = skeleton(WanTransformer3DModel, folder)
+    load_whole(WanTransformer3DModel, Part(folder, {}))
+    model = skeleton(WanTransformer3DModel, StoredTensors(folder))
     assert is_divided(model)
     assert not any(buffer.is_meta for buffer in model.buffers())
 

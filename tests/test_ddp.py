@@ -23,7 +23,7 @@ import tiny
 from videox.checkpoint import find_checkpoints, verify
 
 STEPS = 8
-FLAGS, PEER_LOST, STOPPED = 2, 7, 75
+FLAGS, PEER_LOST, BUG, STOPPED = 2, 7, 70, 75
 OUT_IN = 30.0  # seconds in which all processes are gone after one is
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no")
 
@@ -198,8 +198,12 @@ def test_one_process_that_fails_ends_all(ground: Ground, tmp_path: Path) -> None
     ranks = forkserver.shared().start_ranks(
         2, ground.flags(folder), ground.log("fails"), work=("", "test_ddp:fail_in_sixth_batch")
     )
-    codes(ranks, OUT_IN)
-    assert "RuntimeError: this process fails" in ranks[1].said()
+    assert codes(ranks, OUT_IN)[0] == BUG, said(ranks)
+    assert (
+        "".join(rank.said() for rank in ranks).count("RuntimeError: this process fails") == 1
+    )  # by the one that does
+    status = forkserver.status(folder)
+    assert (status["exit_code"], status["error"]) == (BUG, "error: process 1: RuntimeError: this process fails")
     check_ended(ground, folder, ranks, newest=4)
 
 
@@ -215,7 +219,8 @@ def test_a_killed_process_inside_a_save_leaves_nothing_half(ground: Ground, tmp_
         ranks[victim].signal(signal.SIGCONT)
     saved = [path.name for path in find_checkpoints(folder)]
     ranks[victim].kill()
-    assert all(code != 0 for code in codes(ranks, OUT_IN)), said(ranks)
+    assert codes(ranks, OUT_IN)[1 - victim] == PEER_LOST, said(ranks)
+    assert forkserver.status(folder)["exit_code"] == PEER_LOST
     assert [path.name for path in find_checkpoints(folder)] == saved
     assert all(verify(path, hashes=True) == [] for path in find_checkpoints(folder))
     again = ground.ranks(2, folder, resume_from_checkpoint="latest")

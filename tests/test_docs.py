@@ -39,7 +39,7 @@ from videox.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MOST_BOXES
 
 ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
-PAGES = ("README.md", WAN_PAGE, HUNYUAN_PAGE)
+PAGES = ("README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md")
 # What a cluster sets in the shells where the command for several machines is typed.
 CLUSTER = {
     "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "NUM_PROCESS": "16", "RANK": "1",
@@ -133,6 +133,13 @@ def test_a_command_can_be_typed(command: Command) -> None:
         # what it does with real checkpoints, by these very flags, is in test_zero_to_bf16.py
         flags = tiny.load_script("scripts/zero_to_bf16.py").parse_flags(list(command.words[2:]))
         assert flags.output_dir.name == f"{flags.checkpoint_dir.name}-outputs"
+    elif command.words[:2] == ("python", "scripts/cache.py"):  # what it does is in test_cache.py
+        assert tiny.load_script("scripts/cache.py").parse_args(list(command.words[2:])).cache.name == "cache"
+    elif command.words[:2] == ("python", "scripts/export.py"):
+        # what it does with real weights is in test_export.py
+        script = tiny.load_script("scripts/export.py")
+        flags = script.parse_flags(list(command.words[2:]))
+        script.refuse_output(flags.source, flags.output, flags.layout)
     else:
         assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
 

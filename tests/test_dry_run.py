@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.extent import largest_bucket
-from videox.data.plan import Columns, PlanSettings, plan_epoch
+from videox.data.plan import plan_epoch
+from videox.data.settings import Columns, PlanSettings
 from videox.errors import FLAGS
 from videox.jsonl import read_lines
 from videox.peak import peak_bytes
@@ -51,9 +52,7 @@ class Ground:
         self.model = tiny.build_wan_t2v(folder / "model")
         self.metadata = tiny.make_dataset(folder / "data", copies=2)
         self.bare = folder / "bare"
-        shutil.copytree(
-            self.model, self.bare, ignore=shutil.ignore_patterns("*.safetensors", "scheduler", "tokenizer")
-        )
+        shutil.copytree(self.model, self.bare, ignore=shutil.ignore_patterns("*.safetensors"))
         self.table = folder / "alone" / "metadata.json"
         self.table.parent.mkdir()
         self.table.write_text(json.dumps(described(self.metadata)), encoding="utf-8")

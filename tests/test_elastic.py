@@ -60,7 +60,7 @@ class Ground:
         return runs.wan_plain(self.model, self.metadata, output_dir, **{**asked, **changes})
 
     def variables(self, backend: str, precision: str, world_size: int) -> dict[str, str]:
-        if backend == "single":
+        if backend == "single" or (backend, world_size) == ("ddp", 1):
             return {}
         found = test_backends.variables(backend, "wan2.1 normal", world_size)
         if backend.startswith("zero") and precision == "no":
@@ -211,9 +211,8 @@ def test_a_number_that_does_not_divide_the_step_is_refused(ground: Ground, tmp_p
     folder = copy_of(ground.whole(backend, "no", 2), tmp_path / "run")
     ranks = ground.start(backend, "no", 3, folder, resume_from_checkpoint=folder / f"checkpoint-{HALFWAY}")
     assert [rank.wait() for rank in ranks] == [FLAGS] * 3
-    for rank in ranks:
-        assert "3 does not divide the 4 slots of an optimizer step" in rank.complaint()
-        assert "start one of 1, 2, 4 processes" in rank.complaint()
+    assert "3 does not divide the 4 slots of an optimizer step" in ranks[0].complaint()
+    assert "start one of 1, 2, 4 processes" in ranks[0].complaint()
 
 
 # ---------------------------------------------------------------------------------------------- the same number
@@ -245,8 +244,9 @@ def is_trained(name: str) -> bool:
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
-    """Returns every file of a checkpoint but its manifest, which names the hour."""
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "manifest.json")
+    """Returns every file of a checkpoint but its manifest and torch's list of pieces, which come in any order."""
+    left_out = ("manifest.json", ".metadata")
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in left_out)
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 
@@ -358,9 +358,8 @@ def test_a_conversion_that_fails_is_told_and_gone(ground: Ground, tmp_path: Path
     checkpoint = folder / f"checkpoint-{HALFWAY}"
     ranks = ground.start("zero3", "no", 4, folder, largest_file=16 * 1024, resume_from_checkpoint=checkpoint)
     assert [rank.wait() for rank in ranks] == [MODEL] * 4, ranks[0].said()[-3000:]
-    for rank in ranks:
-        assert "DeepSpeed cannot convert it (" in rank.complaint()
-        assert "Mend: look for room on the disk and launch again, or launch 2 processes." in rank.complaint()
+    assert "DeepSpeed cannot convert it (" in ranks[0].complaint()
+    assert "Mend: look for room on the disk and launch again, or launch 2 processes." in ranks[0].complaint()
     assert verify(checkpoint, hashes=True) == []
     assert not list(folder.glob(".tmp-*"))
 

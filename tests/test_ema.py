@@ -346,7 +346,7 @@ def test_frozen_weights_are_their_own_average(wan: Ground, tmp_path: Path, backe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("backend", DIVIDED)
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_an_average_goes_on_at_another_number_of_processes(
     wan: Ground, tmp_path: Path, backend: str, world_size: int

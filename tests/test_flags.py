@@ -22,11 +22,16 @@ import pytest
 import runs
 import tiny
 import torch
+from accelerate import DistributedType
 from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
 
 from videox.data import decord_reader
+from videox.data.buckets import SizePolicy
+from videox.data.index import load_index
+from videox.data.plan import PlanSettings, plan_epoch
+from videox.data.settings import columns_of
 
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
@@ -41,6 +46,10 @@ SHOWN_ELSEWHERE = {
     "gpu_memory": "test_dry_run.test_the_verdict_names_the_nearest_setting_that_fits",
     "peak_tflops": "test_dry_run.test_a_run_says_which_share_of_the_peak_it_reaches",
     "try_largest_first": "test_dry_run.test_trying_the_largest_first_changes_nothing",
+    "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
+    "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
     "use_ema": "test_ema.test_one_process_averages_its_masters",
@@ -278,6 +287,69 @@ def test_kept_frames_are_a_stride_apart(bench: Bench, stride: int) -> None:
     outcome = bench(STEPS, video_sample_stride=stride)
     clips = [frames for step in dumps(outcome) for dump in step for frames in dump.frame_indices if len(frames) > 1]
     assert clips and {b - a for frames in clips for a, b in itertools.pairwise(frames)} == {stride}
+
+
+WHOLE = {**STEPS, "fix_sample_size": [64, 64], "video_sample_n_frames": 5, "train_batch_size": 64}  # images, clips
+
+
+def sampled(outcome: runs.Outcome) -> list[tuple[int, list[int]]]:
+    """Returns (row, source frames) of every sample in the dumps."""
+    pairs = [zip(dump.rows, dump.frame_indices, strict=True) for step in dumps(outcome) for dump in step]
+    return [pair for several in pairs for pair in several]
+
+
+@shows("video_sample_fps")
+def test_kept_frames_follow_the_sources_rate(bench: Bench) -> None:
+    files = {name: rate for name, *_, rate in tiny.DATASET}
+    rates = [files[row["file_path"]] for row in bench.table]
+    seen = set()
+    for row, frames in sampled(bench(WHOLE, video_sample_fps=10)):
+        if len(frames) > 1:
+            seen.add(rates[row])
+            assert [i - frames[0] for i in frames] == [math.floor(n * rates[row] / 10 + 1e-6) for n in range(5)]
+    assert seen == {24.0, 30.0}  # at 25 the short clip holds four frames, which is one of 4k+1
+
+
+@shows("clips_per_video", "clip_sampling")
+def test_a_long_video_gives_several_clips_in_an_epoch(bench: Bench) -> None:
+    lengths = {name: frames for name, _, _, frames, _ in tiny.DATASET}
+    starts: dict[int, list[int]] = {}
+    for row, frames in sampled(bench(WHOLE, clips_per_video=2, clip_sampling="head")):
+        starts.setdefault(row, []).append(frames[0])
+    for row, entry in enumerate(bench.table):  # five frames at stride 2 take nine
+        assert sorted(starts[row]) == ([0, 9] if lengths[entry["file_path"]] >= 20 else [0])
+
+
+@shows("balance")
+def test_balance_decides_what_runs_side_by_side(bench: Bench) -> None:
+    orders = [rows(bench(balance=balance)) for balance in ("mixed", "strict", "none")]
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    assert orders[1] != orders[2]
+
+
+def test_what_runs_is_what_was_planned(bench: Bench) -> None:
+    outcome = bench(STEPS, gradient_accumulation_steps=2)
+    asked = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    settings = PlanSettings(**{**asked, "policy": SizePolicy(**asked["policy"])})
+    index = load_index(bench.metadata.with_name("metadata.json.videox-index.arrow"), bench.metadata.parent)
+    plan = plan_epoch(columns_of(index, by_second=False), settings, 0)
+    ran = [
+        (step, 0, micro, row, *dump.bucket, frames[0])
+        for step in range(2)
+        for micro in range(2)
+        for dump in [outcome.dump(step + 1, micro)]
+        for row, frames in zip(dump.rows, dump.frame_indices, strict=True)
+    ]
+    assert ran == [sample for sample in plan.executed(1) if sample.step < 2]
+
+
+@shows("cost_model")
+def test_a_new_run_takes_the_costs_of_an_earlier_one(bench: Bench, tmp_path: Path) -> None:
+    model = tmp_path / "cost_model.json"
+    model.write_text(json.dumps({"linear": 3.0, "quadratic": 0.25}))
+    outcome = bench(STEPS, cost_model=model, max_train_steps=1)
+    plan = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    assert (plan["cost_linear"], plan["cost_quadratic"]) == (3.0, 0.25)
 
 
 @shows("video_sample_n_frames")
@@ -556,15 +628,17 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
             moved = function(*arguments, **(settings or {}))
             return moved.clone() if function is torch.Tensor.to else moved
 
-    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
+    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
     argv = runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
 
     def places(module: torch.nn.Module) -> list[int]:
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
     with Elsewhere():
-        components = trainer.load_components(trainer.parse_args(argv), 5.0, accelerator)
-        for encoder in (components.text_encoder, components.vae):
+        args = trainer.parse_args(argv)
+        encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
+        for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:
                 within = places(module)

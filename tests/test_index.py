@@ -594,7 +594,9 @@ def test_a_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> No
     index = Index.from_columns(**columns_of(rows, text=["a caption of some forty characters"] * rows))
     names = ("file_path", "text", "detail", "kind", "width", "height", "frames", "fps", "file_size", "mtime_ns")
     columns = {name: getattr(index, name) for name in names} | {"problem": index.problem}
-    columns |= {f"declared_{name}": getattr(index, name) for name in ("kind", "width", "height", "frames", "fps")}
+    columns |= {
+        f"declared_{name}": getattr(index, name) for name in ("kind", "width", "height", "frames", "fps", "weight")
+    }
     table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
     write_table(table, {"version": VERSION, "notes": [], "fingerprint": index.fingerprint()}, path)
     code = f"""

@@ -18,7 +18,8 @@ import runs
 import tiny
 import torch
 
-from videox.errors import FLAGS, PEER_LOST, Refusal
+from videox.distributed import make_accelerator
+from videox.errors import FLAGS, PEER_LOST, STOPPED, Refusal
 from videox.meeting import Member, machine_of, meeting_limit
 
 SCRIPTS = sorted(path.relative_to(runs.ROOT).as_posix() for path in runs.ROOT.glob("scripts/*/train_*.sh"))
@@ -32,6 +33,7 @@ SMALL = {
     "image_sample_size": 64, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
     "dataloader_num_workers": 0, "max_train_steps": 2, "lr_warmup_steps": 1, "report_to": "none",
 }  # fmt: skip
+PLAIN = "scripts/wan2.1/train_plain.sh"
 PROCESSES = 2
 LIMIT = 60.0  # seconds after which a start that cannot succeed has ended
 
@@ -68,9 +70,9 @@ class Recipe:
             "DATASET_META_NAME": str(metadata),
         }
 
-    def start(self, output_dir: Path, variables: Mapping[str, str], log: Path) -> subprocess.Popen:
+    def start(self, output_dir: Path, variables: Mapping[str, str], log: Path, **changes: object) -> subprocess.Popen:
         """Starts the script as a shell would on one machine."""
-        command = ["bash", self.script, *runs.words({**SMALL, "output_dir": output_dir})]
+        command = ["bash", self.script, *runs.words({**SMALL, "output_dir": output_dir, **changes})]
         asked = runs.environment(GLOO_SOCKET_IFNAME="lo", **self.names, **variables)
         with log.open("wb") as out:
             return subprocess.Popen(command, cwd=runs.ROOT, env=asked, stdout=out, stderr=out, start_new_session=True)
@@ -129,6 +131,51 @@ def test_a_launch_script_can_be_run_and_passes_flags_on(script: str) -> None:
         assert f"\n# export {name}=1\n" in text
 
 
+# -------------------------------------------------------------------------------------------- a machine that is lost
+
+
+def family_of(pid: int) -> list[int]:
+    """Returns a process and all that descend from it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return [pid, *(found for child in children for found in family_of(int(child)))]
+
+
+def is_launcher(pid: int) -> bool:
+    return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(family_of(pid)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["machine", "launcher"])
+def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path, lost: str) -> None:
+    recipe, folder, port = Recipe(PLAIN, tmp_path), tmp_path / "run", free_port()
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    long = {"max_train_steps": 400, "checkpointing_steps": 400, "num_train_epochs": 1000}
+    machines = [recipe.start(folder, cluster(2, rank, port), logs[rank], **long) for rank in (0, 1)]
+    try:
+        deadline = time.monotonic() + runs.TIME_LIMIT
+        while not (folder / "metrics.jsonl").exists() or len(forkserver.steps(folder)) < 2:
+            assert time.monotonic() < deadline and machines[0].poll() is None, logs[0].read_text()[-3000:]
+            time.sleep(0.1)
+        victims = family_of(machines[1].pid)
+        for victim in victims if lost == "machine" else filter(is_launcher, victims):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        assert machines[0].wait(30) != 0
+    finally:
+        for machine in machines:
+            for pid in family_of(machine.pid) if machine.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+    status = forkserver.status(folder)
+    if lost == "machine":
+        assert (status["state"], status["exit_code"]) == ("failed", PEER_LOST)
+        assert "peer lost: process 1 on " in status["error"]
+        assert status["error"] in logs[0].read_text(encoding="utf-8", errors="replace")
+        return
+    # its trainer hears that its launcher has left, and all save and stop at the step's end
+    assert (status["state"], status["exit_code"]) == ("stopped", STOPPED)
+    assert (folder / f"checkpoint-{status['step']}" / "manifest.json").is_file()
+
+
 # ------------------------------------------------------------------------------------- starts that cannot succeed
 
 
@@ -144,9 +191,6 @@ def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, flo
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
     return done.returncode, lines[0], time.monotonic() - begin
-
-
-PLAIN = "scripts/wan2.1/train_plain.sh"
 
 
 def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
@@ -165,6 +209,24 @@ def test_without_a_word_on_it_a_missing_machine_is_named_within_a_minute(tmp_pat
     _, line, seconds = failed(PLAIN, tmp_path, WORLD_SIZE="3", NUM_PROCESS="3")
     assert "machine 1, 2 of 3 has not come within 45 s" in line
     assert seconds < LIMIT
+
+
+def join() -> int:
+    make_accelerator("no")
+    return 0
+
+
+def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
+    # without a launcher that keeps the store; torch would wait for an hour
+    port = str(free_port())
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "VIDEOX_MEETING_SECONDS": "1"}
+    for rank, who in (("0", "process 1 of 2 has not come within 1 s"), ("1", "machine 0 does not answer there")):
+        alone = {**names, "RANK": rank, "LOCAL_RANK": "0"}
+        found = forkserver.shared().run(
+            [], tmp_path / f"log-{rank}", environment=alone, work="test_launch_scripts:join"
+        )
+        assert found.code == PEER_LOST
+        assert f"error: 127.0.0.1:{port}: {who}" in found.complaint()
 
 
 def test_a_busy_port_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from test_backends import Ground, codes, launcher, said, variables
 
 from videox.checkpoint import find_checkpoints, verify
 from videox.errors import BUG, PEER_LOST, STORAGE
-from videox.peers import Report, first_of
+from videox.peer_hub import Report, first_of
 
 BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
 OUT_IN = 30.0  # seconds in which all processes are gone after one is
@@ -208,13 +208,9 @@ def test_a_disk_full_on_one_process_ends_all_by_one_line(
 # --------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize(
-    ("backend", "victim"),
-    [
-        ("ddp", 1),
-        *(pytest.param(name, rank, marks=pytest.mark.slow) for name in BACKENDS for rank in (0, 1)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_process_is_a_lost_peer(wan: Ground, tmp_path: Path, backend: str, victim: int) -> None:
     folder = tmp_path / "run"
     ranks = wan.start(backend, folder, checkpointing_steps=1)

@@ -17,6 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from videox.distributed import gather_objects, make_accelerator
 from videox.model_folder import load_strictly
+from videox.model_parts import Part
 from videox.sharing import load_frozen, stored_dtype
 
 CLASSES = {"text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan}
@@ -51,7 +52,8 @@ def examine() -> int:
     before = held()
     if shared:
         models = [
-            load_frozen(CLASSES[n], Path(folder) / n, torch.bfloat16, pinned=False, gather=gather) for n in names
+            load_frozen(CLASSES[n], Part(Path(folder) / n, {}), torch.bfloat16, pinned=False, gather=gather)
+            for n in names
         ]
     else:
         models = [load_strictly(CLASSES[n], Path(folder) / n, dtype=torch.bfloat16) for n in names]

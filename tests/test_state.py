@@ -136,6 +136,33 @@ def test_the_state_of_an_older_version_without_a_setting_is_refused_by_name() ->
         refuse_changed_plan(state, "same", SETTINGS)
 
 
+def test_a_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
+    kept = write_older(tmp_path / "older", state_of())
+    state, settings = begin(kept, seed=None)
+    assert (settings.balance, settings.barrier, settings.accumulation, settings.slots) == ("none", "step", 1, 4)
+    assert state.step == state_of().step
+    by_cost = state_of()
+    by_cost.settings["slot_fill"] = "cost"
+    with pytest.raises(Refusal, match="older version, which filled slots by cost"):
+        begin(write_older(tmp_path / "cost", by_cost))
+
+
+def write_older(folder: Path, state: TrainState) -> Path:
+    """Writes a checkpoint as a version did that knew nothing of balance."""
+    for name in ("balance", "barrier", "accumulation", "clips_per_video", "clip_sampling"):
+        del state.settings[name]
+    del state.settings["policy"]["sample_fps"]
+    return write_state(folder, state)
+
+
+def test_a_resumed_run_keeps_what_its_first_launch_decided(tmp_path: Path) -> None:
+    state = state_of()
+    state.settings |= {"barrier": "micro", "accumulation": 2, "cost_linear": 3.0, "cost_quadratic": 0.5}
+    _, settings = begin(write_state(tmp_path / "checkpoint", state))
+    assert (settings.barrier, settings.accumulation) == ("micro", 2)
+    assert (settings.cost_linear, settings.cost_quadratic) == (3.0, 0.5)
+
+
 def columns_of(width: int = 64, usable: bool = True) -> Columns:
     """Two rows, of which the second one may be lost."""
     sides = {"height": np.array([48, 48], np.int32), "frames": np.array([9, 9], np.int32)}
@@ -151,8 +178,8 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
     write_state(tmp_path / "checkpoint", state)
 
     def resumed(columns: Columns, names: str = "names") -> TrainState:
-        def settings_of(*, seed: int, slots: int) -> PlanSettings:
-            return replace(SETTINGS, seed=seed, slots=slots)
+        def settings_of(**kept: object) -> PlanSettings:
+            return replace(SETTINGS, **kept)
 
         return resume_or_begin(
             tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
@@ -166,8 +193,8 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
 
 
 def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:
-    def settings_of(*, seed: int, slots: int) -> PlanSettings:
-        return replace(SETTINGS, seed=seed, slots=slots)
+    def settings_of(**kept: object) -> PlanSettings:
+        return replace(SETTINGS, **kept)
 
     return resume_or_begin(
         checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",

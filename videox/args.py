@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import torch
 
 from videox.data.buckets import GRIDS, SizePolicy
+from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
+from videox.exports import LAYOUTS
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
@@ -24,14 +26,14 @@ EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "cost_model", "latent_cache",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
     "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
-    "enable_text_encoder_in_dataloader": "leave it out: text is encoded once per batch, and --low_vram keeps it off the GPU",
-    "multi_stream": "leave it out: encoders do not need a second stream",
+    "enable_text_encoder_in_dataloader": "use --latent_cache, which encodes each caption once, not once per epoch",
+    "multi_stream": "use --latent_cache, with which no encoder runs beside the model",
     "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
     **dict.fromkeys(
         (
@@ -109,9 +111,9 @@ def add_model_and_data(parser: Parser) -> None:
     """Adds the flags for where model and data come from."""
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder of the model in diffusers layout")
-    add("--transformer_path", help="folder of other transformer weights, diffusers layout (none = the model's own)")
-    add("--vae_path", help="folder of another VAE, diffusers layout (none = the model's own)")
+    add("--pretrained_model_name_or_path", required=True, help="folder of the model, or its id on the hub")
+    add("--transformer_path", help="folder or file of other transformer weights, any layout (none = the model's own)")
+    add("--vae_path", help="folder or file of another VAE, any layout (none = the model's own)")
     add("--train_data_dir", help="folder that file_path entries are relative to (none = the metadata's own folder)")
     add("--train_data_meta", required=True, help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
     add("--allow_outside_data_dir", action="store_true", help="allow files outside train_data_dir (off = refused)")
@@ -120,6 +122,18 @@ def add_model_and_data(parser: Parser) -> None:
         type=COUNT_OR_ZERO,
         default=0,
         help="times a video occurs in an epoch; images once (0 = once)",
+    )
+    add(
+        "--clips_per_video",
+        type=COUNT,
+        default=1,
+        help="clips of n_frames that a video gives in an epoch at most, as many as it holds (1 = off)",
+    )
+    add(
+        "--clip_sampling",
+        choices=SAMPLINGS,
+        default=SAMPLINGS[0],
+        help="where clips begin: anywhere, spread evenly, or one after another from the beginning",
     )
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
     add(
@@ -135,6 +149,15 @@ def add_model_and_data(parser: Parser) -> None:
         default=0.01,
         help="share of rows, 0 to 1, that may be unreadable before the run stops; ten always may",
     )
+    kept = "folder in which what the encoders make is kept and found again; runs may share it (none = off)"
+    add("--latent_cache", metavar="DIR", help=kept)
+    add(
+        "--cache_only",
+        action="store_true",
+        help="fill --latent_cache with all that the run needs, and end (off = train)",
+    )
+    turns = "clip starts, sizes and masks are drawn for so many epochs and then come again (0 = drawn anew in each)"
+    add("--cache_variants", type=COUNT_OR_ZERO, default=0, help=turns)
 
 
 def add_shapes(parser: Parser) -> None:
@@ -153,6 +176,12 @@ def add_shapes(parser: Parser) -> None:
         default=4,
         help="source frames from one kept frame to the next (1 = every frame)",
     )
+    add(
+        "--video_sample_fps",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="frames to keep per second of video, in place of the stride where a file tells its rate (0 = off)",
+    )
     add("--video_sample_n_frames", type=COUNT, default=17, help="frames of a clip at most, 4k+1")
     add(
         "--fix_sample_size",
@@ -162,12 +191,8 @@ def add_shapes(parser: Parser) -> None:
         help="one size for all samples (none = off)",
     )
     add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
-    add(
-        "--bucket_grid",
-        choices=GRIDS,
-        default=GRIDS[0],
-        help="sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16",
-    )
+    grid = "sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16"
+    add("--bucket_grid", choices=GRIDS, default=GRIDS[0], help=grid)
     add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
     add(
         "--training_with_video_token_length",
@@ -203,6 +228,16 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         choices=("fixed", "cost"),
         default="fixed",
         help="fixed: train_batch_size samples; cost: as many small ones as cost the same",
+    )
+    add(
+        "--balance",
+        choices=BALANCES,
+        default=BALANCES[0],
+        help="what runs side by side costs alike: mixed, while steps stay as varied as the data; strict, further (none = off)",
+    )
+    add(
+        "--cost_model",
+        help="cost_model.json of an earlier run, for what a sample costs (none = from the model's dimensions)",
     )
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs")
@@ -320,6 +355,13 @@ def add_run(parser: Parser) -> None:
         action="store_true",
         help="check all hashes of the checkpoint before resuming (off = after a crash only)",
     )
+    add(
+        "--export_layouts",
+        nargs="+",
+        choices=("diffusers", *LAYOUTS),
+        default=["diffusers"],
+        help="of the trained weights at the end; diffusers is always written (original, comfyui: one file more each)",
+    )
     add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of output_dir/transformer at the end")
     add(
         "--validation_rows",
@@ -353,6 +395,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         token_sample_size=args.token_sample_size,
         n_frames=args.video_sample_n_frames,
         stride=args.video_sample_stride,
+        sample_fps=args.video_sample_fps,
         enable_bucket=args.enable_bucket,
         random_hw_adapt=args.random_hw_adapt,
         token_length=args.training_with_video_token_length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from videox.checkpoint import SAVE_ERRORS
 from videox.ema import Ema
 from videox.engine import Engine, Update, write_all, written_by_main
 from videox.errors import MODEL, Refusal
+from videox.exports import export_file
 from videox.files import write_json_atomically
 from videox.state import TrainState
 from videox.weights import SaveFailed, StoredTensors, export_transformer, save_weights
@@ -87,7 +88,14 @@ def _updates(path: Path) -> int:
 
 
 def export_weights(
-    engine: Engine, output_dir: Path, dtype: torch.dtype, keep_fp32: Sequence[str], *, is_main: bool
+    engine: Engine,
+    output_dir: Path,
+    dtype: torch.dtype,
+    keep_fp32: Sequence[str],
+    *,
+    is_main: bool,
+    layouts: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes output_dir/transformer for use, and transformer_ema where there is an average; all processes call it.
 
@@ -97,6 +105,8 @@ def export_weights(
         dtype: of the floating tensors.
         keep_fp32: parts of names that stay float32.
         is_main: on the one process that writes; the others take part in gathering.
+        layouts: others than diffusers' to write the same in, as output_dir/transformer_LAYOUT.safetensors.
+        metadata: for the files' headers.
 
     Raises:
         Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
@@ -106,10 +116,15 @@ def export_weights(
     if isinstance(engine, AveragedEngine):
         places[EMA_FOLDER] = engine.averaged
     failures = []
+    told = dict(metadata or {})
+
+    def write_as(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+        export_transformer(weights, engine.config, folder, dtype, keep_fp32, metadata=told)
+        for layout in layouts:
+            export_file(folder, folder.with_name(f"{folder.name}_{layout}.safetensors"), layout, dtype, told)
+
     for name, in_place in places.items():
-        write = partial(
-            export_transformer, config=engine.config, folder=output_dir / name, dtype=dtype, keep_fp32=keep_fp32
-        )
+        write = partial(write_as, output_dir / name)
         with in_place():
             failures.append(written_by_main(engine.weights(), write, (Refusal, SaveFailed), is_main=is_main))
     for failure in failures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 from videox.model_folder import has_not_finite, not_finite, refuse_unmatched, unloadable_refused
-from videox.weights import StoredTensors
+from videox.weights import TensorSource
 
 
-def skeleton(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - of diffusers
+def skeleton(
+    model_class: Any,  # noqa: ANN401 - of diffusers
+    stored: TensorSource,
+    config: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Returns the model that a folder's config.json describes: parameters on the meta device, buffers with values.
 
     The buffers that no file holds, such as the tables of rotary embeddings, are computed here in float32, as
@@ -25,14 +29,15 @@ def skeleton(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - of 
 
     Args:
         model_class: of diffusers.
-        folder: of the model, in diffusers layout; its files are checked against the configuration, by their headers.
+        stored: the model's weights; they are checked against the configuration, by their files' headers.
+        config: of the model; None for the one in the weights' folder.
 
     Raises:
         Refusal: as load_strictly.
     """
-    stored = StoredTensors(folder)
+    folder = stored.folder
     with unloadable_refused(model_class, folder), no_init_weights(), init_empty_weights(include_buffers=False):
-        model = model_class.from_config(model_class.load_config(folder, local_files_only=True))
+        model = model_class.from_config(config or model_class.load_config(folder, local_files_only=True))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     passed_over = model_class._keys_to_ignore_on_load_unexpected or ()
     refuse_unmatched(
@@ -45,6 +50,7 @@ def skeleton(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - of 
     for name, buffer in model.named_buffers():
         if name in wanted:
             buffer.copy_(stored[name])
+    model.register_to_config(_name_or_path=str(folder))  # as from_pretrained does
     return model.eval()
 
 
@@ -53,7 +59,7 @@ def _found(patterns: Iterable[str], name: str) -> bool:
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Returns whether a model's parameters are nowhere whole: on the meta device, or divided by DeepSpeed."""
+    """Returns whether a model's parameters are nowhere whole, so that its shards are yet to be filled."""
     return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -43,6 +43,11 @@ class Backend:
     whole_weights: bool
     clips_by_own_norm: bool
 
+    @property
+    def barrier(self) -> str:
+        """Where ranks wait for each other: once a "step", or at every layer of each "micro" batch."""
+        return "step" if self.whole_weights else "micro"
+
 
 BACKENDS = {
     backend.name: backend
@@ -78,6 +83,11 @@ def resolved(accelerator: Accelerator) -> str:
         return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
     names = {DistributedType.NO: "single", DistributedType.MULTI_GPU: "ddp", DistributedType.MULTI_CPU: "ddp"}
     return names.get(kind, str(kind))
+
+
+def backend_of(accelerator: Accelerator) -> Backend:
+    """Returns the backend that accelerate made, one of BACKENDS."""
+    return BACKENDS[resolved(accelerator)]
 
 
 def refuse_other_launch(environment: Mapping[str, str], processes: int, name: str) -> None:
@@ -190,6 +200,11 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
         what = f"{mixed_precision}, but the DeepSpeed file computes in {accelerator.mixed_precision}"
         raise Refusal("--mixed_precision", what, "make them say the same")
     return accelerator, BACKENDS[name]
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Returns the precision that the model computes in; its masters are float32 in any case."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def gather_objects(accelerator: Accelerator) -> Callable[[Any], list[Any]]:

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from videox.data.balance import balance, balance_and_mix, unplanned
-from videox.data.buckets import Fate, SizePolicy, cut_share
-from videox.data.plan import PADDING, Columns, EpochPlan, PlanSettings, plan_epoch, sample_cost
+from videox.data.buckets import Fate, SizePolicy, cut_share, frames_at_pace, pace_of
+from videox.data.epoch import PADDING, EpochPlan
+from videox.data.plan import plan_epoch
+from videox.data.settings import Columns, PlanSettings, sample_cost
 from videox.memory import Memory, Setup
 from videox.network import Network
 from videox.shapes import token_count
 
 WORLDS = (1, 8, 64, 512)  # processes for which balance and mix are told
 GIB = 2**30
+EXTRA_FATES = {fate.name.lower() for fate in (Fate.HELD_OUT, Fate.NOT_DRAWN)}
 CUT_NOTHING = 1e-6  # a share of the area below this is rounding
 
 
@@ -56,11 +59,12 @@ def cut_of(columns: Columns, plan: EpochPlan) -> np.ndarray:
     return cut_share(columns.height[rows], columns.width[rows], heights, widths)
 
 
-def attributes(columns: Columns, plan: EpochPlan, stride: int) -> dict[str, int]:
+def attributes(columns: Columns, plan: EpochPlan, policy: SizePolicy) -> dict[str, int]:
     """Returns how many trained rows are repeated, clipped (frames left over), cropped or upscaled in this epoch."""
     rows, bucket = samples_of(plan)
     frames, heights, widths = (np.array([b[side] for b in plan.buckets])[bucket] for side in range(3))
-    clipped = (columns.kind[rows] == 1) & ((frames - 1) * stride + 1 < columns.frames[rows])
+    pace = pace_of(policy, None if columns.fps is None else columns.fps[rows])
+    clipped = (columns.kind[rows] == 1) & (frames < frames_at_pace(columns.frames[rows].astype(np.int64), pace))
     cropped = cut_of(columns, plan) > CUT_NOTHING
     upscaled = np.maximum(heights / columns.height[rows], widths / columns.width[rows]) > 1
     counted = {"clipped": clipped, "cropped": cropped, "upscaled": upscaled}
@@ -72,9 +76,9 @@ def attributes(columns: Columns, plan: EpochPlan, stride: int) -> dict[str, int]
 
 
 def fates_of(plan: EpochPlan) -> dict[str, int]:
-    """Returns how many rows meet each fate; those held out are named only where there are some."""
+    """Returns how many rows meet each fate; those held out or not drawn are named only where there are some."""
     counts = plan.fate_counts()
-    return {name: count for name, count in counts.items() if count or name != Fate.HELD_OUT.name.lower()}
+    return {name: count for name, count in counts.items() if count or name not in EXTRA_FATES}
 
 
 def work_of(plan: EpochPlan, network: Network, chosen: Sequence[int]) -> Work:
@@ -125,7 +129,7 @@ def plan_report(
     return {
         "rows": len(columns),
         "fates": fates_of(plan),
-        "attributes": attributes(columns, plan, settings.policy.stride),
+        "attributes": attributes(columns, plan, settings.policy),
         "cropped": {
             "median": float(np.median(cut)), "p95": float(np.quantile(cut, 0.95)), "max": float(cut.max()),
         },

@@ -160,28 +160,6 @@ def write_all(parts: Iterable[Callable[[], object]]) -> None:
         raise failure
 
 
-def written_by_main(
-    tensors: Iterator[tuple[str, Tensor]],
-    write: Callable[[Iterator[tuple[str, Tensor]]], object],
-    expected: tuple[type[Exception], ...],
-    *,
-    is_main: bool,
-) -> Exception | None:
-    """Has the main process write what all processes gather, each tensor to the last one whatever happens.
-
-    Returns:
-        The failure, of one of the classes expected, for the caller to raise when no collective is to follow.
-    """
-    try:
-        if is_main:
-            write(tensors)
-    except expected as error:
-        return error
-    finally:
-        drain(tensors)
-    return None
-
-
 def write_run(folder: Path, state: TrainState, config: str) -> None:
     """Writes trainer_state.json, and the model's config.json beside sharded weights."""
     write_state(folder, state)
@@ -205,6 +183,28 @@ def drain(tensors: Iterable[tuple[str, Tensor]]) -> None:
         pass
 
 
+def written_by_main(
+    tensors: Iterator[tuple[str, Tensor]],
+    write: Callable[[Iterator[tuple[str, Tensor]]], object],
+    expected: tuple[type[Exception], ...],
+    *,
+    is_main: bool,
+) -> Exception | None:
+    """Has the main process write what all processes gather, each tensor to the last one whatever happens.
+
+    Returns:
+        The failure, of one of the classes expected, for the caller to raise when no collective is to follow.
+    """
+    try:
+        if is_main:
+            write(tensors)
+    except expected as error:
+        return error
+    finally:
+        drain(tensors)
+    return None
+
+
 def write_gathered(
     tensors: Iterator[tuple[str, Tensor]], write: Callable[[Iterator[tuple[str, Tensor]]], object], *, is_main: bool
 ) -> None:
@@ -213,10 +213,6 @@ def write_gathered(
     Raises:
         OSError, SafetensorError: the write failed; the rest has been gathered all the same.
     """
-    try:
-        if is_main:
-            write(tensors)
-    except SAVE_ERRORS:
-        drain(tensors)
-        raise
-    drain(tensors)
+    failure = written_by_main(tensors, write, SAVE_ERRORS, is_main=is_main)
+    if failure is not None:
+        raise failure

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from videox.data.buckets import Fate, cut_share
+from videox.data.buckets import Fate, cut_share, frame_offsets, frames_at_pace, pace_of
 from videox.data.index import Index
-from videox.data.plan import Columns, PlanSettings, plan_epoch, row_fates
+from videox.data.plan import draw_samples, plan_epoch, row_fates
+from videox.data.settings import Columns, PlanSettings
 from videox.errors import Refusal
-from videox.shapes import GRID, frames_that_fit, token_count
+from videox.shapes import GRID, token_count
 
 
 def explain_row(index: Index, columns: Columns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
@@ -52,9 +53,14 @@ def _reason(index: Index, columns: Columns, settings: PlanSettings, row: int, fa
         return f"a side is below {GRID} pixels"
     if columns.kind[row] == 0:
         return "an image has no frame beside the one that is given"
-    fit = int(frames_that_fit(int(columns.frames[row]), policy.stride))
+    fit = int(np.ravel(frames_at_pace(columns.frames[[row]].astype(np.int64), _pace(columns, settings, row)))[0])
     needed = policy.min_frames if policy.enable_bucket else policy.n_frames
-    return f"{fit} frames fit at --video_sample_stride {policy.stride}, {needed} are needed"
+    by = f"--video_sample_fps {policy.sample_fps:g}" if policy.sample_fps else f"--video_sample_stride {policy.stride}"
+    return f"{fit} frames fit at {by}, {needed} are needed"
+
+
+def _pace(columns: Columns, settings: PlanSettings, row: int) -> np.ndarray | int:
+    return pace_of(settings.policy, None if columns.fps is None else columns.fps[[row]])
 
 
 def _epoch_lines(columns: Columns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
@@ -62,16 +68,24 @@ def _epoch_lines(columns: Columns, settings: PlanSettings, row: int, epochs: int
     usable = np.zeros(len(columns), bool)
     usable[row] = True
     alone = replace(columns, usable=usable)
-    own = replace(settings, held_out=0, slots=1, batch_size=1, slot_fill="fixed")
+    own = replace(
+        settings, held_out=0, slots=1, accumulation=1, batch_size=1, slot_fill="fixed", balance="none"
+    )  # fmt: skip
+    pace = _pace(columns, settings, row)
     lines = [
         f"  {'epoch':>5} {'frames x height x width':>24} {'tokens':>8} {'first frame':>11} {'last':>6} {'cut':>6}"
     ]
     for epoch in range(epochs):
+        fates = row_fates(alone, own, np.zeros(0, np.int64))
+        draw_samples(alone, own, epoch, fates)
+        if fates[row] == Fate.NOT_DRAWN:
+            lines.append(f"  {epoch:>5} {'not drawn, by its weight':>24}")
+            continue
         plan = plan_epoch(alone, own, epoch)
         for micro, copy in enumerate(plan.copy.tolist()):
             bucket = plan.buckets[plan.micro_bucket[micro]]
             start = int(plan.start[micro])
-            last = start + (bucket.frames - 1) * settings.policy.stride
+            last = start + int(np.ravel(frame_offsets(bucket.frames - 1, pace))[0])
             cut = cut_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
             name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
             again = f"  (time {copy + 1})" if copy else ""

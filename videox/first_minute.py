@@ -11,7 +11,7 @@ import torch
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
-from videox.data.plan import padding
+from videox.data.epoch import padding
 from videox.engine import Engine
 from videox.errors import FLAGS, Refusal
 from videox.shapes import Bucket, token_count
@@ -28,7 +28,7 @@ AROUND = {
 }  # fmt: skip
 
 
-def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, last: bool) -> Batch:
+def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, last: bool, encoded: bool) -> Batch:
     """Returns a micro-batch of black clips that weighs nothing.
 
     Args:
@@ -36,9 +36,12 @@ def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, 
         bucket: its size.
         samples: in it.
         last: reduces gradients among processes, as a step's last micro-batch does.
+        encoded: what the encoders make of it is made, though padding has no use for it.
     """
     one = planned_samples(padding(0, 0, bucket), 0, last=last)[0]
-    return collate([dataset[one] for _ in range(samples)])
+    batch = collate([dataset[one] for _ in range(samples)])
+    batch["real"] = [encoded] * samples
+    return batch
 
 
 def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object], *, has_moments: bool) -> None:

@@ -46,7 +46,7 @@ from videox.errors import MODEL, Refusal
 from videox.optim import set_learning_rate
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, StoredTensors, save_weights
+from videox.weights import SaveFailed, TensorSource, save_weights
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -78,7 +78,7 @@ class FsdpEngine:
         blocks: Sequence[nn.Module],
         make_optimizer: OptimizerOver,
         *,
-        stored: StoredTensors | None = None,
+        stored: TensorSource | None = None,
         whole_weights: bool = False,
     ) -> None:
         plugin = accelerator.state.fsdp_plugin
@@ -127,6 +127,7 @@ class FsdpEngine:
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
+        _name_parameters(self.model)
         with _quiet():
             weights, optimizer = get_state_dict(self.model, self.optimizer)
             parts: list[Callable[[], object]] = [
@@ -149,11 +150,13 @@ class FsdpEngine:
             _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
             set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
         restore_hyperparameters(self.optimizer, groups)
-        if not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
+        holds_some = any(_local(parameter).numel() for parameter in self.trained)
+        if holds_some and not self.optimizer.state:  # what accelerate's own loading leaves under FSDP1, without a word
             raise RuntimeError(f"{checkpoint / OPTIMIZER_FOLDER} was read, and the optimizer has no state")
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As Engine's: one tensor at a time is whole."""
+        _name_parameters(self.model)
         with _quiet():
             sharded = get_model_state_dict(self.model)
         for name, tensor in sharded.items():
@@ -242,7 +245,9 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False, cast_root_forward_inputs=False
     )
     with _quiet():
-        return accelerator.prepare_model(transformer)
+        model = accelerator.prepare_model(transformer)
+    model.register_forward_pre_hook(lambda module, _: _name_parameters(module))
+    return model
 
 
 def _drop_gathered(model: nn.Module) -> None:
@@ -254,6 +259,18 @@ def _drop_gathered(model: nn.Module) -> None:
             handle = module._handle
             if handle is not None and handle.uses_sharded_strategy:  # one process divides nothing
                 _reshard(module, handle, True)
+
+
+def _name_parameters(model: nn.Module) -> None:
+    """Makes parameters again of what FSDP1 leaves as bare tensors after a forward pass, where it divides nothing.
+
+    One process in float32: what lies outside the blocks and sees no gradient. The next forward pass would take the
+    tensors for new parameters, and a state dict would be without them.
+    """
+    for module in model.modules():
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is not None and not handle.uses_sharded_strategy:
+            handle._use_unsharded_views(as_params=True)
 
 
 def _group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  # noqa: ANN401 - of either version

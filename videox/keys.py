@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     MASK_SHARE = 20
     MASK_BOX = 21
     CONDITION_DROP = 22
+    REPEAT = 23
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:

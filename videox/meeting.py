@@ -12,9 +12,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
@@ -61,13 +64,30 @@ def _reach(address: str, port: int, host: str, deadline: float) -> None:
             time.sleep(ATTEMPT)
 
 
+def _answered(work: Callable[[], TCPStore], limit: float) -> TCPStore:
+    """Returns what `work` does; torch itself waits for an answer without a limit. Raises TimeoutError after one."""
+    done: Future[TCPStore] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except (DistNetworkError, DistStoreError) as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # no pool: the end of the process would wait for its threads
+    return done.result(limit + ATTEMPT)
+
+
 def _open_store(address: str, port: int, member: Member, *, serves: bool, host: str, deadline: float) -> TCPStore:
     where, left = f"{address}:{port}", timedelta(seconds=max(deadline - time.monotonic(), 1.0))
     if not serves:
         _reach(address, port, host, deadline)
+    open_store = partial(
+        TCPStore, address, port, member.total, serves, left, wait_for_workers=False, multi_tenant=True
+    )
     try:
-        return TCPStore(address, port, member.total, serves, left, wait_for_workers=False, multi_tenant=True)
-    except (DistNetworkError, DistStoreError) as error:
+        return _answered(open_store, left.total_seconds())
+    except (DistNetworkError, DistStoreError, TimeoutError) as error:
         if "EADDRINUSE" in str(error):
             what, mend = f"port {port} is taken here by another program", "give another MASTER_PORT on every machine"
         elif serves:
@@ -164,8 +184,8 @@ def main(environment: Mapping[str, str]) -> int:
         address, port, machine = machine_of(environment)
         limit, serves = meeting_limit(environment), machine.number == 0
         store = meet(address, port, machine, serves=serves, limit=limit)
-        gone = store.add("videox/gone", 1)
-        while serves and gone < machine.total:  # the port is freed last
+        gone, deadline = store.add("videox/gone", 1), time.monotonic() + limit
+        while serves and gone < machine.total and time.monotonic() < deadline:  # the port is freed last
             time.sleep(ATTEMPT / 4)
             gone = store.add("videox/gone", 0)
     except Refusal as refusal:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -145,13 +145,6 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     return model
 
 
-def load_whole(model_class: Any, folder: Path) -> torch.nn.Module:  # noqa: ANN401 - of diffusers
-    """Returns a model in float32 whose weights all found their place and are finite; raises Refusal otherwise."""
-    model = load_strictly(model_class, folder, torch_dtype=torch.float32)
-    refuse_not_finite(model, folder)
-    return model
-
-
 @contextmanager
 def unloadable_refused(model_class: Any, folder: Path) -> Iterator[None]:  # noqa: ANN401 - of diffusers or transformers
     """Turns whatever the libraries raise over a folder that does not fit its configuration into a Refusal."""
@@ -179,21 +172,38 @@ def refuse_unmatched(model_class: Any, folder: Path, **unmatched: Sequence[Any])
             raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
 
 
-def without_weights(model_class: Any, folder: Path) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
-    """Returns the model that a folder's config.json describes, its tensors without data.
+def without_weights(model_class: Any, config: dict[str, Any]) -> torch.nn.Module:  # noqa: ANN401 - of either library
+    """Returns the model that a configuration describes, its tensors without data.
+
+    Args:
+        model_class: of diffusers or transformers.
+        config: in its words.
 
     Raises:
-        Refusal: there is no configuration, or the class cannot take it.
+        Refusal: the class cannot be made by it.
     """
     try:
         with torch.device("meta"):
             if hasattr(model_class, "load_config"):
-                return model_class.from_config(model_class.load_config(folder, local_files_only=True))
-            return model_class(model_class.config_class.from_pretrained(folder, local_files_only=True))
+                return model_class.from_config(config)
+            return model_class(model_class.config_class.from_dict(config))
     except (StrictDataclassError, *UNLOADABLE) as why:
-        cause = " ".join(str(why).split())
-        what = f"does not describe a {model_class.__name__} ({cause[:300]})"
-        raise Refusal(str(folder), what, "copy the model anew", MODEL) from why
+        what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
+        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
+
+
+def full_config(model_class: Any, config: dict[str, Any]) -> Any:  # noqa: ANN401 - diffusers' own class and configuration
+    """Returns a model's configuration with the defaults of what it leaves out; loads no weight.
+
+    Raises:
+        Refusal: the class cannot be made by it.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config).config
+    except UNLOADABLE as why:
+        what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
+        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
 
 
 def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
@@ -238,13 +248,25 @@ def not_finite(name: str, folder: Path) -> Refusal:
     return Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
 
 
-def read_shift(config_path: str) -> float:
-    """Returns the flow shift from the yaml; it may hold no interpolation, which could read the environment."""
+def read_yaml(config_path: str) -> DictConfig:
+    """Returns the yaml; it may hold no interpolation, which could read the environment. Raises Refusal."""
+    needed = "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"
     try:
         text = Path(config_path).read_text(encoding="utf-8")
         if "${" in text:
             raise Refusal("--config_path", f"{config_path} holds an interpolation", "write the values out")
-        shift = float(OmegaConf.create(text).scheduler_kwargs.shift)
+        found = OmegaConf.create(text)
+    except BAD_YAML as why:
+        raise Refusal("--config_path", f"{config_path}: {' '.join(str(why).split())}", needed) from why
+    if not isinstance(found, DictConfig):
+        raise Refusal("--config_path", f"{config_path} holds no names with values", needed)
+    return found
+
+
+def read_shift(config_path: str) -> float:
+    """Returns the flow shift from the yaml. Raises Refusal."""
+    try:
+        shift = float(read_yaml(config_path).scheduler_kwargs.shift)
     except BAD_YAML as why:
         cause = " ".join(str(why).split())
         raise Refusal(

@@ -15,18 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 
 import videox.wiring as wiring
 from videox.args import COUNT, COUNT_OR_ZERO, Parser, data_dir, number
+from videox.cost_model import read_cost_model
 from videox.data.dataset import Batch, TokenLengthDataset
+from videox.data.epoch import EpochPlan
 from videox.data.extent import largest_bucket
 from videox.data.index import Index, build_index, load_index
-from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
+from videox.data.plan import plan_epoch
+from videox.data.settings import Columns, PlanSettings, columns_of
 from videox.distributed import BACKENDS, Backend, asked_for
 from videox.dry_run import (
     GIB,
@@ -48,7 +49,7 @@ from videox.dry_run import (
     work_of,
 )
 from videox.engine import Engine
-from videox.errors import MODEL, Refusal
+from videox.errors import Refusal
 from videox.explain import explain_row
 from videox.files import replacing, write_json_atomically
 from videox.first_minute import largest_batch, names_phase, try_batch
@@ -76,6 +77,7 @@ class Model:
         task: in words.
         network: makes operations and bytes, from `half`: whether it computes in bfloat16.
         blocks: names of the transformer's lists of repeated blocks.
+        parts: class and configuration of each part that has weights, by name.
         min_frames: below which a sample teaches nothing.
         divided: the backend that divides the weights, for whoever has to change to it.
     """
@@ -83,6 +85,7 @@ class Model:
     task: str
     network: Callable[..., Network]
     blocks: tuple[str, ...]
+    parts: Mapping[str, tuple[Any, dict[str, Any]]]
     min_frames: int = 1
     divided: str = "zero3"
 
@@ -150,17 +153,23 @@ def only_plans(args: argparse.Namespace) -> bool:
     return bool(args.dry_run or args.explain is not None)
 
 
-def start(args: argparse.Namespace, train: Callable[..., int], describe: Callable[[argparse.Namespace], Model]) -> int:
+def start(
+    args: argparse.Namespace,
+    train: Callable[..., int],
+    check_model: Callable[[argparse.Namespace], Any],
+    describe: Callable[[argparse.Namespace, Any], Model],
+) -> int:
     """Plans with --dry_run or --explain, else trains; returns the exit code.
 
     Args:
         train: as wiring.start takes it.
-        describe: returns the model's description from the flags, without weights.
+        check_model: returns the model's parts from the flags, without weights.
+        describe: returns the model's description from these.
     """
     if not only_plans(args):
         return wiring.start(args, names_phase(train))
     if os.environ.get("RANK", "0") == "0":
-        _plan(args, describe(args))
+        _plan(args, describe(args, check_model(args)))
     return 0
 
 
@@ -185,7 +194,7 @@ def try_largest(
         return
     bucket = largest_bucket(planned.columns, planned.settings)
     last = backend.kind != "zero"  # DeepSpeed would take it for a step's end
-    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last)
+    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last, encoded=args.latent_cache is None)
     try_batch(engine, batch, accumulate, has_moments=planned.state.step > 0)
     accelerator.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
 
@@ -216,12 +225,13 @@ def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
 def _plan(args: argparse.Namespace, model: Model) -> None:
     launch = launch_of(os.environ, args)
     index = _index(args)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    columns = columns_of(index, by_second=args.video_sample_fps > 0)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
     settings = wiring.plan_settings(
-        args, cost=model.cost, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
-        min_frames=model.min_frames,
+        args, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
+        min_frames=model.min_frames, cost_linear=cost[0], cost_quadratic=cost[1],
+        barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
     )  # fmt: skip
-    settings = replace(settings, barrier="step" if BACKENDS[launch.backend].whole_weights else "micro")
     if args.seed is None:
         _say("no --seed is given: shown is seed 0, a run draws its own")
     if args.explain is not None:
@@ -229,7 +239,7 @@ def _plan(args: argparse.Namespace, model: Model) -> None:
         return
     plan = plan_epoch(columns, settings, 0)
     _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *wiring.notes(args))
-    _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy.stride)))
+    _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
     _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in ladder_lines(settings.policy)))
     _Forecast(args, model, launch, columns, settings, plan).tell()
 
@@ -287,7 +297,7 @@ class _Forecast:
 
     def _parameters(self) -> Parameters:
         args = self.args
-        transformer: Any = without_weights(*_part(args, "transformer"))
+        transformer: Any = without_weights(*self.model.parts["transformer"])
         choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
         blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
         everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
@@ -297,7 +307,7 @@ class _Forecast:
     def _memory(self, parameters: Parameters) -> Memory:
         args = self.args
         largest = largest_bucket(self.columns, self.settings)
-        encoders = encoders_of(args, self.launch.half, largest)
+        encoders = encoders_of(args, self.model, self.launch.half, largest)
         memory = partial(memory_of, parameters, self.network, encoders)
         found, limit = memory(self.setup), args.gpu_memory * GIB
         way_out = "no setting here fits"
@@ -327,34 +337,16 @@ class _Forecast:
         _say(f"written to {folder}: {', '.join(written)}")
 
 
-def encoders_of(args: argparse.Namespace, half: bool, largest: Bucket) -> Encoders:
+def encoders_of(args: argparse.Namespace, model: Model, half: bool, largest: Bucket) -> Encoders:
     """Returns the bytes of the model's frozen parts, and what the VAE's encoder holds at its largest batch of clips.
 
     Text encoders are loaded in the precision of the computation, the others in float32.
     """
-    index = read_json(Path(args.pretrained_model_name_or_path) / "model_index.json")
-    weights = {}
-    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
-        if (index.get(name) or [None])[0]:
-            size = 2 if half and name.startswith("text") else 4
-            weights[name] = module_bytes(without_weights(*_part(args, name)), size)
-    vae: Any = without_weights(*_part(args, "vae"))
-    weights["vae"] = module_bytes(vae, 4)
+    frozen: dict[str, Any] = {n: without_weights(*part) for n, part in model.parts.items() if n != "transformer"}
+    weights = {n: module_bytes(module, 2 if half and n.startswith("text") else 4) for n, module in frozen.items()}
     pixels = torch.empty((min(args.vae_mini_batch, args.train_batch_size), 3, *largest), device="meta")
-    work = peak_bytes(lambda: vae.encode(pixels).latent_dist.mode())
+    work = peak_bytes(lambda: frozen["vae"].encode(pixels).latent_dist.mode())
     return Encoders(weights, work + 4.0 * pixels.numel())
-
-
-def _part(args: argparse.Namespace, name: str) -> tuple[Any, Path]:
-    """Returns the class that model_index.json names for a part of the model, and the part's folder."""
-    root = Path(args.pretrained_model_name_or_path)
-    found = read_json(root / "model_index.json").get(name)
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    model_class = getattr(libraries.get(found[0]), found[1], None) if isinstance(found, list) else None
-    if model_class is None:
-        what = f"names {found!r} as its {name}"
-        raise Refusal(str(root / "model_index.json"), what, "give the model in diffusers layout", MODEL)
-    return model_class, Path(getattr(args, f"{name}_path", None) or root / name)
 
 
 def speed_of(args: argparse.Namespace) -> Speed:

@@ -104,7 +104,7 @@ class BatchSample:
     frames: np.ndarray
     caption: str
     fps: float
-    stride: int = 1
+    stride: float = 1
 
 
 def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
@@ -141,7 +141,7 @@ def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
                 "bucket": [count, height, width],
                 "fps": fps if count > 1 else 0.0,
                 "source_fps": float(sample.fps),
-                "stride": int(sample.stride),
+                "stride": sample.stride,
                 "caption": sample.caption,
             }
         )

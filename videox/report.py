@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
+from videox.data.balance import balance_and_mix
 from videox.data.buckets import Fate, cut_share
 from videox.data.index import Index, index_summary
-from videox.data.plan import Columns, EpochPlan
+from videox.data.plan import Columns, EpochPlan, PlanSettings
 from videox.distributed import Backend
 from videox.shapes import token_count
 
@@ -78,10 +79,27 @@ def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) ->
     return lines
 
 
+def balance_line(plan: EpochPlan, settings: PlanSettings, processes: int) -> str:
+    """Returns how evenly the ranks are loaded, and how much more steps differ than random ones would."""
+    balance, mix = balance_and_mix(plan, settings, processes)
+    where = {"step": "optimizer step", "micro": "micro-batch"}[settings.barrier]
+    return (
+        f"balance {balance:.3f} on {processes} processes that meet in every {where} (1 = nobody waits), mix {mix:.2f} "
+        f"(1 = steps differ as random ones do), --balance {settings.balance}"
+    )
+
+
+def lost_lines(index: Index, then: Columns, now: Columns) -> list[str]:
+    """Returns a line on the rows that a resumed run could read once and cannot any more, if there are any."""
+    lost = np.flatnonzero(then.usable & ~now.usable)
+    named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])
+    return [f"{len(lost)} rows cannot be read any more and will count nothing: {named}"] if len(lost) else []
+
+
 def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:
-    """Returns row, path, class and detail of every row that is neither trained nor held out."""
+    """Returns row, path, class and detail of every row that cannot be trained."""
     problems = {row: (kind, detail) for row, _, kind, detail in index.problems()}
-    rows = np.flatnonzero((plan.fates != Fate.TRAINED) & (plan.fates != Fate.HELD_OUT)).tolist()
+    rows = np.flatnonzero(~np.isin(plan.fates, (Fate.TRAINED, Fate.HELD_OUT, Fate.NOT_DRAWN))).tolist()
     refused = []
     for row in rows:
         kind, detail = problems.get(row, (Fate(int(plan.fates[row])).name.lower(), ""))

@@ -33,7 +33,10 @@ SAFETENSORS_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # read only: what comes out is float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Scattered:
         runs: together as many elements as the shape has; with a stride, the span of memory that it strides over.
         stride: in elements, where the stored tensor is not contiguous; None otherwise.
         buffer: not trained; it may hold infinities on purpose, as masks do.
+        scale: what the stored values of an 8-bit float are to be multiplied by.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Scattered:
     runs: tuple[Run, ...]
     stride: tuple[int, ...] | None = None
     buffer: bool = False
+    scale: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -143,9 +148,14 @@ class Blocks:
     def of(self, tensor: Scattered) -> Iterator[Tensor]:
         """Yields all elements in order as flat tensors of the stored dtype, each valid until the next is asked for.
 
+        8-bit floats come out as float32, multiplied by their scale.
+
         Raises:
             Refusal: (MODEL) a file has been cut short, or cannot be read.
         """
+        if tensor.dtype in EIGHT_BITS:
+            yield from (block.float() * tensor.scale for block in self._blocks(tensor))
+            return
         if tensor.stride is None:
             yield from self._blocks(tensor)
             return
@@ -207,6 +217,21 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return entries, 8 + size
 
 
+def read_file(path: Path) -> tuple[Scattered, ...]:
+    """Returns the tensors of a sound safetensors file. Raises Refusal (MODEL) for a dtype that torch does not have."""
+    dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+    entries, data = header(path)
+    tensors = []
+    for name, entry in entries.items():
+        if entry["dtype"] not in dtypes:
+            what = f"{name} has the dtype {entry['dtype']}"
+            raise Refusal(str(path), what, f"convert weights of {', '.join(dtypes)}", MODEL)
+        shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
+        run = Run(path, data + begin, prod(shape))
+        tensors.append(Scattered(name, dtypes[entry["dtype"]], shape, (run,)))
+    return tuple(tensors)
+
+
 def read_whole(folder: Path) -> tuple[Scattered, ...]:
     """Returns the tensors of a diffusers folder. Raises Refusal (MODEL): nothing there, or a broken file."""
     StoredTensors(folder)  # refuses what is missing, cut short or points elsewhere
@@ -214,15 +239,26 @@ def read_whole(folder: Path) -> tuple[Scattered, ...]:
     files = {f"{WEIGHTS}.safetensors"}
     if index.is_file():
         files = set(json.loads(index.read_bytes())["weight_map"].values())
-    dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-    tensors = []
-    for file in sorted(files):
-        entries, data = header(folder / file)
-        for name, entry in entries.items():
-            if entry["dtype"] not in dtypes:
-                what = f"{name} has the dtype {entry['dtype']}"
-                raise Refusal(str(folder / file), what, f"convert weights of {', '.join(dtypes)}", MODEL)
-            shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
-            run = Run(folder / file, data + begin, prod(shape))
-            tensors.append(Scattered(name, dtypes[entry["dtype"]], shape, (run,)))
-    return tuple(tensors)
+    return tuple(tensor for file in sorted(files) for tensor in read_file(folder / file))
+
+
+def cut(tensor: Scattered, begin: int, count: int) -> Iterator[Run]:
+    """Yields the runs of `count` elements from element `begin` on of a tensor that lies contiguous in its files."""
+    itemsize = tensor.dtype.itemsize
+    for run in tensor.runs:
+        skipped = min(begin, run.count)
+        taken = min(count, run.count - skipped)
+        if taken > 0:
+            yield Run(run.path, run.start + skipped * itemsize, taken)
+        begin, count = begin - skipped, count - max(taken, 0)
+
+
+def read(tensor: Scattered) -> Tensor:
+    """Returns a tensor in memory of its own, in its stored dtype; 8-bit floats as float32. Raises Refusal (MODEL)."""
+    dtype = torch.float32 if tensor.dtype in EIGHT_BITS else tensor.dtype
+    found, at = torch.empty(tensor.numel, dtype=dtype), 0
+    with Blocks() as blocks:
+        for block in blocks.of(tensor):
+            found[at : at + block.numel()] = block
+            at += block.numel()
+    return found.reshape(tensor.shape)

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from videox.model_folder import load_strictly
+from videox.model_parts import Part, load_part
 
 ALIGNED = 64  # bytes; each tensor begins at a multiple
 
@@ -38,37 +38,38 @@ class Offer(NamedTuple):
 
 def load_frozen(
     model_class: Any,  # noqa: ANN401 - of diffusers or transformers
-    folder: Path,
+    part: Part,
     dtype: torch.dtype,
     *,
     pinned: bool,
     gather: Callable[[Any], list[Any]],
 ) -> nn.Module:
-    """Returns load_strictly(model_class, folder, dtype=dtype), its weights once in the memory of each machine.
+    """Returns load_part(model_class, part, dtype), its weights once in the memory of each machine.
 
-    Weights that are used as they are stored need nothing: from_pretrained maps their files, and every process sees the
+    Weights that are used as they are stored need nothing: loading maps their files, and every process sees the
     same pages. Weights to be cast, or to be pinned, would be copies in each process: there the first process of a
     machine loads them and moves them, tensor by tensor, into anonymous shared memory that the others open. It has no
     name and goes with the last process, however that ends. A collective; nobody may write to the weights.
 
     Args:
-        model_class: whose from_pretrained takes `dtype`.
-        folder: of the model.
+        model_class: of diffusers or transformers.
+        part: of the model.
         dtype: of its weights.
         pinned: page-locked for the GPU.
         gather: returns every process's value.
 
     Raises:
-        Refusal: as load_strictly.
+        Refusal: as load_part.
     """
-    mapped = stored_dtype(folder) == dtype and not pinned
+    stored = stored_dtype(part.path) if part.tensors is None else part.tensors.dtype()
+    mapped = stored == dtype and not pinned
     everybody = gather((_machine(), os.getpid(), mapped))
     together = Counter(machine for machine, _, _ in everybody)
     if max(together.values()) == 1 or all(mapped for _, _, mapped in everybody):
-        return load_strictly(model_class, folder, dtype=dtype)
+        return load_part(model_class, part, dtype)
     leader = next(pid for machine, pid, _ in everybody if machine == _machine())
     leads, alone = leader == os.getpid(), together[_machine()] == 1
-    model = load_strictly(model_class, folder, dtype=dtype if leads else stored_dtype(folder))
+    model = load_part(model_class, part, dtype if leads else stored)
     memory, offer = _move(model) if leads and not alone else (None, None)
     offers = [offer for offer in gather(offer) if offer is not None and offer.pid == leader]
     if not leads:

@@ -24,6 +24,10 @@ from videox.weights import StoredTensors, load_weights, save_tensors, save_weigh
 
 STATE_FILE = "trainer_state.json"
 COLUMNS_FILE = "columns.safetensors"
+# What a run's first launch decides for all of it; and what an older checkpoint, which lacks it, was planned with.
+LAUNCHED = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
+OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
+LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
 OPTIMIZER_STEM = "optimizer"
 
 
@@ -93,13 +97,29 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
     Raises:
         Refusal: naming what changed, with both values.
     """
-    now, then = _flat(plan_inputs(settings)), _flat(state.settings)
+    now, then = _flat(plan_inputs(settings)), OLDER | LATER | _flat(state.settings)
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if now.get(name) != then.get(name)]
     if index_fingerprint != state.index:
         changed.append("the data's rows, captions or sizes are others")
     if changed:
         mend = "resume with what the run began with, or start a new one in another --output_dir from its weights (--transformer_path)"
         raise Refusal("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), mend, MODEL)
+
+
+def launched(state: TrainState) -> dict[str, Any]:
+    """Returns those of the plan's settings that a run keeps from its first launch, whatever runs it now.
+
+    Raises:
+        Refusal: an older version filled the slots by cost in a way that this one cannot repeat.
+    """
+    kept = {**state.settings, "slots": state.slots}
+    if "barrier" in kept:
+        return {name: kept[name] for name in LAUNCHED}
+    if kept.get("slot_fill") == "cost":
+        what = "the run was begun by an older version, which filled slots by cost otherwise"
+        mend = "start a new run in another --output_dir from its weights (--transformer_path)"
+        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+    return {**OLDER, **{name: kept[name] for name in LAUNCHED if name in kept}}
 
 
 def refuse_other_run(output_dir: Path, state: TrainState) -> None:
@@ -145,7 +165,7 @@ def resume_or_begin(
 
     Args:
         checkpoint: None for a new run.
-        settings_of: makes the plan's settings from `seed` and `slots`.
+        settings_of: makes the plan's settings from `seed` and `slots`, and at a resume from what launched() returns.
         seed: asked for; None takes the checkpoint's, or draws one that all processes share.
         slots: processes x accumulation of this launch; a checkpoint's own number wins, accumulation adapts to it.
         world_size: processes of this launch; it must divide the slots.
@@ -159,7 +179,7 @@ def resume_or_begin(
     state = read_state(checkpoint) if checkpoint else None
     drawn = gather(secrets.randbits(32))[0] if seed is None and state is None else seed
     chosen = state.seed if state and drawn is None else int(drawn or 0)
-    settings = settings_of(seed=chosen, slots=state.slots if state else slots)
+    settings = settings_of(seed=chosen, **(launched(state) if state else {"slots": slots}))
     check_world_size(settings.slots, world_size)
     if state:
         only_lost = (
@@ -175,10 +195,10 @@ def resume_or_begin(
 def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
     """Returns the rows that could be read then and cannot now, if nothing else has changed; otherwise None."""
     both = then.usable & now.usable
-    same = [
-        np.array_equal(getattr(then, name)[both], getattr(now, name)[both])
-        for name in ("kind", "width", "height", "frames")
+    pairs = [
+        (getattr(then, name), getattr(now, name)) for name in ("kind", "width", "height", "frames", "fps", "weight")
     ]
+    same = [a is b if a is None or b is None else np.array_equal(a[both], b[both]) for a, b in pairs]
     return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
 
 
@@ -235,7 +255,7 @@ def write_state(folder: Path, state: TrainState) -> None:
     write_json_atomically(folder / STATE_FILE, numbers)
     if state.columns is not None:
         columns = {
-            name.name: np.ascontiguousarray(getattr(state.columns, name.name)) for name in fields(state.columns)
+            name: np.ascontiguousarray(column) for name, column in vars(state.columns).items() if column is not None
         }
         save_file(columns, folder / COLUMNS_FILE)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -48,7 +48,7 @@ def planned(tensors: Sequence[Scattered], dtype: torch.dtype, keep_fp32: Sequenc
     return found
 
 
-def _files(tensors: Sequence[Planned], max_shard_size: int) -> dict[str, list[Planned]]:
+def _files(tensors: Sequence[Planned], max_shard_size: float, stem: str) -> dict[str, list[Planned]]:
     """Returns the tensors of each file, in order, at most `max_shard_size` bytes or one tensor to a file."""
     shards: list[list[Planned]] = [[]]
     size = 0
@@ -59,13 +59,13 @@ def _files(tensors: Sequence[Planned], max_shard_size: int) -> dict[str, list[Pl
         shards[-1].append(tensor)
         size += tensor.nbytes
     if len(shards) == 1:
-        return {f"{WEIGHTS}.safetensors": shards[0]}
-    return {f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _header(tensors: Sequence[Planned]) -> bytes:
+def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     """Returns the beginning of a safetensors file: the header's size (u64) and the header, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for item in tensors:
         begin, end = end, end + item.nbytes
@@ -107,11 +107,13 @@ def write_folder(
     folder: Path,
     tensors: Sequence[Planned],
     *,
-    max_shard_size: int,
+    max_shard_size: float,
     with_checksums: bool = False,
     told: Callable[[int], object] = lambda _: None,
+    stem: str = WEIGHTS,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """Writes `diffusion_pytorch_model*.safetensors`, and the index that diffusers looks for if there are several.
+    """Writes `stem*.safetensors`, and the index that diffusers looks for if there are several.
 
     Memory: two blocks of 16 MiB, whatever the sizes; a tensor that lies strided in its file, which DeepSpeed and FSDP
     do not write for what they train, is held whole.
@@ -122,6 +124,8 @@ def write_folder(
         max_shard_size: bytes of tensors per file; a larger tensor has a file of its own.
         with_checksums: compute what check_bytes compares.
         told: called with the bytes of each block that is written.
+        stem: of the files' names.
+        metadata: for each file's header.
 
     Returns:
         The checksum (CRC-32) of each tensor's bytes, by name; 0 without them.
@@ -135,10 +139,10 @@ def write_folder(
     checksums: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     with Blocks() as blocks:
-        for name, shard in _files(tensors, max_shard_size).items():
+        for name, shard in _files(tensors, max_shard_size, stem).items():
             ordered = sorted(shard, key=lambda item: -item.dtype.itemsize)  # each starts at a multiple of its itemsize
             with (folder / name).open("xb") as file:
-                file.write(_header(ordered))
+                file.write(_header(ordered, metadata or {}))
                 for item in ordered:
                     checksum = 0
                     for data in _bytes(item, blocks, faults):
@@ -156,7 +160,7 @@ def write_folder(
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
     return checksums
 
 

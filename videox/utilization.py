@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from videox.data.balance import balance, plan_costs
-from videox.data.plan import EpochPlan, PlanSettings
+from videox.data.epoch import EpochPlan
+from videox.data.settings import PlanSettings
 from videox.network import Network, Polynomial
 from videox.shapes import token_count
 

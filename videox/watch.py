@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from videox.checkpoint import publishing
+from videox.cost_model import StepTimes
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
@@ -45,6 +46,7 @@ class Watch:
         meter: compares steps with hardware and plan.
         is_main: on the one process that writes.
         gather: collective that returns every process's value.
+        times: takes the times of the steps, from which cost_model.json is fitted.
 
     Raises:
         Refusal: no room for a checkpoint, or an unknown tracker.
@@ -66,7 +68,9 @@ class Watch:
         meter: Meter,
         is_main: bool,
         gather: Callable[[Any], list[Any]],
+        times: StepTimes,
     ) -> None:
+        self.times = times
         self.output_dir, self.run, self.state = output_dir, run, state
         self.is_main, self.gather, self.meter = is_main, gather, meter
 
@@ -103,10 +107,14 @@ class Watch:
         ]
         shown = [
             BatchSample(
-                s["planned"].row, s["pixels"], shown_caption(s, dataset), float(fps[s["planned"].row]), dataset.stride
+                s["planned"].row,
+                s["pixels"],
+                shown_caption(s, dataset),
+                float(fps[s["planned"].row]),
+                dataset.pace(s["planned"].row),
             )
             for s in samples
-            if s["bad"] is None and s["planned"].row != PADDING
+            if s["bad"] is None and s["pixels"] is not None and s["planned"].row != PADDING
         ]
         if shown:
             write_batch(folder, shown)
@@ -133,6 +141,8 @@ class Watch:
             buckets=plan.buckets_of_step(epoch_step),
             measured=self.meter.measure(plan, epoch_step, times.seconds) if self.is_main else {},
         )
+        if self.is_main:
+            self.times.add(plan, epoch_step, max(times.seconds - times.data_wait, 1e-9))
         self.metrics.append(record)
         self.tracker.log(record)
         self.run.status.heartbeat(self.state.step)
@@ -224,6 +234,8 @@ class Watch:
                 self.bar.note(f"warning: no checkpoint at step {self.state.step} ({why}); the run goes on")
                 return
         self._save_failed = False
+        if self.is_main:
+            self.times.write(self.output_dir)
         for warning in prune(self.output_dir, keep) if keep and self.is_main else []:
             self.bar.note(f"warning: {warning}")
 

@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,21 @@ def _shards(tensors: NamedTensors, max_shard_size: int) -> Iterator[dict[str, Te
     yield shard
 
 
-def _save_file(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file with the permissions of the user's umask; safetensors alone makes it 0600."""
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
     path.chmod(mode)
 
 
 def save_tensors(
-    folder: Path, tensors: NamedTensors, *, stem: str = WEIGHTS, max_shard_size: int = MAX_SHARD_SIZE
+    folder: Path,
+    tensors: NamedTensors,
+    *,
+    stem: str = WEIGHTS,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `stem.safetensors`, or shards `stem-00001-of-0000N.safetensors` with `stem.safetensors.index.json`.
 
@@ -74,6 +80,7 @@ def save_tensors(
         stem: file name without suffix.
         max_shard_size: bytes of tensors per file; a larger tensor has a file of its own. At most this and one tensor
             are held at a time.
+        metadata: for each file's header.
 
     Raises:
         OSError or SafetensorError: the first failure to write (the folder is then to be dropped).
@@ -96,7 +103,7 @@ def save_tensors(
         parts.append(folder / f"{stem}.part-{number:05d}")
         try:
             if failure is None:
-                _save_file(parts[-1], shard)
+                _save_file(parts[-1], shard, metadata or {})
         except (OSError, SafetensorError) as error:
             failure = error
     if failure is not None:
@@ -115,7 +122,12 @@ def save_tensors(
 
 
 def save_weights(
-    folder: Path, tensors: NamedTensors, config: Mapping[str, Any] | str, *, max_shard_size: int = MAX_SHARD_SIZE
+    folder: Path,
+    tensors: NamedTensors,
+    config: Mapping[str, Any] | str,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder that the `from_pretrained` of its diffusers class loads: config.json and safetensors.
 
@@ -125,11 +137,12 @@ def save_weights(
         config: the model's `to_json_string()`, or the same as a mapping (with `_class_name`). The path that the model
             once came from is left out: a checkpoint must be movable.
         max_shard_size: bytes per file.
+        metadata: for each file's header.
 
     Raises:
         OSError or SafetensorError: the first failure to write.
     """
-    save_tensors(folder, tensors, max_shard_size=max_shard_size)
+    save_tensors(folder, tensors, max_shard_size=max_shard_size, metadata=metadata)
     write_config(folder, config)
 
 
@@ -143,7 +156,17 @@ def write_config(folder: Path, config: Mapping[str, Any] | str) -> None:
 # ------------------------------------------------------------------------------------- reading tensors
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class TensorSource(Mapping[str, Tensor]):
+    """A model's tensors by name, in files below `folder`, each read when it is asked for."""
+
+    folder: Path
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor, without reading it."""
+
+
+class StoredTensors(TensorSource):
     """The tensors of one stem in a folder, by name: memory-mapped, each read when it is asked for.
 
     Args:
@@ -309,6 +332,7 @@ def export_transformer(
     keep_fp32: Sequence[str] = (),
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes trained weights for use: what `from_pretrained(torch_dtype=dtype)` of the float32 folder would hold.
 
@@ -319,10 +343,13 @@ def export_transformer(
         dtype: of the floating tensors.
         keep_fp32: parts of names that stay float32, e.g. the class's `_keep_in_fp32_modules`.
         max_shard_size: bytes per file.
+        metadata: for each file's header.
 
     Raises:
         Refusal: (NUMERICS) a tensor is not finite in its dtype; nothing is written.
         SaveFailed: the disk refused; nothing is left behind.
     """
     cast = _cast(state, dtype, keep_fp32)
-    publish_folder(folder, lambda made: save_weights(made, cast, config, max_shard_size=max_shard_size))
+    publish_folder(
+        folder, lambda made: save_weights(made, cast, config, max_shard_size=max_shard_size, metadata=metadata)
+    )

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,32 +24,36 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+import videox.report as report
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
-from videox.creation import is_divided, skeleton
+from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
+from videox.cost_model import read_cost_model, step_times
+from videox.creation import is_divided
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
-from videox.data.plan import Columns, EpochPlan, PlanSettings, held_out_plan, plan_epoch
+from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
+from videox.data.settings import columns_fingerprint, columns_of
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator, resolved
+from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
+from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
+from videox.exports import describe
 from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
 from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
-from videox.model_folder import load_whole
+from videox.model_parts import Part
 from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
-from videox.report import changed_flags, data_lines, refused_rows, start_facts, start_lines, typical_fps
 from videox.shapes import Bucket
-from videox.sharing import load_frozen
 from videox.state import (
     TrainState,
     checkpoint_bytes,
@@ -62,20 +66,21 @@ from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.utilization import run_meter
 from videox.validation import HeldOut
-from videox.validator import Validator, held_out_samples
+from videox.validator import Validator
 from videox.watch import Watch
-from videox.weights import StoredTensors
 from videox.zero_universal import announce_conversion
 
 # Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
 WITHOUT_NUMBERS = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
-    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype", "low_vram",
+    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
+    "export_layouts", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
-    "save_whole_weights", "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory",
-    "assumed_mfu", "peak_tflops", "try_largest_first",
+    "save_whole_weights", "latent_cache", "cache_only",
+    "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
+    "peak_tflops", "try_largest_first",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -108,10 +113,10 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     refuse_other_backend(run.resume.path, backend)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    facts = start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
-    changed = changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
+    facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
+    changed = report.changed_flags(Path(args.output_dir), vars(args)) if run.resume.path else []
     late = average_notes(run.resume.path, args.use_ema)
-    accelerator.print("\n".join([*start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
+    accelerator.print("\n".join([*report.start_lines(facts), *run.notes, *notes(args), *changed, *converting, *late]))
 
 
 def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> list[str]:
@@ -135,21 +140,30 @@ def open_schedule(
     """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
 
     Args:
-        cost: a and b of a sample's cost a*S + b*S^2 in tokens S.
+        cost: a and b of a sample's cost a*S + b*S^2 in tokens S; --cost_model gives others to a new run.
         min_frames: below which a sample teaches nothing.
 
     Raises:
         Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
     """
     index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    columns = columns_of(index, by_second=args.video_sample_fps > 0)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
     state, settings = resume_or_begin(
         run.resume.path,
-        partial(plan_settings, args, cost=cost, min_frames=min_frames),
+        partial(
+            plan_settings,
+            args,
+            min_frames=min_frames,
+            cost_linear=cost[0],
+            cost_quadratic=cost[1],
+            barrier=backend_of(accelerator).barrier,
+            accumulation=args.gradient_accumulation_steps,
+        ),
         seed=args.seed,
         slots=accelerator.num_processes * args.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
-        index_fingerprint=index.fingerprint(),
+        index_fingerprint=columns_fingerprint(index, columns),
         names=index.names(),
         columns=columns,
         run=run_name(vars(args)),
@@ -157,20 +171,19 @@ def open_schedule(
     )
     if run.resume.path:
         refuse_other_run(Path(args.output_dir), state)
-        lost = np.flatnonzero((state.columns or columns).usable & ~columns.usable)
-        if len(lost):
-            named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])
-            accelerator.print(f"{len(lost)} rows cannot be read any more and will count nothing: {named}")
-    columns = state.columns or columns
+    lost, columns = report.lost_lines(index, state.columns or columns, columns), state.columns or columns
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    accelerator.print("\n".join(data_lines(index, columns, plan)))
-    if accelerator.is_main_process and (refused := refused_rows(index, plan)):
+    balance = report.balance_line(plan, settings, accelerator.num_processes)
+    accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
+    if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
         with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
             aside.write_bytes(b"".join(map(json_line, refused)))
         accelerator.print(
             f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
         )
+    if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
+        accelerator.print("--cost_model: a running plan never changes, what the run began with stays")
     asked = accelerator.num_processes * args.gradient_accumulation_steps
     if settings.slots != asked:
         steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
@@ -185,36 +198,6 @@ def run_name(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def transformer_folder(args: argparse.Namespace) -> Path:
-    """Returns the folder of the transformer that training begins with."""
-    return Path(args.transformer_path or Path(args.pretrained_model_name_or_path) / "transformer")
-
-
-def open_transformer(args: argparse.Namespace, accelerator: Accelerator, model_class: Any) -> Any:  # noqa: ANN401
-    """Returns the transformer in float32, or, under ZeRO-3 and FSDP2, what open_engine divides without a whole one.
-
-    Args:
-        model_class: of diffusers.
-
-    Raises:
-        Refusal: its weights are not those of its configuration, or not finite.
-    """
-    folder, backend = transformer_folder(args), resolved(accelerator)
-    if backend == "fsdp2":
-        return skeleton(model_class, folder)
-    if backend == "zero3":
-        from videox.zero_creation import create  # DeepSpeed is installed on Linux only
-
-        return create(model_class, folder, accelerator)
-    return load_whole(model_class, folder)
-
-
-def encoder_loader(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., Any]:
-    """Returns what loads a frozen model, from (class, folder, dtype), into host memory once per machine."""
-    pinned = args.low_vram and accelerator.device.type == "cuda"
-    return partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
-
-
 def open_engine(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -222,15 +205,17 @@ def open_engine(
     transformer: torch.nn.Module,
     blocks: Sequence[torch.nn.Module],
     schedule_: Schedule,
+    part: Part,
 ) -> tuple[Engine, Callable[[int], float]]:
     """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
 
     Freezes what is not to train and sets up recomputation.
 
     Args:
-        transformer: of open_transformer.
+        transformer: of load_transformer.
         blocks: its repeated blocks, in order.
         schedule_: gives the total steps and the samples per step.
+        part: that load_transformer was given.
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -250,7 +235,7 @@ def open_engine(
         )
 
     engine: Engine
-    stored = StoredTensors(transformer_folder(args)) if is_divided(transformer) else None
+    stored = part.source() if is_divided(transformer) else None
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4)
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
@@ -324,19 +309,55 @@ def open_watch(
         meter=meter,
         is_main=accelerator.is_main_process,
         gather=gather,
+        times=step_times(accelerator, schedule_.settings),
     )
 
 
 def open_data(
-    args: argparse.Namespace, accelerator: Accelerator, index: Index
-) -> tuple[TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
-    """Returns dataset, this process's sampler and the loader over both."""
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    gather: Gather,
+    planned: Schedule,
+    recipes: Sequence[Recipe],
+    encoders: OnDemand,
+) -> tuple[Encoder, TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
+    """Returns what encodes, dataset, this process's sampler and the loader over both.
+
+    Args:
+        recipes: how a sample's tensors are made.
+        encoders: loaded here, unless the cache has everything that they would make.
+    """
+    if args.cache_only and not args.latent_cache:
+        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
+    encode = open_encoder(
+        recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
+        is_main=accelerator.is_main_process, gather=gather,
+    )  # fmt: skip
     dataset = TokenLengthDataset(
-        index, stride=args.video_sample_stride, reader=args.video_reader, caption_dropout=args.caption_dropout
-    )
+        planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
+        shelf=encode.shelf, always_read=bool(args.dump_steps),
+    )  # fmt: skip
+    stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
+    for line in stock_lines(stocks, encode.cache) if encode.cache else ():
+        accelerator.print(line)
+    if not args.cache_only and any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
+        encoders.load(gather)
     sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
     pinned = accelerator.device.type == "cuda"
-    return dataset, sampler, build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pinned)
+    loader = build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pinned)
+    return encode, dataset, sampler, loader
+
+
+def fill_cache(
+    args: argparse.Namespace, accelerator: Accelerator, run: Run, gather: Gather, planned: Schedule,
+    encode: Encoder, dataset: TokenLengthDataset,
+) -> int:  # fmt: skip
+    """Makes all that the run needs and the cache has not, each process its share; returns the exit code."""
+    return fill_together(
+        take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode), encode,
+        rank=accelerator.process_index, world_size=accelerator.num_processes, workers=args.dataloader_num_workers,
+        gather=gather, say=accelerator.print, status=run.status,
+    )  # fmt: skip
 
 
 def index_path(args: argparse.Namespace) -> Path:
@@ -368,10 +389,10 @@ def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
 
 
 def plan_settings(
-    args: argparse.Namespace, *, cost: tuple[float, float], seed: int, slots: int, min_frames: int = 1
+    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
 ) -> PlanSettings:
-    """Returns the flags that the schedule depends on; cost: a and b of a sample's cost a*S + b*S^2."""
-    return PlanSettings(
+    """Returns the flags that the schedule depends on; launched: other fields of PlanSettings, which win over flags."""
+    fields: dict[str, Any] = dict(
         policy=size_policy(args, min_frames),
         batch_size=args.train_batch_size,
         slots=slots,
@@ -379,9 +400,12 @@ def plan_settings(
         slot_fill=args.slot_fill,
         video_repeat=args.video_repeat,
         held_out=args.validation_rows,
-        cost_linear=cost[0],
-        cost_quadratic=cost[1],
+        balance=args.balance,
+        clips_per_video=args.clips_per_video,
+        clip_sampling=args.clip_sampling,
+        cache_variants=args.cache_variants,
     )
+    return PlanSettings(**{**fields, **launched})
 
 
 def notes(args: argparse.Namespace) -> list[str]:
@@ -498,7 +522,7 @@ def open_validator(
         images=validation_images(args, shape),
         pipeline=pipeline,
         shape=shape,
-        fps=typical_fps(planned.index) / args.video_sample_stride,
+        fps=args.video_sample_fps or report.typical_fps(planned.index) / args.video_sample_stride,
         shift=shift,
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
@@ -508,17 +532,34 @@ def open_validator(
     )
 
 
-def held_out_of(planned: Schedule, dataset: TokenLengthDataset) -> Iterator[tuple[np.ndarray, str]]:
-    """Yields (pixels uint8 [T, H, W, 3], caption) of each held-out row, its caption kept."""
-    return held_out_samples(dataset.without_dropout(), held_out_plan(planned.columns, planned.settings))
-
-
-def export_of(args: argparse.Namespace, engine: Engine, model: Any, *, is_main: bool) -> Callable[[], None]:  # noqa: ANN401
-    """Returns what writes output_dir/transformer: the weights in export_dtype, in float32 what diffusers keeps so.
+def export_of(
+    args: argparse.Namespace,
+    engine: Engine,
+    model: Any,  # noqa: ANN401 - of diffusers
+    facts: Mapping[str, object],
+    *,
+    is_main: bool,
+) -> Callable[[], None]:
+    """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
+        facts: task, steps and shift, for the files' headers.
         is_main: on the one process that writes; the others take part in gathering.
     """
     kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
-    return partial(export_weights, engine, Path(args.output_dir), dtype, kept, is_main=is_main)
+    asked = (
+        "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
+        "seed",
+    )  # fmt: skip
+    told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
+    return partial(
+        export_weights,
+        engine,
+        Path(args.output_dir),
+        dtype,
+        kept,
+        layouts=sorted(set(args.export_layouts) - {"diffusers"}),
+        metadata=describe(args.pretrained_model_name_or_path, told),
+        is_main=is_main,
+    )

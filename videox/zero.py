@@ -104,10 +104,11 @@ class ZeroEngine:
                 group["fused"] = True
         self.model: Any = accelerator.prepare(transformer.train(), optimizer)[0]
         self.parameters = dict(transformer.named_parameters())
-        for name, value in exact.items():
-            safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
-        if stored:
-            set_masters(self.parameters, stored)
+        if self.divides_weights:
+            set_masters(self.parameters, stored or exact)
+        else:
+            for name, value in exact.items():
+                safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
         self.writer = _Writer()
         self.model.checkpoint_engine = self.writer
         self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,8 +13,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 from videox.creation import fill, skeleton
-from videox.model_folder import load_whole
-from videox.weights import StoredTensors
+from videox.weights import TensorSource
 
 # With these DeepSpeed keeps more of a weight than one slice in memory, and whoever writes that slice alone would leave
 # the rest behind: such a model is loaded whole, and divided by DeepSpeed afterwards.
@@ -26,30 +24,35 @@ KEEPS_MORE = {
 }
 
 
-def create(model_class: Any, folder: Path, accelerator: Accelerator) -> nn.Module:  # noqa: ANN401 - of diffusers
+def create(
+    model_class: Any,  # noqa: ANN401 - of diffusers
+    stored: TensorSource,
+    config: Mapping[str, Any] | None,
+    accelerator: Accelerator,
+) -> nn.Module:
     """Returns a model whose parameters were never whole on a process for longer than their own division took.
 
     Args:
         model_class: of diffusers.
-        folder: of the model, in diffusers layout.
+        stored: the model's weights.
+        config: of the model; None for the one in the weights' folder.
         accelerator: of the run, with ZeRO-3 resolved.
 
     Raises:
         Refusal: as load_strictly, and for values that are not finite.
     """
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    if _keeps_more(config["zero_optimization"]):
-        return load_whole(model_class, folder)
-    plain = skeleton(model_class, folder)
+    plain = skeleton(model_class, stored, config)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
     with (
         no_init_weights(),
-        deepspeed.zero.Init(config_dict_or_path=_for_creation(config, accelerator.mixed_precision)),
+        deepspeed.zero.Init(config_dict_or_path=_for_creation(settings, accelerator.mixed_precision)),
     ):
         model = model_class.from_config(plain.config)
     for name, module in plain.named_modules():
         for kind, buffer in module.named_buffers(recurse=False):
             setattr(model.get_submodule(name), kind, buffer.to(accelerator.device))
-    fill(_shards(model, StoredTensors(folder)), folder)
+    model.register_to_config(_name_or_path=str(stored.folder))
+    fill(_shards(model, stored), stored.folder)
     return model.eval()
 
 
@@ -83,7 +86,9 @@ def _slice(parameter: Any, whole: Tensor) -> Tensor:  # noqa: ANN401 - DeepSpeed
     return whole.reshape(-1)[begin : begin + size]
 
 
-def _keeps_more(zero: Mapping[str, Any]) -> bool:
+def keeps_more(accelerator: Accelerator) -> bool:
+    """Returns whether DeepSpeed is to keep more of a weight in memory than one slice, so that create cannot serve."""
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     offload = zero.get("offload_param") or {}
     return offload.get("device") == "nvme" or any(zero.get(key) not in usual for key, usual in KEEPS_MORE.items())
 

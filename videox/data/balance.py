@@ -36,31 +36,30 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tupl
     """Returns (costs, padding), float64 [steps, micro-batches, ranks]: what each rank of a planned epoch computes.
 
     They are those of EpochPlan.micro_batches: a slot runs on rank slot modulo world_size, and each slot of a step
-    takes as many micro-batches as the fullest, where need be of weight 0 in the step's cheapest bucket.
+    takes as many micro-batches as the fullest, where need be of weight 0.
 
     Raises:
         Refusal: world_size does not divide the slots of a step.
     """
     check_world_size(plan.slots, world_size)
     unit = sample_cost(settings, plan.buckets)
-    tokens = np.array([token_count(bucket) for bucket in plan.buckets])
     depths = np.zeros((plan.n_steps, plan.slots), np.int64)
     depths.flat[: len(plan.slot_first) - 1] = np.diff(plan.slot_first)
-    deepest = int(depths.max())
+    deepest = depths.max(axis=1)
     slot = np.repeat(np.arange(len(plan.slot_first) - 1), np.diff(plan.slot_first))
     within = np.arange(len(slot)) - plan.slot_first[:-1][slot]
-    costs = np.zeros((plan.n_steps * plan.slots, deepest))
+    costs = np.zeros((plan.n_steps * plan.slots, int(deepest.max())))
     costs[slot, within] = unit[plan.micro_bucket] * np.diff(plan.micro_first)
-    least = np.full(plan.n_steps, np.iinfo(np.int64).max)
-    np.minimum.at(least, slot // plan.slots, tokens[plan.micro_bucket])
-    cheapest = unit[np.argmax(tokens[None, :] == least[:, None], axis=1)]
-    missing = np.arange(deepest)[None, None, :] >= depths[:, :, None]
-    missing &= np.arange(deepest)[None, None, :] < depths.max(axis=1)[:, None, None]
-    padding = missing * cheapest[:, None, None]
+    place = np.arange(costs.shape[1])
+    missing = (place >= depths[:, :, None]) & (place < deepest[:, None, None])
+    padding = np.zeros(missing.shape)
+    for step in np.flatnonzero(missing.any(axis=(1, 2))):
+        whole, short = sample_cost(settings, plan.padding_buckets(int(step)))
+        padding[step] = missing[step] * np.where(depths[step] > 0, short, whole)[:, None]
 
     def by_rank(columns: np.ndarray) -> np.ndarray:
         """Turns [steps, slots, depth] into [steps, accumulation x depth, ranks]."""
-        split = columns.reshape(plan.n_steps, plan.slots // world_size, world_size, deepest)
+        split = columns.reshape(plan.n_steps, plan.slots // world_size, world_size, -1)
         return split.transpose(0, 1, 3, 2).reshape(plan.n_steps, -1, world_size)
 
     return by_rank(costs), by_rank(padding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Fate(IntEnum):
     QUARANTINED = 3
     REFUSED = 4
     HELD_OUT = 5
+    NOT_DRAWN = 6
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class SizePolicy:
     """The flags that decide sizes; sizes in pixels of a square's side, frames in frames, stride in source frames.
 
     min_frames: frames (4k+1) below which a sample teaches nothing, 5 where the first latent frame is given; images and
-    shorter clips are then too short. grid: "ratios", the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides.
+    shorter clips are then too short. sample_fps: kept frames per second of source, 0 = by the stride. grid: "ratios",
+    the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides.
 
     Raises:
         Refusal: flags that contradict each other or are out of range.
@@ -77,6 +79,7 @@ class SizePolicy:
     random_ratio_crop: bool = False
     fix_sample_size: tuple[int, int] | None = None
     min_frames: int = 1
+    sample_fps: float = 0.0
     grid: str = GRIDS[0]
 
     def __post_init__(self) -> None:
@@ -222,15 +225,45 @@ def crop_frames(frames: np.ndarray, draw: np.ndarray) -> np.ndarray:
     return np.where((draw < WHOLE_SHARE) | (shorter == 0), frames, TEMPORAL_RATIO * (pick + 1) + 1)
 
 
+def pace_of(policy: SizePolicy, fps: np.ndarray | None) -> np.ndarray | int:
+    """Returns the source frames from one kept frame to the next: the stride, or float64 per row under sample_fps.
+
+    Args:
+        fps: of each source; where it is 0 (unknown) or None, the stride holds. A source slower than sample_fps gives
+            a pace below 1, so that frames repeat and what moves keeps its speed.
+    """
+    if not policy.sample_fps or fps is None:
+        return policy.stride
+    return np.where(fps > 0, fps.astype(np.float64) / policy.sample_fps, policy.stride)
+
+
+def frame_offsets(frames: Any, pace: Any) -> Any:  # noqa: ANN401 - numbers, or columns of them
+    """Returns the source frame, counted from a clip's first, that is shown when kept frame number `frames` is due."""
+    return np.floor(np.asarray(frames) * np.asarray(pace, np.float64) + 1e-6).astype(np.int64)
+
+
+def frames_at_pace(length: np.ndarray, pace: np.ndarray | int) -> np.ndarray:
+    """Returns how many frames a video of `length` frames holds at a pace, int64: frame_offsets(n - 1) < length."""
+    if isinstance(pace, int):
+        return np.asarray(frames_that_fit(length, pace))
+    return np.ceil((length - 1e-6) / pace).astype(np.int64)
+
+
 def static_fates(
-    policy: SizePolicy, kind: np.ndarray, height: np.ndarray, width: np.ndarray, frames: np.ndarray, usable: np.ndarray
+    policy: SizePolicy,
+    kind: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
+    frames: np.ndarray,
+    usable: np.ndarray,
+    fps: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns a Fate per row (uint8) as far as the row itself decides it; kind is 0 for images and 1 for videos.
 
     A source with a side under 16 pixels is too small. Without buckets every video must have all n_frames.
     """
     fates = np.full(len(kind), Fate.TRAINED, np.uint8)
-    fit = frames_that_fit(frames.astype(np.int64), policy.stride)
+    fit = frames_at_pace(frames.astype(np.int64), pace_of(policy, fps))
     needed = policy.min_frames if policy.enable_bucket else policy.n_frames
     fates[(kind == 1) & (fit < needed)] = Fate.TOO_SHORT
     if policy.min_frames > 1:
@@ -250,6 +283,7 @@ def assign(
     size_draw: np.ndarray,
     ratio_draw: np.ndarray,
     frames_draw: np.ndarray,
+    fps: np.ndarray | None = None,
 ) -> Assignment:
     """Returns each sample's bucket from its source (pixels, frames; kind 0 image, 1 video) and its uniform draws."""
     video = kind == 1
@@ -261,7 +295,8 @@ def assign(
 
     budget = np.array([policy.max_frames(size) for size in video_sizes])
     length = np.ones(len(kind), np.int64)
-    fit = np.maximum(frames_that_fit(frames[video].astype(np.int64), policy.stride), 1)
+    pace = pace_of(policy, None if fps is None else fps[video])
+    fit = np.maximum(frames_at_pace(frames[video].astype(np.int64), pace), 1)
     longest = budget[np.searchsorted(np.asarray(video_sizes), target[video])]
     length[video] = np.minimum((fit - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1, longest)
     if policy.random_frame_crop:
@@ -293,7 +328,28 @@ def cut_share(
     return 1 - np.minimum(tall, wide) / np.maximum(tall, wide)
 
 
-def clip_starts(frames: np.ndarray, sample_frames: np.ndarray, stride: int, draw: np.ndarray) -> np.ndarray:
+def clip_starts(frames: np.ndarray, sample_frames: np.ndarray, pace: np.ndarray | int, draw: np.ndarray) -> np.ndarray:
     """Returns the first source frame of each clip (int64): uniform over all starts that leave room for the clip."""
-    room = np.maximum(frames.astype(np.int64) - ((sample_frames.astype(np.int64) - 1) * stride + 1), 0)
+    room = room_of(frames, sample_frames, pace)
     return np.minimum((draw * (room + 1)).astype(np.int64), room)
+
+
+def room_of(frames: np.ndarray, sample_frames: np.ndarray, pace: np.ndarray | int) -> np.ndarray:
+    """Returns the last source frame (int64) at which a clip can start; 0 for an image."""
+    return np.maximum(frames.astype(np.int64) - 1 - frame_offsets(sample_frames.astype(np.int64) - 1, pace), 0)
+
+
+def planned_starts(
+    room: np.ndarray, length: np.ndarray, clip: np.ndarray, clips: np.ndarray, sampling: str
+) -> np.ndarray:
+    """Returns the first source frame (int64) of clip number `clip` of `clips` of a video.
+
+    Args:
+        room: as room_of.
+        length: source frames of the clip.
+        sampling: "uniform": from the first possible start to the last, evenly, one alone in the middle; "head": one
+            after another from the beginning.
+    """
+    if sampling == "head":
+        return np.minimum(clip * length, room)
+    return np.where(clips > 1, room * clip // np.maximum(clips - 1, 1), room // 2)

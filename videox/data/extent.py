@@ -7,7 +7,8 @@ from itertools import product
 import numpy as np
 
 from videox.data.buckets import CROP_RATIOS, Fate, assign
-from videox.data.plan import Columns, PlanSettings, row_fates
+from videox.data.plan import row_fates
+from videox.data.settings import Columns, PlanSettings
 from videox.errors import DATA, Refusal
 from videox.shapes import Bucket, token_count
 
@@ -32,6 +33,7 @@ def largest_bucket(columns: Columns, settings: PlanSettings) -> Bucket:
             size_draw=np.full(len(rows), (size + 0.5) / sizes),
             ratio_draw=np.full(len(rows), (ratio + 0.5) / ratios),
             frames_draw=np.zeros(len(rows)),
+            fps=None if columns.fps is None else columns.fps[rows],
         )  # fmt: skip
         tokens = ((found.frames.astype(np.int64) - 1) // 4 + 1) * found.height * found.width
         at = int(tokens.argmax())

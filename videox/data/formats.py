@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from videox.errors import DATA, FLAGS, Refusal
 
-FIELDS = ("file_path", "text", "type", "width", "height", "num_frames", "fps")
+FIELDS = ("file_path", "text", "type", "width", "height", "num_frames", "fps", "weight")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _REPEATED = 0  # a key that no JSON object can have: marks an object that names one of FIELDS twice

@@ -28,6 +28,7 @@ from videox.data.index_file import (
     MEASURED,
     VERSION,
     VIDEO,
+    WEIGHT,
     class_array,
     fingerprint_of,
     header_of,
@@ -64,6 +65,7 @@ class Index:
         usable: bool, False where the row has a problem.
         problem: Arrow dictionary of strings: "", a key of ROW_PROBLEMS, a class of BadMedia, "timeout" or "crashed".
         detail: strings (Arrow), one line about the problem.
+        weight: float32, how often a row occurs in an epoch, on the mean; 1 where metadata does not say it.
         notes: sentences for the start report.
         stored: (path, fingerprint) of the saved index, None for one made by `from_columns`.
     """
@@ -81,6 +83,7 @@ class Index:
     usable: np.ndarray
     problem: pa.DictionaryArray
     detail: pa.LargeStringArray
+    weight: np.ndarray
     notes: tuple[str, ...] = ()
     stored: tuple[Path, str] | None = None
 
@@ -130,6 +133,7 @@ class Index:
         frames: np.ndarray,
         fps: np.ndarray | None = None,
         usable: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
         file_path: list[str] | None = None,
         text: list[str] | None = None,
         data_dir: Path = Path(),
@@ -142,6 +146,7 @@ class Index:
             height: pixels.
             frames: frames of the file.
             fps: frames per second; 0 where left out.
+            weight: 1 where left out.
             usable: all where left out; other rows get the problem "missing".
             file_path: the row number where left out.
             text: '' where left out.
@@ -163,6 +168,7 @@ class Index:
             usable=good,
             problem=class_array(pa.array(np.where(good, "", "missing"))),
             detail=repeated_string("", rows),
+            weight=np.ones(rows, np.float32) if weight is None else np.asarray(weight, np.float32),
         )
 
 
@@ -198,7 +204,11 @@ def build_index(
     options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": allow_outside_data_dir}
     saved = load_table(index_path)
     header = {} if saved is None else header_of(saved)
-    known = header.get("options") == options and _is_same(header["stamp"], metadata_path)
+    known = (
+        header.get("version") == VERSION
+        and header.get("options") == options
+        and _is_same(header["stamp"], metadata_path)
+    )
     if saved is not None and known:
         rows = rows_of_saved(saved)
     else:
@@ -271,6 +281,7 @@ def _index_of(table: pa.Table, data_dir: Path, path: Path) -> Index:
         **{name: table[name].chunk(0) for name in ("file_path", "text", "problem", "detail")},
         **{name: table[name].chunk(0).to_numpy(zero_copy_only=True) for name in MEASURED},
         usable=usable_of(table),
+        weight=table[WEIGHT].chunk(0).to_numpy(zero_copy_only=True),
         notes=tuple(header["notes"]),
         stored=(path, header["fingerprint"]),
     )

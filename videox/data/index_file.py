@@ -17,7 +17,7 @@ from videox.errors import STORAGE, Refusal
 from videox.files import replacing
 
 IMAGE, VIDEO, UNKNOWN = 0, 1, 2  # the values of kind; UNKNOWN only where metadata does not say it
-VERSION = 1
+VERSION = 2
 MEASURED = {
     "kind": np.uint8,
     "width": np.int32,
@@ -28,7 +28,8 @@ MEASURED = {
     "mtime_ns": np.int64,
 }
 KEYS = ("kind", "width", "height", "frames", "fps")
-DECLARED = {f"declared_{name}": MEASURED[name] for name in KEYS}
+WEIGHT = "declared_weight"  # of metadata alone, nothing is measured
+DECLARED = {**{f"declared_{name}": MEASURED[name] for name in KEYS}, WEIGHT: np.float32}
 FINGERPRINTED = ("file_path", "text", "kind", "width", "height", "frames")
 NUMBERS = {name: pa.from_numpy_dtype(dtype) for name, dtype in (MEASURED | DECLARED).items()}
 _STRINGS = {name: pa.large_string() for name in ("file_path", "text", "detail")}
@@ -44,9 +45,12 @@ def load_table(path: Path) -> pa.Table | None:
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError):  # the last: a column's name that is none
         return None
+    if header_of(table).get("version") == 1 and WEIGHT not in table.schema.names:
+        ones = pa.array(np.ones(len(table), np.float32))  # its metadata is read again, its files are not
+        table = table.append_column(WEIGHT, ones).select(SCHEMA.names)
     if not table.schema.equals(SCHEMA) or any(table[name].num_chunks != 1 for name in SCHEMA.names):
         return None
-    return table if header_of(table).get("version") == VERSION else None
+    return table if header_of(table).get("version") in (1, VERSION) else None
 
 
 def header_of(table: pa.Table) -> dict[str, Any]:

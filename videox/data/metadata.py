@@ -24,6 +24,7 @@ ROW_PROBLEMS = {
     "no_text": "the row has no text",
     "bad_text": "text is not a UTF-8 string",
 }
+LARGEST_WEIGHT = 10_000
 _LARGEST = 2**31 - 1  # sizes and frame counts are kept in 32 bits
 # What FFmpeg takes for a protocol instead of a file name. "-" means stdin; "-abc.mp4" is a fine file name.
 _PROTOCOL = re.compile(
@@ -45,6 +46,7 @@ class Metadata:
         height: in pixels, 0 = not given.
         num_frames: 0 = not given.
         fps: in frames per second, 0.0 = not given.
+        weight: how often the row occurs in an epoch, on the mean; 1.0 = not given.
         problem: "" or a key of ROW_PROBLEMS.
         source: the file or folder that was read.
         notes: sentences for the start report.
@@ -57,6 +59,7 @@ class Metadata:
     height: list[int]
     num_frames: list[int]
     fps: list[float]
+    weight: list[float]
     problem: list[str]
     source: Path
     notes: list[str] = field(default_factory=list)
@@ -134,6 +137,7 @@ def _clean(columns: Columns, path: Path, notes: list[str]) -> Metadata:
         text=[_valid(value) if isinstance(value, str) else "" for value in raw["text"]],
         kind=[_kind(value, row, path) for row, value in enumerate(raw["type"])],
         fps=[_positive(value) for value in raw["fps"]],
+        weight=[_weight(value, row, path) for row, value in enumerate(raw["weight"])],
         problem=problem,
         source=path,
         notes=notes,
@@ -183,6 +187,15 @@ def _positive(value: object) -> float:
     except (ValueError, OverflowError):
         return 0.0
     return number if 0.0 < number < float("inf") else 0.0
+
+
+def _weight(value: object, row: int, path: Path) -> float:
+    if value is None or value == "":
+        return 1.0
+    weight = 0.0 if value in (0, "0") and not isinstance(value, bool) else _positive(value) or -1.0
+    if not 0 <= weight <= LARGEST_WEIGHT:
+        refuse_row(path, row, "weight", f"{value!r} is no number from 0 to {LARGEST_WEIGHT}", "1 is once in an epoch")
+    return weight
 
 
 def _whole(value: object) -> int:

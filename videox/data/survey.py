@@ -262,6 +262,7 @@ def rows_of_metadata(metadata: Metadata) -> pa.Table:
         "declared_height": metadata.height,
         "declared_frames": metadata.num_frames,
         "declared_fps": metadata.fps,
+        "declared_weight": metadata.weight,
     }
     columns = {"file_path": metadata.file_path, "text": metadata.text, "row_problem": metadata.problem}
     strings = {name: string_array(values) for name, values in columns.items()}

@@ -1,0 +1,131 @@
+"""Serves who trains on several GPUs: how evenly a plan loads them, and how varied its steps stay, side by side.
+
+    python benchmarks/balance.py [--samples N] [--models NAME...] [--ranks N...] [--write benchmarks/balance.md]
+
+Plans an epoch of simulated data sets (eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, 24 to 60 frames per
+second; with images or without) by the package's own planner, for both slot fills, one and four slots per rank and
+step, ranks that meet once a step (DDP, ZeRO-2) and in each micro-batch (ZeRO-3, FSDP), and both values of --balance.
+Beside them, in the same run, the original's scheme: every rank takes the next batch, whatever the others take. Costs
+are a*S + b*S^2 from the models' dimensions. No clip is opened and no model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from videox.data.balance import balance, balance_and_mix, unplanned
+from videox.data.buckets import SizePolicy
+from videox.data.plan import BARRIERS, Columns, PlanSettings, plan_epoch, sample_cost
+from videox.estimate import cost_coefficients, joint_cost_coefficients
+
+MIXES = {
+    "256/1024/512, 30 % images": (0.3, 256, 1024, 3),
+    "256/1024/512": (0.0, 256, 1024, 3),
+    "640/640/640": (0.0, 640, 640, 2),
+}
+MODELS = {
+    "Wan2.1 1.3B": cost_coefficients(dim=1536, ffn_dim=8960, layers=30, text_tokens=512),
+    "Wan2.1 14B": cost_coefficients(dim=5120, ffn_dim=13824, layers=40, text_tokens=512),
+    "HunyuanVideo": joint_cost_coefficients(dim=3072, mlp_ratio=4.0, layers=60, text_tokens=256),
+}
+RANKS, ACCUMULATIONS = (8, 64, 512), (1, 4)
+WHERE = {"step": "DDP", "micro": "sharded"}
+
+
+def data_set(samples: int, images: float, seed: int = 0) -> Columns:
+    """Returns columns of a mixed data set: log-normal durations with a median of 5.5 s, common sizes and rates."""
+    rng = np.random.default_rng(seed)
+    image = rng.random(samples) < images
+    shares = [0.52, 0.2, 0.08, 0.07, 0.04, 0.04, 0.03, 0.02]
+    ratio = rng.choice([16 / 9, 9 / 16, 1.0, 4 / 3, 3 / 4, 2.35, 3 / 2, 2 / 3], size=samples, p=shares)
+    ratio = ratio * np.exp(rng.normal(0, 0.01, samples))
+    short = rng.choice([480, 720, 1080, 2160], size=samples, p=[0.10, 0.40, 0.45, 0.05])
+    seconds = np.clip(np.exp(rng.normal(np.log(5.5), 0.6, samples)), 2, 20)
+    frames = (seconds * rng.choice([24, 25, 30, 60], size=samples, p=[0.25, 0.2, 0.45, 0.1])).astype(np.int32)
+    height = np.where(ratio >= 1, short, short / ratio).astype(np.int32)
+    width = np.where(ratio >= 1, short * ratio, short).astype(np.int32)
+    kind = (~image).astype(np.uint8)
+    return Columns(kind, width, height, np.where(image, 1, frames).astype(np.int32), np.ones(samples, bool))
+
+
+def figures(columns: Columns, settings: PlanSettings, ranks: int) -> dict[str, str]:
+    """Returns balance / mix of the default and of strict, and the balance of the original's scheme."""
+    found: dict[str, str] = {}
+    for kind in ("mixed", "strict"):
+        one = PlanSettings(**{**vars(settings), "balance": kind})
+        plan = plan_epoch(columns, one, 0)
+        found[kind] = "{:.3f} / {:.2f}".format(*balance_and_mix(plan, one, ranks))
+    bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
+    scheme = unplanned(
+        sample_cost(settings, plan.buckets)[bucket],
+        bucket,
+        batch_size=settings.batch_size,
+        ranks=ranks,
+        accumulation=settings.accumulation,
+    )
+    found["original"] = f"{balance(scheme, settings.barrier):.3f}"
+    return found
+
+
+def lines(samples: int, models: list[str], ranks: list[int]) -> Iterator[str]:
+    """Yields the table, row by row."""
+    cases = [(fill, accumulation, barrier) for fill in ("fixed", "cost") for accumulation in ACCUMULATIONS for barrier in BARRIERS]  # fmt: skip
+    yield "| data (video/image/token size) | model | ranks | slots per rank | meets | original | fixed, mixed | fixed, strict | cost, mixed | cost, strict |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for name, (images, low, high, stride) in MIXES.items():
+        columns = data_set(samples, images)
+        policy = SizePolicy(
+            video_sample_size=low, image_sample_size=high, token_sample_size=512 if low == 256 else 640, n_frames=81,
+            stride=stride, enable_bucket=True, random_hw_adapt=True, token_length=True,
+        )  # fmt: skip
+        for model in models:
+            for world in ranks:
+                found = {}
+                for fill, accumulation, barrier in cases:
+                    settings = PlanSettings(
+                        policy, 1, world * accumulation, 0, slot_fill=fill, cost_linear=MODELS[model][0],
+                        cost_quadratic=MODELS[model][1], barrier=barrier, accumulation=accumulation,
+                    )  # fmt: skip
+                    found[fill, accumulation, barrier] = figures(columns, settings, world)
+                for accumulation in ACCUMULATIONS:
+                    for barrier in BARRIERS:
+                        fixed, cost = (found[fill, accumulation, barrier] for fill in ("fixed", "cost"))
+                        cells = [name, model, world, accumulation, WHERE[barrier], fixed["original"]]
+                        cells += [fixed["mixed"], fixed["strict"], cost["mixed"], cost["strict"]]
+                        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=131072, help="of the simulated data set (default 131072)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="default: 8 64 512")
+    parser.add_argument("--write", type=Path, help="also write the table to this file, with what it means")
+    options = parser.parse_args()
+    table = []
+    for line in lines(options.samples, options.models, options.ranks):
+        table.append(line)
+        print(line, flush=True)
+    if options.write:
+        about = __doc__.split("\n\n", 2)[2].strip()
+        means = (
+            "Each cell is balance / mix. Balance: sum of cost / (ranks x sum of the largest rank's cost wherever ranks "
+            "meet), 1 = nobody waits. Mix: variance of a step's mean of log tokens over that of random steps of the "
+            "same size, 1 = random; the default stays below about 4. `original` has no plan and no mix but the random one."
+        )
+        command = f"    python benchmarks/balance.py --samples {options.samples} --write benchmarks/balance.md"
+        where = f"Python {platform.python_version()}, numpy {np.__version__}; no number here depends on the machine."
+        text = "\n\n".join(["# Balance and mix of the plan", about, means, command, where, "\n".join(table)])
+        options.write.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Serves scripts/export.py and a run's own exports: every layout comes back as it went, and computes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import originals
+import pytest
+import runs
+import tiny
+import torch
+from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from videox.errors import Refusal
+
+MODELS: dict[str, tuple[Callable[..., Path], type]] = {
+    "wan t2v": (tiny.build_wan_t2v, WanTransformer3DModel),
+    "wan i2v": (tiny.build_wan_i2v, WanTransformer3DModel),
+    "hunyuan t2v": (tiny.build_hunyuan_t2v, HunyuanVideoTransformer3DModel),
+    "hunyuan i2v": (tiny.build_hunyuan_i2v, HunyuanVideoTransformer3DModel),
+}
+
+
+def export(*words: object) -> int:
+    return tiny.load_script("scripts/export.py").main([str(word) for word in words])
+
+
+def refusal(*words: object) -> str:
+    with pytest.raises(Refusal) as refused:
+        export(*words)
+    assert refused.value.mend and "\n" not in refused.value.line()
+    return refused.value.line()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, type]:
+    build, model_class = MODELS[request.param]
+    return request.param, build(tmp_path_factory.mktemp("model")) / "transformer", model_class
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui"])
+def test_there_and_back_is_bit_equal(model: tuple[str, Path, type], tmp_path: Path, layout: str) -> None:
+    name, folder, model_class = model
+    state = originals.weights(folder)
+    assert export(folder, tmp_path / "out.safetensors", "--layout", layout, "--verify") == 0
+    prefix = "model.diffusion_model." if layout == "comfyui" else ""
+    wanted = originals.rebuilt(state, "wan" if name.startswith("wan") else "hunyuan")
+    stored = load_file(tmp_path / "out.safetensors")
+    assert stored.keys() == {f"{prefix}{key}" for key in wanted}
+    assert all(torch.equal(stored[f"{prefix}{key}"], tensor) for key, tensor in wanted.items())
+    other, config = {"original": "comfyui", "comfyui": "original"}[layout], ["--config", folder / "config.json"]
+    export(tmp_path / "out.safetensors", tmp_path / "other.safetensors", "--layout", other, *config)
+    again = load_file(tmp_path / "other.safetensors")
+    bare = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in again.items()}
+    assert bare.keys() == wanted.keys() and all(torch.equal(bare[key], tensor) for key, tensor in wanted.items())
+    assert export(tmp_path / "out.safetensors", tmp_path / "back", "--layout", "diffusers", *config) == 0
+    again = model_class.from_pretrained(tmp_path / "back")
+    known = model_class.from_pretrained(folder)
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in known.state_dict().items())
+    plain = [{k: v for k, v in json.loads(m.to_json_string()).items() if k != "_name_or_path"} for m in (again, known)]
+    assert plain[0] == plain[1]
+
+
+def test_the_fused_model_computes_what_the_split_one_does() -> None:
+    """The original's one product for q, k, v and mlp, and its shift before scale, by its own definition."""
+    components = tiny.load_script("scripts/demo_hunyuan.py").hunyuan_components()
+    transformer = components["transformer"]
+    fused = originals.rebuilt(transformer.state_dict(), "hunyuan")
+    width, x = transformer.config.num_attention_heads * transformer.config.attention_head_dim, torch.randn(1, 5, 24)
+    assert width == 24
+    block = transformer.single_transformer_blocks[1]
+    q, k, v, mlp = torch.nn.functional.linear(
+        x, fused["single_blocks.1.linear1.weight"], fused["single_blocks.1.linear1.bias"]
+    ).split([width, width, width, int(width * transformer.config.mlp_ratio)], -1)
+    parts = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+    for found, part in zip((q, k, v, mlp), parts, strict=True):
+        assert torch.allclose(found, part(x), atol=1e-6)
+    shift, scale = torch.nn.functional.linear(
+        torch.nn.functional.silu(x[:, 0]),
+        fused["final_layer.adaLN_modulation.1.weight"],
+        fused["final_layer.adaLN_modulation.1.bias"],
+    ).chunk(2, -1)
+    normed = torch.nn.functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    assert torch.allclose(transformer.norm_out(x, x[:, 0]), normed, atol=1e-5)
+
+
+def test_a_dtype_and_what_stays_float32(model: tuple[str, Path, type], tmp_path: Path) -> None:
+    _, folder, model_class = model
+    export(folder, tmp_path / "half", "--layout", "diffusers", "--dtype", "bf16")
+    half = model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
+    stored = originals.weights(tmp_path / "half")
+    assert all(torch.equal(stored[key], half[key]) and stored[key].dtype == half[key].dtype for key in half)
+    export(folder, tmp_path / "half.safetensors", "--layout", "original", "--dtype", "fp16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+
+
+def test_8_bit_becomes_bf16(tmp_path: Path) -> None:
+    folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
+    state = originals.rebuilt(originals.weights(folder), "wan")
+    stored = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t.to(torch.bfloat16) for name, t in state.items()}
+    save_file({**stored, "blocks.0.ffn.0.scale_weight": torch.tensor(2.0)}, tmp_path / "fp8.safetensors")
+    export(tmp_path / "fp8.safetensors", tmp_path / "out", "--layout", "diffusers", "--config", folder / "config.json")
+    found = originals.weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert torch.equal(found["blocks.0.ffn.net.0.proj.weight"], 2 * stored["blocks.0.ffn.0.weight"].bfloat16())
+
+
+def test_nothing_is_overwritten_and_nothing_left(tmp_path: Path) -> None:
+    folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
+    (tmp_path / "there.safetensors").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("")
+    assert "exists" in refusal(folder, tmp_path / "there.safetensors", "--layout", "original")
+    assert "no name of a .safetensors" in refusal(folder, tmp_path / "name", "--layout", "original")
+    assert "not empty" in refusal(folder, tmp_path / "full", "--layout", "diffusers")
+    state = load_file(next(folder.glob("*.safetensors")))
+    key = "blocks.0.ffn.net.0.proj.weight"
+    save_file({**state, key: torch.full_like(state[key], 1e38)}, next(folder.glob("*.safetensors")))
+    assert "not finite" in refusal(folder, tmp_path / "out.safetensors", "--layout", "original", "--dtype", "fp16")
+    assert {path.name for path in tmp_path.iterdir()} == {"there.safetensors", "full", "model"}
+
+
+def test_what_is_no_transformer_is_said(tmp_path: Path) -> None:
+    model = tiny.build_wan_t2v(tmp_path / "model")
+    assert "wan_vae" in refusal(model / "vae", tmp_path / "out.safetensors", "--layout", "original")
+    assert "not there" in refusal(tmp_path / "none", tmp_path / "out.safetensors", "--layout", "original")
+    shards = tmp_path / "checkpoint-1"
+    (shards / "global_step1").mkdir(parents=True)
+    (shards / "latest").write_text("global_step1")
+    (shards / "global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    assert "zero_to_bf16.py" in refusal(shards, tmp_path / "out.safetensors", "--layout", "original")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Outcome:
+    """Returns a run from Wan's original folder that trained a step and wrote every layout."""
+    folder = tmp_path_factory.mktemp("run")
+    original = originals.build_wan(folder / "original", tiny.build_wan_t2v(folder / "model"))
+    settings = {"max_train_steps": 1, "tokenizer_max_length": 16, "train_batch_size": 2, "export_dtype": "fp32"}
+    settings["lr_warmup_steps"] = 0  # else the first step has a learning rate of 0
+    layouts = ["diffusers", "original", "comfyui"]
+    metadata = tiny.make_dataset(folder / "data")
+    outcome = runs.train(runs.wan_plain(original, metadata, folder / "out", export_layouts=layouts, **settings))
+    assert outcome.code == 0, outcome.stderr
+    return outcome
+
+
+def test_a_run_writes_the_layouts_that_were_asked_for(run: runs.Outcome) -> None:
+    wanted = originals.rebuilt(run.weights(), "wan")
+    for layout, prefix in (("original", ""), ("comfyui", "model.diffusion_model.")):
+        stored = load_file(run.folder / f"transformer_{layout}.safetensors")
+        assert stored.keys() == {f"{prefix}{name}" for name in wanted}
+        assert all(torch.equal(stored[f"{prefix}{name}"], tensor) for name, tensor in wanted.items())
+    start = originals.weights(run.folder.parent / "original")
+    trained = load_file(run.folder / "transformer_original.safetensors")
+    assert trained.keys() == start.keys() and not torch.equal(trained["head.head.weight"], start["head.head.weight"])
+
+
+def test_a_file_says_what_it_is(run: runs.Outcome) -> None:
+    for path in (
+        next((run.folder / "transformer").glob("*.safetensors")),
+        run.folder / "transformer_original.safetensors",
+    ):
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata()
+        assert said["format"] == "pt" and said["trainer"].startswith("videox ")
+        assert said["base_model"] == "original" and said["task"] == "wan2.1 normal" and said["steps"] == "1"
+        assert said["shift"] == "5.0" and said["seed"] == "42" and said["video_sample_n_frames"] == "13"
+
+
+def test_a_checkpoint_is_exported_and_trained_on(run: runs.Outcome, tmp_path: Path) -> None:
+    export(run.folder / "checkpoint-1", tmp_path / "one.safetensors", "--layout", "original")
+    known = load_file(run.folder / "transformer_original.safetensors")
+    stored = load_file(tmp_path / "one.safetensors")
+    assert stored.keys() == known.keys() and all(torch.equal(stored[name], known[name]) for name in known)
+    model, metadata = run.folder.parent / "original", run.folder.parent / "data/metadata.json"
+    still = {"learning_rate": 0, "max_train_steps": 1, "tokenizer_max_length": 16, "train_batch_size": 2}
+    words = runs.wan_plain(
+        model, metadata, tmp_path / "out", transformer_path=tmp_path / "one.safetensors", export_dtype="fp32", **still
+    )
+    outcome = runs.train(words)
+    assert outcome.code == 0, outcome.stderr
+    kept, before = outcome.weights(), run.weights()
+    assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in kept)
