@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import videox.args as flags
+import videox.planning as planning
 from videox.errors import FLAGS, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ def shared_parser() -> flags.Parser:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=("normal", "i2v", "inpaint"))
     flags.add_run(parser)
+    planning.add_flags(parser)
     return parser
 
 

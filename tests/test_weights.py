@@ -305,15 +305,3 @@ def test_a_published_folder_is_readable_by_the_team(tmp_path):
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "out" / "x.safetensors").stat().st_mode & 0o777 == 0o644
-
-
-def test_what_a_header_tells_is_written_alike_each_time(tmp_path: Path) -> None:
-    told = {f"fact {number}": f'\u00e4 "quoted" \\ {number}' for number in range(12)}
-    tensors = {f"tensor {number}": torch.full((3,), float(number)) for number in range(5)}
-    for name in ("a", "b", "c"):
-        save_tensors(tmp_path / name, tensors, metadata=told)
-    files = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("a", "b", "c")]
-    assert files[0] == files[1] == files[2]
-    with safe_open(tmp_path / "a/diffusion_pytorch_model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", **told}
-        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())

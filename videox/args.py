@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from videox.data.buckets import SizePolicy
+from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
@@ -191,6 +191,8 @@ def add_shapes(parser: Parser) -> None:
         help="one size for all samples (none = off)",
     )
     add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
+    grid = "sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16"
+    add("--bucket_grid", choices=GRIDS, default=GRIDS[0], help=grid)
     add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
     add(
         "--training_with_video_token_length",
@@ -401,6 +403,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         random_ratio_crop=args.random_ratio_crop,
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
         min_frames=min_frames,
+        grid=args.bucket_grid,
     )
 
 

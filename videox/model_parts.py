@@ -50,18 +50,21 @@ class Part:
         return open_tensors(self.path) if self.tensors is None else self.tensors
 
 
-def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> Part:
+def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, weighted: bool = True) -> Part:
     """Returns a part of a model in whatever layout it is: told by its tensors' names, not by the name of its file.
 
     Args:
         path: a folder with config.json and weights, in diffusers' or the original layout, or one file of weights.
         kind: a layout of videox.layouts.TABLES, or the name of a part that has diffusers' names everywhere.
         known: the nearest configuration, for what the weights of a single file do not tell.
+        weighted: False takes a folder's word for what its weights would be; a single file is looked at in any case.
 
     Raises:
         Refusal: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
     """
-    own = {} if path.is_file() else read_component(path, weighted=True)
+    own = {} if path.is_file() else read_component(path, weighted=weighted)
+    if own and not weighted:
+        return Part(path, own)
     tensors = open_tensors(path)
     if tensors.layout is None and not path.is_file():
         return Part(path, own)

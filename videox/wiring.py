@@ -49,6 +49,7 @@ from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.model_parts import Part
+from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
@@ -63,6 +64,7 @@ from videox.state import (
 )
 from videox.steps import total_steps
 from videox.tracker import check_tracker
+from videox.utilization import run_meter
 from videox.validation import HeldOut
 from videox.validator import Validator
 from videox.watch import Watch
@@ -77,6 +79,8 @@ WITHOUT_NUMBERS = {
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",
+    "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
+    "peak_tflops", "try_largest_first",
 }  # fmt: skip
 Gather = Callable[[Any], list[Any]]
 
@@ -273,11 +277,13 @@ def open_watch(
     schedule_: Schedule,
     engine: Engine,
     resolved: Mapping[str, Any],
+    network: Callable[..., Network],
 ) -> Watch:
     """Returns the run's records, with what lies behind the resumed step moved aside.
 
     Args:
         resolved: what followed from the flags beside the schedule, for args.json.
+        network: makes the model's operations.
     """
     plan = {
         "run": schedule_.state.run,
@@ -285,6 +291,10 @@ def open_watch(
         "slots": schedule_.settings.slots,
         "total_steps": schedule_.total,
     }
+    meter = run_meter(
+        network(half=accelerator.mixed_precision == "bf16"), peak_tflops=args.peak_tflops,
+        processes=accelerator.num_processes, settings=schedule_.settings, device=accelerator.device,
+    )  # fmt: skip
     return Watch(
         Path(args.output_dir),
         run,
@@ -296,6 +306,7 @@ def open_watch(
         logging_dir=args.logging_dir,
         project=args.tracker_project_name,
         checkpoint_bytes=engine.checkpoint_bytes,
+        meter=meter,
         is_main=accelerator.is_main_process,
         gather=gather,
         times=step_times(accelerator, schedule_.settings),
