@@ -61,18 +61,6 @@ def _save_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, st
     if metadata:
         _sort_metadata(path)
     path.chmod(mode)
-    if metadata:
-        _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts the header's metadata in order: safetensors writes it in another one each time, and equal files differ."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def _sort_metadata(path: Path) -> None:
