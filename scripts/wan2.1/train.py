@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5E
 
 import videox.args as flags
 import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
@@ -389,7 +390,7 @@ def train(
     wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    planned = wiring.open_schedule(args, accelerator, run, gather, model.cost)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost)
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
