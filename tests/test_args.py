@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import videox.args as flags
+import videox.planning as planning
 from videox.errors import FLAGS, Refusal
+from videox.flag_parser import GONE
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
@@ -44,6 +46,7 @@ def shared_parser() -> flags.Parser:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=("normal", "i2v", "inpaint"))
     flags.add_run(parser)
+    planning.add_flags(parser)
     return parser
 
 
@@ -159,8 +162,8 @@ def test_every_flag_is_read_and_every_read_is_a_flag() -> None:
 
 
 def test_the_table_of_gone_flags_is_whole() -> None:
-    assert set(flags.GONE) == set(REPLACED) | set(NEVER_READ)
-    assert not set(flags.GONE) & set(ACTIONS)
+    assert set(GONE) == set(REPLACED) | set(NEVER_READ)
+    assert not set(GONE) & set(ACTIONS)
 
 
 @pytest.mark.parametrize("form", ["--{}", "--{}=1", "--{} 1"])
@@ -168,7 +171,7 @@ def test_the_table_of_gone_flags_is_whole() -> None:
 def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str, form: str) -> None:
     refused = refusal([*base, *form.format(name).split()])
     assert refused.where == f"--{name}"
-    assert refused.mend == flags.GONE[name]
+    assert refused.mend == GONE[name]
     assert REPLACED.get(name, "never read it") in refused.mend
     assert refused.line() == refusal(form.format(name).split()).line()  # said first, whatever else is missing
 

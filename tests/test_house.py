@@ -18,6 +18,7 @@ FLOORS = {
     "videox": 0,
     "videox.errors": 0,
     "videox.files": 0,
+    "videox.flag_parser": 1,
     "videox.keys": 0,
     "videox.shapes": 0,
     "videox.build_lock": 1,
@@ -34,7 +35,10 @@ FLOORS = {
     "videox.meeting": 1,
     "videox.model_folder": 1,
     "videox.model_parts": 4,
+    "videox.network": 1,
     "videox.offload": 1,
+    "videox.peak": 1,
+    "videox.plan_picture": 1,
     "videox.optim": 1,
     "videox.peer_hub": 1,
     "videox.pickles": 1,
@@ -48,13 +52,16 @@ FLOORS = {
     "videox.lora": 2,
     "videox.distributed": 2,
     "videox.latents": 2,
+    "videox.memory": 2,
     "videox.metrics": 2,
     "videox.optimizer_state": 2,
     "videox.preview": 2,
     "videox.shards": 2,
     "videox.sharing": 5,
     "videox.cost_model": 3,
+    "videox.dry_run": 3,
     "videox.dump": 3,
+    "videox.explain": 3,
     "videox.encoding": 3,
     "videox.exports": 4,
     "videox.fsdp_shards": 3,
@@ -64,11 +71,13 @@ FLOORS = {
     "videox.streaming": 3,
     "videox.tensor_files": 3,
     "videox.tracker": 3,
+    "videox.utilization": 3,
     "videox.transformer": 5,
     "videox.validation": 3,
     "videox.zero_creation": 3,
     "videox.zero_shards": 3,
     "videox.args": 5,
+    "videox.first_minute": 6,
     "videox.text": 4,
     "videox.lifecycle": 4,
     "videox.engine": 4,
@@ -81,7 +90,9 @@ FLOORS = {
     "videox.watch": 5,
     "videox.steps": 6,
     "videox.validator": 6,
-    "videox.wiring": 7,
+    "videox.scheduling": 7,
+    "videox.wiring": 8,
+    "videox.planning": 9,
     "videox.zero": 5,
 }
 # videox.data is floor 2 as a whole; inside it imports go only leftwards.
@@ -104,6 +115,7 @@ DATA = (
     "epoch",
     "plan",
     "balance",
+    "extent",
     "shard_file",
     "cache",
     "cache_care",
@@ -241,7 +253,7 @@ def test_every_signature_is_annotated(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules_of_videox(), ids=module_name)
 def test_parsed_flags_stay_in_args(path: Path) -> None:
-    if module_name(path) in ("videox.args", "videox.wiring"):
+    if module_name(path) in ("videox.args", "videox.flag_parser", "videox.planning", "videox.scheduling", "videox.wiring"):
         return
     for function in functions(path):
         for parameter in parameters(function):

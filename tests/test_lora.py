@@ -60,7 +60,7 @@ EXPECTED = {  # of two blocks of each kind
 
 
 def family_targets(kind: str) -> dict[str, Sequence[str]]:
-    return runs.script(kind.split()[0]).LORA_TARGETS
+    return runs.script(kind.split()[0]).ADAPTED
 
 
 @pytest.mark.parametrize("kind", EXPECTED)

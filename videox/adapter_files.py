@@ -18,7 +18,8 @@ from videox.errors import MODEL, NUMERICS, Refusal
 from videox.exports import publish_file
 from videox.files import write_json_atomically
 from videox.kept import TRANSFORMER
-from videox.lora import Lora, own_name, public_name
+from videox.layouts import family_of
+from videox.lora import Lora, initial_values, own_name, public_name
 from videox.lora_layouts import lora_to_comfyui
 from videox.model_folder import UNLOADABLE
 from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors, sort_metadata
@@ -226,6 +227,46 @@ def refuse_other_adapters(checkpoint: Path, lora: Lora, base: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ beginning
+
+
+def begin_adapters(
+    lora: Lora,
+    stored: TensorSource,
+    pipeline_class: Any,  # noqa: ANN401 - of diffusers
+    *,
+    seed: int,
+    resume: Path | None,
+    other: Path | None,
+    first: Callable[[Callable[[], object]], None],
+) -> tuple[AdaptersAlone, list[str]]:
+    """Returns what a LoRA run trains and keeps, and the lines that tell it; no weight is loaded.
+
+    Args:
+        lora: what is adapted.
+        stored: the base's weights.
+        pipeline_class: of the family, which knows its LoRA files.
+        seed: of the run.
+        resume: the checkpoint that will be loaded, None for a new run.
+        other: a LoRA to begin with, None for a new one.
+        first: runs a check on the main process; what that refuses, all refuse.
+
+    Raises:
+        Refusal: the checkpoint was trained otherwise or on another base, or the other LoRA does not fit.
+    """
+    base: list[str] = []  # of the main process, the one that writes it
+
+    def check() -> None:
+        base.append(fingerprint(stored))
+        if resume is not None:
+            refuse_other_adapters(resume, lora, base[0])
+
+    first(check)
+    values, said = initial_values(lora, stored, seed), [lora.line(stored)]
+    if other is not None and resume is None:
+        values, line = begin_from(other, values, lora, pipeline_class.lora_state_dict)
+        said.append(line)
+    save, family = pipeline_class.save_lora_weights, family_of(stored) or ""
+    return AdaptersAlone(lora, values, base="".join(base), family=family, save_lora_weights=save), said
 
 
 def begin_from(

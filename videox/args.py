@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import math
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
-from videox.data.buckets import SizePolicy
+from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
 from videox.exports import LAYOUTS
+from videox.flag_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 
@@ -28,83 +25,6 @@ PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
     "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
 )  # fmt: skip
-NEVER_READ = "the original parsed it and never read it: leave it out"
-GONE = {
-    "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
-    "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
-    "enable_text_encoder_in_dataloader": "use --latent_cache, which encodes each caption once, not once per epoch",
-    "multi_stream": "use --latent_cache, with which no encoder runs beside the model",
-    "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
-    **dict.fromkeys(
-        (
-            "noise_offset", "snr_loss", "random_flip", "max_train_samples", "input_perturbation", "prediction_type",
-            "variant", "revision", "non_ema_revision", "push_to_hub", "hub_model_id", "hub_token", "cache_dir", "local_rank",
-        ),
-        NEVER_READ,
-    ),
-}  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose every complaint is a Refusal, whose unknown flags name the nearest one."""
-
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises Refusal instead of printing the usage."""
-        flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
-        raise Refusal(flag, message.removeprefix(f"argument {flag}: "), "see --help")
-
-    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Returns the flags; every word of the command line must be one of them.
-
-        Raises:
-            Refusal: a flag that is gone, unknown, misspelt or out of range.
-        """
-        words = list(argv if argv is not None else self._command_line())
-        # before argparse, which would rather say that the flag meant is missing; a value such as "--a dog" has a space
-        for word in (word.split("=", 1)[0] for word in words if word.startswith("--") and " " not in word):
-            if word[2:] in GONE:
-                raise Refusal(word, "is gone", GONE[word[2:]])
-            if word not in self._option_string_actions:
-                raise self._unknown(word)
-        args, unknown = self.parse_known_args(words)
-        if unknown:
-            raise self._unknown(unknown[0].split("=", 1)[0])
-        return args
-
-    def _unknown(self, word: str) -> Refusal:
-        near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
-        return Refusal(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
-
-    @staticmethod
-    def _command_line() -> list[str]:
-        return sys.argv[1:]
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Returns an argparse type: a finite int or float within [low, high]."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError as why:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number" if kind is int else f"{text!r} is no number"
-            ) from why
-        if not low <= value <= high or (math.isinf(value)):
-            bottom, top = (str(bound) if kind is int else f"{bound:g}" for bound in (low, high))
-            reach = "or more" if math.isinf(high) else f"to {top}"
-            raise argparse.ArgumentTypeError(f"{text} is outside {bottom} {reach}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, 1, 10**9)
-COUNT_OR_ZERO = number(int, 0, 10**9)
-SHARE = number(float, 0, 1)
 
 
 def add_model_and_data(parser: Parser) -> None:
@@ -191,6 +111,8 @@ def add_shapes(parser: Parser) -> None:
         help="one size for all samples (none = off)",
     )
     add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
+    grid = "sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16"
+    add("--bucket_grid", choices=GRIDS, default=GRIDS[0], help=grid)
     add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
     add(
         "--training_with_video_token_length",
@@ -415,6 +337,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         random_ratio_crop=args.random_ratio_crop,
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
         min_frames=min_frames,
+        grid=args.bucket_grid,
     )
 
 

@@ -41,7 +41,7 @@ class Purpose(IntEnum):
     CONDITION_DROP = 22
     REPEAT = 23
     ADAPTER = 24
-    ADAPTER_DROPOUT = 25
+    DROPOUT = 25
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:

@@ -181,11 +181,6 @@ def store_base(transformer: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def seed_dropout(key: int) -> None:
-    """Sets torch's generators for one forward pass, which a resumed run then repeats; key: of a planned sample."""
-    torch.manual_seed(int(mix(key, Purpose.ADAPTER_DROPOUT)))
-
-
 class Adapted(TensorSource):
     """The tensors of a model with adapters: those of its base, by the names they have there, and the adapters' own.
 

@@ -17,7 +17,7 @@ from videox.data.dataset import BadSample, Batch
 from videox.data.plan import Columns, EpochPlan, PlanSettings, count_steps, plan_epoch
 from videox.distributed import agree
 from videox.engine import Engine
-from videox.keys import mix
+from videox.keys import Purpose, mix
 from videox.progress import StepClock
 from videox.state import TrainState
 from videox.watch import Watch
@@ -41,11 +41,15 @@ class PlannedStep:
     clock: StepClock
 
     def batches(self) -> Iterator[Batch]:
-        """Yields this process's micro-batches; the time that they take to come counts as waiting for data."""
+        """Yields this process's micro-batches; the time that they take to come counts as waiting for data.
+
+        torch's own generators, from which dropout draws, are set for each by its key: a resumed run repeats them.
+        """
         last = False
         while not last:
             with self.clock.waiting():
                 batch = next(self.loaded)
+            torch.manual_seed(int(mix(batch["keys"][0], Purpose.DROPOUT)))
             yield batch
             last = batch["last"]
 

@@ -51,6 +51,13 @@ def load_transformer(
     return load_whole(model_class, part, dtype)
 
 
+def frozen_notes(accelerator: Accelerator) -> list[str]:
+    """Returns a line where the backend keeps frozen weights in more memory than another would."""
+    if resolved(accelerator) != "fsdp1" or accelerator.mixed_precision != "bf16":
+        return []
+    return ["FSDP1 keeps the frozen weights in float32; with --fsdp_version 2 they take half of that"]
+
+
 def attach(transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], accelerator: Accelerator) -> list[str]:
     """Adds adapters to a transformer of load_transformer, in the form that its backend takes, and freezes the rest.
 

@@ -32,6 +32,8 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from transformers import AutoTokenizer, CLIPTextModel
 
 import videox.args as flags
+import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
@@ -40,7 +42,7 @@ from videox.distributed import Backend, StopRequest, accumulate, backward, compu
 from videox.dump import dump_folder, write_dump
 from videox.encoding import Encoder, OnDemand, Recipe, latents_recipe
 from videox.errors import MODEL, Refusal
-from videox.estimate import joint_cost_coefficients
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -55,6 +57,7 @@ from videox.latents import draw, encode_moments
 from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
 from videox.model_parts import Part, find_part
+from videox.network import joint_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
@@ -64,9 +67,8 @@ from videox.validation import HeldOut
 from videox.validator import encode_held_out
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
-LORA_TARGETS = {  # attention and feed-forward, by list of blocks
-    "transformer_blocks": ("attn", "ff", "ff_context"), "single_transformer_blocks": ("attn", "proj_mlp", "proj_out")
-}  # fmt: skip
+ADAPTED = {"transformer_blocks": ("attn", "ff", "ff_context")}  # what a LoRA changes, by list of blocks
+ADAPTED["single_transformer_blocks"] = ("attn", "proj_mlp", "proj_out")
 LATENT_CHANNELS = 16
 MOST_IMAGE_TOKENS = 576  # of the prompt: what Llava sees of an image, before most are left out
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is kept, as in the pipeline
@@ -81,13 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    add(
-        "--guidance_scale",
-        type=flags.number(float, 1, 100),
-        default=6.0,
-        help="embedded guidance, x 1000 to the model",
-    )
+    embedded = "embedded guidance, x 1000 to the model"
+    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
     skip = "last hidden layers of the text encoder to leave out (0 = none)"
     add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
@@ -151,11 +150,12 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    root = local_folder(args.pretrained_model_name_or_path)
-    configs = read_model_folder(str(root), pipelines, names, weighted=encoders)
+    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
+    configs = read_model_folder(str(root), pipelines, names, weighted=encoders if weighted else ())
     parts = {name: Part(root / name, configs[name]) for name in names}
     for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
-        parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+        path = Path(getattr(args, f"{name}_path") or root / name)
+        parts[name] = find_part(path, kind, configs[name], weighted=weighted)
     condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
@@ -166,21 +166,42 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     return parts
 
 
+def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    config, text_tokens = parts["transformer"].config, args.tokenizer_max_length
+    condition = config.get("image_condition_type")
+    if condition is not None:  # the prompt shows the first frame, too
+        text_tokens += MOST_IMAGE_TOKENS // (args.image_embed_interleave or INTERLEAVE[condition])
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {condition})",
+        network=partial(joint_attention_network, config, text_tokens=text_tokens),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        parts={name: (kind, parts[name].config) for name, kind in classes_of(args.train_mode).items()},
+        min_frames=1 if condition is None else 5,  # a given first latent frame alone teaches nothing
+        divided="fsdp1",
+    )
+
+
+def classes_of(train_mode: str) -> dict[str, Any]:
+    """Returns the class of each part that has weights."""
+    # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
+    text = transformers.LlamaModel if train_mode == "normal" else transformers.LlavaForConditionalGeneration
+    encoders = {"vae": AutoencoderKLHunyuanVideo, "text_encoder": text, "text_encoder_2": CLIPTextModel}
+    return {"transformer": HunyuanVideoTransformer3DModel, **encoders}
+
+
 def load_encoders(
     args: argparse.Namespace, parts: dict[str, Part], accelerator: Accelerator, gather: wiring.Gather
 ) -> Encoders:
     """Loads the encoders: those of text in the compute dtype, the VAE in float32."""
     root, dtype = parts["scheduler"].path.parent, compute_dtype(accelerator)
-    # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
-    text_to_video = args.train_mode == "normal"
-    text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
+    classes = classes_of(args.train_mode)
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-    encoders = {
-        "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
-        "text_encoder": load(text_encoder_class, parts["text_encoder"], dtype),
-        "text_encoder_2": load(CLIPTextModel, parts["text_encoder_2"], dtype),
-    }
-    pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
+    kinds = {"vae": torch.float32, "text_encoder": dtype, "text_encoder_2": dtype}
+    encoders = {name: load(classes[name], parts[name], kind) for name, kind in kinds.items()}
+    pipeline_class = (
+        HunyuanVideoPipeline if args.train_mode == "normal" else diffusers.HunyuanVideoImageToVideoPipeline
+    )
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
@@ -193,11 +214,9 @@ def load_encoders(
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder,
-    *, frozen: bool,
-) -> Components:  # fmt: skip
-    """Loads the transformer, float32 unless it is frozen; the encoders are loaded by whoever asks for them first."""
-    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator, frozen=frozen)
+    parts: dict[str, Part], shift: float, transformer: torch.nn.Module, encoders: OnDemand[Encoders], encode: Encoder
+) -> Components:
+    """Returns the model's parts; the encoders are loaded by whoever asks for them first."""
     attention = MaskFreeAttention()
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(attention)
@@ -296,14 +315,11 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    components: Components,
-    model: torch.nn.Module,
-    batch: Batch,
+    args: argparse.Namespace, accelerator: Accelerator, components: Components, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
 
     x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
@@ -318,7 +334,6 @@ def accumulate_gradients(
 
     inputs = transformer_inputs(components, noisy_latents, sigmas, given, args.guidance_scale)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
-    wiring.draw_dropout(args, batch)
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         made = (slice(None), slice(None), slice(components.given_frames, None))  # what the model was not given
@@ -338,11 +353,7 @@ def accumulate_gradients(
 
 
 def predict_held_out(
-    components: Components,
-    guidance_scale: float,
-    noisy_latents: torch.Tensor,
-    timestep: torch.Tensor,
-    sample: HeldOut,
+    components: Components, guidance_scale: float, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
 ) -> torch.Tensor:
     """Returns the velocity for one held-out sample, as training computes it."""
     given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
@@ -368,7 +379,7 @@ def sampling_pipeline(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, check_model, describe)
 
 
 def train(
@@ -376,21 +387,13 @@ def train(
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
     parts = check_model(args)
-    config, shift = parts["transformer"].config, read_number(parts["scheduler"].config, "shift", "scheduler")
-    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
-    wiring.announce(args, accelerator, backend, run, task)
+    model, shift = describe(args, parts), read_number(parts["scheduler"].config, "shift", "scheduler")
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = joint_cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        mlp_ratio=config["mlp_ratio"],
-        layers=config["num_layers"] + config["num_single_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    min_frames = 1 if args.train_mode == "normal" else 5  # a given first latent frame alone teaches nothing
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost, min_frames)
-    settings, state, total = planned.settings, planned.state, planned.total
-    lora = wiring.open_lora(args, accelerator, run, planned, parts["transformer"], LORA_TARGETS, HunyuanVideoPipeline)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost, model.min_frames)
+    settings, state, total, part = planned.settings, planned.state, planned.total, parts["transformer"]
+    lora = wiring.open_lora(args, accelerator, run, planned, part, ADAPTED, HunyuanVideoPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
     encoders = OnDemand(partial(load_encoders, args, parts, accelerator))
@@ -400,18 +403,16 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(parts, shift, accelerator, encoders, encode, frozen=lora is not None)
-    transformer = components.transformer
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, part, accelerator, frozen=lora is not None)
+    components = load_components(parts, shift, transformer, encoders, encode)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, blocks, planned, parts["transformer"], lora
-    )
+    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part, lora)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
     plan = held_out_plan(planned.columns, settings)
     held_out = encode_held_out(dataset, plan, partial(encode_batch, components, keys=None))
     validate = wiring.open_validator(
@@ -421,7 +422,8 @@ def train(
     )  # fmt: skip
     save = partial(engine.save, state=state)
     about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
-    clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
@@ -433,11 +435,11 @@ def train(
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
-                clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
+                clip_limit=wiring.clip_limit_of(args), max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip
 
             # once in a while: validate, save, stop

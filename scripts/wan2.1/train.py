@@ -28,6 +28,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
 import videox.args as flags
+import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
@@ -36,7 +38,7 @@ from videox.distributed import Backend, StopRequest, accumulate, backward, compu
 from videox.dump import dump_folder, write_dump
 from videox.encoding import Encoder, OnDemand, Raw, Recipe, latents_recipe
 from videox.errors import MODEL, Refusal
-from videox.estimate import cost_coefficients
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -51,6 +53,7 @@ from videox.latents import draw, encode_moments, to_images
 from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
 from videox.model_parts import Part, find_part, original_parts, original_places
+from videox.network import cross_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
@@ -60,8 +63,10 @@ from videox.validator import encode_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
-LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # attention and feed-forward, by list of blocks
+ADAPTED = {"blocks": ("attn1", "attn2", "ffn")}  # what a LoRA changes, by list of blocks
 LATENT_CHANNELS = 16
+CLASSES = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
+CLASSES["image_encoder"] = CLIPVisionModel
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -74,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    planning.add_flags(parser)
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
         "--config_path",
@@ -113,19 +119,17 @@ class Components:
 
 def check_model(args: argparse.Namespace) -> dict[str, Part]:
     """Returns the model's parts after every one has been looked at; loads no weight."""
-    root = local_folder(args.pretrained_model_name_or_path)
+    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
     if places := original_places(root, args.config_path):
         parts = original_parts(places, args.config_path, args.transformer_path, args.vae_path)
     else:
         pipelines = ("WanPipeline", "WanImageToVideoPipeline")
         names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",))
+        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",) if weighted else ())
         parts = {name: Part(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
-            parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
-        if parts["transformer"].config.get("image_dim"):
-            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision")
-            read_component(root / "image_processor", weighted=False)
+            path = Path(getattr(args, f"{name}_path") or root / name)
+            parts[name] = find_part(path, kind, configs[name], weighted=weighted)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -139,7 +143,25 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
+    if with_image:
+        encoder = places["image_encoder"] if places else root / "image_encoder"
+        parts["image_encoder"] = find_part(encoder, "clip_vision", weighted=weighted)
+        if not places:
+            read_component(root / "image_processor", weighted=False)
     return parts
+
+
+def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    config, images = parts["transformer"].config, 0
+    if "image_encoder" in parts:
+        images = (parts["image_encoder"].config["image_size"] // parts["image_encoder"].config["patch_size"]) ** 2 + 1
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
+        network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
+        blocks=("blocks",),
+        parts={name: (kind, parts[name].config) for name, kind in CLASSES.items() if name in parts},
+    )
 
 
 def open_pipeline(
@@ -166,12 +188,8 @@ def load_encoders(
 ) -> Encoders:
     """Loads the encoders: that of text in the compute dtype, the others in float32."""
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-    encoders = {
-        "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
-        "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype(accelerator)),
-    }
-    if parts["transformer"].config.get("image_dim"):
-        encoders["image_encoder"] = load(CLIPVisionModel, parts["image_encoder"], torch.float32)
+    kinds = {"vae": torch.float32, "text_encoder": compute_dtype(accelerator), "image_encoder": torch.float32}
+    encoders = {name: load(CLASSES[name], parts[name], kind) for name, kind in kinds.items() if name in parts}
     pipeline = open_pipeline(args, parts, shift, encoders)
     check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
     resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
@@ -179,11 +197,9 @@ def load_encoders(
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder,
-    *, frozen: bool,
-) -> Components:  # fmt: skip
-    """Loads the transformer, float32 unless it is frozen; the encoders are loaded by whoever asks for them first."""
-    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator, frozen=frozen)
+    parts: dict[str, Part], shift: float, transformer: torch.nn.Module, encoders: OnDemand[Encoders], encode: Encoder
+) -> Components:
+    """Returns the model's parts; the encoders are loaded by whoever asks for them first."""
     config = full_config(AutoencoderKLWan, parts["vae"].config)
     mean, std = (
         torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
@@ -300,14 +316,11 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    components: Components,
-    model: torch.nn.Module,
-    batch: Batch,
+    args: argparse.Namespace, accelerator: Accelerator, components: Components, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
 
     x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
@@ -322,7 +335,6 @@ def accumulate_gradients(
 
     inputs = transformer_inputs(noisy_latents, sigmas, given)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
-    wiring.draw_dropout(args, batch)
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme))
@@ -366,7 +378,7 @@ def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffuser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, check_model, describe)
 
 
 def train(
@@ -374,20 +386,13 @@ def train(
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
     parts, shift = check_model(args), read_shift(args.config_path)
-    config = parts["transformer"].config
-    task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
-    wiring.announce(args, accelerator, backend, run, task)
+    model = describe(args, parts)
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        ffn_dim=config["ffn_dim"],
-        layers=config["num_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost)
-    settings, state, total = planned.settings, planned.state, planned.total
-    lora = wiring.open_lora(args, accelerator, run, planned, parts["transformer"], LORA_TARGETS, WanPipeline)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost)
+    settings, state, total, part = planned.settings, planned.state, planned.total, parts["transformer"]
+    lora = wiring.open_lora(args, accelerator, run, planned, part, ADAPTED, WanPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
     encoders = OnDemand(partial(load_encoders, args, parts, shift, accelerator))
@@ -397,17 +402,17 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(parts, shift, accelerator, encoders, encode, frozen=lora is not None)
-    transformer = components.transformer
+    transformer = load_transformer(WanTransformer3DModel, part, accelerator, frozen=lora is not None)
+    components = load_components(parts, shift, transformer, encoders, encode)
     engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"], lora
+        args, accelerator, backend, transformer, transformer.blocks, planned, part, lora
     )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
     plan = held_out_plan(planned.columns, settings)
     held_out = encode_held_out(dataset, plan, partial(encode_batch, args, components, keys=None))
     validate = wiring.open_validator(
@@ -417,7 +422,8 @@ def train(
     )  # fmt: skip
     save = partial(engine.save, state=state)
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
-    clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
@@ -429,11 +435,11 @@ def train(
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
-                clip_limit=clip_at, max_bad_fraction=args.max_bad_fraction, rate=rate,
+                clip_limit=wiring.clip_limit_of(args), max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip
 
             # once in a while: validate, save, stop
