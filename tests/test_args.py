@@ -33,7 +33,17 @@ NEVER_READ = (
     "noise_offset", "snr_loss", "random_flip", "max_train_samples", "input_perturbation", "prediction_type", "variant",
     "revision", "non_ema_revision", "push_to_hub", "hub_model_id", "hub_token", "cache_dir", "local_rank",
 )  # fmt: skip
-PURE_NUMBERS = {"adam_beta1", "adam_beta2", "adam_epsilon", "logit_mean", "logit_std", "mode_scale", "seed"}
+PURE_NUMBERS = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "logit_mean",
+    "lora_alpha",
+    "lora_rank",
+    "logit_std",
+    "mode_scale",
+    "seed",
+}
 UNITS = re.compile(
     r"pixels|frames|steps?\b|epochs|rows|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
     r"|norm|per |this much higher"
