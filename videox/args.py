@@ -17,6 +17,7 @@ from videox.exports import LAYOUTS
 from videox.flag_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
+from videox.optimizers import OPTIMIZERS, refuse_absent
 
 LR_WARMUP_STEPS = 500
 EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
@@ -180,6 +181,9 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="a function of the optimizer step")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=LR_WARMUP_STEPS, help="optimizer steps of warm-up (0 = off)")
     add("--scale_lr", action="store_true", help="learning rate x samples per optimizer step (off = as given)")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="what steps the weights; see README_TRAIN.md")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit (off = as --optimizer says)")
+    add("--use_came", action="store_true", help="the same as --optimizer came (off = as --optimizer says)")
     add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9, help="decay of the first moment")
     add("--adam_beta2", type=number(float, 0, 0.9999999), default=0.999, help="decay of the second moment")
     add(
@@ -357,6 +361,7 @@ def check(args: argparse.Namespace) -> None:
         if not args.use_ema and getattr(args, flag) != default:
             raise Refusal(f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out")
     _check_lora(args)
+    refuse_absent(optimizer_of(args))
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise Refusal(
@@ -379,6 +384,22 @@ def check(args: argparse.Namespace) -> None:
             raise Refusal("--output_dir", f"{args.output_dir} is or contains --{flag}", "give a folder of its own")
     if output.exists() and not output.is_dir():
         raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
+
+
+def optimizer_of(args: argparse.Namespace) -> str:
+    """Returns the optimizer that was asked for, by whichever flag; raises Refusal where two flags disagree."""
+    asked = {"use_8bit_adam": "adamw8bit", "use_came": "came"}
+    chosen = {"optimizer": args.optimizer} if args.optimizer != "adamw" else {}
+    chosen |= {flag: name for flag, name in asked.items() if getattr(args, flag)}
+    if len({*chosen.values()}) > 1:
+        named = " and ".join(f"--{flag}" for flag in chosen)
+        raise Refusal(f"--{next(iter(chosen))}", f"{named} ask for two optimizers", "give one of them")
+    return next(iter(chosen.values()), "adamw")
+
+
+def with_masters(args: argparse.Namespace) -> bool:
+    """Returns whether the transformer's own weights are loaded in float32: they train, and no less will do."""
+    return not args.lora_rank and OPTIMIZERS[optimizer_of(args)].masters
 
 
 def _check_lora(args: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     REPEAT = 23
     ADAPTER = 24
     DROPOUT = 25
+    ROUNDING = 26
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from videox.errors import Refusal
+from videox.optimizers import optimizer_class
 
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 ABNORMAL_RATIO = 5.0  # a norm this many times the limit counts as abnormal ...
@@ -66,13 +67,24 @@ def parameter_groups(
 
 
 def make_optimizer(
-    groups: list[dict], *, learning_rate: float, betas: tuple[float, float], weight_decay: float, epsilon: float
+    groups: list[dict],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """Returns AdamW over the groups; fused on a GPU, where the loop over tensors makes full-size temporaries."""
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=fused or None
-    )
+    """Returns an optimizer over the groups; AdamW is fused on a GPU, where its loop makes full-size temporaries.
+
+    Args:
+        name: of videox.optimizers.OPTIMIZERS.
+    """
+    make = optimizer_class(name, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
+    if name == "adamw":
+        fused = all(p.is_cuda for group in groups for p in group["params"])
+        return make(groups, lr=learning_rate, fused=fused or None)
+    return make(groups, lr=learning_rate)
 
 
 def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -90,7 +102,10 @@ def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets each group to rate times its rate_factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_factor"]
+        if isinstance(group["lr"], torch.Tensor):  # torchao's compiled step reads it there
+            group["lr"].fill_(rate * group["rate_factor"])
+        else:
+            group["lr"] = rate * group["rate_factor"]
 
 
 def clip_limit(norm: float, step: int, *, max_grad_norm: float, initial_ratio: float, ramp_steps: int) -> float:

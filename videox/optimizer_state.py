@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from videox.errors import MODEL, Refusal
 from videox.weights import few
 
+QUANTISED = "@"  # between the key of a quantised moment and the name of one of its parts
 STATELESS = ""  # the state key of a parameter that the optimizer has not yet touched
 PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 SCALARS: dict[str, tuple[type, torch.dtype]] = {  # suffix of a state key -> the Python type that the tensor stands for
@@ -18,6 +19,32 @@ SCALARS: dict[str, tuple[type, torch.dtype]] = {  # suffix of a state key -> the
     ":int": (int, torch.int64),
     ":float": (float, torch.float64),
 }
+
+
+def _flat_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer's state of one parameter with quantised moments taken apart into their plain tensors."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__") and type(value) is not Tensor:
+            parts, (signed, _) = value.__tensor_flatten__()  # torchao's 8-bit state
+            flat |= {f"{key}{QUANTISED}{part}": getattr(value, part) for part in parts}
+            flat[f"{key}{QUANTISED}signed"] = bool(signed)
+        else:
+            flat[key] = value
+    return flat
+
+
+def _quantised(state: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """Returns the inverse of _flat_state."""
+    whole = {key: value for key, value in state.items() if QUANTISED not in key}
+    for base in sorted({key.partition(QUANTISED)[0] for key in state if QUANTISED in key}):
+        from torchao.optim.subclass_8bit import OptimState8bit  # whoever wrote it has the package
+
+        parts = {
+            key.partition(QUANTISED)[2]: value for key, value in state.items() if key.startswith(base + QUANTISED)
+        }
+        whole[base] = OptimState8bit(**parts, dtype=parameter.dtype)
+    return whole
 
 
 def _state_tensor(value: object, where: str) -> tuple[str, Tensor]:
@@ -58,7 +85,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
         state = optimizer.state.get(parameter, {})
         if not state:
             tensors[f"{name}/{STATELESS}"] = torch.empty(0)
-        for key, value in state.items():
+        for key, value in _flat_state(state).items():
             suffix, tensor = _state_tensor(value, f"{key} of {name}")
             tensors[f"{name}/{key}{suffix}"] = tensor
     return tensors
@@ -116,4 +143,4 @@ def load_optimizer_tensors(
     for parameter, state in restored.items():
         optimizer.state.pop(parameter, None)
         if state:
-            optimizer.state[parameter] = state
+            optimizer.state[parameter] = _quantised(state, parameter)

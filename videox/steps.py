@@ -134,6 +134,7 @@ def close_step(
     if report.bad_samples:  # first, so that they are named whatever ends the run
         watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
     empty = report.bad_samples == len(step.rows)
+    torch.manual_seed(int(mix(state.seed, state.step, Purpose.ROUNDING)))  # weights that are whole round alike
     update = engine.update(loss=report.loss, empty=empty, limit=partial(clip_limit, step=state.step))
     if empty:
         state.skipped += 1  # the data's fault, which max_bad_fraction limits, and no sign of a diverging run

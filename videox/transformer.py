@@ -20,9 +20,9 @@ def load_transformer(
     part: Part,
     accelerator: Accelerator,
     *,
-    frozen: bool = False,
+    masters: bool = True,
 ) -> Any:  # noqa: ANN401 - as above
-    """Returns the transformer in float32; under ZeRO-3 and FSDP2 nothing of it is ever whole in a process.
+    """Returns the transformer to train; under ZeRO-3 and FSDP2 nothing of it is ever whole in a process.
 
     ZeRO-3's is divided already; FSDP2's has no memory until its engine gives each process that of its own shards.
 
@@ -30,14 +30,14 @@ def load_transformer(
         model_class: of diffusers.
         part: to load.
         accelerator: of the run.
-        frozen: nothing of it is to train; it is kept in the dtype of computation, except under FSDP1.
+        masters: in float32; else in the dtype of computation, except under FSDP1.
 
     Raises:
         Refusal: its weights are not those of its configuration, or (FSDP2: when its engine reads them) not finite.
     """
     backend = resolved(accelerator)
     # FSDP1 lays a block's tensors end to end, in one dtype: that of the float32 adapters beside the frozen ones.
-    half = frozen and accelerator.mixed_precision == "bf16" and backend != "fsdp1"
+    half = not masters and accelerator.mixed_precision == "bf16" and backend != "fsdp1"
     dtype = torch.bfloat16 if half else torch.float32
     if backend == "fsdp2":
         made = skeleton(model_class, part.source(), part.own_config())

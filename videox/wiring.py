@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import videox.report as report
 from videox.adapter_files import AdaptersAlone, begin_adapters, refuse_other_kind
-from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, size_policy
+from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, optimizer_of, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
 from videox.cost_model import step_times
@@ -46,6 +46,7 @@ from videox.lora import Adapted, Lora, choose_targets
 from videox.model_parts import Part
 from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
+from videox.optimizers import refuse_unfit
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
@@ -76,6 +77,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend)
     refuse_other_kind(run.resume.path, args.lora_rank)
+    refuse_unfit(optimizer_of(args), backend.kind, accelerator.mixed_precision, lora=args.lora_rank > 0)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
@@ -107,12 +109,8 @@ def open_lora(
     if not args.lora_rank:
         return None
     stored = part.source()
-    lora = Lora(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha or float(args.lora_rank),
-        dropout=args.lora_dropout,
-        targets=choose_targets(stored, own, args.lora_target_modules),
-    )
+    targets = choose_targets(stored, own, args.lora_target_modules)
+    lora = Lora(args.lora_rank, args.lora_alpha or float(args.lora_rank), args.lora_dropout, targets)
     adapters, said = begin_adapters(
         lora,
         stored,
@@ -167,6 +165,7 @@ def open_engine(
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             epsilon=args.adam_epsilon,
+            name=optimizer_of(args),
         )
 
     engine: Engine

@@ -403,7 +403,7 @@ def train(
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    transformer = load_transformer(HunyuanVideoTransformer3DModel, part, accelerator, frozen=lora is not None)
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, part, accelerator, masters=flags.with_masters(args))
     components = load_components(parts, shift, transformer, encoders, encode)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part, lora)

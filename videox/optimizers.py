@@ -1,0 +1,125 @@
+"""Serves both training loops: the optimizers by name, what each needs, where it works, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videox.errors import Refusal
+
+CAME_INSTABILITY = 0.9999  # its third decay; with its own epsilons, 1e-30 and 1e-16
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that can be asked for.
+
+    Attributes:
+        package: that has it, as pip and as Python call it, with its version; "" for torch's own.
+        module: of the package.
+        kinds: of backends under which it steps and resumes to the bit (see videox.distributed.Backend).
+        masters: what trains is float32; else it is bfloat16, rounded at random, so that small steps count on average.
+        note: bytes of a trained number that it keeps, gradient and weight included.
+    """
+
+    package: str
+    module: str
+    kinds: tuple[str, ...]
+    masters: bool
+    note: str
+
+
+WHOLE = ("whole",)
+OPTIMIZERS = {
+    "adamw": Optimizer("", "torch", ("whole", "zero", "fsdp"), True, "16 bytes"),
+    "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", WHOLE, True, "10 bytes"),
+    "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, True, "12 bytes"),
+    "adamw_bf16": Optimizer("torchao==0.18.0", "torchao", WHOLE, False, "12 bytes"),
+    "adamw8bit_bf16": Optimizer("torchao==0.18.0", "torchao", WHOLE, False, "6 bytes"),
+}
+
+
+def refuse_absent(name: str) -> None:
+    """Refuses an optimizer whose package is not installed; raises Refusal with the line that installs it."""
+    asked = OPTIMIZERS[name]
+    if find_spec(asked.module) is None:
+        what = f"{name} needs {asked.package.split('=')[0]}, which is not installed"
+        raise Refusal("--optimizer", what, f"pip install {asked.package}")
+
+
+def refuse_unfit(name: str, kind: str, precision: str, *, lora: bool) -> None:
+    """Refuses an optimizer that this launch cannot step or resume.
+
+    Args:
+        name: of OPTIMIZERS.
+        kind: of the backend.
+        precision: of computation, "bf16" | "no".
+        lora: adapters are trained.
+
+    Raises:
+        Refusal: with the way out.
+    """
+    asked = OPTIMIZERS[name]
+    if kind not in asked.kinds:
+        can = [other for other, optimizer in OPTIMIZERS.items() if kind in optimizer.kinds]
+        what = f"{name} trains whole weights, on one process or by DDP, and this launch divides them"
+        raise Refusal("--optimizer", what, f"give {' or '.join(can)} here")
+    if not asked.masters and lora:
+        what = f"{name} rounds bfloat16 weights, and a LoRA's are float32"
+        raise Refusal("--optimizer", what, "give adamw or adamw8bit")
+    if not asked.masters and precision != "bf16":
+        raise Refusal("--optimizer", f"{name} trains bfloat16 weights", "compute in them: --mixed_precision bf16")
+
+
+def optimizer_class(
+    name: str, *, betas: tuple[float, float], weight_decay: float, epsilon: float
+) -> Callable[..., Any]:
+    """Returns what makes an optimizer from parameter groups and lr.
+
+    Args:
+        name: of OPTIMIZERS; its package is imported here.
+        betas: decays of the moments.
+        weight_decay: per unit of learning rate.
+        epsilon: added to the root of the second moment; CAME has its own.
+    """
+    adam: dict[str, Any] = {"betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return partial(AdamW8bit, **adam)
+    if name == "came":
+        from came_pytorch import CAME
+
+        return partial(CAME, betas=(*betas, CAME_INSTABILITY), weight_decay=weight_decay)
+    if name == "adamw_bf16":
+        return partial(_rounded_adamw(), **adam)
+    if name == "adamw8bit_bf16":
+        from torchao.optim import AdamW8bit as RoundedAdamW8bit
+
+        return partial(RoundedAdamW8bit, bf16_stochastic_round=True, **adam)
+    return partial(torch.optim.AdamW, **adam)
+
+
+def _rounded_adamw() -> type:
+    """Returns torchao's AdamW with moments in float32.
+
+    In bfloat16, as it keeps them, the second moment stops at about a quarter of its value, where a thousandth of the
+    rest is below half of its last digit: every step would be nearly twice as long as Adam's.
+    """
+    from torchao.optim import _AdamW
+
+    class RoundedAdamW(_AdamW):
+        def __init__(self, groups: Any, **settings: Any) -> None:  # noqa: ANN401 - torch's
+            super().__init__(groups, bf16_stochastic_round=True, **settings)
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            del signed
+            return torch.zeros_like(p, dtype=torch.float32)
+
+    return RoundedAdamW
