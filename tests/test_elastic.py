@@ -191,15 +191,14 @@ def test_two_processes_go_on_as_one_and_as_four(ground: Ground, tmp_path: Path, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_four_two_one_and_four_again(ground: Ground, tmp_path: Path, backend: str, precision: str) -> None:
     go_on(ground, backend, precision, tmp_path / "run", [(4, 2), (2, 3), (1, 4), (4, STEPS)])
-    assert_same_run(tmp_path / "run", ground.whole(backend, precision, 2), precision)
+    assert_same_run(tmp_path / "run", ground.whole(backend, precision, 4), precision)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_processes_where_they_divide_the_step(ground: Ground, tmp_path: Path, backend: str) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    six = {"max_train_steps": 4}
-    ground.train(backend, "no", 2, whole, gradient_accumulation_steps=3, **six)
+    ground.train(backend, "no", 3, whole, gradient_accumulation_steps=2, max_train_steps=4)
     go_on(ground, backend, "no", folder, [(3, 2)], gradient_accumulation_steps=2)
     go_on(ground, backend, "no", folder, [(2, 3), (3, 4)])
     assert_same_run(folder, whole, "no", last=4)
