@@ -11,15 +11,18 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import tiny
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
@@ -27,6 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+from videox.encoding import Encoder, OnDemand
 from videox.jsonl import read_lines
 from videox.lifecycle import run_script
 
@@ -157,6 +161,15 @@ class Dump:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+
+def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
+    """Returns a family's components as a run without a cache has them."""
+    parts = trainer.check_model(args)
+    shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan makes its own scheduler
+    encoders = OnDemand(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
+    encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
+    return trainer.load_components(parts, shift, accelerator, encoders, encode)
 
 
 def read_dump(path: Path) -> Dump:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import videox.args as flags
+import videox.planning as planning
 from videox.errors import FLAGS, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +24,8 @@ TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
 REPLACED = {
     "auto_tile_batch_size": "slot_fill",
     "keep_all_node_same_token_length": "plan",
-    "enable_text_encoder_in_dataloader": "once per batch",
-    "multi_stream": "leave it out",
+    "enable_text_encoder_in_dataloader": "latent_cache",
+    "multi_stream": "latent_cache",
     "report_model_info": "metrics",
 }
 NEVER_READ = (
@@ -44,6 +45,7 @@ def shared_parser() -> flags.Parser:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=("normal", "i2v", "inpaint"))
     flags.add_run(parser)
+    planning.add_flags(parser)
     return parser
 
 

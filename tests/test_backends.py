@@ -431,6 +431,22 @@ def refused(ground: Ground, backend: str, folder: Path, world_size: int = 1, **c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", *DIVIDED])
+def test_trying_the_largest_first_leaves_nothing(wan: Ground, tmp_path: Path, backend: str) -> None:
+    for choice in ("on", "off"):
+        ranks = wan.ranks(backend, tmp_path / choice, try_largest_first=choice)
+        assert codes(ranks) == [0, 0], said(ranks)
+    assert forkserver.steps(tmp_path / "on") == forkserver.steps(tmp_path / "off")
+    mine, theirs = (runs.read_weights(tmp_path / choice / "transformer") for choice in ("on", "off"))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    stored = [tmp_path / choice / f"checkpoint-{wan.steps}" for choice in ("on", "off")]
+    files = [{p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*.pt")} for root in stored]
+    for name in files[0]:  # DeepSpeed's: moments, masters, counters
+        one, other = (torch.load(root / name, weights_only=False) for root in stored)
+        assert str(one) == str(other), name
+
+
+@pytest.mark.slow
 def test_what_a_backend_cannot_do_is_refused(wan: Ground, tmp_path: Path) -> None:
     whole = shutil.copytree(wan.alone, tmp_path / "whole")
     line = refused(wan, "zero2", tmp_path / "ramp", initial_grad_norm_ratio=5)

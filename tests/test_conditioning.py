@@ -1,4 +1,4 @@
-"""Serves videox/conditioning.py and Wan's encode_conditions: what is known, how often, and where it stands."""
+"""Serves videox/conditioning.py and what Wan is given by it: what is known, how often, and where it stands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from types import ModuleType
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,10 @@ from videox.conditioning import (
     replace_first_frame,
 )
 from videox.distributed import make_accelerator
+from videox.encoding import Raw
 from videox.keys import mix
+from videox.latents import encode_moments
+from videox.shapes import Bucket
 
 GRID = 16  # pixels
 MANY = [int(key) for key in mix(31, np.arange(10_000))]
@@ -246,7 +250,20 @@ def components(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
         os.environ["ACCELERATE_USE_CPU"] = "true"
         args = trainer.parse_args(runs.words(where))
         accelerator, _ = make_accelerator(args.mixed_precision)
-        yield trainer.load_components(args, 5.0, accelerator)
+        yield runs.components_of(trainer, args, accelerator)
+
+
+def given_of(trainer: ModuleType, components: Any, video: torch.Tensor, mode: str, keys: list[int]) -> dict:
+    """Returns what the model is given of a micro-batch's pictures, as training makes it."""
+    args, count, bucket = SimpleNamespace(train_mode=mode), len(keys), Bucket(*video.shape[2:])
+    made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in components.encode.recipes[:2]}
+    if mode != "normal":
+        encoders = components.encoders()
+        known, mask = trainer.known_pixels(mode, Raw(video, [""] * count, keys))
+        made["known"] = list(encode_moments(encoders.vae, known, mini_batch=count)[:, :16])
+        made["image_embeds"] = list(trainer.encode_images(encoders, known, mask))
+    batch = {"keys": keys, "variants": keys, "bucket": bucket}
+    return trainer.encode_batch(args, replace(components, encode=lambda _: made), batch, None)[1]
 
 
 def video_of(frames: int, count: int = 1, height: int = 64, width: int = 96) -> torch.Tensor:
@@ -255,7 +272,7 @@ def video_of(frames: int, count: int = 1, height: int = 64, width: int = 96) -> 
 
 
 def normalised(components: Any, video: torch.Tensor) -> torch.Tensor:
-    vae = components.vae.module
+    vae = components.encoders().vae.module
     with torch.no_grad():
         z = vae.encode(video).latent_dist.mode()
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
@@ -265,7 +282,7 @@ def normalised(components: Any, video: torch.Tensor) -> torch.Tensor:
 def clip_features(components: Any, image: torch.Tensor) -> torch.Tensor:
     """Returns the features before the last layer for an image [3, H, W] in [-1, 1], by the parts alone."""
     pixels = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-    pipeline = components.pipeline
+    pipeline = components.encoders().pipeline
     with torch.no_grad():
         seen = pipeline.image_processor(images=pixels, return_tensors="pt").pixel_values
         return pipeline.image_encoder(pixel_values=seen, output_hidden_states=True).hidden_states[-2][0]
@@ -276,7 +293,7 @@ def test_the_condition_is_four_mask_channels_and_the_known_pixels_latents(
 ) -> None:
     keys = [key_of_family(family) for family in CLIP_MASKS]
     video = video_of(9, len(keys))
-    condition = trainer.encode_conditions(components, video, "inpaint", keys, 2)["condition"]
+    condition = given_of(trainer, components, video, "inpaint", keys)["condition"]
     assert condition.shape == (len(keys), 20, 3, 8, 12)
     mask = known_mask("inpaint", keys, 9, 64, 96)
     assert torch.equal(condition[:, :4], pack_mask(mask))
@@ -288,14 +305,12 @@ def test_the_condition_is_four_mask_channels_and_the_known_pixels_latents(
 
 def test_the_condition_is_the_posteriors_mode_whatever_the_key(trainer: ModuleType, components: Any) -> None:
     video = video_of(9)
-    one, other = (
-        trainer.encode_conditions(components, video, "i2v", [key], 1)["condition"] for key in (MANY[0], MANY[1])
-    )
+    one, other = (given_of(trainer, components, video, "i2v", [key])["condition"] for key in (MANY[0], MANY[1]))
     assert torch.equal(one, other)
 
 
 def test_text_to_video_is_given_nothing(trainer: ModuleType, components: Any) -> None:
-    assert trainer.encode_conditions(components, video_of(9), "normal", [MANY[0]], 1) == {}
+    assert given_of(trainer, components, video_of(9), "normal", [MANY[0]]).keys() == {"prompt_embeds"}
 
 
 def test_an_image_is_given_grey_or_nothing_at_all(trainer: ModuleType, components: Any) -> None:
@@ -303,7 +318,7 @@ def test_an_image_is_given_grey_or_nothing_at_all(trainer: ModuleType, component
     dropped = next(key for key in MANY if not keep_condition(nothing, [key]).item())
     kept = next(key for key in MANY if keep_condition(nothing, [key]).item())
     video = video_of(1, 2)
-    given = trainer.encode_conditions(components, video, "i2v", [dropped, kept], 1)
+    given = given_of(trainer, components, video, "i2v", [dropped, kept])
     assert not given["condition"][0].any()
     assert not given["condition"][1, :4].any()
     grey = normalised(components, torch.zeros(1, 3, 1, 64, 96))
@@ -313,7 +328,7 @@ def test_an_image_is_given_grey_or_nothing_at_all(trainer: ModuleType, component
 
 def test_a_clips_features_are_those_of_its_first_frame(trainer: ModuleType, components: Any) -> None:
     video = video_of(9, 2)
-    embeds = trainer.encode_conditions(components, video, "i2v", MANY[:2], 1)["image_embeds"]
+    embeds = given_of(trainer, components, video, "i2v", MANY[:2])["image_embeds"]
     for sample, features in zip(video, embeds, strict=True):
         assert torch.allclose(features, clip_features(components, sample[:, 0]), rtol=0, atol=1e-5)
     assert not torch.allclose(embeds[0], embeds[1], atol=1e-3)
@@ -332,7 +347,7 @@ def test_features_are_zero_where_nothing_of_the_first_frame_is_known(trainer: Mo
         key_of_family("first_and_last"): True,
     }
     video = video_of(9, len(cases))
-    embeds = trainer.encode_conditions(components, video, "inpaint", list(cases), 4)["image_embeds"]
+    embeds = given_of(trainer, components, video, "inpaint", list(cases))["image_embeds"]
     for sample, features, known in zip(video, embeds, cases.values(), strict=True):
         wanted = clip_features(components, sample[:, 0]) if known else torch.zeros_like(features)
         assert torch.allclose(features, wanted, rtol=0, atol=1e-5)
@@ -347,7 +362,7 @@ def test_features_of_boxes_do_not_see_what_is_to_be_made(trainer: ModuleType, co
     unknown = 1 - known_mask("inpaint", [key], 9, 64, 96)
     one = video_of(9)
     other = torch.where(unknown > 0, -one, one)
-    first, second = (trainer.encode_conditions(components, video, "inpaint", [key], 1) for video in (one, other))
+    first, second = (given_of(trainer, components, video, "inpaint", [key]) for video in (one, other))
     assert not torch.equal(one, other)
     assert all(torch.equal(first[name], second[name]) for name in ("condition", "image_embeds"))
     assert first["image_embeds"].any()

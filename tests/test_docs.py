@@ -133,6 +133,8 @@ def test_a_command_can_be_typed(command: Command) -> None:
         # what it does with real checkpoints, by these very flags, is in test_zero_to_bf16.py
         flags = tiny.load_script("scripts/zero_to_bf16.py").parse_flags(list(command.words[2:]))
         assert flags.output_dir.name == f"{flags.checkpoint_dir.name}-outputs"
+    elif command.words[:2] == ("python", "scripts/cache.py"):  # what it does is in test_cache.py
+        assert tiny.load_script("scripts/cache.py").parse_args(list(command.words[2:])).cache.name == "cache"
     elif command.words[:2] == ("python", "scripts/export.py"):
         # what it does with real weights is in test_export.py
         script = tiny.load_script("scripts/export.py")

@@ -20,10 +20,15 @@ def batch(captions: list[str], micro: int = 0) -> Batch:
     count = len(captions)
     return Batch(
         pixels=torch.arange(count * 5 * 32 * 48 * 3, dtype=torch.int64).to(torch.uint8).view(count, 5, 32, 48, 3),
+        decoded=list(range(count)),
+        real=[True] * count,
+        found=[{}] * count,
+        facts=[None] * count,
         captions=captions,
         weights=np.full(count, 1 / count),
         strata=np.full(count, 0.5),
         keys=list(range(count)),
+        variants=list(range(count)),
         rows=list(range(7, 7 + count)),
         frame_indices=[[3, 5, 7, 9, 11]] * count,
         bucket=Bucket(5, 32, 48),

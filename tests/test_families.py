@@ -13,6 +13,8 @@ import runs
 import tiny
 import torch
 
+from videox import text
+
 families = tiny.load_script("benchmarks/families.py")
 
 CELLS = {cell.name: cell for cell in families.cells()}
@@ -122,14 +124,14 @@ def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first frame's latents, which alone are encoded from one frame, are zero; Llava is shown a black picture."""
     script = runs.script("hunyuanvideo")
-    encode_video, first_frames = script.encode_video, script.first_frames
+    encode_moments, to_images = script.encode_moments, text.to_images
 
-    def without_first_frame(components: object, video: torch.Tensor, *settings: object) -> torch.Tensor:
-        latents = encode_video(components, video, *settings)
-        return torch.zeros_like(latents) if video.shape[2] == 1 else latents
+    def without_first_frame(vae: object, video: torch.Tensor, **settings: object) -> torch.Tensor:
+        moments = encode_moments(vae, video, **settings)
+        return torch.zeros_like(moments) if video.shape[2] == 1 else moments
 
-    monkeypatch.setattr(script, "encode_video", without_first_frame)
-    monkeypatch.setattr(script, "first_frames", lambda video: np.zeros_like(first_frames(video)))
+    monkeypatch.setattr(script, "encode_moments", without_first_frame)
+    monkeypatch.setattr(text, "to_images", lambda frames: to_images(torch.full_like(frames, -1)))
 
 
 @pytest.mark.slow

@@ -36,6 +36,19 @@ from videox.data.settings import columns_of
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
+    "assumed_mfu": "test_dry_run.test_the_verdict_names_the_nearest_setting_that_fits",
+    "bucket_grid": "test_dry_run.test_policies_differ_by_their_grid",
+    "dry_run": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",
+    "dry_run_backend": "test_dry_run.test_the_backend_decides_what_memory_holds",
+    "dry_run_plan": "test_dry_run.test_a_plan_file_is_what_a_run_trains",
+    "dry_run_processes": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",
+    "explain": "test_dry_run.test_a_row_is_explained_as_it_is_trained",
+    "gpu_memory": "test_dry_run.test_the_verdict_names_the_nearest_setting_that_fits",
+    "peak_tflops": "test_dry_run.test_a_run_says_which_share_of_the_peak_it_reaches",
+    "try_largest_first": "test_dry_run.test_trying_the_largest_first_changes_nothing",
+    "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
+    "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
     "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
@@ -623,8 +636,9 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
     with Elsewhere():
-        components = trainer.load_components(trainer.parse_args(argv), 5.0, accelerator)
-        for encoder in (components.text_encoder, components.vae):
+        args = trainer.parse_args(argv)
+        encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
+        for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
             with encoder.awake() as module:
                 within = places(module)

@@ -16,6 +16,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKLWan, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from test_backends import launcher
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, Refusal
@@ -49,7 +50,10 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts_of(folder: Path, **paths: str) -> dict[str, Any]:
     places = original_places(folder, YAML)
     assert places is not None
-    return original_parts(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    parts = original_parts(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    if parts["transformer"].config["image_dim"]:
+        parts["image_encoder"] = find_part(places["image_encoder"], "clip_vision")
+    return parts
 
 
 def assert_equal_models(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -207,6 +211,16 @@ def test_hunyuans_published_pickle_is_the_model(hunyuan: Path, tmp_path: Path, w
     assert as_stored[0] == as_stored[1]
 
 
+def test_what_lies_in_one_piece_is_mapped_and_writing_leaves_the_file_alone(t2v: Path, tmp_path: Path) -> None:
+    path = wan_file(t2v, tmp_path / "wan.safetensors")
+    before, tensors = path.read_bytes(), open_tensors(path)
+    name = "blocks.0.attn1.to_q.weight"
+    first, second = tensors[name], tensors[name]
+    assert first.data_ptr() == second.data_ptr() and torch.equal(first, originals.weights(t2v / "transformer")[name])
+    first.zero_()
+    assert not tensors[name].any() and path.read_bytes() == before
+
+
 def test_slices_are_read_without_the_rest(hunyuan: Path, tmp_path: Path) -> None:
     state = originals.rebuilt(originals.weights(hunyuan / "transformer"), "hunyuan")
     save_file(state, tmp_path / "hunyuan.safetensors")
@@ -319,6 +333,25 @@ def test_image_to_video_trains_from_the_original_layout(i2v: Path, metadata: Pat
     assert len(outcome.losses) == 2 and outcome.status["state"] == "finished"
     again = WanTransformer3DModel.from_pretrained(outcome.folder / "transformer")
     assert again.config.image_dim == 160
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_processes_share_and_divide_foreign_files_alike(
+    t2v: Path, metadata: Path, tmp_path: Path, backend: str
+) -> None:
+    """Two processes from the original folder compute what they do from diffusers', to the bit; so does the export."""
+    originals.build_wan(tmp_path / "original", t2v, shards=2)
+    shutil.copytree(t2v, tmp_path / "diffusers")
+    found = []
+    for name in ("original", "diffusers"):
+        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
+        outcome = runs.launch(words, launcher(backend, "wan2.1 normal", 2))
+        assert outcome.code == 0, outcome.stderr[-4000:]
+        found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))
+    (losses, weights), (known_losses, known) = found
+    assert losses == known_losses and len(losses) == 2
+    assert weights.keys() == known.keys() and all(torch.equal(weights[name], known[name]) for name in known)
 
 
 @pytest.mark.slow

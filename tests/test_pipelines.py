@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,15 +32,17 @@ from diffusers.models.transformers import transformer_hunyuan_video
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
 from PIL import Image
 
-import videox.wiring as wiring
-from videox.conditioning import CLIP_MASKS, draw_family
+import videox.scheduling as scheduling
+from videox.conditioning import CLIP_MASKS, draw_family, pack_mask
 from videox.data.buckets import Fate
 from videox.data.dataset import Batch
 from videox.data.plan import Columns, EpochPlan, plan_epoch
 from videox.distributed import make_accelerator
+from videox.encoding import Raw
 from videox.keys import mix
+from videox.latents import encode, to_images
 from videox.shapes import Bucket
-from videox.text import trim_text
+from videox.text import join_text, trim_text
 
 HUNYUAN = "scripts/hunyuanvideo/train.py"
 FRAMES, HEIGHT, WIDTH = 9, 48, 64
@@ -359,8 +362,10 @@ def test_first_and_last_are_given_as_the_pipeline_gives_them(models: Callable[[s
     kind = KINDS["wan-i2v"]
     with opened(kind, models("wan-i2v"), tmp_path) as (_, _, components, _):
         video = 2 * (pixels.permute(0, 4, 1, 2, 3).float() / 255) - 1
-        ours = kind.trainer.encode_conditions(components, video, "inpaint", [key], 1)["condition"]
-        pipeline = components.pipeline
+        known, mask = kind.trainer.known_pixels("inpaint", Raw(video, [""], [key]))
+        latents = encode(components.encoders().vae, known, keys=None, mini_batch=1)
+        ours = torch.cat([pack_mask(mask), kind.trainer.normalise(components, latents)], 1)
+        pipeline = components.encoders().pipeline
         first, last = (
             pipeline.video_processor.preprocess(Image.fromarray(pixels[0, place].numpy()), HEIGHT, WIDTH)
             for place in (0, -1)
@@ -386,19 +391,25 @@ def opened(
         os.environ["ACCELERATE_USE_CPU"] = "true"
         args = kind.trainer.parse_args(argv)
         accelerator, _ = make_accelerator(args.mixed_precision)
-        components = kind.trainer.load_components(args, 5.0, accelerator)
+        components = runs.components_of(kind.trainer, args, accelerator)
         yield args, accelerator, components, accelerator.prepare_model(components.transformer.train())
 
 
 def batch_of(captions: Sequence[str], frames: int = FRAMES, height: int = 32, width: int = 48) -> Batch:
     count = len(captions)
     clips = [tiny.moving_square(frames, width, height, seed) for seed in range(count)]
+    keys = [int(key) for key in mix(11, np.arange(count))]
     return Batch(
         pixels=torch.from_numpy(np.stack(clips)),
+        decoded=list(range(count)),
+        real=[True] * count,
+        found=[{}] * count,
+        facts=[None] * count,
         captions=list(captions),
         weights=np.full(count, 1 / count),
         strata=(np.arange(count) + 0.6) / count,
-        keys=[int(key) for key in mix(11, np.arange(count))],
+        keys=keys,
+        variants=keys,
         rows=list(range(count)),
         frame_indices=[list(range(frames))] * count,
         bucket=Bucket(frames, height, width),
@@ -407,6 +418,33 @@ def batch_of(captions: Sequence[str], frames: int = FRAMES, height: int = 32, wi
         last=True,
         bad=[],
     )
+
+
+def prompts_of(
+    kind: Kind, args: Any, components: Any, captions: list[str], video: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Returns what HunyuanVideo is given of captions and the frames that they go with, as training makes it."""
+    raw, recipes = Raw(video, captions, [0] * len(captions)), {r.name: r for r in components.encode.recipes}
+    embeds, mask = join_text(recipes["prompt_embeds"].encode(raw))
+    return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": recipes["pooled"].encode(raw)}
+
+
+def padded_text(args: Any, components: Any, captions: list[str], video: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the text as diffusers' pipeline pads and masks it."""
+    pipeline = components.encoders().pipeline
+    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE
+    settings = {"max_sequence_length": args.tokenizer_max_length, "num_hidden_layers_to_skip": 2}
+    images: list[list] = [[] for _ in captions]
+    if components.condition is not None:
+        settings["image_embed_interleave"] = {"token_replace": 4, "latent_concat": 2}[components.condition]
+        images = [[[image]] for image in to_images(video[:, :, 0])]
+    with torch.no_grad():
+        texts = [
+            pipeline._get_llama_prompt_embeds(*image, [caption], template, **settings)
+            for image, caption in zip(images, captions, strict=True)
+        ]
+    embeds, masks = zip(*texts, strict=True)
+    return {"prompt_embeds": torch.cat(embeds), "prompt_mask": torch.cat(masks).float()}
 
 
 @dataclass(frozen=True)
@@ -500,7 +538,7 @@ def test_image_to_video_leaves_out_what_teaches_nothing(models: Callable[[str], 
 def plans(kind: Kind, tmp_path: Path, min_frames: int, **changes: object) -> Iterator[EpochPlan]:
     """Yields thirty epochs over two clips, one of the fewest frames of all, and an image."""
     args = kind.trainer.parse_args(command(kind, tmp_path, tmp_path / "metadata.json", tmp_path / "out", **changes))
-    settings = wiring.plan_settings(args, seed=5, slots=1, min_frames=min_frames)
+    settings = scheduling.plan_settings(args, seed=5, slots=1, min_frames=min_frames)
     side, frames = np.full(4, 1024, np.int32), np.array([60, 5, 4, 1], np.int32)
     columns = Columns(np.array([1, 1, 1, 0], np.uint8), side, side, frames, np.ones(4, bool))
     return (plan_epoch(columns, settings, epoch) for epoch in range(30))
@@ -573,7 +611,6 @@ def test_trimmed_text_gives_what_masked_text_gives(
     models: Callable[[str], Path],
     masks: list[bool],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kind, model = KINDS[name], models(name)
     video = 2 * (batch_of(captions)["pixels"].permute(0, 4, 1, 2, 3).float() / 255) - 1
@@ -582,10 +619,8 @@ def test_trimmed_text_gives_what_masked_text_gives(
     first = torch.randn(len(captions), 16, 1, 4, 6, generator=generator)
     sigmas = torch.linspace(0.3, 0.9, len(captions))
     with opened(kind, model, tmp_path) as (args, _, components, _):
-        trimmed = kind.trainer.encode_prompts(args, components, captions, video)
-        with monkeypatch.context() as whole:
-            whole.setattr(kind.trainer, "trim_text", lambda embeds, mask: (embeds, mask.float()))
-            padded = kind.trainer.encode_prompts(args, components, captions, video)
+        trimmed = prompts_of(kind, args, components, captions, video)
+        padded = {**trimmed, **padded_text(args, components, captions, video)}
         if checkpointing:
             components.transformer.enable_gradient_checkpointing()
         inputs = kind.trainer.transformer_inputs(components, latents, sigmas, {**trimmed, "first_frame": first}, 6.0)
@@ -630,9 +665,9 @@ def test_a_caption_past_the_limit_is_cut_in_a_batch_as_it_is_alone(
     kind, captions = KINDS[name], [LONG * 40, SHORT]
     video = 2 * (batch_of(captions)["pixels"].permute(0, 4, 1, 2, 3).float() / 255) - 1
     with opened(kind, models(name), tmp_path) as (args, _, components, _):
-        together = kind.trainer.encode_prompts(args, components, captions, video)
+        together = prompts_of(kind, args, components, captions, video)
         for row, caption in enumerate(captions):
-            alone = kind.trainer.encode_prompts(args, components, [caption], video[row : row + 1])
+            alone = prompts_of(kind, args, components, [caption], video[row : row + 1])
             length = int(together["prompt_mask"][row].sum())
             assert alone["prompt_mask"].tolist() == [[1.0] * length]
             assert torch.allclose(together["prompt_embeds"][row, :length], alone["prompt_embeds"][0], atol=1e-5)
@@ -643,7 +678,7 @@ def test_a_caption_past_the_limit_is_cut_in_a_batch_as_it_is_alone(
 def test_a_prompt_without_a_real_token_stays_finite(models: Callable[[str], Path], tmp_path: Path) -> None:
     latents, sigmas = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)), torch.tensor([0.4, 0.8])
     with opened(HUNYUAN_T2V, models("hunyuan"), tmp_path) as (_, _, components, _), torch.no_grad():
-        pipeline = components.pipeline
+        pipeline = components.encoders().pipeline
         embeds, _ = pipeline._get_llama_prompt_embeds(["", LONG], pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE)
         nothing = torch.zeros(embeds.shape[:2])
         given = {"pooled": pipeline._get_clip_prompt_embeds(["", LONG])}
@@ -660,6 +695,6 @@ def test_a_prompt_without_a_real_token_stays_finite(models: Callable[[str], Path
 def test_wans_text_without_a_real_token_stays_finite(models: Callable[[str], Path], tmp_path: Path) -> None:
     latents, sigmas = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)), torch.tensor([0.4])
     with opened(WAN_T2V, models("wan"), tmp_path) as (_, _, components, _), torch.no_grad():
-        embeds = torch.zeros_like(WAN_T2V.trainer.encode_prompts(components, [""], 512, torch.device("cpu")))
-        inputs = WAN_T2V.trainer.transformer_inputs(latents, sigmas, embeds, {})
+        embeds = torch.zeros_like(WAN_T2V.trainer.encode_prompts(components.encoders(), [""], 512))
+        inputs = WAN_T2V.trainer.transformer_inputs(latents, sigmas, {"prompt_embeds": embeds})
         assert torch.isfinite(components.transformer(**inputs)[0]).all()

@@ -504,3 +504,24 @@ def test_a_million_rows_fit_in_half_a_gigabyte() -> None:
     assert found["peak"] <= 500
     assert abs(found["behind"] - 900_000) < 10_000  # the step is reached by its number, with nothing replayed
     assert set(found["rows"]) <= set(found["here"])
+
+
+def test_clips_and_sizes_come_again_after_so_many_epochs() -> None:
+    settings = replace(SETTINGS, cache_variants=3, video_repeat=2)
+
+    def drawn(epoch: int, settings: PlanSettings = settings) -> tuple[set, set]:
+        plan = plan_epoch(COLUMNS, settings, epoch)
+        bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
+        columns = (plan.row, plan.copy, plan.start, plan.variant)
+        again = set(zip(*(c.tolist() for c in columns), (plan.buckets[b] for b in bucket), strict=True))
+        return again, set(plan.key.tolist())
+
+    epochs = [drawn(epoch) for epoch in range(6)]
+    for early, late in zip(epochs[:3], epochs[3:], strict=True):
+        assert early[0] == late[0] and not early[1] & late[1]  # noise and timesteps are new
+    assert all(not epochs[a][0] & epochs[b][0] for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert plan_epoch(COLUMNS, settings, 0).row.tolist() != plan_epoch(COLUMNS, settings, 3).row.tolist()
+    unlimited = [drawn(epoch, replace(settings, cache_variants=0)) for epoch in range(4)]
+    assert unlimited[:3] == epochs[:3] and unlimited[3][0] != epochs[3][0]
+    steps = [plan_epoch(COLUMNS, settings, epoch).n_steps for epoch in range(6)]
+    assert steps == [count_steps(COLUMNS, settings, epoch) for epoch in range(6)]

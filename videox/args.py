@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from videox.data.buckets import SizePolicy
+from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
@@ -26,14 +26,14 @@ EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint", "cost_model",
+    "resume_from_checkpoint", "cost_model", "latent_cache",
 )  # fmt: skip
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
     "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
-    "enable_text_encoder_in_dataloader": "leave it out: text is encoded once per batch, and --low_vram keeps it off the GPU",
-    "multi_stream": "leave it out: encoders do not need a second stream",
+    "enable_text_encoder_in_dataloader": "use --latent_cache, which encodes each caption once, not once per epoch",
+    "multi_stream": "use --latent_cache, with which no encoder runs beside the model",
     "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
     **dict.fromkeys(
         (
@@ -149,6 +149,15 @@ def add_model_and_data(parser: Parser) -> None:
         default=0.01,
         help="share of rows, 0 to 1, that may be unreadable before the run stops; ten always may",
     )
+    kept = "folder in which what the encoders make is kept and found again; runs may share it (none = off)"
+    add("--latent_cache", metavar="DIR", help=kept)
+    add(
+        "--cache_only",
+        action="store_true",
+        help="fill --latent_cache with all that the run needs, and end (off = train)",
+    )
+    turns = "clip starts, sizes and masks are drawn for so many epochs and then come again (0 = drawn anew in each)"
+    add("--cache_variants", type=COUNT_OR_ZERO, default=0, help=turns)
 
 
 def add_shapes(parser: Parser) -> None:
@@ -182,6 +191,8 @@ def add_shapes(parser: Parser) -> None:
         help="one size for all samples (none = off)",
     )
     add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets (off = centre-cropped squares)")
+    grid = "sides of buckets: 40 aspect ratios, or exact: the source's own, in multiples of 16"
+    add("--bucket_grid", choices=GRIDS, default=GRIDS[0], help=grid)
     add("--random_hw_adapt", action="store_true", help="draw sizes between the sample sizes (off = one size)")
     add(
         "--training_with_video_token_length",
@@ -392,6 +403,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         random_ratio_crop=args.random_ratio_crop,
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
         min_frames=min_frames,
+        grid=args.bucket_grid,
     )
 
 

@@ -52,6 +52,14 @@ def draw_family(families: dict[str, float], key: int) -> str:
     return list(families)[int(np.searchsorted(edges / edges[-1], uniform(key, Purpose.MASK_FAMILY), side="right"))]
 
 
+def mask_name(mode: str, key: int, frames: int) -> str:
+    """Returns a name of the mask that known_mask gives a sample: equal names mean equal masks of the same size."""
+    if mode != "inpaint":
+        return "first" if mode == "i2v" and frames > 1 else "nothing"
+    family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
+    return f"{family} {key:016x}" if family in ("boxes", "frames") else family
+
+
 def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
     """Fills one sample's mask [T, H, W], which is zero, in place.
 

@@ -202,6 +202,11 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
     return accelerator, BACKENDS[name]
 
 
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Returns the precision that the model computes in; its masters are float32 in any case."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 def gather_objects(accelerator: Accelerator) -> Callable[[Any], list[Any]]:
     """Returns a function that every process calls with its value and that gives each the list of all, by rank."""
 

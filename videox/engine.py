@@ -58,6 +58,9 @@ class Engine(Protocol):
             limit: the norm to clip to, from the norm.
         """
 
+    def discard(self) -> None:
+        """Drops the gradients accumulated since the last step."""
+
     def save(self, folder: Path, state: TrainState) -> None:
         """Writes what resuming needs into a folder that all processes share.
 
@@ -110,6 +113,10 @@ class WholeEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, applied)
+
+    def discard(self) -> None:
+        """As Engine's."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: transformer/ in diffusers layout, and the optimizer's tensors."""

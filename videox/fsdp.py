@@ -121,6 +121,10 @@ class FsdpEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return Update(grad_norm, applied)
 
+    def discard(self) -> None:
+        """As Engine's."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
         _name_parameters(self.model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from videox.files import flush
@@ -24,6 +24,7 @@ class StepRecord:
         data_wait: seconds waited for data, the largest over the ranks.
         rows: metadata row numbers of the global batch in schedule order.
         buckets: (frames, height, width) in pixels, parallel to rows.
+        measured: further numbers of the step by name, see videox.utilization.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepRecord:
     data_wait: float
     rows: Sequence[int]
     buckets: Sequence[Sequence[int]]
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Returns the object of metrics.jsonl; numbers of numpy or torch become Python's."""
@@ -48,6 +50,7 @@ class StepRecord:
             "tokens": int(self.tokens),
             "tokens_per_second": float(self.tokens_per_second),
             "data_wait": float(self.data_wait),
+            **{name: float(value) for name, value in self.measured.items()},
             "rows": [int(row) for row in self.rows],
             "buckets": [[int(side) for side in bucket] for bucket in self.buckets],
         }

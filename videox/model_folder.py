@@ -172,6 +172,40 @@ def refuse_unmatched(model_class: Any, folder: Path, **unmatched: Sequence[Any])
             raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
 
 
+def without_weights(model_class: Any, config: dict[str, Any]) -> torch.nn.Module:  # noqa: ANN401 - of either library
+    """Returns the model that a configuration describes, its tensors without data.
+
+    Args:
+        model_class: of diffusers or transformers.
+        config: in its words.
+
+    Raises:
+        Refusal: the class cannot be made by it.
+    """
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "load_config"):
+                return model_class.from_config(config)
+            return model_class(model_class.config_class.from_dict(config))
+    except (StrictDataclassError, *UNLOADABLE) as why:
+        what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
+        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
+
+
+def full_config(model_class: Any, config: dict[str, Any]) -> Any:  # noqa: ANN401 - diffusers' own class and configuration
+    """Returns a model's configuration with the defaults of what it leaves out; loads no weight.
+
+    Raises:
+        Refusal: the class cannot be made by it.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config).config
+    except UNLOADABLE as why:
+        what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
+        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
+
+
 def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
     """Checks that a tokenizer splits text as its own tokenizer.json says.
 

@@ -50,18 +50,21 @@ class Part:
         return open_tensors(self.path) if self.tensors is None else self.tensors
 
 
-def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None) -> Part:
+def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, weighted: bool = True) -> Part:
     """Returns a part of a model in whatever layout it is: told by its tensors' names, not by the name of its file.
 
     Args:
         path: a folder with config.json and weights, in diffusers' or the original layout, or one file of weights.
         kind: a layout of videox.layouts.TABLES, or the name of a part that has diffusers' names everywhere.
         known: the nearest configuration, for what the weights of a single file do not tell.
+        weighted: False takes a folder's word for what its weights would be; a single file is looked at in any case.
 
     Raises:
         Refusal: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
     """
-    own = {} if path.is_file() else read_component(path, weighted=True)
+    own = {} if path.is_file() else read_component(path, weighted=weighted)
+    if own and not weighted:
+        return Part(path, own)
     tensors = open_tensors(path)
     if tensors.layout is None and not path.is_file():
         return Part(path, own)
@@ -167,7 +170,7 @@ PLACES = {
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     ),
 }
-KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5", "image_encoder": "clip_vision"}
+KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5"}
 
 
 def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
@@ -187,7 +190,7 @@ def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
 def original_parts(
     places: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
 ) -> dict[str, Part]:
-    """Returns the parts of a model in Wan's original layout; the image encoder where the transformer asks for one.
+    """Returns the parts of a model in Wan's original layout that every task needs.
 
     Raises:
         Refusal: (MODEL) as find_part, and for a tokenizer that is not there.
@@ -195,9 +198,7 @@ def original_parts(
     yaml = read_yaml(config_path)
     given = {"transformer": transformer_path, "vae": vae_path}
     parts: dict[str, Part] = {}
-    for name in ("transformer", "vae", "text_encoder", "image_encoder"):
-        if name == "image_encoder" and not parts["transformer"].config.get("image_dim"):
-            continue
+    for name in ("transformer", "vae", "text_encoder"):
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
         if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
             known = read_json(places[name] / "config.json")

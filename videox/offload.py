@@ -15,13 +15,13 @@ class RestingModule:
     the resting weights again. With a GPU the resting weights are pinned, for copies at the bus's full rate.
 
     Args:
-        module: frozen, on the CPU.
+        module: on the CPU; it is frozen.
         device: where it computes.
         rests: False keeps it on the device for good.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device, rests: bool) -> None:
-        self.module = module
+        self.module = module.requires_grad_(False).eval()
         self.device = device
         self.rests = rests
         self._uses = 0

@@ -157,16 +157,19 @@ class ProgressBar:
         if self._stream.columns():
             self._bar = tqdm(total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit="step")
 
-    def update(self, loss: float, tokens_per_second: float, wait_share: float) -> None:
+    def update(self, loss: float, tokens_per_second: float, wait_share: float, mfu: float | None = None) -> None:
         """Shows that one more step is done.
 
         Args:
             loss: of this step.
             tokens_per_second: smoothed, over the global batch.
             wait_share: share of the time that went into waiting for data, in [0, 1].
+            mfu: share of the devices' arithmetic that goes into the model, None where their peak is not known.
         """
         self.step += 1
         figures = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, data wait {wait_share:.0%}"
+        if mfu is not None:
+            figures += f", MFU {mfu:.0%}"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()

@@ -50,12 +50,17 @@ def start_lines(facts: Mapping[str, object]) -> list[str]:
 
 def data_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 20) -> list[str]:
     """Returns the ledger of the rows, what is cut of them, and the table of buckets with their share of tokens."""
+    return [*ledger_lines(index, columns, plan), *bucket_lines(plan, most)]
+
+
+def ledger_lines(index: Index, columns: Columns, plan: EpochPlan) -> list[str]:
+    """Returns what the data is, what becomes of its rows, and what is cut of them."""
     fates = {name: count for name, count in plan.fate_counts().items() if count}
     lines = [
         *index_summary(index),
         f"rows: {len(index)} = " + " + ".join(f"{count} {name}" for name, count in fates.items()),
     ]
-    return [*lines, *cut_lines(index, columns, plan), *bucket_lines(plan, most)]
+    return [*lines, *cut_lines(index, columns, plan)]
 
 
 def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:

@@ -124,6 +124,7 @@ class Tracker:
                 "speed/tokens": float(record.tokens),
                 "speed/tokens_per_second": record.tokens_per_second,
                 "speed/data_wait": record.data_wait,
+                **{f"speed/{name}": value for name, value in record.measured.items()},
             },
             record.step,
         )

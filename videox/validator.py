@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from videox.data.bucket_sampler import planned_samples
-from videox.data.dataset import TokenLengthDataset
+from videox.data.bucket_sampler import held_out_samples
+from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.plan import EpochPlan
 from videox.distributed import sum_over_ranks
 from videox.errors import DATA, Refusal
@@ -24,24 +23,30 @@ SIGMAS = 4  # noise levels at which each held-out row is measured
 SAMPLING_STEPS = 25
 
 
-def held_out_samples(dataset: TokenLengthDataset, plan: EpochPlan | None) -> Iterator[tuple[np.ndarray, str]]:
-    """Yields (pixels uint8 [T, H, W, 3], caption) of each held-out row.
+def encode_held_out(
+    dataset: TokenLengthDataset,
+    plan: EpochPlan | None,
+    encode: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+) -> list[HeldOut]:
+    """Returns the held-out samples in host memory, their captions kept.
 
     Args:
-        dataset: without caption dropout.
-        plan: of held_out_plan; None yields nothing.
+        dataset: of the run.
+        plan: of held_out_plan; None has none.
+        encode: gives the latents of a batch, by the posterior's mode, and what the model is given beside them.
 
     Raises:
         Refusal: a row cannot be read.
     """
-    for step in range(plan.n_steps if plan else 0):
-        assert plan is not None
-        (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)
-        sample = dataset[planned]
+    encoded, kept = [], dataset.without_dropout()
+    for planned in held_out_samples(plan):
+        sample = kept[planned]
         if sample["bad"] is not None:
             what = f"the held-out row {planned.row} is {sample['bad'].media_class} ({sample['bad'].detail})"
             raise Refusal("--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA)
-        yield sample["pixels"], sample["caption"]
+        latents, given = encode(collate([sample]))
+        encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
+    return encoded
 
 
 class Validator:

@@ -24,6 +24,7 @@ from videox.progress import ProgressBar, StepClock
 from videox.run_folder import prune, rewind, room_for
 from videox.state import TrainState
 from videox.tracker import Tracker
+from videox.utilization import Meter
 from videox.validation import SampledClips, ValidationLoss, append_validation, change_since_first
 from videox.weights import SaveFailed
 
@@ -42,6 +43,7 @@ class Watch:
         asked: every flag; resolved: what followed from them. Both go to args.json.
         report_to: tracker; logging_dir: its folder inside output_dir; project: its name.
         checkpoint_bytes: size of one checkpoint, for which there must be room.
+        meter: compares steps with hardware and plan.
         is_main: on the one process that writes.
         gather: collective that returns every process's value.
         times: takes the times of the steps, from which cost_model.json is fitted.
@@ -63,13 +65,14 @@ class Watch:
         logging_dir: str,
         project: str,
         checkpoint_bytes: int,
+        meter: Meter,
         is_main: bool,
         gather: Callable[[Any], list[Any]],
         times: StepTimes,
     ) -> None:
         self.times = times
         self.output_dir, self.run, self.state = output_dir, run, state
-        self.is_main, self.gather = is_main, gather
+        self.is_main, self.gather, self.meter = is_main, gather, meter
 
         def begin() -> None:
             room_for(output_dir, checkpoint_bytes)
@@ -111,7 +114,7 @@ class Watch:
                 dataset.pace(s["planned"].row),
             )
             for s in samples
-            if s["bad"] is None and s["planned"].row != PADDING
+            if s["bad"] is None and s["pixels"] is not None and s["planned"].row != PADDING
         ]
         if shown:
             write_batch(folder, shown)
@@ -136,13 +139,14 @@ class Watch:
             data_wait=times.data_wait,
             rows=plan.rows_of_step(epoch_step).tolist(),
             buckets=plan.buckets_of_step(epoch_step),
+            measured=self.meter.measure(plan, epoch_step, times.seconds) if self.is_main else {},
         )
         if self.is_main:
             self.times.add(plan, epoch_step, max(times.seconds - times.data_wait, 1e-9))
         self.metrics.append(record)
         self.tracker.log(record)
         self.run.status.heartbeat(self.state.step)
-        self.bar.update(report.loss, times.smooth_tokens_per_second, times.wait_share)
+        self.bar.update(report.loss, times.smooth_tokens_per_second, times.wait_share, record.measured.get("mfu"))
 
     def validation(self, result: ValidationLoss, average: ValidationLoss | None = None) -> None:
         """Records a validation loss in validation.jsonl and the tracker, and says how it moved; average: the EMA's."""

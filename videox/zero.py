@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
@@ -123,6 +124,15 @@ class ZeroEngine:
             return Update(0.0, False)  # the zeros stay accumulated
         self.model.step()
         return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
+
+    def discard(self) -> None:
+        """As Engine's. ZeRO-3's next backward pass writes over its buffers; ZeRO-2's add up until they are dropped."""
+        optimizer = self.model.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+        if not self.divides_weights:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: DeepSpeed's checkpoint, and where whole weights are saved transformer/ with the masters."""

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,24 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 import videox.args as flags
+import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
+from videox.data.plan import held_out_plan
+from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
 from videox.dump import dump_folder, write_dump
+from videox.encoding import Encoder, OnDemand, Recipe, latents_recipe
 from videox.errors import MODEL, Refusal
-from videox.estimate import joint_cost_coefficients
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -52,18 +53,22 @@ from videox.flow_matching import (
 )
 from videox.hub import local_folder
 from videox.keys import Purpose, mix
-from videox.latents import encode, to_video
+from videox.latents import draw, encode_moments
 from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_number
+from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
 from videox.model_parts import Part, find_part
+from videox.network import joint_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
-from videox.text import trim_text
+from videox.text import encode_pooled, encode_text, join_text
 from videox.transformer import load_transformer
 from videox.validation import HeldOut
+from videox.validator import encode_held_out
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
+LATENT_CHANNELS = 16
+MOST_IMAGE_TOKENS = 576  # of the prompt: what Llava sees of an image, before most are left out
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is kept, as in the pipeline
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -76,13 +81,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    add(
-        "--guidance_scale",
-        type=flags.number(float, 1, 100),
-        default=6.0,
-        help="embedded guidance, x 1000 to the model",
-    )
+    embedded = "embedded guidance, x 1000 to the model"
+    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
     skip = "last hidden layers of the text encoder to leave out (0 = none)"
     add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
@@ -97,17 +99,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
+class Encoders:
+    """The frozen parts, and diffusers' own pipeline over them, for prompts and sample clips."""
+
+    text_encoder: RestingModule
+    text_encoder_2: RestingModule
+    vae: RestingModule
+    pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
+
+
+@dataclass(frozen=True)
 class Components:
-    """The model's parts. transformer: float32 masters; pipeline: diffusers' own, for prompts and sample clips.
+    """The model's parts. transformer: float32 masters; encode: what the encoders make of a micro-batch.
 
     condition: None for text-to-video, else how the first frame is given: "token_replace" | "latent_concat".
     """
 
     transformer: HunyuanVideoTransformer3DModel
-    text_encoder: RestingModule
-    text_encoder_2: RestingModule
-    vae: RestingModule
-    pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
+    encoders: OnDemand[Encoders]
+    encode: Encoder
     attention: MaskFreeAttention
     scaling_factor: float
     shift: float
@@ -125,13 +135,9 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
     all_real = False
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Does what the parent does, with the mask only where it masks something."""
         mask = None if self.all_real else attention_mask
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
@@ -142,11 +148,12 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    root = local_folder(args.pretrained_model_name_or_path)
-    configs = read_model_folder(str(root), pipelines, names, weighted=encoders)
+    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
+    configs = read_model_folder(str(root), pipelines, names, weighted=encoders if weighted else ())
     parts = {name: Part(root / name, configs[name]) for name in names}
     for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
-        parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
+        path = Path(getattr(args, f"{name}_path") or root / name)
+        parts[name] = find_part(path, kind, configs[name], weighted=weighted)
     condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
@@ -157,26 +164,42 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     return parts
 
 
-def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
-    """Loads the model: encoders frozen, text encoders in the compute dtype, VAE and transformer in float32."""
-    parts, device = check_model(args), accelerator.device
-    root = parts["scheduler"].path.parent
-    compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
-    attention = MaskFreeAttention()
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.attn.set_processor(attention)
+def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    config, text_tokens = parts["transformer"].config, args.tokenizer_max_length
+    condition = config.get("image_condition_type")
+    if condition is not None:  # the prompt shows the first frame, too
+        text_tokens += MOST_IMAGE_TOKENS // (args.image_embed_interleave or INTERLEAVE[condition])
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {condition})",
+        network=partial(joint_attention_network, config, text_tokens=text_tokens),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        parts={name: (kind, parts[name].config) for name, kind in classes_of(args.train_mode).items()},
+        min_frames=1 if condition is None else 5,  # a given first latent frame alone teaches nothing
+        divided="fsdp1",
+    )
+
+
+def classes_of(train_mode: str) -> dict[str, Any]:
+    """Returns the class of each part that has weights."""
     # what image-to-video alone needs is imported where it is needed: it says that torchvision is missing
-    text_to_video = args.train_mode == "normal"
-    text_encoder_class = transformers.LlamaModel if text_to_video else transformers.LlavaForConditionalGeneration
-    pinned = args.low_vram and device.type == "cuda"
-    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
-    encoders = {
-        "vae": load(AutoencoderKLHunyuanVideo, parts["vae"], torch.float32),
-        "text_encoder": load(text_encoder_class, parts["text_encoder"], compute_dtype),
-        "text_encoder_2": load(CLIPTextModel, parts["text_encoder_2"], compute_dtype),
-    }
-    pipeline_class = HunyuanVideoPipeline if text_to_video else diffusers.HunyuanVideoImageToVideoPipeline
+    text = transformers.LlamaModel if train_mode == "normal" else transformers.LlavaForConditionalGeneration
+    encoders = {"vae": AutoencoderKLHunyuanVideo, "text_encoder": text, "text_encoder_2": CLIPTextModel}
+    return {"transformer": HunyuanVideoTransformer3DModel, **encoders}
+
+
+def load_encoders(
+    args: argparse.Namespace, parts: dict[str, Part], accelerator: Accelerator, gather: wiring.Gather
+) -> Encoders:
+    """Loads the encoders: those of text in the compute dtype, the VAE in float32."""
+    root, dtype = parts["scheduler"].path.parent, compute_dtype(accelerator)
+    classes = classes_of(args.train_mode)
+    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    kinds = {"vae": torch.float32, "text_encoder": dtype, "text_encoder_2": dtype}
+    encoders = {name: load(classes[name], parts[name], kind) for name, kind in kinds.items()}
+    pipeline_class = (
+        HunyuanVideoPipeline if args.train_mode == "normal" else diffusers.HunyuanVideoImageToVideoPipeline
+    )
     # not by the class that model_index.json names: transformers 5 would rebuild it without its spaces and line breaks
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **encoders)
@@ -184,69 +207,80 @@ def load_components(args: argparse.Namespace, shift: float, accelerator: Acceler
     # a caption beyond CLIP's 77 tokens is cut for the pooled embedding alone; once a batch this is no news
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
     check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
-    resting = {
-        name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
-        for name, encoder in encoders.items()
-    }
-    return Components(
-        transformer=transformer,
-        **resting,
-        pipeline=pipeline,
-        attention=attention,
-        scaling_factor=encoders["vae"].config.scaling_factor,
-        shift=shift,
-        condition=transformer.config.image_condition_type,
-    )
+    resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    return Encoders(**resting, pipeline=pipeline)
+
+
+def load_components(
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
+) -> Components:
+    """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
+    transformer = load_transformer(HunyuanVideoTransformer3DModel, parts["transformer"], accelerator)
+    attention = MaskFreeAttention()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.set_processor(attention)
+    scaling = full_config(AutoencoderKLHunyuanVideo, parts["vae"].config).scaling_factor
+    condition = transformer.config.image_condition_type
+    return Components(transformer, encoders, encode, attention, scaling, shift, condition)
 
 
 # --------------------------------------------------------------------------------------------- the family's part
 
 
-@torch.no_grad()
-def encode_prompts(
-    args: argparse.Namespace, components: Components, captions: Sequence[str], video: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Returns prompt_embeds [B, L, D], prompt_mask [B, L] and pooled [B, P], trimmed to the batch's longest caption.
+def recipes_of(
+    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
+) -> list[Recipe]:
+    """Returns how the tensors of a sample are made.
 
-    In image-to-video the prompt shows the first frame of the video [B, 3, T, H, W] to the text encoder, one sample at
-    a time: the pipeline cuts prompts that are too long for its template rightly for a single one only.
+    moments: of the VAE's posterior; prompt_embeds and pooled: of the caption; in image-to-video also first_frame: the
+    posterior's mode of the image alone, as at inference, and prompt_embeds see the image too.
     """
-    pipeline, device = components.pipeline, video.device
-    settings = {
-        "device": device,
-        "max_sequence_length": args.tokenizer_max_length,
-        "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip,
-    }
-    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE  # each pipeline has its own
-    with components.text_encoder.awake(), components.text_encoder_2.awake():
-        if components.condition is None:
-            embeds, mask = pipeline._get_llama_prompt_embeds(list(captions), template, **settings)
-        else:
-            settings["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[components.condition]
-            images = [Image.fromarray(frame) for frame in first_frames(video)]
-            encoded = [
-                pipeline._get_llama_prompt_embeds([image], [caption], template, **settings)
-                for image, caption in zip(images, captions, strict=True)
-            ]
-            embeds, mask = (torch.cat(part) for part in zip(*encoded, strict=True))
-        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=device)
-    embeds, mask = trim_text(embeds, mask)
-    return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": pooled}
+    config, dtype, root = parts["transformer"].config, compute_dtype(accelerator), parts["scheduler"].path.parent
+    condition = config.get("image_condition_type")
+    vae, given = (parts["vae"].path,), partial(encode_moments, mini_batch=args.vae_mini_batch)
+    kept, length = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), args.tokenizer_max_length
+    text = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
+    llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
+    clip = (root / "text_encoder_2", root / "tokenizer_2")
+    recipes = []
+    if condition is not None:
+        text["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[condition]
+        llama, length = (*llama, root / "image_processor"), length + MOST_IMAGE_TOKENS
+        first = lambda raw: given(encoders().vae, raw.video[:, :, :1])  # noqa: E731
+        recipes.append(latents_recipe("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
+    sees = ("caption",) if condition is None else ("frame", "caption")
+    return [
+        *recipes,
+        latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
+        Recipe(
+            "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
+            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True,
+        ),
+        Recipe(
+            "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
+            lambda _: (config["pooled_projection_dim"],), dtype, clip,
+        ),
+    ]  # fmt: skip
 
 
-def first_frames(video: torch.Tensor) -> np.ndarray:
-    """Returns the first frames as uint8 [B, H, W, 3] of a video [B, 3, T, H, W] in [-1, 1]."""
-    return ((video[:, :, 0] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def encode_batch(
+    components: Components, batch: Batch, keys: Sequence[int] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Returns scaled latents, float32 [B, 16, t, h, w], and what the model is given beside them.
 
+    prompt_embeds [B, L, D] and prompt_mask [B, L], as long as the longest caption; pooled [B, P]; in image-to-video
+    first_frame [B, 16, 1, h, w].
 
-def encode_video(
-    components: Components, video: torch.Tensor, keys: Sequence[int] | None, mini_batch: int
-) -> torch.Tensor:
-    """Returns scaled latents, float32 [B, 16, t, h, w], of a video [B, 3, T, H, W] in [-1, 1].
-
-    keys draw the posterior's noise, one per sample; None takes its mode. mini_batch: samples per call of the VAE.
+    Args:
+        keys: draw the posterior's noise, one per sample; None takes its mode.
     """
-    return encode(components.vae, video, keys=keys, mini_batch=mini_batch) * components.scaling_factor
+    made = components.encode(batch)
+    given = dict(zip(("prompt_embeds", "prompt_mask"), join_text(made["prompt_embeds"]), strict=True))
+    given["pooled"] = torch.stack(made["pooled"])
+    if components.given_frames:
+        given["first_frame"] = torch.stack(made["first_frame"]) * components.scaling_factor
+    latents = draw(torch.stack(made["moments"]), LATENT_CHANNELS, keys) * components.scaling_factor
+    return latents, given
 
 
 def transformer_inputs(
@@ -280,27 +314,18 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    components: Components,
-    model: torch.nn.Module,
-    batch: Batch,
+    args: argparse.Namespace, accelerator: Accelerator, components: Components, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
 
     x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
     """
     device, keys = accelerator.device, batch["keys"]
-    video = to_video(batch["pixels"].to(device, non_blocking=True))
-    posterior_keys = keys if args.vae_sample_mode == "sample" else None
-    latents = encode_video(components, video, posterior_keys, args.vae_mini_batch)
-    given = encode_prompts(args, components, batch["captions"], video)
-    if components.given_frames:  # as at inference: the image alone, the posterior's mode
-        given["first_frame"] = encode_video(components, video[:, :, :1], None, args.vae_mini_batch)
+    latents, given = encode_batch(components, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    del video  # as large as all activations of a block
     sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
     noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
     noisy_latents = add_noise(latents, noise, sigmas)
@@ -326,27 +351,8 @@ def accumulate_gradients(
 # --------------------------------------------------------------------------------------------------- validation
 
 
-def encode_held_out(
-    args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
-) -> list[HeldOut]:
-    """Returns held-out samples in host memory: latents by the posterior's mode, prompts, the first frame if given."""
-    encoded = []
-    for pixels, caption in samples:
-        video = to_video(torch.from_numpy(pixels)[None].to(device))
-        given = encode_prompts(args, components, [caption], video)
-        if components.given_frames:
-            given["first_frame"] = encode_video(components, video[:, :, :1], None, args.vae_mini_batch)
-        latents = encode_video(components, video, None, args.vae_mini_batch)
-        encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
-    return encoded
-
-
 def predict_held_out(
-    components: Components,
-    guidance_scale: float,
-    noisy_latents: torch.Tensor,
-    timestep: torch.Tensor,
-    sample: HeldOut,
+    components: Components, guidance_scale: float, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
 ) -> torch.Tensor:
     """Returns the velocity for one held-out sample, as training computes it."""
     given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
@@ -359,11 +365,12 @@ def sampling_pipeline(
     components: Components,
 ) -> Iterator[HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device; it pads and masks its text."""
-    components.pipeline.transformer = components.transformer
     components.attention.all_real = False
-    with components.text_encoder.awake(), components.text_encoder_2.awake(), components.vae.awake():
-        yield components.pipeline
-    components.pipeline.transformer = None
+    with components.encoders.for_a_while() as parts:
+        parts.pipeline.transformer = components.transformer
+        with parts.text_encoder.awake(), parts.text_encoder_2.awake(), parts.vae.awake():
+            yield parts.pipeline
+        parts.pipeline.transformer = None
 
 
 # ------------------------------------------------------------------------------------------------ main and loop
@@ -371,7 +378,7 @@ def sampling_pipeline(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, check_model, describe)
 
 
 def train(
@@ -379,36 +386,34 @@ def train(
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
     parts = check_model(args)
-    config, shift = parts["transformer"].config, read_number(parts["scheduler"].config, "shift", "scheduler")
-    task = f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {config.get('image_condition_type')})"
-    wiring.announce(args, accelerator, backend, run, task)
+    model, shift = describe(args, parts), read_number(parts["scheduler"].config, "shift", "scheduler")
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = joint_cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        mlp_ratio=config["mlp_ratio"],
-        layers=config["num_layers"] + config["num_single_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    min_frames = 1 if args.train_mode == "normal" else 5  # a given first latent frame alone teaches nothing
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost, min_frames)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost, model.min_frames)
     settings, state, total = planned.settings, planned.state, planned.total
 
+    # data: what the frozen encoders make of it is made once, where there is a cache
+    encoders = OnDemand(partial(load_encoders, args, parts, accelerator))
+    recipes = recipes_of(args, parts, encoders, accelerator)
+    encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
+    if args.cache_only:
+        return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
+
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, accelerator)
+    components = load_components(parts, shift, accelerator, encoders, encode)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
-    )
+    part = parts["transformer"]
+    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
-    dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
-    held_out = encode_held_out(args, components, wiring.held_out_of(planned, dataset), accelerator.device)
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
+    plan = held_out_plan(planned.columns, settings)
+    held_out = encode_held_out(dataset, plan, partial(encode_batch, components, keys=None))
     validate = wiring.open_validator(
         args, accelerator, backend, watch, planned, engine=engine, held_out=held_out, shift=shift,
         predict=partial(predict_held_out, components, args.guidance_scale), guidance_scale=args.guidance_scale,
@@ -417,18 +422,20 @@ def train(
     save = partial(engine.save, state=state)
     about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
     clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
-        watch.first_batch(planned.plan, dataset, planned.index.fps)
+        watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, encode:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
             rate = rate_at(state.step)
             engine.set_rate(rate)
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),

@@ -13,7 +13,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,22 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from PIL import Image
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
 import videox.args as flags
+import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
-from videox.distributed import Backend, StopRequest, accumulate, backward, gather_objects
+from videox.data.plan import held_out_plan
+from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
 from videox.dump import dump_folder, write_dump
+from videox.encoding import Encoder, OnDemand, Raw, Recipe, latents_recipe
 from videox.errors import MODEL, Refusal
-from videox.estimate import cost_coefficients
+from videox.first_minute import names_memory
 from videox.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -47,18 +49,23 @@ from videox.flow_matching import (
 )
 from videox.hub import local_folder
 from videox.keys import Purpose, mix
-from videox.latents import encode, to_video
+from videox.latents import draw, encode_moments, to_images
 from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, read_component, read_model_folder, read_shift
+from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
 from videox.model_parts import Part, find_part, original_parts, original_places
+from videox.network import cross_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.transformer import load_transformer
 from videox.validation import HeldOut
+from videox.validator import encode_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
+LATENT_CHANNELS = 16
+CLASSES = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
+CLASSES["image_encoder"] = CLIPVisionModel
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -71,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_shapes(parser)
     flags.add_training(parser, modes=tuple(TASKS))
     flags.add_run(parser)
+    planning.add_flags(parser)
     wan = parser.add_argument_group("Wan2.1")
     wan.add_argument(
         "--config_path",
@@ -87,14 +95,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
-class Components:
-    """The model's parts. transformer: float32 masters; pipeline: diffusers' own, for prompts and sample clips."""
+class Encoders:
+    """The frozen parts, and diffusers' own pipeline over them, for prompts and sample clips."""
 
-    transformer: WanTransformer3DModel
     text_encoder: RestingModule
     image_encoder: RestingModule | None
     vae: RestingModule
     pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
+
+
+@dataclass(frozen=True)
+class Components:
+    """The model's parts. transformer: float32 masters; encode: what the encoders make of a micro-batch."""
+
+    transformer: WanTransformer3DModel
+    encoders: OnDemand[Encoders]
+    encode: Encoder
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
@@ -102,19 +118,17 @@ class Components:
 
 def check_model(args: argparse.Namespace) -> dict[str, Part]:
     """Returns the model's parts after every one has been looked at; loads no weight."""
-    root = local_folder(args.pretrained_model_name_or_path)
+    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
     if places := original_places(root, args.config_path):
         parts = original_parts(places, args.config_path, args.transformer_path, args.vae_path)
     else:
         pipelines = ("WanPipeline", "WanImageToVideoPipeline")
         names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",))
+        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",) if weighted else ())
         parts = {name: Part(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
-            parts[name] = find_part(Path(getattr(args, f"{name}_path") or root / name), kind, configs[name])
-        if parts["transformer"].config.get("image_dim"):
-            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision")
-            read_component(root / "image_processor", weighted=False)
+            path = Path(getattr(args, f"{name}_path") or root / name)
+            parts[name] = find_part(path, kind, configs[name], weighted=weighted)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -128,7 +142,25 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
+    if with_image:
+        encoder = places["image_encoder"] if places else root / "image_encoder"
+        parts["image_encoder"] = find_part(encoder, "clip_vision", weighted=weighted)
+        if not places:
+            read_component(root / "image_processor", weighted=False)
     return parts
+
+
+def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+    """Returns what the model computes, from its configurations alone."""
+    config, images = parts["transformer"].config, 0
+    if "image_encoder" in parts:
+        images = (parts["image_encoder"].config["image_size"] // parts["image_encoder"].config["patch_size"]) ** 2 + 1
+    return planning.Model(
+        task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
+        network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
+        blocks=("blocks",),
+        parts={name: (kind, parts[name].config) for name, kind in CLASSES.items() if name in parts},
+    )
 
 
 def open_pipeline(
@@ -150,108 +182,133 @@ def open_pipeline(
     return pipeline_class(**own, **encoders, scheduler=scheduler, transformer=None)
 
 
-def load_components(args: argparse.Namespace, shift: float, accelerator: Accelerator) -> Components:
-    """Loads the model: encoders frozen, the text encoder in the compute dtype, everything else in float32."""
-    parts, device = check_model(args), accelerator.device
-    compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
-    pinned = args.low_vram and device.type == "cuda"
-    load = partial(load_frozen, pinned=pinned, gather=gather_objects(accelerator))
-    encoders = {
-        "vae": load(AutoencoderKLWan, parts["vae"], torch.float32),
-        "text_encoder": load(UMT5EncoderModel, parts["text_encoder"], compute_dtype),
-    }
-    if transformer.config.image_dim:
-        encoders["image_encoder"] = load(CLIPVisionModel, parts["image_encoder"], torch.float32)
+def load_encoders(
+    args: argparse.Namespace, parts: dict[str, Part], shift: float, accelerator: Accelerator, gather: wiring.Gather
+) -> Encoders:
+    """Loads the encoders: that of text in the compute dtype, the others in float32."""
+    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    kinds = {"vae": torch.float32, "text_encoder": compute_dtype(accelerator), "image_encoder": torch.float32}
+    encoders = {name: load(CLASSES[name], parts[name], kind) for name, kind in kinds.items() if name in parts}
     pipeline = open_pipeline(args, parts, shift, encoders)
     check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
-    resting = {
-        name: RestingModule(encoder.requires_grad_(False).eval(), device, rests=args.low_vram)
-        for name, encoder in encoders.items()
-    }
-    config = encoders["vae"].config
-    return Components(
-        transformer=transformer,
-        text_encoder=resting["text_encoder"],
-        image_encoder=resting.get("image_encoder"),
-        vae=resting["vae"],
-        pipeline=pipeline,
-        latents_mean=torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1),
-        latents_std=torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1, 1),
-        shift=shift,
+    resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    return Encoders(resting["text_encoder"], resting.get("image_encoder"), resting["vae"], pipeline)
+
+
+def load_components(
+    parts: dict[str, Part], shift: float, accelerator: Accelerator, encoders: OnDemand[Encoders], encode: Encoder
+) -> Components:
+    """Loads the transformer, float32; the encoders are loaded by whoever asks for them first."""
+    transformer = load_transformer(WanTransformer3DModel, parts["transformer"], accelerator)
+    config = full_config(AutoencoderKLWan, parts["vae"].config)
+    mean, std = (
+        torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
     )
+    return Components(transformer, encoders, encode, mean, std, shift)
 
 
 # --------------------------------------------------------------------------------------------- the family's part
 
 
 @torch.no_grad()
-def encode_prompts(
-    components: Components, captions: Sequence[str], max_length: int, device: torch.device
-) -> torch.Tensor:
-    """Returns UMT5 embeddings [B, max_length, D], zeros past each caption's true length, as WanPipeline makes them."""
-    with components.text_encoder.awake():
-        embeds, _ = components.pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, max_sequence_length=max_length, device=device
-        )
-    return embeds
+def encode_prompts(encoders: Encoders, captions: Sequence[str], max_length: int) -> torch.Tensor:
+    """Returns UMT5 embeddings [B, max_length, D], zeros past each caption's true length, as WanPipeline makes them.
 
-
-def encode_video(
-    components: Components, video: torch.Tensor, keys: Sequence[int] | None, mini_batch: int
-) -> torch.Tensor:
-    """Returns normalised latents (z - mean) / std, float32 [B, 16, t, h, w], of a video [B, 3, T, H, W] in [-1, 1].
-
-    keys draw the posterior's noise, one per sample; None takes its mode. mini_batch: samples per call of the VAE.
+    Each caption is encoded alone: its embedding must not depend on its neighbours, to the last bit.
     """
-    z = encode(components.vae, video, keys=keys, mini_batch=mini_batch)
-    return (z - components.latents_mean) * (1 / components.latents_std)  # rounded as WanImageToVideoPipeline does
-
-
-def encode_conditions(
-    components: Components, video: torch.Tensor, mode: str, keys: Sequence[int], mini_batch: int
-) -> dict[str, torch.Tensor]:
-    """Returns what the model is given of the picture beside the prompt: nothing for text-to-video.
-
-    condition [B, 20, t, h, w]: 4 mask channels and 16 of the known pixels' latents (the rest grey, the posterior's
-    mode); image_embeds [B, N, D] of the first frame as far as it is known, zeros where nothing of it is.
-
-    Args:
-        video: [B, 3, T, H, W] in [-1, 1].
-        mode: "normal" | "i2v" | "inpaint".
-        keys: one per sample, for masks and dropped conditions.
-        mini_batch: samples per call of the VAE.
-    """
-    if mode == "normal":
-        return {}
-    mask = known_mask(mode, keys, *video.shape[2:], device=video.device)
-    known = encode_video(components, video * mask, None, mini_batch)
-    keep = keep_condition(mask, keys).to(video.device)
-    conditions = {"condition": torch.cat([pack_mask(mask), known], 1) * keep}
-    if components.image_encoder is not None:
-        conditions["image_embeds"] = encode_images(components, (video * mask)[:, :, 0], mask[:, :, 0])
-    return conditions
+    settings = {"do_classifier_free_guidance": False, "max_sequence_length": max_length}
+    device = encoders.text_encoder.device
+    with encoders.text_encoder.awake():
+        embeds = [encoders.pipeline.encode_prompt([c], device=device, **settings)[0] for c in captions]
+    return torch.cat(embeds)
 
 
 @torch.no_grad()
-def encode_images(components: Components, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns CLIP features [B, N, D] of images [B, 3, H, W] in [-1, 1], zeros where the mask [B, 1, H, W] is zero."""
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    with components.image_encoder.awake():
-        embeds = components.pipeline.encode_image([Image.fromarray(image) for image in pixels], images.device)
-    return embeds * mask.amax((1, 2, 3)).view(-1, 1, 1)
+def encode_images(encoders: Encoders, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns CLIP features [B, N, D] of the first frames of [B, 3, T, H, W] in [-1, 1], zeros where all of the mask
+    [B, 1, T, H, W] is zero."""
+    with encoders.image_encoder.awake():
+        embeds = [encoders.pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
+    return torch.cat(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
+
+
+def known_pixels(mode: str, raw: Raw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what is known of a video, grey elsewhere [B, 3, T, H, W], and the mask that says so [B, 1, T, H, W]."""
+    mask = known_mask(mode, raw.variants, *raw.video.shape[2:], device=raw.video.device)
+    return raw.video * mask, mask
+
+
+def recipes_of(
+    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
+) -> list[Recipe]:
+    """Returns how the tensors of a sample are made.
+
+    moments: of the VAE's posterior; prompt_embeds; for images also known: the posterior's mode of what is known, and
+    image_embeds: of the first frame as far as it is known, where the model takes them.
+    """
+    config, mode, length = parts["transformer"].config, args.train_mode, args.tokenizer_max_length
+    vae, text = (parts["vae"].path,), (parts["text_encoder"].path, parts["tokenizer"].path)
+    to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
+    kept = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
+    recipes = [
+        latents_recipe("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
+        Recipe(
+            "prompt_embeds", ("caption",), lambda raw: encode_prompts(encoders(), raw.captions, length),
+            lambda _: (length, config["text_dim"]), compute_dtype(accelerator), text, f"{length}", padded=True,
+        ),
+    ]  # fmt: skip
+    if mode != "normal":
+        known = lambda raw: to_moments(encoders().vae, known_pixels(mode, raw)[0])  # noqa: E731
+        recipes.append(latents_recipe("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+    if config.get("image_dim"):
+        seen = CLIPVisionConfig(**parts["image_encoder"].config)
+        shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
+        weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
+        recipes.append(Recipe(
+            "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
+            lambda _: shape, torch.float32, weights,
+        ))  # fmt: skip
+    return recipes
+
+
+def encode_batch(
+    args: argparse.Namespace, components: Components, batch: Batch, keys: Sequence[int] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Returns normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and what the model is given beside them.
+
+    prompt_embeds [B, L, D]; but for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16 of the known
+    pixels' latents, and image_embeds [B, N, D] where the model takes them.
+
+    Args:
+        keys: draw the posterior's noise, one per sample; None takes its mode.
+    """
+    made = {name: torch.stack(tensors) for name, tensors in components.encode(batch).items()}
+    given = {"prompt_embeds": made["prompt_embeds"]}
+    if args.train_mode != "normal":
+        mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=components.latents_mean.device)
+        keep = keep_condition(mask, batch["keys"]).to(mask.device)
+        given["condition"] = torch.cat([pack_mask(mask), normalise(components, made["known"])], 1) * keep
+    if "image_embeds" in made:
+        given["image_embeds"] = made["image_embeds"]
+    return normalise(components, draw(made["moments"], LATENT_CHANNELS, keys)), given
+
+
+def normalise(components: Components, z: torch.Tensor) -> torch.Tensor:
+    """Returns (z - mean) / std, rounded as WanImageToVideoPipeline does."""
+    return (z - components.latents_mean) * (1 / components.latents_std)
 
 
 def transformer_inputs(
-    noisy_latents: torch.Tensor, sigmas: torch.Tensor, prompt_embeds: torch.Tensor, conditions: dict[str, torch.Tensor]
+    noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Returns the keywords of WanTransformer3DModel: its timestep is 1000 sigma, float32 [B]."""
-    condition = [conditions["condition"]] if "condition" in conditions else []
+    condition = [given["condition"]] if "condition" in given else []
     return {
         "hidden_states": torch.cat([noisy_latents, *condition], 1),
         "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
-        "encoder_hidden_states": prompt_embeds,
-        "encoder_hidden_states_image": conditions.get("image_embeds"),
+        "encoder_hidden_states": given["prompt_embeds"],
+        "encoder_hidden_states_image": given.get("image_embeds"),
         "return_dict": False,
     }
 
@@ -259,32 +316,24 @@ def transformer_inputs(
 # ----------------------------------------------------------------------------------------------- one micro-batch
 
 
+@names_memory
 def accumulate_gradients(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    components: Components,
-    model: torch.nn.Module,
-    batch: Batch,
+    args: argparse.Namespace, accelerator: Accelerator, components: Components, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
 
     x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
     """
     device, keys = accelerator.device, batch["keys"]
-    video = to_video(batch["pixels"].to(device, non_blocking=True))
-    posterior_keys = keys if args.vae_sample_mode == "sample" else None
-    latents = encode_video(components, video, posterior_keys, args.vae_mini_batch)
-    prompt_embeds = encode_prompts(components, batch["captions"], args.tokenizer_max_length, device)
-    conditions = encode_conditions(components, video, args.train_mode, keys, args.vae_mini_batch)
+    latents, given = encode_batch(args, components, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    del video  # as large as all activations of a block
     sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
     noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
-    inputs = transformer_inputs(noisy_latents, sigmas, prompt_embeds, conditions)
+    inputs = transformer_inputs(noisy_latents, sigmas, given)
     weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
@@ -303,40 +352,25 @@ def accumulate_gradients(
 # --------------------------------------------------------------------------------------------------- validation
 
 
-def encode_held_out(
-    args: argparse.Namespace, components: Components, samples: Iterable[tuple[np.ndarray, str]], device: torch.device
-) -> list[HeldOut]:
-    """Returns held-out samples in host memory: latents by the posterior's mode, a mask of the mode's for each."""
-    encoded = []
-    for number, (pixels, caption) in enumerate(samples):
-        video = to_video(torch.from_numpy(pixels)[None].to(device))
-        latents = encode_video(components, video, None, args.vae_mini_batch)
-        given = encode_conditions(components, video, args.train_mode, [number], args.vae_mini_batch)
-        given["prompt_embeds"] = encode_prompts(components, [caption], args.tokenizer_max_length, device)
-        encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
-    return encoded
-
-
 def predict_held_out(
     components: Components, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
 ) -> torch.Tensor:
     """Returns the velocity for one held-out sample, as training computes it."""
     given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
     sigmas = timestep / NUM_TRAIN_TIMESTEPS
-    return components.transformer(**transformer_inputs(noisy_latents, sigmas, given["prompt_embeds"], given))[0]
+    return components.transformer(**transformer_inputs(noisy_latents, sigmas, given))[0]
 
 
 @contextmanager
 def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device."""
-    encoders = (components.text_encoder, components.image_encoder, components.vae)
-    components.pipeline.transformer = components.transformer
-    with ExitStack() as stack:
-        for encoder in encoders:
+    with components.encoders.for_a_while() as encoders, ExitStack() as stack:
+        for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
             if encoder is not None:
                 stack.enter_context(encoder.awake())
-        yield components.pipeline
-    components.pipeline.transformer = None
+        encoders.pipeline.transformer = components.transformer
+        yield encoders.pipeline
+        encoders.pipeline.transformer = None
 
 
 # ------------------------------------------------------------------------------------------------ main and loop
@@ -344,7 +378,7 @@ def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffuser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return wiring.start(parse_args(argv), train)
+    return planning.start(parse_args(argv), train, check_model, describe)
 
 
 def train(
@@ -352,22 +386,22 @@ def train(
 ) -> int:
     """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
     parts, shift = check_model(args), read_shift(args.config_path)
-    config = parts["transformer"].config
-    task = f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)"
-    wiring.announce(args, accelerator, backend, run, task)
+    model = describe(args, parts)
+    wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    cost = cost_coefficients(
-        dim=config["num_attention_heads"] * config["attention_head_dim"],
-        ffn_dim=config["ffn_dim"],
-        layers=config["num_layers"],
-        text_tokens=args.tokenizer_max_length,
-    )
-    planned = wiring.open_schedule(args, accelerator, run, gather, cost)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost)
     settings, state, total = planned.settings, planned.state, planned.total
 
+    # data: what the frozen encoders make of it is made once, where there is a cache
+    encoders = OnDemand(partial(load_encoders, args, parts, shift, accelerator))
+    recipes = recipes_of(args, parts, encoders, accelerator)
+    encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
+    if args.cache_only:
+        return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
+
     # model: float32 masters, computation in the accelerator's precision
-    components = load_components(args, shift, accelerator)
+    components = load_components(parts, shift, accelerator, encoders, encode)
     transformer = components.transformer
     engine, rate_at = wiring.open_engine(
         args, accelerator, backend, transformer, transformer.blocks, planned, parts["transformer"]
@@ -377,9 +411,9 @@ def train(
         engine.load(run.resume.path)
 
     # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift})
-    dataset, sampler, loader = wiring.open_data(args, accelerator, planned.index)
-    held_out = encode_held_out(args, components, wiring.held_out_of(planned, dataset), accelerator.device)
+    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
+    plan = held_out_plan(planned.columns, settings)
+    held_out = encode_held_out(dataset, plan, partial(encode_batch, args, components, keys=None))
     validate = wiring.open_validator(
         args, accelerator, backend, watch, planned, engine=engine, held_out=held_out, shift=shift,
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
@@ -388,18 +422,20 @@ def train(
     save = partial(engine.save, state=state)
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
     clip_at = wiring.clip_limit_of(args)
+    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
+    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
-        watch.first_batch(planned.plan, dataset, planned.index.fps)
+        watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, encode:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
             rate = rate_at(state.step)
             engine.set_rate(rate)
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
-                step_loss += accumulate_gradients(args, accelerator, components, engine.model, batch, dump_to)
+                step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
             end = close_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),

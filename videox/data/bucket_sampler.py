@@ -46,9 +46,18 @@ def planned_samples(batch: MicroBatch, number: int, last: bool) -> list[PlannedS
     """Returns a micro-batch, the number-th of its process in the step, as plain numbers that are cheap to send."""
     return [
         PlannedSample(
-            int(row), int(start), int(key), float(weight), float(stratum), batch.bucket, batch.step, number, last
+            int(row), int(start), int(key), int(variant), float(weight), float(stratum), batch.bucket, batch.step,
+            number, last,
         )
-        for row, start, key, weight, stratum in zip(
-            batch.rows, batch.starts, batch.keys, batch.weights, batch.strata, strict=True
+        for row, start, key, variant, weight, stratum in zip(
+            batch.rows, batch.starts, batch.keys, batch.variants, batch.weights, batch.strata, strict=True
         )
-    ]
+    ]  # fmt: skip
+
+
+def held_out_samples(plan: EpochPlan | None) -> Iterator[PlannedSample]:
+    """Yields each held-out row as a sample whose masks are drawn by its number, from 0; plan: of held_out_plan."""
+    for step in range(plan.n_steps if plan else 0):
+        assert plan is not None
+        (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)
+        yield planned._replace(key=step, variant=step)

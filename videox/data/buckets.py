@@ -15,6 +15,7 @@ LADDER_STEP = 128  # pixels between two target sizes
 LADDER_FOOT = 512  # under random_hw_adapt alone the smallest target is at most this
 LARGEST_SHARE = 0.75  # of the draws go to the largest size, except for token-length videos
 UPSCALE_LIMIT = 1.25  # a target may exceed the source's mean side by this factor
+GOOD_CUT = 0.005  # of the area: less is not worth a smaller size
 WHOLE_SHARE = 0.90  # of random_frame_crop's draws keep all frames
 
 # (height / width, height, width) at target size 512: diffusers' PixArt ASPECT_RATIO_512_BIN and the seven ratios
@@ -29,6 +30,7 @@ ASPECT_RATIOS_512: tuple[tuple[float, int, int], ...] = (
     (2.09, 736, 352), (2.4, 768, 320), (2.5, 800, 320), (2.89, 832, 288), (3.0, 864, 288), (3.11, 896, 288),
     (3.62, 928, 256), (3.75, 960, 256), (3.88, 992, 256), (4.0, 1024, 256),
 )
+GRIDS = ("ratios", "exact")
 # random_ratio_crop draws one of these ratios, with this weight.
 CROP_RATIOS = ((0.42, 1), (0.5, 2), (0.57, 4), (0.68, 4), (0.78, 4), (0.88, 4), (0.94, 8), (1.0, 8), (1.07, 8),
                (1.13, 4), (1.29, 4), (1.46, 4), (1.75, 4), (2.0, 2), (2.4, 1))
@@ -58,7 +60,8 @@ class SizePolicy:
     """The flags that decide sizes; sizes in pixels of a square's side, frames in frames, stride in source frames.
 
     min_frames: frames (4k+1) below which a sample teaches nothing, 5 where the first latent frame is given; images and
-    shorter clips are then too short. sample_fps: kept frames per second of source, 0 = by the stride.
+    shorter clips are then too short. sample_fps: kept frames per second of source, 0 = by the stride. grid: "ratios",
+    the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides.
 
     Raises:
         Refusal: flags that contradict each other or are out of range.
@@ -77,6 +80,7 @@ class SizePolicy:
     fix_sample_size: tuple[int, int] | None = None
     min_frames: int = 1
     sample_fps: float = 0.0
+    grid: str = GRIDS[0]
 
     def __post_init__(self) -> None:
         for name in ("video_sample_size", "image_sample_size", "token_sample_size"):
@@ -93,6 +97,8 @@ class SizePolicy:
                 if getattr(self, name):
                     flag = "training_with_video_token_length" if name == "token_length" else name
                     raise Refusal(f"--{flag}", "has no meaning without buckets", "add --enable_bucket")
+            if self.grid != GRIDS[0]:
+                raise Refusal(f"--bucket_grid {self.grid}", "has no meaning without buckets", "add --enable_bucket")
             if self.fix_sample_size:
                 raise Refusal("--fix_sample_size", "has no meaning without buckets", "add --enable_bucket")
         if self.n_frames < self.min_frames or not self.video_sizes():
@@ -162,6 +168,35 @@ def sides(position: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndar
     height = _HEIGHTS[position].astype(np.int64) * target // (512 * GRID) * GRID
     width = _WIDTHS[position].astype(np.int64) * target // (512 * GRID) * GRID
     return np.maximum(height, GRID).astype(np.int32), np.maximum(width, GRID).astype(np.int32)
+
+
+def exact_sides(height: np.ndarray, width: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (height, width) int32: multiples of 16 as near to the source's ratio as target x target pixels allow.
+
+    The short side is tried from the largest that fits down to three quarters of it, the long side follows from the
+    ratio; of what cuts no more than 0.5 % of the source the largest is taken, else what cuts the least. From target
+    512 on that is at most 1.6 %, where a ratio lies midway between 32 x 32 and 31 x 32.
+    """
+    short, long = np.minimum(height, width).astype(np.float64), np.maximum(height, width).astype(np.float64)
+    ratio, cells = long / short, (np.asarray(target, np.int64) // GRID) ** 2
+    most = np.maximum(np.floor(np.sqrt(cells / ratio) + 1e-9), 1)
+    best_short, best_long, best_cut = (
+        most.copy(),
+        np.minimum(np.maximum(np.floor(most * ratio), 1), cells),
+        np.ones(len(most)),
+    )
+    for less in range(int(most.max(initial=1)) // 4 + 1):
+        side = np.maximum(most - less, np.ceil(0.75 * most))
+        for other in (np.floor(side * ratio), np.ceil(side * ratio)):
+            cut = 1 - np.minimum(other / side, ratio) / np.maximum(other / side, ratio)
+            better = (side * other <= cells) & (other >= 1) & (cut < best_cut) & (best_cut > GOOD_CUT)
+            best_short, best_long, best_cut = (
+                np.where(better, new, old) for new, old in ((side, best_short), (other, best_long), (cut, best_cut))
+            )
+    tall = height > width
+    sides = ((GRID * side).astype(np.int32) for side in (best_short, best_long))
+    small, large = sides
+    return np.where(tall, large, small), np.where(tall, small, large)
 
 
 def draw_sizes(sizes: tuple[int, ...], mean_side: np.ndarray, draw: np.ndarray, even: bool) -> np.ndarray:
@@ -275,6 +310,8 @@ def assign(
     if not policy.enable_bucket:
         square = (target // GRID * GRID).astype(np.int32)
         return Assignment(length.astype(np.int32), square, square, target)
+    if policy.grid == "exact" and not policy.random_ratio_crop:
+        return Assignment(length.astype(np.int32), *exact_sides(height, width, target), target)
     if policy.random_ratio_crop:
         position = _CROP_CHOICES[np.searchsorted(_CROP_EDGES, ratio_draw, side="right")]
     else:

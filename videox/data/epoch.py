@@ -24,8 +24,8 @@ PADDING_SIDE = 4 * GRID  # pixels of a sample that only adds a micro-batch: next
 class MicroBatch(NamedTuple):
     """Samples of one bucket that one process trains at once, with all that their tensors depend on.
 
-    rows, copies, starts int64 [B]; keys uint64 [B]; weights float64 [B], each sample's share of the step's loss (0 for
-    padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch.
+    rows, copies, starts int64 [B]; keys, variants uint64 [B]; weights float64 [B], each sample's share of the step's
+    loss (0 for padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch.
     """
 
     step: int
@@ -35,6 +35,7 @@ class MicroBatch(NamedTuple):
     copies: np.ndarray
     starts: np.ndarray
     keys: np.ndarray
+    variants: np.ndarray
     weights: np.ndarray
     strata: np.ndarray
 
@@ -61,9 +62,9 @@ class Executed(NamedTuple):
 class EpochPlan:
     """One epoch's schedule. Samples lie in schedule order; micro-batches and slots are ranges over them.
 
-    row, copy, start int64 [N], key uint64 [N]; micro_first int64 [M + 1] into samples;
-    micro_bucket int64 [M] into buckets; slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row;
-    least_frames: of a sample, the shortest that the model can be given.
+    row, copy, start int64 [N]; key, variant uint64 [N], of draws made anew each epoch and of those that may come
+    again; micro_first int64 [M + 1] into samples; micro_bucket int64 [M] into buckets; slot_first int64 [S + 1] into
+    micro-batches; fates uint8 per metadata row; least_frames: of a sample, the shortest that the model can be given.
     """
 
     epoch: int
@@ -74,6 +75,7 @@ class EpochPlan:
     copy: np.ndarray
     start: np.ndarray
     key: np.ndarray
+    variant: np.ndarray
     micro_first: np.ndarray
     micro_bucket: np.ndarray
     slot_first: np.ndarray
@@ -159,7 +161,8 @@ class EpochPlan:
                 batches.append(
                     MicroBatch(
                         step, slot, self.buckets[self.micro_bucket[m]], self.row[part], self.copy[part],
-                        self.start[part], self.key[part], weights, strata[part.start - first : part.stop - first],
+                        self.start[part], self.key[part], self.variant[part], weights,
+                        strata[part.start - first : part.stop - first],
                     )
                 )  # fmt: skip
             batches += [padding(step, slot, short if micros else whole)] * (depth - len(micros))
@@ -208,8 +211,9 @@ class EpochPlan:
 def padding(step: int, slot: int, bucket: Bucket) -> MicroBatch:
     """Returns a micro-batch of one sample that opens no file and weighs nothing."""
     one = np.zeros(1, np.int64)
+    key = one.astype(np.uint64)
     return MicroBatch(
-        step, slot, bucket, one + PADDING, one, one, one.astype(np.uint64), np.zeros(1), np.full(1, 0.5)
+        step, slot, bucket, one + PADDING, one, one, key, key, np.zeros(1), np.full(1, 0.5)
     )  # fmt: skip
 
 

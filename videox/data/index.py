@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ def build_index(
     progress: bool,
     trust_metadata: bool = False,
     deadline: float = DEADLINE,
+    announce: Callable[[int, float], None] | None = None,
 ) -> Index:
     """Returns the index of the metadata, from index_path as far as that still holds, and saves what is new.
 
@@ -194,6 +196,7 @@ def build_index(
         trust_metadata: takes the word of rows that give type, width and height (and num_frames and fps for videos)
             without a look at their files, for a dry run; a later build without it looks at them.
         deadline: seconds that one file may take before it becomes a "timeout".
+        announce: told, where files are looked at, how many they are and how many seconds that should take.
 
     Raises:
         Refusal: as `read_metadata`; exit code 3 where not one file is there, 5 where the index cannot be written.
@@ -220,7 +223,7 @@ def build_index(
     files.refuse_all_missing(metadata_path)
     if (known and len(files.unseen())) or files.renamed:
         confine(files.unseen_by_row(), data_dir, metadata_path, allow_outside_data_dir=allow_outside_data_dir)
-    look(files, partial, workers=workers, progress=progress, deadline=deadline)
+    look(files, partial, workers=workers, progress=progress, deadline=deadline, announce=announce)
     if saved is not None and files.is_as_saved():
         return _index_of(saved, data_dir, index_path)
     table = files.table()

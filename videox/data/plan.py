@@ -34,7 +34,7 @@ from videox.shapes import Bucket, token_count
 
 __all__ = [
     "BARRIERS", "PADDING", "Columns", "EpochPlan", "MicroBatch", "PlanSettings", "check_world_size", "count_steps",
-    "held_out_plan", "held_out_rows", "plan_epoch", "row_fates", "sample_cost",
+    "draw_epoch", "held_out_plan", "held_out_rows", "plan_epoch", "row_fates", "sample_cost",
 ]  # fmt: skip
 
 
@@ -87,6 +87,7 @@ def draw_samples(columns: Columns, settings: PlanSettings, epoch: int, fates: np
     An image occurs once, a video video_repeat times with each of its clips, all that times the row's weight; the part
     of it that is no whole number is the probability of one more.
     """
+    turn = turn_of(settings, epoch)
     rows = np.flatnonzero(fates == Fate.TRAINED)
     video = columns.kind[rows] == 1
     pace = pace_of(settings.policy, None if columns.fps is None else columns.fps[rows])
@@ -99,29 +100,63 @@ def draw_samples(columns: Columns, settings: PlanSettings, epoch: int, fates: np
         fates[rows[times == 0]] = Fate.NOT_DRAWN
     copies = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
     clips = np.repeat(clips, times)
-    return Samples(np.repeat(rows, times), copies, (copies + epoch) % clips, clips)
+    return Samples(np.repeat(rows, times), copies, (copies + turn) % clips, clips)
+
+
+def turn_of(settings: PlanSettings, epoch: int) -> int:
+    """Returns the epoch whose clips, sizes and crops come again in this one; it itself without cache_variants."""
+    return epoch % settings.cache_variants if settings.cache_variants else epoch
 
 
 def _draw_buckets(
     columns: Columns, settings: PlanSettings, epoch: int, rows: np.ndarray, copies: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, tuple[Bucket, ...], np.ndarray]:
-    """Returns (key uint64 [N], bucket number int64 [N], buckets, sample frames int32 [N])."""
-    key = mix(settings.seed, epoch, rows, copies, Purpose.SAMPLE)
+    """Returns (variant uint64 [N], bucket number int64 [N], buckets, sample frames int32 [N])."""
+    variant = mix(settings.seed, turn_of(settings, epoch), rows, copies, Purpose.SAMPLE)
     frames, height, width, _ = assign(
         settings.policy,
         columns.kind[rows],
         columns.height[rows],
         columns.width[rows],
         columns.frames[rows],
-        size_draw=uniform(key, Purpose.SIZE),
-        ratio_draw=uniform(key, Purpose.RATIO),
-        frames_draw=uniform(key, Purpose.FRAMES),
+        size_draw=uniform(variant, Purpose.SIZE),
+        ratio_draw=uniform(variant, Purpose.RATIO),
+        frames_draw=uniform(variant, Purpose.FRAMES),
         fps=None if columns.fps is None else columns.fps[rows],
     )
     code = (frames.astype(np.int64) << 40) | (height.astype(np.int64) << 20) | width
     values, number = np.unique(code, return_inverse=True)
     buckets = tuple(Bucket(int(v >> 40), int(v >> 20 & 0xFFFFF), int(v & 0xFFFFF)) for v in values)
-    return key, number, buckets, frames
+    return variant, number, buckets, frames
+
+
+class Drawn(NamedTuple):
+    """An epoch's samples before they are put in order, with what is drawn for each.
+
+    rows, copies, starts int64 [N]; keys, variants uint64 [N]; number int64 [N] into buckets.
+    """
+
+    rows: np.ndarray
+    copies: np.ndarray
+    starts: np.ndarray
+    keys: np.ndarray
+    variants: np.ndarray
+    number: np.ndarray
+    buckets: tuple[Bucket, ...]
+
+
+def draw_epoch(columns: Columns, settings: PlanSettings, epoch: int, fates: np.ndarray) -> Drawn:
+    """Returns the samples of an epoch with their buckets, clip starts and keys; `fates` as draw_samples takes it."""
+    rows, copies, clip, clips = draw_samples(columns, settings, epoch, fates)
+    variants, number, buckets, frames = _draw_buckets(columns, settings, epoch, rows, copies)
+    pace = pace_of(settings.policy, None if columns.fps is None else columns.fps[rows])
+    if settings.clip_sampling == "random":
+        starts = clip_starts(columns.frames[rows], frames, pace, uniform(variants, Purpose.START))
+    else:
+        room, length = room_of(columns.frames[rows], frames, pace), frame_offsets(frames - 1, pace) + 1
+        starts = planned_starts(room, length, clip, clips, settings.clip_sampling)
+    keys = mix(settings.seed, epoch, rows, copies, Purpose.SAMPLE)
+    return Drawn(rows, copies, starts, keys, variants, number, buckets)
 
 
 def plan_epoch(
@@ -139,18 +174,11 @@ def plan_epoch(
         Refusal: nothing is left to train.
     """
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
-    rows, copies, clip, clips = draw_samples(columns, settings, epoch, fates)
+    rows, copies, starts, key, variants, number, buckets = draw_epoch(columns, settings, epoch, fates)
     if not len(rows):
         met = ", ".join(f"{np.count_nonzero(fates == f)} {f.name.lower()}" for f in Fate if np.any(fates == f))
         mend = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
         raise Refusal("--train_data_meta", f"no row of {len(columns)} can be trained ({met})", mend, DATA)
-    key, number, buckets, frames = _draw_buckets(columns, settings, epoch, rows, copies)
-    pace = pace_of(settings.policy, None if columns.fps is None else columns.fps[rows])
-    if settings.clip_sampling == "random":
-        starts = clip_starts(columns.frames[rows], frames, pace, uniform(key, Purpose.START))
-    else:
-        room, length = room_of(columns.frames[rows], frames, pace), frame_offsets(frames - 1, pace) + 1
-        starts = planned_starts(room, length, clip, clips, settings.clip_sampling)
 
     # shuffle the samples, then bring each bucket's together: a random order within every bucket
     order = np.argsort(mix(key, Purpose.ORDER), kind="stable")
@@ -174,6 +202,7 @@ def plan_epoch(
         copy=copies[samples],
         start=starts[samples],
         key=key[samples],
+        variant=variants[samples],
         micro_first=np.concatenate([[0], np.cumsum(count)]),
         micro_bucket=bucket,
         slot_first=np.concatenate([[0], np.cumsum(np.bincount(place[slot]))]),

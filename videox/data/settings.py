@@ -71,7 +71,8 @@ class PlanSettings:
     "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for
     validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S; barrier: one of
     BARRIERS; balance: one of BALANCES, "none" leaves slots in random order; accumulation: at first launch;
-    clips_per_video: of a video that holds several whole ones, at most, by clip_sampling, one of SAMPLINGS.
+    clips_per_video: of a video that holds several whole ones, at most, by clip_sampling, one of SAMPLINGS;
+    cache_variants: so many epochs draw clip starts, sizes and crops of their own, then these come again (0 = all do).
     """
 
     policy: SizePolicy
@@ -88,6 +89,7 @@ class PlanSettings:
     accumulation: int = 1
     clips_per_video: int = 1
     clip_sampling: str = "random"
+    cache_variants: int = 0
 
 
 def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,7 @@ _KINDS = {"image": IMAGE, "video": VIDEO, "": UNKNOWN}
 _LOOK_AGAIN = ("timeout", "crashed", "unreadable")  # mended, they may keep their size and time
 _COMMIT_SECONDS = 60.0
 _STAT_THREADS, _STAT_CHUNK = 16, 4096
+FEW = 8  # files per worker that tell how long the rest takes
 
 
 class Files:
@@ -222,17 +223,32 @@ class Files:
         self.seen[numbers[complete]] = True
 
 
-def look(files: Files, partial: Path, *, workers: int, progress: bool, deadline: float) -> None:
-    """Looks at what is unseen; once a minute all that is known is kept aside, where a killed build is taken up."""
+def look(
+    files: Files,
+    partial: Path,
+    *,
+    workers: int,
+    progress: bool,
+    deadline: float,
+    announce: Callable[[int, float], None] | None = None,
+) -> None:
+    """Looks at what is unseen; once a minute all that is known is kept aside, where a killed build is taken up.
+
+    Args:
+        announce: told once, after the first few, how many files there are and how many seconds they should take.
+    """
     numbers = files.unseen()
     if not len(numbers):
         return
     paths = [files.full_path(number) for number in numbers]
     answers = probe_each(paths, workers=workers, deadline=deadline)
-    committed = time.monotonic()
+    begun = committed = time.monotonic()
+    few = min(len(paths), FEW * workers)
     bar = tqdm(answers, "looking at the files", len(paths), unit=" files", disable=not progress, file=sys.stderr)
-    for position, answer in bar:
+    for done, (position, answer) in enumerate(bar, 1):
         files.record(int(numbers[position]), answer)
+        if announce is not None and done == few:
+            announce(len(paths), (time.monotonic() - begun) / few * len(paths))
         if time.monotonic() - committed > _COMMIT_SECONDS:
             write_table(files.seen_table(), {"version": VERSION}, partial)
             committed = time.monotonic()

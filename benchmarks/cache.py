@@ -1,0 +1,196 @@
+"""Serves whoever asks what the latent cache saves: steps, whole runs and lookups, side by side on one machine.
+
+    python benchmarks/cache.py [--rounds 15] [--entries 100000] [--output benchmarks/cache.md]
+
+A cached step is the loop's own: the next batch of the loader, noise, target, forward, backward, optimizer. The bare
+step is the transformer alone, over the very tensors of the step before it: forward, loss, backward, optimizer. Both
+alternate, so that a busy machine slows both. Whole runs are the users' command with the cache, without it, and with
+decord as the reader in place of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import runs
+import tiny
+import torch
+
+from videox.data.cache import Cache
+from videox.flow_matching import velocity_losses
+
+NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
+MODELS: dict[str, dict[str, int]] = {
+    "small": {"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 512},
+    "medium": {"heads": 8, "head_dim": 48, "layers": 8, "ffn_dim": 1536},
+}
+FLAGS: dict[str, object] = {
+    "mixed_precision": "no", "gradient_checkpointing": None, "caption_dropout": 0, "tokenizer_max_length": 64,
+    "cache_variants": 1, "max_train_steps": 12, "low_vram": None,
+    "video_sample_size": 128, "image_sample_size": 128, "token_sample_size": 128, "video_sample_n_frames": 13,
+}  # fmt: skip
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def step_times(name: str, folder: Path, rounds: int) -> tuple[float, float, float]:
+    """Returns median seconds of a cached step, of a bare one, and the median of their ratios.
+
+    The cached run is a real one; each of its steps is followed by the same step of a copy of the transformer alone.
+    """
+    model = tiny.build_wan_t2v(folder / f"model-{name}", **MODELS[name])
+    clips = tuple((f"{number}.mp4", 160, 96, 41, 24.0) for number in range(6))
+    metadata = tiny.make_dataset(folder / f"data-{name}", clips)
+    argv = partial(runs.wan_plain, model, metadata, **{**FLAGS, "max_train_steps": 2 + rounds})
+    filled = runs.train(argv(folder / f"fill-{name}", latent_cache=folder / f"cache-{name}", cache_only=True))
+    if filled.code:
+        raise SystemExit(filled.stderr)
+    script, wiring = runs.script(), runs.script().wiring
+    cached, bare, marks = [], [], []
+    inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.close_step
+    seen: dict[str, Any] = {}
+
+    def note_inputs(*given: Any) -> dict[str, Any]:  # noqa: ANN401 - passed on as it came
+        seen["inputs"] = inner(*given)
+        return seen["inputs"]
+
+    def note_engine(*given: Any) -> Any:  # noqa: ANN401 - passed on as it came
+        engine, rate = open_engine(*given)
+        twin = type(engine.network).from_config(engine.network.config).train()
+        seen["twin"] = twin
+        seen["optimizer"] = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+        return engine, rate
+
+    def bare_step() -> None:
+        inputs = seen["inputs"]
+        prediction = seen["twin"](**inputs)[0]
+        loss = velocity_losses(prediction, inputs["hidden_states"], torch.ones(len(prediction))).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(seen["twin"].parameters(), 0.05)
+        seen["optimizer"].step()
+        seen["optimizer"].zero_grad()
+
+    def note_close(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - passed on as it came
+        end = close(*given, **named)
+        if marks:
+            cached.append(time.perf_counter() - marks[-1])
+            bare.append(seconds(bare_step))
+        marks.append(time.perf_counter())
+        return end
+
+    script.transformer_inputs, wiring.open_engine, script.close_step = note_inputs, note_engine, note_close
+    try:
+        done = runs.train(
+            argv(folder / f"out-{name}", latent_cache=folder / f"cache-{name}", checkpointing_steps=10**6)
+        )
+    finally:
+        script.transformer_inputs, wiring.open_engine, script.close_step = inner, open_engine, close
+    if done.code:
+        raise SystemExit(done.stderr)
+    pairs = list(zip(cached, bare, strict=True))[1:-1]  # without the first, which warms up
+    ratios = [one / other for one, other in pairs]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs), statistics.median(ratios)
+
+
+def whole_runs(folder: Path) -> dict[str, float]:
+    """Returns median seconds of a step of the users' command, by how its data comes, after the steps that fill."""
+    model, metadata, cache = folder / "model-small", folder / "data-small/metadata.json", folder / "cache-small"
+    ways: dict[str, dict[str, object]] = {
+        "with the cache": {"latent_cache": cache},
+        "without": {},
+        "without, decord": {"video_reader": "decord"},
+    }
+    times = {}
+    for name, flags in ways.items():
+        outcome = runs.train(runs.wan_plain(model, metadata, folder / f"run-{name}", **{**FLAGS, **flags}))
+        if outcome.code:
+            raise SystemExit(outcome.stderr)
+        times[name] = statistics.median(m["tokens"] / m["tokens_per_second"] for m in outcome.metrics[2:])
+    return times
+
+
+def lookups(folder: Path, entries: int) -> dict[str, float]:
+    """Returns seconds to open a cache of many entries of 16 KiB and to read one (median, p99), and its files."""
+    tensor, cache = torch.randn(4096), Cache(folder / "many")
+    keys = [number.to_bytes(16, "big") for number in range(entries)]
+    for key in keys:
+        cache.put(key, tensor, NOTE)
+    cache.publish()
+    opened = seconds(lambda: Cache(folder / "many"))
+    reader, drawn = Cache(folder / "many"), np.random.default_rng(0).integers(0, entries, 4000)
+    for number in drawn:
+        reader.read(keys[number])  # into the page cache
+    reads = [seconds(partial(reader.read, keys[number])) for number in drawn]
+    return {
+        "open": opened,
+        "median": statistics.median(reads),
+        "p99": float(np.quantile(reads, 0.99)),
+        "files": float(len(list((folder / "many").iterdir()))),
+    }
+
+
+def main() -> int:
+    """Measures all of it and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="steps that are compared, per model")
+    parser.add_argument("--entries", type=int, default=100_000, help="entries of the large cache, 16 KiB each")
+    parser.add_argument("--output", type=Path, help="markdown file (none = the terminal)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        steps = {model: step_times(model, folder, args.rounds) for model in MODELS}
+        ways = whole_runs(folder)
+        found = lookups(folder, args.entries)
+    lines = [
+        "# What the latent cache costs and saves",
+        "",
+        "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, clips of",
+        f"13 frames, one thread of {os.cpu_count()} cores ({platform.machine()}, load {os.getloadavg()[0]:.0f}), torch {torch.__version__}.",
+        "",
+        "| model | cached step | bare transformer step | ratio (median of pairs) |",
+        "| --- | --- | --- | --- |",
+        *(f"| {m} | {1e3 * a:.1f} ms | {1e3 * b:.1f} ms | {r:.3f} |" for m, (a, b, r) in steps.items()),
+        "",
+        "| small model, whole run | step | to the cached one |",
+        "| --- | --- | --- |",
+        *(f"| {way} | {1e3 * t:.1f} ms | {t / ways['with the cache']:.2f} |" for way, t in ways.items()),
+        "",
+        f"| cache of {args.entries:,} entries | |",
+        "| --- | --- |",
+        f"| open | {found['open']:.2f} s |",
+        f"| read, median | {1e3 * found['median']:.3f} ms |",
+        f"| read, 99th percentile | {1e3 * found['p99']:.3f} ms |",
+        f"| files | {found['files']:.0f} |",
+        "",
+        "A random VAE of this size is far smaller beside its transformer than a published one: what a run saves there is",
+        "larger.",
+    ]
+    text = "\n".join(lines) + "\n"
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

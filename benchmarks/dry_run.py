@@ -1,0 +1,198 @@
+"""Serves whoever asks what a run needs before it is paid for: dry runs of the published commands.
+
+    python benchmarks/dry_run.py > benchmarks/dry_run.md
+
+Each row is a process of its own: scripts/<family>/train.py --dry_run over 100,000 rows of metadata with complete
+columns and a model folder that holds configurations alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, LIMIT, PROCESSES = 100_000, 80, 8
+GIB = 2**30
+CONFIGS = json.loads((ROOT / "tests/data/transformers.json").read_text(encoding="utf-8"))
+# The published sizes of the frozen parts, as their own config.json have them.
+UMT5 = {
+    "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 4096, "d_ff": 10240, "d_kv": 64,
+    "num_heads": 64, "num_layers": 24, "num_decoder_layers": 24, "vocab_size": 256384, "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": True, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaModel"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128320,
+}  # fmt: skip
+CLIP = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072,
+    "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408,
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One dry run: the model, what divides it, the token sample size."""
+
+    model: str
+    backend: str
+    token_size: int
+
+    @property
+    def family(self) -> str:
+        """The folder of its script."""
+        return "hunyuanvideo" if self.model.startswith("Hunyuan") else "wan2.1"
+
+
+CASES = [
+    *(
+        Case(model, backend, size)
+        for model in ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B")
+        for backend in ("ddp", "zero2", "zero3")
+        for size in (512, 960)
+    ),
+    Case("HunyuanVideo", "fsdp1", 640),
+]
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """Writes the configurations of a published model, without any weight, and returns the folder."""
+    hunyuan = name.startswith("Hunyuan")
+    parts: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "transformer": ("diffusers", CONFIGS[name]["_class_name"], CONFIGS[name]),
+        "vae": ("diffusers", "AutoencoderKLHunyuanVideo" if hunyuan else "AutoencoderKLWan", {}),
+        "text_encoder": ("transformers", "LlamaModel", LLAMA)
+        if hunyuan
+        else ("transformers", "UMT5EncoderModel", UMT5),
+    }
+    if hunyuan:
+        parts["text_encoder_2"] = ("transformers", "CLIPTextModel", CLIP)
+    for part, name in (("scheduler", "scheduler"), ("tokenizer", "tokenizer"), ("tokenizer_2", "tokenizer")):
+        (folder / part).mkdir(parents=True)
+        (folder / part / f"{name}_config.json").write_text('{"shift": 7.0}', encoding="utf-8")
+    index: dict[str, Any] = {"_class_name": "HunyuanVideoPipeline" if hunyuan else "WanPipeline"}
+    for part, (library, class_name, config) in parts.items():
+        (folder / part).mkdir(parents=True)
+        index[part] = [library, class_name]
+        (folder / part / "config.json").write_text(json.dumps({"_class_name": class_name, **config}), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def write_metadata(path: Path) -> Path:
+    """Writes rows as users have them: eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, three in ten images."""
+    generator = np.random.default_rng(0)
+    ratios = np.array([16 / 9, 16 / 9, 16 / 9, 9 / 16, 4 / 3, 1.0, 21 / 9, 2.0])[generator.integers(0, 8, ROWS)]
+    lines = np.array([480, 720, 720, 1080, 1080, 2160])[generator.integers(0, 6, ROWS)]
+    rates = np.array([24.0, 25.0, 30.0, 60.0])[generator.integers(0, 4, ROWS)]
+    seconds = np.clip(np.exp(generator.normal(np.log(5.5), 0.6, ROWS)), 2, 20)
+    image = generator.random(ROWS) < 0.3
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(ROWS):
+            height = int(lines[row] if ratios[row] >= 1 else lines[row] / ratios[row]) // 2 * 2
+            width = int(height * ratios[row]) // 2 * 2
+            record: dict[str, Any] = {"text": "a clip", "width": width, "height": height}
+            if image[row]:
+                record |= {"file_path": f"{row}.jpg", "type": "image"}
+            else:
+                frames = int(seconds[row] * rates[row])
+                record |= {"file_path": f"{row}.mp4", "type": "video", "num_frames": frames, "fps": rates[row]}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def command(case: Case, model: Path, metadata: Path, output: Path) -> list[str]:
+    """Returns the published command of a case as a dry run on 8 processes."""
+    hunyuan = case.family == "hunyuanvideo"
+    sizes: Mapping[str, object] = {
+        "image_sample_size": 640 if hunyuan else 1024,
+        "video_sample_size": 640 if hunyuan else 256,
+        "token_sample_size": case.token_size,
+        "video_sample_stride": 2 if hunyuan else 3,
+        "video_sample_n_frames": 81,
+    }
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    return [
+        sys.executable, str(ROOT / "scripts" / case.family / "train.py"), "--dry_run",
+        f"--dry_run_processes={PROCESSES}", f"--dry_run_backend={case.backend}", f"--gpu_memory={LIMIT}",
+        f"--pretrained_model_name_or_path={model}", f"--train_data_meta={metadata}", f"--output_dir={output}", *words,
+        "--train_batch_size=1", "--video_repeat=1", "--gradient_accumulation_steps=1", "--dataloader_num_workers=8",
+        "--num_train_epochs=100", "--checkpointing_steps=50", "--seed=42", "--gradient_checkpointing",
+        "--mixed_precision=bf16", "--vae_mini_batch=1", "--random_hw_adapt", "--training_with_video_token_length",
+        "--enable_bucket", "--uniform_sampling", "--low_vram",
+    ]  # fmt: skip
+
+
+class Result(NamedTuple):
+    """What a dry run took, and what it said."""
+
+    seconds: float
+    peak: float
+    report: dict[str, Any]
+    said: str
+
+
+def measure(words: list[str], output: Path) -> Result:
+    """Runs one command to its end in a process whose peak memory is its own."""
+    probe = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
+        "sys.stderr.write(done.stderr if done.returncode else ''); sys.stdout.write(done.stdout); "
+        "sys.stdout.write('\\n%d' % resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+    )
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    seconds = time.monotonic() - begun
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    said, peak = done.stdout.rsplit("\n", 1)
+    report = json.loads((output / "plan_report.json").read_text(encoding="utf-8"))
+    return Result(seconds, int(peak) * 1024, report, said)
+
+
+def verdict(said: str) -> str:
+    """Returns the line of the verdict without its number."""
+    line = next(line for line in said.splitlines() if " together " in line)
+    return line.split(": ", 1)[1]
+
+
+def main() -> None:
+    """Prints the table."""
+    words = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
+    sys.stdout.write(
+        f"# Dry runs of the published commands\n\nMachine: {words[0]}, shared. {ROWS:,} rows, 8 processes, "
+    )
+    sys.stdout.write(f"{LIMIT} GiB per GPU; only config.json files of the models on the disk. GiB per GPU.\n\n")
+    sys.stdout.write("| model | backend | token size | weights | masters | gradients | optimizer | communication | ")
+    sys.stdout.write(
+        "activations | together | verdict | checkpoint GB | dry run s | dry run GB |\n|" + "---|" * 14 + "\n"
+    )
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        metadata = write_metadata(root / "metadata.jsonl")
+        models = {name: write_model(root / name, name) for name in dict.fromkeys(case.model for case in CASES)}
+        for case in CASES:
+            output = root / "-".join(map(str, case))
+            found = measure(command(case, models[case.model], metadata, output), output)
+            memory = found.report["memory"]
+            names = ("weights", "masters", "gradients", "optimizer", "communication", "activations", "total")
+            sizes = " | ".join(f"{memory[name] / GIB:.1f}" for name in names)
+            sys.stdout.write(f"| {' | '.join(map(str, case))} | {sizes} | {verdict(found.said)} | ")
+            sys.stdout.write(f"{memory['checkpoint'] / 1e9:.0f} | {found.seconds:.1f} | {found.peak / 1e9:.2f} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Serves whoever keeps a --latent_cache: what is in it, whether it is whole, and how it is made smaller.
+
+python scripts/cache.py list CACHE
+python scripts/cache.py verify CACHE
+python scripts/cache.py gc CACHE [--data_dir DIR] [--drop_encoder FINGERPRINT ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from videox.data.cache_care import clean, contents, verify
+from videox.errors import STORAGE, Refusal
+from videox.lifecycle import run_script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the command and its flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, said in (
+        ("list", "entries and bytes by part and encoder"),
+        ("verify", "reads every entry; exits 5 if one is damaged"),
+        ("gc", "drops damaged entries, second copies and unfinished files, and gathers small files into large ones"),
+    ):
+        command = commands.add_parser(name, help=said, description=said)
+        command.add_argument("cache", type=Path, help="folder given as --latent_cache")
+        if name == "gc":
+            command.add_argument(
+                "--data_dir", type=Path, help="drop what was made of files below it that changed or went"
+            )
+            command.add_argument(
+                "--drop_encoder", nargs="+", default=[], help="drop what these encoders made (see list)"
+            )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    args = parse_args(argv)
+    if not args.cache.is_dir():
+        raise Refusal(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
+    if args.command == "list":
+        for part, encoder, entries, size in contents(args.cache):
+            print(f"{part:<14} {encoder} {entries:>9,} entries {size / 2**30:>9.2f} GiB")
+    elif args.command == "verify":
+        whole, faults = verify(args.cache)
+        print("\n".join([*faults, f"{whole} entries are whole, {len(faults)} faults"]))
+        return STORAGE if faults else 0
+    else:
+        dropped = clean(args.cache, encoders=args.drop_encoder, data_dir=args.data_dir)
+        print("\n".join(f"dropped: {count} ({reason})" for reason, count in dropped.items()) or "nothing to drop")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,147 @@
+"""Serves videox/memory.py: the states that it counts are, to the byte, those that the engines hold."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import forkserver
+import pytest
+import test_backends
+import test_network
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videox.distributed import accumulate, backward, make_accelerator
+from videox.engine import Engine, WholeEngine
+from videox.memory import Encoders, Parameters, Setup, checkpoint_size, memory_of, nearest_that_fits, state_bytes
+from videox.network import cross_attention_network
+from videox.optim import choose_trainable, make_optimizer, parameter_groups
+
+GIB = 2**30
+SIZES = {**test_network.SMALL_WAN, "num_layers": 2}
+FOURTEEN = Parameters(14_288_491_584, 14_288_491_584, 351_000_000, 247_000_000)
+ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, work=4e9)
+SETUP = Setup("zero2", 8, 8, half=True, recomputed=1.0, rest=True, workers=8, tokens=21_504, batch=1, zero={})
+
+
+def parameters_of(model: torch.nn.Module) -> Parameters:
+    counts = [sum(p.numel() for p in block.parameters()) for block in test_network.blocks(model)]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Parameters(total, trained, max(counts), total - sum(counts))
+
+
+def held(engine: Engine, others: set[int]) -> Counter[str]:
+    """Returns bytes by dtype of all tensors that came to be since `others` were there, gradients too, buffers not."""
+    gc.collect()
+    found = {}
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
+    tensors += [p.grad for p in engine.network.parameters() if p.grad is not None]
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            found[storage.data_ptr()] = (str(tensor.dtype).removeprefix("torch."), storage.nbytes())
+    others |= {buffer.untyped_storage().data_ptr() for buffer in engine.network.buffers()}
+    counted: Counter[str] = Counter()
+    for pointer, (dtype, size) in found.items():
+        counted[dtype] += size if pointer not in others else 0
+    return counted
+
+
+def measure() -> int:
+    """Trains two steps and writes what is held before, between and after forward and backward passes."""
+    accelerator, backend = make_accelerator("bf16")
+    model = test_network.build(SIZES)
+    full, half = choose_trainable(model, ["."], [])
+    parameters = parameters_of(model)
+
+    def optimizer_over(named):
+        groups = parameter_groups(named, full, half)
+        return make_optimizer(groups, learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.0, epsilon=1e-8)
+
+    sample, _ = test_network.inputs(SIZES, side=4, frames=1)
+    others = {
+        t.untyped_storage().data_ptr() for t in (*model.buffers(), *sample.values()) if isinstance(t, torch.Tensor)
+    }
+    engine: Engine
+    if backend.kind == "zero":
+        from videox.zero import ZeroEngine
+
+        engine = ZeroEngine(
+            accelerator, model, optimizer_over, max_grad_norm=1.0, batch_size=1, micro_batches=1, output_dir=Path()
+        )
+    else:
+        engine = WholeEngine(accelerator, model, optimizer_over)
+    engine.set_rate(1e-3)
+    for _ in range(2):
+        with accumulate(accelerator, engine.model, True):
+            backward(accelerator, engine.model, engine.model(**sample)[0].square().mean())
+        after_backward = held(engine, others)
+        engine.update(loss=1.0, empty=False, limit=lambda norm: norm)
+    record = {"parameters": vars(parameters), "full": after_backward, "backend": backend.name}
+    Path(os.environ["MEASURED"]).with_suffix(f".{accelerator.process_index}").write_text(json.dumps(record))
+    return 0
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero2"])
+def test_states_are_those_that_engines_hold(backend: str, tmp_path: Path) -> None:
+    ranks = forkserver.shared().start_ranks(
+        2, [], tmp_path / "log", work=["test_memory:measure"] * 2,
+        environment={**test_backends.variables(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found")},
+    )  # fmt: skip
+    for rank in ranks:
+        rank.wait()
+    assert [rank.code for rank in ranks] == [0, 0], test_backends.said(ranks)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found.{rank}").read_text())
+        setup = Setup(backend, 2, 2, half=True, recomputed=0, rest=False, workers=0, tokens=0, batch=1, zero={})
+        states = state_bytes(Parameters(**found["parameters"]), setup)
+        bf16 = states.pop("weights") if backend == "zero2" else 0
+        assert found["full"].get("bfloat16", 0) == pytest.approx(bf16, abs=64)
+        assert found["full"]["float32"] == pytest.approx(sum(states.values()), abs=4 * 64)  # alignment of flat parts
+
+
+def memory(setup: Setup, parameters: Parameters = FOURTEEN):
+    network = cross_attention_network(
+        test_network.CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=setup.half
+    )
+    return memory_of(parameters, network, ENCODERS, setup)
+
+
+def test_only_the_dearest_phase_counts() -> None:
+    found = memory(SETUP)
+    phases = [sum(phase.values()) for phase in found.phases.values()]
+    assert found.total() < sum(found.states.values()) * 1.05 + sum(phases) * 1.05 + 2e9
+    assert found.total() > sum(found.states.values()) + max(phases)
+    items = found.items()
+    assert items["weights"] == 2 * FOURTEEN.total and items["masters"] == 4 * FOURTEEN.total / 8
+
+
+@given(
+    st.integers(8, 140), st.sampled_from(["ddp", "zero2", "zero3"]), st.booleans(), st.sampled_from([0.0, 0.5, 1.0])
+)
+def test_what_is_proposed_fits_and_what_fits_is_left(limit: int, backend: str, rest: bool, recomputed: float) -> None:
+    setup = Setup(backend, 8, 8, True, recomputed, rest, 8, 21_504, 1, {})
+    found = nearest_that_fits(setup, limit * GIB, memory, shorter=[10_752, 4_096])
+    if found is not None:
+        words, other = found
+        assert words and memory(other).total() <= limit * GIB
+        assert other != setup
+
+
+def test_sharding_further_never_takes_more() -> None:
+    for backend in ("zero2", "zero3", "fsdp1"):
+        few, many = (Setup(backend, n, 8, True, 1.0, True, 8, 21_504, 1, {}) for n in (8, 16))
+        assert memory(many).total() < memory(few).total()
+
+
+def test_a_checkpoint_of_the_published_14b_is_170_gigabytes() -> None:
+    single = replace(SETUP, backend="single")
+    assert checkpoint_size(FOURTEEN, single) / 1e9 == pytest.approx(171.5, abs=0.1)
+    assert checkpoint_size(FOURTEEN, replace(single, average="cpu")) == checkpoint_size(FOURTEEN, single) * 16 / 12

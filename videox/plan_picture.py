@@ -1,0 +1,79 @@
+"""Serves whoever plans a run and would rather look: where the time goes by bucket, and how evenly GPUs are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from videox.files import replacing
+from videox.shapes import Bucket, token_count
+
+BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#9a9a9a"
+MOST = 16  # buckets that are named
+
+
+def plot_plan(
+    path: Path,
+    buckets: Sequence[Bucket],
+    counts: np.ndarray,
+    spent: np.ndarray,
+    balanced: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Draws plan_report.png, replaced as a whole.
+
+    Args:
+        path: of the picture.
+        buckets: of an epoch; counts: samples of each; spent: operations of all its samples.
+        balanced: {"balance", "balance_unplanned", "mix"}, each by the number of processes.
+    """
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(11, 5), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _plot_buckets(left, buckets, counts, spent)
+        _plot_balance(right, balanced)
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png", dpi=120)
+
+
+def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, spent: np.ndarray) -> None:
+    order = np.argsort(-spent, kind="stable")
+    shown, rest = order[:MOST], order[MOST:]
+    names = [
+        f"{buckets[i].frames} × {buckets[i].height} × {buckets[i].width}  ({token_count(buckets[i]):,})" for i in shown
+    ]
+    samples, time = counts[shown] / counts.sum(), spent[shown] / spent.sum()
+    places = np.arange(len(names))
+    axes.barh(places - 0.2, 100 * time, 0.4, color=BLUE, label="of the time")
+    axes.barh(places + 0.2, 100 * samples, 0.4, color=GREY, label="of the samples")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("percent")
+    title = "Buckets: frames × height × width (tokens)"
+    if len(rest):
+        others = f"{spent[rest].sum() / spent.sum():.0%} of the time, {counts[rest].sum() / counts.sum():.0%} of the samples"
+        title += f"\n{len(rest)} more take {others}"
+    axes.set_title(title)
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _plot_balance(axes: Axes, balanced: Mapping[str, Mapping[str, float]]) -> None:
+    worlds = list(balanced["balance"])
+    places = np.arange(len(worlds))
+    series = (("balance", "planned", BLUE, -0.2), ("balance_unplanned", "without a plan", ORANGE, 0.2))
+    for name, label, colour, shift in series:
+        values = [balanced[name][world] for world in worlds]
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(f"{value:.2f}", (place + shift, value), ha="center", va="bottom", fontsize=8)
+        axes.bar(places + shift, values, 0.4, color=colour, label=label)
+    axes.set_xticks(places, [f"{world}\nmix {balanced['mix'][world]:.2f}" for world in worlds])
+    axes.set_xlabel("processes")
+    axes.set_ylabel("balance")
+    axes.set_ylim(0, 1.18)
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.set_title("Share of the GPUs' time in which none waits")
+    axes.legend(frameon=False, loc="upper center", ncols=2)
