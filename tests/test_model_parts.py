@@ -50,7 +50,10 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts_of(folder: Path, **paths: str) -> dict[str, Any]:
     places = original_places(folder, YAML)
     assert places is not None
-    return original_parts(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    parts = original_parts(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    if parts["transformer"].config["image_dim"]:
+        parts["image_encoder"] = find_part(places["image_encoder"], "clip_vision")
+    return parts
 
 
 def assert_equal_models(one: torch.nn.Module, other: torch.nn.Module) -> None:

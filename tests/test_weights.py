@@ -14,7 +14,7 @@ from crashes import fork, status_of
 from diffusers import WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tensors import same
 
@@ -269,6 +269,18 @@ def test_a_second_export_moves_the_first_aside(tmp_path):
     ]  # fmt: skip
     assert StoredTensors(tmp_path / "transformer")["w"].tolist() == [3.0, 3.0]
     assert StoredTensors(tmp_path / "transformer-superseded")["w"].tolist() == [1.0, 1.0]
+
+
+def test_files_of_equal_content_are_equal(tmp_path):
+    facts = {name: name.upper() for name in ("steps", "shift", "task", "größe", 'quote " and \\')}
+    tensors = {"weight": torch.arange(6.0), "bias": torch.ones(2)}
+    for number in range(8):
+        save_tensors(tmp_path / str(number), tensors, metadata=facts)
+    files = [tmp_path / str(number) / f"{WEIGHTS}.safetensors" for number in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as opened:
+        assert opened.metadata() == {"format": "pt", **facts}
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_failed_export_leaves_the_old_one_in_place(tmp_path):

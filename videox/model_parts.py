@@ -170,7 +170,7 @@ PLACES = {
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     ),
 }
-KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5", "image_encoder": "clip_vision"}
+KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5"}
 
 
 def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
@@ -190,7 +190,7 @@ def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
 def original_parts(
     places: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
 ) -> dict[str, Part]:
-    """Returns the parts of a model in Wan's original layout; the image encoder where the transformer asks for one.
+    """Returns the parts of a model in Wan's original layout that every task needs.
 
     Raises:
         Refusal: (MODEL) as find_part, and for a tokenizer that is not there.
@@ -198,9 +198,7 @@ def original_parts(
     yaml = read_yaml(config_path)
     given = {"transformer": transformer_path, "vae": vae_path}
     parts: dict[str, Part] = {}
-    for name in ("transformer", "vae", "text_encoder", "image_encoder"):
-        if name == "image_encoder" and not parts["transformer"].config.get("image_dim"):
-            continue
+    for name in ("transformer", "vae", "text_encoder"):
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
         if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
             known = read_json(places[name] / "config.json")

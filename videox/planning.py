@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.args import COUNT, COUNT_OR_ZERO, Parser, data_dir, number
 from videox.cost_model import read_cost_model
@@ -176,7 +177,7 @@ def try_largest(
     args: argparse.Namespace,
     accelerator: Accelerator,
     backend: Backend,
-    planned: wiring.Schedule,
+    planned: scheduling.Schedule,
     engine: Engine,
     dataset: TokenLengthDataset,
     accumulate: Callable[[Batch], object],
@@ -226,7 +227,7 @@ def _plan(args: argparse.Namespace, model: Model) -> None:
     index = _index(args)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
-    settings = wiring.plan_settings(
+    settings = scheduling.plan_settings(
         args, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
         min_frames=model.min_frames, cost_linear=cost[0], cost_quadratic=cost[1],
         barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
@@ -356,7 +357,7 @@ def speed_of(args: argparse.Namespace) -> Speed:
 
 def _index(args: argparse.Namespace) -> Index:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    path = wiring.index_path(args)
+    path = scheduling.index_path(args)
     build_index(
         Path(args.train_data_meta),
         data_dir(args),

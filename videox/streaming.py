@@ -65,7 +65,7 @@ def _files(tensors: Sequence[Planned], max_shard_size: float, stem: str) -> dict
 
 def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     """Returns the beginning of a safetensors file: the header's size (u64) and the header, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     end = 0
     for item in tensors:
         begin, end = end, end + item.nbytes

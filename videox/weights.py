@@ -58,7 +58,22 @@ def _save_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, st
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt", **metadata})
+    if metadata:
+        _sort_metadata(path)
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a header's metadata in order: safetensors writes another one each time, and equal saves would differ."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise OSError(f"{path.name} has a header of {size} bytes where {len(text)} are needed")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def save_tensors(

@@ -1,18 +1,15 @@
 """Serves both train.py scripts: turns the flags into the parts that a run is built of.
 
-Beside args.py this is the one place where the parsed flags enter the package; everything that it calls takes named
+Beside args.py, scheduling.py and planning.py no module takes the parsed flags; everything that these call takes named
 parameters. What a family alone knows (its model, its encoders, its inputs) stays in the family's script.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,27 +22,23 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import videox.report as report
-from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, data_dir, size_policy
+from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, size_policy
 from videox.averaging import AveragedEngine, average_notes, export_weights
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
-from videox.cost_model import read_cost_model, step_times
+from videox.cost_model import step_times
 from videox.creation import is_divided
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
-from videox.data.index import Index, build_index, load_index
 from videox.data.loader import build_loader
-from videox.data.plan import Columns, EpochPlan, PlanSettings, plan_epoch
-from videox.data.settings import columns_fingerprint, columns_of
+from videox.data.plan import plan_epoch
 from videox.data.video import BadMedia, read_image
-from videox.distributed import Backend, backend_of, follow_launcher, gather_objects, make_accelerator
+from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.exports import describe
-from videox.files import replacing
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
-from videox.jsonl import json_line
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.model_parts import Part
@@ -53,51 +46,19 @@ from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
+from videox.scheduling import Gather, Schedule
 from videox.shapes import Bucket
 from videox.state import (
-    TrainState,
     checkpoint_bytes,
     plan_inputs,
     refuse_other_backend,
-    refuse_other_run,
-    resume_or_begin,
 )
-from videox.steps import total_steps
 from videox.tracker import check_tracker
 from videox.utilization import run_meter
 from videox.validation import HeldOut
 from videox.validator import Validator
 from videox.watch import Watch
 from videox.zero_universal import announce_conversion
-
-# Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
-WITHOUT_NUMBERS = {
-    "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
-    "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
-    "export_layouts", "low_vram",
-    "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
-    "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
-    "use_ema", "ema_decay", "ema_device", "validate_ema",
-    "save_whole_weights", "latent_cache", "cache_only",
-    "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
-    "peak_tflops", "try_largest_first",
-}  # fmt: skip
-Gather = Callable[[Any], list[Any]]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Data and schedule of a run: from here on, everything that will happen is known.
-
-    plan: of the epoch in which the run goes on; total: optimizer steps of the whole run.
-    """
-
-    index: Index
-    columns: Columns
-    settings: PlanSettings
-    state: TrainState
-    plan: EpochPlan
-    total: int
 
 
 def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, task: str) -> None:
@@ -127,75 +88,6 @@ def conversion_notes(args: argparse.Namespace, accelerator: Accelerator, checkpo
         is_main, gather = accelerator.is_main_process, gather_objects(accelerator)
         main_first(lambda: said.extend(work()), is_main=is_main, gather=gather)
     return said
-
-
-def open_schedule(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    run: Run,
-    gather: Gather,
-    cost: tuple[float, float],
-    min_frames: int = 1,
-) -> Schedule:
-    """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
-
-    Args:
-        cost: a and b of a sample's cost a*S + b*S^2 in tokens S; --cost_model gives others to a new run.
-        min_frames: below which a sample teaches nothing.
-
-    Raises:
-        Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
-    """
-    index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
-    columns = columns_of(index, by_second=args.video_sample_fps > 0)
-    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
-    state, settings = resume_or_begin(
-        run.resume.path,
-        partial(
-            plan_settings,
-            args,
-            min_frames=min_frames,
-            cost_linear=cost[0],
-            cost_quadratic=cost[1],
-            barrier=backend_of(accelerator).barrier,
-            accumulation=args.gradient_accumulation_steps,
-        ),
-        seed=args.seed,
-        slots=accelerator.num_processes * args.gradient_accumulation_steps,
-        world_size=accelerator.num_processes,
-        index_fingerprint=columns_fingerprint(index, columns),
-        names=index.names(),
-        columns=columns,
-        run=run_name(vars(args)),
-        gather=gather,
-    )
-    if run.resume.path:
-        refuse_other_run(Path(args.output_dir), state)
-    lost, columns = report.lost_lines(index, state.columns or columns, columns), state.columns or columns
-    plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
-    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    balance = report.balance_line(plan, settings, accelerator.num_processes)
-    accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
-    if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
-        with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
-            aside.write_bytes(b"".join(map(json_line, refused)))
-        accelerator.print(
-            f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
-        )
-    if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
-        accelerator.print("--cost_model: a running plan never changes, what the run began with stays")
-    asked = accelerator.num_processes * args.gradient_accumulation_steps
-    if settings.slots != asked:
-        steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
-        accelerator.print(f"a step has {settings.slots} micro-batches, as the run began: {steps}, not {asked} in all")
-    accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
-    return Schedule(index, columns, settings, state, plan, total)
-
-
-def run_name(asked: Mapping[str, Any]) -> str:
-    """Returns a name for the run that these flags begin: equal for runs whose every number is equal, else another."""
-    numbers = {name: value for name, value in asked.items() if name not in WITHOUT_NUMBERS}
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_engine(
@@ -360,52 +252,10 @@ def fill_cache(
     )  # fmt: skip
 
 
-def index_path(args: argparse.Namespace) -> Path:
-    """Returns where the index is kept: beside the metadata, or in output_dir where that folder is read-only."""
-    meta = Path(args.train_data_meta).resolve()
-    name = f"{meta.name}.videox-index.arrow"
-    return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
-
-
-def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[Any], list[Any]]) -> Index:
-    """Returns the index, brought up to date by the main process and mapped by the others."""
-    build = partial(
-        build_index,
-        Path(args.train_data_meta),
-        data_dir(args),
-        index_path(args),
-        allow_outside_data_dir=args.allow_outside_data_dir,
-        workers=max(args.dataloader_num_workers, 1),
-        progress=True,
-    )
-    main_first(build, is_main=is_main, gather=gather)
-    return load_index(index_path(args), data_dir(args))
-
-
 def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
     """Returns whether to validate after `step` optimizer steps; epochs: how many just ended, 0 in the midst of one."""
     by_epoch = epochs > 0 and args.validation_epochs > 0 and epochs % args.validation_epochs == 0
     return by_epoch or step % args.validation_steps == 0
-
-
-def plan_settings(
-    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
-) -> PlanSettings:
-    """Returns the flags that the schedule depends on; launched: other fields of PlanSettings, which win over flags."""
-    fields: dict[str, Any] = dict(
-        policy=size_policy(args, min_frames),
-        batch_size=args.train_batch_size,
-        slots=slots,
-        seed=seed,
-        slot_fill=args.slot_fill,
-        video_repeat=args.video_repeat,
-        held_out=args.validation_rows,
-        balance=args.balance,
-        clips_per_video=args.clips_per_video,
-        clip_sampling=args.clip_sampling,
-        cache_variants=args.cache_variants,
-    )
-    return PlanSettings(**{**fields, **launched})
 
 
 def notes(args: argparse.Namespace) -> list[str]:

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 import videox.args as flags
 import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import concat_first_frame, replace_first_frame
 from videox.data.dataset import Batch
@@ -389,7 +390,7 @@ def train(
     wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    planned = wiring.open_schedule(args, accelerator, run, gather, model.cost, model.min_frames)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost, model.min_frames)
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
@@ -403,9 +404,8 @@ def train(
     components = load_components(parts, shift, accelerator, encoders, encode)
     transformer = components.transformer
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(
-        args, accelerator, backend, transformer, blocks, planned, parts["transformer"]
-    )
+    part = parts["transformer"]
+    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)

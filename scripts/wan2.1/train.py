@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5E
 
 import videox.args as flags
 import videox.planning as planning
+import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.conditioning import keep_condition, known_mask, pack_mask
 from videox.data.dataset import Batch
@@ -128,9 +129,6 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
             path = Path(getattr(args, f"{name}_path") or root / name)
             parts[name] = find_part(path, kind, configs[name], weighted=weighted)
-        if parts["transformer"].config.get("image_dim"):
-            parts["image_encoder"] = find_part(root / "image_encoder", "clip_vision", weighted=weighted)
-            read_component(root / "image_processor", weighted=False)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -144,6 +142,11 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
         raise Refusal("--tokenizer_max_length", what, "leave the flag out")
+    if with_image:
+        encoder = places["image_encoder"] if places else root / "image_encoder"
+        parts["image_encoder"] = find_part(encoder, "clip_vision", weighted=weighted)
+        if not places:
+            read_component(root / "image_processor", weighted=False)
     return parts
 
 
@@ -387,7 +390,7 @@ def train(
     wiring.announce(args, accelerator, backend, run, model.task)
 
     # schedule: from here on, everything that will happen is known
-    planned = wiring.open_schedule(args, accelerator, run, gather, model.cost)
+    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost)
     settings, state, total = planned.settings, planned.state, planned.total
 
     # data: what the frozen encoders make of it is made once, where there is a cache
