@@ -134,9 +134,10 @@ def command(case: Case, model: Path, metadata: Path, output: Path) -> list[str]:
 
 
 class Result(NamedTuple):
-    """What a dry run took, and what it said."""
+    """What a dry run took (seconds, those of the processor, bytes), and what it said."""
 
     seconds: float
+    processor: float
     peak: float
     report: dict[str, Any]
     said: str
@@ -147,7 +148,8 @@ def measure(words: list[str], output: Path) -> Result:
     probe = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
         "sys.stderr.write(done.stderr if done.returncode else ''); sys.stdout.write(done.stdout); "
-        "sys.stdout.write('\\n%d' % resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "sys.stdout.write('\\n%d %f' % (used.ru_maxrss, used.ru_utime + used.ru_stime)); sys.exit(done.returncode)"
     )
     begun = time.monotonic()
     done = subprocess.run(
@@ -157,9 +159,10 @@ def measure(words: list[str], output: Path) -> Result:
     seconds = time.monotonic() - begun
     if done.returncode:
         raise SystemExit(done.stderr)
-    said, peak = done.stdout.rsplit("\n", 1)
+    said, used = done.stdout.rsplit("\n", 1)
+    peak, processor = used.split()
     report = json.loads((output / "plan_report.json").read_text(encoding="utf-8"))
-    return Result(seconds, int(peak) * 1024, report, said)
+    return Result(seconds, float(processor), int(peak) * 1024, report, said)
 
 
 def verdict(said: str) -> str:
@@ -177,8 +180,9 @@ def main() -> None:
     sys.stdout.write(f"{LIMIT} GiB per GPU; only config.json files of the models on the disk. GiB per GPU.\n\n")
     sys.stdout.write("| model | backend | token size | weights | masters | gradients | optimizer | communication | ")
     sys.stdout.write(
-        "activations | together | verdict | checkpoint GB | dry run s | dry run GB |\n|" + "---|" * 14 + "\n"
+        "activations | together | verdict | checkpoint GB | dry run s | processor s | GB |\n|" + "---|" * 15 + "\n"
     )
+    totals: dict[Case, float] = {}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         metadata = write_metadata(root / "metadata.jsonl")
@@ -187,11 +191,36 @@ def main() -> None:
             output = root / "-".join(map(str, case))
             found = measure(command(case, models[case.model], metadata, output), output)
             memory = found.report["memory"]
+            totals[case] = memory["total"] / GIB
             names = ("weights", "masters", "gradients", "optimizer", "communication", "activations", "total")
             sizes = " | ".join(f"{memory[name] / GIB:.1f}" for name in names)
             sys.stdout.write(f"| {' | '.join(map(str, case))} | {sizes} | {verdict(found.said)} | ")
-            sys.stdout.write(f"{memory['checkpoint'] / 1e9:.0f} | {found.seconds:.1f} | {found.peak / 1e9:.2f} |\n")
+            sys.stdout.write(
+                f"{memory['checkpoint'] / 1e9:.0f} | {found.seconds:.1f} | {found.processor:.1f} | {found.peak / 1e9:.2f} |\n"
+            )
             sys.stdout.flush()
+    sys.stdout.write("".join(f"\n- {line}" for line in sentences(totals)) + "\n")
+
+
+def sentences(totals: Mapping[Case, float]) -> list[str]:
+    """Returns what the figures make of the published advice; totals: GiB of each case."""
+
+    def judged(words: str, *cases: Case) -> str:
+        found = [
+            f"token size {c.token_size}: {totals[c]:.0f} GiB, {'fits' if totals[c] <= LIMIT else 'no'}" for c in cases
+        ]
+        return f"{words}: {'; '.join(found)}."
+
+    small, large = "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"
+    return [
+        judged("Plain suits 1.3B", Case(small, "ddp", 512), Case(small, "ddp", 960)),
+        judged("ZeRO-2 suits 14B at low resolutions", Case(large, "zero2", 512)),
+        judged(
+            "ZeRO-3 suits 14B at high resolutions, on these 8 GPUs",
+            Case(large, "zero3", 512),
+            Case(large, "zero3", 960),
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ from videox.plan_picture import plot_plan
 from videox.recompute import chosen_blocks
 from videox.report import ledger_lines
 from videox.shapes import Bucket, token_count
-from videox.steps import total_steps
 from videox.utilization import device_peak
 
 PER_HOST = 8  # processes on one machine, where no launcher says it
@@ -289,7 +288,7 @@ class _Forecast:
         parameters = self._parameters()
         memory = self._memory(parameters)
         checkpoint = checkpoint_size(parameters, self.setup)
-        steps = total_steps(self.columns, settings, args.max_train_steps, args.num_train_epochs)
+        steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
         report = plan_report(
             self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
