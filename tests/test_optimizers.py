@@ -133,7 +133,7 @@ def test_two_names_of_one_optimizer_train_alike(wan: Ground, tmp_path: Path, fla
     assert one == other != forkserver.steps(wan.alone)[:3]
 
 
-# ------------------------------------------------------------------------------------------------------ and they resume
+# ---------------------------------------------------------------------------------------------------- and they resume
 
 # large enough that moments are kept in eight bits, in few shapes: torchao compiles its step for each
 SIZES = {"heads": 4, "head_dim": 16, "ffn_dim": 128}
