@@ -31,6 +31,7 @@ from gpu_layers import attention, blocks, ceilings
 from gpu_models import ONE_GPU, encoders, memory, of_tensors, predicted_memory, transfers
 from gpu_scales import LARGEST, REAL, SMALL, Case, Scale, Values, measured
 
+from videox.memory import CONTEXT, FRAGMENTS
 from videox.utilization import peak_of
 
 PARTS = {part.__name__: part for part in (ceilings, memory, blocks, attention, encoders, transfers)}
@@ -79,6 +80,9 @@ class Measurer:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if self._process is not None and self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(10)
         self._end()
 
     def measure(self, number: int, budget: float) -> tuple[Values, str]:
@@ -134,8 +138,9 @@ def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> I
             else:
                 values, reason = {}, f"not begun in the {minutes:g} min of the whole"
             predicted = case.predict()
-            if {"TFLOP", "ms"} <= predicted.keys() | values.keys() and "ms" in values:
-                values.setdefault("TFLOP/s", predicted["TFLOP"] / values["ms"] * 1e3)
+            taken = values.get("forward + backward ms", values.get("ms"))
+            if taken and "TFLOP" in predicted:
+                values["TFLOP/s"] = predicted["TFLOP"] / taken * 1e3
             yield Row(case.section, case.words, predicted, values, reason, time.monotonic() - begun)
 
 
@@ -160,8 +165,8 @@ def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if len(few) == 2:
             (a, first), (b, second) = sorted(few.items())
             line["extrapolated GiB"] = second + (second - first) / (b - a) * (layers - b)
-        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 / 1e9
-        line |= {"fits 80 GB": peak <= 78, "fits 141 GB": peak <= 138}
+        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 * (1 + FRAGMENTS) + CONTEXT
+        line |= {f"fits {card} GB": peak <= card * 1e9 for card in (80, 141)}
         for gpus in (2**power for power in range(1, 10)):
             setup = replace(ONE_GPU, backend="zero3", processes=gpus, per_host=min(gpus, 8))
             if predicted_memory(config, layers, bucket, setup).total() <= 80e9:
@@ -216,10 +221,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]
     "transfers": ("Host to device", ("what",), ("GB",), ("s", "GB/s", "once s")),
 }
 NOTES = {
-    "memory": "Float32 weights, gradients and moments, bf16 autocast, every block recomputed, fused AdamW; the third step. Predicted\n"
+    "memory": "Float32 weights, gradients and moments, bf16 autocast, every block recomputed, fused AdamW, three steps. Predicted\n"
     "by `videox/memory.py`, without the CUDA context and fragments, which the allocator's peak does not count either.",
     "blocks": "Float32 weights under autocast to bf16. TFLOP: three times the forward pass, whatever is recomputed. Kept GiB:\n"
-    "predicted between the two passes; peak GiB: beside weights and inputs, the gradients included.",
+    "predicted between the two passes; peak GiB: all that there is, weights (float32) and gradients included.",
     "attention": "bf16, strides as the models give them; backward TFLOP/s counts twice the forward pass.",
     "encoders": "TFLOP and GiB predicted on tensors without data. float32 is what train.py encodes in.",
     "transfers": "The text encoder is UMT5-XXL in bf16. Pinning is done once a run (once s), each use is a copy.",
@@ -297,7 +302,10 @@ def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
         text += ["", NOTES[name]] if name in NOTES else []
     if small:
         text += ["", "# The same command at small size, on the processor", ""]
-        text += ["It shows that every measurement runs, or names why not; its figures say nothing of a GPU.", ""]
+        text += [
+            "It shows that every measurement runs, or names why not; its figures say nothing of a GPU. The names stand for"
+        ]
+        text += ["models of the same classes, a few channels wide and a few layers deep.", ""]
         for name, (title, *_) in SECTIONS.items():
             chosen = [row for row in rows if row.section == name]
             text += [f"## {title}, small", "", *section_table(name, chosen), ""] if chosen else []

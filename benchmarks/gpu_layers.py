@@ -18,8 +18,8 @@ from videox.network import Network, cross_attention_network, joint_attention_net
 from videox.shapes import Bucket, latent_shape, token_count
 
 CUDNN = "_native_cudnn"
-BACKENDS = ("native", "_native_flash", CUDNN, "_native_efficient", "_flash_3", "flash", "xformers")
-MASKED = ("native", "_native_flash", CUDNN, "_native_efficient")
+NATIVE = ("native", "_native_flash", CUDNN, "_native_efficient")  # kernels that come with torch
+INSTALLED = ("_flash_3", "flash", "xformers")  # packages of their own
 
 
 # -------------------------------------------------------------------------------------------------------- ceilings
@@ -90,7 +90,8 @@ def attention(scale: Scale) -> Iterator[Case]:
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         for bucket in scale.sizes.values():
             tokens = token_count(bucket) + text
-            for backend in MASKED if masked else BACKENDS:
+            installed = INSTALLED if bucket == scale.sizes[scale.usual] and not masked else ()
+            for backend in (*NATIVE, *installed):
                 words = (name, f"{heads} x {head_dim}", f"{tokens:,}", "text" if masked else "none", backend)
                 predict = partial(dict, {"forward TFLOP": 4 * tokens * tokens * heads * head_dim / TERA})
                 measure = partial(attend, heads, head_dim, tokens, masked, backend, scale.seconds)
@@ -149,37 +150,41 @@ def run_block(
     how: eager | recomputed | compiled; backend: of attention, by diffusers' names.
     """
     with attention_backend(backend):
-        return run_as(make(device), how, seconds, device)
+        return run_as(make, how, seconds, device)
 
 
-def run_as(made: Repeated, how: str, seconds: float, device: torch.device) -> Values:
-    """As run_block, for a block that is there."""
+def run_as(make: Callable[[torch.device], Repeated], how: str, seconds: float, device: torch.device) -> Values:
+    """As run_block, with the attention that is set."""
+    made = make(device)
     module = torch.compile(made.module) if how == "compiled" else made.module
     if how == "recomputed":
         module = partial(checkpoint, made.module, use_reentrant=False)
 
-    def forward() -> Any:  # noqa: ANN401 - one tensor, or latents and text
+    def forward() -> list[torch.Tensor]:
         with torch.autocast(device.type, HALF):
-            return module(*made.inputs)
-
-    begun = time.perf_counter()
-    first = forward()
-    outputs = [first] if isinstance(first, torch.Tensor) else list(first)
-    gradients = [torch.randn_like(output) for output in outputs]
-    torch.autograd.grad(outputs, made.trained, gradients, allow_unused=True)
-    synchronize(device)
-    values = {"first call s": time.perf_counter() - begun} if how == "compiled" else {}
-    del first, outputs
+            outputs = module(*made.inputs)
+        return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
     def both() -> None:
-        found = forward()
-        found = [found] if isinstance(found, torch.Tensor) else list(found)
-        torch.autograd.grad(found, made.trained, gradients, allow_unused=True)
+        outputs = forward()
+        gradients = [torch.ones_like(output) for output in outputs]
+        torch.autograd.grad(outputs, made.trained, gradients, allow_unused=True)
 
+    def anew() -> None:
+        nonlocal made, module
+        made = make(device)
+        module = partial(checkpoint, made.module, use_reentrant=False) if how == "recomputed" else made.module
+        both()
+
+    begun = time.perf_counter()
+    both()
+    synchronize(device)
+    values = {"first call s": time.perf_counter() - begun} if how == "compiled" else {}
     values["forward ms"] = timed(forward, device, seconds) * 1e3
     values["forward + backward ms"] = timed(both, device, seconds) * 1e3
     if device.type == "cuda" or how != "compiled":  # off a GPU, tensors inside compiled code are not seen
-        values["peak GiB"] = peak_of(both, device)
+        made = None
+        values["peak GiB"] = peak_of(anew, device)
     return values
 
 

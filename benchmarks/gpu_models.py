@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,13 +25,20 @@ from videox.shapes import Bucket, latent_shape, token_count
 # -------------------------------------------------------------------------------------------------------- encoders
 
 
-def predict_encode(vae_class: Any, config: Mapping[str, Any], size: int, bucket: Bucket) -> Values:  # noqa: ANN401
-    """Counts operations and memory of a VAE's encoder, for elements of `size` bytes, on tensors without data."""
+@cache
+def counted(vae_class: Any, config: tuple[tuple[str, Any], ...], bucket: Bucket) -> tuple[float, float]:  # noqa: ANN401
+    """Returns the operations of a VAE's encoder and the bytes it holds in float32, by tensors without data."""
     with torch.device("meta"):
-        vae, pixels = vae_class(**config).eval(), torch.empty(1, 3, *bucket)
-    with FlopCounterMode(display=False) as counted:
+        vae, pixels = vae_class(**dict(config)).eval(), torch.empty(1, 3, *bucket)
+    with FlopCounterMode(display=False) as counter:
         held = peak_bytes(lambda: vae.encode(pixels).latent_dist.parameters)
-    return {"TFLOP": counted.get_total_flops() / TERA, "predicted GiB": held * size / 4 / GIB}
+    return counter.get_total_flops(), held
+
+
+def predict_encode(vae_class: Any, config: Mapping[str, Any], size: int, bucket: Bucket) -> Values:  # noqa: ANN401
+    """Predicts operations and memory of a VAE's encoder, for elements of `size` bytes."""
+    operations, held = counted(vae_class, tuple(config.items()), bucket)
+    return {"TFLOP": operations / TERA, "predicted GiB": held * size / 4 / GIB}
 
 
 def encode_clip(
@@ -155,12 +162,18 @@ def transfers(scale: Scale) -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
+@cache
+def parameters_of(config: tuple[tuple[str, Any], ...], layers: int) -> Parameters:
+    """Counts the parameters of a Wan2.1 of so many layers, all of them trained."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**{**dict(config), "num_layers": layers})
+    total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    return Parameters(total, total, block, total - layers * block)
+
+
 def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, setup: Setup) -> Memory:
     """Returns what videox/memory.py says of full fine-tuning with so many layers."""
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**{**config, "num_layers": layers})
-    total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
-    parameters = Parameters(total, total, block, total - layers * block)
+    parameters = parameters_of(tuple(config.items()), layers)
     network = wan_network(config, layers)
     return memory_of(parameters, network, Encoders({}, 0.0), replace(setup, tokens=token_count(bucket)))
 
@@ -181,31 +194,34 @@ def predict_step(config: Mapping[str, Any], layers: int, bucket: Bucket) -> Valu
 
 
 def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: torch.device) -> Values:
-    """Measures the third step of full fine-tuning: float32 weights, autocast, every block recomputed, AdamW."""
-    with torch.device(device):
-        model = WanTransformer3DModel(**{**config, "num_layers": layers})
-        noisy = torch.randn(1, config["in_channels"], *latent_shape(bucket))
-        text, timestep = torch.randn(1, TEXT, config["text_dim"], dtype=HALF), torch.full((1,), 500.0)
-    model.enable_gradient_checkpointing()
-    optimizer = make_optimizer(
-        [{"params": list(model.parameters())}], learning_rate=1e-5, betas=(0.9, 0.999), weight_decay=0.01, epsilon=1e-8
-    )
+    """Measures full fine-tuning: float32 weights, autocast, every block recomputed, AdamW; it times the third step."""
+    taken = 0.0
 
-    def step() -> None:
-        with torch.autocast(device.type, HALF):
-            prediction = model(noisy, timestep, text, return_dict=False)[0]
-        torch.nn.functional.mse_loss(prediction.float(), noisy).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def train() -> None:
+        nonlocal taken
+        with torch.device(device):
+            model = WanTransformer3DModel(**{**config, "num_layers": layers})
+            noisy = torch.randn(1, config["in_channels"], *latent_shape(bucket))
+            text, timestep = torch.randn(1, TEXT, config["text_dim"], dtype=HALF), torch.full((1,), 500.0)
+        model.enable_gradient_checkpointing()
+        optimizer = make_optimizer(
+            [{"params": list(model.parameters())}],
+            learning_rate=1e-5,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            epsilon=1e-8,
+        )
+        for _ in range(3):
+            begun = time.perf_counter()
+            with torch.autocast(device.type, HALF):
+                prediction = model(noisy, timestep, text, return_dict=False)[0]
+            torch.nn.functional.mse_loss(prediction.float(), noisy).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            taken = time.perf_counter() - begun
 
-    step()
-    begun = time.perf_counter()
-    step()
-    synchronize(device)
-    taken = time.perf_counter() - begun
-    moments = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *moments)) / GIB
-    return {"peak GiB": held + peak_of(step, device), "step s": taken}
+    return {"peak GiB": peak_of(train, device), "step s": taken}
 
 
 def memory(scale: Scale) -> Iterator[Case]:
