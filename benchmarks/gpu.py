@@ -1,0 +1,342 @@
+"""Serves whoever has a GPU for ten minutes: what its kernels, blocks, encoders and memory give, and a table.
+
+    python benchmarks/gpu.py [--output gpu.json] [--markdown benchmarks/gpu.md] [--small] [--only attention blocks]
+
+Published widths with random weights made on the device; nothing is downloaded. Where there is no GPU everything is run
+at small size, which shows that the command works and measures nothing that matters. Measurements are made in a process
+of their own, which is replaced when one of them takes longer than its budget, or ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import diffusers
+import torch
+from gpu_layers import attention, blocks, ceilings
+from gpu_models import ONE_GPU, encoders, memory, of_tensors, predicted_memory, transfers
+from gpu_scales import LARGEST, REAL, SMALL, Case, Scale, Values, measured
+
+from videox.memory import CONTEXT, FRAGMENTS
+from videox.utilization import peak_of
+
+PARTS = {part.__name__: part for part in (ceilings, memory, blocks, attention, encoders, transfers)}
+MINUTES = 9.5
+START = 120.0  # seconds in which a process has to be ready
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a case. seconds: it took in all, making of weights and warm-up included."""
+
+    section: str
+    words: tuple[str, ...]
+    predicted: Values
+    measured: Values
+    reason: str
+    seconds: float
+
+
+# ----------------------------------------------------------------------------------------- a process that may be lost
+
+
+def serve(pipe: Any, scale: Scale, device: str) -> None:  # noqa: ANN401 - a multiprocessing connection
+    """Measures the cases whose numbers come through the pipe, until it is closed."""
+    diffusers.utils.logging.set_verbosity_error()
+    known, place = cases(scale, PARTS), torch.device(device)
+    pipe.send(None)
+    while (number := pipe.recv()) is not None:
+        outcome = measured(known[number], place)
+        gc.collect()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)  # an error that this context does not survive ends the process here
+            torch.cuda.empty_cache()
+        pipe.send(outcome)
+
+
+class Measurer:
+    """A process that measures one case at a time, and is started anew after it was lost."""
+
+    def __init__(self, scale: Scale, device: str) -> None:
+        self.scale, self.device = scale, device
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._process is not None and self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(10)
+        self._end()
+
+    def measure(self, number: int, budget: float) -> tuple[Values, str]:
+        """Returns a case's values, or none and why, after at most `budget` seconds."""
+        if self._process is None:
+            self._start()
+        self._pipe.send(number)
+        if not self._pipe.poll(budget):
+            self._end()
+            return {}, f"not done after the {budget:.0f} s that it is given"
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            self._end()
+            return {}, f"the process ended with {code}"
+
+    def _start(self) -> None:
+        context = get_context("spawn")  # a forked child cannot use CUDA once its parent has
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.scale, self.device), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(START):
+            self._end()
+            raise TimeoutError(f"no process was ready to measure after {START:.0f} s")
+        self._pipe.recv()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def cases(scale: Scale, sections: Sequence[str] | dict[str, Any]) -> list[Case]:
+    """Returns the cases of some sections, what decides most first."""
+    return [case for name, part in PARTS.items() if name in sections for case in part(scale)]
+
+
+def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> Iterator[Row]:
+    """Yields a row for each case; what is left after so many minutes is not begun."""
+    end = time.monotonic() + 60 * minutes
+    with Measurer(scale, device) as measurer:
+        for number, case in enumerate(cases(scale, PARTS)):
+            if case.section not in sections:
+                continue
+            begun = time.monotonic()
+            if begun < end:
+                values, reason = measurer.measure(number, min(case.budget, end - begun))
+            else:
+                values, reason = {}, f"not begun in the {minutes:g} min of the whole"
+            predicted = case.predict()
+            taken = values.get("forward + backward ms", values.get("ms"))
+            if taken and "TFLOP" in predicted:
+                values["TFLOP/s"] = predicted["TFLOP"] / taken * 1e3
+            yield Row(case.section, case.words, predicted, values, reason, time.monotonic() - begun)
+
+
+# ------------------------------------------------------------------------------------------------------ what it means
+
+
+def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns the memory of full fine-tuning of the whole largest model, by size of the clip.
+
+    extrapolated GiB is on the line through the two truncated models; the rest follows from it, or else from what is
+    predicted. zero3 GPUs is
+    the least power of two of 80 GB GPUs on which ZeRO-3 is predicted to fit, with everything recomputed.
+    """
+    config = scale.wan[LARGEST]
+    trained = [row for row in rows if row.section == "memory"]
+    found = []
+    for size in dict.fromkeys(row.words[1] for row in trained):
+        few = {int(row.words[2]): row.measured["peak GiB"] for row in trained if row.words[1] == size and row.measured}
+        layers, bucket = config["num_layers"], scale.sizes[size]
+        line: dict[str, Any] = {"size": size, "layers": layers}
+        line["predicted GiB"] = of_tensors(predicted_memory(config, layers, bucket, ONE_GPU))
+        if len(few) == 2:
+            (a, first), (b, second) = sorted(few.items())
+            line["extrapolated GiB"] = second + (second - first) / (b - a) * (layers - b)
+        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 * (1 + FRAGMENTS) + CONTEXT
+        line |= {f"fits {card} GB": peak <= card * 1e9 for card in (80, 141)}
+        for gpus in (2**power for power in range(1, 10)):
+            setup = replace(ONE_GPU, backend="zero3", processes=gpus, per_host=min(gpus, 8))
+            if predicted_memory(config, layers, bucket, setup).total() <= 80e9:
+                line["zero3 GPUs"] = gpus
+                break
+        found.append(line)
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Returns what the figures depend on."""
+    known: dict[str, Any] = {"device": "none", "cores": os.cpu_count(), "processor": platform.machine()}
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    known["processor"] = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown")
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        known |= {"device": properties.name, "memory GiB": properties.total_memory / 2**30}
+        known |= {"sheet TFLOP/s": (peak_of(properties.name) or 0.0) / 1e12, "cuda": torch.version.cuda}
+        known["cudnn"] = torch.backends.cudnn.version()
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    return known | versions
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "ceilings": ("What bounds the rest", ("operation",), ("TFLOP",), ("ms", "TFLOP/s", "TB/s")),
+    "memory": (
+        "Full fine-tuning: peak memory of a step",
+        ("model", "clip", "layers"),
+        ("predicted GiB",),
+        ("peak GiB", "step s"),
+    ),
+    "blocks": (
+        "One block, forward and backward",
+        ("block", "clip", "tokens", "way", "attention"),
+        ("TFLOP", "kept GiB"),
+        ("forward ms", "forward + backward ms", "TFLOP/s", "peak GiB", "first call s"),
+    ),
+    "attention": (
+        "Self-attention by each backend",
+        ("model", "heads", "tokens", "mask", "backend"),
+        ("forward TFLOP",),
+        ("forward ms", "TFLOP/s", "backward ms", "backward TFLOP/s"),
+    ),
+    "encoders": (
+        "Encoding one clip",
+        ("VAE", "clip", "precision"),
+        ("TFLOP", "predicted GiB"),
+        ("ms", "TFLOP/s", "peak GiB"),
+    ),
+    "transfers": ("Host to device", ("what",), ("GB",), ("s", "GB/s", "once s")),
+}
+NOTES = {
+    "memory": "Float32 weights, gradients and moments, bf16 autocast, every block recomputed, fused AdamW, three steps. Predicted\n"
+    "by `videox/memory.py`, without the CUDA context and fragments, which the allocator's peak does not count either.",
+    "blocks": "Float32 weights under autocast to bf16. TFLOP: three times the forward pass, whatever is recomputed. Kept GiB:\n"
+    "predicted between the two passes; peak GiB: all that there is, weights (float32) and gradients included.",
+    "attention": "bf16, strides as the models give them; backward TFLOP/s counts twice the forward pass.",
+    "encoders": "TFLOP and GiB predicted on tensors without data. float32 is what train.py encodes in.",
+    "transfers": "The text encoder is UMT5-XXL in bf16. Pinning is done once a run (once s), each use is a copy.",
+}
+
+
+def figure(value: float) -> str:
+    """Returns a number in three digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+
+
+def section_table(name: str, rows: Sequence[Row], absent: str = "") -> list[str]:
+    """Returns a section: what was predicted and measured, or the reason. absent: stands for all that is measured."""
+    _, words, predicted, columns = SECTIONS[name]
+    lines = []
+    for row in rows:
+        cells = [figure(row.predicted[key]) if key in row.predicted else "" for key in predicted]
+        if absent or row.reason:
+            cells += [absent or f"none: {row.reason}".replace("|", "/"), *[""] * (len(columns) - 1)]
+        else:
+            cells += [figure(row.measured[key]) if key in row.measured else "" for key in columns]
+        lines.append([*row.words, *cells])
+    return table([*words, *(f"{key}, predicted" if key in columns else key for key in predicted), *columns], lines)
+
+
+def whole_table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the memory of the whole model."""
+    words = {True: "yes", False: "no"}
+    cells = [
+        [
+            LARGEST, line["size"], str(line["layers"]), figure(line["predicted GiB"]),
+            figure(line["extrapolated GiB"]) if "extrapolated GiB" in line else "not measured",
+            words[line["fits 80 GB"]], words[line["fits 141 GB"]], str(line.get("zero3 GPUs", "over 512")),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    header = (
+        "model",
+        "clip",
+        "layers",
+        "predicted GiB",
+        "extrapolated GiB",
+        "fits 80 GB",
+        "fits 141 GB",
+        "80 GB GPUs",
+    )
+    return table(header, cells)
+
+
+def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
+    """Returns the report: at published widths what was measured, or what would be; the run at small size after it."""
+    shown = [Row(c.section, c.words, c.predict(), {}, "", 0.0) for c in cases(REAL, PARTS)] if small else list(rows)
+    device = (
+        known["device"] if not small else "No GPU was at hand: its columns say so, and what is predicted stands beside"
+    )
+    text = [
+        "# What a GPU gives",
+        "",
+        "`python benchmarks/gpu.py --markdown benchmarks/gpu.md`, under ten minutes on one GPU.",
+        f"{device}.",
+    ]
+    for name, (title, *_) in SECTIONS.items():
+        chosen = [row for row in shown if row.section == name]
+        if not chosen:
+            continue
+        text += ["", f"## {title}", "", *section_table(name, chosen, "not measured" if small else "")]
+        if name == "memory":
+            text += ["", *whole_table(whole_model(REAL, chosen))]
+            text += ["", "80 GB GPUs: the least power of two on which ZeRO-3 is predicted to fit."]
+        text += ["", NOTES[name]] if name in NOTES else []
+    if small:
+        text += ["", "# The same command at small size, on the processor", ""]
+        text += [
+            "It shows that every measurement runs, or names why not; its figures say nothing of a GPU. The names stand for"
+        ]
+        text += ["models of the same classes, a few channels wide and a few layers deep.", ""]
+        for name, (title, *_) in SECTIONS.items():
+            chosen = [row for row in rows if row.section == name]
+            text += [f"## {title}, small", "", *section_table(name, chosen), ""] if chosen else []
+    versions = f"torch {known['torch'].split('+')[0]}, diffusers {known['diffusers']}, Python {known['python']}"
+    text += ["", f"{known['cores']}-core {known['processor']}; {versions}.", ""]
+    return "\n".join(text).replace("\n\n\n", "\n\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write (none = print only)")
+    parser.add_argument("--markdown", type=Path, help="Markdown file to write (none = print only)")
+    parser.add_argument("--small", action="store_true", help="narrow models on the processor (chosen without a GPU)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS), help="sections (none = all)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing more is begun")
+    args = parser.parse_args(argv)
+    small = args.small or not torch.cuda.is_available()
+    scale, device = (SMALL, "cpu") if small else (REAL, "cuda")
+    known, rows = machine(device), []
+    for row in run(scale, device, args.only, args.minutes):
+        rows.append(row)
+        values = row.reason or ", ".join(f"{key} {figure(value)}" for key, value in row.measured.items())
+        print(row.section, *row.words, values, f"[{row.seconds:.1f} s]", sep="  ", flush=True)
+    whole = whole_model(scale, rows)
+    found = {"machine": known, "small": small, "rows": [asdict(row) for row in rows], "whole_model": whole}
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(page(known, small, rows), encoding="utf-8")
+    return 0 if any(row.measured for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

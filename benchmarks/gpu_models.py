@@ -1,0 +1,234 @@
+"""Serves gpu.py: the frozen encoders, their way to the device, and the memory of full fine-tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan, WanTransformer3DModel
+from gpu_layers import wan_network
+from gpu_scales import GIB, HALF, LARGEST, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from videox.latents import encode_moments
+from videox.memory import Encoders, Memory, Parameters, Setup, memory_of
+from videox.offload import RestingModule
+from videox.optim import make_optimizer
+from videox.peak import module_bytes, peak_bytes
+from videox.shapes import Bucket, latent_shape, token_count
+
+# -------------------------------------------------------------------------------------------------------- encoders
+
+
+@cache
+def counted(vae_class: Any, config: tuple[tuple[str, Any], ...], bucket: Bucket) -> tuple[float, float]:  # noqa: ANN401
+    """Returns the operations of a VAE's encoder and the bytes it holds in float32, by tensors without data."""
+    with torch.device("meta"):
+        vae, pixels = vae_class(**dict(config)).eval(), torch.empty(1, 3, *bucket)
+    with FlopCounterMode(display=False) as counter:
+        held = peak_bytes(lambda: vae.encode(pixels).latent_dist.parameters)
+    return counter.get_total_flops(), held
+
+
+def predict_encode(vae_class: Any, config: Mapping[str, Any], size: int, bucket: Bucket) -> Values:  # noqa: ANN401
+    """Predicts operations and memory of a VAE's encoder, for elements of `size` bytes."""
+    operations, held = counted(vae_class, tuple(config.items()), bucket)
+    return {"TFLOP": operations / TERA, "predicted GiB": held * size / 4 / GIB}
+
+
+def encode_clip(
+    vae_class: Any,  # noqa: ANN401 - of diffusers
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    bucket: Bucket,
+    seconds: float,
+    device: torch.device,
+) -> Values:
+    """Measures the encoding of one clip, as train.py calls it."""
+    with torch.device(device):
+        vae = RestingModule(vae_class(**config).to(dtype), device, rests=False)
+        pixels = torch.rand(1, 3, *bucket, dtype=dtype) * 2 - 1
+    run = partial(encode_moments, vae, pixels, mini_batch=1)
+    return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
+
+
+def encoders(scale: Scale) -> Iterator[Case]:
+    """Yields both families' VAE, in float32 as they are trained with, and in bfloat16."""
+    kinds = (
+        ("Wan2.1", AutoencoderKLWan, scale.wan_vae),
+        ("HunyuanVideo", AutoencoderKLHunyuanVideo, scale.hunyuan_vae),
+    )
+    for name, vae_class, config in kinds:
+        for size, bucket in list(scale.sizes.items())[:2]:
+            for dtype in (torch.float32, HALF):
+                words = (name, size, str(dtype).removeprefix("torch."))
+                predict = partial(predict_encode, vae_class, config, dtype.itemsize, bucket)
+                measure = partial(encode_clip, vae_class, config, dtype, bucket, scale.seconds)
+                yield Case("encoders", words, scale.budget * 2, predict, measure)
+
+
+# ------------------------------------------------------------------------------------------------------- transfers
+
+
+def text_encoder(config: Mapping[str, Any]) -> UMT5EncoderModel:
+    """Returns a UMT5 in bfloat16 without data."""
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config(**config)).to(HALF).eval()
+
+
+def in_host_memory(config: Mapping[str, Any]) -> UMT5EncoderModel:
+    """Returns a UMT5 with its weights in pageable host memory, all of whose pages are there."""
+    module = text_encoder(config).to_empty(device="cpu")
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.zero_()
+    return module
+
+
+def rated(size: float, taken: float, device: torch.device) -> Values:
+    """Returns the columns of a transfer of so many bytes; the host itself is no way off, and has no rate."""
+    return {"s": taken} if device.type == "cpu" else {"s": taken, "GB/s": size / 1e9 / taken}
+
+
+def move_pageable(config: Mapping[str, Any], back: bool, device: torch.device) -> Values:
+    """Measures module.to(device), or the way back."""
+    module, size = in_host_memory(config), module_bytes(text_encoder(config), 2)
+    if back:
+        module.to(device)
+    synchronize(device)
+    begun = time.perf_counter()
+    module.to("cpu" if back else device)
+    synchronize(device)
+    return rated(size, time.perf_counter() - begun, device)
+
+
+def move_pinned(config: Mapping[str, Any], seconds: float, device: torch.device) -> Values:
+    """Measures what --low_vram does for each use: all weights copied from pinned memory; the copies are dropped."""
+    size = module_bytes(text_encoder(config), 2)
+    begun = time.perf_counter()
+    resting = RestingModule(in_host_memory(config), device, rests=True)
+    once = time.perf_counter() - begun
+
+    def wake() -> None:
+        with resting.awake():
+            synchronize(device)
+
+    return {**rated(size, timed(wake, device, seconds), device), "once s": once}
+
+
+def encode_text(config: Mapping[str, Any], seconds: float, device: torch.device) -> Values:
+    """Measures the encoding of one prompt of TEXT tokens."""
+    module = text_encoder(config).to_empty(device=device)
+    for tensor in module.parameters():
+        torch.nn.init.normal_(tensor, std=0.02)
+    tokens = torch.ones(1, TEXT, dtype=torch.long, device=device)
+    with torch.no_grad():
+        return {"s": timed(lambda: module(tokens).last_hidden_state, device, seconds)}
+
+
+def move_pixels(bucket: Bucket, dtype: torch.dtype, pinned: bool, seconds: float, device: torch.device) -> Values:
+    """Measures the way of one clip's pixels to the device."""
+    pixels = torch.zeros(1, bucket.frames, bucket.height, bucket.width, 3, dtype=dtype)
+    if pinned and device.type == "cuda":
+        pixels = pixels.pin_memory()
+    run = partial(pixels.to, device, non_blocking=pinned, copy=True)
+    return rated(pixels.numel() * dtype.itemsize, timed(run, device, seconds), device)
+
+
+def transfers(scale: Scale) -> Iterator[Case]:
+    """Yields the text encoder's ways to the device, its own work, and a clip's pixels."""
+    config, bucket = scale.umt5, scale.sizes[scale.usual]
+
+    def size() -> Values:
+        return {"GB": module_bytes(text_encoder(config), 2) / 1e9}
+
+    rows: list[tuple[str, Callable[[], Values], Callable[[torch.device], Values]]] = [
+        ("text encoder, pageable, to the device", size, partial(move_pageable, config, False)),
+        ("text encoder, pageable, back to the host", size, partial(move_pageable, config, True)),
+        ("text encoder, pinned, as --low_vram", size, partial(move_pinned, config, scale.seconds)),
+        (f"text encoder at work, one prompt of {TEXT} tokens", nothing, partial(encode_text, config, scale.seconds)),
+    ]
+    for dtype, pinned, words in ((torch.uint8, True, "uint8, pinned"), (torch.float32, False, "float32, pageable")):
+        known = partial(dict, GB=3 * bucket.frames * bucket.height * bucket.width * dtype.itemsize / 1e9)
+        rows.append((f"pixels of a clip, {words}", known, partial(move_pixels, bucket, dtype, pinned, scale.seconds)))
+    for words, predict, measure in rows:
+        yield Case("transfers", (words,), scale.budget * 2, predict, measure)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@cache
+def parameters_of(config: tuple[tuple[str, Any], ...], layers: int) -> Parameters:
+    """Counts the parameters of a Wan2.1 of so many layers, all of them trained."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**{**dict(config), "num_layers": layers})
+    total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    return Parameters(total, total, block, total - layers * block)
+
+
+def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, setup: Setup) -> Memory:
+    """Returns what videox/memory.py says of full fine-tuning with so many layers."""
+    parameters = parameters_of(tuple(config.items()), layers)
+    network = wan_network(config, layers)
+    return memory_of(parameters, network, Encoders({}, 0.0), replace(setup, tokens=token_count(bucket)))
+
+
+ONE_GPU = Setup(
+    backend="single", processes=1, per_host=1, half=True, recomputed=1.0, rest=False, workers=0, tokens=0, batch=1, zero={}
+)  # fmt: skip
+
+
+def of_tensors(memory: Memory) -> float:
+    """Returns the GiB of a prediction that an allocator counts: without the CUDA context and without fragments."""
+    return (sum(memory.states.values()) + max(sum(phase.values()) for phase in memory.phases.values())) / GIB
+
+
+def predict_step(config: Mapping[str, Any], layers: int, bucket: Bucket) -> Values:
+    """Predicts the peak of a training step on one GPU."""
+    return {"predicted GiB": of_tensors(predicted_memory(config, layers, bucket, ONE_GPU))}
+
+
+def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: torch.device) -> Values:
+    """Measures full fine-tuning: float32 weights, autocast, every block recomputed, AdamW; it times the third step."""
+    taken = 0.0
+
+    def train() -> None:
+        nonlocal taken
+        with torch.device(device):
+            model = WanTransformer3DModel(**{**config, "num_layers": layers})
+            noisy = torch.randn(1, config["in_channels"], *latent_shape(bucket))
+            text, timestep = torch.randn(1, TEXT, config["text_dim"], dtype=HALF), torch.full((1,), 500.0)
+        model.enable_gradient_checkpointing()
+        optimizer = make_optimizer(
+            [{"params": list(model.parameters())}],
+            learning_rate=1e-5,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            epsilon=1e-8,
+        )
+        for _ in range(3):
+            begun = time.perf_counter()
+            with torch.autocast(device.type, HALF):
+                prediction = model(noisy, timestep, text, return_dict=False)[0]
+            torch.nn.functional.mse_loss(prediction.float(), noisy).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            taken = time.perf_counter() - begun
+
+    return {"peak GiB": peak_of(train, device), "step s": taken}
+
+
+def memory(scale: Scale) -> Iterator[Case]:
+    """Yields full fine-tuning of the largest model, cut to a few of its layers."""
+    config = scale.wan[LARGEST]
+    for size in list(scale.sizes)[-2:]:
+        for layers in scale.layers:
+            given = (config, layers, scale.sizes[size])
+            words = (LARGEST, size, str(layers))
+            yield Case("memory", words, scale.budget * 2, partial(predict_step, *given), partial(train_step, *given))

@@ -1,0 +1,95 @@
+"""Serves whoever runs benchmarks/gpu.py for ten dear minutes: everything in it runs, at small size, before they do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+gpu = tiny.load_script("benchmarks/gpu.py")
+scales = sys.modules["gpu_scales"]
+
+CPU = torch.device("cpu")
+SMALL = [case for case in gpu.cases(gpu.SMALL, gpu.PARTS) if "compiled" not in case.words]
+ONLY_ON_A_GPU = {"_native_cudnn", "_native_efficient", "_flash_3", "flash", "xformers"}
+
+
+@pytest.mark.parametrize("section", gpu.PARTS)
+def test_everything_is_measured_or_says_why_not(section: str) -> None:
+    columns = gpu.SECTIONS[section]
+    chosen = [case for case in SMALL if case.section == section]
+    assert chosen
+    for case in chosen:
+        values, reason = scales.measured(case, CPU)
+        assert len(case.words) == len(columns[1])
+        assert set(case.predict()) <= set(columns[2])
+        assert set(values) <= set(columns[3])
+        assert bool(values) != bool(reason)
+        assert all(value > 0 for value in values.values()), (case.words, values)
+        if section == "memory" or "float32" in case.words:  # as the dry run has it
+            assert case.predict()["predicted GiB"] == pytest.approx(values["peak GiB"], rel=0.1)
+        masked_flash = {"text", "_native_flash"} <= set(case.words)
+        assert bool(values) or masked_flash or set(case.words) & ONLY_ON_A_GPU, (case.words, reason)
+
+
+def test_published_widths_are_measured_in_as_many_ways_as_narrow_ones() -> None:
+    real, small = ([case.section for case in gpu.cases(scale, gpu.PARTS)] for scale in (gpu.REAL, gpu.SMALL))
+    assert set(real) == set(small) == set(gpu.PARTS)
+    assert {section: small.count(section) for section in small} == pytest.approx(
+        {section: real.count(section) for section in small}, rel=0.5
+    )
+    assert sum(case.budget for case in gpu.cases(gpu.REAL, {"memory"})) < 60 * gpu.MINUTES
+
+
+def test_the_whole_models_memory_lies_on_the_line_through_two_truncated_ones() -> None:
+    rows = [
+        gpu.Row("memory", ("Wan2.1 14B", "81x480x832", layers), {}, {"peak GiB": peak}, "", 1.0)
+        for layers, peak in (("2", 20.0), ("4", 30.0))
+    ]
+    (line,) = gpu.whole_model(gpu.REAL, rows)
+    assert line["extrapolated GiB"] == 30 + 36 * 5
+    assert not line["fits 141 GB"]
+    (line,) = gpu.whole_model(gpu.REAL, [gpu.replace(row, measured={}, reason="none") for row in rows])
+    assert "extrapolated GiB" not in line
+    assert line["predicted GiB"] > 14.2e9 * 16 / 2**30
+
+
+def test_a_row_that_was_not_measured_names_its_reason() -> None:
+    words = ("Wan2.1 14B", "40 x 128", "32,760", "none", "flash")
+    row = gpu.Row("attention", words, {"forward TFLOP": 22.0}, {}, "no flash | here", 1.0)
+    assert (
+        gpu.section_table("attention", [row])[-1]
+        == "| " + " | ".join(words) + " | 22 | none: no flash / here |  |  |  |"
+    )
+
+
+@pytest.mark.slow
+def test_a_measurement_that_takes_too_long_is_given_up_and_the_next_is_made() -> None:
+    with gpu.Measurer(gpu.SMALL, "cpu") as measurer:
+        measurer._start()
+        process = measurer._process
+        compiled = next(n for n, case in enumerate(gpu.cases(gpu.SMALL, gpu.PARTS)) if "compiled" in case.words)
+        assert measurer.measure(compiled, 0.05) == ({}, "not done after the 0 s that it is given")
+        assert not process.is_alive()
+        values, reason = measurer.measure(0, 60)
+        assert values and not reason
+
+
+@pytest.mark.slow
+def test_the_command_writes_figures_and_a_table(tmp_path: Path) -> None:
+    told = [sys.executable, "benchmarks/gpu.py", "--small", "--only", "ceilings", "memory"]
+    told += ["--output", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    done = subprocess.run(told, cwd=tiny.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["small"] and {row["section"] for row in found["rows"]} == {"ceilings", "memory"}
+    assert len(found["whole_model"]) == 2
+    text = (tmp_path / "gpu.md").read_text()
+    real = gpu.cases(gpu.REAL, gpu.PARTS)
+    assert text.count("| not measured |") >= len(real)
+    assert "## Full fine-tuning: peak memory of a step, small" in text
