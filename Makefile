@@ -4,6 +4,8 @@ FAMILY ?= wan2.1
 MODE ?= normal
 
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Test files run side by side; most of their time is one process that computes, or two that wait for each other.
+WORKERS := $(shell n=$(CORES); [ $$n -ge 2 ] || n=2; [ $$n -le 4 ] || n=4; echo $$n)
 OMP_NUM_THREADS ?= $(shell n=$$(( $(CORES) / 2 )); [ $$n -ge 1 ] || n=1; [ $$n -le 8 ] || n=8; echo $$n)
 
 # Nothing here downloads weights; HF_HOME is an empty folder, so that no accelerate configuration of this machine changes
@@ -30,10 +32,10 @@ demo: setup  ## train a small model on real clips, stop and resume it, sample fr
 	@python scripts/demo.py --family "$(FAMILY)" --mode "$(MODE)"
 
 test: setup  ## run the tests, except the slow ones
-	@python -m pytest -q -m "not slow"
+	@python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: setup  ## run every test
-	@python -m pytest -q
+	@python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: setup  ## lint, format, types, house rules
 	@ruff check .

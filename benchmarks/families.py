@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     clips = []
     base = getattr(diffusers, cell.transformer).from_pretrained(model / "transformer", torch_dtype=torch.bfloat16)
     for transformer in (exported, base.float()):
+        transformer = deepcopy(transformer)  # a mapped file's tensors lie unaligned, and kernels round them otherwise
         pipeline = getattr(diffusers, cell.pipeline).from_pretrained(model, transformer=transformer)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
 
 from videox.data.balance import balance, balance_and_mix, mix, plan_costs, unplanned
-from videox.data.dealing import Deck, equal_sums, levelled, side_by_side
+from videox.data.dealing import Deck, deal, equal_sums, levelled, side_by_side
 from videox.data.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
 from videox.data.settings import BALANCES
 from videox.data.slots import ROOM, UNITS, pack
@@ -49,6 +49,15 @@ def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> N
     for order in dealt:
         assert order.shape == (n, rows, width)
         assert np.array_equal(np.sort(order.reshape(n, -1), axis=1), np.tile(np.arange(rows * width), (n, 1)))
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_slots_of_one_bucket_are_dealt_once(barrier: str, accumulation: int) -> None:
+    alike = Deck(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
+    dealt = deal(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
+    assert dealt.shape == (12 // accumulation, accumulation, 2)
+    assert sorted(dealt.flatten()) == list(range(24))
 
 
 @pytest.mark.parametrize(("size", "limit"), [(2, 0.05), (3, 0.04), (4, 0.01), (8, 0.01)])

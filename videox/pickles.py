@@ -268,7 +268,9 @@ def _members(stream: IO[bytes], archive: zipfile.ZipFile, start: int) -> tuple[s
     if len(roots) != 1:
         raise ValueError("it is no file of torch.save")
     found = {}
-    for info in archive.infolist():
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    ends = [*(info.header_offset for info in infos[1:]), archive.start_dir]
+    for info, end in zip(infos, ends, strict=True):
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{info.filename} is compressed")
         if info.filename.startswith(f"{roots[0]}/data/"):
@@ -276,8 +278,10 @@ def _members(stream: IO[bytes], archive: zipfile.ZipFile, start: int) -> tuple[s
             mark, name, extra = struct.unpack("<4s22xHH", stream.read(30))  # a zip's local file header
             if mark != b"PK\3\4":
                 raise ValueError(f"{info.filename} is not where the list of members says")
-            place = start + info.header_offset + 30 + name + extra
-            found[info.filename.removeprefix(f"{roots[0]}/data/")] = (place, info.file_size)
+            place = info.header_offset + 30 + name + extra
+            if place + info.file_size > end:
+                raise ValueError(f"{info.filename} reaches into what follows it")
+            found[info.filename.removeprefix(f"{roots[0]}/data/")] = (start + place, info.file_size)
     return roots[0], found
 
 

@@ -184,6 +184,8 @@ class Dealing:
     def _rows(self, cost: np.ndarray, deviation: np.ndarray, spread: float) -> np.ndarray:
         if self.block:
             return levelled(cost, deviation, self.ranks, self.block)
+        if math.isinf(self.stray) or spread == 0:  # where all slots have equal tokens, any order strays by nothing
+            return side_by_side(cost, deviation, self.ranks, math.inf)
         return side_by_side(cost, deviation, self.ranks, self.stray * spread * math.sqrt(self.ranks))
 
 
