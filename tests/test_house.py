@@ -254,7 +254,13 @@ def test_every_signature_is_annotated(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules_of_videox(), ids=module_name)
 def test_parsed_flags_stay_in_args(path: Path) -> None:
-    if module_name(path) in ("videox.args", "videox.flag_parser", "videox.planning", "videox.scheduling", "videox.wiring"):
+    if module_name(path) in (
+        "videox.args",
+        "videox.flag_parser",
+        "videox.planning",
+        "videox.scheduling",
+        "videox.wiring",
+    ):
         return
     for function in functions(path):
         for parameter in parameters(function):
