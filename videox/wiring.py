@@ -394,13 +394,12 @@ def export_of(
 
     Args:
         model: of diffusers, for the names of what stays float32.
-        facts: task, steps and shift, for the files' headers.
+        facts: task, steps, seed and shift, for the files' headers.
         is_main: on the one process that writes; the others take part in gathering.
     """
     kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
     asked = (
         "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
-        "seed",
     )  # fmt: skip
     told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
     return partial(

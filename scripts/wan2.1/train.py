@@ -452,7 +452,7 @@ def train(
             if done or state.step % args.checkpointing_steps == 0:
                 watch.save(save, args.checkpoints_total_limit, about)
 
-    facts = {**about, "steps": total, "shift": shift}
+    facts = {**about, "steps": total, "seed": settings.seed, "shift": shift}
     return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
 
 
