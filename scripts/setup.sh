@@ -37,7 +37,7 @@ echo "set-up 2/3: $torch (as long as its download takes)"
 pip_install "$torch"
 echo "set-up 3/3: the rest of requirements.txt, demo and test tools (about a minute)"
 # torch first and pinned again: no other package may bring another build of it.
-pip_install "$torch" -r requirements.txt -e ".[demo,dev]"
+pip_install "$torch" -r requirements.txt -e ".[demo,dev,optimizers]"
 mkdir -p .venv/hf_home .venv/torch_extensions
 echo "$key" > "$stamp"
 echo "set-up done in $SECONDS s"

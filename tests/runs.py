@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from videox.encoding import Encoder, OnDemand
 from videox.jsonl import read_lines
 from videox.lifecycle import run_script
+from videox.transformer import load_transformer
 
 ROOT = tiny.ROOT
 WAN = "scripts/wan2.1/train.py"
@@ -169,7 +170,9 @@ def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator
     shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan makes its own scheduler
     encoders = OnDemand(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
     encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
-    return trainer.load_components(parts, shift, accelerator, encoders, encode)
+    model_class = next(kind for name, kind in vars(trainer).items() if name.endswith("Transformer3DModel"))
+    transformer = load_transformer(model_class, parts["transformer"], accelerator)
+    return trainer.load_components(parts, shift, transformer, encoders, encode)
 
 
 def read_dump(path: Path) -> Dump:

@@ -147,8 +147,10 @@ def test_help_can_be_printed(capsys: pytest.CaptureFixture) -> None:
 
 
 def read_flags() -> set[str]:
-    """Returns the attributes of `args` that script and package read, and those that check() reads by getattr."""
-    found = {name for name in ("use_deepspeed", "use_fsdp") if f'"{name}"' in inspect.getsource(flags.check)}
+    """Returns the attributes of `args` that script and package read, and those that two functions read by getattr."""
+    read = inspect.getsource(flags.check) + inspect.getsource(flags.optimizer_of)
+    by_name = ("use_deepspeed", "use_fsdp", "use_8bit_adam", "use_came")
+    found = {name for name in by_name if f'"{name}"' in read}
     for path in (TRAIN, *(ROOT / "videox").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
