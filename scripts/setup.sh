@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/videox-setup-stamp
-key=$(cat requirements.txt pyproject.toml | cksum)
+key=$(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)
 in_range='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'
 
 if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && .venv/bin/python -c "$in_range" 2>/dev/null; then

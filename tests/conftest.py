@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("NCCL_P2P_DISABLE", None)  # a person's shell must not change what a test sees
 
+hypothesis.settings.register_profile("videox", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("videox")
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".venv" if (ROOT / ".venv").is_dir() else Path(tempfile.gettempdir())
 
