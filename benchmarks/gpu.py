@@ -36,7 +36,7 @@ from videox.utilization import peak_of
 
 PARTS = {part.__name__: part for part in (ceilings, memory, blocks, attention, encoders, transfers)}
 MINUTES = 9.5
-START = 120.0  # seconds in which a process has to be ready
+START = 300.0  # seconds in which a process has to be ready
 
 
 @dataclass(frozen=True)
