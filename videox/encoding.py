@@ -20,6 +20,7 @@ from videox.data.cache import Part, Shelf, fingerprint, key_of, restore_zeros, t
 from videox.data.dataset import Batch
 from videox.latents import to_video
 from videox.shapes import Bucket, latent_shape
+from videox.transfer import to_device
 
 Kind = TypeVar("Kind")
 Gather = Callable[[Any], list[Any]]
@@ -176,7 +177,7 @@ class Encoder:
         missing = [place for place in range(len(batch["real"])) if place not in made]
         if missing:
             made |= dict(zip(missing, recipe.encode(video.of(missing)), strict=True))
-        return [made[place].to(self.device, non_blocking=True) for place in range(len(made))]
+        return [to_device(made[place], self.device) for place in range(len(made))]
 
     def _from_cache(
         self, recipe: Recipe, batch: Batch, place: int, video: _Video, only: Collection[bytes] | None
@@ -212,7 +213,7 @@ class _Video:
         batch = self._batch
         read = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
         if self._video is None and read:
-            self._video = to_video(batch["pixels"].to(self._device, non_blocking=True))
+            self._video = to_video(to_device(batch["pixels"], self._device))
         video = torch.empty(0)  # of text alone
         if self._video is not None:
             video = self._video if read == list(range(len(self._video))) else self._video[read]

@@ -51,11 +51,8 @@ from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
 from videox.shapes import Bucket
-from videox.state import (
-    checkpoint_bytes,
-    plan_inputs,
-    refuse_other_backend,
-)
+from videox.state import checkpoint_bytes, plan_inputs, refuse_other_backend
+from videox.straggling import effort_of
 from videox.tracker import check_tracker
 from videox.transformer import attach, frozen_notes
 from videox.utilization import run_meter
@@ -246,6 +243,8 @@ def open_watch(
         is_main=accelerator.is_main_process,
         gather=gather,
         times=step_times(accelerator, schedule_.settings),
+        device=accelerator.device,
+        effort=effort_of(accelerator, engine.model),
     )
 
 
@@ -325,7 +324,7 @@ def notes(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def clip_limit_of(args: argparse.Namespace) -> Callable[[float, int], float]:
+def clip_limit_of(args: argparse.Namespace) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Returns the gradient norm to clip to, as a function of (norm, optimizer steps done)."""
     return partial(
         clip_limit,
