@@ -259,7 +259,7 @@ def test_parts_that_are_read_as_copies_are_averaged_and_exchanged_alike() -> Non
         for tensors, average in zip(weights, averages, strict=True):
             for name, tensor in tensors.items():
                 tensor.copy_(weights_at(step)[name])
-            average.update()
+            average.update(torch.tensor(True))
             with average.in_place():
                 assert not torch.equal(tensors["a"], weights_at(step)["a"]) or step == 1
             assert all(torch.equal(tensor, weights_at(step)[name]) for name, tensor in tensors.items())

@@ -266,7 +266,7 @@ def open_data(
         raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     encode = open_encoder(
         recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
-        is_main=accelerator.is_main_process, gather=gather,
+        is_main=accelerator.is_main_process, gather=gather, encoders=encoders,
     )  # fmt: skip
     dataset = TokenLengthDataset(
         planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,

@@ -256,11 +256,11 @@ def recipes_of(
         latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
         Recipe(
             "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
-            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True,
+            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True, module="text_encoder",
         ),
         Recipe(
             "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
-            lambda _: (config["pooled_projection_dim"],), dtype, clip,
+            lambda _: (config["pooled_projection_dim"],), dtype, clip, module="text_encoder_2",
         ),
     ]  # fmt: skip
 

@@ -251,12 +251,12 @@ def recipes_of(
     config, mode, length = parts["transformer"].config, args.train_mode, args.tokenizer_max_length
     vae, text = (parts["vae"].path,), (parts["text_encoder"].path, parts["tokenizer"].path)
     to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
-    kept = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
+    dtype, kept = compute_dtype(accelerator), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
     recipes = [
         latents_recipe("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
         Recipe(
             "prompt_embeds", ("caption",), lambda raw: encode_prompts(encoders(), raw.captions, length),
-            lambda _: (length, config["text_dim"]), compute_dtype(accelerator), text, f"{length}", padded=True,
+            lambda _: (length, config["text_dim"]), dtype, text, f"{length}", padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
     if mode != "normal":
@@ -268,7 +268,7 @@ def recipes_of(
         weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
         recipes.append(Recipe(
             "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
-            lambda _: shape, torch.float32, weights,
+            lambda _: shape, torch.float32, weights, module="image_encoder",
         ))  # fmt: skip
     return recipes
 
