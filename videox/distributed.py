@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -183,7 +183,9 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
             refuse_dead_locks(os.environ)
     _OPEN.append(meet_processes(os.environ))
     gloo = {"backend": "gloo"} if kind == "zero" and not torch.accelerator.is_available() else {}
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo)]
+    # No buffer changes here; DDP would send them all before every forward pass, and processes would wait for that.
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo), constant]
     with _launch_on_cpu(kind):
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
     if accelerator.mixed_precision not in ("no", "bf16"):
