@@ -17,6 +17,7 @@ import pytest
 import runs
 import tiny
 import torch
+from bounded import run_bounded
 
 from videox.distributed import make_accelerator
 from videox.errors import FLAGS, PEER_LOST, STOPPED, Refusal
@@ -184,10 +185,8 @@ def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, flo
     asked = {**cluster(2, 0, free_port()), **variables}
     environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
     begin = time.monotonic()
-    done = subprocess.run(
-        ["bash", script, "--output_dir", str(tmp_path / "run")],
-        cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
-    )  # fmt: skip
+    command = ["bash", script, "--output_dir", str(tmp_path / "run")]
+    done = run_bounded(command, LIMIT, cwd=runs.ROOT, env=environment)
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
     return done.returncode, lines[0], time.monotonic() - begin
