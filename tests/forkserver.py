@@ -125,6 +125,7 @@ class Trainer:
     def __init__(self, server: ForkServer, pid: int, log: Path) -> None:
         self.server, self.pid, self.log = server, pid, log
         self.began = time.monotonic()
+        self.peers: list[Trainer] = [self]  # the processes of its launch
         self.seconds = 0.0  # that it lived
         self.code: int | None = None  # exit code, or minus the signal that killed it
         self._handle = os.pidfd_open(pid)
@@ -133,11 +134,14 @@ class Trainer:
         return self.code is None and not select.select([self._handle], [], [], 0)[0]
 
     def wait(self, limit: float = LIMIT) -> int:
-        """Returns the exit code, or minus the number of the signal that ended the process."""
+        """Returns the exit code, or minus the number of the signal that ended the process.
+
+        One that hangs is killed with the other processes of its launch, which may spin in a collective with it.
+        """
         if self.code is None:
             ended = select.select([self._handle], [], [], limit)[0]
-            if not ended:
-                self.kill()
+            for trainer in () if ended else self.peers:
+                trainer.kill()
             self.seconds = time.monotonic() - self.began
             self.code = os.waitstatus_to_exitcode(self.server.ask(reap=self.pid)["status"])
             os.close(self._handle)
@@ -267,7 +271,7 @@ class ForkServer:
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        return [
+        ranks = [
             self.start(
                 flags if not flags or isinstance(flags[0], str) else flags[rank],
                 log.with_name(f"{log.stem}-rank{rank}{log.suffix}"),
@@ -277,6 +281,9 @@ class ForkServer:
             )
             for rank in range(world_size)
         ]
+        for trainer in ranks:
+            trainer.peers = ranks
+        return ranks
 
     def run_ranks(self, world_size: int, flags: Sequence[str], log: Path, work: Sequence[str] = ()) -> list[Trainer]:
         trainers = self.start_ranks(world_size, flags, log, work)

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -297,15 +298,37 @@ def launch(
 
 
 def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:
-    """Runs a command to its end from the repository's root."""
+    """Runs a command to its end from the repository's root; one that hangs is ended with all that it started."""
     begin = time.monotonic()
-    done = subprocess.run(
+    with subprocess.Popen(
         list(command),
         cwd=ROOT,
         env=environment(**environment_changes),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIME_LIMIT,
-        check=False,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr, folder, time.monotonic() - begin)
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            end_all(process.pid)
+            out, err = process.communicate()
+            raise AssertionError(f"still running after {TIME_LIMIT} s:\n{out[-3000:]}{err[-3000:]}") from None
+    return Outcome(process.returncode, out, err, folder, time.monotonic() - begin)
+
+
+def family_of(pid: int) -> list[int]:
+    """Returns a process and all that descend from it."""
+    found = [pid]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text(encoding="ascii").split():
+                found += family_of(int(child))
+    return found
+
+
+def end_all(pid: int) -> None:
+    """Kills a process and all that descend from it: a launcher starts each rank in a session of its own."""
+    for found in family_of(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found, signal.SIGKILL)
