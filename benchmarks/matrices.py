@@ -10,8 +10,6 @@ set of parameters a cell; functions that `make test` runs too are counted by fil
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 from collections import defaultdict
@@ -20,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-import torch
+from machine import machine_line
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from stops import processor  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,7 @@ def page(cells: list[Cell], slow: set[tuple[str, str]], workers: int) -> str:
             line("---", "---", "---"),
             *(line(file, *counts(found)) for file, found in sorted(rest.items())),
             "",
-            f"{os.cpu_count()}-core {processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
-            f" Python {platform.python_version()}.",
+            f"{machine_line('torch')}.",
             "",
         ]
     )
