@@ -88,7 +88,7 @@ def measure() -> int:
         with accumulate(accelerator, engine.model, True):
             backward(accelerator, engine.model, engine.model(**sample)[0].square().mean())
         after_backward = held(engine, given)
-        engine.update(loss=1.0, empty=False, limit=lambda norm: norm)
+        engine.update(loss=torch.ones(()), empty=False, limit=lambda norm: norm)
     record = {"parameters": vars(parameters), "full": after_backward, "backend": backend.name}
     Path(os.environ["MEASURED"]).with_suffix(f".{accelerator.process_index}").write_text(json.dumps(record))
     return 0
