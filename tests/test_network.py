@@ -194,9 +194,9 @@ def test_kept_bytes_are_those_that_autograd_keeps(name: str, share: float, half:
 
 
 def most_bytes(config: Mapping[str, Any], share: float, *, cast: bool) -> tuple[int, int]:
-    """Returns (bytes, tokens): the most that a 720p clip's two passes hold, weights, gradients and their copies left out.
+    """Returns (bytes, tokens): the most that the two passes of a 720p clip hold, on tensors without data.
 
-    The tensors have sizes and no data.
+    Weights, their copies and their gradients are left out.
     """
     with FakeTensorMode():
         model: Any = build(config).train()
