@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
 
 from videox.data.balance import balance, balance_and_mix, mix, plan_costs, unplanned
-from videox.data.dealing import Deck, deal, equal_sums, levelled, side_by_side
+from videox.data.dealing import CEILING, Deck, deal, equal_sums, judge, levelled, side_by_side
 from videox.data.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
 from videox.data.settings import BALANCES
 from videox.data.slots import ROOM, UNITS, pack
@@ -84,6 +84,25 @@ def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
     assert mixes[2] == pytest.approx(4, rel=0.2)
 
 
+@settings_(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 16), st.integers(1, 4), st.sampled_from(BARRIERS), st.integers(32, 80), st.integers(0, 9999),
+    st.sampled_from([1, 2, 7]),
+)  # fmt: skip
+def test_no_epoch_is_less_varied_than_promised(
+    ranks: int, accumulation: int, barrier: str, steps: int, seed: int, together: int
+) -> None:
+    """Whatever the balance costs; slots of several samples are clumped, so that slots at random are so as well."""
+    deck = lottery(steps * ranks * accumulation, seed)
+    count = 1 + np.random.default_rng(seed).integers(0, together, len(deck.cost))
+    deck = Deck(deck.cost, np.rint(deck.deviation * np.sqrt(count)).astype(np.int64), count)
+    deck = replace(deck, deviation=deck.deviation - deck.samples * (deck.deviation.sum() // deck.samples.sum()))
+    spread = math.sqrt(float((deck.deviation**2 / deck.samples).mean()))
+    dealt = deal(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
+    whole = deck.at(np.arange(len(deck.cost))[None])
+    assert judge(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= CEILING
+
+
 @given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200))
 def test_no_slot_is_overfull_and_none_is_empty(costs: list[int]) -> None:
     slot = pack(np.array(costs))
@@ -147,7 +166,7 @@ def test_ranks_wait_less_and_steps_stay_varied(barrier: str, slot_fill: str, acc
     found = {kind: numbers_of(replace(settings, balance=kind), 8) for kind in BALANCES}
     assert found["none"][0] < found["mixed"][0] <= found["strict"][0] + 0.005
     assert found["strict"][0] > 0.96
-    assert found["mixed"][1] < 4.5
+    assert found["mixed"][1] < 4.05
     if accumulation == 4:
         assert found["mixed"][0] > 0.95
 
