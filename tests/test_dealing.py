@@ -16,7 +16,7 @@ from videox.data.balance import balance, balance_and_mix, mix, plan_costs, unpla
 from videox.data.dealing import CEILING, Deck, deal, equal_sums, judge, levelled, side_by_side
 from videox.data.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
 from videox.data.settings import BALANCES
-from videox.data.slots import ROOM, UNITS, pack
+from videox.data.slots import ROOM, UNITS, pack, pack_steps
 from videox.shapes import token_count
 
 WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of the 1.3-billion-parameter model, rounded
@@ -110,6 +110,24 @@ def test_no_slot_is_overfull_and_none_is_empty(costs: list[int]) -> None:
     assert loads.max() <= ROOM
     assert loads.min() > 0
     assert len(loads) <= 2 * math.ceil(sum(costs) / UNITS) + 1
+
+
+@given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200), st.integers(1, 8))
+def test_whole_steps_are_never_more_than_with_a_short_one(costs: list[int], size: int) -> None:
+    even, plain = (
+        np.bincount(slot, weights=costs) for slot in (pack_steps(np.array(costs), size), pack(np.array(costs)))
+    )
+    assert even.max() <= ROOM and even.min() > 0 and even.sum() == sum(costs)
+    assert -(-len(even) // size) <= -(-len(plain) // size)
+    if len(even) != len(plain):
+        assert len(even) % size == 0
+
+
+def test_the_last_step_is_full_where_a_little_more_or_less_does_it() -> None:
+    costs = np.random.default_rng(0).integers(1, UNITS // 4, 4000)
+    slots = int(pack(costs).max()) + 1
+    for size in (7, 16, 24):
+        assert slots % size and (int(pack_steps(costs, size).max()) + 1) % size == 0
 
 
 # -------------------------------------------------------------------------------------------------- a whole plan
