@@ -206,11 +206,11 @@ def main() -> None:
 
 
 ABOUT = """
-Token size 512 is up to 21,504 tokens, 640 is 480p (480x832x81, 32,760 tokens), 960 is 720p (720x1280x81, 75,600). Activations,
-with every block recomputed, are what autograd keeps (each block's input, the ends of the model), the tensors of the one
-block that is being recomputed, and what passes for a moment; for 14B at 960 that is 28 + 28 + 5 GiB, of which the recomputed
-block's norms, in float32, are the larger half of the second. tests/test_network.py holds them equal, to 2 %, to a traced
-pass of the real layers at 720p. The wires' buffers, 1.4 GiB of CUDA context and 5 % of fragments are in what is together.
+Token size 512 is up to 21,504 tokens, 640 is 480p (81 frames of 480 x 832: 32,760 tokens), 960 is 720p (81 frames of 720 x 1248:
+73,710). Activations, with every block recomputed, are what autograd keeps (the input of each block, and what is outside of them), all
+that the one block needs which is being recomputed, and what passes for a moment. For 14B at 960 these are 28 + 4, 28 and 1 GiB; most
+of the block's 28 is in float32, as its norms, scales and gates compute. tests/test_network.py holds the sum equal, to 2 %, to what a
+traced pass of the real layers holds at 720p. `together` has 5 % of fragments and 1.4 GiB of CUDA context besides.
 """
 
 
