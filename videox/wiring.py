@@ -37,7 +37,7 @@ from videox.distributed import Backend, follow_launcher, gather_objects, make_ac
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
-from videox.exports import describe
+from videox.exports import MERGED, describe
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import FsdpEngine
 from videox.keys import Purpose, uniform
@@ -52,6 +52,7 @@ from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
 from videox.shapes import Bucket
 from videox.state import (
+    TrainState,
     checkpoint_bytes,
     plan_inputs,
     refuse_other_backend,
@@ -170,6 +171,7 @@ def open_engine(
 
     engine: Engine
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4 if adapters is None else 0)
+    exported = export_bytes(args, checkpoint_bytes(transformer, trained=1, frozen=1))
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -201,6 +203,7 @@ def open_engine(
             device=torch.device("cpu") if args.ema_device == "cpu" else None,
             whole_bytes=whole_bytes,
         )
+    engine.checkpoint_bytes += exported
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
     return engine, lambda step: base * factor(step)
 
@@ -428,31 +431,68 @@ def open_validator(
 
 def export_of(
     args: argparse.Namespace,
+    accelerator: Accelerator,
     engine: Engine,
     model: Any,  # noqa: ANN401 - of diffusers
+    state: TrainState,
     facts: Mapping[str, object],
-    *,
-    is_main: bool,
-) -> Callable[[], None]:
+) -> Callable[..., None]:
     """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
-        facts: task, steps, seed and shift, for the files' headers.
-        is_main: on the one process that writes; the others take part in gathering.
+        state: tells the steps and the seed when the weights are written.
+        facts: task, backend and shift, for the files' headers.
     """
     kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
     asked = (
         "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
     )  # fmt: skip
     told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
-    return partial(
-        export_weights,
-        engine,
-        Path(args.output_dir),
-        dtype,
-        kept,
-        layouts=sorted(set(args.export_layouts) - {"diffusers"}),
-        metadata=describe(args.pretrained_model_name_or_path, told),
-        is_main=is_main,
-    )
+
+    def export(folder: Path = Path(args.output_dir), *, only_layouts: bool = False) -> None:
+        metadata = describe(args.pretrained_model_name_or_path, {**told, "steps": state.step, "seed": state.seed})
+        export_weights(
+            engine, folder, dtype, kept, layouts=more_layouts(args), metadata=metadata, only_layouts=only_layouts,
+            is_main=accelerator.is_main_process,
+        )  # fmt: skip
+
+    return export
+
+
+def more_layouts(args: argparse.Namespace) -> list[str]:
+    """Returns the layouts to write beside diffusers'."""
+    return sorted(set(args.export_layouts) - {"diffusers"})
+
+
+def export_bytes(args: argparse.Namespace, numbers: int) -> int:
+    """Returns what exports take of the disk while a checkpoint is written; numbers: of the whole model."""
+    more = more_layouts(args)
+    # a whole model's layouts are made of a folder in diffusers'
+    models = int(MERGED in more) if args.lora_rank else len(more) + bool(more)
+    return models * (1 + args.use_ema) * numbers * EXPORT_DTYPES[args.export_dtype].itemsize
+
+
+def save_of(
+    args: argparse.Namespace,
+    engine: Engine,
+    state: TrainState,
+    export: Callable[..., None],
+    warn: Callable[[str], None],
+) -> Callable[[Path], None]:
+    """Returns what writes a checkpoint, with the layouts that were asked for in its exports/.
+
+    Args:
+        export: of export_of.
+        warn: tells the user of an export that cannot be; the checkpoint is kept.
+    """
+
+    def save(folder: Path) -> None:
+        engine.save(folder, state)
+        if more_layouts(args):
+            try:
+                export(folder / "exports", only_layouts=True)
+            except Refusal as why:  # on the one process that writes, with every collective through
+                warn(f"warning: checkpoint-{state.step} has not all exports: {why.where} {why.what}")
+
+    return save
