@@ -30,7 +30,7 @@ FLOORS = {
     "videox.jsonl": 1,
     "videox.layout_tables": 0,
     "videox.layouts": 1,
-    "videox.lora_files": 2,
+    "videox.lora_files": 3,
     "videox.lora_layouts": 2,
     "videox.model_configs": 2,
     "videox.meeting": 1,

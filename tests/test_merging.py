@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -146,11 +145,7 @@ def test_every_layout_holds_the_same_merged_weights(trained: Trained, tmp_path: 
 
 def test_a_lora_is_written_as_others_read_it(trained: Trained, tmp_path: Path) -> None:
     """From a checkpoint to ComfyUI's file, from that to diffusers', and from either into the model."""
-    # diffusers reads no layer outside the blocks by its original name
-    names = {name: tensor for name, tensor in trained.adapters.items() if trained.outside not in name}
-    lora = replace(trained.lora, targets=tuple(name for name in trained.lora.targets if name != trained.outside))
-    folder = tmp_path / "checkpoint"
-    write_adapters(folder, {own_name(n): t for n, t in names.items()}, lora, trained.pipeline.save_lora_weights)
+    folder, names = trained.folder, trained.adapters
     export(folder, tmp_path / "comfyui.safetensors", "--layout", "comfyui")
     theirs = load_file(tmp_path / "comfyui.safetensors")
     assert all(name.startswith("diffusion_model.") for name in theirs)
@@ -162,7 +157,7 @@ def test_a_lora_is_written_as_others_read_it(trained: Trained, tmp_path: Path) -
         module = name.split(".lora_")[0]
         a, b = (names[f"{module}.lora_{half}.weight"] for half in "AB")
         x, y = (again[f"transformer.{module}.lora_{half}.weight"] for half in "AB")
-        assert torch.allclose(y @ x, ALPHA / RANK * b @ a, atol=1e-5), module
+        assert len(x) == RANK and torch.allclose(y @ x, ALPHA / RANK * b @ a, atol=1e-5), module
     known = None
     for number, source in enumerate((folder, tmp_path / "comfyui.safetensors", tmp_path / "plain.safetensors")):
         export(source, tmp_path / f"{number}", "--layout", "diffusers", "--base", trained.model)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from videox.errors import MODEL, Refusal
+from videox.lora_layouts import lora_to_diffusers
 from videox.model_folder import UNLOADABLE
 
 STEM = "pytorch_lora_weights"  # that of diffusers' LORA_WEIGHT_NAME_SAFE
@@ -47,13 +49,16 @@ def read_lora(
     """Returns a LoRA's adapters by diffusers' names without their prefix, and what B A is multiplied by.
 
     Args:
-        path: a .safetensors file in any layout that diffusers reads, or a folder with one, such as a checkpoint.
+        path: a .safetensors file in ComfyUI's layout or any that diffusers reads, or a folder with one of diffusers'.
         load: lora_state_dict of the family's pipeline.
         where: what the user gave, for the refusal.
 
     Raises:
         Refusal: (MODEL) it cannot be read, or is of a kind that no run here trains.
     """
+    own = lora_to_diffusers(load_file(path), lora_family(path)) if lora_names(path) else None
+    if own is not None:  # diffusers' converters know the published widths alone, and stumble over some alphas
+        return own, 1.0
     try:
         found, metadata = load(
             path if path.is_dir() else path.parent,
