@@ -57,6 +57,7 @@ FLOORS = {
     "videox.memory": 2,
     "videox.merging": 5,
     "videox.metrics": 2,
+    "videox.local_steps": 3,
     "videox.optimizer_state": 2,
     "videox.preview": 2,
     "videox.shards": 2,

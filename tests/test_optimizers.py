@@ -11,7 +11,8 @@ import pytest
 import runs
 import tiny
 import torch
-from test_backends import Ground
+from safetensors.torch import load_file
+from test_backends import Ground, codes, said
 
 import videox.optimizers
 from videox.distributed import BACKENDS
@@ -64,24 +65,49 @@ def test_the_packages_are_pinned_as_an_extra() -> None:
     assert set(project["optional-dependencies"]["optimizers"]) == pinned
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_backend_has_some_optimizers(name: str, backend: object) -> None:
-    if backend.kind in OPTIMIZERS[name].kinds:
-        refuse_unfit(name, backend.kind, "bf16", lora=False)
+def test_a_backend_has_some_optimizers(name: str, backend: str) -> None:
+    if backend in OPTIMIZERS[name].backends:
+        refuse_unfit(name, backend, "bf16", lora=False)
         return
-    with pytest.raises(Refusal, match=f"{name} trains whole weights.* give adamw here") as no:
-        refuse_unfit(name, backend.kind, "bf16", lora=False)
+    can = " or ".join(other for other in OPTIMIZERS if backend in OPTIMIZERS[other].backends)
+    with pytest.raises(Refusal, match=f"{name} does not work under {backend}: .*Mend: give {can} here") as no:
+        refuse_unfit(name, backend, "bf16", lora=False)
     assert no.value.exit_code == 2
 
 
+@pytest.mark.parametrize("family", ["wan2.1", "hunyuanvideo"])
+def test_the_readme_has_the_table(family: str) -> None:
+    text = (tiny.ROOT / "scripts" / family / "README_TRAIN.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `a") or "| `came" in line
+    ]
+    found = {row[0].split("`")[1]: row for row in rows if row[0].split("`")[1] in OPTIMIZERS}
+    assert found.keys() == OPTIMIZERS.keys()
+    words = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+    for name, row in found.items():
+        can = OPTIMIZERS[name].backends
+        assert f"{row[2]} bytes" == OPTIMIZERS[name].note
+        assert row[3] == ("everywhere" if set(can) == set(BACKENDS) else ", ".join(words[backend] for backend in can))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["zero2", "zero3", "fsdp1", "fsdp2"])
-def test_a_launch_that_divides_the_weights_refuses_them_before_it_loads(
-    wan: Ground, tmp_path: Path, backend: str
+@pytest.mark.parametrize(
+    ("backend", "name", "why"),
+    [
+        ("zero2", "adamw8bit", "DeepSpeed and FSDP1 lay weights end to end"),
+        ("zero3", "adamw_bf16", "DeepSpeed and FSDP1 lay weights end to end"),
+        ("fsdp1", "adamw8bit_bf16", "DeepSpeed and FSDP1 lay weights end to end"),
+        ("fsdp2", "came", "rows and columns of whole matrices"),
+    ],
+)
+def test_a_launch_that_cannot_refuses_before_it_loads(
+    wan: Ground, tmp_path: Path, backend: str, name: str, why: str
 ) -> None:
-    ranks = wan.ranks(backend, tmp_path / "run", 1, use_8bit_adam=True)
-    assert "--optimizer: adamw8bit trains whole weights" in ranks[0].complaint()
+    ranks = wan.ranks(backend, tmp_path / "run", 1, optimizer=name)
+    assert f"--optimizer: {name} does not work under {backend}: " in ranks[0].complaint()
+    assert why in ranks[0].complaint()
 
 
 # ------------------------------------------------------------------------------------------------------ how they step
@@ -205,3 +231,50 @@ def train_and_tell() -> int:
     folder = runs.output_dir_of(sys.argv)
     torch.save(dict(load_weights(made[0])), folder / f"rank-{os.environ['RANK']}.pt")
     return code
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """Returns a ground whose tensors have moments in eight bits also where two processes divide them."""
+    folder = tmp_path_factory.mktemp("wide")
+    ground = Ground(folder, "wan2.1 normal", 4)
+    ground.model = tiny.build_wan_t2v(folder / "wide", heads=8, head_dim=16, ffn_dim=128)
+    return ground
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].by_shard])
+def test_fsdp2_steps_shards_and_resumes_to_the_bit(wide: Ground, tmp_path: Path, name: str) -> None:
+    asked = {"optimizer": name, "trainable_modules": ["attn1.to_q.weight"], "learning_rate": "1e-3"}
+    folder = tmp_path / "run"
+    alone = runs.train(wide.flags(tmp_path / "alone", gradient_accumulation_steps=2, **asked))
+    assert alone.code == 0, alone.stderr
+    ranks = wide.ranks("fsdp2", folder, **asked)
+    assert codes(ranks) == [0, 0], said(ranks)
+    found, wanted = forkserver.steps(folder), forkserver.steps(tmp_path / "alone")
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], abs=0.02)
+    assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in wanted], rel=0.03)
+    before = runs.read_weights(wide.model / "transformer")
+    moved = {run: {n: t.float() - before[n] for n, t in runs.read_weights(run / "transformer").items() if "attn1.to_q.w" in n}
+             for run in (folder, tmp_path / "alone")}  # fmt: skip
+    one, other = (torch.cat([t.flatten() for t in moved[run].values()]) for run in (folder, tmp_path / "alone"))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9  # rounded to bf16, and in places at random
+    assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.1)
+    kept = {path.name: load_file(path) for path in sorted((folder / "checkpoint-4/optimizer_0").glob("*.safetensors"))}
+    assert list(kept) == ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
+    for tensors in kept.values():
+        assert (torch.uint8 in {tensor.dtype for tensor in tensors.values()}) is ("8bit" in name)
+    last = runs.read_weights(folder / "transformer")
+    half = folder / "checkpoint-2"
+    line = wide.ranks("fsdp2", folder, 1, resume_from_checkpoint=half, gradient_accumulation_steps=2, **asked)
+    assert "launch 2 processes, as then" in line[0].complaint()
+    line = wide.ranks("fsdp2", folder, resume_from_checkpoint=half, **{**asked, "optimizer": "adamw"})
+    assert "checkpoint-2 was saved with another optimizer" in line[0].complaint()
+    ranks = wide.ranks("fsdp2", folder, resume_from_checkpoint=half, **asked)
+    assert codes(ranks) == [0, 0], said(ranks)
+    assert forkserver.steps(folder) == found
+    again = runs.read_weights(folder / "transformer")
+    assert all(torch.equal(again[key], tensor) for key, tensor in last.items())
+    for place, tensors in kept.items():
+        same = load_file(folder / "checkpoint-4/optimizer_0" / place)
+        assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in tensors)

@@ -39,14 +39,15 @@ from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
 from videox.exports import MERGED, describe
 from videox.flow_matching import draw_sigmas, timestep_density
-from videox.fsdp import FsdpEngine
+from videox.fsdp import OPTIMIZER_FOLDER, FsdpEngine
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
+from videox.local_steps import refuse_other_moments
 from videox.lora import Adapted, Lora, choose_targets
 from videox.model_parts import Part
 from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
-from videox.optimizers import refuse_unfit
+from videox.optimizers import OPTIMIZERS, refuse_unfit
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
@@ -78,7 +79,9 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend)
     refuse_other_kind(run.resume.path, args.lora_rank)
-    refuse_unfit(optimizer_of(args), backend.kind, accelerator.mixed_precision, lora=args.lora_rank > 0)
+    refuse_unfit(optimizer_of(args), backend.name, accelerator.mixed_precision, lora=args.lora_rank > 0)
+    if run.resume.path and backend.name == "fsdp2":
+        refuse_other_moments(run.resume.path / OPTIMIZER_FOLDER, optimizer_of(args), accelerator.num_processes)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
@@ -191,8 +194,9 @@ def open_engine(
     elif backend.kind == "fsdp":
         whole = args.save_whole_weights
         engine = FsdpEngine(
-            accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole, kept=adapters
-        )
+            accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole, kept=adapters,
+            by_shard=OPTIMIZERS[optimizer_of(args)].by_shard,
+        )  # fmt: skip
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over, adapters)
     if args.use_ema:
