@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_export import export, refusal
+from test_zero_to_bf16 import peak_anonymous
 from torch import Tensor
 
 from videox import merging
@@ -37,9 +39,9 @@ MODELS: dict[str, tuple[Callable[..., Path], str]] = {
 class Trained:
     """A model of a kind, and a LoRA over it whose every number is other than nought."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, **sizes: int) -> None:
         build, name = MODELS[kind]
-        self.kind, self.model_class, self.model = kind, getattr(diffusers, name), build(folder / "model")
+        self.kind, self.model_class, self.model = kind, getattr(diffusers, name), build(folder / "model", **sizes)
         self.family = kind.split()[0]
         stored, draw = StoredTensors(self.model / "transformer"), torch.Generator().manual_seed(1)
         self.pipeline = diffusers.WanPipeline if self.family == "wan" else diffusers.HunyuanVideoPipeline
@@ -246,3 +248,22 @@ def test_a_run_merges_its_lora_and_its_average(tmp_path: Path) -> None:
     averaged = tmp_path / "run/checkpoint-2/transformer_ema"
     export(averaged, tmp_path / "merged", "--layout", "diffusers", "--base", original)
     assert torch.equal(originals.weights(tmp_path / "merged")["blocks.0.attn1.to_q.weight"], seen[1])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A model of 400 MB in place of 90, with a LoRA on every layer: into one file of original names, and plain."""
+    peaks: dict[str, list[int]] = {"merged": [], "original": []}
+    for layers in (2, 10):
+        trained = Trained("wan t2v", tmp_path / f"{layers}", heads=12, head_dim=64, ffn_dim=3072, layers=layers)
+        folder = trained.model / "transformer"
+        jobs = {"merged": [trained.folder, "--base", folder], "original": [folder]}
+        for name, (source, *more) in jobs.items():
+            output = tmp_path / f"{name}-{layers}.safetensors"
+            words = [sys.executable, "scripts/export.py", source, output, "--layout", "original", *more]
+            peaks[name].append(peak_anonymous([str(word) for word in words]))
+            assert output.stat().st_size > layers * 9.4e6 * 4
+    print({name: [f"{peak / 2**20:.0f} MiB" for peak in found] for name, found in peaks.items()})
+    for small, large in peaks.values():
+        assert large - small < 48 * 2**20  # the file is 300 MB larger
+        assert large < 800 * 2**20  # most of it is torch, diffusers and peft
