@@ -95,8 +95,9 @@ FLOORS = {
     "videox.steps": 6,
     "videox.validator": 6,
     "videox.scheduling": 7,
-    "videox.wiring": 8,
-    "videox.planning": 9,
+    "videox.exporting": 8,
+    "videox.wiring": 9,
+    "videox.planning": 10,
     "videox.zero": 5,
 }
 # videox.data is floor 2 as a whole; inside it imports go only leftwards.

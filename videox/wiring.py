@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import videox.report as report
 from videox.adapter_files import AdaptersAlone, begin_adapters, refuse_other_kind
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, optimizer_of, size_policy
-from videox.averaging import AveragedEngine, average_notes, export_weights
+from videox.averaging import AveragedEngine, average_notes
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
 from videox.cost_model import step_times
 from videox.creation import is_divided
@@ -32,12 +31,11 @@ from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.loader import build_loader
 from videox.data.plan import plan_epoch
-from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
-from videox.exports import MERGED, describe
+from videox.exporting import Exports, export_bytes
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import OPTIMIZER_FOLDER, FsdpEngine
 from videox.keys import Purpose, uniform
@@ -51,7 +49,6 @@ from videox.optimizers import OPTIMIZERS, refuse_unfit
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
-from videox.shapes import Bucket
 from videox.state import (
     TrainState,
     checkpoint_bytes,
@@ -62,7 +59,7 @@ from videox.tracker import check_tracker
 from videox.transformer import attach, frozen_notes
 from videox.utilization import run_meter
 from videox.validation import HeldOut
-from videox.validator import Validator
+from videox.validator import Validator, validation_images
 from videox.watch import Watch
 from videox.zero_universal import announce_conversion
 
@@ -174,7 +171,10 @@ def open_engine(
 
     engine: Engine
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4 if adapters is None else 0)
-    exported = export_bytes(args, checkpoint_bytes(transformer, trained=1, frozen=1))
+    exported = export_bytes(
+        checkpoint_bytes(transformer, trained=1, frozen=1), more_layouts(args), EXPORT_DTYPES[args.export_dtype],
+        lora=adapters is not None, averaged=args.use_ema,
+    )  # fmt: skip
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -352,22 +352,6 @@ def draw_sigmas_of(args: argparse.Namespace, batch: Batch, shift: float) -> torc
     return draw_sigmas(draws, shift, args.train_sampling_steps)
 
 
-def validation_images(args: argparse.Namespace, shape: Bucket) -> list[Image.Image]:
-    """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
-
-    Raises:
-        Refusal: one cannot be read.
-    """
-    images = []
-    for path in args.validation_paths:
-        try:
-            images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
-        except BadMedia as why:
-            what = f"{path} is {why.media_class} ({why.detail})"
-            raise Refusal("--validation_paths", what, "give an image that can be read") from why
-    return images
-
-
 def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
     """Opens processes and run folder, calls train(args, accelerator, backend, run, gather), returns its exit code."""
     for library in (diffusers_logging, transformers_logging):
@@ -420,7 +404,7 @@ def open_validator(
         held_out=held_out,
         predict=predict,
         prompts=args.validation_prompts,
-        images=validation_images(args, shape),
+        images=validation_images(args.validation_paths, shape),
         pipeline=pipeline,
         shape=shape,
         fps=args.video_sample_fps or report.typical_fps(planned.index) / args.video_sample_stride,
@@ -440,63 +424,33 @@ def export_of(
     model: Any,  # noqa: ANN401 - of diffusers
     state: TrainState,
     facts: Mapping[str, object],
-) -> Callable[..., None]:
-    """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
+    warn: Callable[[str], None],
+) -> Exports:
+    """Returns what writes checkpoints and, at the end, the trained weights in the layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
-        state: tells the steps and the seed when the weights are written.
+        state: of the run.
         facts: task, backend and shift, for the files' headers.
+        warn: tells the user of an export that cannot be.
     """
-    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
     asked = (
         "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
     )  # fmt: skip
-    told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
-
-    def export(folder: Path = Path(args.output_dir), *, only_layouts: bool = False) -> None:
-        metadata = describe(args.pretrained_model_name_or_path, {**told, "steps": state.step, "seed": state.seed})
-        export_weights(
-            engine, folder, dtype, kept, layouts=more_layouts(args), metadata=metadata, only_layouts=only_layouts,
-            is_main=accelerator.is_main_process,
-        )  # fmt: skip
-
-    return export
+    return Exports(
+        engine,
+        state,
+        Path(args.output_dir),
+        dtype=EXPORT_DTYPES[args.export_dtype],
+        keep_fp32=type(model)._keep_in_fp32_modules or (),
+        layouts=more_layouts(args),
+        base_model=args.pretrained_model_name_or_path,
+        facts={**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype},
+        is_main=accelerator.is_main_process,
+        warn=warn,
+    )
 
 
 def more_layouts(args: argparse.Namespace) -> list[str]:
     """Returns the layouts to write beside diffusers'."""
     return sorted(set(args.export_layouts) - {"diffusers"})
-
-
-def export_bytes(args: argparse.Namespace, numbers: int) -> int:
-    """Returns what exports take of the disk while a checkpoint is written; numbers: of the whole model."""
-    more = more_layouts(args)
-    # a whole model's layouts are made of a folder in diffusers'
-    models = int(MERGED in more) if args.lora_rank else len(more) + bool(more)
-    return models * (1 + args.use_ema) * numbers * EXPORT_DTYPES[args.export_dtype].itemsize
-
-
-def save_of(
-    args: argparse.Namespace,
-    engine: Engine,
-    state: TrainState,
-    export: Callable[..., None],
-    warn: Callable[[str], None],
-) -> Callable[[Path], None]:
-    """Returns what writes a checkpoint, with the layouts that were asked for in its exports/.
-
-    Args:
-        export: of export_of.
-        warn: tells the user of an export that cannot be; the checkpoint is kept.
-    """
-
-    def save(folder: Path) -> None:
-        engine.save(folder, state)
-        if more_layouts(args):
-            try:
-                export(folder / "exports", only_layouts=True)
-            except Refusal as why:  # on the one process that writes, with every collective through
-                warn(f"warning: checkpoint-{state.step} has not all exports: {why.where} {why.what}")
-
-    return save

@@ -421,8 +421,8 @@ def train(
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
-    export = wiring.export_of(args, accelerator, engine, transformer, state, {**about, "shift": shift})
-    save = wiring.save_of(args, engine, state, export, watch.bar.note)
+    facts = {**about, "shift": shift}
+    export = wiring.export_of(args, accelerator, engine, transformer, state, facts, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
@@ -446,12 +446,12 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
 
     return watch.finished(export)
 
