@@ -421,8 +421,9 @@ def train(
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    save = partial(engine.save, state=state)
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
+    facts = {**about, "shift": shift}
+    export = wiring.export_of(args, accelerator, engine, transformer, state, facts, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
@@ -445,15 +446,14 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
 
-    facts = {**about, "steps": total, "seed": settings.seed, "shift": shift}
-    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
+    return watch.finished(export)
 
 
 if __name__ == "__main__":
