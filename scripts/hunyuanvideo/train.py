@@ -13,6 +13,10 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
+import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+
+# isort: split
+
 import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +35,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from transformers import AutoTokenizer, CLIPTextModel
 
-import videox.args as flags
 import videox.planning as planning
 import videox.scheduling as scheduling
 import videox.wiring as wiring
@@ -86,11 +89,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    embedded = "embedded guidance, x 1000 to the model"
-    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
+    add(
+        "--guidance_scale",
+        type=flags.number(float, 1, 100),
+        default=6.0,
+        help="embedded guidance, x 1000 to the model",
+    )
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
-    skip = "last hidden layers of the text encoder to leave out (0 = none)"
-    add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
+    add(
+        "--num_hidden_layers_to_skip",
+        type=flags.number(int, 0, 31),
+        default=2,
+        help="last layers of Llama to leave out (0 = none)",
+    )
     every = "keep every k-th image token of the prompt, 1 to 5 (none = 4 for token_replace, 2 for latent_concat)"
     add("--image_embed_interleave", type=flags.number(int, 1, 5), help=every)
     args = parser.parse(argv)
@@ -422,8 +433,7 @@ def train(
         pipeline=partial(sampling_pipeline, components), given_frames=components.given_frames,
     )  # fmt: skip
     about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
-    facts = {**about, "shift": shift}
-    export = wiring.export_of(args, accelerator, engine, transformer, state, facts, watch.bar.note)
+    export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:

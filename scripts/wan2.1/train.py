@@ -12,6 +12,10 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
+import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+
+# isort: split
+
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +31,6 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
-import videox.args as flags
 import videox.planning as planning
 import videox.scheduling as scheduling
 import videox.wiring as wiring
@@ -82,11 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     planning.add_flags(parser)
     wan = parser.add_argument_group("Wan2.1")
-    wan.add_argument(
-        "--config_path",
-        default=str(ROOT / "config/wan2.1/wan_civitai.yaml"),
-        help="yaml with the flow shift (scheduler_kwargs.shift)",
-    )
+    config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
+    wan.add_argument("--config_path", default=config, help="yaml with the flow shift (scheduler_kwargs.shift)")
     wan.add_argument("--tokenizer_max_length", type=flags.number(int, 1, 512), default=512, help="text tokens at most")
     args = parser.parse(argv)
     flags.check(args)
@@ -422,8 +422,7 @@ def train(
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
-    facts = {**about, "shift": shift}
-    export = wiring.export_of(args, accelerator, engine, transformer, state, facts, watch.bar.note)
+    export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
