@@ -84,11 +84,17 @@ def samples_to_come(
                     )  # fmt: skip
 
 
-def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder) -> Stock:
-    """Returns what these samples need and what of it is missing; opens no file of the data."""
+def take_stock(
+    samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder, seen: set[bytes]
+) -> Stock:
+    """Returns what these samples need and what of it is missing; opens no file of the data.
+
+    Args:
+        samples: of the run; dataset: makes them; encoder: with the cache.
+        seen: keys that count elsewhere already; those of these samples are added.
+    """
     assert encoder.shelf is not None and encoder.cache is not None
-    seen: set[bytes] = set()
-    jobs = []
+    jobs, before = [], len(seen)
     for planned in samples:
         facts = facts_of(dataset, planned, encoder.shelf.mode)
         keys = {key_of(encoder.parts[recipe.name], facts): recipe for recipe in encoder.recipes}
@@ -97,7 +103,7 @@ def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, en
         if missing := frozenset(key for key in new if key not in encoder.cache):
             jobs.append(Job(planned, missing, sum(keys[key].size(planned.bucket) for key in missing)))
     jobs.sort(key=lambda job: (-token_count(job.planned.bucket), job.planned.row))
-    return Stock(dataset, len(seen), tuple(jobs))
+    return Stock(dataset, len(seen) - before, tuple(jobs))
 
 
 def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
@@ -185,7 +191,11 @@ def take_stocks(
     epochs = range(state.epoch, last)
     trained = samples_to_come(columns, settings, epochs, state.quarantined, dataset.caption_dropout)
     held_out = held_out_samples(held_out_plan(columns, settings))
-    return [take_stock(trained, dataset, encoder), take_stock(held_out, dataset.without_dropout(), encoder)]
+    seen: set[bytes] = set()  # a caption of both is one entry
+    return [
+        take_stock(trained, dataset, encoder, seen),
+        take_stock(held_out, dataset.without_dropout(), encoder, seen),
+    ]
 
 
 def fill_together(
