@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.cache_care import clean, contents, verify
+from videox.data.cache_care import clean, contents, shard_paths, size_text, verify
 from videox.errors import STORAGE, Refusal
 from videox.lifecycle import run_script
 
@@ -43,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.cache.is_dir():
         raise Refusal(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
     if args.command == "list":
-        for part, encoder, entries, size in contents(args.cache):
-            print(f"{part:<14} {encoder} {entries:>9,} entries {size / 2**30:>9.2f} GiB")
+        found = contents(args.cache)
+        for part, encoder, entries, size in found:
+            print(f"{part:<14} {encoder} {entries:>9,} entries {size_text(size):>12}")
+        whole = size_text(sum(kind[3] for kind in found))
+        print(f"{sum(kind[2] for kind in found):,} entries, {whole}, in {len(shard_paths(args.cache))} files")
     elif args.command == "verify":
         whole, faults = verify(args.cache)
-        print("\n".join([*faults, f"{whole} entries are whole, {len(faults)} faults"]))
+        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults"]))
         return STORAGE if faults else 0
     else:
         dropped = clean(args.cache, encoders=args.drop_encoder, data_dir=args.data_dir)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.cache import Cache, Part, Shelf, key_of, read_memo, write_memo
+from videox.data.cache_care import size_text
 from videox.data.dataset import BadSample, PlannedSample, TokenLengthDataset, collate, facts_of
 from videox.data.loader import quiet_worker
 from videox.data.plan import Columns, PlanSettings, count_steps, draw_epoch, held_out_plan, row_fates
@@ -119,7 +120,7 @@ def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
     if not missing:
         return [*cache.damage(), f"{line}; training needs no encoder"]
     free = shutil.disk_usage(cache.folder).free
-    line += f"; {missing} to make, {size / 2**30:.2f} GiB at most; {free / 2**30:.1f} GiB are free"
+    line += f"; {missing} to make, {size_text(size)} at most; {size_text(free)} are free"
     if size > free:
         mend = "give a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which keeps half"
         raise Refusal("--latent_cache", line, mend, STORAGE)
@@ -249,7 +250,7 @@ def fill(
     """
     bad: list[BadSample] = []
     total = sum(len(stock.jobs[rank::world_size]) for stock in stocks)
-    with encoder, tqdm(total=total, unit="sample", desc="encoding", disable=rank != 0) as bar:
+    with encoder, tqdm(total=total, unit="sample", desc="encoding", disable=rank != 0 or not total) as bar:
         for stock in stocks:
             jobs = stock.jobs[rank::world_size]
             loader = DataLoader(

@@ -24,6 +24,11 @@ class Found(NamedTuple):
     fault: str
 
 
+def size_text(size: int) -> str:
+    """Returns bytes for people, as disks are sold: "1.50 GB", "3.20 MB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """Returns the published files of a cache."""
     return sorted(folder.glob(f"shard-*{SUFFIX}"))
