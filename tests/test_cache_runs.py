@@ -12,6 +12,7 @@ import forkserver
 import pytest
 import runs
 import test_backends
+import tiny
 import torch
 from test_cache import KINDS, Shop
 
@@ -20,6 +21,7 @@ from videox.data.cache import Cache
 from videox.data.cache_care import clean, verify
 from videox.errors import STOPPED
 
+cache_memory = tiny.load_script("benchmarks/cache_memory.py")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900, method="thread")]
 SLOTS = 4  # micro-batches of a step, whatever the number of processes
 STOP_AT, NO_ENCODER, NO_MODEL, FAMILY = "CACHE_STOP_AT", "CACHE_NO_ENCODER", "CACHE_NO_MODEL", "CACHE_FAMILY"
@@ -106,7 +108,7 @@ def launch(
 
 
 def differences(folder: Path, plain: Path) -> list[str]:
-    """Returns in what a run differs from one without a cache: metrics, validation, trained weights; to the last bit."""
+    """Returns in what a run differs from one without a cache, to the last bit: metrics, validation, weights."""
     said = [] if forkserver.steps(folder) == forkserver.steps(plain) else ["steps"]
     looks = [runs.read_lines(run / "validation.jsonl") for run in (folder, plain)]
     said += [] if looks[0] == looks[1] != [] else ["validation"]
@@ -200,3 +202,32 @@ def test_a_launch_line_fills_ahead(shop: Shop, tmp_path: Path, backend: str) -> 
     assert verify(tmp_path / "cache")[0] > 0 and found.status["state"] == "finished"
     assert not any((tmp_path / "out" / name).exists() for name in ("metrics.jsonl", "transformer"))
     assert "Traceback" not in found.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_a_cached_run_holds_no_encoder_and_an_uncached_one_a_copy_per_machine(tmp_path: Path) -> None:
+    model, size = cache_memory.build_model(tmp_path / "model")
+    metadata, encoders = tiny.make_dataset(tmp_path / "data", copies=2), [model / "vae", model / "text_encoder"]
+    asked = {"max_train_steps": 4, "num_train_epochs": None, "cache_variants": 1, "tokenizer_max_length": 32}
+
+    def held(name: str, world_size: int, **changes: object) -> tuple[int, int, frozenset[str]]:
+        folder = tmp_path / f"{name}-{world_size}"
+        flags = runs.wan_plain(
+            model, metadata, folder, **asked, gradient_accumulation_steps=SLOTS // world_size, **changes
+        )
+        found = cache_memory.memory_of(flags, folder, encoders, world_size)
+        return found.peak, found.resident, found.named
+
+    vae = str(next((model / "vae").glob("*.safetensors")))
+    for world_size in (1, 2):
+        cache = {"latent_cache": tmp_path / f"cache-{world_size}"}
+        uncached, without = held("uncached", world_size), {vae} if world_size == 1 else {vae, cache_memory.SHARED}
+        filling = held("filling", world_size, **cache)
+        cached = held("cached", world_size, **cache)
+        print(f"{size / 1e6:.0f} MB of text encoder; {world_size}: {uncached}, {filling}, {cached}")
+        assert uncached[2] == filling[2] == without and not cached[2]
+        assert uncached[0] - cached[0] > 0.8 * size
+        for resident in (uncached[1], filling[1]):  # one copy for all; what each process works with comes on top
+            assert 0.8 * size < resident - cached[1] < 1.6 * size
