@@ -1,6 +1,6 @@
 """Serves whoever asks whether a launch recipe trains as one process does: each family under each, and a table.
 
-    python benchmarks/backends.py [--output benchmarks/backends.md]
+    python benchmarks/backends.py [--kinds "hunyuanvideo i2v" ...] [--output benchmarks/backends.md]
 
 Each cell is the users' launch command on a small model of the real classes, ten steps with the clip binding: it is
 compared with one process at an equal global batch, saved, resumed from the middle, converted by the published command,
@@ -10,10 +10,9 @@ resumed again beside what that wrote, and loaded by diffusers.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import runs
 import test_backends as backends
 import tiny
 import torch
+from machine import machine_line
 
 families = tiny.load_script("benchmarks/families.py")
 
@@ -69,6 +69,7 @@ def run_cell(ground: backends.Ground, recipe: str, folder: Path) -> Found:
         changes["validation_prompts"] = [PROMPT]
     found.note("trained", backends.check_launched, ground, recipe, folder, world_size, **changes)
     if found.wrong:
+        found.wrong |= dict.fromkeys(("resumed", "converted"), "not tried")
         return found
     losses = [[line["loss"] for line in forkserver.steps(run)] for run in (folder, ground.alone)]
     found.loss_distance = max(abs(a - b) for a, b in zip(*losses, strict=True))
@@ -107,6 +108,12 @@ def check_goes_on_beside_outputs(
     assert (folder / f"checkpoint-{STEPS}-outputs").is_dir()
 
 
+def lines_of(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Returns the lines of a table written before, by family, mode and recipe."""
+    split = (tuple(line.strip("| ").split(" | ")) for line in file.read_text(encoding="utf-8").splitlines())
+    return {line[:3]: line for line in split if len(line) == len(HEADER) and " ".join(line[:2]) in backends.BUILD}
+
+
 def row(kind: str, recipe: str, found: Found) -> tuple[str, ...]:
     """Returns one line of the table."""
     words = ["NO" if column in found.wrong else "yes" for column in ("trained", "resumed", "converted")]
@@ -132,8 +139,7 @@ def page(lines: list[tuple[str, ...]]) -> str:
             "the bit; and once more by `latest` after the conversion. Converted: by `scripts/zero_to_bf16.py`, equal to the trained",
             "weights cast to bfloat16, loaded by diffusers.",
             "",
-            f"{os.cpu_count()}-core {families.processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
-            f" diffusers {diffusers.__version__}, Python {platform.python_version()}.",
+            f"{machine_line('torch', 'diffusers')}.",
             "",
         ]
     )
@@ -141,19 +147,27 @@ def page(lines: list[tuple[str, ...]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=backends.BUILD, default=list(backends.BUILD), help="families and modes"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file to write, where lines of other kinds stay (none = print)"
+    )
     args = parser.parse_args()
-    lines, wrong = [], []
+    lines = lines_of(args.output) if args.output and args.output.exists() else {}
+    wrong = []
     with tempfile.TemporaryDirectory(prefix="videox-backends-") as name:
-        for kind in backends.BUILD:
+        for kind in args.kinds:
             ground = ground_of(kind, Path(name) / kind.replace(" ", "-"))
             for recipe in RECIPES:
+                begin = time.monotonic()
                 found = run_cell(ground, recipe, ground.folder / recipe)
-                lines.append(row(kind, recipe, found))
+                lines[*kind.split(), recipe] = row(kind, recipe, found)
                 wrong += [f"{kind} {recipe}: {column}: {why}" for column, why in found.wrong.items()]
-                print(*lines[-1], sep="\t", flush=True)
+                print(*lines[*kind.split(), recipe], f"{time.monotonic() - begin:.0f} s", sep="\t", flush=True)
     print("\n".join(wrong), file=sys.stderr)
-    text = page(lines)
+    cells = [(*kind.split(), recipe) for kind in backends.BUILD for recipe in RECIPES]
+    text = page([lines[cell] for cell in cells if cell in lines])
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

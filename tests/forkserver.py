@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import functools
 import gc
 import importlib
@@ -107,6 +108,7 @@ def _become(request: dict, ready: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    faulthandler.register(signal.SIGUSR2)  # says where it stands
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     if request["largest_file"]:
@@ -137,7 +139,7 @@ class Trainer:
         if self.code is None:
             ended = select.select([self._handle], [], [], limit)[0]
             if not ended:
-                self.kill()
+                self.server.end_all()
             self.seconds = time.monotonic() - self.began
             self.code = os.waitstatus_to_exitcode(self.server.ask(reap=self.pid)["status"])
             os.close(self._handle)
@@ -194,6 +196,7 @@ class ForkServer:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
+        self._started: list[Trainer] = []
         threads = self._hear()["threads"]
         assert len([name for name in threads if name != ALLOCATOR]) == 1, threads
 
@@ -227,6 +230,7 @@ class ForkServer:
             folder: its working directory.
             work: "module:function" to run instead of the trainer's main; it returns the exit code.
         """
+        self._started = [trainer for trainer in self._started if trainer.running()]
         answer = self.ask(
             start=list(flags),
             log=str(log),
@@ -236,7 +240,16 @@ class ForkServer:
             work=work,
         )
         assert answer["ready"], f"no trainer came to life; see {log}"
-        return Trainer(self, answer["pid"], log)
+        self._started.append(Trainer(self, answer["pid"], log))
+        return self._started[-1]
+
+    def end_all(self) -> None:
+        """Kills all trainers that live, for one that hangs is seldom alone; their logs say where they stood."""
+        for trainer in self._started:
+            trainer.signal(signal.SIGUSR2)
+        time.sleep(1)
+        for trainer in filter(Trainer.running, self._started):
+            trainer.kill()
 
     def run(self, flags: Sequence[str], log: Path, **settings: object) -> Trainer:
         """Forks a trainer and returns when it has ended."""
@@ -300,7 +313,7 @@ def shared() -> ForkServer:
 # ------------------------------------------------------------------------------------------- runs to compare
 
 
-MEASURED = ("tokens_per_second", "data_wait", "mfu")  # of the clock, so never equal
+MEASURED = ("tokens_per_second", "data_wait", "mfu", "straggler_share")  # of the clock, so never equal
 
 
 def steps(output_dir: Path) -> list[dict]:

@@ -8,7 +8,6 @@ import io
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -24,6 +23,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from bounded import run_bounded
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
@@ -213,7 +213,8 @@ def replay(
     """
     transformer = WanTransformer3DModel.from_pretrained(model / "transformer").train()
     parameters = list(transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    adam = {"betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True, **adam)
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warm_up)
     losses, norms = [], []
     for limit, step in zip(limits or [0.05] * len(steps), steps, strict=True):
@@ -299,13 +300,5 @@ def launch(
 def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:
     """Runs a command to its end from the repository's root."""
     begin = time.monotonic()
-    done = subprocess.run(
-        list(command),
-        cwd=ROOT,
-        env=environment(**environment_changes),
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        check=False,
-    )
+    done = run_bounded(command, TIME_LIMIT, cwd=ROOT, env=environment(**environment_changes))
     return Outcome(done.returncode, done.stdout, done.stderr, folder, time.monotonic() - begin)

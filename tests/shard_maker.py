@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from bounded import run_bounded
 from torch import Tensor, nn
 
 TIME_LIMIT = 400  # seconds; the first run of an environment compiles DeepSpeed's part for CPUs
@@ -46,14 +46,8 @@ def make_real(folder: Path) -> None:
     """Writes FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each), by two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside the interpreter
-    done = subprocess.run(
-        [*command, str(Path(__file__).resolve()), str(folder)],
-        env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        check=False,
-    )
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    done = run_bounded([*command, __file__, str(folder)], TIME_LIMIT, cwd=Path.cwd(), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

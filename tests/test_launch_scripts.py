@@ -17,6 +17,7 @@ import pytest
 import runs
 import tiny
 import torch
+from bounded import end_all, family_of, run_bounded
 
 from videox.distributed import make_accelerator
 from videox.errors import FLAGS, PEER_LOST, STOPPED, Refusal
@@ -85,8 +86,8 @@ class Recipe:
             found = [launch.wait(runs.TIME_LIMIT) for launch in started]
         finally:
             for launch in started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(launch.pid, signal.SIGKILL)
+                if launch.poll() is None:
+                    end_all(launch.pid)
         return found, [log.read_text(encoding="utf-8", errors="replace") for log in logs]
 
 
@@ -134,12 +135,6 @@ def test_a_launch_script_can_be_run_and_passes_flags_on(script: str) -> None:
 # -------------------------------------------------------------------------------------------- a machine that is lost
 
 
-def family_of(pid: int) -> list[int]:
-    """Returns a process and all that descend from it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    return [pid, *(found for child in children for found in family_of(int(child)))]
-
-
 def is_launcher(pid: int) -> bool:
     return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(family_of(pid)) > 1
 
@@ -163,8 +158,8 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
         assert machines[0].wait(30) != 0
     finally:
         for machine in machines:
-            for pid in family_of(machine.pid) if machine.poll() is None else []:
-                os.kill(pid, signal.SIGKILL)
+            if machine.poll() is None:
+                end_all(machine.pid)
     status = forkserver.status(folder)
     if lost == "machine":
         assert (status["state"], status["exit_code"]) == ("failed", PEER_LOST)
@@ -184,10 +179,8 @@ def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, flo
     asked = {**cluster(2, 0, free_port()), **variables}
     environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
     begin = time.monotonic()
-    done = subprocess.run(
-        ["bash", script, "--output_dir", str(tmp_path / "run")],
-        cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
-    )  # fmt: skip
+    command = ["bash", script, "--output_dir", str(tmp_path / "run")]
+    done = run_bounded(command, LIMIT, cwd=runs.ROOT, env=environment)
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
     return done.returncode, lines[0], time.monotonic() - begin
