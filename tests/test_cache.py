@@ -30,7 +30,6 @@ from videox.data.cache_care import clean, contents, verify
 from videox.errors import STOPPED, STORAGE, Refusal
 from videox.shapes import Bucket
 
-pytestmark = pytest.mark.timeout(600, method="thread")  # a hang must not hold the machine
 NOTE = {"part": "moments", "encoder": "e", "file": "a.mp4", "size": 3, "mtime_ns": 4}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8])
 KINDS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {

@@ -22,7 +22,7 @@ from videox.data.cache_care import clean, verify
 from videox.errors import STOPPED
 
 cache_memory = tiny.load_script("benchmarks/cache_memory.py")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900, method="thread")]
+pytestmark = pytest.mark.slow
 SLOTS = 4  # micro-batches of a step, whatever the number of processes
 STOP_AT, NO_ENCODER, NO_MODEL, FAMILY = "CACHE_STOP_AT", "CACHE_NO_ENCODER", "CACHE_NO_MODEL", "CACHE_FAMILY"
 TASKS = ("wan", "wan-i2v", "hunyuan", "hunyuan-i2v")
