@@ -279,9 +279,9 @@ def open_data(
         shelf=encode.shelf, always_read=bool(args.dump_steps),
     )  # fmt: skip
     stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
-    for line in stock_lines(stocks, encode.cache) if encode.cache else ():
-        accelerator.print(line)
-    if not args.cache_only and any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
+    for line in stock_lines(stocks, encode.cache) if encode.cache is not None else ():
+        accelerator.print(line, flush=True)  # before the bar, also in a file
+    if any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
         encoders.load(gather)
     sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
     pinned = accelerator.device.type == "cuda"
