@@ -89,19 +89,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    add(
-        "--guidance_scale",
-        type=flags.number(float, 1, 100),
-        default=6.0,
-        help="embedded guidance, x 1000 to the model",
-    )
+    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help="embedded guidance, x 1000")
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
-    add(
-        "--num_hidden_layers_to_skip",
-        type=flags.number(int, 0, 31),
-        default=2,
-        help="last layers of Llama to leave out (0 = none)",
-    )
+    add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help="last layers of Llama left out")
     every = "keep every k-th image token of the prompt, 1 to 5 (none = 4 for token_replace, 2 for latent_concat)"
     add("--image_embed_interleave", type=flags.number(int, 1, 5), help=every)
     args = parser.parse(argv)
