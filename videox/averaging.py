@@ -48,11 +48,10 @@ class AveragedEngine:
         self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
         self.ema = Ema(engine.masters(), decay=decay, device=device)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
         update = self.engine.update(loss=loss, empty=empty, limit=limit)
-        if update.applied:
-            self.ema.update()
+        self.ema.update(update.applied)
         return update
 
     def averaged(self) -> AbstractContextManager[None]:

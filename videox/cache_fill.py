@@ -24,7 +24,7 @@ from videox.data.dataset import BadSample, PlannedSample, TokenLengthDataset, co
 from videox.data.loader import quiet_worker
 from videox.data.plan import Columns, PlanSettings, count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed import StopRequest
-from videox.encoding import Encoder, Recipe
+from videox.encoding import Encoder, OnDemand, Recipe
 from videox.errors import STOPPED, STORAGE, Refusal
 from videox.keys import Purpose, uniform
 from videox.lifecycle import main_first, together
@@ -128,6 +128,7 @@ def open_encoder(
     device: torch.device,
     is_main: bool,
     gather: Callable[[Any], list[Any]],
+    encoders: OnDemand[Any],
 ) -> Encoder:
     """Returns what makes the tensors that the encoders give, over a cache if there is one; all processes call it.
 
@@ -140,9 +141,10 @@ def open_encoder(
         device: where tensors are wanted.
         is_main: on one process only.
         gather: collective that returns every process's value.
+        encoders: with the modules that recipes name.
     """
     if folder is None:
-        return Encoder(recipes, device)
+        return Encoder(recipes, device, encoders=encoders)
     cache = Cache(Path(folder))
 
     def parts() -> tuple[Part, ...]:

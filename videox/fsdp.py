@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +51,7 @@ from videox.engine import (
 from videox.errors import MODEL, Refusal
 from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.local_steps import LocalShards
-from videox.optim import set_learning_rate
+from videox.optim import set_learning_rate, step_if
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
 from videox.weights import SaveFailed, TensorSource
@@ -123,24 +122,26 @@ class FsdpEngine:
         """As Engine's."""
         set_learning_rate(self.optimizer, rate)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
         gradients = [_local(parameter.grad) for parameter in self.trained if parameter.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.trained[0].device)
         if gradients:
             squares += torch.nn.utils.get_total_norm(gradients).double() ** 2
         dist.all_reduce(squares, group=self.group)
-        grad_norm = math.sqrt(squares.item()) if math.isfinite(squares.item()) else math.nan
-        applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
-        if applied:
-            scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
+        norm = squares.sqrt()
+        applied = norm.isfinite() & loss.isfinite()
+        if empty:
+            applied = torch.zeros_like(applied)
+        else:
+            scale = (limit(norm) / (norm + 1e-6)).clamp(max=1.0)
             if gradients:  # a process may hold no piece of what is trained
-                torch._foreach_mul_(gradients, scale)
+                torch._foreach_mul_(gradients, scale.float())
             if self.shards:
                 self.shards.take_gradients()
-            self.optimizer.step()
+            step_if(self.optimizer, applied)
         self.discard()
-        return Update(grad_norm, applied)
+        return Update(norm, applied)
 
     def discard(self) -> None:
         """As Engine's."""

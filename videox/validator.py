@@ -100,7 +100,7 @@ class Validator:
 
     def __call__(self) -> None:
         """Runs both parts; all processes call it, and its time does not count as training."""
-        with self.watch.clock.aside():
+        with self.watch.aside():
             loss = self._measure() if self.held_out else None
             with self.averaged() if self.averaged else nullcontext():
                 if loss is not None:

@@ -49,12 +49,8 @@ from videox.optimizers import OPTIMIZERS, refuse_unfit
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
-from videox.state import (
-    TrainState,
-    checkpoint_bytes,
-    plan_inputs,
-    refuse_other_backend,
-)
+from videox.state import TrainState, checkpoint_bytes, plan_inputs, refuse_other_backend
+from videox.straggling import effort_of
 from videox.tracker import check_tracker
 from videox.transformer import attach, frozen_notes
 from videox.utilization import run_meter
@@ -253,6 +249,8 @@ def open_watch(
         is_main=accelerator.is_main_process,
         gather=gather,
         times=step_times(accelerator, schedule_.settings),
+        device=accelerator.device,
+        effort=effort_of(accelerator, engine.model),
     )
 
 
@@ -274,7 +272,7 @@ def open_data(
         raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     encode = open_encoder(
         recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
-        is_main=accelerator.is_main_process, gather=gather,
+        is_main=accelerator.is_main_process, gather=gather, encoders=encoders,
     )  # fmt: skip
     dataset = TokenLengthDataset(
         planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
@@ -332,7 +330,7 @@ def notes(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def clip_limit_of(args: argparse.Namespace) -> Callable[[float, int], float]:
+def clip_limit_of(args: argparse.Namespace) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Returns the gradient norm to clip to, as a function of (norm, optimizer steps done)."""
     return partial(
         clip_limit,

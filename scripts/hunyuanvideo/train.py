@@ -62,6 +62,7 @@ from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import encode_pooled, encode_text, join_text
+from videox.transfer import to_device
 from videox.transformer import load_transformer
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
@@ -255,11 +256,11 @@ def recipes_of(
         latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
         Recipe(
             "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
-            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True,
+            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True, module="text_encoder",
         ),
         Recipe(
             "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
-            lambda _: (config["pooled_projection_dim"],), dtype, clip,
+            lambda _: (config["pooled_projection_dim"],), dtype, clip, module="text_encoder_2",
         ),
     ]  # fmt: skip
 
@@ -300,12 +301,12 @@ def transformer_inputs(
     elif components.condition == "latent_concat":
         hidden_states = concat_first_frame(noisy_latents, given["first_frame"])
     guided = components.transformer.config.guidance_embeds
-    components.attention.all_real = bool(given["prompt_mask"].all())
+    components.attention.all_real = bool(given["prompt_mask"].all())  # on the host
     return {
         "hidden_states": hidden_states,
         "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
         "encoder_hidden_states": given["prompt_embeds"],
-        "encoder_attention_mask": given["prompt_mask"],
+        "encoder_attention_mask": to_device(given["prompt_mask"], hidden_states.device),
         "pooled_projections": given["pooled"],
         "guidance": torch.full_like(sigmas, 1000 * guidance_scale) if guided else None,
         "return_dict": False,
@@ -327,13 +328,13 @@ def accumulate_gradients(
     device, keys = accelerator.device, batch["keys"]
     latents, given = encode_batch(components, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
-    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
+    sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
+    noise = to_device(batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
     inputs = transformer_inputs(components, noisy_latents, sigmas, given, args.guidance_scale)
-    weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    weights = to_device(torch.from_numpy(batch["weights"]), device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         made = (slice(None), slice(None), slice(components.given_frames, None))  # what the model was not given
@@ -429,10 +430,9 @@ def train(
         watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
 
-    with StopRequest() as stop, encode:
+    with StopRequest() as stop, encode, watch:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            rate = rate_at(state.step)
-            engine.set_rate(rate)
+            engine.set_rate(rate := rate_at(state.step))
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
