@@ -53,6 +53,7 @@ from videox.weights import CONFIG, few, save_tensors
 from videox.zero_shards import tag_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
+LORA = "lora"
 PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
 
@@ -135,9 +136,13 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
     return model
 
 
-def refuse_output(source: Path, output: Path, *, folder: bool) -> None:
-    """Raises Refusal if the output is taken, is the source, or has a name of the other kind."""
-    if folder:
+def refuse_output(source: Path, output: Path, layout: str) -> None:
+    """Raises Refusal if the output is taken, is the source, or has a name of the other kind.
+
+    Args:
+        layout: of a model; of a LoRA, which is one file in each, any but diffusers.
+    """
+    if layout == "diffusers":
         refuse_place(source, output)
         return
     if output.suffix != ".safetensors":
@@ -224,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.base and lora is None:
         raise Refusal("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
     alone = lora is not None and not flags.base
-    refuse_output(flags.source, flags.output, folder=flags.layout == "diffusers" and not alone)
+    refuse_output(flags.source, flags.output, LORA if alone else flags.layout)
     if lora is not None and alone:
         size = export_lora(lora, flags.output, flags.layout, dtype, flags.config)
         print(

@@ -287,11 +287,12 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("backend", ["plain", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"])
 def test_every_backend_trains_keeps_and_resumes_adapters(ground: Ground, tmp_path: Path, backend: str) -> None:
-    folder = tmp_path / "run"
-    ranks = ground.ranks(backend, folder, lora_dropout=0)
-    assert codes(ranks) == [0, 0], said(ranks)
+    folder, processes = tmp_path / "run", 1 if backend == "plain" else 2
+    asked = {"gradient_accumulation_steps": 2 // processes}
+    ranks = ground.ranks(backend, folder, processes, lora_dropout=0, **asked)
+    assert codes(ranks) == [0] * processes, said(ranks)
     found, wanted = forkserver.steps(folder), forkserver.steps(ground.alone)
     assert [line["rows"] for line in found] == [line["rows"] for line in wanted]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], abs=0.02)
@@ -303,8 +304,9 @@ def test_every_backend_trains_keeps_and_resumes_adapters(ground: Ground, tmp_pat
     check_files(folder)
     check_loads(ground, folder)
     last = (folder / f"checkpoint-{STEPS}" / FILE).read_bytes()
-    ranks = ground.ranks(backend, folder, resume_from_checkpoint=folder / f"checkpoint-{STEPS // 2}")
-    assert codes(ranks) == [0, 0], said(ranks)
+    half = folder / f"checkpoint-{STEPS // 2}"
+    ranks = ground.ranks(backend, folder, processes, resume_from_checkpoint=half, **asked)
+    assert codes(ranks) == [0] * processes, said(ranks)
     (superseded,) = folder.glob("superseded-*")
     assert forkserver.steps(superseded) == [line for line in forkserver.steps(folder) if line["step"] > STEPS // 2]
     assert (folder / f"checkpoint-{STEPS}" / FILE).read_bytes() == last

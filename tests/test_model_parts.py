@@ -349,6 +349,8 @@ def test_processes_share_and_divide_foreign_files_alike(
         outcome = runs.launch(words, launcher(backend, "wan2.1 normal", 2))
         assert outcome.code == 0, outcome.stderr[-4000:]
         found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))
+        saved = load_file(tmp_path / f"{name}-run/checkpoint-2/exports/transformer_original.safetensors")
+        assert all(torch.equal(saved[key], tensor) for key, tensor in found[-1][1].items())
     (losses, weights), (known_losses, known) = found
     assert losses == known_losses and len(losses) == 2
     assert weights.keys() == known.keys() and all(torch.equal(weights[name], known[name]) for name in known)
