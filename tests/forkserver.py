@@ -140,8 +140,8 @@ class Trainer:
         """
         if self.code is None:
             ended = select.select([self._handle], [], [], limit)[0]
-            for trainer in () if ended else self.peers:
-                trainer.kill()
+            if not ended:
+                self.kill_all()
             self.seconds = time.monotonic() - self.began
             self.code = os.waitstatus_to_exitcode(self.server.ask(reap=self.pid)["status"])
             os.close(self._handle)
@@ -161,13 +161,20 @@ class Trainer:
     def kill(self) -> None:
         self.signal_all(signal.SIGKILL)
 
+    def kill_all(self) -> None:
+        """Kills every process of the launch."""
+        for trainer in self.peers:
+            trainer.kill()
+
     def until(self, happened: Callable[[], object], limit: float = LIMIT) -> bool:
         """Waits until something has happened; False if the process ended before it did."""
         deadline = time.monotonic() + limit
         while not happened():
             if not self.running():
                 return bool(happened())
-            assert time.monotonic() < deadline, f"nothing after {limit} s:\n{self.said()[-4000:]}"
+            if time.monotonic() > deadline:
+                self.kill_all()
+                raise AssertionError(f"nothing after {limit} s:\n{self.said()[-4000:]}")
             time.sleep(0.0003)
         return True
 

@@ -297,8 +297,10 @@ def launch(
     return run_command([*accelerate, *launcher, TRAINERS[family], *argv], output_dir_of(argv), **environment_changes)
 
 
-def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:
-    """Runs a command to its end from the repository's root; one that hangs is ended with all that it started."""
+def run_command(
+    command: Sequence[str], folder: Path, *, limit: float = TIME_LIMIT, **environment_changes: str
+) -> Outcome:
+    """Runs a command to its end from the repository's root; after `limit` seconds it is ended with all it started."""
     begin = time.monotonic()
     with subprocess.Popen(
         list(command),
@@ -309,11 +311,11 @@ def run_command(command: Sequence[str], folder: Path, **environment_changes: str
         text=True,
     ) as process:
         try:
-            out, err = process.communicate(timeout=TIME_LIMIT)
+            out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             end_all(process.pid)
             out, err = process.communicate()
-            raise AssertionError(f"still running after {TIME_LIMIT} s:\n{out[-3000:]}{err[-3000:]}") from None
+            raise AssertionError(f"still running after {limit:g} s:\n{out[-3000:]}{err[-3000:]}") from None
     return Outcome(process.returncode, out, err, folder, time.monotonic() - begin)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -44,17 +42,13 @@ TINY = {
 
 def make_real(folder: Path) -> None:
     """Writes FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each), by two processes."""
+    import runs  # not in the two processes, which need none of what it imports
+
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside the interpreter
-    done = subprocess.run(
-        [*command, str(Path(__file__).resolve()), str(folder)],
-        env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        check=False,
+    done = runs.run_command(
+        [*command, str(Path(__file__).resolve()), str(folder)], folder, limit=TIME_LIMIT, DS_ACCELERATOR="cpu"
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.code == 0, done.stderr[-4000:]
 
 
 def build() -> nn.Module:

@@ -176,15 +176,11 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
 def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, float]:
     """Returns exit code, the one line, and the seconds that a start took; no model is looked at."""
     asked = {**cluster(2, 0, free_port()), **variables}
-    environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
-    begin = time.monotonic()
-    done = subprocess.run(
-        ["bash", script, "--output_dir", str(tmp_path / "run")],
-        cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
-    )  # fmt: skip
+    command = ["bash", script, "--output_dir", str(tmp_path / "run")]
+    done = runs.run_command(command, tmp_path / "run", limit=LIMIT, **asked)
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
-    return done.returncode, lines[0], time.monotonic() - begin
+    return done.code, lines[0], done.seconds
 
 
 def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
@@ -270,3 +266,42 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
     assert meeting_limit({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
     with pytest.raises(Refusal, match="VIDEOX_MEETING_SECONDS"):
         meeting_limit({"VIDEOX_MEETING_SECONDS": text})
+
+
+# --------------------------------------------------------------------------------- what hangs is no test that waits
+
+
+def hang() -> int:
+    while True:
+        time.sleep(0.1)
+
+
+def test_a_rank_that_hangs_is_ended_with_the_others_of_its_launch(tmp_path: Path) -> None:
+    ranks = forkserver.shared().start_ranks(3, [], tmp_path / "log", work=["test_launch_scripts:hang"] * 3)
+    with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
+        ranks[1].wait(0.2)
+    assert [rank.wait(10) for rank in ranks] == [-9, -9, -9]
+    ranks = forkserver.shared().start_ranks(2, [], tmp_path / "log", work=["test_launch_scripts:hang"] * 2)
+    with pytest.raises(AssertionError, match=r"nothing after 0\.2 s"):
+        ranks[0].until(lambda: False, limit=0.2)
+    assert [rank.wait(10) for rank in ranks] == [-9, -9]
+
+
+def test_a_launch_that_hangs_is_ended_with_sessions_of_its_own(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    line = f"for i in 1 2; do setsid bash -c 'echo $$ >> {pids}; sleep 100; true' & done; echo begun; wait"
+    with pytest.raises(AssertionError, match=r"still running after 1 s:\nbegun"):
+        runs.run_command(["bash", "-c", line], tmp_path, limit=1)
+    numbers = pids.read_text().split()
+    assert len(numbers) == 2
+    deadline = time.monotonic() + 10
+    while any(alive(number) for number in numbers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid: str) -> bool:
+    """Tells whether a process runs; one that has ended may wait for a parent to ask after it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
