@@ -35,7 +35,7 @@ test: setup  ## run the tests, except the slow ones
 	@python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: setup  ## run every test
-	@python -m pytest -q -n $(WORKERS) --dist loadfile
+	@python -m pytest -q -n $(WORKERS) --dist loadfile --junitxml outputs/test-all.xml
 
 check: setup  ## lint, format, types, house rules
 	@ruff check .

@@ -10,8 +10,6 @@ resumed again beside what that wrote, and loaded by diffusers.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import runs
 import test_backends as backends
 import tiny
 import torch
+from machine import machine_line
 
 families = tiny.load_script("benchmarks/families.py")
 
@@ -140,8 +139,7 @@ def page(lines: list[tuple[str, ...]]) -> str:
             "the bit; and once more by `latest` after the conversion. Converted: by `scripts/zero_to_bf16.py`, equal to the trained",
             "weights cast to bfloat16, loaded by diffusers.",
             "",
-            f"{os.cpu_count()}-core {families.processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
-            f" diffusers {diffusers.__version__}, Python {platform.python_version()}.",
+            f"{machine_line('torch', 'diffusers')}.",
             "",
         ]
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
+from machine import machine_line
 from safetensors import safe_open
 from shard_maker import write_zero
 
@@ -127,7 +127,7 @@ def main() -> None:
     for millions in options.millions:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(Path(folder), millions, options.ranks, options.rounds)
-    print(f"{options.rounds} rounds, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
+    print(f"{options.rounds} rounds, {machine_line('torch', 'deepspeed')}")
     heads = list(rows[0])
     print(" | ".join(heads))
     for row in rows:

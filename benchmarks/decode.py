@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import av
 import decord
 import numpy as np
 import torch
+from machine import machine_line
 from PIL import Image
 
 from videox.data.image import cover_size, resize_cover
@@ -144,12 +144,6 @@ def measure(path: Path, runs: int) -> list[dict[str, object]]:
     ]
 
 
-def cpu_model() -> str:
-    listing = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in listing.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -177,16 +171,17 @@ def main() -> None:
         if made in clips:
             synthesize(made)
         rows = [row for clip in clips for row in measure(clip, options.runs)]
-    machine = f"{cpu_model()}, 1 core, PyAV {av.__version__}, decord {decord.__version__}"
     print(
-        f"{FRAMES} frames, stride {STRIDE}, {HEIGHT}x{WIDTH}, {options.runs} runs. {machine}. Default: {READERS[0]}."
+        f"{FRAMES} frames, stride {STRIDE}, {HEIGHT}x{WIDTH}, {options.runs} runs. {machine_line('av', 'decord')}. Default: {READERS[0]}."
     )
     heads = list(rows[0])
     print(" | ".join(heads))
     for row in rows:
         print(" | ".join(str(row[head]).ljust(len(head)) for head in heads))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "runs": options.runs, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine_line("av", "decord"), "runs": options.runs, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

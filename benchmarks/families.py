@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,6 +27,7 @@ import runs
 import tiny
 import torch
 from diffusers.utils import logging as diffusers_logging
+from machine import machine_line
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -183,12 +182,6 @@ def row(cell: Cell, found: Found) -> tuple[str, ...]:
     return (cell.family, cell.mode, cell.model or "text only", *good, losses)
 
 
-def processor() -> str:
-    """Returns the processor's name as the kernel tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def page(lines: list[tuple[str, ...]]) -> str:
     """Returns the report as Markdown."""
     table = [HEADER, ["---"] * len(HEADER), *lines]
@@ -206,8 +199,7 @@ def page(lines: list[tuple[str, ...]]) -> str:
             "the right shape from the base model's own diffusers pipeline with the exported transformer, other than that of",
             "the base model, rounded to bf16 too, from the same noise. The loss is measured on two held-out rows at fixed noise.",
             "",
-            f"{os.cpu_count()}-core {processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
-            f" diffusers {diffusers.__version__}, Python {platform.python_version()}.",
+            f"{machine_line('torch', 'diffusers')}.",
             "",
         ]
     )

@@ -28,6 +28,7 @@ import torch
 from gpu_models import ONE_GPU, of_tensors, predicted_memory
 from gpu_process import PARTS, Measurer, cases
 from gpu_scales import LARGEST, REAL, SMALL, Scale, Values
+from machine import processor
 
 from videox.memory import CONTEXT, FRAGMENTS
 from videox.utilization import peak_of
@@ -100,9 +101,7 @@ def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def machine(device: str) -> dict[str, Any]:
     """Returns what the figures depend on."""
-    known: dict[str, Any] = {"device": "none", "cores": os.cpu_count(), "processor": platform.machine()}
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    known["processor"] = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown")
+    known: dict[str, Any] = {"device": "none", "cores": os.cpu_count(), "processor": processor()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         known |= {"device": properties.name, "memory GiB": properties.total_memory / 2**30}

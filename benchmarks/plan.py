@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pyarrow as pa
+from machine import machine_line
 
 from videox.data.buckets import SizePolicy
 from videox.data.index import Index, load_index
@@ -101,12 +101,6 @@ def measure(path: Path, slot_fill: str, runs: int) -> dict[str, object]:
     return row
 
 
-def cpu_model() -> str:
-    listing = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in listing.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -122,14 +116,15 @@ def main() -> None:
         save_index(path, options.rows)
         megabytes = path.stat().st_size / 1e6
         rows = [measure(path, slot_fill, options.runs) for slot_fill in ("fixed", "cost")]
-    machine = f"{cpu_model()}, one thread, Python {platform.python_version()}, numpy {np.__version__}"
-    print(f"{options.rows} rows, index of {megabytes:.0f} MB, median of {options.runs} fresh processes. {machine}.")
+    print(
+        f"{options.rows} rows, index of {megabytes:.0f} MB, median of {options.runs} fresh processes. {machine_line('numpy')}."
+    )
     heads = list(rows[0])
     print(" | ".join(heads))
     for row in rows:
         print(" | ".join(str(row[head]).ljust(len(head)) for head in heads))
     if options.json:
-        figures = {"machine": machine, "rows": options.rows, "runs": options.runs, "figures": rows}
+        figures = {"machine": machine_line("numpy"), "rows": options.rows, "runs": options.runs, "figures": rows}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

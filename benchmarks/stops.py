@@ -11,8 +11,6 @@ fell into a save is told by the temporary folder that it left.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import shutil
 import signal
@@ -29,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import forkserver
 import runs
 import tiny
-import torch
+from machine import machine_line
 
 from videox.checkpoint import find_checkpoints, latest
 
@@ -155,12 +153,6 @@ def row(workers: int, precision: str, met: Sequence[Kill], seconds: float) -> tu
     )
 
 
-def processor() -> str:
-    """Returns the processor's name as the kernel tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def page(lines: Sequence[Sequence[object]], kills: int) -> str:
     """Returns the report as Markdown."""
     table = [HEADER, ["---"] * len(HEADER), *lines]
@@ -178,8 +170,7 @@ def page(lines: Sequence[Sequence[object]], kills: int) -> str:
             "Half checkpoints: folders with a checkpoint's name that do not verify after the kill, every hash compared.",
             "Differences: runs that are not equal to the last bit, that miss or repeat a step, or that leave something behind.",
             "",
-            f"{os.cpu_count()}-core {processor()}, CPU only; torch {torch.__version__.split('+')[0]},"
-            f" Python {platform.python_version()}; the small Wan2.1 of tests/tiny.py.",
+            f"{machine_line('torch')}; the small Wan2.1 of tests/tiny.py.",
             "",
         ]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import functools
 import gc
 import importlib
@@ -107,6 +108,7 @@ def _become(request: dict, ready: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    faulthandler.register(signal.SIGUSR2)  # says where it stands
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     if request["largest_file"]:
@@ -125,7 +127,6 @@ class Trainer:
     def __init__(self, server: ForkServer, pid: int, log: Path) -> None:
         self.server, self.pid, self.log = server, pid, log
         self.began = time.monotonic()
-        self.peers: list[Trainer] = [self]  # the processes of its launch
         self.seconds = 0.0  # that it lived
         self.code: int | None = None  # exit code, or minus the signal that killed it
         self._handle = os.pidfd_open(pid)
@@ -134,14 +135,11 @@ class Trainer:
         return self.code is None and not select.select([self._handle], [], [], 0)[0]
 
     def wait(self, limit: float = LIMIT) -> int:
-        """Returns the exit code, or minus the number of the signal that ended the process.
-
-        One that hangs is killed with the other processes of its launch, which may spin in a collective with it.
-        """
+        """Returns the exit code, or minus the number of the signal that ended the process."""
         if self.code is None:
             ended = select.select([self._handle], [], [], limit)[0]
             if not ended:
-                self.kill_all()
+                self.server.end_all()
             self.seconds = time.monotonic() - self.began
             self.code = os.waitstatus_to_exitcode(self.server.ask(reap=self.pid)["status"])
             os.close(self._handle)
@@ -161,11 +159,6 @@ class Trainer:
     def kill(self) -> None:
         self.signal_all(signal.SIGKILL)
 
-    def kill_all(self) -> None:
-        """Kills every process of the launch."""
-        for trainer in self.peers:
-            trainer.kill()
-
     def until(self, happened: Callable[[], object], limit: float = LIMIT) -> bool:
         """Waits until something has happened; False if the process ended before it did."""
         deadline = time.monotonic() + limit
@@ -173,7 +166,7 @@ class Trainer:
             if not self.running():
                 return bool(happened())
             if time.monotonic() > deadline:
-                self.kill_all()
+                self.server.end_all()
                 raise AssertionError(f"nothing after {limit} s:\n{self.said()[-4000:]}")
             time.sleep(0.0003)
         return True
@@ -205,6 +198,7 @@ class ForkServer:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
+        self._started: list[Trainer] = []
         threads = self._hear()["threads"]
         assert len([name for name in threads if name != ALLOCATOR]) == 1, threads
 
@@ -238,6 +232,7 @@ class ForkServer:
             folder: its working directory.
             work: "module:function" to run instead of the trainer's main; it returns the exit code.
         """
+        self._started = [trainer for trainer in self._started if trainer.running()]
         answer = self.ask(
             start=list(flags),
             log=str(log),
@@ -247,7 +242,16 @@ class ForkServer:
             work=work,
         )
         assert answer["ready"], f"no trainer came to life; see {log}"
-        return Trainer(self, answer["pid"], log)
+        self._started.append(Trainer(self, answer["pid"], log))
+        return self._started[-1]
+
+    def end_all(self) -> None:
+        """Kills all trainers that live, for one that hangs is seldom alone; their logs say where they stood."""
+        for trainer in self._started:
+            trainer.signal(signal.SIGUSR2)
+        time.sleep(1)
+        for trainer in filter(Trainer.running, self._started):
+            trainer.kill()
 
     def run(self, flags: Sequence[str], log: Path, **settings: object) -> Trainer:
         """Forks a trainer and returns when it has ended."""
@@ -278,7 +282,7 @@ class ForkServer:
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        ranks = [
+        return [
             self.start(
                 flags if not flags or isinstance(flags[0], str) else flags[rank],
                 log.with_name(f"{log.stem}-rank{rank}{log.suffix}"),
@@ -288,9 +292,6 @@ class ForkServer:
             )
             for rank in range(world_size)
         ]
-        for trainer in ranks:
-            trainer.peers = ranks
-        return ranks
 
     def run_ranks(self, world_size: int, flags: Sequence[str], log: Path, work: Sequence[str] = ()) -> list[Trainer]:
         trainers = self.start_ranks(world_size, flags, log, work)

@@ -8,8 +8,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -25,6 +23,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from bounded import run_bounded
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
@@ -297,40 +296,8 @@ def launch(
     return run_command([*accelerate, *launcher, TRAINERS[family], *argv], output_dir_of(argv), **environment_changes)
 
 
-def run_command(
-    command: Sequence[str], folder: Path, *, limit: float = TIME_LIMIT, **environment_changes: str
-) -> Outcome:
-    """Runs a command to its end from the repository's root; after `limit` seconds it is ended with all it started."""
+def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:
+    """Runs a command to its end from the repository's root."""
     begin = time.monotonic()
-    with subprocess.Popen(
-        list(command),
-        cwd=ROOT,
-        env=environment(**environment_changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            end_all(process.pid)
-            out, err = process.communicate()
-            raise AssertionError(f"still running after {limit:g} s:\n{out[-3000:]}{err[-3000:]}") from None
-    return Outcome(process.returncode, out, err, folder, time.monotonic() - begin)
-
-
-def family_of(pid: int) -> list[int]:
-    """Returns a process and all that descend from it."""
-    found = [pid]
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text(encoding="ascii").split():
-                found += family_of(int(child))
-    return found
-
-
-def end_all(pid: int) -> None:
-    """Kills a process and all that descend from it: a launcher starts each rank in a session of its own."""
-    for found in family_of(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(found, signal.SIGKILL)
+    done = run_bounded(command, TIME_LIMIT, cwd=ROOT, env=environment(**environment_changes))
+    return Outcome(done.returncode, done.stdout, done.stderr, folder, time.monotonic() - begin)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from bounded import run_bounded
 from torch import Tensor, nn
 
 TIME_LIMIT = 400  # seconds; the first run of an environment compiles DeepSpeed's part for CPUs
@@ -42,13 +44,11 @@ TINY = {
 
 def make_real(folder: Path) -> None:
     """Writes FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each), by two processes."""
-    import runs  # not in the two processes, which need none of what it imports
-
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = runs.run_command(
-        [*command, str(Path(__file__).resolve()), str(folder)], folder, limit=TIME_LIMIT, DS_ACCELERATOR="cpu"
-    )
-    assert done.code == 0, done.stderr[-4000:]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside the interpreter
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    done = run_bounded([*command, __file__, str(folder)], TIME_LIMIT, cwd=Path.cwd(), env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def build() -> nn.Module:

@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import forkserver
+import psutil
 import pytest
 import runs
 import tiny
 import torch
+from bounded import end_all, family_of, run_bounded
 
 from videox.distributed import make_accelerator
 from videox.errors import FLAGS, PEER_LOST, STOPPED, Refusal
@@ -86,7 +88,7 @@ class Recipe:
         finally:
             for launch in started:
                 if launch.poll() is None:
-                    runs.end_all(launch.pid)
+                    end_all(launch.pid)
         return found, [log.read_text(encoding="utf-8", errors="replace") for log in logs]
 
 
@@ -135,7 +137,7 @@ def test_a_launch_script_can_be_run_and_passes_flags_on(script: str) -> None:
 
 
 def is_launcher(pid: int) -> bool:
-    return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(runs.family_of(pid)) > 1
+    return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(family_of(pid)) > 1
 
 
 @pytest.mark.slow
@@ -150,7 +152,7 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
         while not (folder / "metrics.jsonl").exists() or len(forkserver.steps(folder)) < 2:
             assert time.monotonic() < deadline and machines[0].poll() is None, logs[0].read_text()[-3000:]
             time.sleep(0.1)
-        victims = runs.family_of(machines[1].pid)
+        victims = family_of(machines[1].pid)
         for victim in victims if lost == "machine" else filter(is_launcher, victims):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
@@ -158,7 +160,7 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
     finally:
         for machine in machines:
             if machine.poll() is None:
-                runs.end_all(machine.pid)
+                end_all(machine.pid)
     status = forkserver.status(folder)
     if lost == "machine":
         assert (status["state"], status["exit_code"]) == ("failed", PEER_LOST)
@@ -176,11 +178,13 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
 def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, float]:
     """Returns exit code, the one line, and the seconds that a start took; no model is looked at."""
     asked = {**cluster(2, 0, free_port()), **variables}
+    environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
+    begin = time.monotonic()
     command = ["bash", script, "--output_dir", str(tmp_path / "run")]
-    done = runs.run_command(command, tmp_path / "run", limit=LIMIT, **asked)
+    done = run_bounded(command, LIMIT, cwd=runs.ROOT, env=environment)
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1, done.stderr
-    return done.code, lines[0], done.seconds
+    return done.returncode, lines[0], time.monotonic() - begin
 
 
 def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
@@ -268,7 +272,7 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
         meeting_limit({"VIDEOX_MEETING_SECONDS": text})
 
 
-# --------------------------------------------------------------------------------- what hangs is no test that waits
+# --------------------------------------------------------------------------------------------------- a test that hangs
 
 
 def hang() -> int:
@@ -276,32 +280,25 @@ def hang() -> int:
         time.sleep(0.1)
 
 
-def test_a_rank_that_hangs_is_ended_with_the_others_of_its_launch(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_ended_with_the_others(tmp_path: Path) -> None:
     ranks = forkserver.shared().start_ranks(3, [], tmp_path / "log", work=["test_launch_scripts:hang"] * 3)
     with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
         ranks[1].wait(0.2)
-    assert [rank.wait(10) for rank in ranks] == [-9, -9, -9]
-    ranks = forkserver.shared().start_ranks(2, [], tmp_path / "log", work=["test_launch_scripts:hang"] * 2)
+    assert 0 not in [rank.wait(10) for rank in ranks]
+    late = forkserver.shared().start([], tmp_path / "late", work="test_launch_scripts:hang")
     with pytest.raises(AssertionError, match=r"nothing after 0\.2 s"):
-        ranks[0].until(lambda: False, limit=0.2)
-    assert [rank.wait(10) for rank in ranks] == [-9, -9]
+        late.until(lambda: False, limit=0.2)
+    assert late.wait(10) != 0
 
 
 def test_a_launch_that_hangs_is_ended_with_sessions_of_its_own(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     line = f"for i in 1 2; do setsid bash -c 'echo $$ >> {pids}; sleep 100; true' & done; echo begun; wait"
-    with pytest.raises(AssertionError, match=r"still running after 1 s:\nbegun"):
-        runs.run_command(["bash", "-c", line], tmp_path, limit=1)
-    numbers = pids.read_text().split()
+    with pytest.raises(AssertionError, match=r"still running after 1 s"):
+        run_bounded(["bash", "-c", line], 1, cwd=tmp_path, env=os.environ)
+    numbers = [int(number) for number in pids.read_text(encoding="ascii").split()]
     assert len(numbers) == 2
     deadline = time.monotonic() + 10
-    while any(alive(number) for number in numbers):
+    while any(psutil.pid_exists(number) and psutil.Process(number).status() != "zombie" for number in numbers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def alive(pid: str) -> bool:
-    """Tells whether a process runs; one that has ended may wait for a parent to ask after it."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False

@@ -1,0 +1,120 @@
+"""Serves whoever asks whether the long tests hold: turns what `make test-all` found into a table, a line a matrix.
+
+    make test-all
+    python benchmarks/matrices.py --output benchmarks/matrices.md
+
+`make test-all` leaves its results in outputs/test-all.xml (JUnit). A test function with parameters is a matrix, each
+set of parameters a cell; functions that `make test` runs too are counted by file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from machine import machine_line
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One test: where it stands, its parameters ("" = none), how it ended, how many seconds it took."""
+
+    file: str
+    function: str
+    parameters: str
+    passed: bool
+    seconds: float
+
+
+def read_results(path: Path) -> list[Cell]:
+    """Returns the tests that a JUnit file names; raises FileNotFoundError."""
+    found = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        function, _, parameters = case.get("name", "").partition("[")
+        ended = {child.tag for child in case} & {"failure", "error", "skipped"}
+        file = case.get("classname", "").split(".")[-1]
+        found.append(Cell(file, function, parameters.removesuffix("]"), not ended, float(case.get("time", 0))))
+    return found
+
+
+def slow_functions() -> set[tuple[str, str]]:
+    """Returns file and function of the tests that only `make test-all` runs."""
+    asked = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "slow", "-p", "no:cacheprovider"]
+    lines = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [line.partition("[")[0].split("::") for line in lines if "::" in line]
+    return {(Path(name[0]).stem, name[-1]) for name in names}
+
+
+def grouped(cells: Iterable[Cell], slow: set[tuple[str, str]]) -> tuple[dict, dict]:
+    """Returns the cells of each slow function, and of each file the rest."""
+    matrices, rest = defaultdict(list), defaultdict(list)
+    for cell in cells:
+        if (cell.file, cell.function) in slow:
+            matrices[cell.file, cell.function].append(cell)
+        else:
+            rest[cell.file].append(cell)
+    return matrices, rest
+
+
+def line(*columns: object) -> str:
+    return "| " + " | ".join(map(str, columns)) + " |"
+
+
+def counts(cells: list[Cell]) -> tuple[str, str]:
+    return f"{sum(cell.passed for cell in cells)} of {len(cells)}", f"{sum(cell.seconds for cell in cells):.0f}"
+
+
+def page(cells: list[Cell], slow: set[tuple[str, str]], workers: int) -> str:
+    """Returns the report as Markdown."""
+    matrices, rest = grouped(cells, slow)
+    failed = [f"{cell.file}::{cell.function}[{cell.parameters}]" for cell in cells if not cell.passed]
+    return "\n".join(
+        [
+            "# What `make test-all` found",
+            "",
+            "`make test-all`, then `python benchmarks/matrices.py --output benchmarks/matrices.md`.",
+            f"{counts(cells)[0]} tests passed; {counts(cells)[1]} seconds of tests, {workers} files side by side.",
+            f"Not passed: {', '.join(failed) if failed else 'none'}.",
+            "",
+            "## Matrices: functions that only `make test-all` runs whole",
+            "",
+            line("file", "function", "cells passed", "seconds"),
+            line("---", "---", "---", "---"),
+            *(line(*name, *counts(found)) for name, found in sorted(matrices.items())),
+            "",
+            "## The rest, by file",
+            "",
+            line("file", "tests passed", "seconds"),
+            line("---", "---", "---"),
+            *(line(file, *counts(found)) for file, found in sorted(rest.items())),
+            "",
+            f"{machine_line('torch')}.",
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "outputs" / "test-all.xml")
+    parser.add_argument("--workers", type=int, default=2, help="files that ran side by side (WORKERS of the Makefile)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    args = parser.parse_args()
+    cells = read_results(args.results)
+    text = page(cells, slow_functions(), args.workers)
+    print(text)
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+    return 0 if all(cell.passed for cell in cells) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
