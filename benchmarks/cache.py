@@ -4,8 +4,9 @@
 
 A cached step is the loop's own: the next batch of the loader, noise, target, forward, backward, optimizer. The bare
 step is the transformer alone, over the very tensors of the step before it: forward, loss, backward, optimizer. Both
-alternate, so that a busy machine slows both. Whole runs are the users' command with the cache, without it, and with
-decord as the reader in place of it.
+alternate, so that a busy machine slows both. Whole runs are the users' command with the cache and without it, and a
+plain loop of the same samples that decodes by decord and encodes in every step; they take turns. Memory is read from
+the kernel while one and two processes train.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ import numpy as np
 import runs
 import tiny
 import torch
+from cache_memory import build_model, memory_of
+from cache_plain import PlainLoop
 
 from videox.data.cache import Cache
 from videox.flow_matching import velocity_losses
 
 NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
+STEPS, TURNS = 12, 3  # of a whole run; runs of each way
 MODELS: dict[str, dict[str, int]] = {
     "small": {"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 512},
     "medium": {"heads": 8, "head_dim": 48, "layers": 8, "ffn_dim": 1536},
 }
 FLAGS: dict[str, object] = {
     "mixed_precision": "no", "gradient_checkpointing": None, "caption_dropout": 0, "tokenizer_max_length": 64,
-    "cache_variants": 1, "max_train_steps": 12, "low_vram": None,
+    "cache_variants": 1, "max_train_steps": STEPS, "low_vram": None,
     "video_sample_size": 128, "image_sample_size": 128, "token_sample_size": 128, "video_sample_n_frames": 13,
 }  # fmt: skip
 
@@ -112,20 +116,58 @@ def step_times(name: str, folder: Path, rounds: int) -> tuple[float, float, floa
 
 
 def whole_runs(folder: Path) -> dict[str, float]:
-    """Returns median seconds of a step of the users' command, by how its data comes, after the steps that fill."""
+    """Returns median seconds of a step, end to end, by how its data comes; the ways take turns, run by run.
+
+    Each is over the same samples, frames and sizes: the users' command with the cache and without it, and a plain loop
+    that decodes by decord and encodes in every step. The first two steps of a run warm up and do not count.
+    """
     model, metadata, cache = folder / "model-small", folder / "data-small/metadata.json", folder / "cache-small"
-    ways: dict[str, dict[str, object]] = {
-        "with the cache": {"latent_cache": cache},
-        "without": {},
-        "without, decord": {"video_reader": "decord"},
-    }
-    times = {}
-    for name, flags in ways.items():
+
+    def run(name: str, **flags: object) -> runs.Outcome:
         outcome = runs.train(runs.wan_plain(model, metadata, folder / f"run-{name}", **{**FLAGS, **flags}))
         if outcome.code:
             raise SystemExit(outcome.stderr)
-        times[name] = statistics.median(m["tokens"] / m["tokens_per_second"] for m in outcome.metrics[2:])
-    return times
+        return outcome
+
+    wanted = run("dumped", dump_steps=list(range(1, STEPS + 1)))
+    dumps = [[wanted.dump(step)] for step in range(1, STEPS + 1)]
+    times: dict[str, list[float]] = {"with the cache": [], "without": [], "plain decord, encoded in every step": []}
+    for turn in range(TURNS):
+        for name, flags in (("with the cache", {"latent_cache": cache}), ("without", {})):
+            metrics = run(f"{turn}-{name}", **flags).metrics[2:]
+            times[name] += [line["tokens"] / line["tokens_per_second"] for line in metrics]
+        loop = PlainLoop(model, metadata, int(str(FLAGS["tokenizer_max_length"])))
+        times["plain decord, encoded in every step"] += [loop.step(dump) for dump in dumps][2:]
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def memory(folder: Path) -> list[str]:
+    """Returns the table of what runs hold in memory, with a text encoder that outweighs all else."""
+    model, size = build_model(folder / "model-memory")
+    metadata = tiny.make_dataset(folder / "data-memory", copies=2)
+    lines = []
+    for world_size in (1, 2):
+        cache: dict[str, object] = {"latent_cache": folder / f"cache-{world_size}"}
+        for name, flags in (("uncached", {}), ("fills the cache", {**cache, "cache_only": True}), ("cached", cache)):
+            output_dir = folder / f"{name}-{world_size}"
+            asked = {
+                "max_train_steps": 6, "cache_variants": 1, "tokenizer_max_length": 64, "num_train_epochs": None,
+                "gradient_accumulation_steps": 4 // world_size, **flags,
+            }  # fmt: skip
+            argv = runs.wan_plain(model, metadata, output_dir, **asked)
+            found = memory_of(argv, output_dir, [model / "vae", model / "text_encoder"], world_size)
+            peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in found.peaks)
+            resident = f"{found.resident / 1e6:.0f}" if found.resident else "-"
+            named = ", ".join(sorted(Path(path).parent.name or path for path in found.named)) or "none"
+            lines.append(f"| {world_size} | {name} | {peaks} | {resident} | {named} |")
+    return [
+        "| processes | run | peak MB of each | resident MB of all, training | encoder files mapped, training |",
+        "| --- | --- | --- | --- | --- |",
+        *lines,
+        "",
+        f"Memory that no file backs; the text encoder is {size / 1e6:.0f} MB in bfloat16, the VAE stays in its file.",
+        "Two processes of a machine that cast the same encoder hold it once (`/memfd:videox`).",
+    ]
 
 
 def lookups(folder: Path, entries: int) -> dict[str, float]:
@@ -160,6 +202,7 @@ def main() -> int:
         folder = Path(name)
         steps = {model: step_times(model, folder, args.rounds) for model in MODELS}
         ways = whole_runs(folder)
+        held = memory(folder)
         found = lookups(folder, args.entries)
     lines = [
         "# What the latent cache costs and saves",
@@ -174,6 +217,8 @@ def main() -> int:
         "| small model, whole run | step | to the cached one |",
         "| --- | --- | --- |",
         *(f"| {way} | {1e3 * t:.1f} ms | {t / ways['with the cache']:.2f} |" for way, t in ways.items()),
+        "",
+        *held,
         "",
         f"| cache of {args.entries:,} entries | |",
         "| --- | --- |",

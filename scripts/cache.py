@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.cache_care import clean, contents, verify
+from videox.data.cache_care import clean, contents, shard_paths, size_text, verify
 from videox.errors import STORAGE, Refusal
 from videox.lifecycle import run_script
 
@@ -37,20 +37,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def clear_up(folder: Path, encoders: Sequence[str], data_dir: Path | None) -> dict[str, int]:
+    """Runs gc; returns how many entries went, by reason. Raises Refusal."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise Refusal("--data_dir", f"{data_dir} is not a folder", "give the --train_data_dir of your runs", STORAGE)
+    unknown = set(encoders) - {kind[1] for kind in contents(folder)}
+    if unknown:
+        what = f"nothing here was made by {', '.join(sorted(unknown))}"
+        raise Refusal("--drop_encoder", what, "give fingerprints that `list` shows, whole")
+    try:
+        return clean(folder, encoders=encoders, data_dir=data_dir)
+    except OSError as why:
+        mend = "make room or make it writable; what the cache holds stands"
+        raise Refusal(str(folder), f"cannot be cleared up ({why})", mend, STORAGE) from why
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = parse_args(argv)
     if not args.cache.is_dir():
         raise Refusal(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
     if args.command == "list":
-        for part, encoder, entries, size in contents(args.cache):
-            print(f"{part:<14} {encoder} {entries:>9,} entries {size / 2**30:>9.2f} GiB")
+        found = contents(args.cache)
+        for part, encoder, entries, size in found:
+            print(f"{part:<14} {encoder} {entries:>9,} entries {size_text(size):>12}")
+        whole = size_text(sum(kind[3] for kind in found))
+        print(f"{sum(kind[2] for kind in found):,} entries, {whole}, in {len(shard_paths(args.cache))} files")
     elif args.command == "verify":
         whole, faults = verify(args.cache)
-        print("\n".join([*faults, f"{whole} entries are whole, {len(faults)} faults"]))
+        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults"]))
         return STORAGE if faults else 0
     else:
-        dropped = clean(args.cache, encoders=args.drop_encoder, data_dir=args.data_dir)
+        dropped = clear_up(args.cache, args.drop_encoder, args.data_dir)
         print("\n".join(f"dropped: {count} ({reason})" for reason, count in dropped.items()) or "nothing to drop")
     return 0
 

@@ -3,12 +3,17 @@
     python scripts/export.py outputs/wan/checkpoint-500 wan.safetensors --layout comfyui --dtype bf16
     python scripts/export.py outputs/wan/transformer    wan.safetensors --layout original
     python scripts/export.py wan2.1_t2v_14B_bf16.safetensors a_new_folder --layout diffusers
+    python scripts/export.py outputs/lora/checkpoint-500 lora.safetensors --layout comfyui
+    python scripts/export.py outputs/lora/checkpoint-500 merged --layout diffusers --base models/Wan2.1-T2V-14B
 
 It reads a run's checkpoint-N or transformer folder, a transformer folder of diffusers, Wan's original folder, and
 single files (.safetensors, .pt, .pth), bf16, fp16, float32 or 8-bit with scales. `diffusers` makes a folder that
 from_pretrained loads, `original` one file with the published names, `comfyui` the same for ComfyUI's folder
-diffusion_models. What is there is never overwritten, the result is whole or absent, and nothing that lies in a file is
-run. A checkpoint in shards goes through scripts/zero_to_bf16.py first.
+diffusion_models. A LoRA (a checkpoint, its folder or a file) becomes one file for diffusers or ComfyUI, or by --base
+one model with it: W + alpha / rank B A in float32, rounded once, a block at a time.
+
+What is there is never overwritten, the result is whole or absent, and nothing that lies in a file is run. A checkpoint
+in shards goes through scripts/zero_to_bf16.py first.
 """
 
 from __future__ import annotations
@@ -24,25 +29,31 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from tqdm import tqdm
 from zero_to_bf16 import published, readable, refuse_full_disk, refuse_place, shard_size, whole_weights
 
+from videox.adapter_files import FACTS, fingerprint
 from videox.args import EXPORT_DTYPES
 from videox.checkpoint import MANIFEST, verify
-from videox.errors import FLAGS, MODEL, Refusal
-from videox.exports import ARCHITECTURES, LAYOUTS, describe, relaid, write_file
+from videox.errors import FLAGS, MODEL, NUMERICS, Refusal
+from videox.exports import ARCHITECTURES, LAYOUTS, describe, publish_file, write_file
 from videox.fsdp_shards import fsdp_folder
+from videox.hub import local_folder
 from videox.layouts import family_of
 from videox.lifecycle import run_script
+from videox.lora_files import PREFIX, lora_family, lora_file, read_lora
+from videox.lora_layouts import lora_to_comfyui
+from videox.merging import low_rank, merged
 from videox.model_folder import UNLOADABLE, read_json
 from videox.model_parts import Part, find_part, refuse_misfit
-from videox.shards import EIGHT_BITS
-from videox.streaming import Planned, check_bytes, check_folder, planned, write_folder
-from videox.tensor_files import open_tensors
-from videox.weights import CONFIG, few
+from videox.streaming import Planned, check_bytes, check_folder, write_folder
+from videox.tensor_files import LayoutTensors, open_tensors
+from videox.weights import CONFIG, few, save_tensors
 from videox.zero_shards import tag_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
+PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +61,9 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", type=Path, help="folder or file of weights")
-    parser.add_argument("output", type=Path, help="a new folder for diffusers, else a new .safetensors file")
+    parser.add_argument(
+        "output", type=Path, help="a new folder for a model in diffusers' layout, else a new .safetensors file"
+    )
     parser.add_argument("--layout", required=True, choices=("diffusers", *LAYOUTS), help="to write")
     parser.add_argument(
         "--dtype",
@@ -59,6 +72,9 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config", type=Path, help="config.json that goes with a single file (default: the one beside it, if any)"
+    )
+    parser.add_argument(
+        "--base", help="of a LoRA: model folder, transformer folder, file or hub id to write it into (none = the LoRA)"
     )
     parser.add_argument(
         "--max_shard_size", type=shard_size, default="10GB", help="bytes per file of a diffusers folder (default 10GB)"
@@ -119,9 +135,9 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
     return model
 
 
-def refuse_output(source: Path, output: Path, layout: str) -> None:
+def refuse_output(source: Path, output: Path, *, folder: bool) -> None:
     """Raises Refusal if the output is taken, is the source, or has a name of the other kind."""
-    if layout == "diffusers":
+    if folder:
         refuse_place(source, output)
         return
     if output.suffix != ".safetensors":
@@ -130,49 +146,112 @@ def refuse_output(source: Path, output: Path, layout: str) -> None:
         raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
 
 
-def chosen(part: Part, layout: str, dtype: str | None, keep_fp32: Sequence[str]) -> list[Planned]:
-    """Returns the tensors to write, each with its dtype."""
-    assert part.tensors is not None
-    tensors = relaid(part.tensors, layout)
-    if dtype is not None:
-        return planned(tensors, EXPORT_DTYPES[dtype], keep_fp32 if layout == "diffusers" else ())
-    return [Planned(tensor, torch.bfloat16 if tensor.dtype in EIGHT_BITS else tensor.dtype) for tensor in tensors]
+# --------------------------------------------------------------------------------------------------------- a LoRA
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = parse_flags(argv)
-    refuse_output(flags.source, flags.output, flags.layout)
-    part = find_transformer(source_path(flags.source), flags.config)
-    assert part.tensors is not None
-    model = model_of(part)
-    tensors = chosen(part, flags.layout, flags.dtype, type(model)._keep_in_fp32_modules or ())
+def adapters_of(path: Path, family: str) -> tuple[dict[str, Tensor], float]:
+    """Returns a LoRA's adapters by diffusers' names, and alpha / rank. Raises Refusal (MODEL)."""
+    import diffusers
+
+    checkpoint = path.parent
+    if (checkpoint / MANIFEST).is_file() and (problems := verify(checkpoint, hashes=False)):
+        raise Refusal(str(checkpoint), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
+    return read_lora(path, getattr(diffusers, PIPELINES[family]).lora_state_dict, where="source")
+
+
+def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None, config: Path | None) -> int:
+    """Writes a LoRA as one file of diffusers or ComfyUI; returns its bytes. Raises Refusal."""
+    if layout == "original":
+        raise Refusal("--layout", "a LoRA has no layout called original", "give comfyui, which has its names", FLAGS)
+    family = lora_family(path)
+    adapters, scale = adapters_of(path, family)
+    ranks = {name.split(".lora_")[0]: len(adapters[name]) for name in adapters if ".lora_A." in name}
+    low_rank(adapters, scale)  # refuses what is no pair of halves
+    if layout == "comfyui":
+        known = read_json(config) if config else {}
+        alphas = {name: scale * rank for name, rank in ranks.items()}
+        made = lora_to_comfyui(adapters, family, alphas, mlp_ratio=known.get("mlp_ratio", 4.0))
+    else:
+        # B alone takes the scale, so that a loader needs no word of alpha
+        made = {
+            f"{PREFIX}{name}": (scale * t.float()).to(t.dtype) if ".lora_B." in name else t
+            for name, t in adapters.items()
+        }
+    made = {name: t if name.endswith(".alpha") else t.to(dtype or t.dtype).contiguous() for name, t in made.items()}
+    if bad := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
+        raise Refusal(str(path), f"{few(bad)}: not finite in this dtype", "give another --dtype", NUMERICS)
+    metadata = describe(str(path), {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
+    return output.stat().st_size
+
+
+def note_other_base(path: Path, base: LayoutTensors) -> None:
+    """Says so where a checkpoint's adapters were trained on other weights than these: a choice, or a mistake."""
+    facts = path.parent / FACTS
+    if facts.is_file() and read_json(facts).get("base") != fingerprint(base):
+        print(f"note: {path} was trained on other weights, or on these in another dtype, than {base.path}")
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+
+def export_model(tensors: list[Planned], config: str, metadata: dict[str, str], flags: argparse.Namespace) -> int:
+    """Writes a model in the layout that was asked for; returns its bytes. config: of the model, as JSON."""
     size = sum(tensor.nbytes for tensor in tensors)
     output = flags.output.resolve()
     refuse_full_disk(output, size)
-    family = part.tensors.layout or str(family_of(part.tensors))
-    metadata = describe(str(flags.source), {"architecture": ARCHITECTURES[family], "layout": flags.layout})
-    print(f"{part.path}: {part.tensors.layout or 'diffusers'} names, {len(part.tensors)} tensors")
     with tqdm(total=size * (1 + flags.verify), unit="B", unit_scale=True, desc="exporting", disable=None) as bar:
         if flags.layout != "diffusers":
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, tensors, metadata, verify=flags.verify, told=bar.update)
-        else:
-            with published(output) as folder:
-                checksums = write_folder(
-                    folder, tensors, max_shard_size=flags.max_shard_size, with_checksums=flags.verify,
-                    told=bar.update, metadata=metadata,
-                )  # fmt: skip
-                config = json.dumps(json.loads(model.to_json_string()), indent=2, sort_keys=True)
-                (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
-                check_folder(folder, tensors)
-                if flags.verify:
-                    check_bytes(folder, checksums, bar.update)
+            return size
+        with published(output) as folder:
+            checksums = write_folder(
+                folder, tensors, max_shard_size=flags.max_shard_size, with_checksums=flags.verify, told=bar.update,
+                metadata=metadata,
+            )  # fmt: skip
+            (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+            check_folder(folder, tensors)
+            if flags.verify:
+                check_bytes(folder, checksums, bar.update)
+    return size
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse_flags(argv)
+    lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
+    if flags.base and lora is None:
+        raise Refusal("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
+    alone = lora is not None and not flags.base
+    refuse_output(flags.source, flags.output, folder=flags.layout == "diffusers" and not alone)
+    if lora is not None and alone:
+        size = export_lora(lora, flags.output, flags.layout, dtype, flags.config)
+        print(
+            f"{flags.output}: {readable(size)}, a LoRA that {flags.layout} loads; --base MODEL writes it into a model"
+        )
+        return 0
+    part = find_transformer(source_path(local_folder(flags.base) if flags.base else flags.source), flags.config)
+    assert part.tensors is not None
+    model, family = model_of(part), part.tensors.layout or str(family_of(part.tensors))
+    kept = type(model)._keep_in_fp32_modules or () if flags.layout == "diffusers" else ()
+    changes = {}
+    if lora is not None:
+        note_other_base(lora, part.tensors)
+        changes = low_rank(*adapters_of(lora, family))
+    tensors = merged(part.tensors, changes, flags.layout, dtype, kept)
+    told = {"architecture": ARCHITECTURES[family], "layout": flags.layout, "lora": lora and lora.parent.name}
+    print(f"{part.path}: {part.tensors.layout or 'diffusers'} names, {len(part.tensors)} tensors")
+    if changes:
+        print(f"{lora}: {len(changes)} layers adapted")
+    config = json.dumps(json.loads(model.to_json_string()), indent=2, sort_keys=True)
+    size = export_model(tensors, config, describe(flags.base or str(flags.source), told), flags)
     use = {
         "diffusers": f"load it with {type(model).__name__}.from_pretrained, or train on by --transformer_path",
         "original": "it has the published names; train on by --transformer_path",
         "comfyui": "put it into ComfyUI's folder models/diffusion_models",
     }
-    print(f"{output}: {readable(size)}, checked; {use[flags.layout]}")
+    print(f"{flags.output.resolve()}: {readable(size)}, checked; {use[flags.layout]}")
     return 0
 
 

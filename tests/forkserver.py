@@ -315,7 +315,7 @@ def shared() -> ForkServer:
 # ------------------------------------------------------------------------------------------- runs to compare
 
 
-MEASURED = ("tokens_per_second", "data_wait", "mfu")  # of the clock, so never equal
+MEASURED = ("tokens_per_second", "data_wait", "mfu", "straggler_share")  # of the clock, so never equal
 
 
 def steps(output_dir: Path) -> list[dict]:

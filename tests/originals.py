@@ -185,3 +185,87 @@ def clip_encode(w: Mapping[str, Tensor], pixels: Tensor, layers: int, heads: int
         x = x + linear(y.transpose(1, 2).flatten(2), f"{p}attn.proj")
         x = x + linear(F.gelu(linear(norm(x, f"{p}norm2"), f"{p}mlp.0")), f"{p}mlp.2")
     return x
+
+
+def _linear(w: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def _root_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def _wan_turned(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Returns queries or keys [B, N, heads, D] with each pair of numbers turned by its token's frame, row, column."""
+    third = 2 * (x.shape[-1] // 6)
+    angles = []
+    for axis, (length, size) in enumerate(zip(grid, (x.shape[-1] - 2 * third, third, third), strict=True)):
+        angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
+        shape = [1, 1, 1, size // 2]
+        shape[axis] = length
+        angles.append(angle.reshape(shape).expand(*grid, size // 2))
+    angle = torch.cat(angles, -1).reshape(1, -1, 1, x.shape[-1] // 2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1).flatten(
+        -2
+    )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    parts = (part if part.ndim == 4 else part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2)
+
+
+def wan_block(
+    w: Mapping[str, Tensor], p: str, x: Tensor, text: Tensor, image: Tensor | None, e: Tensor, heads: int,
+    grid: tuple[int, int, int],
+) -> Tensor:  # fmt: skip
+    """Returns what a block of Wan makes of tokens x [B, N, C]; e: [B, 6, C], of the time; p: prefix of its names."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = (w[f"{p}modulation"] + e).chunk(6, 1)
+    y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+    q, k = (_root_norm(_linear(w, f"{p}self_attn.{n}", y), w[f"{p}self_attn.norm_{n}.weight"]) for n in "qk")
+    q, k = (_wan_turned(part.unflatten(-1, (heads, -1)), grid) for part in (q, k))
+    y = _attend(q, k, _linear(w, f"{p}self_attn.v", y), heads)
+    x = x + _linear(w, f"{p}self_attn.o", y) * gate1
+    y = F.layer_norm(x, x.shape[-1:], w[f"{p}norm3.weight"], w[f"{p}norm3.bias"], eps=1e-6)
+    q = _root_norm(_linear(w, f"{p}cross_attn.q", y), w[f"{p}cross_attn.norm_q.weight"])
+    k = _root_norm(_linear(w, f"{p}cross_attn.k", text), w[f"{p}cross_attn.norm_k.weight"])
+    y = _attend(q, k, _linear(w, f"{p}cross_attn.v", text), heads)
+    if image is not None:
+        k = _root_norm(_linear(w, f"{p}cross_attn.k_img", image), w[f"{p}cross_attn.norm_k_img.weight"])
+        y = y + _attend(q, k, _linear(w, f"{p}cross_attn.v_img", image), heads)
+    x = x + _linear(w, f"{p}cross_attn.o", y)
+    y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+    y = _linear(w, f"{p}ffn.2", F.gelu(_linear(w, f"{p}ffn.0", y), approximate="tanh"))
+    return x + y * gate2
+
+
+def wan_forward(
+    w: Mapping[str, Tensor], x: Tensor, t: Tensor, text: Tensor, image: Tensor | None, *, layers: int, heads: int
+) -> Tensor:
+    """Returns Wan's velocity [B, C, T, H, W] for latents x [B, C', T, H, W], by the published weights alone.
+
+    Args:
+        t: timesteps [B], 0 to 1000.
+        text: embeddings [B, L, D].
+        image: CLIP's features [B, 257, D], where the model takes them.
+    """
+    kernel = w["patch_embedding.weight"]
+    x = F.conv3d(x, kernel, w["patch_embedding.bias"], stride=kernel.shape[2:])
+    grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)
+    half = w["time_embedding.0.weight"].shape[1] // 2
+    angle = t[:, None].float() / 10000 ** (torch.arange(half) / half)
+    time = _linear(w, "time_embedding.0", torch.cat([angle.cos(), angle.sin()], -1))
+    time = _linear(w, "time_embedding.2", F.silu(time))
+    e = _linear(w, "time_projection.1", F.silu(time)).unflatten(1, (6, -1))
+    text = _linear(w, "text_embedding.2", F.gelu(_linear(w, "text_embedding.0", text), approximate="tanh"))
+    if image is not None:
+        y = F.layer_norm(image, image.shape[-1:], w["img_emb.proj.0.weight"], w["img_emb.proj.0.bias"])
+        y = _linear(w, "img_emb.proj.3", F.gelu(_linear(w, "img_emb.proj.1", y)))
+        image = F.layer_norm(y, y.shape[-1:], w["img_emb.proj.4.weight"], w["img_emb.proj.4.bias"])
+    for layer in range(layers):
+        x = wan_block(w, f"blocks.{layer}.", x, text, image, e, heads, grid)
+    shift, scale = (w["head.modulation"] + time[:, None]).chunk(2, 1)
+    x = _linear(w, "head.head", F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+    x = x.unflatten(1, grid).unflatten(-1, (*kernel.shape[2:], -1))  # [B, T, H, W, 1, 2, 2, C]
+    return torch.einsum("bthwpqrc->bctphqwr", x).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -213,7 +213,8 @@ def replay(
     """
     transformer = WanTransformer3DModel.from_pretrained(model / "transformer").train()
     parameters = list(transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    adam = {"betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True, **adam)
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warm_up)
     losses, norms = [], []
     for limit, step in zip(limits or [0.05] * len(steps), steps, strict=True):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import forkserver
 import numpy as np
@@ -19,9 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from videox import cache_fill
 from videox.data import cache as cache_module
 from videox.data.cache import Cache, Facts, Part, key_of, restore_zeros, trim_zeros
 from videox.data.cache_care import clean, contents, verify
+from videox.errors import STOPPED, STORAGE, Refusal
 from videox.shapes import Bucket
 
 NOTE = {"part": "moments", "encoder": "e", "file": "a.mp4", "size": 3, "mtime_ns": 4}
@@ -209,9 +215,9 @@ def test_a_writer_that_dies_at_any_file_operation_leaves_a_whole_cache(tmp_path:
 class Shop:
     """A data set and a model of each kind, made when first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, copies: int = 1) -> None:
         self.folder, self._models = folder, {}
-        self.metadata = tiny.make_dataset(folder / "data")
+        self.metadata = tiny.make_dataset(folder / "data", copies=copies)
 
     def command(self, name: str, output_dir: Path, **changes: object) -> list[str]:
         family, mode, build = KINDS[name]
@@ -255,27 +261,52 @@ def check_equal(shop: Shop, name: str, variants: int, tmp_path: Path, monkeypatc
     loaded = count_encoders(monkeypatch, KINDS[name][0])
     more = {"cache_variants": variants, "validation_rows": 1}
     plain = shop.train(name, tmp_path / "plain", **more)
-    more["latent_cache"] = tmp_path / "cache"
-    filling = shop.train(name, tmp_path / "filling", **more)
+    filling = shop.train(name, tmp_path / "filling", **more, latent_cache=tmp_path / "cache")
     assert len(loaded) == 2 and same(filling, plain) and filling.validation == plain.validation
-    cached = shop.train(name, tmp_path / "cached", **more)
-    assert len(loaded) == 2 and "training needs no encoder" in cached.stdout
-    assert same(cached, plain) and cached.validation == plain.validation
-    only = shop.train(name, tmp_path / "only", **{**more, "latent_cache": tmp_path / "ahead"}, cache_only=True)
-    assert len(loaded) == 3 and not only.metrics and not (only.folder / "transformer").exists()
-    assert same(shop.train(name, tmp_path / "only", **{**more, "latent_cache": tmp_path / "ahead"}), plain)
-    assert len(loaded) == 3 and verify(tmp_path / "cache")[1] == verify(tmp_path / "ahead")[1] == []
+    check_cached(shop, name, Full(plain, tmp_path / "cache", more), tmp_path, monkeypatch)
+
+
+class Full(NamedTuple):
+    """A run without a cache, a cache that has all that it needs, and what both were asked for."""
+
+    plain: runs.Outcome
+    cache: Path
+    settings: dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def full(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Full:
+    folder, settings = tmp_path_factory.mktemp("full"), {"cache_variants": 1, "validation_rows": 1}
+    plain = shop.train("wan", folder / "plain", **settings)
+    filling = shop.train("wan", folder / "filling", **settings, latent_cache=folder / "cache")
+    assert same(filling, plain) and filling.validation == plain.validation
+    return Full(plain, folder / "cache", settings)
+
+
+def check_cached(shop: Shop, name: str, full: Full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that a full cache needs no encoder and changes nothing, and that one filled ahead is as good."""
+    loaded, settings = count_encoders(monkeypatch, KINDS[name][0]), full.settings
+    cached = shop.train(name, tmp_path / "cached", **settings, latent_cache=full.cache)
+    assert not loaded and "training needs no encoder" in cached.stdout
+    assert same(cached, full.plain) and cached.validation == full.plain.validation
+    ahead = {**settings, "latent_cache": tmp_path / "ahead"}
+    only = shop.train(name, tmp_path / "only", **ahead, cache_only=True)
+    assert ": 0 of " in only.stdout and " MB at most; " in only.stdout
+    assert len(loaded) == 1 and not only.metrics and not (only.folder / "transformer").exists()
+    assert same(shop.train(name, tmp_path / "only", **ahead), full.plain)
+    assert len(loaded) == 1 and verify(full.cache)[1] == verify(tmp_path / "ahead")[1] == []
 
 
 def test_a_full_cache_needs_no_encoder_and_changes_nothing(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, full: Full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_equal(shop, "wan", 1, tmp_path, monkeypatch)
+    check_cached(shop, "wan", full, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variants", [1, 3, 0])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "variants"), [*((name, 0) for name in KINDS), ("wan-inpaint", 1), ("wan-inpaint", 3)]
+)
 def test_the_same_holds_for_every_kind(
     shop: Shop, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,60 +341,104 @@ def other_text(shop: Shop, folder: Path) -> dict[str, object]:
     return {"tokenizer_max_length": 12}
 
 
+def counts_of(cache: Path) -> Counter[str]:
+    """Returns the entries of a cache by part."""
+    counts: Counter[str] = Counter()
+    for part, _, entries, _ in contents(cache):
+        counts[part] += entries
+    return counts
+
+
 @pytest.mark.parametrize(
-    ("change", "anew"),
+    ("change", "part", "anew"),
     [
-        (edit_clip, {"moments": 1}),
-        pytest.param(other_vae, {"moments": 6}, marks=pytest.mark.slow),
-        pytest.param(other_text, {"prompt_embeds": 6}, marks=pytest.mark.slow),
+        (edit_clip, "moments", 1),
+        pytest.param(other_vae, "moments", None, marks=pytest.mark.slow),
+        pytest.param(other_text, "prompt_embeds", None, marks=pytest.mark.slow),
     ],
 )
 def test_only_what_changed_is_encoded_anew(
-    shop: Shop, tmp_path: Path, change: Callable[[Shop, Path], dict[str, object]], anew: dict[str, int]
-) -> None:
-    settings = {"cache_variants": 1, "caption_dropout": 0, "latent_cache": tmp_path / "cache", "cache_only": True}
-    shop.train("wan", tmp_path / "out", **settings)
-    before = {kind[:2]: kind[2] for kind in contents(tmp_path / "cache")}
-    changes = change(shop, tmp_path)
-    shop.train("wan", tmp_path / "again", **{**settings, **changes})
-    made = {kind[0]: kind[2] - before.get(kind[:2], 0) for kind in contents(tmp_path / "cache")}
-    assert {name: count for name, count in made.items() if count} == anew
-    changes |= {"cache_variants": 1, "caption_dropout": 0}
-    cached = shop.train("wan", tmp_path / "cached", latent_cache=tmp_path / "cache", **changes)
-    assert same(cached, shop.train("wan", tmp_path / "plain", **changes))
+    shop: Shop, full: Full, tmp_path: Path, change: Callable[[Shop, Path], dict[str, object]], part: str,
+    anew: int | None,
+) -> None:  # fmt: skip
+    cache, changes = shutil.copytree(full.cache, tmp_path / "cache"), {**full.settings, **change(shop, tmp_path)}
+    before, number = counts_of(cache), anew or counts_of(cache)[part]  # None = all of it
+    cached = shop.train("wan", tmp_path / "cached", latent_cache=cache, **changes)
+    assert f"; {number} to make, " in cached.stdout
+    assert counts_of(cache) - before == {part: number}
+    plain = shop.train("wan", tmp_path / "plain", **changes)
+    assert same(cached, plain) and cached.validation == plain.validation
+    assert not same(plain, full.plain) or plain.validation != full.plain.validation
+    if anew:
+        assert clean(cache, data_dir=tmp_path / "data") == {"of a file that changed or is gone": anew}
 
 
-def test_a_flipped_bit_in_training_is_named_and_mended(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "damage",
+    ["bit", pytest.param("truncated", marks=pytest.mark.slow), pytest.param("header", marks=pytest.mark.slow)],
+)
+def test_damage_is_named_and_mended_in_training(
+    shop: Shop, full: Full, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"cache_variants": 1, "latent_cache": tmp_path / "cache"}
-    plain = shop.train("wan", tmp_path / "plain", **settings)
-    (path,) = shards(tmp_path / "cache")
+    cache = shutil.copytree(full.cache, tmp_path / "cache")
+    settings = {**full.settings, "latent_cache": cache}
+    (path,) = shards(cache)
     content = bytearray(path.read_bytes())
-    content[4096 + 50] ^= 1
-    path.write_bytes(content)
+    content[30 if damage == "header" else 4096 + 50] ^= 1
+    path.write_bytes(content[:-100] if damage == "truncated" else content)
     loaded = count_encoders(monkeypatch)
     mended = shop.train("wan", tmp_path / "mended", **settings)
-    assert same(mended, plain) and len(loaded) == 1 and f"{path.name}, entry 0" in mended.stderr
-    assert len(shards(tmp_path / "cache")) == 2
-    assert same(shop.train("wan", tmp_path / "again", **settings), plain) and len(loaded) == 1
+    assert same(mended, full.plain) and len(loaded) == 1
+    named = mended.stderr if damage == "bit" else mended.stdout  # an entry when it is read, a file when it is opened
+    assert path.name + (", entry 0" if damage == "bit" else ": it") in named and "is made anew" in named
+    assert len(shards(cache)) == 2 and len(verify(cache)[1]) == 1
+    assert set(clean(cache).values()) == {1} and verify(cache) == (sum(counts_of(full.cache).values()), [])
+    assert same(shop.train("wan", tmp_path / "again", **settings), full.plain) and len(loaded) == 1
 
 
-def test_a_resumed_run_finds_what_it_made(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"cache_variants": 1, "latent_cache": tmp_path / "cache"}
-    whole = shop.train("wan", tmp_path / "whole", cache_variants=1)
-    shop.train("wan", tmp_path / "out", **settings, max_train_steps=4)
-    loaded = count_encoders(monkeypatch)
-    resumed = shop.train("wan", tmp_path / "out", **settings, resume_from_checkpoint="latest", max_train_steps=6)
-    assert steps(resumed) == steps(whole) and not loaded
+def test_a_resumed_run_finds_what_it_made(shop: Shop, full: Full, tmp_path: Path) -> None:
+    settings, last = {**full.settings, "latent_cache": tmp_path / "cache"}, len(steps(full.plain))
+    shop.train("wan", tmp_path / "out", **settings, max_train_steps=last - 1)
+    made = counts_of(tmp_path / "cache")
+    settings |= {"resume_from_checkpoint": "latest", "max_train_steps": last}
+    assert steps(shop.train("wan", tmp_path / "out", **settings)) == steps(full.plain)
+    assert counts_of(tmp_path / "cache")["moments"] == made["moments"] == counts_of(full.cache)["moments"]
+    assert verify(tmp_path / "cache") == (len(Cache(tmp_path / "cache")), [])  # nothing is there twice
 
 
-def test_an_unusable_place_and_a_full_disk_are_refused(shop: Shop, tmp_path: Path) -> None:
+def test_an_unusable_place_and_too_small_a_disk_are_refused(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     refused = runs.train(shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "file"))
     assert refused.code == 5 and "--latent_cache" in refused.stderr
     alone = runs.train(shop.command("wan", tmp_path / "out", cache_only=True))
     assert alone.code == 2 and "--cache_only" in alone.stderr
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: disk._replace(free=5000))
+    small = runs.train(shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache"))
+    assert small.code == 5 and "0.01 MB are free" in small.stderr and not shards(tmp_path / "cache")
+
+
+def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    filled(tmp_path / "cache", range(2))
+    filled(tmp_path / "cache", range(2, 4))
+    main, given = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
+    with pytest.raises(Refusal, match="--data_dir"):
+        main([*given, "--data_dir", str(tmp_path / "nowhere")])
+    with pytest.raises(Refusal, match="nothing here was made by other"):
+        main([*given, "--drop_encoder", "e", "other"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(Refusal, match="cannot be cleared up"):
+            main(given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert verify(tmp_path / "cache") == (4, []) and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert main(given) == 0 and len(shards(tmp_path / "cache")) == 1
+    (kept,) = shards(tmp_path / "cache")
+    assert main(given) == 0 and shards(tmp_path / "cache") == [kept]  # nothing to drop: nothing is written anew
 
 
 # ------------------------------------------------------------------------------------------ kills and several ranks
@@ -407,8 +482,48 @@ def kill_while_filling(shop: Shop, server: forkserver.ForkServer, tmp_path: Path
     assert verify(tmp_path / "cache")[0] == len(Cache(tmp_path / "cache"))
 
 
-def test_a_killed_fill_goes_on(shop: Shop, server: forkserver.ForkServer, tmp_path: Path) -> None:
-    kill_while_filling(shop, server, tmp_path, 1)
+def test_a_killed_fill_goes_on(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "UNIT_ENTRIES", 4)
+    cache, asked = tmp_path / "cache", {"cache_variants": 2, "cache_only": True}
+
+    def work() -> None:
+        strike(cache, 8, die, reads=False)
+        shop.train("wan", tmp_path / "out", latent_cache=cache, **asked)
+
+    assert status_of(fork(work)) == -signal.SIGKILL
+    published, faults = verify(cache)
+    assert published and published % 4 == 0 and not faults
+    last = shop.train("wan", tmp_path / "out", latent_cache=cache, **asked)
+    assert f"{published} of " in last.stdout and verify(cache) == (len(Cache(cache)), [])
+    assert len(Cache(cache)) > published and not list(cache.glob(".tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_fill_that_is_stopped_keeps_what_it_made(
+    shop: Shop, server: forkserver.ForkServer, tmp_path: Path, number: signal.Signals
+) -> None:
+    many = tiny.make_dataset(tmp_path / "data", copies=4)
+    settings = {"cache_variants": 4, "num_train_epochs": 4, "latent_cache": tmp_path / "cache", "cache_only": True}
+    flags = shop.command("wan", tmp_path / "out", metadata=many, **settings)
+    trainer = server.start(flags, tmp_path / "stopped.log", **WORK)
+    trainer.until(lambda: shards(tmp_path / "cache"))
+    trainer.signal_all(number)
+    assert trainer.wait() == STOPPED and f"stopped by {number.name}" in trainer.said()
+    whole, faults = verify(tmp_path / "cache")
+    assert whole and not faults and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert forkserver.status(tmp_path / "out")["state"] == "stopped"
+    last = server.run(flags, tmp_path / "last.log", **WORK)
+    assert last.code == 0 and f"{whole} of " in last.said() and clean(tmp_path / "cache").get("second copy", 0) == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_was_published(shop: Shop, server: forkserver.ForkServer, tmp_path: Path) -> None:
+    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1)
+    full = server.run(flags, tmp_path / "full.log", largest_file=30_000, **WORK)
+    assert full.code == STORAGE and "--latent_cache" in full.complaint() and "File too large" in full.complaint()
+    assert not verify(tmp_path / "cache")[1] and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert server.run(flags, tmp_path / "last.log", **WORK).code == 0
 
 
 @pytest.mark.slow
@@ -416,31 +531,3 @@ def test_a_fill_that_is_killed_twenty_times_ends_whole(
     shop: Shop, server: forkserver.ForkServer, tmp_path: Path
 ) -> None:
     kill_while_filling(shop, server, tmp_path, 20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan", "hunyuan-i2v"])
-def test_two_ranks_share_the_work_and_train_alike(
-    shop: Shop, server: forkserver.ForkServer, tmp_path: Path, name: str
-) -> None:
-    environment = {"CACHE_FAMILY": KINDS[name][0]}
-    settings = {"cache_variants": 2, "latent_cache": tmp_path / "cache"}
-
-    def launch(output_dir: Path, **changes: object) -> Path:
-        flags = shop.command(name, output_dir, **{**settings, **changes})
-        work = ["test_cache:train_in_small_files"] * 2
-        ranks = server.start_ranks(2, flags, tmp_path / f"{output_dir.name}.log", work, environment)
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()[-3000:]
-        return output_dir
-
-    launch(tmp_path / "ahead", cache_only=True)
-    assert clean(tmp_path / "cache").get("second copy", 0) == 0
-    assert len(Cache(tmp_path / "cache")) == verify(tmp_path / "cache")[0] > 0
-    plain = launch(tmp_path / "plain", latent_cache=None)
-    last = f"checkpoint-{len(forkserver.steps(plain))}"
-    for other in (launch(tmp_path / "cached"), launch(tmp_path / "filling", latent_cache=tmp_path / "another")):
-        assert forkserver.steps(other) == forkserver.steps(plain)
-        assert forkserver.tensors(other / last) == forkserver.tensors(plain / last)
-        one, two = (runs.read_weights(folder / "transformer") for folder in (other, plain))
-        assert one.keys() == two.keys() and all(torch.equal(one[tensor], two[tensor]) for tensor in one)
-    assert not verify(tmp_path / "another")[1]

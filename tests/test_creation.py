@@ -90,9 +90,9 @@ def train_steps(accelerator: Accelerator, engine: Engine) -> list[str]:
         text, timestep = torch.randn(1, 7, 32, generator=random), 1000 * torch.rand(1, generator=random)
         loss = torch.nn.functional.mse_loss(engine.model(noisy, timestep, text, return_dict=False)[0], target)
         backward(accelerator, engine.model, loss / accelerator.num_processes)
-        update = engine.update(loss=float(loss), empty=False, limit=lambda _: 0.05)
+        update = engine.update(loss=loss.detach(), empty=False, limit=lambda norm: torch.full_like(norm, 0.05))
         assert update.applied
-        losses += [loss.item().hex(), update.grad_norm.hex()]
+        losses += [loss.item().hex(), update.grad_norm.item().hex()]
     return losses
 
 

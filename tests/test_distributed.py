@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from videox.agreement import agree
 from videox.distributed import (
     BACKENDS,
     StopRequest,
     accumulate,
-    agree,
     gather_objects,
     make_accelerator,
     refuse_other_launch,
@@ -78,11 +78,8 @@ def test_one_process_is_named_and_asks_nobody(monkeypatch: pytest.MonkeyPatch) -
         assert accelerator.mixed_precision == "bf16"
         assert gather_objects(accelerator)({"a": 1}) == [{"a": 1}]
         assert sum_over_ranks(torch.tensor(3.0)).item() == 3
-        report = agree(
-            accelerator, loss=torch.tensor(0.1, dtype=torch.float64), stop=False, bad_samples=2, data_wait=0.5,
-            stamp=2**53 - 1,
-        )  # fmt: skip
-        assert report == type(report)(0.1, False, 2, 0.5)
+        report = agree(accelerator, stop=False, bad_samples=2, data_wait=0.5, stamp=2**53 - 1, busy=3.5)
+        assert report == type(report)(False, 2, 0.5, (3.5,))
 
 
 def test_more_processes_asked_for_than_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,10 +143,10 @@ def say_what_is_agreed() -> int:
     answer("sum", sum_over_ranks(torch.tensor([1.0, rank])).tolist())
     for step, stop in ((1, False), (2, rank == 1)):
         report = agree(
-            accelerator, loss=torch.tensor(0.1 + rank, dtype=torch.float64), stop=stop, bad_samples=rank + 1,
-            data_wait=0.5 - rank / 4, stamp=2**52 + step,
+            accelerator, stop=stop, bad_samples=rank + 1, data_wait=0.5 - rank / 4, stamp=2**52 + step,
+            busy=1.5 + rank,
         )  # fmt: skip
-        answer(f"report {step}", [report.loss, report.stop, report.bad_samples, report.data_wait])
+        answer(f"report {step}", [report.stop, report.bad_samples, report.data_wait, report.busy])
     answer("whole", _gradients_are_reduced_at_the_last(accelerator, rank))
     return 0
 
@@ -170,8 +167,7 @@ def _gradients_are_reduced_at_the_last(accelerator: Accelerator, rank: int) -> l
 def pair_wrongly() -> int:
     """Runs in each of two processes: rank 1 is a step ahead."""
     accelerator, rank = joined()
-    loss = torch.zeros((), dtype=torch.float64)
-    agree(accelerator, loss=loss, stop=False, bad_samples=0, data_wait=0.0, stamp=2**53 - 1 - rank)
+    agree(accelerator, stop=False, bad_samples=0, data_wait=0.0, stamp=2**53 - 1 - rank)
     return 0
 
 
@@ -188,8 +184,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         assert each["backend"] == ["ddp", 2, "DistributedType.MULTI_CPU"]
         assert each["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert each["sum"] == [2, 1]
-        assert each["report 1"] == [1.2000000000000002, False, 3, 0.5]
-        assert each["report 2"] == [1.2000000000000002, True, 3, 0.5]  # one wish to stop is everybody's
+        assert each["report 1"] == [False, 3, 0.5, [1.5, 2.5]]
+        assert each["report 2"] == [True, 3, 0.5, [1.5, 2.5]]  # one wish to stop is everybody's
     # micro-batch 0: own inputs 1 and 2; micro-batch 1 adds 11 and 12, then the mean of both processes
     assert [each["whole"] for each in heard] == [[[1], [13]], [[2], [13]]]
 

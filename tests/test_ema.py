@@ -41,7 +41,11 @@ EMA = {"use_ema": True, "ema_decay": DECAY}
 @given(st.integers(1, 10**7), st.floats(0, 1))
 def test_the_decay_is_that_of_diffusers(update: int, decay: float) -> None:
     theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=decay)
-    assert decay_at(update, decay) == pytest.approx(theirs.get_decay(update), abs=1e-15)
+    assert decay_of(update, decay) == pytest.approx(theirs.get_decay(update), abs=1e-15)
+
+
+def decay_of(update: int, decay: float) -> float:
+    return decay_at(torch.tensor(float(update), dtype=torch.float64), decay).item()
 
 
 def live(tensors: dict[str, torch.Tensor], publish: Callable[[], object] = lambda: None) -> Masters:
@@ -63,7 +67,7 @@ def test_the_average_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch, chunk
         for name, parameter in zip(weights, parameters, strict=True):
             weights[name].copy_(weights_at(step)[name])
             parameter.data.copy_(weights[name])
-        ours.update()
+        ours.update(torch.tensor(True))
         theirs.step(parameters)
         for part, shadow in zip(ours.parts.values(), theirs.shadow_params, strict=True):
             assert torch.allclose(part, shadow, atol=1e-6)
@@ -75,7 +79,7 @@ def test_steps_that_bfloat16_cannot_hold_move_the_average() -> None:
     ema = Ema(live(weights), decay=0.999)
     for _ in range(3000):
         weights["a"] += 1e-6
-        ema.update()
+        ema.update(torch.tensor(True))
     assert torch.all(ema.parts["a"] > 1.001) and torch.equal(torch.ones(4).bfloat16() + 1e-6, torch.ones(4).bfloat16())
 
 
@@ -121,7 +125,7 @@ def expected(begin: dict[str, torch.Tensor], folder: Path, updates: range) -> di
         weights = load_file(folder / "gathered" / f"{number}.safetensors")
         assert weights.keys() == average.keys()
         for name, tensor in average.items():
-            tensor.lerp_(weights[name], 1 - decay_at(update, DECAY))
+            tensor.lerp_(weights[name], 1 - decay_of(update, DECAY))
     return average
 
 
@@ -160,7 +164,7 @@ def test_one_process_averages_its_masters(wan: Ground, alone: runs.Outcome) -> N
     for step in range(1, STEPS + 1):
         weights = alone.weights(f"checkpoint-{step}/transformer")
         for name, tensor in average.items():
-            tensor.lerp_(weights[name], 1 - decay_at(step, DECAY))
+            tensor.lerp_(weights[name], 1 - decay_of(step, DECAY))
         check_equal(alone.weights(f"checkpoint-{step}/transformer_ema"), average)
     last = alone.folder / f"checkpoint-{STEPS}"
     seen = json.loads((last / "transformer_ema" / "ema.json").read_text(encoding="utf-8"))
@@ -255,7 +259,7 @@ def test_parts_that_are_read_as_copies_are_averaged_and_exchanged_alike() -> Non
         for tensors, average in zip(weights, averages, strict=True):
             for name, tensor in tensors.items():
                 tensor.copy_(weights_at(step)[name])
-            average.update()
+            average.update(torch.tensor(True))
             with average.in_place():
                 assert not torch.equal(tensors["a"], weights_at(step)["a"]) or step == 1
             assert all(torch.equal(tensor, weights_at(step)[name]) for name, tensor in tensors.items())

@@ -15,7 +15,9 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from videox.checkpoint import verify
 from videox.errors import Refusal
+from videox.model_parts import find_part, load_part
 
 MODELS: dict[str, tuple[Callable[..., Path], type]] = {
     "wan t2v": (tiny.build_wan_t2v, WanTransformer3DModel),
@@ -88,6 +90,53 @@ def test_the_fused_model_computes_what_the_split_one_does() -> None:
     assert torch.allclose(transformer.norm_out(x, x[:, 0]), normed, atol=1e-5)
 
 
+def test_fused_attention_is_split_as_it_computes() -> None:
+    """A double block's q, k and v of image and prompt, by the published product and by diffusers' own projections."""
+    transformer = tiny.load_script("scripts/demo_hunyuan.py").hunyuan_components()["transformer"]
+    with torch.no_grad():
+        for parameter in transformer.parameters():  # norms and biases too
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    fused, x = originals.rebuilt(transformer.state_dict(), "hunyuan"), torch.randn(1, 5, 24)
+    attention = transformer.transformer_blocks[1].attn
+    for stream, names, norms in (
+        ("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")),
+        ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")),
+    ):
+        prefix = f"double_blocks.1.{stream}_attn_"
+        q, k, v = torch.nn.functional.linear(x, fused[f"{prefix}qkv.weight"], fused[f"{prefix}qkv.bias"]).chunk(3, -1)
+        parts = [getattr(attention, name)(x) for name in names]
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip((q, k, v), parts, strict=True))
+        for part, norm, name in zip((q, k), norms, "qk", strict=True):
+            heads = part.unflatten(-1, (attention.heads, -1))
+            wanted = torch.nn.functional.rms_norm(heads, heads.shape[-1:], fused[f"{prefix}{name}_norm.weight"], 1e-6)
+            assert torch.allclose(getattr(attention, norm)(heads), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_dim", [None, 32])
+def test_the_published_names_compute_what_the_model_does(image_dim: int | None) -> None:
+    """Wan from its own weights, by the definition of its modules: any two names exchanged would show."""
+    sizes = {"image_dim": image_dim, "condition_channels": 20} if image_dim else {}
+    transformer = tiny.load_script("scripts/demo_model.py").wan_components(**sizes)["transformer"]
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    w, config = originals.rebuilt(transformer.state_dict(), "wan"), transformer.config
+    x = torch.randn(2, config.in_channels, 3, 4, 6, generator=draw)
+    t, text = torch.tensor([37.0, 901.0]), torch.randn(2, 512, config.text_dim, generator=draw)
+    image = torch.randn(2, 257, image_dim, generator=draw) if image_dim else None
+    sizes = {"layers": config.num_layers, "heads": config.num_attention_heads}
+    with torch.no_grad():
+        wanted = transformer(x, t, text, image).sample
+        assert torch.allclose(originals.wan_forward(w, x, t, text, image, **sizes), wanted, rtol=1e-4, atol=1e-3)
+        for name in (name for name in w if not name.startswith("blocks.0.")):  # of the blocks, those of the last
+            moved = {**w, name: w[name] + torch.randn(w[name].shape, generator=draw)}
+            found = originals.wan_forward(moved, x, t, text, image, **sizes)
+            assert (found - wanted).abs().max() > 0.01, name
+
+
 def test_a_dtype_and_what_stays_float32(model: tuple[str, Path, type], tmp_path: Path) -> None:
     _, folder, model_class = model
     export(folder, tmp_path / "half", "--layout", "diffusers", "--dtype", "bf16")
@@ -158,6 +207,40 @@ def test_a_run_writes_the_layouts_that_were_asked_for(run: runs.Outcome) -> None
     start = originals.weights(run.folder.parent / "original")
     trained = load_file(run.folder / "transformer_original.safetensors")
     assert trained.keys() == start.keys() and not torch.equal(trained["head.head.weight"], start["head.head.weight"])
+
+
+def test_what_was_trained_computes_the_same_from_every_export(run: runs.Outcome) -> None:
+    """Wan's original layout in, a step, and out: by the strict loader, by diffusers' own converter, by definition."""
+    folder, path = run.folder / "transformer", run.folder / "transformer_original.safetensors"
+    model = WanTransformer3DModel.from_pretrained(folder)
+    draw, config = torch.Generator().manual_seed(3), model.config
+    x, t = torch.randn(1, config.in_channels, 2, 8, 8, generator=draw), torch.tensor([420.0])
+    text = torch.randn(1, 16, config.text_dim, generator=draw)
+    part = find_part(path, "wan", {"attention_head_dim": config.attention_head_dim})
+    theirs = WanTransformer3DModel.from_single_file(path, config=str(folder), local_files_only=True)
+    comfyui = run.folder / "transformer_comfyui.safetensors"
+    comfyui = WanTransformer3DModel.from_single_file(comfyui, config=str(folder), local_files_only=True)
+    with torch.no_grad():
+        wanted = model(x, t, text).sample
+        for other in (load_part(WanTransformer3DModel, part, torch.float32), theirs, comfyui):
+            known = other.state_dict()
+            assert all(torch.equal(known[name], tensor) for name, tensor in model.state_dict().items())
+            assert torch.allclose(other(x, t, text).sample, wanted, rtol=0, atol=1e-5)
+        sizes = {"layers": config.num_layers, "heads": config.num_attention_heads}
+        found = originals.wan_forward(load_file(path), x, t, text, None, **sizes)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        start = originals.weights(run.folder.parent / "original")
+        before = originals.wan_forward(start, x, t, text, None, **sizes)
+        assert not torch.allclose(before, wanted, atol=1e-4)
+
+
+def test_a_checkpoint_has_the_layouts_in_it(run: runs.Outcome) -> None:
+    exports = run.folder / "checkpoint-1/exports"
+    assert verify(run.folder / "checkpoint-1", hashes=True) == []
+    names = {f"transformer_{layout}.safetensors" for layout in ("original", "comfyui")}
+    assert {path.name for path in exports.iterdir()} == names
+    for name in names:  # of the last step, as at the end; the headers say the same
+        assert (exports / name).read_bytes() == (run.folder / name).read_bytes()
 
 
 def test_a_file_says_what_it_is(run: runs.Outcome) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from videox.lora_layouts import lora_to_comfyui
+from videox.lora_layouts import lora_to_comfyui, lora_to_diffusers
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -127,6 +127,24 @@ def test_what_is_no_adapter_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"is no|alone|rank"):
             lora_to_comfyui(state, "wan", 1.0)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_what_was_fused_comes_apart(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(["wan", "hunyuan"]))
+    names = data.draw(st.lists(st.sampled_from(sorted(SIZES[family])), min_size=1, max_size=8, unique=True))
+    ranks = {name: data.draw(st.integers(1, 4)) for name in names}
+    alphas = {name: data.draw(st.sampled_from([0.5, 1.0, 4.0])) for name in names}
+    state = adapter(SIZES[family], ranks)
+    made = lora_to_comfyui(state, family, alphas)
+    back = lora_to_diffusers(made, family)
+    assert back is not None
+    wanted, found = changes(state, alphas, "transformer."), changes(back, ranks, "")
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    assert {name: len(back[f"{name}.lora_A.weight"]) for name in names} == ranks
+    assert lora_to_diffusers({**made, "diffusion_model.x.diff": torch.ones(2)}, family) is None
 
 
 @pytest.mark.parametrize(("family", "pipeline"), [("wan", WanPipeline), ("hunyuan", HunyuanVideoPipeline)])

@@ -88,7 +88,7 @@ def measure() -> int:
         with accumulate(accelerator, engine.model, True):
             backward(accelerator, engine.model, engine.model(**sample)[0].square().mean())
         after_backward = held(engine, given)
-        engine.update(loss=1.0, empty=False, limit=lambda norm: norm)
+        engine.update(loss=torch.ones(()), empty=False, limit=lambda norm: norm)
     record = {"parameters": vars(parameters), "full": after_backward, "backend": backend.name}
     Path(os.environ["MEASURED"]).with_suffix(f".{accelerator.process_index}").write_text(json.dumps(record))
     return 0
@@ -139,10 +139,13 @@ def test_only_the_dearest_phase_counts() -> None:
 def test_what_is_proposed_fits_and_what_fits_is_left(limit: int, backend: str, rest: bool, recomputed: float) -> None:
     setup = Setup(backend, 8, 8, True, recomputed, rest, 8, 21_504, 1, {})
     found = nearest_that_fits(setup, limit * GIB, memory, shorter=[10_752, 4_096])
-    if found is not None:
-        words, other = found
+    for words, other in found:
         assert words and memory(other).total() <= limit * GIB
         assert other != setup
+    if len(found) == 2:  # one leaves the processes as they are and puts states on the host, the other needs no host
+        (_, here), (_, more) = found
+        assert here.offloads("param") and here.processes == 8
+        assert more.processes > 8 and not more.offloads("param")
 
 
 def test_sharding_further_never_takes_more() -> None:

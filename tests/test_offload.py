@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import runs
+import tiny
 import torch
 from torch import nn
 
@@ -104,3 +109,75 @@ def test_a_module_that_does_not_rest_stays(device: torch.device) -> None:
         assert awake is module
         assert storages(awake) == there
     assert storages(module) == there
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_what_was_called_is_there_when_it_wakes_and_is_copied_once(device: torch.device) -> None:
+    resting = RestingModule(frozen(), device, rests=True)
+    host, wanted = storages(resting.module), output(resting.module, torch.device("cpu"))
+    resting.call()
+    called = [copy.data_ptr() for copy in resting._coming]
+    resting.call()
+    assert storages(resting.module) == host and [copy.data_ptr() for copy in resting._coming] == called
+    with resting.awake() as module:
+        resting.call()  # it is there already
+        assert storages(module) == called and not set(called) & set(host)
+        torch.testing.assert_close(output(module, device), wanted)
+    assert storages(resting.module) == host and not resting._coming
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_nothing_is_copied_back(device: torch.device) -> None:
+    resting = RestingModule(frozen(), device, rests=True)
+    tensors = [tensor for _, tensor in resting._resting]
+    before = [(tensor._version, tensor.data_ptr(), tensor.clone()) for tensor in tensors]
+    for _ in range(2):
+        resting.call()
+        with resting.awake() as module:
+            output(module, device)
+    for tensor, (version, place, values) in zip(tensors, before, strict=True):
+        assert (tensor._version, tensor.data_ptr()) == (version, place)  # nobody wrote to it
+        assert torch.equal(tensor, values)
+
+
+def test_a_run_is_the_same_and_each_encoder_is_called_before_the_one_before_it_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, metadata = tiny.build_wan_i2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
+    said: list[str] = []
+    call, awake = RestingModule.call, RestingModule.awake
+
+    def note_call(self: RestingModule) -> None:
+        if not self._uses and not self._coming:
+            said.append(f"call {type(self.module).__name__}")
+        call(self)
+
+    @contextmanager
+    def note_awake(self: RestingModule) -> Iterator[nn.Module]:
+        with awake(self) as module:
+            yield module
+        said.append(f"rest {type(self.module).__name__}")
+
+    flags = {"train_mode": "i2v", "max_train_steps": 2, "mixed_precision": "no"}
+    staying = runs.train(runs.wan_plain(model, metadata, tmp_path / "staying", low_vram=None, **flags))
+    monkeypatch.setattr(RestingModule, "call", note_call)
+    monkeypatch.setattr(RestingModule, "awake", note_awake)
+    resting = runs.train(runs.wan_plain(model, metadata, tmp_path / "resting", low_vram=True, **flags))
+    assert (staying.code, resting.code) == (0, 0), resting.stderr
+    same = ("step", "loss", "grad_norm", "rows")
+    assert [[line[key] for key in same] for line in resting.metrics] == [
+        [line[key] for key in same] for line in staying.metrics
+    ]
+    found, wanted = resting.weights(), staying.weights()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    vae, text, image = "AutoencoderKLWan", "UMT5EncoderModel", "CLIPVisionModel"
+    step = [
+        f"call {vae}",
+        f"call {text}",
+        f"rest {vae}",
+        f"call {vae}",
+        f"rest {text}",
+        f"call {image}",
+        f"rest {vae}",
+    ]
+    assert said[-8:] == [*step, f"rest {image}"]

@@ -36,10 +36,12 @@ def test_the_clock_counts_waiting_and_leaves_out_what_is_aside():
     with clock.aside():
         now.time += 100
     assert clock.data_wait == 2
-    first = clock.lap(tokens=400)
+    waited, seconds = clock.data_wait, clock.split()
+    first = clock.count(400, seconds, waited)
     assert (first.seconds, first.data_wait, first.tokens_per_second, first.wait_share) == (4, 2, 100, 0.5)
     now.time += 5
-    second = clock.lap(tokens=1000, data_wait=1.5)
+    assert clock.data_wait == 0
+    second = clock.count(1000, clock.split(), 1.5)
     assert (second.seconds, second.data_wait, second.tokens_per_second) == (5, 1.5, 200)
     assert 100 < second.smooth_tokens_per_second < 200
 
@@ -51,7 +53,8 @@ def test_the_smoothed_speed_lies_within_the_steps_and_is_theirs_where_they_agree
     speeds = []
     for tokens, seconds in steps:
         now.time += seconds
-        times, same = clock.lap(tokens), steady.lap(round(seconds * 1000))
+        times = clock.count(tokens, clock.split(), clock.data_wait)
+        same = steady.count(round(seconds * 1000), steady.split(), steady.data_wait)
         speeds.append(times.tokens_per_second)
         assert min(speeds) * (1 - 1e-9) <= times.smooth_tokens_per_second <= max(speeds) * (1 + 1e-9)
         assert same.smooth_tokens_per_second == pytest.approx(1000, abs=501 / min(s for _, s in steps))

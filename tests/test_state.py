@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.data.buckets import SizePolicy
-from videox.data.plan import Columns, PlanSettings
+from videox.data.plan import Columns, PlanSettings, plan_epoch
 from videox.errors import FLAGS, MODEL, Refusal
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
 from videox.state import (
@@ -25,6 +25,7 @@ from videox.state import (
     TrainState,
     checkpoint_bytes,
     load_state,
+    name_of,
     plan_inputs,
     read_state,
     refuse_changed_plan,
@@ -208,6 +209,25 @@ def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:
     drawn = {begin(None, seed=None)[0].seed for _ in range(8)}
     assert len(drawn) > 1
     assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_runs_of_one_name_train_the_same_order() -> None:
+    def name(**changes: object) -> str:
+        return name_of("flags", "data", replace(SETTINGS, slots=4, **changes))
+
+    whole = {"accumulation": 1, "barrier": "step"}
+    assert name(**whole) == name(**whole) == name(accumulation=4, barrier="step")  # 4 processes; 1 with 4 steps
+    others = [{"accumulation": 2}, {"barrier": "micro"}, {"seed": SETTINGS.seed + 1}, {"cost_quadratic": 2.0}]
+    names = [name(**{**whole, **other}) for other in others]
+    names += [name_of("other flags", "data", replace(SETTINGS, slots=4, **whole))]
+    names += [name_of("flags", "other data", replace(SETTINGS, slots=4, **whole)), name(**whole)]
+    assert len(set(names)) == len(names)
+    sides = np.random.default_rng(0).integers(64, 400, (2, 64))
+    columns = Columns(np.zeros(64, np.uint8), *sides.astype(np.int32), np.ones(64, np.int32), np.ones(64, bool))
+    planned = (plan_epoch(columns, replace(SETTINGS, slots=4, accumulation=each), 0) for each in (1, 4))
+    orders = dict(zip((1, 4), (plan.row.tolist() for plan in planned), strict=True))
+    assert orders[1] == orders[4]
+    assert begin(None, seed=None)[0].run != begin(None, seed=None)[0].run
 
 
 def test_a_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:

@@ -15,17 +15,29 @@ from torch import Tensor, nn
 
 from videox.checkpoint import read_manifest
 from videox.errors import MODEL, NUMERICS, Refusal
-from videox.exports import publish_file
+from videox.exports import MERGED, publish_file
 from videox.files import write_json_atomically
 from videox.kept import TRANSFORMER
 from videox.layouts import family_of
 from videox.lora import Lora, initial_values, own_name, public_name
+from videox.lora_files import PREFIX, STEM, read_lora
 from videox.lora_layouts import lora_to_comfyui
-from videox.model_folder import UNLOADABLE
-from videox.weights import NamedTensors, StoredTensors, TensorSource, few, load_weights, save_tensors, sort_metadata
+from videox.merging import low_rank, merged
+from videox.streaming import check_folder, write_folder
+from videox.tensor_files import open_tensors
+from videox.weights import (
+    MAX_SHARD_SIZE,
+    NamedTensors,
+    StoredTensors,
+    TensorSource,
+    few,
+    load_weights,
+    publish_folder,
+    save_tensors,
+    sort_metadata,
+    write_config,
+)
 
-STEM = "pytorch_lora_weights"  # that of diffusers' LORA_WEIGHT_NAME_SAFE
-PREFIX = "transformer."  # diffusers' name, in such a file, of the part that is adapted
 FACTS = "lora.json"  # beside the adapters in a checkpoint
 SAMPLED = 64  # numbers at the beginning, in the middle and at the end of a tensor that tell a base from another
 
@@ -39,6 +51,7 @@ class AdaptersAlone:
         lora: what is trained.
         values: of the adapters to begin with, by their parameters' names.
         base: fingerprint of the frozen weights; needed on the main process alone.
+        weights: where the frozen weights are.
         family: whose layouts the adapters have, as videox.layouts calls it.
         save_lora_weights: of the family's pipeline.
     """
@@ -46,9 +59,16 @@ class AdaptersAlone:
     trained_alone = True
 
     def __init__(
-        self, lora: Lora, values: Mapping[str, Tensor], *, base: str, family: str, save_lora_weights: SaveLora
+        self,
+        lora: Lora,
+        values: Mapping[str, Tensor],
+        *,
+        base: str,
+        weights: Path,
+        family: str,
+        save_lora_weights: SaveLora,
     ) -> None:
-        self.lora, self.values, self.base, self.family = lora, values, base, family
+        self.lora, self.values, self.base, self.weights, self.family = lora, values, base, weights, family
         self.save_lora_weights = save_lora_weights
 
     def save(self, checkpoint: Path, name: str, tensors: NamedTensors, config: str) -> None:
@@ -67,10 +87,13 @@ class AdaptersAlone:
         config: str,
         *,
         dtype: torch.dtype,
+        keep_fp32: Sequence[str],
         layouts: Sequence[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Writes the trained adapters for use: diffusers' file, and pytorch_lora_weights_comfyui.safetensors if asked.
+        """Writes the trained adapters for use: diffusers' file, and what else is asked for.
+
+        comfyui is pytorch_lora_weights_comfyui.safetensors beside it, merged a diffusers folder transformer_merged.
 
         Args:
             output_dir: of the run.
@@ -78,25 +101,46 @@ class AdaptersAlone:
             tensors: as for save.
             config: of the base.
             dtype: of the tensors.
+            keep_fp32: parts of names that stay float32 in a merged model.
             layouts: beside diffusers'.
             metadata: for the header of the other layouts' files; diffusers' has its own.
 
         Raises:
-            Refusal: (NUMERICS) a value is not finite in this dtype.
+            Refusal: (NUMERICS) a value is not finite in this dtype; (MODEL) the base is no longer there.
             SaveFailed: the disk refused; what stood there stands.
         """
-        found = _cast(dict(tensors.items() if isinstance(tensors, Mapping) else tensors), dtype)
+        exact = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        found = _cast(exact, dtype)
         place = _place(output_dir, name)
         place.mkdir(parents=True, exist_ok=True)
         write = partial(write_adapters, tensors=found, lora=self.lora, save_lora_weights=self.save_lora_weights)
         publish_file(place / f"{STEM}.safetensors", write)
         for layout in layouts:
+            told = {**metadata, "layout": layout}
+            if layout == MERGED:
+                self._merge(output_dir / f"{name}_{MERGED}", exact, config, dtype, keep_fp32, told)
+                continue
             public = {public_name(key): tensor for key, tensor in found.items()}
             ratio = json.loads(config).get("mlp_ratio", 4.0)
             made = lora_to_comfyui(public, self.family, self.lora.alpha, mlp_ratio=ratio)
             stem = f"{STEM}_{layout}"
-            save = partial(save_tensors, tensors=made, stem=stem, metadata={**metadata, "layout": layout})
+            save = partial(save_tensors, tensors=made, stem=stem, metadata=told)
             publish_file(place / f"{stem}.safetensors", save)
+
+    def _merge(
+        self, folder: Path, tensors: Mapping[str, Tensor], config: str, dtype: torch.dtype, keep_fp32: Sequence[str],
+        metadata: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        adapters = {public_name(name): tensor.detach().to("cpu") for name, tensor in tensors.items()}
+        base = open_tensors(self.weights)
+        plan = merged(base, low_rank(adapters, self.lora.scale), "diffusers", dtype, keep_fp32)
+
+        def write(made: Path) -> None:
+            write_folder(made, plan, max_shard_size=MAX_SHARD_SIZE, metadata=metadata)
+            check_folder(made, plan)
+            write_config(made, config)
+
+        publish_folder(folder, write)
 
     def load(self, checkpoint: Path, model: nn.Module) -> None:
         """As Kept's."""
@@ -266,7 +310,9 @@ def begin_adapters(
         values, line = begin_from(other, values, lora, pipeline_class.lora_state_dict)
         said.append(line)
     save, family = pipeline_class.save_lora_weights, family_of(stored) or ""
-    return AdaptersAlone(lora, values, base="".join(base), family=family, save_lora_weights=save), said
+    return AdaptersAlone(
+        lora, values, base="".join(base), weights=stored.folder, family=family, save_lora_weights=save
+    ), said
 
 
 def begin_from(
@@ -289,18 +335,8 @@ def begin_from(
     Raises:
         Refusal: (MODEL) it cannot be read, adapts other layers, or has another rank.
     """
-    try:
-        found, metadata = load(
-            path if path.is_dir() else path.parent,
-            weight_name=f"{STEM}.safetensors" if path.is_dir() else path.name,
-            return_lora_metadata=True, local_files_only=True, use_safetensors=True,
-        )  # fmt: skip
-    except UNLOADABLE as why:
-        cause = " ".join(str(why).split())[:200]
-        raise Refusal(
-            "--init_lora_from", f"{path} cannot be read ({cause})", f"give a LoRA with {STEM}.safetensors", MODEL
-        ) from why
-    stored = {own_name(key.removeprefix(PREFIX)): tensor for key, tensor in found.items()}
+    found, scale = read_lora(path, load, where="--init_lora_from")
+    stored = {own_name(name): tensor for name, tensor in found.items()}
     stray = sorted(stored.keys() - values.keys())
     if stray or not stored:
         what = (
@@ -309,7 +345,6 @@ def begin_from(
             else f"{path} holds no LoRA"
         )
         raise Refusal("--init_lora_from", what, "name its layers by --lora_target_modules", MODEL)
-    scale = _scale_of(metadata or {}, path)
     begun = dict(values)
     for name, tensor in stored.items():
         if tensor.shape != values[name].shape:
@@ -318,13 +353,3 @@ def begin_from(
         begun[name] = tensor.float() * (scale / lora.scale if ".lora_B." in name else 1.0)
     new = len(values) - len(stored)
     return begun, f"begins with the LoRA of {path}" + (f"; {new // 2} layers that it lacks begin anew" if new else "")
-
-
-def _scale_of(metadata: Mapping[str, Any], path: Path) -> float:
-    """Returns alpha / rank as a file's header says; without one it is in the tensors already."""
-    said = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-    unusual = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if said.get(key)]
-    if unusual:
-        what = f"{path} has {unusual[0]} = {said[unusual[0]]}, which no run here trains"
-        raise Refusal("--init_lora_from", what, "give a LoRA of one rank and one alpha", MODEL)
-    return float(said["lora_alpha"]) / float(said["r"]) if "lora_alpha" in said and "r" in said else 1.0

@@ -13,7 +13,7 @@ from videox.data.buckets import GRIDS, SizePolicy
 from videox.data.settings import BALANCES, SAMPLINGS
 from videox.data.video import READERS
 from videox.errors import Refusal
-from videox.exports import LAYOUTS
+from videox.exports import LAYOUTS, MERGED
 from videox.flag_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
@@ -296,11 +296,12 @@ def add_run(parser: Parser) -> None:
     add(
         "--export_layouts",
         nargs="+",
-        choices=("diffusers", *LAYOUTS),
+        choices=("diffusers", *LAYOUTS, MERGED),
         default=["diffusers"],
-        help="of the trained weights at the end; diffusers is always written (original, comfyui: one file more each)",
+        help="of the trained weights, at the end and in each checkpoint's exports/; diffusers' is always written at the "
+        "end (original, comfyui: one file more each; merged: a LoRA's base with the LoRA in it, a diffusers folder)",
     )
-    add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of output_dir/transformer at the end")
+    add("--export_dtype", choices=tuple(EXPORT_DTYPES), default="bf16", help="of what is exported")
     add(
         "--validation_rows",
         type=COUNT_OR_ZERO,
@@ -409,6 +410,9 @@ def _check_lora(args: argparse.Namespace) -> None:
         ):  # fmt: skip
             if getattr(args, flag) != default:
                 raise Refusal(f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or leave it out")
+        if MERGED in args.export_layouts:
+            what = "merged: there is no LoRA without --lora_rank"
+            raise Refusal("--export_layouts", what, "add --lora_rank, or leave it out")
         return
     for flag, usual in (("trainable_modules", ["."]), ("trainable_modules_low_learning_rate", [])):
         if getattr(args, flag) != usual:
@@ -418,7 +422,9 @@ def _check_lora(args: argparse.Namespace) -> None:
         what = "a LoRA's checkpoints hold its adapters whole, and nothing of what is frozen"
         raise Refusal("--save_whole_weights", what, "leave it out")
     if "original" in args.export_layouts:
-        raise Refusal("--export_layouts", "a LoRA has no layout called original", "give comfyui, which has its names")
+        raise Refusal(
+            "--export_layouts", "a LoRA has no layout called original", "give comfyui (its names), or merged"
+        )
 
 
 def refuse_impossible(flag: str, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -47,11 +48,10 @@ class AveragedEngine:
         self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
         self.ema = Ema(engine.masters(), decay=decay, device=device)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
         update = self.engine.update(loss=loss, empty=empty, limit=limit)
-        if update.applied:
-            self.ema.update()
+        self.ema.update(update.applied)
         return update
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -98,17 +98,19 @@ def export_weights(
     is_main: bool,
     layouts: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    only_layouts: bool = False,
 ) -> None:
     """Writes output_dir/transformer for use, and transformer_ema where there is an average; all processes call it.
 
     Args:
-        engine: at the end of the run.
-        output_dir: of the run.
+        engine: between two steps.
+        output_dir: of the run, or another folder.
         dtype: of the floating tensors.
         keep_fp32: parts of names that stay float32.
         is_main: on the one process that writes; the others take part in gathering.
         layouts: others than diffusers' to write the same in, as output_dir/transformer_LAYOUT.safetensors.
         metadata: for the files' headers.
+        only_layouts: of a whole model, keep these and not the folders.
 
     Raises:
         Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
@@ -123,12 +125,15 @@ def export_weights(
     def write_as(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
         if isinstance(engine.kept, AdaptersAlone):
             engine.kept.export(
-                output_dir, folder.name, weights, engine.config, dtype=dtype, layouts=layouts, metadata=told
-            )
+                output_dir, folder.name, weights, engine.config,
+                dtype=dtype, keep_fp32=keep_fp32, layouts=layouts, metadata=told,
+            )  # fmt: skip
             return
         export_transformer(weights, engine.config, folder, dtype, keep_fp32, metadata=told)
         for layout in layouts:
             export_file(folder, folder.with_name(f"{folder.name}_{layout}.safetensors"), layout, dtype, told)
+        if only_layouts:
+            shutil.rmtree(folder)
 
     for name, in_place in places.items():
         write = partial(write_as, output_dir / name)

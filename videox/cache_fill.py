@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.cache import Cache, Part, Shelf, key_of, read_memo, write_memo
+from videox.data.cache_care import size_text
 from videox.data.dataset import BadSample, PlannedSample, TokenLengthDataset, collate, facts_of
 from videox.data.loader import quiet_worker
 from videox.data.plan import Columns, PlanSettings, count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed import StopRequest
-from videox.encoding import Encoder, Recipe
+from videox.encoding import Encoder, OnDemand, Recipe
 from videox.errors import STOPPED, STORAGE, Refusal
 from videox.keys import Purpose, uniform
 from videox.lifecycle import main_first, together
@@ -84,11 +85,17 @@ def samples_to_come(
                     )  # fmt: skip
 
 
-def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder) -> Stock:
-    """Returns what these samples need and what of it is missing; opens no file of the data."""
+def take_stock(
+    samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder, seen: set[bytes]
+) -> Stock:
+    """Returns what these samples need and what of it is missing; opens no file of the data.
+
+    Args:
+        samples: of the run; dataset: makes them; encoder: with the cache.
+        seen: keys that count elsewhere already; those of these samples are added.
+    """
     assert encoder.shelf is not None and encoder.cache is not None
-    seen: set[bytes] = set()
-    jobs = []
+    jobs, before = [], len(seen)
     for planned in samples:
         facts = facts_of(dataset, planned, encoder.shelf.mode)
         keys = {key_of(encoder.parts[recipe.name], facts): recipe for recipe in encoder.recipes}
@@ -97,7 +104,7 @@ def take_stock(samples: Iterator[PlannedSample], dataset: TokenLengthDataset, en
         if missing := frozenset(key for key in new if key not in encoder.cache):
             jobs.append(Job(planned, missing, sum(keys[key].size(planned.bucket) for key in missing)))
     jobs.sort(key=lambda job: (-token_count(job.planned.bucket), job.planned.row))
-    return Stock(dataset, len(seen), tuple(jobs))
+    return Stock(dataset, len(seen) - before, tuple(jobs))
 
 
 def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
@@ -113,7 +120,7 @@ def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
     if not missing:
         return [*cache.damage(), f"{line}; training needs no encoder"]
     free = shutil.disk_usage(cache.folder).free
-    line += f"; {missing} to make, {size / 2**30:.2f} GiB at most; {free / 2**30:.1f} GiB are free"
+    line += f"; {missing} to make, {size_text(size)} at most; {size_text(free)} are free"
     if size > free:
         mend = "give a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which keeps half"
         raise Refusal("--latent_cache", line, mend, STORAGE)
@@ -128,6 +135,7 @@ def open_encoder(
     device: torch.device,
     is_main: bool,
     gather: Callable[[Any], list[Any]],
+    encoders: OnDemand[Any],
 ) -> Encoder:
     """Returns what makes the tensors that the encoders give, over a cache if there is one; all processes call it.
 
@@ -140,9 +148,10 @@ def open_encoder(
         device: where tensors are wanted.
         is_main: on one process only.
         gather: collective that returns every process's value.
+        encoders: with the modules that recipes name.
     """
     if folder is None:
-        return Encoder(recipes, device)
+        return Encoder(recipes, device, encoders=encoders)
     cache = Cache(Path(folder))
 
     def parts() -> tuple[Part, ...]:
@@ -185,7 +194,11 @@ def take_stocks(
     epochs = range(state.epoch, last)
     trained = samples_to_come(columns, settings, epochs, state.quarantined, dataset.caption_dropout)
     held_out = held_out_samples(held_out_plan(columns, settings))
-    return [take_stock(trained, dataset, encoder), take_stock(held_out, dataset.without_dropout(), encoder)]
+    seen: set[bytes] = set()  # a caption of both is one entry
+    return [
+        take_stock(trained, dataset, encoder, seen),
+        take_stock(held_out, dataset.without_dropout(), encoder, seen),
+    ]
 
 
 def fill_together(
@@ -239,7 +252,7 @@ def fill(
     """
     bad: list[BadSample] = []
     total = sum(len(stock.jobs[rank::world_size]) for stock in stocks)
-    with encoder, tqdm(total=total, unit="sample", desc="encoding", disable=rank != 0) as bar:
+    with encoder, tqdm(total=total, unit="sample", desc="encoding", disable=rank != 0 or not total) as bar:
         for stock in stocks:
             jobs = stock.jobs[rank::world_size]
             loader = DataLoader(

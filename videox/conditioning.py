@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, reduce
 
 from videox.keys import Purpose, mix, uniform
-from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO
+from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
 
 MODES = ("normal", "i2v", "inpaint")
 IMAGE_DROP = 0.9  # share of images whose condition is zeroed, so that text-to-video ability is kept
@@ -75,7 +75,8 @@ def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
     elif family == "frames":
         chosen = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
         chosen[int(mix(key, Purpose.MASK_SHARE)) % frames] = False
-        mask[torch.from_numpy(chosen).to(mask.device)] = 1
+        for frame in np.flatnonzero(chosen).tolist():  # not by the array, for whose copy the host would wait
+            mask[frame] = 1
     elif family == "boxes":
         mask[:] = 1
         for box in range(1 + int(mix(key, Purpose.MASK_BOX)) % MOST_BOXES):
@@ -111,14 +112,26 @@ def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
     which something is known.
 
     Args:
-        mask: of known_mask, [B, 1, T, H, W].
+        mask: of known_mask, [B, 1, T, H, W], on the host.
         keys: one per sample.
     """
     keep = torch.ones(len(keys), 1, 1, 1, 1)
     if mask.shape[2] == 1:
         draws = torch.from_numpy(uniform(np.array(keys, np.uint64), Purpose.CONDITION_DROP))
-        keep[(draws < IMAGE_DROP) & (mask.amax((1, 2, 3, 4)).cpu() == 0)] = 0
+        keep[(draws < IMAGE_DROP) & (mask.amax((1, 2, 3, 4)) == 0)] = 0
     return keep
+
+
+def keep_on_host(mode: str, variants: Sequence[int], bucket: Bucket, keys: Sequence[int]) -> torch.Tensor:
+    """Returns keep_condition of known_mask, on the host, which then need not wait for a mask on the device.
+
+    Args:
+        mode, variants, bucket: as known_mask's mode, keys, and frames, height, width.
+        keys: one per sample.
+    """
+    if bucket.frames > 1:
+        return torch.ones(len(keys), 1, 1, 1, 1)
+    return keep_condition(known_mask(mode, variants, *bucket), keys)
 
 
 def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: makes the Accelerator, names the backend, and keeps the ranks agreed on every step."""
+"""Serves both train.py scripts: makes the Accelerator, names the backend, and hears the wish to stop."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from videox.build_lock import refuse_dead_locks
-from videox.errors import PEER_LOST, Refusal, told_once
+from videox.errors import Refusal, told_once
 from videox.meeting import meet_processes
 
 
@@ -183,7 +183,9 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
             refuse_dead_locks(os.environ)
     _OPEN.append(meet_processes(os.environ))
     gloo = {"backend": "gloo"} if kind == "zero" and not torch.accelerator.is_available() else {}
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo)]
+    # No buffer changes here; DDP would send them all before every forward pass, and processes would wait for that.
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo), constant]
     with _launch_on_cpu(kind):
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -248,49 +250,6 @@ def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None: 
         model.backward(scaled * (1 + 0 * scaled.detach()), scale_wrt_gas=False)
     else:
         accelerator.backward(scaled)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What all processes agree on after a step's micro-batches: sums over ranks, and the longest data wait (s)."""
-
-    loss: float
-    stop: bool
-    bad_samples: int
-    data_wait: float
-
-
-def agree(
-    accelerator: Accelerator, *, loss: torch.Tensor, stop: bool, bad_samples: int, data_wait: float, stamp: int
-) -> StepReport:
-    """Combines one step's small numbers over all processes by a single all-reduce.
-
-    Args:
-        loss: float64 scalar, this process's part of the step's loss.
-        stop: this process was asked to stop.
-        bad_samples: samples found bad in this step here.
-        data_wait: seconds this process waited for data.
-        stamp: a hash of (step, plan), below 2^53; it must be equal everywhere.
-
-    Raises:
-        Refusal: a process is at another step or holds another plan, so that collectives would pair wrongly.
-    """
-    world = accelerator.num_processes
-    numbers = torch.zeros(3 + 2 * world, dtype=torch.float64, device=loss.device)
-    numbers[0] = loss
-    numbers[1], numbers[2] = float(stop), float(bad_samples)
-    numbers[3 + accelerator.process_index] = data_wait
-    numbers[3 + world + accelerator.process_index] = float(stamp)
-    if world > 1:
-        dist.all_reduce(numbers)
-    values = numbers.tolist()
-    stamps = values[3 + world :]
-    if any(other != float(stamp) for other in stamps):
-        ranks = [rank for rank, other in enumerate(stamps) if other != stamps[0]]
-        raise Refusal(
-            "step", f"ranks {ranks} are not at the step of rank 0", "restart from the last checkpoint", PEER_LOST
-        )
-    return StepReport(values[0], values[1] > 0, int(values[2]), max(values[3 : 3 + world]))
 
 
 class StopRequest:

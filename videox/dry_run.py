@@ -13,7 +13,7 @@ from videox.data.buckets import Fate, SizePolicy, cut_share, frames_at_pace, pac
 from videox.data.epoch import PADDING, EpochPlan
 from videox.data.plan import plan_epoch
 from videox.data.settings import Columns, PlanSettings, sample_cost
-from videox.memory import Memory, Setup
+from videox.memory import CLOSE, Memory, Setup
 from videox.network import Network
 from videox.shapes import token_count
 
@@ -244,30 +244,42 @@ def balance_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
 
 
-def memory_lines(memory: Memory, setup: Setup, limit: float, way_out: str) -> list[str]:
+def way_words(words: Sequence[str], memory: Memory, setup: Setup) -> str:
+    """Returns what fits, in words; memory: with these changes, which make the setup."""
+    text = f"{' and '.join(words)} ({memory.total() / GIB:.1f} GiB"
+    host = sum(memory.host.get(name, 0.0) for name in ("offloaded optimizer", "offloaded weights"))
+    if host:
+        text += f"; {host / GIB:,.0f} GiB of each host of {setup.per_host}, and slower steps"
+    return f"{text})"
+
+
+def memory_lines(memory: Memory, setup: Setup, limit: float, ways: Sequence[str]) -> list[str]:
     """Returns the table of bytes and the verdict.
 
     Args:
         limit: bytes of a GPU.
-        way_out: what fits, where this does not.
+        ways: what fits with room to spare, where this does not.
     """
     held = [(name, size) for name, size in memory.states.items() if size]
     phases = {name: phase for name, phase in memory.phases.items() if sum(phase.values())}
     lines = [
         f"memory per GPU, {setup.backend} on {setup.processes}, largest micro-batch {setup.batch} x {setup.tokens:,} tokens:"
     ]
-    lines += [f"  {name:>24} {size / GIB:>8.2f} GiB" for name, size in held]
+    lines += [f"  {name:>30} {size / GIB:>8.2f} GiB" for name, size in held]
+    lines.append("  and the largest of:")
     for phase in phases.values():
-        words = " + ".join(f"{name} {size / GIB:.2f}" for name, size in phase.items() if size)
-        lines.append(f"  {'one at a time:':>24} {sum(phase.values()) / GIB:>8.2f} GiB ({words})")
+        words = " + ".join(name for name, size in phase.items() if size)
+        parts = " = " + " + ".join(f"{size / GIB:.2f}" for size in phase.values() if size) if "+" in words else ""
+        lines.append(f"  {words:>30} {sum(phase.values()) / GIB:>8.2f} GiB{parts}")
     items = memory.items()
-    lines.append(f"  {'context, fragments':>24} {(items['context'] + items['fragments']) / GIB:>8.2f} GiB")
+    lines.append(f"  {'context, fragments':>30} {(items['context'] + items['fragments']) / GIB:>8.2f} GiB")
     total = memory.total()
-    fits = total <= limit
-    verdict = "fits" if fits else "does not fit"
-    lines.append(
-        f"  {'together':>24} {total / GIB:>8.2f} GiB: {verdict} into {limit / GIB:g} GiB{'' if fits else '; ' + way_out}"
-    )
+    verdict = "fits" if total <= limit else "does not fit"
+    spare = f", with {(limit - total) / GIB:.1f} GiB to spare: too close to be sure"
+    close = spare if CLOSE * limit < total <= limit else ""
+    lines.append(f"  {'together':>30} {total / GIB:>8.2f} GiB: {verdict} into {limit / GIB:g} GiB{close}")
+    if total > CLOSE * limit:
+        lines.append(f"  {'nearest that surely does':>30} {'; or '.join(ways) or 'none: no setting here'}")
     host = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
     return [*lines, f"memory per host of {setup.per_host} processes, GiB: {host}"]
 

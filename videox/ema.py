@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videox.errors import MODEL, Refusal
+from videox.transfer import to_device
 
 CHUNK = 2**26  # numbers read at once; where the backend or another device needs a copy of them, 256 MiB
 
@@ -38,13 +39,13 @@ class Masters:
     group: dist.ProcessGroup | None = None
 
 
-def decay_at(update: int, decay: float) -> float:
-    """Returns what the average keeps of itself in its n-th update, n from 1.
+def decay_at(update: Tensor, decay: float) -> Tensor:
+    """Returns what the average keeps of itself in its n-th update, n from 1: float64 scalars, on any device.
 
     0 in the first update, then n / (9 + n) as long as that is below `decay`: diffusers.training_utils.EMAModel with
     its defaults, so that a short run's average does not remember where it began.
     """
-    return min(update / (9 + update), decay) if update > 1 else 0.0
+    return (update / (9 + update)).clamp(max=decay) * (update > 1)
 
 
 class Ema:
@@ -56,30 +57,38 @@ class Ema:
         masters: the weights in training; the average begins as they are.
         decay: at most, see decay_at; 0 to 1.
         device: where the average is kept (None = beside the weights).
-
-    Attributes:
-        updates: optimizer steps that the average has seen.
     """
 
     def __init__(self, masters: Masters, *, decay: float, device: torch.device | None = None) -> None:
-        self.masters, self.decay, self.updates = masters, decay, 0
+        self.masters, self.decay = masters, decay
         self.parts = {name: _copy(masters.read(name), device) for name in masters.names}
+        self._updates = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that the average has seen; the host waits for them."""
+        return int(self._updates)
 
     def begin(self) -> None:
         """Takes the weights as they are for the average."""
-        self.updates = 0
+        self._updates = torch.zeros((), dtype=torch.float64)
         for name, part in self.parts.items():
             part.copy_(self.masters.read(name))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the weights; call it after each step that moved them. Waits for no device."""
-        self.updates += 1
-        moves = 1 - decay_at(self.updates, self.decay)
+    def update(self, applied: Tensor) -> None:
+        """Moves the average towards the weights after a step. Waits for the device only if kept elsewhere.
+
+        Args:
+            applied: boolean scalar, the step moved the weights; else the average stays, to the bit.
+        """
+        self._updates = to_device(self._updates, applied.device) + applied
+        moves = ((1 - decay_at(self._updates, self.decay)) * applied).float()
         for names in _chunks(self.parts):
             parts = [self.parts[name] for name in names]
-            weights = [self.masters.read(name).to(self.parts[name].device) for name in names]
-            torch._foreach_lerp_(parts, weights, moves)
+            move = to_device(moves, parts[0].device)
+            weights = [self.masters.read(name).to(part.device) for name, part in zip(names, parts, strict=True)]
+            torch._foreach_lerp_(parts, weights, [move] * len(parts))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -126,7 +135,7 @@ class Ema:
             begin = sum(sizes[at] for sizes in ranks[: self._rank()])
             values = stored[name].reshape(-1)[begin : begin + mine[at]]
             part.view(-1)[: values.numel()].copy_(values)
-        self.updates = updates
+        self._updates = torch.tensor(float(updates), dtype=torch.float64)
 
     def _gather(self, sizes: list[int]) -> list[list[int]]:
         if not self.masters.divided:

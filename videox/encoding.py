@@ -20,6 +20,7 @@ from videox.data.cache import Part, Shelf, fingerprint, key_of, restore_zeros, t
 from videox.data.dataset import Batch
 from videox.latents import to_video
 from videox.shapes import Bucket, latent_shape
+from videox.transfer import to_device
 
 Kind = TypeVar("Kind")
 Gather = Callable[[Any], list[Any]]
@@ -69,7 +70,8 @@ class Recipe:
 
     name: of the tensor; uses: what it depends on, as Part's; encode: makes one tensor for each sample; shape: of such
     a tensor, by bucket, and its dtype; weights: files and folders of the encoder; settings: what else its numbers
-    depend on; padded: zero rows at its end are not kept; trimmed: its first side may be shorter than `shape` says.
+    depend on; padded: zero rows at its end are not kept; trimmed: its first side may be shorter than `shape` says;
+    module: the encoder, as its family names it among its encoders ("" = not known).
     """
 
     name: str
@@ -81,6 +83,7 @@ class Recipe:
     settings: str = ""
     padded: bool = False
     trimmed: bool = False
+    module: str = ""
 
     def part(self, memo: dict[str, Any]) -> Part:
         """Returns its address; memo: as fingerprint's."""
@@ -121,8 +124,9 @@ def latents_recipe(
         frames, height, width = latent_shape(bucket)
         return channels, 1 if first_only else frames, height, width
 
+    settings = f"{channels} channels"
     return Recipe(
-        name, uses, lambda raw: encode(raw)[:, :channels], shape, torch.float32, weights, f"{channels} channels"
+        name, uses, lambda raw: encode(raw)[:, :channels], shape, torch.float32, weights, settings, module="vae"
     )
 
 
@@ -133,10 +137,17 @@ class Encoder:
         recipes: of the family and task.
         device: where tensors are wanted.
         shelf: where they are kept, with a part for each recipe; None encodes everything each time.
+        encoders: with the modules that recipes name; each is then called while the one before it computes.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], device: torch.device, shelf: Shelf | None = None) -> None:
-        self.recipes = tuple(recipes)
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        device: torch.device,
+        shelf: Shelf | None = None,
+        encoders: OnDemand[Any] | None = None,
+    ) -> None:
+        self.recipes, self.encoders = tuple(recipes), encoders
         self.device = device
         self.shelf = shelf
         self.cache = shelf.cache if shelf is not None else None
@@ -158,8 +169,18 @@ class Encoder:
             batch: as the dataset reads it.
             only: the keys that may be made and kept (None = all); others are left empty, for who wants to fill only.
         """
-        video = _Video(batch, self.device)
-        return {recipe.name: self._tensors(recipe, batch, video, only) for recipe in self.recipes}
+        video, made = _Video(batch, self.device), {}
+        for recipe, following in zip(self.recipes, (*self.recipes[1:], None), strict=True):
+            if self.cache is None and any(batch["real"]):
+                self._call(recipe, following)
+            made[recipe.name] = self._tensors(recipe, batch, video, only)
+        return made
+
+    def _call(self, *recipes: Recipe | None) -> None:
+        """Has the modules of these recipes come to the device, in this order."""
+        for recipe in recipes:
+            if self.encoders is not None and recipe is not None and recipe.module:
+                getattr(self.encoders(), recipe.module).call()
 
     def _tensors(
         self, recipe: Recipe, batch: Batch, video: _Video, only: Collection[bytes] | None
@@ -176,7 +197,7 @@ class Encoder:
         missing = [place for place in range(len(batch["real"])) if place not in made]
         if missing:
             made |= dict(zip(missing, recipe.encode(video.of(missing)), strict=True))
-        return [made[place].to(self.device, non_blocking=True) for place in range(len(made))]
+        return [to_device(made[place], self.device) for place in range(len(made))]
 
     def _from_cache(
         self, recipe: Recipe, batch: Batch, place: int, video: _Video, only: Collection[bytes] | None
@@ -212,7 +233,7 @@ class _Video:
         batch = self._batch
         read = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
         if self._video is None and read:
-            self._video = to_video(batch["pixels"].to(self._device, non_blocking=True))
+            self._video = to_video(to_device(batch["pixels"], self._device))
         video = torch.empty(0)  # of text alone
         if self._video is not None:
             video = self._video if read == list(range(len(self._video))) else self._video[read]

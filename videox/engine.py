@@ -5,7 +5,6 @@ An Engine is what a backend makes of the model: WholeEngine here, FsdpEngine in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from videox.checkpoint import SAVE_ERRORS
 from videox.ema import Masters
 from videox.kept import Kept, WholeModel
-from videox.optim import clip_gradients, gradient_norm, set_learning_rate
+from videox.optim import clip_gradients, gradient_norm, set_learning_rate, step_if
 from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.weights import write_config
 
@@ -26,10 +25,13 @@ OptimizerOver = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 class Update(NamedTuple):
-    """How a step ended: the global gradient norm before clipping, and whether the weights were stepped."""
+    """How a step ended: scalars that the host may read when the device has come so far.
 
-    grad_norm: float
-    applied: bool
+    grad_norm: global, before clipping; applied: boolean, the weights were stepped.
+    """
+
+    grad_norm: Tensor
+    applied: Tensor
 
 
 class Engine(Protocol):
@@ -52,13 +54,15 @@ class Engine(Protocol):
     def set_rate(self, rate: float) -> None:
         """Sets the learning rate of the next step, times each group's rate_factor."""
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """Steps the weights by the accumulated gradients, unless loss or gradients are not finite, and empties these.
 
+        Whether they are is found and obeyed on the device, so that the host goes on.
+
         Args:
-            loss: of the step, over all processes.
+            loss: of the step, over all processes: scalar on the device.
             empty: no sample of the step could be read, so that its gradients are zero: no step.
-            limit: the norm to clip to, from the norm.
+            limit: the norm to clip to, from the norm, both scalars on the device.
         """
 
     def discard(self) -> None:
@@ -113,16 +117,17 @@ class WholeEngine:
         """As Engine's."""
         set_learning_rate(self.optimizer, rate)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
         norm = gradient_norm(self.trained)
-        grad_norm = float(norm)
-        applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
-        if applied:
-            clip_gradients(self.trained, norm, limit(grad_norm))
-            self.optimizer.step()
+        applied = norm.isfinite() & loss.isfinite()
+        if empty:
+            applied = torch.zeros_like(applied)
+        else:
+            clip_gradients(self.trained, norm, limit(norm))
+            step_if(self.optimizer, applied)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(grad_norm, applied)
+        return Update(norm, applied)
 
     def discard(self) -> None:
         """As Engine's."""

@@ -6,6 +6,8 @@ import filecmp
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from safetensors import SafetensorError
 from videox import __version__, layouts
 from videox.errors import MODEL, Refusal
 from videox.files import aside, flush, flush_tree, unused
+from videox.layouts import Entry, Piece
 from videox.shards import Scattered
 from videox.streaming import Planned, check_bytes, check_folder, planned, write_folder
 from videox.tensor_files import LayoutTensors, assembled, open_tensors
 from videox.weights import SaveFailed
 
 LAYOUTS = ("original", "comfyui")  # beside diffusers'
+MERGED = "merged"  # what --export_layouts calls a LoRA's base with the LoRA in it, in diffusers' layout
 COMFYUI_PREFIX = "model.diffusion_model."
 ARCHITECTURES = {"wan": "wan2.1", "hunyuan": "hunyuan-video"}
 
@@ -43,25 +47,33 @@ def describe(base_model: str, facts: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def relaid(source: LayoutTensors, layout: str) -> list[Scattered]:
-    """Returns a transformer's tensors as they are called and cut in a layout: "diffusers", "original" or "comfyui".
+def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
+    """Returns a transformer's tensors as they are called and made of diffusers' in a layout.
 
     ComfyUI reads the published names, and knows a model in its diffusion_models folder by their usual prefix.
+
+    Args:
+        source: the transformer.
+        layout: "diffusers" | "original" | "comfyui".
 
     Raises:
         Refusal: (MODEL) it is no transformer of a known family.
     """
-    tensors = {name: source.scattered(name) for name in source}
+    shapes = source.shapes()
     if layout == "diffusers":
-        return list(tensors.values())
-    family = layouts.family_of(tensors)
+        return [Entry(name, shape, (Piece(name, 0, prod(shape)),)) for name, shape in shapes.items()]
+    family = layouts.family_of(shapes)
     if family not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES.values())
         raise Refusal(str(source.path), f"is no transformer of {known}", "give one", MODEL)
-    entries = layouts.to_original(family, source.shapes())
-    found = [assembled(entry, tensors, source.path) for entry in entries]
     prefix = COMFYUI_PREFIX if layout == "comfyui" else ""
-    return [Scattered(f"{prefix}{t.name}", t.dtype, t.shape, t.runs, t.stride, t.buffer, t.scale) for t in found]
+    return [replace(entry, name=f"{prefix}{entry.name}") for entry in layouts.to_original(family, shapes)]
+
+
+def relaid(source: LayoutTensors, layout: str) -> list[Scattered]:
+    """Returns where the elements of each tensor of laid_out lie. Raises Refusal (MODEL) as it does."""
+    tensors = {name: source.scattered(name) for name in source}
+    return [assembled(entry, tensors, source.path) for entry in laid_out(source, layout)]
 
 
 def export_file(folder: Path, target: Path, layout: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.fsdp import (
@@ -50,7 +50,8 @@ from videox.engine import (
 )
 from videox.errors import MODEL, Refusal
 from videox.kept import TRANSFORMER, Kept, WholeModel
-from videox.optim import set_learning_rate
+from videox.local_steps import LocalShards
+from videox.optim import set_learning_rate, step_if
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
 from videox.weights import SaveFailed, TensorSource
@@ -74,6 +75,7 @@ class FsdpEngine:
         stored: the weights of a skeleton (FSDP2), of which each process reads its own shards.
         whole_weights: checkpoints also have transformer/, float32, gathered tensor by tensor.
         kept: what checkpoints hold of the model (None = all); what is trained alone they also hold gathered.
+        by_shard: the optimizer knows no divided tensors (FSDP2): it is made over each process's own shards.
 
     Raises:
         Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
@@ -89,6 +91,7 @@ class FsdpEngine:
         stored: TensorSource | None = None,
         whole_weights: bool = False,
         kept: Kept | None = None,
+        by_shard: bool = False,
     ) -> None:
         self.kept = kept or WholeModel()
         plugin = accelerator.state.fsdp_plugin
@@ -106,44 +109,59 @@ class FsdpEngine:
             fill(_shards(self.model, stored), stored.folder)
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.optimizer = make_optimizer(parameters)
-        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.group = _group(self.model, self.trained[0])
+        self.group = _group(self.model, next(iter(self.parameters.values())))
+        self.shards: LocalShards | None = None
+        if by_shard:
+            rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+            self.shards = LocalShards(parameters, rank=rank, world_size=world_size)
+        self.optimizer = make_optimizer(self.shards.parameters if self.shards else parameters)
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.trained = list(self.parameters.values()) if self.shards else stepped
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""
         set_learning_rate(self.optimizer, rate)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
         gradients = [_local(parameter.grad) for parameter in self.trained if parameter.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.trained[0].device)
         if gradients:
             squares += torch.nn.utils.get_total_norm(gradients).double() ** 2
         dist.all_reduce(squares, group=self.group)
-        grad_norm = math.sqrt(squares.item()) if math.isfinite(squares.item()) else math.nan
-        applied = not empty and math.isfinite(loss) and math.isfinite(grad_norm)
-        if applied:
-            scale = min(limit(grad_norm) / (grad_norm + 1e-6), 1.0)
+        norm = squares.sqrt()
+        applied = norm.isfinite() & loss.isfinite()
+        if empty:
+            applied = torch.zeros_like(applied)
+        else:
+            scale = (limit(norm) / (norm + 1e-6)).clamp(max=1.0)
             if gradients:  # a process may hold no piece of what is trained
-                torch._foreach_mul_(gradients, scale)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Update(grad_norm, applied)
+                torch._foreach_mul_(gradients, scale.float())
+            if self.shards:
+                self.shards.take_gradients()
+            step_if(self.optimizer, applied)
+        self.discard()
+        return Update(norm, applied)
 
     def discard(self) -> None:
         """As Engine's."""
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trained:  # the optimizer may step shards of them
+            parameter.grad = None
 
     def save(self, folder: Path, state: TrainState) -> None:
         """As Engine's: torch's distributed checkpoints, each process its own shards; transformer/ if asked for."""
         _name_parameters(self.model)
         with _quiet():
-            weights, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
+            if self.shards:
+                weights = get_model_state_dict(self.model, options=self.options)
+                moments = partial(self.shards.save, self.optimizer, folder / OPTIMIZER_FOLDER)
+            else:
+                weights, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
+                moments = partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER)
             parts: list[Callable[[], object]] = [
-                partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER),
-                partial(_write, _moments(optimizer), folder / OPTIMIZER_FOLDER),
-            ]
+                partial(_write, {"model": weights}, folder / WEIGHTS_FOLDER), moments,
+            ]  # fmt: skip
             if self.saves_whole:
                 write = partial(self.kept.save, folder, TRANSFORMER, config=self.config)
                 parts.append(partial(write_gathered, self.weights(), write, is_main=self.is_main))
@@ -154,16 +172,19 @@ class FsdpEngine:
     def load(self, checkpoint: Path) -> None:
         """As Engine's; at any number of processes."""
         groups = hyperparameters(self.optimizer)
+        options = replace(self.options, strict=not self.kept.trained_alone)
         with _quiet():
+            if self.shards:
+                weights = get_model_state_dict(self.model, options=self.options)
+                _read({"model": weights}, checkpoint / WEIGHTS_FOLDER)
+                set_model_state_dict(self.model, weights, options=options)
+                self.shards.load(self.optimizer, checkpoint / OPTIMIZER_FOLDER)
+                return
             weights, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
             _read({"model": weights}, checkpoint / WEIGHTS_FOLDER)
             _read(_moments(optimizer), checkpoint / OPTIMIZER_FOLDER)
             set_state_dict(
-                self.model,
-                self.optimizer,
-                model_state_dict=weights,
-                optim_state_dict=optimizer,
-                options=replace(self.options, strict=not self.kept.trained_alone),
+                self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=options
             )
         restore_hyperparameters(self.optimizer, groups)
         holds_some = any(_local(parameter).numel() for parameter in self.trained)

@@ -12,6 +12,7 @@ from PIL import Image
 from videox.flow_matching import batch_noise
 from videox.keys import Purpose, mix
 from videox.offload import RestingModule
+from videox.transfer import to_device
 
 
 def to_video(pixels: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def draw(moments: torch.Tensor, channels: int, keys: Sequence[int] | None) -> to
         return moments[:, :channels]
     posterior = DiagonalGaussianDistribution(moments)
     drawn = [int(mix(key, Purpose.POSTERIOR)) for key in keys]
-    return posterior.mean + posterior.std * batch_noise(drawn, posterior.mean.shape[1:]).to(moments.device)
+    return posterior.mean + posterior.std * to_device(batch_noise(drawn, posterior.mean.shape[1:]), moments.device)
 
 
 def encode(vae: RestingModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:

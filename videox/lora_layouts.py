@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from videox.layout_tables import COMFYUI_HUNYUAN
-from videox.layouts import sources
+from videox.layouts import published_name, sources, to_diffusers
 
 PREFIX = "diffusion_model."
 SAME = ("patch_embedding",)  # called alike on both sides
 KEY = re.compile(r"(?:base_model\.model\.)?(?:transformer\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+ORIGINAL_KEY = re.compile(r"diffusion_model\.(.+)\.(alpha|lora_(?:A|B|down|up)\.weight)")
+PARTS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
 # ComfyUI knows these modules of HunyuanVideo by its own names alone, the blocks also by the published ones.
 EMBEDDERS = {
     published: comfyui
@@ -102,3 +104,39 @@ def _fused(
             column += block.shape[1]
         row += count
     return torch.cat([found[name][0] for name in there]), b, rank * scales[there[0]] if alike else float(rank)
+
+
+def lora_to_diffusers(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor] | None:
+    """Returns a LoRA of lora_to_comfyui's layout by diffusers' names, with alpha / rank in B: the change is B A.
+
+    Of a fused weight each part has its own rows of B, without the columns that are nought in them, and the rows of A
+    that go with the rest: what lora_to_comfyui put together comes apart as it was.
+
+    Args:
+        state: `diffusion_model.<module>.lora_A.weight` (or lora_down), `.lora_B.weight` (or lora_up), `.alpha`, if
+            other than the rank.
+        family: "wan" | "hunyuan".
+
+    Returns:
+        None where some name is of another layout.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if not (match := ORIGINAL_KEY.fullmatch(name)):
+            return None
+        modules.setdefault(match[1], {})[PARTS[match[2]]] = tensor
+    made: dict[str, Tensor] = {}
+    for module, parts in modules.items():
+        if not {"A", "B"} <= parts.keys() or parts["A"].ndim != 2:
+            return None
+        a, b = parts["A"], parts["B"]
+        scale = float(parts["alpha"]) / len(a) if "alpha" in parts else 1.0
+        entries = to_diffusers(family, {published_name(f"{module}.weight"): (b.shape[0], a.shape[1])})
+        for entry in entries:
+            rows = torch.cat([b[p.begin // a.shape[1] :][: p.count // a.shape[1]] for p in entry.pieces])
+            used = rows.any(0) if len(entries) > 1 else torch.ones(len(a), dtype=torch.bool)
+            if used.any():
+                target = entry.name.removesuffix(".weight")
+                made[f"{target}.lora_A.weight"] = a[used]
+                made[f"{target}.lora_B.weight"] = (scale * rows[:, used].float()).to(b.dtype)
+    return made

@@ -1,13 +1,16 @@
 """Serves the dry run: what each backend keeps on a GPU, on a host and on the disk, in bytes, and what would fit.
 
-The states are exact: they are what the engines allocate (tests measure them). Activations follow videox.network.
-Counted besides are what a library sets aside for communication, and a round sum for the CUDA context.
+The states are exact: they are what the engines allocate (tests measure them). Activations follow videox.network, whose
+peak is that of a traced pass. Counted besides are what a library sets aside for communication, and a round sum for the
+CUDA context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from videox.network import Network
@@ -17,8 +20,10 @@ GB = 1e9
 CONTEXT = 1.5 * GB  # CUDA context, cuBLAS and cuDNN workspaces: a round sum
 FRAGMENTS = 0.05  # of what the allocator holds: blocks that are free, and of the wrong size
 WORKER = 0.6 * GB  # host memory of a decoding process at 81 frames
+CLOSE = 0.95  # of a GPU's memory: what takes more may not fit after all
 LIVE, PREFETCH, BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9  # DeepSpeed's own, in numbers
 WHOLE = ("single", "ddp")
+TITLES = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
 
 
 @dataclass(frozen=True)
@@ -167,9 +172,10 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
         "communication": communication_bytes(parameters, setup),
     }
     encoding = {"encoding": encoders.work}
-    if setup.rest:  # one part is awake at a time
+    if setup.rest:  # one part is awake at a time, and the next one is on its way
         awake = {name: size + (encoders.work if name == "vae" else 0.0) for name, size in encoders.weights.items()}
-        encoding = {"encoding": max(awake.values())}
+        coming = {name: max((s for n, s in encoders.weights.items() if n != name), default=0) for name in awake}
+        encoding = {"encoding": max(awake[name] + coming[name] for name in awake)}
     step: dict[str, float] = {}
     if setup.backend == "zero3" and not setup.offloads("optimizer"):  # flattens a sub-group's gradients once more
         part = int(_number(setup.zero, "sub_group_size", SUB_GROUP))
@@ -227,45 +233,56 @@ class Change:
     apply: Callable[[Setup], Setup | None]
 
 
+def _recompute(setup: Setup) -> Setup | None:
+    return replace(setup, recomputed=1.0) if setup.recomputed < 1 else None
+
+
+def _rest(setup: Setup) -> Setup | None:
+    return replace(setup, rest=True) if not setup.rest else None
+
+
+def _single(setup: Setup) -> Setup | None:
+    return replace(setup, batch=1) if setup.batch > 1 else None
+
+
+def _divide(setup: Setup, backend: str) -> Setup | None:
+    order = [*dict.fromkeys(("single", "ddp", "zero2", backend))]
+    if setup.processes == 1 or setup.backend not in order[: order.index(backend)]:
+        return None
+    return replace(setup, backend=backend)
+
+
+def _offload(setup: Setup) -> Setup | None:
+    if setup.offloads("optimizer") and setup.offloads("param"):
+        return None
+    away = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return replace(setup, backend="zero3", zero={**setup.zero, **away})
+
+
+def _times(setup: Setup, factor: int, processes: int) -> Setup | None:
+    if setup.backend in WHOLE or setup.processes != processes:
+        return None
+    return replace(setup, processes=setup.processes * factor)
+
+
 def _changes(divided: str) -> list[Change]:
-    """Returns what may be changed, the cheapest in time first."""
-
-    def recompute(setup: Setup) -> Setup | None:
-        return replace(setup, recomputed=1.0) if setup.recomputed < 1 else None
-
-    def rest(setup: Setup) -> Setup | None:
-        return replace(setup, rest=True) if not setup.rest else None
-
-    def single(setup: Setup) -> Setup | None:
-        return replace(setup, batch=1) if setup.batch > 1 else None
-
-    def divide(backend: str) -> Callable[[Setup], Setup | None]:
-        order = ("single", "ddp", "zero2", divided)
-
-        def apply(setup: Setup) -> Setup | None:
-            if setup.processes == 1 or setup.backend not in order[: order.index(backend)]:
-                return None
-            return replace(setup, backend=backend)
-
-        return apply
-
-    def times(factor: int) -> Callable[[Setup], Setup | None]:
-        def apply(setup: Setup) -> Setup | None:
-            if setup.backend in WHOLE:
-                return None
-            return replace(setup, processes=setup.processes * factor)
-
-        return apply
-
-    titles = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
+    """Returns what may be changed, the cheapest in time first; divided: the family's backend that divides weights."""
     return [
-        Change("--low_vram", rest),
-        Change("--gradient_checkpointing", recompute),
-        Change("--train_batch_size 1", single),
-        Change("ZeRO-2", divide("zero2")),
-        Change(titles[divided], divide(divided)),
-        Change("twice the processes", times(2)),
-        Change("four times the processes", times(4)),
+        Change("--low_vram", _rest),
+        Change("--gradient_checkpointing", _recompute),
+        Change("--train_batch_size 1", _single),
+        Change("ZeRO-2", partial(_divide, backend="zero2")),
+        Change(TITLES[divided], partial(_divide, backend=divided)),
+    ]
+
+
+def _dearer(processes: int) -> tuple[list[Change], list[Change]]:
+    """Returns what may be changed at a price: in time, and in GPUs; processes: that there are."""
+    host = "ZeRO-3 with weights and optimizer on the host, config/zero_stage3_config_cpu_offload.json"
+    more = {"twice": 2, "four times": 4, "eight times": 8}
+    return [Change(host, _offload)], [
+        Change(f"{words} the processes", partial(_times, factor=factor, processes=processes))
+        for words, factor in more.items()
     ]
 
 
@@ -276,8 +293,11 @@ def nearest_that_fits(
     *,
     divided: str = "zero3",
     shorter: Sequence[int] = (),
-) -> tuple[list[str], Setup] | None:
-    """Returns the fewest changes after which a run fits, in words, and the setup; None where none is found.
+) -> list[tuple[list[str], Setup]]:
+    """Returns the fewest changes after which a run fits, in words, and the setup; none where none is found.
+
+    Only where nothing else fits on the processes that there are, the ways are to put states on the host, which costs
+    time at each step, and to have more processes; and where these fail, a smaller largest sample.
 
     Args:
         setup: that does not fit.
@@ -287,20 +307,27 @@ def nearest_that_fits(
         shorter: token counts of smaller budgets, descending; tried last, since they change what is trained.
     """
     changes = _changes(divided)
-    for words, changed in _combinations(setup, changes):
-        if memory(changed).total() <= limit:
-            return words, changed
+
+    def first(*more: Change) -> list[tuple[list[str], Setup]]:
+        ways = _combinations(setup, [*changes, *more])
+        return [*islice((way for way in ways if memory(way[1]).total() <= limit), 1)]
+
+    found = first()
+    for more in () if found else _dearer(setup.processes):
+        found += first(*more)
+    if found:
+        return found
     most = setup
     said: list[str] = []
-    for change in changes[:5]:
+    for change in changes:
         other = change.apply(most)
         if other is not None:
             most, said = other, [*said, change.words]
     for tokens in shorter:
         smaller = replace(most, tokens=tokens)
         if memory(smaller).total() <= limit:
-            return [*said, f"a largest sample of {tokens:,} tokens"], smaller
-    return None
+            return [([*said, f"a largest sample of {tokens:,} tokens"], smaller)]
+    return []
 
 
 def _combinations(setup: Setup, changes: Sequence[Change]) -> Iterator[tuple[list[str], Setup]]:

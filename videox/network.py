@@ -3,7 +3,9 @@
 Everything is counted for one sample of S latent tokens. Operations are those of matrix products alone, two for each
 multiply-add, as torch's FlopCounterMode counts them; a backward pass costs twice its forward pass, except that no
 gradient is taken towards the model's inputs. Bytes are those of the tensors that autograd keeps between forward and
-backward, in diffusers' eager blocks with a fused attention kernel, which keeps query, key, value and its output.
+backward, in diffusers' eager blocks with a fused attention kernel, which keeps query, key, value and its output; and
+of those that an operation makes and leaves, where the most is held. Copies of weights and what a kernel needs for
+itself are not among them.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ class Block:
     """A repeated block, for one sample.
 
     forward: operations of its forward pass; kept: bytes that its backward pass needs; held: bytes of its own input,
-    which is all that is kept of a block that is recomputed.
+    which is all that is kept of a block that is recomputed; passing: bytes that it holds for a moment besides, when
+    it holds the most.
     """
 
     forward: Polynomial
     kept: Polynomial
     held: Polynomial
+    passing: Polynomial
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,14 @@ class Network:
         blocks: in order.
         ends: operations of the forward pass outside the blocks.
         first: the part of ends whose input needs no gradient.
-        ends_kept: bytes kept outside the blocks.
+        ends_kept: bytes kept outside the blocks; ends_passing: held for a moment besides, between the two passes.
     """
 
     blocks: tuple[Block, ...]
     ends: Polynomial
     first: Polynomial
     ends_kept: Polynomial
+    ends_passing: Polynomial
 
     def forward(self, tokens: float) -> float:
         """Returns the operations of a forward pass."""
@@ -83,9 +88,11 @@ class Network:
         )
 
     def peak(self, tokens: float, chosen: Collection[int]) -> float:
-        """Returns the most bytes of activations at once: what is kept, and one recomputed block at its backward."""
-        recomputed = max((self.blocks[number].kept(tokens) for number in chosen), default=0.0)
-        return self.kept(tokens, chosen) + recomputed
+        """Returns the most bytes of activations at once: what is kept, one recomputed block, and what passes."""
+        extra = [self.ends_passing(tokens)]
+        for number, block in enumerate(self.blocks):
+            extra.append(block.passing(tokens) + (block.kept(tokens) if number in set(chosen) else 0.0))
+        return self.kept(tokens, chosen) + max(extra)
 
     def model_polynomial(self) -> Polynomial:
         """Returns `model` as a polynomial, for columns of token counts."""
@@ -93,7 +100,9 @@ class Network:
         return Polynomial(*(3 * f - i for f, i in zip(forward, self.first, strict=True)))
 
 
-def cross_attention_network(config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool) -> Network:
+def cross_attention_network(
+    config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool, cast: bool = True
+) -> Network:
     """Returns a transformer whose latents attend to each other and then to the text (Wan2.1).
 
     Args:
@@ -101,7 +110,9 @@ def cross_attention_network(config: Mapping[str, Any], *, text_tokens: int, imag
         text_tokens: of a prompt, padding included.
         image_tokens: of the image that the prompt shows; 0 without an image embedder.
         half: computes in bfloat16 under autocast, else in float32.
+        cast: as joint_attention_network's; here every norm returns what it was given, so that it is all one.
     """
+    del cast
     heads, text_dim = config["num_attention_heads"], config["text_dim"]
     dim, ffn = heads * config["attention_head_dim"], config["ffn_dim"]
     area = PATCH**2
@@ -119,7 +130,7 @@ def cross_attention_network(config: Mapping[str, Any], *, text_tokens: int, imag
         constant=context * dim * (8 + 2 * size),
         linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
     )
-    block = Block(forward, kept, held=Polynomial(linear=dim * size))
+    block = Block(forward, kept, held=Polynomial(linear=dim * size), passing=Polynomial(linear=4 * dim if half else 0))
     first = Polynomial(
         constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
         linear=2 * inputs * dim,
@@ -133,16 +144,19 @@ def cross_attention_network(config: Mapping[str, Any], *, text_tokens: int, imag
         constant=3 * text_tokens * dim * size + text_tokens * text_dim * size + image_tokens * dim * (8 + 2 * size),
         linear=dim * (8 + size) + inputs * size + 8 * config["attention_head_dim"],
     )
-    return Network((block,) * config["num_layers"], total(ends, first), first, ends_kept)
+    ends_passing = Polynomial(linear=dim * (10 if half else 8))
+    return Network((block,) * config["num_layers"], total(ends, first), first, ends_kept, ends_passing)
 
 
-def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half: bool) -> Network:
+def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half: bool, cast: bool = True) -> Network:
     """Returns a transformer whose latents and text attend to each other jointly (HunyuanVideo).
 
     Args:
         config: of the transformer, as its config.json has it.
         text_tokens: of a prompt.
         half: computes in bfloat16 under autocast, else in float32.
+        cast: the weights are float32 and cast by autocast, as under DDP; under ZeRO and FSDP a block finds them in
+            bfloat16. Norms with float32 weights return float32, and so do the products with what they return.
     """
     heads, ratio = config["num_attention_heads"], config["mlp_ratio"]
     dim, size, text = heads * config["attention_head_dim"], 2 if half else 4, text_tokens
@@ -150,7 +164,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     area = PATCH**2
     inputs, outputs = area * config["in_channels"], area * (config.get("out_channels") or config["in_channels"])
 
-    def joint(modulation: float, kept_per_token: float) -> Block:
+    def joint(modulation: float, kept_per_token: float, passing_per_token: float) -> Block:
         per_token = 2 * (4 + 2 * ratio) * dim * dim
         forward = Polynomial(
             constant=per_token * text + 4 * dim * text * text + 2 * modulation * dim * dim,
@@ -161,12 +175,17 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
             forward,
             kept=Polynomial(kept_per_token * text, kept_per_token),
             held=Polynomial(dim * size * text, dim * size),
+            passing=Polynomial(passing_per_token * text, passing_per_token),
         )
 
-    double_kept = dim * ((16 + 15 * size + 2 * ratio * size) if half else 64 + 8 * ratio) + 12 * heads + 8
-    single_kept = dim * ((16 + 12 * size + 2 * ratio * size) if half else 56 + 8 * ratio) + 12 * heads + 4
-    double = joint(6 + 6 + (6 if replaced else 0), double_kept)
-    single = joint(3 + (3 if replaced else 0), single_kept)
+    # queries and keys that norms left in float32, in each stream
+    wide = cast and half
+    double_kept = dim * ((10 + 15 * size + 2 * ratio * size + 6 * wide) if half else 64 + 8 * ratio) + 12 * heads + 8
+    single_kept = dim * ((12 + 12 * size + 2 * ratio * size + 4 * wide) if half else 56 + 8 * ratio) + 12 * heads + 4
+    # a single stream's attention and feed-forward, put together in the precision of its queries
+    single_passing = dim * ((16 + 5 * ratio if wide else 6) if half else 12)
+    double = joint(6 + 6 + (6 if replaced else 0), double_kept, dim * (2 if half else 4))
+    single = joint(3 + (3 if replaced else 0), single_kept, single_passing)
 
     refiners, text_dim = config["num_refiner_layers"], config["text_embed_dim"]
     times = 2 + int(bool(config.get("guidance_embeds"))) + int(replaced)  # timestep embedders, the refiner's included
@@ -185,4 +204,5 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
         linear=3 * dim * size + inputs * size + 8 * config["attention_head_dim"],
     )
     blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
-    return Network(blocks, total(ends, first), first, ends_kept)
+    ends_passing = Polynomial(linear=dim * (10 if half else 20))
+    return Network(blocks, total(ends, first), first, ends_kept, ends_passing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -75,15 +76,14 @@ def make_optimizer(
     epsilon: float,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """Returns an optimizer over the groups; AdamW is fused on a GPU, where its loop makes full-size temporaries.
+    """Returns an optimizer over the groups; AdamW is fused, which takes no temporaries and can be left (see step_if).
 
     Args:
         name: of videox.optimizers.OPTIMIZERS.
     """
     make = optimizer_class(name, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
     if name == "adamw":
-        fused = all(p.is_cuda for group in groups for p in group["params"])
-        return make(groups, lr=learning_rate, fused=fused or None)
+        return make(groups, lr=learning_rate, fused=True)
     return make(groups, lr=learning_rate)
 
 
@@ -108,8 +108,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate * group["rate_factor"]
 
 
-def clip_limit(norm: float, step: int, *, max_grad_norm: float, initial_ratio: float, ramp_steps: int) -> float:
-    """Returns the gradient norm that a step may have.
+def clip_limit(
+    norm: torch.Tensor, step: int, *, max_grad_norm: float, initial_ratio: float, ramp_steps: int
+) -> torch.Tensor:
+    """Returns the gradient norm that a step may have: float64 scalar, on the norm's device.
 
     It falls linearly from max_grad_norm * initial_ratio at step 0 to max_grad_norm at step ramp_steps. After a ramp, a
     norm of more than 5 times the limit is clipped below it, to limit / min(norm / limit, 10).
@@ -122,14 +124,43 @@ def clip_limit(norm: float, step: int, *, max_grad_norm: float, initial_ratio: f
     """
     progress = min(step / ramp_steps, 1.0)
     limit = max_grad_norm * (initial_ratio + (1 - initial_ratio) * progress)
-    if initial_ratio > 1 and step > ramp_steps and norm / limit > ABNORMAL_RATIO:
-        return limit / min(norm / limit, ABNORMAL_SQUEEZE)
-    return limit
+    usual = torch.full_like(norm, limit, dtype=torch.float64)
+    if initial_ratio <= 1 or step <= ramp_steps:
+        return usual
+    excess = norm.double() / limit
+    return torch.where(excess > ABNORMAL_RATIO, usual / excess.clamp(max=ABNORMAL_SQUEEZE), usual)
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, limit: float) -> None:
-    """Scales the gradients, in place, so that their global 2-norm, given as `norm`, is at most `limit`."""
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, limit: torch.Tensor) -> None:
+    """Scales the gradients, in place, so that their global 2-norm, given as `norm`, is at most `limit`.
+
+    To the bit as torch.nn.utils.clip_grads_with_norm_, which takes the limit as a number of the host.
+    """
+    scale = ((norm + 1e-6).reciprocal() * limit.to(norm.dtype)).clamp(max=1.0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, scale)
+
+
+def step_if(optimizer: torch.optim.Optimizer, applied: torch.Tensor) -> None:
+    """Steps the optimizer, or leaves weights and moments to the bit as they are.
+
+    torch's fused kernels look at `applied` on the device, as they do for torch.amp.GradScaler. Other optimizers have
+    no such thing: for them the host reads it, and waits.
+
+    Args:
+        applied: boolean scalar on the device.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if applied:
+            optimizer.step()
+        return
+    scaled: Any = optimizer
+    scaled.grad_scale, scaled.found_inf = None, applied.logical_not().float()
+    try:
+        optimizer.step()
+    finally:
+        del scaled.grad_scale, scaled.found_inf
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:

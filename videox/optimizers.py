@@ -23,25 +23,32 @@ class Optimizer:
     Attributes:
         package: that has it, as pip and as Python call it, with its version; "" for torch's own.
         module: of the package.
-        kinds: of backends under which it steps and resumes to the bit (see videox.distributed.Backend).
+        backends: under which it steps and resumes to the bit (names of videox.distributed.BACKENDS).
+        instead: why not under the others.
         masters: what trains is float32; else it is bfloat16, rounded at random, so that small steps count on average.
         note: bytes of a trained number that it keeps, gradient and weight included.
+        by_shard: under FSDP2 each process steps its own shards, and resumes at the same number of processes.
     """
 
     package: str
     module: str
-    kinds: tuple[str, ...]
+    backends: tuple[str, ...]
+    instead: str
     masters: bool
     note: str
+    by_shard: bool = False
 
 
-WHOLE = ("whole",)
+WHOLE = ("single", "ddp")
+SHARDS = (*WHOLE, "fsdp2")
+FLAT = "DeepSpeed and FSDP1 lay weights end to end and keep moments by the names and sizes of AdamW's"
+MATRICES = "its moments are rows and columns of whole matrices, and this launch divides them"
 OPTIMIZERS = {
-    "adamw": Optimizer("", "torch", ("whole", "zero", "fsdp"), True, "16 bytes"),
-    "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", WHOLE, True, "10 bytes"),
-    "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, True, "12 bytes"),
-    "adamw_bf16": Optimizer("torchao==0.18.0", "torchao", WHOLE, False, "12 bytes"),
-    "adamw8bit_bf16": Optimizer("torchao==0.18.0", "torchao", WHOLE, False, "6 bytes"),
+    "adamw": Optimizer("", "torch", (*SHARDS, "zero2", "zero3", "fsdp1"), "", True, "16 bytes"),
+    "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDS, FLAT, True, "10 bytes", by_shard=True),
+    "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, MATRICES, True, "12 bytes"),
+    "adamw_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
+    "adamw8bit_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
 }
 
 
@@ -53,12 +60,12 @@ def refuse_absent(name: str) -> None:
         raise Refusal("--optimizer", what, f"pip install {asked.package}")
 
 
-def refuse_unfit(name: str, kind: str, precision: str, *, lora: bool) -> None:
+def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None:
     """Refuses an optimizer that this launch cannot step or resume.
 
     Args:
         name: of OPTIMIZERS.
-        kind: of the backend.
+        backend: its name.
         precision: of computation, "bf16" | "no".
         lora: adapters are trained.
 
@@ -66,10 +73,10 @@ def refuse_unfit(name: str, kind: str, precision: str, *, lora: bool) -> None:
         Refusal: with the way out.
     """
     asked = OPTIMIZERS[name]
-    if kind not in asked.kinds:
-        can = [other for other, optimizer in OPTIMIZERS.items() if kind in optimizer.kinds]
-        what = f"{name} trains whole weights, on one process or by DDP, and this launch divides them"
-        raise Refusal("--optimizer", what, f"give {' or '.join(can)} here")
+    if backend not in asked.backends:
+        can = [other for other, optimizer in OPTIMIZERS.items() if backend in optimizer.backends]
+        mend = f"give {' or '.join(can)} here, or launch one of {', '.join(asked.backends)}"
+        raise Refusal("--optimizer", f"{name} does not work under {backend}: {asked.instead}", mend)
     if not asked.masters and lora:
         what = f"{name} rounds bfloat16 weights, and a LoRA's are float32"
         raise Refusal("--optimizer", what, "give adamw or adamw8bit")

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 class _Held(TorchDispatchMode):
     """Adds up the storages that operations make, and takes them off when they are freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[Tensor], bool] | None) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._leave, self._known = leave, set[int]()
 
     def __torch_dispatch__(
         self,
@@ -29,7 +29,7 @@ class _Held(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
         result = func(*given, **(by_name or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not (self._leave and self._leave(tensor)):
                 self._note(tensor.untyped_storage())
         return result
 
@@ -47,13 +47,17 @@ class _Held(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object], leave: Callable[[Tensor], bool] | None = None) -> int:
     """Returns the most bytes of tensors that a function holds at once, those it was given left out.
 
     It runs without gradients, on whatever device its tensors are; on the meta device nothing is computed. What a
     kernel needs for itself is not seen.
+
+    Args:
+        run: the function.
+        leave: of the tensors that operations return, those that do not count (None = all do).
     """
-    with torch.no_grad(), _Held() as held:
+    with torch.no_grad(), _Held(leave) as held:
         run()
     return held.most
 

@@ -1,4 +1,4 @@
-"""Serves whoever plans a run and would rather look: where the time goes by bucket, and how evenly GPUs are loaded."""
+"""Serves whoever plans a run and would rather look: where the time goes, and how evenly GPUs are loaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from videox.shapes import Bucket, token_count
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#9a9a9a"
 MOST = 16  # buckets that are named
+BINS = 12  # of token counts
 
 
 def plot_plan(
@@ -32,9 +33,10 @@ def plot_plan(
         balanced: {"balance", "balance_unplanned", "mix"}, each by the number of processes.
     """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        figure = Figure(figsize=(15, 5), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2.4, 2))
         _plot_buckets(left, buckets, counts, spent)
+        _plot_tokens(middle, np.array([token_count(bucket) for bucket in buckets]), counts, spent)
         _plot_balance(right, balanced)
         with replacing(path) as aside:
             figure.savefig(aside, format="png", dpi=120)
@@ -61,6 +63,20 @@ def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, spe
     axes.legend(frameon=False, loc="lower right")
 
 
+def _plot_tokens(axes: Axes, tokens: np.ndarray, counts: np.ndarray, spent: np.ndarray) -> None:
+    """Where there are hundreds of buckets their sizes tell more than their names."""
+    edges = np.geomspace(0.999 * tokens.min(), 1.001 * tokens.max(), BINS + 1)
+    for weights, colour, label, shift in ((spent, BLUE, "of the time", -0.2), (counts, GREY, "of the samples", 0.2)):
+        share = np.histogram(tokens, edges, weights=weights)[0] / weights.sum()
+        axes.bar(np.arange(BINS) + shift, 100 * share, 0.4, color=colour, label=label)
+    shown = np.arange(0, BINS + 1, 2)
+    axes.set_xticks(shown - 0.5, [f"{edges[place]:,.0f}" for place in shown], rotation=45, ha="right")
+    axes.set_xlabel("tokens of a sample")
+    axes.set_ylabel("percent")
+    axes.set_title("Samples by their size")
+    axes.legend(frameon=False, loc="upper left")
+
+
 def _plot_balance(axes: Axes, balanced: Mapping[str, Mapping[str, float]]) -> None:
     worlds = list(balanced["balance"])
     places = np.arange(len(worlds))
@@ -75,5 +91,5 @@ def _plot_balance(axes: Axes, balanced: Mapping[str, Mapping[str, float]]) -> No
     axes.set_ylabel("balance")
     axes.set_ylim(0, 1.18)
     axes.set_yticks(np.arange(0, 1.01, 0.2))
-    axes.set_title("Share of the GPUs' time in which none waits")
+    axes.set_title("GPUs' time in which none waits")
     axes.legend(frameon=False, loc="upper center", ncols=2)

@@ -32,6 +32,7 @@ from videox.data.settings import Columns, PlanSettings, columns_of
 from videox.distributed import BACKENDS, Backend, asked_for
 from videox.dry_run import (
     GIB,
+    WORLDS,
     Speed,
     Work,
     attribute_line,
@@ -47,6 +48,7 @@ from videox.dry_run import (
     step_lines,
     tail_line,
     time_lines,
+    way_words,
     work_of,
 )
 from videox.engine import Engine
@@ -55,7 +57,17 @@ from videox.explain import explain_row
 from videox.files import replacing, write_json_atomically
 from videox.first_minute import largest_batch, names_phase, try_batch
 from videox.jsonl import json_line
-from videox.memory import Encoders, Memory, Parameters, Setup, checkpoint_size, memory_of, nearest_that_fits
+from videox.memory import (
+    CLOSE,
+    WHOLE,
+    Encoders,
+    Memory,
+    Parameters,
+    Setup,
+    checkpoint_size,
+    memory_of,
+    nearest_that_fits,
+)
 from videox.model_folder import read_json, without_weights
 from videox.network import Network, total
 from videox.optim import choose_trainable
@@ -75,7 +87,8 @@ class Model:
 
     Attributes:
         task: in words.
-        network: makes operations and bytes, from `half`: whether it computes in bfloat16.
+        network: makes operations and bytes, from `half`: whether it computes in bfloat16, and `cast`: whether its
+            weights are float32.
         blocks: names of the transformer's lists of repeated blocks.
         parts: class and configuration of each part that has weights, by name.
         min_frames: below which a sample teaches nothing.
@@ -257,7 +270,7 @@ class _Forecast:
         plan: EpochPlan,
     ) -> None:
         self.args, self.launch, self.columns, self.settings, self.plan = args, launch, columns, settings, plan
-        self.model, self.network = model, model.network(half=launch.half)
+        self.model, self.network = model, model.network(half=launch.half, cast=launch.backend in WHOLE)
         share = 1.0 if args.gradient_checkpointing else args.selective_ac
         self.setup = Setup(
             backend=launch.backend,
@@ -279,10 +292,10 @@ class _Forecast:
         args, plan, settings = self.args, self.plan, self.settings
         chosen = chosen_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
         work = work_of(plan, self.network, chosen)
-        balanced = balances(self.columns, settings, args.gradient_accumulation_steps)
-        own = balances(self.columns, settings, args.gradient_accumulation_steps, (self.launch.processes,))["balance"]
+        worlds = sorted({*WORLDS, self.launch.processes})
+        balanced = balances(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _say(*time_lines(plan, work))
-        efficiency = own[str(self.launch.processes)]
+        efficiency = balanced["balance"][str(self.launch.processes)]
         _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
         _say("how evenly processes are loaded:", *balance_lines(balanced))
         parameters = self._parameters()
@@ -290,8 +303,9 @@ class _Forecast:
         checkpoint = checkpoint_size(parameters, self.setup)
         steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
+        told = {name: {str(world): found[str(world)] for world in WORLDS} for name, found in balanced.items()}
         report = plan_report(
-            self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
+            self.columns, plan, settings, work=work, balanced=told, memory=memory, checkpoint=checkpoint
         )
         self._write(report, work, balanced)
 
@@ -310,15 +324,13 @@ class _Forecast:
         encoders = encoders_of(args, self.model, self.launch.half, largest)
         memory = partial(memory_of, parameters, self.network, encoders)
         found, limit = memory(self.setup), args.gpu_memory * GIB
-        way_out = "no setting here fits"
-        if found.total() > limit:
+        ways: list[str] = []
+        if found.total() > CLOSE * limit:
             tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
-            fits = nearest_that_fits(self.setup, limit, memory, divided=self.model.divided, shorter=tokens)
-            if fits is not None:
-                words, setup = fits
-                way_out = f"nearest that does: {' and '.join(words)} ({memory(setup).total() / GIB:.1f} GiB)"
+            fitting = nearest_that_fits(self.setup, CLOSE * limit, memory, divided=self.model.divided, shorter=tokens)
+            ways = [way_words(words, memory(setup), setup) for words, setup in fitting]
         rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} billion trained"
-        _say(rows, *memory_lines(found, self.setup, limit, way_out))
+        _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
     def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[str, Mapping[str, float]]) -> None:

@@ -67,23 +67,27 @@ class StepClock:
         finally:
             self._aside += self._now() - start
 
-    def lap(self, tokens: int, data_wait: float | None = None) -> StepTime:
-        """Ends the step and begins the next one.
+    def split(self) -> float:
+        """Ends the step, begins the next one, and returns the seconds that it took."""
+        now = self._now()
+        seconds = max(now - self._start - self._aside, 1e-9)
+        self._start, self._aside, self.data_wait = now, 0.0, 0.0
+        return seconds
+
+    def count(self, tokens: int, seconds: float, data_wait: float) -> StepTime:
+        """Returns the times of a step that has ended; the smoothed ones go on from the steps counted before.
 
         Args:
             tokens: of the global batch.
-            data_wait: seconds, the largest over the ranks; None takes this process's own.
+            seconds: that it took.
+            data_wait: seconds of them, the largest over the ranks.
         """
-        now = self._now()
-        seconds = max(now - self._start - self._aside, 1e-9)
-        waited = self.data_wait if data_wait is None else data_wait
         self._tokens = self._keep * self._tokens + tokens
         self._seconds = self._keep * self._seconds + seconds
-        self._waited = self._keep * self._waited + min(waited, seconds)
-        self._start, self._aside, self.data_wait = now, 0.0, 0.0
+        self._waited = self._keep * self._waited + min(data_wait, seconds)
         return StepTime(
             seconds=seconds,
-            data_wait=waited,
+            data_wait=data_wait,
             tokens_per_second=tokens / seconds,
             smooth_tokens_per_second=self._tokens / self._seconds,
             wait_share=self._waited / self._seconds,
@@ -157,7 +161,14 @@ class ProgressBar:
         if self._stream.columns():
             self._bar = tqdm(total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit="step")
 
-    def update(self, loss: float, tokens_per_second: float, wait_share: float, mfu: float | None = None) -> None:
+    def update(
+        self,
+        loss: float,
+        tokens_per_second: float,
+        wait_share: float,
+        mfu: float | None = None,
+        stragglers: tuple[float, float] | None = None,
+    ) -> None:
         """Shows that one more step is done.
 
         Args:
@@ -165,11 +176,14 @@ class ProgressBar:
             tokens_per_second: smoothed, over the global batch.
             wait_share: share of the time that went into waiting for data, in [0, 1].
             mfu: share of the devices' arithmetic that goes into the model, None where their peak is not known.
+            stragglers: share of the time that processes wait for the slowest, measured and as planned; None = unknown.
         """
         self.step += 1
         figures = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, data wait {wait_share:.0%}"
         if mfu is not None:
             figures += f", MFU {mfu:.0%}"
+        if stragglers is not None:
+            figures += f", waiting for the slowest {stragglers[0]:.0%} (planned {stragglers[1]:.0%})"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()

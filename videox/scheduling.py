@@ -99,7 +99,7 @@ def open_schedule(
         index_fingerprint=columns_fingerprint(index, columns),
         names=index.names(),
         columns=columns,
-        run=run_name(vars(args)),
+        run=name_of_flags(vars(args)),
         gather=gather,
     )
     if run.resume.path:
@@ -125,8 +125,8 @@ def open_schedule(
     return Schedule(index, columns, settings, state, plan, total)
 
 
-def run_name(asked: Mapping[str, Any]) -> str:
-    """Returns a name for the run that these flags begin: equal for runs whose every number is equal, else another."""
+def name_of_flags(asked: Mapping[str, Any]) -> str:
+    """Returns a name of the flags that change numbers; how a step is divided is said by the plan's settings."""
     numbers = {name: value for name, value in asked.items() if name not in WITHOUT_NUMBERS}
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 

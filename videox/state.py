@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -92,6 +93,23 @@ def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))
 
 
+def name_of(flags: str, index: str, settings: PlanSettings) -> str:
+    """Returns a run's name, which runs share whose every number is equal, whatever launched them.
+
+    Its order follows from how a step is divided among processes: 4 processes train another than 2 with 2 accumulation
+    steps. One process trains that of a process for each slot.
+
+    Args:
+        flags: a name of those flags that change numbers.
+        index: the index's fingerprint.
+        settings: of the plan.
+    """
+    inputs = plan_inputs(settings)
+    if settings.accumulation == settings.slots:
+        inputs["accumulation"] = 1
+    return hashlib.sha256(json.dumps([flags, index, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: PlanSettings) -> None:
     """Refuses to resume when data or settings would give another schedule than the one that was interrupted.
 
@@ -171,7 +189,7 @@ def resume_or_begin(
         slots: processes x accumulation of this launch; a checkpoint's own number wins, accumulation adapts to it.
         world_size: processes of this launch; it must divide the slots.
         index_fingerprint: of the data; names: of its rows alone; columns: what the plan reads of it.
-        run: name of the run that these flags begin.
+        run: name of the flags that a new run begins with.
         gather: collective that returns every process's value.
 
     Raises:
@@ -189,7 +207,8 @@ def resume_or_begin(
         refuse_changed_plan(state, state.index if only_lost else index_fingerprint, settings)
         state.columns = state.columns if only_lost else columns
         return state, settings
-    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), run, names=names, columns=columns)
+    begun = name_of(run, index_fingerprint, settings)
+    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), begun, names=names, columns=columns)
     return state, settings
 
 

@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from videox.agreement import agree
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import BadSample, Batch
 from videox.data.plan import Columns, EpochPlan, PlanSettings, count_steps, plan_epoch
-from videox.distributed import agree
+from videox.distributed import sum_over_ranks
 from videox.engine import Engine
 from videox.keys import Purpose, mix
 from videox.progress import StepClock
@@ -109,39 +110,39 @@ def close_step(
     loss: torch.Tensor,
     bad: Sequence[BadSample],
     stop: bool,
-    clip_limit: Callable[..., float],
+    clip_limit: Callable[..., torch.Tensor],
     max_bad_fraction: float,
     rate: float,
 ) -> StepEnd:
     """Ends an optimizer step on all processes alike: agree on what it was, then take it or leave it, and record it.
 
-    It is left when its loss or gradient is not finite, or when every sample of it was bad.
+    It is left when its loss or gradient is not finite, or when every sample of it was bad. The host does not learn
+    here what the device finds: that is recorded when the next step closes.
 
     Args:
         engine: holds the step's gradients.
         loss: float64 scalar, this process's part of the step's loss.
         bad: this process's bad samples.
         stop: this process was asked to stop.
-        clip_limit: the norm to clip to, from (norm, step=steps done).
+        clip_limit: the norm to clip to, from (norm, step=steps done); both norms are scalars on the device.
         max_bad_fraction: share of the rows that may be bad.
         rate: learning rate of this step, for the records.
 
     Raises:
         Refusal: too many steps in a row were left, too many rows are bad, or a process is at another step.
     """
-    state, waited = watch.state, watch.clock.data_wait
-    report = agree(accelerator, loss=loss, stop=stop, bad_samples=len(bad), data_wait=waited, stamp=step.stamp())
+    state = watch.state
+    report = agree(
+        accelerator, stop=stop, bad_samples=len(bad), data_wait=watch.clock.data_wait, stamp=step.stamp(),
+        busy=watch.busy(),
+    )  # fmt: skip
+    watch.settle(report.busy)
     if report.bad_samples:  # first, so that they are named whatever ends the run
         watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
     empty = report.bad_samples == len(step.rows)
     torch.manual_seed(int(mix(state.seed, state.step, Purpose.ROUNDING)))  # weights that are whole round alike
-    update = engine.update(loss=report.loss, empty=empty, limit=partial(clip_limit, step=state.step))
-    if empty:
-        state.skipped += 1  # the data's fault, which max_bad_fraction limits, and no sign of a diverging run
-    elif update.applied:
-        state.skipped_in_row = 0
-    else:
-        watch.skipped(step.rows.tolist())
+    loss = sum_over_ranks(loss)
+    update = engine.update(loss=loss, empty=empty, limit=partial(clip_limit, step=state.step))
     epoch_ended = state.advance(step.plan.n_steps)
-    watch.step(step.plan, step.epoch_step, report, rate, update.grad_norm)
+    watch.step(step.plan, step.epoch_step, report, rate, loss, update, empty=empty)
     return StepEnd(stop=report.stop, epochs=state.epoch if epoch_ended else 0)

@@ -15,16 +15,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from videox.errors import MODEL, NUMERICS, Refusal
-from videox.shards import BLOCK, SAFETENSORS_DTYPES, Blocks, Scattered, header
+from videox.shards import BLOCK, EIGHT_BITS, SAFETENSORS_DTYPES, Blocks, Scattered, header
 from videox.weights import WEIGHTS, few
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor to write and the dtype to write it in."""
+    """A tensor to write and the dtype to write it in.
+
+    Attributes:
+        added: returns what is added, in float32, to elements `begin` to `begin + count`; None adds nothing.
+    """
 
     tensor: Scattered
     dtype: torch.dtype
+    added: Callable[[int, int], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -32,14 +37,16 @@ class Planned:
         return self.tensor.numel * self.dtype.itemsize
 
 
-def planned(tensors: Sequence[Scattered], dtype: torch.dtype, keep_fp32: Sequence[str] = ()) -> list[Planned]:
+def planned(tensors: Sequence[Scattered], dtype: torch.dtype | None, keep_fp32: Sequence[str] = ()) -> list[Planned]:
     """Returns what is to be written: floating tensors in `dtype` or float32, others as they are.
 
     Args:
         tensors: of a state dict.
-        dtype: of the floating tensors.
+        dtype: of the floating tensors; None as they are stored, 8-bit ones as bfloat16.
         keep_fp32: parts of names that stay float32; diffusers compares the whole parts of a name.
     """
+    if dtype is None:
+        return [Planned(tensor, torch.bfloat16 if tensor.dtype in EIGHT_BITS else tensor.dtype) for tensor in tensors]
     found = []
     for tensor in tensors:
         kept = any(module in tensor.name.split(".") for module in keep_fp32)
@@ -85,7 +92,7 @@ def _converted(item: Planned, blocks: Blocks, faults: list[str]) -> Iterator[Ten
     Rounding keeps order, so that a block's extremes decide; aminmax hands a NaN on. A buffer may hold infinities.
     """
     sound = True
-    for block in blocks.of(item.tensor):
+    for block in _summed(item, blocks):
         if item.dtype == block.dtype and not block.is_floating_point():
             yield block
             continue
@@ -96,6 +103,17 @@ def _converted(item: Planned, blocks: Blocks, faults: list[str]) -> Iterator[Ten
         yield block.float().to(item.dtype) if block.dtype == torch.float64 else block.to(item.dtype)
     if not sound:
         faults.append(item.tensor.name)
+
+
+def _summed(item: Planned, blocks: Blocks) -> Iterator[Tensor]:
+    """Yields a tensor's blocks; where something is added, the sum in float32."""
+    if item.added is None:
+        yield from blocks.of(item.tensor)
+        return
+    begin = 0
+    for block in blocks.of(item.tensor):
+        yield block.float() + item.added(begin, block.numel())
+        begin += block.numel()
 
 
 def _bytes(item: Planned, blocks: Blocks, faults: list[str]) -> Iterator[memoryview]:

@@ -70,11 +70,11 @@ def encode_pooled(encoder: RestingModule, pipeline: Any, raw: Raw) -> torch.Tens
 
 
 def join_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns embeddings [B, longest, D], zeros past each text's end, and their mask, float32 [B, longest].
+    """Returns embeddings [B, longest, D], zeros past each text's end, and their float32 mask [B, longest] on the host.
 
     Args:
         texts: embeddings [L, D] of each text, all of whose tokens are real.
     """
     lengths = torch.tensor([len(text) for text in texts])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-    return pad_sequence(list(texts), batch_first=True), mask.to(texts[0].device)
+    return pad_sequence(list(texts), batch_first=True), mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.plan import EpochPlan
+from videox.data.video import BadMedia, read_image
 from videox.distributed import sum_over_ranks
 from videox.errors import DATA, Refusal
 from videox.shapes import Bucket
@@ -98,7 +100,7 @@ class Validator:
 
     def __call__(self) -> None:
         """Runs both parts; all processes call it, and its time does not count as training."""
-        with self.watch.clock.aside():
+        with self.watch.aside():
             loss = self._measure() if self.held_out else None
             with self.averaged() if self.averaged else nullcontext():
                 if loss is not None:
@@ -141,3 +143,19 @@ class Validator:
                 collective=self.collective,
             )
         self.watch.sampled(clips)
+
+
+def validation_images(paths: Sequence[str], shape: Bucket) -> list[Image.Image]:
+    """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
+
+    Raises:
+        Refusal: one cannot be read.
+    """
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
+        except BadMedia as why:
+            what = f"{path} is {why.media_class} ({why.detail})"
+            raise Refusal("--validation_paths", what, "give an image that can be read") from why
+    return images

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from videox.agreement import StepReport
 from videox.checkpoint import publishing
 from videox.cost_model import StepTimes
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
-from videox.distributed import StepReport
+from videox.engine import Update
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
 from videox.files import write_json_atomically
 from videox.jsonl import append_line
+from videox.late_step import LateStep, numbers_of
 from videox.lifecycle import Run, main_first, together
 from videox.metrics import MetricsLog, StepRecord
 from videox.preview import BatchSample, plot_losses, write_batch
 from videox.progress import ProgressBar, StepClock
 from videox.run_folder import prune, rewind, room_for
 from videox.state import TrainState
+from videox.straggling import Effort, straggler_share
 from videox.tracker import Tracker
+from videox.transfer import Moment
 from videox.utilization import Meter
 from videox.validation import SampledClips, ValidationLoss, append_validation, change_since_first
 from videox.weights import SaveFailed
@@ -47,6 +55,8 @@ class Watch:
         is_main: on the one process that writes.
         gather: collective that returns every process's value.
         times: takes the times of the steps, from which cost_model.json is fitted.
+        device: of the run.
+        effort: tells this process's own work from its waiting for others; None where nothing does.
 
     Raises:
         Refusal: no room for a checkpoint, or an unknown tracker.
@@ -69,8 +79,10 @@ class Watch:
         is_main: bool,
         gather: Callable[[Any], list[Any]],
         times: StepTimes,
+        device: torch.device,
+        effort: Effort | None = None,
     ) -> None:
-        self.times = times
+        self.times, self.effort, self.device = times, effort, device
         self.output_dir, self.run, self.state = output_dir, run, state
         self.is_main, self.gather, self.meter = is_main, gather, meter
 
@@ -92,6 +104,17 @@ class Watch:
         self.bar = ProgressBar(total, initial=state.step, enabled=is_main)
         self.clock = StepClock()
         self._save_failed = False
+        self._late: LateStep | None = None
+        self._begin = Moment(device)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        """Records the last step, also when something ends the run; then no other process is asked for anything."""
+        if kind is not None and self._late is not None:
+            with contextlib.suppress(RuntimeError):  # a device that failed gives no numbers: what ends the run says so
+                self._record()
 
     def first_batch(self, plan: EpochPlan, dataset: TokenLengthDataset, fps: np.ndarray) -> None:
         """Writes the run's first micro-batch to output_dir/first_batch: what the model will really see.
@@ -119,34 +142,85 @@ class Watch:
         if shown:
             write_batch(folder, shown)
 
-    def step(self, plan: EpochPlan, epoch_step: int, report: StepReport, rate: float, grad_norm: float) -> None:
-        """Records one optimizer step in metrics.jsonl, tracker, bar and status.
+    def step(
+        self, plan: EpochPlan, epoch_step: int, report: StepReport, rate: float, loss: Tensor, update: Update, *,
+        empty: bool,
+    ) -> None:  # fmt: skip
+        """Takes note of an optimizer step that the state counts already; `settle` records it, while the next one runs.
 
         Args:
             epoch_step: of the plan, from 0.
             rate: learning rate of the full-rate group.
-            grad_norm: global, before clipping.
+            loss: over all processes, scalar on the device.
+            empty: none of its samples could be read.
         """
-        tokens = plan.tokens_of_step(epoch_step)
-        times = self.clock.lap(tokens, report.data_wait)
+        waited, seconds = self.clock.data_wait, self.clock.split()
+        self._late = LateStep(
+            self.state.step, plan, epoch_step, report, rate, empty,
+            numbers_of(loss, update.grad_norm, update.applied), seconds, waited, self._begin,
+            self.effort.take() if self.effort else None,
+        )  # fmt: skip
+        self._begin = self._late.numbers.moment
+
+    def busy(self) -> float:
+        """Returns the seconds that this process worked in the step that is not recorded yet; 0 = not known."""
+        return self._late.busy() if self._late else 0.0
+
+    def settle(self, busy: Sequence[float] | None = None) -> None:
+        """Records the last step in metrics.jsonl, tracker, bar and status, if it is not; all processes call it.
+
+        Args:
+            busy: every process's busy(); None gathers them.
+
+        Raises:
+            Refusal: too many steps in a row changed nothing.
+        """
+        if self._late is not None:
+            self._record(self.gather(self.busy()) if busy is None and self.effort else busy or ())
+
+    def _record(self, busy: Sequence[float] = ()) -> None:
+        assert self._late is not None
+        late, self._late = self._late, None
+        loss, grad_norm, applied = late.numbers.read()
+        rows, tokens = late.plan.rows_of_step(late.epoch_step).tolist(), late.plan.tokens_of_step(late.epoch_step)
+        if late.empty:
+            self.state.skipped += 1  # the data's fault, which max_bad_fraction limits, and no sign of a diverging run
+        elif applied:
+            self.state.skipped_in_row = 0
+        else:
+            self._skipped(late.step, rows)
+        times = self.clock.count(tokens, late.took(), late.report.data_wait)
+        measured = self.meter.measure(late.plan, late.epoch_step, times.seconds) if self.is_main else {}
+        share, stragglers = straggler_share(busy), None
+        if share is not None and self.is_main:
+            measured["straggler_share"] = share
+            stragglers = share, 1 - measured["planned_balance"]
         record = StepRecord(
-            step=self.state.step,
-            loss=report.loss,
-            lr=rate,
+            step=late.step,
+            loss=loss,
+            lr=late.rate,
             grad_norm=grad_norm,
             tokens=tokens,
             tokens_per_second=times.tokens_per_second,
             data_wait=times.data_wait,
-            rows=plan.rows_of_step(epoch_step).tolist(),
-            buckets=plan.buckets_of_step(epoch_step),
-            measured=self.meter.measure(plan, epoch_step, times.seconds) if self.is_main else {},
+            rows=rows,
+            buckets=late.plan.buckets_of_step(late.epoch_step),
+            measured=measured,
         )
         if self.is_main:
-            self.times.add(plan, epoch_step, max(times.seconds - times.data_wait, 1e-9))
+            self.times.add(late.plan, late.epoch_step, max(times.seconds - times.data_wait, 1e-9))
         self.metrics.append(record)
         self.tracker.log(record)
-        self.run.status.heartbeat(self.state.step)
-        self.bar.update(report.loss, times.smooth_tokens_per_second, times.wait_share, record.measured.get("mfu"))
+        self.run.status.heartbeat(late.step)
+        self.bar.update(loss, times.smooth_tokens_per_second, times.wait_share, record.measured.get("mfu"), stragglers)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the time inside (validation, checkpoint) out of the steps, which are recorded before."""
+        self.settle()
+        with self.clock.aside():
+            yield
+        self._begin = Moment(self.device)
 
     def validation(self, result: ValidationLoss, average: ValidationLoss | None = None) -> None:
         """Records a validation loss in validation.jsonl and the tracker, and says how it moved; average: the EMA's."""
@@ -167,20 +241,16 @@ class Watch:
         for warning in clips.warnings:
             self.bar.note(f"warning: {warning}")
 
-    def skipped(self, rows: Sequence[int]) -> None:
-        """Counts a step without an update.
-
-        Raises:
-            Refusal: too many of them in a row.
-        """
+    def _skipped(self, step: int, rows: Sequence[int]) -> None:
+        """Counts a step without an update. Raises Refusal: too many of them in a row."""
         self.state.skipped += 1
         self.state.skipped_in_row += 1
         if self.is_main:
-            self.bar.note(f"step {self.state.step + 1} changed nothing: its loss or gradient is not finite")
+            self.bar.note(f"step {step} changed nothing: its loss or gradient is not finite")
         if self.state.skipped_in_row >= SKIPS_ALLOWED:
             what = f"{self.state.skipped_in_row} steps in a row had no finite loss and gradient, the last with rows {list(rows)}"
             mend = "resume from an earlier checkpoint with a lower --learning_rate, or look at these rows"
-            raise Refusal(f"step {self.state.step + 1}", what, mend, NUMERICS)
+            raise Refusal(f"step {step}", what, mend, NUMERICS)
 
     def bad_samples(self, mine: Sequence[BadSample], rows: int, max_bad_fraction: float) -> None:
         """Writes every process's bad samples of a step to bad_samples.jsonl; all processes call it.
@@ -216,8 +286,8 @@ class Watch:
         Raises:
             Refusal: (STORAGE) the second save running that fails; the first is a warning.
         """
-        self.metrics.sync()
-        with self.clock.aside():
+        with self.aside():
+            self.metrics.sync()
             try:
                 with publishing(
                     self.output_dir, self.state.step, is_main=self.is_main, gather=self.gather, description=description

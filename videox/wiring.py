@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import videox.report as report
 from videox.adapter_files import AdaptersAlone, begin_adapters, refuse_other_kind
 from videox.args import EXPORT_DTYPES, LR_WARMUP_STEPS, optimizer_of, size_policy
-from videox.averaging import AveragedEngine, average_notes, export_weights
+from videox.averaging import AveragedEngine, average_notes
 from videox.cache_fill import fill_together, open_encoder, stock_lines, take_stocks
 from videox.cost_model import step_times
 from videox.creation import is_divided
@@ -32,35 +31,31 @@ from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.loader import build_loader
 from videox.data.plan import plan_epoch
-from videox.data.video import BadMedia, read_image
 from videox.distributed import Backend, follow_launcher, gather_objects, make_accelerator
 from videox.encoding import Encoder, OnDemand, Recipe
 from videox.engine import Engine, WholeEngine
 from videox.errors import Refusal
-from videox.exports import describe
+from videox.exporting import Exports, export_bytes
 from videox.flow_matching import draw_sigmas, timestep_density
-from videox.fsdp import FsdpEngine
+from videox.fsdp import OPTIMIZER_FOLDER, FsdpEngine
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
+from videox.local_steps import refuse_other_moments
 from videox.lora import Adapted, Lora, choose_targets
 from videox.model_parts import Part
 from videox.network import Network
 from videox.optim import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
-from videox.optimizers import refuse_unfit
+from videox.optimizers import OPTIMIZERS, refuse_unfit
 from videox.peers import Peers
 from videox.recompute import recompute_blocks
 from videox.scheduling import Gather, Schedule
-from videox.shapes import Bucket
-from videox.state import (
-    checkpoint_bytes,
-    plan_inputs,
-    refuse_other_backend,
-)
+from videox.state import TrainState, checkpoint_bytes, plan_inputs, refuse_other_backend
+from videox.straggling import effort_of
 from videox.tracker import check_tracker
 from videox.transformer import attach, frozen_notes
 from videox.utilization import run_meter
 from videox.validation import HeldOut
-from videox.validator import Validator
+from videox.validator import Validator, validation_images
 from videox.watch import Watch
 from videox.zero_universal import announce_conversion
 
@@ -77,7 +72,9 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend)
     refuse_other_kind(run.resume.path, args.lora_rank)
-    refuse_unfit(optimizer_of(args), backend.kind, accelerator.mixed_precision, lora=args.lora_rank > 0)
+    refuse_unfit(optimizer_of(args), backend.name, accelerator.mixed_precision, lora=args.lora_rank > 0)
+    if run.resume.path and backend.name == "fsdp2":
+        refuse_other_moments(run.resume.path / OPTIMIZER_FOLDER, optimizer_of(args), accelerator.num_processes)
     converting = conversion_notes(args, accelerator, run.resume.path) if backend.kind == "zero" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     facts = report.start_facts(accelerator, backend, task=task, output_dir=Path(args.output_dir))
@@ -170,6 +167,10 @@ def open_engine(
 
     engine: Engine
     whole_bytes = checkpoint_bytes(transformer, trained=4, frozen=4 if adapters is None else 0)
+    exported = export_bytes(
+        checkpoint_bytes(transformer, trained=1, frozen=1), more_layouts(args), EXPORT_DTYPES[args.export_dtype],
+        lora=adapters is not None, averaged=args.use_ema,
+    )  # fmt: skip
     if backend.kind == "zero":
         from videox.zero import ZeroEngine  # DeepSpeed is installed on Linux only
 
@@ -189,8 +190,9 @@ def open_engine(
     elif backend.kind == "fsdp":
         whole = args.save_whole_weights
         engine = FsdpEngine(
-            accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole, kept=adapters
-        )
+            accelerator, transformer, blocks, optimizer_over, stored=stored, whole_weights=whole, kept=adapters,
+            by_shard=OPTIMIZERS[optimizer_of(args)].by_shard,
+        )  # fmt: skip
     else:
         engine = WholeEngine(accelerator, transformer, optimizer_over, adapters)
     if args.use_ema:
@@ -201,6 +203,7 @@ def open_engine(
             device=torch.device("cpu") if args.ema_device == "cpu" else None,
             whole_bytes=whole_bytes,
         )
+    engine.checkpoint_bytes += exported
     factor = schedule(args.lr_scheduler, args.lr_warmup_steps, schedule_.total)
     return engine, lambda step: base * factor(step)
 
@@ -246,6 +249,8 @@ def open_watch(
         is_main=accelerator.is_main_process,
         gather=gather,
         times=step_times(accelerator, schedule_.settings),
+        device=accelerator.device,
+        effort=effort_of(accelerator, engine.model),
     )
 
 
@@ -267,16 +272,16 @@ def open_data(
         raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     encode = open_encoder(
         recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
-        is_main=accelerator.is_main_process, gather=gather,
+        is_main=accelerator.is_main_process, gather=gather, encoders=encoders,
     )  # fmt: skip
     dataset = TokenLengthDataset(
         planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
         shelf=encode.shelf, always_read=bool(args.dump_steps),
     )  # fmt: skip
     stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
-    for line in stock_lines(stocks, encode.cache) if encode.cache else ():
-        accelerator.print(line)
-    if not args.cache_only and any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
+    for line in stock_lines(stocks, encode.cache) if encode.cache is not None else ():
+        accelerator.print(line, flush=True)  # before the bar, also in a file
+    if any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
         encoders.load(gather)
     sampler = BucketBatchSampler(rank=accelerator.process_index, world_size=accelerator.num_processes)
     pinned = accelerator.device.type == "cuda"
@@ -325,7 +330,7 @@ def notes(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def clip_limit_of(args: argparse.Namespace) -> Callable[[float, int], float]:
+def clip_limit_of(args: argparse.Namespace) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Returns the gradient norm to clip to, as a function of (norm, optimizer steps done)."""
     return partial(
         clip_limit,
@@ -343,22 +348,6 @@ def draw_sigmas_of(args: argparse.Namespace, batch: Batch, shift: float) -> torc
         own = uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
         draws = timestep_density(own, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
     return draw_sigmas(draws, shift, args.train_sampling_steps)
-
-
-def validation_images(args: argparse.Namespace, shape: Bucket) -> list[Image.Image]:
-    """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
-
-    Raises:
-        Refusal: one cannot be read.
-    """
-    images = []
-    for path in args.validation_paths:
-        try:
-            images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
-        except BadMedia as why:
-            what = f"{path} is {why.media_class} ({why.detail})"
-            raise Refusal("--validation_paths", what, "give an image that can be read") from why
-    return images
 
 
 def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
@@ -413,7 +402,7 @@ def open_validator(
         held_out=held_out,
         predict=predict,
         prompts=args.validation_prompts,
-        images=validation_images(args, shape),
+        images=validation_images(args.validation_paths, shape),
         pipeline=pipeline,
         shape=shape,
         fps=args.video_sample_fps or report.typical_fps(planned.index) / args.video_sample_stride,
@@ -428,31 +417,38 @@ def open_validator(
 
 def export_of(
     args: argparse.Namespace,
+    accelerator: Accelerator,
     engine: Engine,
     model: Any,  # noqa: ANN401 - of diffusers
+    state: TrainState,
     facts: Mapping[str, object],
-    *,
-    is_main: bool,
-) -> Callable[[], None]:
-    """Returns what writes the trained weights: output_dir/transformer, and the other layouts that were asked for.
+    warn: Callable[[str], None],
+) -> Exports:
+    """Returns what writes checkpoints and, at the end, the trained weights in the layouts that were asked for.
 
     Args:
         model: of diffusers, for the names of what stays float32.
-        facts: task, steps, seed and shift, for the files' headers.
-        is_main: on the one process that writes; the others take part in gathering.
+        state: of the run.
+        facts: task, backend and shift, for the files' headers.
+        warn: tells the user of an export that cannot be.
     """
-    kept, dtype = type(model)._keep_in_fp32_modules or (), EXPORT_DTYPES[args.export_dtype]
     asked = (
         "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
     )  # fmt: skip
-    told = {**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype}
-    return partial(
-        export_weights,
+    return Exports(
         engine,
+        state,
         Path(args.output_dir),
-        dtype,
-        kept,
-        layouts=sorted(set(args.export_layouts) - {"diffusers"}),
-        metadata=describe(args.pretrained_model_name_or_path, told),
-        is_main=is_main,
+        dtype=EXPORT_DTYPES[args.export_dtype],
+        keep_fp32=type(model)._keep_in_fp32_modules or (),
+        layouts=more_layouts(args),
+        base_model=args.pretrained_model_name_or_path,
+        facts={**facts, **{name: getattr(args, name) for name in asked}, "dtype": args.export_dtype},
+        is_main=accelerator.is_main_process,
+        warn=warn,
     )
+
+
+def more_layouts(args: argparse.Namespace) -> list[str]:
+    """Returns the layouts to write beside diffusers'."""
+    return sorted(set(args.export_layouts) - {"diffusers"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,13 +121,17 @@ class ZeroEngine:
         """As Engine's."""
         set_learning_rate(self.model.optimizer, rate)
 
-    def update(self, *, loss: float, empty: bool, limit: Callable[[float], float]) -> Update:
-        """As Engine's. DeepSpeed clips to its own limit, and leaves a step whose gradient norm is not finite."""
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+        """As Engine's. DeepSpeed clips to its own limit, and leaves a step whose gradient norm is not finite.
+
+        It looks at that on the host, in its own step.
+        """
         del limit
-        if empty and math.isfinite(loss):
-            return Update(0.0, False)  # the zeros stay accumulated
+        if empty and bool(loss.isfinite()):  # a rare step, for which the host may wait
+            return Update(torch.zeros(()), torch.tensor(False))  # the zeros stay accumulated
         self.model.step()
-        return Update(float(self.model.get_global_grad_norm()), self.model.was_step_applied())
+        norm, applied = self.model.get_global_grad_norm(), self.model.was_step_applied()
+        return Update(torch.as_tensor(norm, dtype=torch.float64), torch.tensor(applied))
 
     def discard(self) -> None:
         """As Engine's. ZeRO-3's next backward pass writes over its buffers; ZeRO-2's add up until they are dropped."""

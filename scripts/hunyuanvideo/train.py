@@ -13,6 +13,10 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
+import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+
+# isort: split
+
 import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +35,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from transformers import AutoTokenizer, CLIPTextModel
 
-import videox.args as flags
 import videox.planning as planning
 import videox.scheduling as scheduling
 import videox.wiring as wiring
@@ -62,6 +65,7 @@ from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
 from videox.text import encode_pooled, encode_text, join_text
+from videox.transfer import to_device
 from videox.transformer import load_transformer
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
@@ -85,11 +89,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     planning.add_flags(parser)
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    embedded = "embedded guidance, x 1000 to the model"
-    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help=embedded)
+    add("--guidance_scale", type=flags.number(float, 1, 100), default=6.0, help="embedded guidance, x 1000")
     add("--tokenizer_max_length", type=flags.number(int, 1, 4096), default=256, help="text tokens after the template")
-    skip = "last hidden layers of the text encoder to leave out (0 = none)"
-    add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help=skip)
+    add("--num_hidden_layers_to_skip", type=flags.number(int, 0, 31), default=2, help="last layers of Llama left out")
     every = "keep every k-th image token of the prompt, 1 to 5 (none = 4 for token_replace, 2 for latent_concat)"
     add("--image_embed_interleave", type=flags.number(int, 1, 5), help=every)
     args = parser.parse(argv)
@@ -255,11 +257,11 @@ def recipes_of(
         latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
         Recipe(
             "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
-            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True,
+            lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True, module="text_encoder",
         ),
         Recipe(
             "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
-            lambda _: (config["pooled_projection_dim"],), dtype, clip,
+            lambda _: (config["pooled_projection_dim"],), dtype, clip, module="text_encoder_2",
         ),
     ]  # fmt: skip
 
@@ -300,12 +302,12 @@ def transformer_inputs(
     elif components.condition == "latent_concat":
         hidden_states = concat_first_frame(noisy_latents, given["first_frame"])
     guided = components.transformer.config.guidance_embeds
-    components.attention.all_real = bool(given["prompt_mask"].all())
+    components.attention.all_real = bool(given["prompt_mask"].all())  # on the host
     return {
         "hidden_states": hidden_states,
         "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
         "encoder_hidden_states": given["prompt_embeds"],
-        "encoder_attention_mask": given["prompt_mask"],
+        "encoder_attention_mask": to_device(given["prompt_mask"], hidden_states.device),
         "pooled_projections": given["pooled"],
         "guidance": torch.full_like(sigmas, 1000 * guidance_scale) if guided else None,
         "return_dict": False,
@@ -327,13 +329,13 @@ def accumulate_gradients(
     device, keys = accelerator.device, batch["keys"]
     latents, given = encode_batch(components, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
-    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
+    sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
+    noise = to_device(batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
     inputs = transformer_inputs(components, noisy_latents, sigmas, given, args.guidance_scale)
-    weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    weights = to_device(torch.from_numpy(batch["weights"]), device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         made = (slice(None), slice(None), slice(components.given_frames, None))  # what the model was not given
@@ -420,18 +422,17 @@ def train(
         predict=partial(predict_held_out, components, args.guidance_scale), guidance_scale=args.guidance_scale,
         pipeline=partial(sampling_pipeline, components), given_frames=components.given_frames,
     )  # fmt: skip
-    save = partial(engine.save, state=state)
     about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
+    export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
 
-    with StopRequest() as stop, encode:
+    with StopRequest() as stop, encode, watch:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            rate = rate_at(state.step)
-            engine.set_rate(rate)
+            engine.set_rate(rate := rate_at(state.step))
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
@@ -445,15 +446,14 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
 
-    facts = {**about, "steps": total, "seed": settings.seed, "shift": shift}
-    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
+    return watch.finished(export)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
+import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+
+# isort: split
+
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,11 +31,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
-import videox.args as flags
 import videox.planning as planning
 import videox.scheduling as scheduling
 import videox.wiring as wiring
-from videox.conditioning import keep_condition, known_mask, pack_mask
+from videox.conditioning import keep_on_host, known_mask, pack_mask
 from videox.data.dataset import Batch
 from videox.data.plan import held_out_plan
 from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
@@ -57,6 +60,7 @@ from videox.network import cross_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
 from videox.steps import close_step, walk
+from videox.transfer import to_device
 from videox.transformer import load_transformer
 from videox.validation import HeldOut
 from videox.validator import encode_held_out
@@ -81,11 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(parser)
     planning.add_flags(parser)
     wan = parser.add_argument_group("Wan2.1")
-    wan.add_argument(
-        "--config_path",
-        default=str(ROOT / "config/wan2.1/wan_civitai.yaml"),
-        help="yaml with the flow shift (scheduler_kwargs.shift)",
-    )
+    config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
+    wan.add_argument("--config_path", default=config, help="yaml with the flow shift (scheduler_kwargs.shift)")
     wan.add_argument("--tokenizer_max_length", type=flags.number(int, 1, 512), default=512, help="text tokens at most")
     args = parser.parse(argv)
     flags.check(args)
@@ -250,12 +251,12 @@ def recipes_of(
     config, mode, length = parts["transformer"].config, args.train_mode, args.tokenizer_max_length
     vae, text = (parts["vae"].path,), (parts["text_encoder"].path, parts["tokenizer"].path)
     to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
-    kept = LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
+    dtype, kept = compute_dtype(accelerator), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
     recipes = [
         latents_recipe("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
         Recipe(
             "prompt_embeds", ("caption",), lambda raw: encode_prompts(encoders(), raw.captions, length),
-            lambda _: (length, config["text_dim"]), compute_dtype(accelerator), text, f"{length}", padded=True,
+            lambda _: (length, config["text_dim"]), dtype, text, f"{length}", padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
     if mode != "normal":
@@ -267,7 +268,7 @@ def recipes_of(
         weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
         recipes.append(Recipe(
             "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
-            lambda _: shape, torch.float32, weights,
+            lambda _: shape, torch.float32, weights, module="image_encoder",
         ))  # fmt: skip
     return recipes
 
@@ -287,7 +288,7 @@ def encode_batch(
     given = {"prompt_embeds": made["prompt_embeds"]}
     if args.train_mode != "normal":
         mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=components.latents_mean.device)
-        keep = keep_condition(mask, batch["keys"]).to(mask.device)
+        keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
         given["condition"] = torch.cat([pack_mask(mask), normalise(components, made["known"])], 1) * keep
     if "image_embeds" in made:
         given["image_embeds"] = made["image_embeds"]
@@ -328,13 +329,13 @@ def accumulate_gradients(
     device, keys = accelerator.device, batch["keys"]
     latents, given = encode_batch(args, components, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    sigmas = wiring.draw_sigmas_of(args, batch, components.shift).to(device)
-    noise = batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]).to(device)
+    sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
+    noise = to_device(batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
     inputs = transformer_inputs(noisy_latents, sigmas, given)
-    weights = torch.from_numpy(batch["weights"]).to(device)  # each planned sample's share of the global batch
+    weights = to_device(torch.from_numpy(batch["weights"]), device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
         losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme))
@@ -420,18 +421,17 @@ def train(
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    save = partial(engine.save, state=state)
     about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
+    export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
     if state.step == 0:
         watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
         validate()
 
-    with StopRequest() as stop, encode:
+    with StopRequest() as stop, encode, watch:
         for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            rate = rate_at(state.step)
-            engine.set_rate(rate)
+            engine.set_rate(rate := rate_at(state.step))
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
@@ -445,15 +445,14 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, about)
 
-    facts = {**about, "steps": total, "seed": settings.seed, "shift": shift}
-    return watch.finished(wiring.export_of(args, engine, transformer, facts, is_main=accelerator.is_main_process))
+    return watch.finished(export)
 
 
 if __name__ == "__main__":

@@ -174,8 +174,9 @@ def exact_sides(height: np.ndarray, width: np.ndarray, target: np.ndarray) -> tu
     """Returns (height, width) int32: multiples of 16 as near to the source's ratio as target x target pixels allow.
 
     The short side is tried from the largest that fits down to three quarters of it, the long side follows from the
-    ratio; of what cuts no more than 0.5 % of the source the largest is taken, else what cuts the least. From target
-    512 on that is at most 1.6 %, where a ratio lies midway between 32 x 32 and 31 x 32.
+    ratio; of what cuts no more than 0.5 % of the source the largest is taken, else what cuts the least. At target 512
+    that is at most 1.6 %, from 640 on 1.3 %: for a ratio midway between n x n and n x (n - 1) multiples of 16, since
+    within as many pixels no ratio lies between these.
     """
     short, long = np.minimum(height, width).astype(np.float64), np.maximum(height, width).astype(np.float64)
     ratio, cells = long / short, (np.asarray(target, np.int64) // GRID) ** 2

@@ -212,7 +212,7 @@ class Cache:
 
 
 def _unusable(folder: Path, why: OSError) -> Refusal:
-    mend = "make room or give another folder; what was written before stands"
+    mend = "make room, make it writable, or give another folder; what was written before stands"
     return Refusal("--latent_cache", f"{folder} cannot be used ({why})", mend, STORAGE)
 
 

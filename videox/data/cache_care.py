@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,11 @@ class Found(NamedTuple):
     note: dict[str, Any]
     tensor: torch.Tensor | None
     fault: str
+
+
+def size_text(size: int) -> str:
+    """Returns bytes for people, as disks are sold: "1.50 GB", "3.20 MB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -80,12 +85,15 @@ def clean(folder: Path, *, encoders: Collection[str] = (), data_dir: Path | None
     Args:
         encoders: fingerprints whose entries go too.
         data_dir: entries of files below it that are gone or have changed go too (None = they stay).
+
+    Raises:
+        OSError: the folder cannot be written to; nothing is lost.
     """
     dropped: Counter[str] = Counter({"unfinished file": len(sweep(folder))})
     seen: set[bytes] = set()
-    writer: ShardWriter | None = None
-    old: list[Path] = []
-    for path in shard_paths(folder):
+    old: list[tuple[Shard, list[str]]] = []
+    paths = shard_paths(folder)
+    for path in paths:
         try:
             shard = Shard(path)
         except Damaged:
@@ -94,20 +102,32 @@ def clean(folder: Path, *, encoders: Collection[str] = (), data_dir: Path | None
             continue
         reasons = [_reason(found, seen, encoders, data_dir) for found in entries_of(shard)]
         dropped.update(filter(None, reasons))
-        if not any(reasons) and (len(shard) >= UNIT_ENTRIES // 2 or path.stat().st_size >= UNIT_BYTES // 2):
-            continue
-        old.append(path)
-        for found, reason in zip(entries_of(shard), reasons, strict=True):
-            if reason or found.tensor is None:
-                continue
-            if writer is None or len(writer.entries) >= UNIT_ENTRIES or writer.size >= UNIT_BYTES:
-                _publish(writer)
-                writer = ShardWriter(folder / f"shard-{secrets.token_hex(8)}{SUFFIX}")
-            writer.put(found.key, found.tensor, found.note)
-    _publish(writer)
-    for path in old:
-        path.unlink()
+        large = len(shard) >= UNIT_ENTRIES // 2 or path.stat().st_size >= UNIT_BYTES // 2
+        if any(reasons) or (not large and len(paths) > 1):
+            old.append((shard, reasons))
+    _rewrite(folder, old)
+    for shard, _ in old:
+        shard.path.unlink()
     return {reason: count for reason, count in dropped.items() if count}
+
+
+def _rewrite(folder: Path, old: Sequence[tuple[Shard, Sequence[str]]]) -> None:
+    """Writes the entries of some shards that no reason speaks against into new files."""
+    writer: ShardWriter | None = None
+    try:
+        for shard, reasons in old:
+            for found, reason in zip(entries_of(shard), reasons, strict=True):
+                if reason or found.tensor is None:
+                    continue
+                if writer is None or len(writer.entries) >= UNIT_ENTRIES or writer.size >= UNIT_BYTES:
+                    _publish(writer)
+                    writer = ShardWriter(folder / f"shard-{secrets.token_hex(8)}{SUFFIX}")
+                writer.put(found.key, found.tensor, found.note)
+        _publish(writer)
+    except BaseException:
+        if writer is not None:
+            writer.drop()
+        raise
 
 
 def _publish(writer: ShardWriter | None) -> None:

@@ -30,9 +30,10 @@ DRIFTS = (
     21.0,
     math.inf,
 )  # rms of a step's mean, 1 = as random steps have it
-BLOCKS = (32, 16, 8, 4, 2)  # steps whose slots cost alike as a whole
+BLOCKS = (128, 64, 32, 16, 8, 4, 2)  # steps whose slots cost alike as a whole
 # mix to stay below: with several slots for each rank of a step where balance is GOOD with that; else
 VARIED, LIMIT = 1.9, 3.6
+CEILING = 4.0  # mix that no epoch passes: what turns out to, though its part of the epoch did not, is dealt anew
 GOOD, NO_MATTER = 0.95, 0.002  # balance; a difference of it that is not worth a worse mix
 PASSES = 4  # over pairs of sums that are split anew
 
@@ -152,7 +153,8 @@ class Dealing:
     """How a window of slots becomes steps.
 
     ranks, accumulation: of the launch that the plan is made for; barrier: one of BARRIERS; stray: as side_by_side's,
-    in units of what a random step's sum of deviations has; block: as levelled's, 0 for side_by_side.
+    in units of what a random step's sum of deviations has; block: as levelled's, 0 for side_by_side; shuffled: as the
+    slots come, which is at random.
     """
 
     ranks: int
@@ -160,6 +162,7 @@ class Dealing:
     barrier: str
     stray: float = 0.0
     block: int = 0
+    shuffled: bool = False
 
     def steps(self, deck: Deck, spread: float) -> np.ndarray:
         """Returns positions int64 [n, steps, accumulation, ranks] in a deck of columns [n, m].
@@ -169,6 +172,8 @@ class Dealing:
         """
         n, m = deck.cost.shape
         shape = (n, m // (self.ranks * self.accumulation), self.accumulation, self.ranks)
+        if self.shuffled:
+            return np.tile(np.arange(m), (n, 1)).reshape(shape)
         if self.accumulation == 1 or self.barrier == "micro":
             rows = self._rows(deck.cost, deck.deviation, spread)
             if self.accumulation == 1:
@@ -206,27 +211,31 @@ def judge(deck: Deck, steps: np.ndarray, barrier: str, spread: float) -> tuple[f
     return balance, mixed
 
 
-def choose(windows: Deck, dealing: partial[Dealing], spread: float, per_slot: float, strict: bool) -> Dealing:
-    """Returns how to deal an epoch, by what the candidates give on some windows of it.
+def choose(windows: Deck, dealing: partial[Dealing], spread: float, per_slot: float, strict: bool) -> list[Dealing]:
+    """Returns how to deal an epoch, by what the candidates give on some windows of it, and what else if that fails.
 
     Strict takes the best balance. Otherwise steps are kept about as varied as the data: where ranks have several slots
-    the best balance below VARIED is taken if it is GOOD, else the best below LIMIT; where none is, the most varied.
+    the best balance below VARIED is taken if it is GOOD, else the best below LIMIT. In its stead come those that are
+    more varied, the least so first. As they come at random, slots are always varied enough.
 
     Args:
         dealing: Dealing with ranks, accumulation and barrier.
         spread: rms of one random sample's deviation; per_slot: of one slot's sum of deviations.
     """
     ways = [dealing(stray=drift) for drift in DRIFTS] + [dealing(block=block) for block in BLOCKS]
+    ways.append(dealing(shuffled=True))
     barrier, several = ways[0].barrier, ways[0].accumulation > 1
     if several and barrier == "step":  # what is balanced in each micro-batch is so in their sum
         ways += [dealing(barrier="micro", stray=drift) for drift in DRIFTS]
     found = [(*judge(windows, way.steps(windows, per_slot), barrier, spread), way) for way in ways]
+    by_mix = sorted(found, key=lambda each: -each[1])
     for limit, enough in ((math.inf, 0.0),) if strict else ((VARIED, GOOD if several else math.inf), (LIMIT, 0.0)):
         fit = [each for each in found if each[1] <= limit]
         best = max((balance for balance, _, _ in fit), default=-1.0)
-        if best >= enough:
-            return min((each for each in fit if each[0] >= best - NO_MATTER), key=lambda each: each[1])[2]
-    return min(found, key=lambda each: each[1])[2]
+        if fit and best >= enough:
+            first = min((each for each in fit if each[0] >= best - NO_MATTER), key=lambda each: each[1])
+            return [first[2], *(way for _, mixed, way in by_mix if mixed < first[1]), ways[-1]]
+    return [*(way for *_, way in by_mix[-1:]), ways[-1]]
 
 
 def deal(deck: Deck, *, ranks: int, accumulation: int, barrier: str, spread: float, strict: bool) -> np.ndarray:
@@ -253,6 +262,12 @@ def deal(deck: Deck, *, ranks: int, accumulation: int, barrier: str, spread: flo
     per_slot = math.sqrt(int((deck.deviation**2).sum()) / len(deck.cost))
     first = max(parts, key=len)
     some = deck.at(first[: max(SAMPLE // first.shape[1], 1)])
-    way = choose(some, partial(Dealing, ranks, accumulation, barrier=barrier), spread, per_slot, strict)
-    dealt = [take(part, way.steps(deck.at(part), per_slot)) for part in parts if len(part)]
-    return np.concatenate([steps.reshape(-1, accumulation, ranks) for steps in dealt])
+    whole, dealt = deck.at(np.arange(count * size)[None]), np.empty(0, np.int64)
+    for way in choose(some, partial(Dealing, ranks, accumulation, barrier=barrier), spread, per_slot, strict):
+        found = [take(part, way.steps(deck.at(part), per_slot)) for part in parts if len(part)]
+        dealt = np.concatenate([steps.reshape(-1, accumulation, ranks) for steps in found])
+        # of the epoch's samples, without replacement
+        mixed = judge(whole, dealt[None], barrier, spread)[1] * count / max(count - 1, 1)
+        if strict or mixed <= CEILING:
+            break
+    return dealt

@@ -15,6 +15,7 @@ ROOM = (
     UNITS * 102 // 100
 )  # what a slot may hold at most: with none to spare the last micro-batches would find no place
 PART = 20  # a micro-batch of several samples takes at most this part of its slot, so that it finds room
+EVEN = 0.97  # of the slots that fill whole steps: with fewer than so many the last step stays short
 CLUMP = 2.0  # samples of one bucket that run together, on the mean over what makes steps differ
 
 
@@ -53,7 +54,7 @@ def fill_slots(settings: PlanSettings, buckets: tuple[Bucket, ...], counts: np.n
     unit = sample_cost(settings, buckets)
     room = settings.batch_size * unit.max()
     cost = np.maximum(np.ceil(count * unit[bucket] / room * UNITS * (1 - 1e-12)).astype(np.int64), 1)
-    return Filling(first, count, bucket, pack(cost))
+    return Filling(first, count, bucket, pack_steps(cost, settings.slots))
 
 
 def one_each(first: np.ndarray, count: np.ndarray, bucket: np.ndarray) -> Filling:
@@ -91,7 +92,27 @@ def batch_sizes(settings: PlanSettings, buckets: tuple[Bucket, ...], counts: np.
     return np.minimum(sizes, largest)
 
 
-def pack(cost: np.ndarray) -> np.ndarray:
+def pack_steps(cost: np.ndarray, size: int) -> np.ndarray:
+    """Returns the slot of each micro-batch, int64, with a full last step where a little does it.
+
+    A step of which a part is padding takes as long as a full one. Slots may hold ROOM; and that number of steps which
+    is run anyway takes less time if all their slots are filled a little less.
+
+    Args:
+        cost: as pack's.
+        size: slots of a step.
+    """
+    slot = pack(cost)
+    slots = int(slot.max()) + 1
+    for steps in (slots // size, -(-slots // size)):
+        if steps and slots % size and EVEN <= slots / (steps * size) <= 1 / EVEN:
+            even = pack(cost, steps * size)
+            if even.max() + 1 == steps * size:
+                return even
+    return slot
+
+
+def pack(cost: np.ndarray, slots: int | None = None) -> np.ndarray:
     """Returns the slot of each micro-batch, int64: dearest first, each goes where most room is left.
 
     Slots of equal room are filled together, so that the work grows with the number of different costs, not with the
@@ -99,11 +120,12 @@ def pack(cost: np.ndarray) -> np.ndarray:
 
     Args:
         cost: int64 [M], 1 to UNITS; no slot gets more than ROOM.
+        slots: to begin with (None = as many as the costs fill); more are added where something finds no place.
     """
     slot = np.empty(len(cost), np.int64)
     order = np.argsort(-cost, kind="stable")
     values, firsts = np.unique(-cost[order], return_index=True)
-    slots = -(-int(cost.sum()) // UNITS)
+    slots = slots or -(-int(cost.sum()) // UNITS)
     rooms, open_slots = [ROOM], {ROOM: [np.arange(slots)]}
 
     def leave(room: int, numbers: np.ndarray) -> None:

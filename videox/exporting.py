@@ -1,0 +1,92 @@
+"""Serves both training loops: what a run gives away of its weights, in each checkpoint and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from videox.averaging import export_weights
+from videox.engine import Engine
+from videox.errors import Refusal
+from videox.exports import MERGED, describe
+from videox.state import TrainState
+
+FOLDER = "exports"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Writes the weights in training for use; all processes call its methods together.
+
+    Attributes:
+        engine: with the weights.
+        state: tells the steps and the seed when the weights are written.
+        output_dir: of the run.
+        dtype: of the floating tensors.
+        keep_fp32: parts of names that stay float32.
+        layouts: beside diffusers'.
+        base_model: that is trained, as the user named it.
+        facts: for the files' headers.
+        is_main: on the one process that writes; the others take part in gathering.
+        warn: tells the user of an export that cannot be.
+    """
+
+    engine: Engine
+    state: TrainState
+    output_dir: Path
+    dtype: torch.dtype
+    keep_fp32: Sequence[str]
+    layouts: Sequence[str]
+    base_model: str
+    facts: Mapping[str, object]
+    is_main: bool
+    warn: Callable[[str], None]
+
+    def __call__(self) -> None:
+        """Writes output_dir/transformer and the other layouts. Raises Refusal, SaveFailed as export_weights does."""
+        self._write(self.output_dir, only_layouts=False)
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint's files, and the other layouts in its exports/; what cannot be exported is told.
+
+        Raises:
+            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
+        """
+        self.engine.save(folder, self.state)
+        if not self.layouts:
+            return
+        try:
+            self._write(folder / FOLDER, only_layouts=True)
+        except Refusal as why:  # on the one process that writes, with every collective through
+            self.warn(f"warning: checkpoint-{self.state.step} has not all exports: {why.where} {why.what}")
+
+    def _write(self, folder: Path, *, only_layouts: bool) -> None:
+        metadata = describe(self.base_model, {**self.facts, "steps": self.state.step, "seed": self.state.seed})
+        export_weights(
+            self.engine,
+            folder,
+            self.dtype,
+            self.keep_fp32,
+            layouts=self.layouts,
+            metadata=metadata,
+            only_layouts=only_layouts,
+            is_main=self.is_main,
+        )
+
+
+def export_bytes(numbers: int, layouts: Sequence[str], dtype: torch.dtype, *, lora: bool, averaged: bool) -> int:
+    """Returns what exports take of the disk while a checkpoint is written.
+
+    Args:
+        numbers: of the whole model.
+        layouts: beside diffusers'.
+        dtype: of the tensors.
+        lora: only what is merged has the size of the model.
+        averaged: an average is exported too.
+    """
+    # a whole model's layouts are made of a folder in diffusers'
+    models = int(MERGED in layouts) if lora else len(layouts) + bool(layouts)
+    return models * (1 + averaged) * numbers * dtype.itemsize
