@@ -165,7 +165,9 @@ class Trainer:
         while not happened():
             if not self.running():
                 return bool(happened())
-            assert time.monotonic() < deadline, f"nothing after {limit} s:\n{self.said()[-4000:]}"
+            if time.monotonic() > deadline:
+                self.server.end_all()
+                raise AssertionError(f"nothing after {limit} s:\n{self.said()[-4000:]}")
             time.sleep(0.0003)
         return True
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import forkserver
+import psutil
 import pytest
 import runs
 import tiny
@@ -269,3 +270,35 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
     assert meeting_limit({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
     with pytest.raises(Refusal, match="VIDEOX_MEETING_SECONDS"):
         meeting_limit({"VIDEOX_MEETING_SECONDS": text})
+
+
+# --------------------------------------------------------------------------------------------------- a test that hangs
+
+
+def hang() -> int:
+    while True:
+        time.sleep(0.1)
+
+
+def test_a_rank_that_hangs_is_ended_with_the_others(tmp_path: Path) -> None:
+    ranks = forkserver.shared().start_ranks(3, [], tmp_path / "log", work=["test_launch_scripts:hang"] * 3)
+    with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
+        ranks[1].wait(0.2)
+    assert 0 not in [rank.wait(10) for rank in ranks]
+    late = forkserver.shared().start([], tmp_path / "late", work="test_launch_scripts:hang")
+    with pytest.raises(AssertionError, match=r"nothing after 0\.2 s"):
+        late.until(lambda: False, limit=0.2)
+    assert late.wait(10) != 0
+
+
+def test_a_launch_that_hangs_is_ended_with_sessions_of_its_own(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    line = f"for i in 1 2; do setsid bash -c 'echo $$ >> {pids}; sleep 100; true' & done; echo begun; wait"
+    with pytest.raises(AssertionError, match=r"still running after 1 s"):
+        run_bounded(["bash", "-c", line], 1, cwd=tmp_path, env=os.environ)
+    numbers = [int(number) for number in pids.read_text(encoding="ascii").split()]
+    assert len(numbers) == 2
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(number) and psutil.Process(number).status() != "zombie" for number in numbers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
