@@ -41,8 +41,7 @@ class PlainLoop:
         self.vae = AutoencoderKLWan.from_pretrained(model / "vae").requires_grad_(False)
         self.pipeline = WanPipeline.from_pretrained(model, transformer=None, vae=self.vae)
         self.transformer = WanTransformer3DModel.from_pretrained(model / "transformer").train()
-        self.transformer.enable_gradient_checkpointing()
-        self.optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=2e-3)
+        self.optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=2e-3, fused=True)
         config = self.vae.config
         self.mean, self.std = (
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
