@@ -30,6 +30,7 @@ COLUMNS_FILE = "columns.safetensors"
 LAUNCHED = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
 OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
 LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
+DEALING = 2  # rises when slots of equal settings are dealt in another order than before
 OPTIMIZER_STEM = "optimizer"
 
 
@@ -90,7 +91,8 @@ def read_state(checkpoint: Path) -> TrainState:
 
 def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
     """Returns the plan's settings as plain JSON values, for storing and comparing."""
-    return json.loads(json.dumps(asdict(settings)))
+    dealing = {} if settings.balance == "none" else {"dealing": DEALING}
+    return json.loads(json.dumps(asdict(settings) | dealing))
 
 
 def name_of(flags: str, index: str, settings: PlanSettings) -> str:

@@ -124,10 +124,9 @@ def _rewrite(folder: Path, old: Sequence[tuple[Shard, Sequence[str]]]) -> None:
                     writer = ShardWriter(folder / f"shard-{secrets.token_hex(8)}{SUFFIX}")
                 writer.put(found.key, found.tensor, found.note)
         _publish(writer)
-    except OSError:
+    finally:
         if writer is not None:
             writer.drop()
-        raise
 
 
 def _publish(writer: ShardWriter | None) -> None:
