@@ -519,7 +519,7 @@ def test_a_fill_that_is_stopped_keeps_what_it_made(
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_what_was_published(shop: Shop, server: forkserver.ForkServer, tmp_path: Path) -> None:
-    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1)
+    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1, cache_only=True)
     full = server.run(flags, tmp_path / "full.log", largest_file=30_000, **WORK)
     assert full.code == STORAGE and "--latent_cache" in full.complaint() and "File too large" in full.complaint()
     assert not verify(tmp_path / "cache")[1] and not list((tmp_path / "cache").glob(".tmp-*"))
