@@ -37,7 +37,8 @@ from videox.adapter_files import FACTS, fingerprint
 from videox.args import EXPORT_DTYPES
 from videox.checkpoint import MANIFEST, verify
 from videox.errors import FLAGS, MODEL, NUMERICS, Refusal
-from videox.exports import ARCHITECTURES, LAYOUTS, describe, publish_file, write_file
+from videox.exports import ARCHITECTURES, LAYOUTS, describe, write_file
+from videox.files import publish_file
 from videox.fsdp_shards import fsdp_folder
 from videox.hub import local_folder
 from videox.layouts import family_of

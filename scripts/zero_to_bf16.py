@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from videox.checkpoint import MANIFEST, verify
 from videox.errors import MODEL, STORAGE, Refusal
-from videox.files import flush, flush_tree
+from videox.files import SaveFailed, flush, flush_tree
 from videox.fsdp_shards import FOLDERS, fsdp_folder, read_fsdp
 from videox.lifecycle import run_script
 from videox.shards import Shards, read_whole
 from videox.streaming import Planned, check_bytes, check_folder, planned, refuse_other_model, write_folder
-from videox.weights import CONFIG, WEIGHTS, SaveFailed, few
+from videox.weights import CONFIG, WEIGHTS, few
 from videox.zero_shards import LATEST, read_zero, tag_folder
 
 TRANSFORMER = "transformer"

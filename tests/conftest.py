@@ -49,6 +49,14 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture(autouse=True)
+def same_scheduling() -> Iterator[None]:
+    """Finds the test that makes this process, and so all that later tests start, a real-time one."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before, "this process has another scheduling policy than before"
+
+
 def keep_built(part: Path) -> None:
     """Keeps what a session has built for the next ones, unless another session was first."""
     if (part / "lock").exists() or not list(part.glob("*.so")) or (BUILT / part.name).exists():

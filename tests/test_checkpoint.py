@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from videox import checkpoint as checkpoints
 from videox.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
-from videox.files import write_json_atomically
+from videox.files import SaveFailed, write_json_atomically
 from videox.run_folder import prune, sweep
-from videox.weights import SaveFailed, save_tensors
+from videox.weights import save_tensors
 
 # --- publication -----------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, Refusal
+from videox.files import SaveFailed
 from videox.lifecycle import INTERRUPTED, Run, exit_code, main_first, one_line, open_run, run_script
 from videox.status import RunStatus, read_status
-from videox.weights import SaveFailed
 
 
 def alone(value: object) -> list[object]:

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -38,12 +39,23 @@ def picture(number: int, width: int, height: int) -> np.ndarray:
     return frame
 
 
+@contextmanager
+def ordinary_scheduling():
+    """Takes back what SVT-AV1 does where root encodes: its caller becomes a real-time thread of the highest priority.
+
+    So would all that this process starts later on, and a thread of theirs that waits in a loop starves the others.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    yield
+    os.sched_setscheduler(0, policy, parameters)
+
+
 def write_clip(
     path, *, frames=50, width=128, height=96, codec="libx264", pixels="yuv420p", options=None, gop=None, b_frames=None,
     times=None, time_base=Fraction(1, 25), container=None,
 ):  # fmt: skip
     """Writes a clip of `picture`s; `times` are presentation times in units of time_base (default 0, 1, 2, ...)."""
-    with av.open(str(path), "w", options=container or {}) as file:
+    with ordinary_scheduling(), av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.time_base = time_base

@@ -19,17 +19,8 @@ from safetensors.torch import load_file
 from tensors import same
 
 from videox.errors import MODEL, NUMERICS, Refusal
-from videox.weights import (
-    CONFIG,
-    WEIGHTS,
-    SaveFailed,
-    StoredTensors,
-    export_transformer,
-    load_weights,
-    publish_folder,
-    save_tensors,
-    save_weights,
-)
+from videox.files import SaveFailed, publish_folder
+from videox.weights import CONFIG, WEIGHTS, StoredTensors, export_transformer, load_weights, save_tensors, save_weights
 
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 

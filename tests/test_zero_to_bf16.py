@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 
 from videox.checkpoint import find_checkpoints, latest
 from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, Refusal
-from videox.weights import SaveFailed, save_weights
+from videox.files import SaveFailed
+from videox.weights import save_weights
 
 SCRIPT = "scripts/zero_to_bf16.py"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

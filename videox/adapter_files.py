@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from videox.checkpoint import read_manifest
 from videox.errors import MODEL, NUMERICS, Refusal
-from videox.exports import MERGED, publish_file
-from videox.files import write_json_atomically
+from videox.exports import MERGED
+from videox.files import publish_file, publish_folder, write_json_atomically
 from videox.kept import TRANSFORMER
 from videox.layouts import family_of
 from videox.lora import Lora, initial_values, own_name, public_name
@@ -32,7 +32,6 @@ from videox.weights import (
     TensorSource,
     few,
     load_weights,
-    publish_folder,
     save_tensors,
     sort_metadata,
     write_config,

@@ -18,10 +18,10 @@ from videox.ema import Ema
 from videox.engine import Engine, Update, write_all, written_by_main
 from videox.errors import MODEL, Refusal
 from videox.exports import export_file
-from videox.files import write_json_atomically
+from videox.files import SaveFailed, write_json_atomically
 from videox.kept import TRANSFORMER
 from videox.state import TrainState
-from videox.weights import SaveFailed, export_transformer
+from videox.weights import export_transformer
 
 EMA_FOLDER = "transformer_ema"  # in a checkpoint in float32, in output_dir as --export_dtype says
 UPDATES_FILE = "ema.json"

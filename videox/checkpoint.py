@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from videox import __version__
 from videox.errors import MODEL, Refusal
-from videox.files import aside, flush, flush_tree, unused, write_json_atomically
-from videox.weights import SaveFailed
+from videox.files import SaveFailed, aside, flush, flush_tree, unused, write_json_atomically
 
 FORMAT = 1  # of manifest.json; raised when an older videox could no longer resume what this one writes
 MANIFEST = "manifest.json"

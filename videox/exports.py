@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import filecmp
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from videox import __version__, layouts
 from videox.errors import MODEL, Refusal
-from videox.files import aside, flush, flush_tree, unused
+from videox.files import publish_file
 from videox.layouts import Entry, Piece
 from videox.shards import Scattered
 from videox.streaming import Planned, check_bytes, check_folder, planned, write_folder
 from videox.tensor_files import LayoutTensors, assembled, open_tensors
-from videox.weights import SaveFailed
 
 LAYOUTS = ("original", "comfyui")  # beside diffusers'
 MERGED = "merged"  # what --export_layouts calls a LoRA's base with the LoRA in it, in diffusers' layout
@@ -131,31 +126,3 @@ def write_file(
             check_bytes(folder, checksums, told)
 
     publish_file(target, write)
-
-
-def publish_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes a file that is whole or absent; one that stands there with other content is moved aside, never deleted.
-
-    Args:
-        target: the file; its folder may be made.
-        write: makes a file of this name in the folder that it is given.
-
-    Raises:
-        SaveFailed: the disk refused; nothing is left behind.
-    """
-    temporary = aside(target)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        flush_tree(temporary)
-        made = temporary / target.name
-        if target.is_file() and filecmp.cmp(made, target, shallow=False):
-            return
-        if os.path.lexists(target):
-            target.rename(unused(target.with_name(f"{target.stem}-superseded{target.suffix}")))
-        made.rename(target)
-        flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveFailed(f"{target}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

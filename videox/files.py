@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def flush(path: Path) -> None:
@@ -68,3 +72,70 @@ def write_json_atomically(path: Path, content: object) -> None:
     text = json.dumps(content, indent=1) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- what users get, whole or absent
+
+
+class SaveFailed(Exception):
+    """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
+
+
+def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
+
+    Args:
+        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted, and one that
+            holds the same files stays, so that a finished run can be resumed any number of times.
+        write: fills the folder that it is given.
+
+    Raises:
+        SaveFailed: the disk refused; nothing is left behind.
+    """
+
+    def fill(temporary: Path) -> None:
+        made = temporary / folder.name
+        made.mkdir()
+        write(made)
+
+    _publish(folder, fill, folder.with_name(f"{folder.name}-superseded"))
+
+
+def publish_file(target: Path, write: Callable[[Path], None]) -> None:
+    """As publish_folder, for one file.
+
+    Args:
+        target: the file; its folder may be made.
+        write: makes a file of this name in the folder that it is given.
+
+    Raises:
+        SaveFailed: the disk refused; nothing is left behind.
+    """
+    _publish(target, write, target.with_name(f"{target.stem}-superseded{target.suffix}"))
+
+
+def _publish(target: Path, write: Callable[[Path], None], superseded: Path) -> None:
+    temporary = aside(target)
+    made = temporary / target.name
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        flush_tree(temporary)
+        if _same(made, target):
+            return
+        if os.path.lexists(target):
+            target.rename(unused(superseded))
+        made.rename(target)
+        flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise SaveFailed(f"{target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Tells whether two files, or all files below two folders, are equal byte for byte."""
+    if first.is_file():
+        return second.is_file() and filecmp.cmp(first, second, shallow=False)
+    names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (first, second)]
+    return names[0] == names[1] and second.is_dir() and all(_same(first / name, second / name) for name in names[0])

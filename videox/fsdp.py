@@ -49,12 +49,13 @@ from videox.engine import (
     write_run,
 )
 from videox.errors import MODEL, Refusal
+from videox.files import SaveFailed
 from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.local_steps import LocalShards
 from videox.optim import set_learning_rate, step_if
 from videox.pickles import read_pickle
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed, TensorSource
+from videox.weights import TensorSource
 
 # accelerate's names for the two parts, so that `accelerate merge-weights checkpoint-N/pytorch_model_fsdp_0` works.
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"

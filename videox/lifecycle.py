@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch.distributed as dist
 
 from videox.errors import BUG, STORAGE, PeerFailed, Refusal
+from videox.files import SaveFailed
 from videox.run_folder import Resume, hold, resolve_resume, sweep
 from videox.status import RunStatus, read_status
-from videox.weights import SaveFailed
 
 INTERRUPTED = 130  # as shells tell a SIGINT
 OUTSIDE = "interrupted outside a step; nothing was saved"

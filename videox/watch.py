@@ -20,7 +20,7 @@ from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
 from videox.engine import Update
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
-from videox.files import write_json_atomically
+from videox.files import SaveFailed, write_json_atomically
 from videox.jsonl import append_line
 from videox.late_step import LateStep, numbers_of
 from videox.lifecycle import Run, main_first, together
@@ -34,7 +34,6 @@ from videox.tracker import Tracker
 from videox.transfer import Moment
 from videox.utilization import Meter
 from videox.validation import SampledClips, ValidationLoss, append_validation, change_since_first
-from videox.weights import SaveFailed
 
 ALWAYS_ALLOWED_BAD = 10  # rows that may be unreadable whatever the fraction
 SKIPS_ALLOWED = 5  # steps without an update in a row

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
-import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videox.errors import MODEL, NUMERICS, Refusal
-from videox.files import aside, flush, flush_tree, unused
+from videox.files import publish_folder
 
 WEIGHTS = "diffusion_pytorch_model"  # the stem of diffusers' SAFETENSORS_WEIGHTS_NAME
 CONFIG = "config.json"
 MAX_SHARD_SIZE = 5 * 1000**3  # bytes
 
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-
-
-class SaveFailed(Exception):
-    """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
 
 
 # ------------------------------------------------------------------------------------- writing tensors
@@ -306,40 +299,6 @@ def _cast(tensors: NamedTensors, dtype: torch.dtype, keep_fp32: Sequence[str]) -
                     name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS
                 )
         yield name, tensor
-
-
-def _same_files(first: Path, second: Path) -> bool:
-    """Tells whether two folders hold the same files, byte for byte."""
-    names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (first, second)]
-    return names[0] == names[1] and all(filecmp.cmp(first / n, second / n, shallow=False) for n in names[0])
-
-
-def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
-
-    Args:
-        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted, and one that
-            holds the same files stays, so that a finished run can be resumed any number of times.
-        write: fills the folder that it is given.
-
-    Raises:
-        SaveFailed: the disk refused; nothing is left behind.
-    """
-    temporary = aside(folder)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        flush_tree(temporary)
-        if folder.is_dir() and _same_files(temporary, folder):
-            return
-        if os.path.lexists(folder):
-            folder.rename(unused(folder.with_name(f"{folder.name}-superseded")))
-        temporary.rename(folder)
-        flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveFailed(f"{folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_transformer(

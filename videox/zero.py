@@ -36,11 +36,11 @@ from videox.engine import (
     write_run,
 )
 from videox.errors import Refusal
+from videox.files import SaveFailed
 from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optim import set_learning_rate
 from videox.pickles import read_archive
 from videox.state import TrainState, checkpoint_bytes
-from videox.weights import SaveFailed
 from videox.zero_creation import set_masters
 from videox.zero_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 
