@@ -189,7 +189,7 @@ class _Reader(pickle.Unpickler):
         _refuse(self._path, f"its pickle names {full}, which no checkpoint of tensors needs; nothing of it was run")
 
     def _member(self, kind: object, name: object) -> Record:
-        """Stands for getattr, by which early Pythons 3.11 pickle the member of an enumeration: nothing is looked up."""
+        """Stands for getattr, by which early Pythons 3.11 pickle an enumeration's member: nothing is looked up."""
         if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str)):
             self._refuse_name("builtins.getattr of something else")
         return kind(name)
