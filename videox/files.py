@@ -81,7 +81,7 @@ class SaveFailed(Exception):
     """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
 
 
-def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
 
     Args:
