@@ -23,7 +23,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from videox.adapter_files import FACTS, fingerprint
 from videox.args import EXPORT_DTYPES
 from videox.checkpoint import MANIFEST, verify
 from videox.errors import FLAGS, MODEL, NUMERICS, Refusal
-from videox.exports import ARCHITECTURES, LAYOUTS, describe, write_file
+from videox.exports import ARCHITECTURES, LAYOUTS, write_file
 from videox.files import publish_file
 from videox.fsdp_shards import fsdp_folder
 from videox.hub import local_folder
@@ -48,12 +49,14 @@ from videox.lora_layouts import lora_to_comfyui
 from videox.merging import low_rank, merged
 from videox.model_folder import UNLOADABLE, read_json
 from videox.model_parts import Part, find_part, refuse_misfit
+from videox.provenance import MODEL_CONFIG, describe, known_of, stored_config
 from videox.streaming import Planned, check_bytes, check_folder, write_folder
 from videox.tensor_files import LayoutTensors, open_tensors
 from videox.weights import CONFIG, few, save_tensors
 from videox.zero_shards import tag_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
+PUBLISHED = {"wan": "WanModel"}  # what an original config.json calls the same
 LORA = "lora"
 PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
@@ -114,10 +117,29 @@ def find_transformer(path: Path, config: Path | None) -> Part:
     if family not in CLASSES:
         what = f"holds {family or 'tensors of no known kind'}, no transformer of {' or '.join(ARCHITECTURES.values())}"
         raise Refusal(str(path), what, "give the weights of a transformer", MODEL)
-    beside = config or (path.parent / CONFIG if path.is_file() else None)
-    known = read_json(beside) if beside and (config or beside.is_file()) else {}
-    part = find_part(path, family, known)
+    part = find_part(path, family, config_for(path, family, config))
     return Part(part.path, part.config, tensors)  # those of a diffusers folder, too
+
+
+def config_for(path: Path, family: str, config: Path | None) -> dict[str, Any]:
+    """Returns the configuration that goes with weights: the one given, the one in a file's header, or one beside it.
+
+    Raises:
+        Refusal: (MODEL) it cannot be read, or is of another class than the weights.
+    """
+    if config is not None and not config.is_file():
+        raise Refusal("--config", f"{config} is no file", "name a config.json", MODEL)
+    known, beside, classes = stored_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
+    if config is not None:
+        known = read_json(config)
+    elif not known and path.is_file() and beside.is_file():
+        found = read_json(beside)
+        known = found if found.get("_class_name") in classes else {}  # of something else that lies there
+    if known.get("_class_name") not in classes:
+        where, what = ("--config", str(config)) if config else (str(path), "its header")
+        what += f" describes a {known['_class_name']}, the weights are of a {CLASSES[family]}"
+        raise Refusal(where, what, "give the config.json that goes with the weights", MODEL)
+    return known
 
 
 def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
@@ -150,6 +172,28 @@ def refuse_output(source: Path, output: Path, layout: str) -> None:
         raise Refusal("output", f"{output} is no name of a .safetensors file", "name one", FLAGS)
     if os.path.lexists(output):
         raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
+
+
+def headed(source: Path, facts: dict[str, str | None], base: str | None = None) -> dict[str, str]:
+    """Returns a file's header: what is known of the source, and facts of the file itself.
+
+    Args:
+        base: that a LoRA is written into, as the user named it.
+    """
+    known = known_of(source)
+    base_model = base or known.pop("base_model", None)
+    # weights that nobody here has trained have a name and no more
+    title = None if base_model else f"{source.parent.name if lora_file(source) else source.stem}"
+    return describe(base_model, {**known, **facts}, title=title)
+
+
+def dtype_name(tensors: Iterable[Tensor]) -> str:
+    """Returns how --dtype calls the dtype of most numbers."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.numel()
+    found = sizes.most_common(1)[0][0]
+    return next((name for name, dtype in EXPORT_DTYPES.items() if dtype == found), str(found))
 
 
 # --------------------------------------------------------------------------------------------------------- a LoRA
@@ -186,7 +230,11 @@ def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None
     made = {name: t if name.endswith(".alpha") else t.to(dtype or t.dtype).contiguous() for name, t in made.items()}
     if bad := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
         raise Refusal(str(path), f"{few(bad)}: not finite in this dtype", "give another --dtype", NUMERICS)
-    metadata = describe(str(path), {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout})
+    said = {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout, "dtype": dtype_name(made.values())}
+    if len(set(ranks.values())) == 1:  # alpha: that goes with these tensors
+        rank = next(iter(ranks.values()))
+        said |= {"rank": f"{rank}", "alpha": f"{rank * scale if layout == 'comfyui' else rank:g}"}
+    metadata = headed(path, said)
     output.parent.mkdir(parents=True, exist_ok=True)
     publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
     return output.stat().st_size
@@ -247,11 +295,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = low_rank(*adapters_of(lora, family))
     tensors = merged(part.tensors, changes, flags.layout, dtype, kept)
     told = {"architecture": ARCHITECTURES[family], "layout": flags.layout, "lora": lora and lora.parent.name}
+    told["dtype"] = flags.dtype
     print(f"{part.path}: {part.tensors.layout or 'diffusers'} names, {len(part.tensors)} tensors")
     if changes:
         print(f"{lora}: {len(changes)} layers adapted")
-    config = json.dumps(json.loads(model.to_json_string()), indent=2, sort_keys=True)
-    size = export_model(tensors, config, describe(flags.base or str(flags.source), told), flags)
+    config = json.loads(model.to_json_string())
+    if flags.layout != "diffusers":
+        told[MODEL_CONFIG] = json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True)
+    metadata = headed(lora or flags.source, told, flags.base)
+    size = export_model(tensors, json.dumps(config, indent=2, sort_keys=True), metadata, flags)
     use = {
         "diffusers": f"load it with {type(model).__name__}.from_pretrained, or train on by --transformer_path",
         "original": "it has the published names; train on by --transformer_path",

@@ -11,7 +11,8 @@ import torch
 from videox.averaging import export_weights
 from videox.engine import Engine
 from videox.errors import Refusal
-from videox.exports import MERGED, describe
+from videox.exports import MERGED
+from videox.provenance import describe, name_of
 from videox.state import TrainState
 
 FOLDER = "exports"  # in a checkpoint
@@ -44,6 +45,10 @@ class Exports:
     facts: Mapping[str, object]
     is_main: bool
     warn: Callable[[str], None]
+
+    def about(self) -> dict[str, object]:
+        """Returns what a checkpoint's manifest says of the run, for who exports it later."""
+        return {**self.facts, "base_model": name_of(self.base_model)}
 
     def __call__(self) -> None:
         """Writes output_dir/transformer and the other layouts. Raises Refusal, SaveFailed as export_weights does."""
