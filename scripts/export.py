@@ -24,7 +24,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ from zero_to_bf16 import published, readable, refuse_full_disk, refuse_place, sh
 from videox.adapter_files import FACTS, fingerprint
 from videox.args import EXPORT_DTYPES
 from videox.checkpoint import MANIFEST, verify
-from videox.errors import FLAGS, MODEL, NUMERICS, Refusal
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, Refusal
 from videox.exports import ARCHITECTURES, LAYOUTS, write_file
-from videox.files import publish_file
+from videox.files import SaveFailed, publish_file
+from videox.flag_parser import Parser
 from videox.fsdp_shards import fsdp_folder
 from videox.hub import local_folder
 from videox.layouts import family_of
@@ -62,9 +64,7 @@ PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder or file of weights")
     parser.add_argument(
         "output", type=Path, help="a new folder for a model in diffusers' layout, else a new .safetensors file"
@@ -87,11 +87,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="also compare every byte written with what is read back (default: no)"
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
-def source_path(source: Path) -> Path:
-    """Returns the folder or file with the transformer's weights.
+def source_path(source: Path, where: str = "source") -> Path:
+    """Returns the folder or file with the transformer's weights; where: what the user gave, for the refusal.
 
     Raises:
         Refusal: (MODEL) a checkpoint is damaged or holds shards alone, or nothing is there.
@@ -99,14 +99,14 @@ def source_path(source: Path) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise Refusal("source", f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
+        raise Refusal(where, f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
     if (source / MANIFEST).is_file() and (problems := verify(source, hashes=False)):
         raise Refusal(str(source), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
     if (folder := whole_weights(source)) is not None:
         return folder
     if tag_folder(source, None) is not None or fsdp_folder(source, None) is not None:
         what = f"{source} holds its weights in the shards of several processes"
-        raise Refusal("source", what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
+        raise Refusal(where, what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
     return source
 
 
@@ -160,16 +160,23 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
 
 
 def refuse_output(source: Path, output: Path, layout: str) -> None:
-    """Raises Refusal if the output is taken, is the source, or has a name of the other kind.
+    """Raises Refusal if the output is taken, lies in the source or a checkpoint, or has a name of the other kind.
 
     Args:
         layout: of a model; of a LoRA, which is one file in each, any but diffusers.
     """
     if layout == "diffusers":
-        refuse_place(source, output)
+        if output.suffix == ".safetensors":
+            raise Refusal("output", f"{output} is a file's name, this layout is a folder", "name a folder", FLAGS)
+        refuse_place(source, output, "output")
         return
     if output.suffix != ".safetensors":
         raise Refusal("output", f"{output} is no name of a .safetensors file", "name one", FLAGS)
+    inside = [folder for folder in output.resolve().parents if (folder / MANIFEST).is_file()]
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        inside.append(source)
+    if inside:
+        raise Refusal("output", f"{output} lies in {inside[0]}", "name a file outside of it", FLAGS)
     if os.path.lexists(output):
         raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
 
@@ -235,8 +242,9 @@ def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None
         rank = next(iter(ranks.values()))
         said |= {"rank": f"{rank}", "alpha": f"{rank * scale if layout == 'comfyui' else rank:g}"}
     metadata = headed(path, said)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
+    with written(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
     return output.stat().st_size
 
 
@@ -250,17 +258,30 @@ def note_other_base(path: Path, base: LayoutTensors) -> None:
 # ------------------------------------------------------------------------------------------------------ the whole
 
 
+@contextmanager
+def written(output: Path) -> Iterator[None]:
+    """Has a write that the disk refuses say what to do. Raises Refusal (STORAGE)."""
+    try:
+        yield
+    except (OSError, SaveFailed) as why:
+        cause = why.__context__ if isinstance(why, SaveFailed) and why.__context__ else why
+        reason = getattr(cause, "strerror", None) or cause
+        mend = "name a place that you can write, with room"
+        raise Refusal("output", f"{output} cannot be written ({reason})", mend, STORAGE) from why
+
+
 def export_model(tensors: list[Planned], config: str, metadata: dict[str, str], flags: argparse.Namespace) -> int:
     """Writes a model in the layout that was asked for; returns its bytes. config: of the model, as JSON."""
     size = sum(tensor.nbytes for tensor in tensors)
     output = flags.output.resolve()
-    refuse_full_disk(output, size)
+    refuse_full_disk(output, size, "output")
     with tqdm(total=size * (1 + flags.verify), unit="B", unit_scale=True, desc="exporting", disable=None) as bar:
         if flags.layout != "diffusers":
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, tensors, metadata, verify=flags.verify, told=bar.update)
+            with written(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_file(output, tensors, metadata, verify=flags.verify, told=bar.update)
             return size
-        with published(output) as folder:
+        with written(output), published(output) as folder:
             checksums = write_folder(
                 folder, tensors, max_shard_size=flags.max_shard_size, with_checksums=flags.verify, told=bar.update,
                 metadata=metadata,
@@ -285,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{flags.output}: {readable(size)}, a LoRA that {flags.layout} loads; --base MODEL writes it into a model"
         )
         return 0
-    part = find_transformer(source_path(local_folder(flags.base) if flags.base else flags.source), flags.config)
+    source = source_path(local_folder(flags.base, "--base"), "--base") if flags.base else source_path(flags.source)
+    part = find_transformer(source, flags.config)
     assert part.tensors is not None
     model, family = model_of(part), part.tensors.layout or str(family_of(part.tensors))
     kept = type(model)._keep_in_fp32_modules or () if flags.layout == "diffusers" else ()

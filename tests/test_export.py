@@ -173,6 +173,39 @@ def test_nothing_is_overwritten_and_nothing_left(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"there.safetensors", "full", "model"}
 
 
+def test_the_source_stays_as_it_is(run: runs.Outcome, tmp_path: Path) -> None:
+    checkpoint = run.folder / "checkpoint-1"
+    for source, place in (
+        (checkpoint, checkpoint / "transformer"),
+        (checkpoint / "transformer", checkpoint),
+        (run.folder / "transformer_original.safetensors", checkpoint / "new"),
+        (run.folder / "transformer", run.folder / "transformer"),
+    ):
+        assert "lies in" in refusal(source, place / "out.safetensors", "--layout", "original")
+    line = refusal(checkpoint, tmp_path / "q.safetensors", "--layout", "diffusers")
+    assert line.startswith("error: output: ") and "name a folder" in line
+    assert refusal(checkpoint, checkpoint / "new", "--layout", "diffusers").startswith("error: output: ")
+    assert verify(checkpoint, hashes=True) == [] and not list(tmp_path.iterdir())
+
+
+def test_flags_are_called_by_their_names(tmp_path: Path) -> None:
+    folder, out = tiny.build_wan_t2v(tmp_path / "model") / "transformer", tmp_path / "out.safetensors"
+    assert refusal(folder, out, "--layut", "comfyui") == (
+        "error: --layut: is not a flag of this script. Mend: did you mean --layout."
+    )
+    assert refusal(folder, out, "--layout", "comfy").startswith("error: --layout: invalid choice")
+    line = refusal(folder, out, "--layout", "original", "--config", tmp_path / "nope")
+    assert line.startswith("error: --config: ") and "is no file" in line
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
+    (tmp_path / "file").write_text("")
+    line = refusal(folder, tmp_path / "file/out.safetensors", "--layout", "original")
+    assert line.startswith("error: output: ") and "cannot be written" in line and ".tmp-" not in line
+    assert refusal(folder, "/proc/out.safetensors", "--layout", "original").startswith("error: output: ")
+
+
 def test_what_is_no_transformer_is_said(tmp_path: Path) -> None:
     model = tiny.build_wan_t2v(tmp_path / "model")
     assert "wan_vae" in refusal(model / "vae", tmp_path / "out.safetensors", "--layout", "original")
