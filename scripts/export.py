@@ -127,8 +127,6 @@ def config_for(path: Path, family: str, config: Path | None) -> dict[str, Any]:
     Raises:
         Refusal: (MODEL) it cannot be read, or is of another class than the weights.
     """
-    if config is not None and not config.is_file():
-        raise Refusal("--config", f"{config} is no file", "name a config.json", MODEL)
     known, beside, classes = stored_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
     if config is not None:
         known = read_json(config)
@@ -298,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
     if flags.base and lora is None:
         raise Refusal("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
+    if flags.config is not None and not flags.config.is_file():
+        raise Refusal("--config", f"{flags.config} is no file", "name a config.json", MODEL)
     alone = lora is not None and not flags.base
     refuse_output(flags.source, flags.output, LORA if alone else flags.layout)
     if lora is not None and alone:

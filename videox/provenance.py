@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from videox import __version__
+from videox.checkpoint import MANIFEST
 
-MANIFEST, STATE, LORA = "manifest.json", "trainer_state.json", "lora.json"  # in a checkpoint
+STATE, LORA = "trainer_state.json", "lora.json"  # in a checkpoint
 MODEL_CONFIG = "transformer_config"  # in the header of a file that no config.json goes with, as JSON
 OF_THE_FILE = ("format", "layout", "dtype", "architecture", "lora", "lora_adapter_metadata", MODEL_CONFIG)
 TRAINER = "videox "
