@@ -31,11 +31,14 @@ def flush_tree(folder: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ..."""
-    free, number = path, 1
+    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ...
+
+    Where a file has the name, the number stands before its suffix, by which it is known for what it is.
+    """
+    free, number, suffix = path, 1, path.suffix if path.is_file() else ""
     while os.path.lexists(free):
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
+        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
     return free
 
 

@@ -446,12 +446,12 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
 
     return watch.finished(export)
 
