@@ -422,7 +422,7 @@ def train(
         predict=partial(predict_held_out, components, args.guidance_scale), guidance_scale=args.guidance_scale,
         pipeline=partial(sampling_pipeline, components), given_frames=components.given_frames,
     )  # fmt: skip
-    about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
+    about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name, "optimizer": flags.optimizer_of(args)}
     export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))

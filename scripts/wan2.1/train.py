@@ -421,7 +421,7 @@ def train(
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
+    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name, "optimizer": flags.optimizer_of(args)}
     export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
