@@ -108,7 +108,7 @@ def refuse_other_class(path: Path, kind: str, config: Mapping[str, Any]) -> None
     """
     named, wanted = config.get("_class_name"), CLASS_OF.get(kind)
     if wanted and named != wanted and named in dir(diffusers):
-        raise Refusal(str(path), f"is {named}, not {wanted}", f"give the weights of a {wanted}", MODEL)
+        raise Refusal(str(path), f"is {named}, not {wanted}", f"give weights of {wanted}", MODEL)
 
 
 def choose_part(
