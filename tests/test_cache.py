@@ -426,6 +426,12 @@ def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     main, given = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
     with pytest.raises(Refusal, match="--data_dir"):
         main([*given, "--data_dir", str(tmp_path / "nowhere")])
+    (tmp_path / "unmounted").mkdir()
+    with pytest.raises(Refusal, match="has none of the .* files"):
+        main([*given, "--data_dir", str(tmp_path / "unmounted")])
+    for command in ("list", "verify", "gc"):
+        with pytest.raises(Refusal, match="holds nothing of a cache"):
+            main([command, str(tmp_path / "unmounted")])
     with pytest.raises(Refusal, match="nothing here was made by other"):
         main([*given, "--drop_encoder", "e", "other"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -85,12 +85,23 @@ def test_what_lies_beside_the_tensors(tmp_path: Path) -> None:
     assert all(isinstance(found[name], Record) for name in ("array", "number", "device", "folder"))
 
 
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])  # as protocol 4 and 2 spell it
+def test_members_of_enumerations_are_read_as_python_3_11_2_writes_them(tmp_path: Path, module: str) -> None:
+    program = f"(dVkind\nc{module}\ngetattr\n(cdeepspeed.runtime.zero.config\nZeroStageEnum\nVweights\ntRs.".encode()
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", program)
+    found = read_archive(tmp_path / "a.pt")["kind"]
+    assert isinstance(found, Record) and found.arguments == ("weights",)
+    assert found.name == "deepspeed.runtime.zero.config.ZeroStageEnum"
+
+
 def calls(target: Path) -> dict[str, Canary]:
     command = f"touch {target}"
     return {
         "system": Canary(os.system, command),
         "eval": Canary(eval, f"open({str(target)!r}, 'w')"),
         "getattr": Canary(getattr, "text", "upper"),
+        "getattr of a type": Canary(getattr, OrderedDict, "fromkeys"),
         "open": Canary(open, str(target), "w"),
         "torch": Canary(torch.save, {}, str(target)),
         "import": Canary(__import__, "antigravity"),

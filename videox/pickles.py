@@ -1,9 +1,9 @@
 """Serves whoever opens a checkpoint that others wrote: pickles and torch archives are read without running anything.
 
-A pickle is a program: it names functions and calls them. Here a name stands for a plain value, for one of the three
-functions that describe a tensor, or for an inert Record, and every name that is not in the tables below ends the read.
-No library unpickles anything: what comes out is built by this module alone. Tensors stay in their file and are
-described by where they lie.
+A pickle is a program: it names functions and calls them. Here a name stands for a plain value, for one of the four
+functions that describe a tensor or the member of an enumeration, or for an inert Record, and every name that is not in
+the tables below ends the read. No library unpickles anything: what comes out is built by this module alone. Tensors
+stay in their file and are described by where they lie.
 """
 
 from __future__ import annotations
@@ -177,12 +177,22 @@ class _Reader(pickle.Unpickler):
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
             "torch._tensor._rebuild_from_type_v2": self._from_type,
+            **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), self._member),
         }
         if full in rebuild:
             return rebuild[full]
         if full in INERT:
             return type("Record", (Record,), {"name": full})
+        self._refuse_name(full)
+
+    def _refuse_name(self, full: str) -> NoReturn:
         _refuse(self._path, f"its pickle names {full}, which no checkpoint of tensors needs; nothing of it was run")
+
+    def _member(self, kind: object, name: object) -> Record:
+        """Stands for getattr, by which early Pythons 3.11 pickle an enumeration's member: nothing is looked up."""
+        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str)):
+            self._refuse_name("builtins.getattr of something else")
+        return kind(name)
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> _Storage:
         kind, dtype, key, _, count = pid
