@@ -427,7 +427,7 @@ def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="--data_dir"):
         main([*given, "--data_dir", str(tmp_path / "nowhere")])
     (tmp_path / "unmounted").mkdir()
-    with pytest.raises(Refusal, match=r"has none of the .* files"):
+    with pytest.raises(Refusal, match="has none of the 1 files"):
         main([*given, "--data_dir", str(tmp_path / "unmounted")])
     for command in ("list", "verify", "gc"):
         with pytest.raises(Refusal, match="holds nothing of a cache"):
