@@ -186,6 +186,7 @@ def write_zero(
     sub_groups: int = 1,
     step: int = 7,
     moments: bool = False,
+    spelled: object = None,
 ) -> Path:
     """Writes a DeepSpeed checkpoint of stage 1, 2 or 3 with the tensors given, and a config.json beside it.
 
@@ -196,6 +197,7 @@ def write_zero(
         gap: elements of padding after every second parameter (stage 1, 2).
         sub_groups: flat groups per rank (stage 3).
         moments: add Adam's two moments, which make up two thirds of a real file.
+        spelled: what stands for the stage (None = its number).
     """
     frozen, buffers = frozen or {}, buffers or {}
     tag = folder / TAG
@@ -230,7 +232,10 @@ def write_zero(
         if moments:
             adam |= {name: torch.zeros(sum(p.numel() for p in pieces[rank])) for name in ("exp_avg", "exp_avg_sq")}
         base = {"state": {0: adam}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-        state = {"zero_stage": stage, "partition_count": world if stage == 3 else [world] * len(groups)}
+        state = {
+            "zero_stage": stage if spelled is None else spelled,
+            "partition_count": world if stage == 3 else [world] * len(groups),
+        }
         if stage == 3:
             state |= {"fp32_flat_groups": pieces[rank], "optimizer_state_dict": base}
         else:

@@ -27,6 +27,7 @@ import runs
 import shard_maker
 import tiny
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -214,6 +215,23 @@ def test_any_sizes_and_ranks(tmp_path_factory: pytest.TempPathFactory, layout: d
     plain |= {name: plain[source] for name, source in layout["shared"].items()}
     assert_equal(found, {name: bf16(tensor) for name, tensor in plain.items()})
     assert_equal(found, deepspeed_says(checkpoint))
+
+
+class ByName:
+    """A member of an enumeration, pickled as Python 3.11.0 to 3.11.3 do it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (ZeroStageEnum, self.name)
+
+
+@pytest.mark.parametrize(("stage", "name"), [(1, "optimizer_states"), (2, "gradients"), (3, "weights")])
+def test_a_stage_may_stand_there_by_its_name(tmp_path: Path, stage: int, name: str) -> None:
+    groups = [{"w": torch.randn(10)}]
+    checkpoint = shard_maker.write_zero(tmp_path / "a", groups, stage=stage, world=2, spelled=ByName(name))
+    assert_equal(runs.read_weights(convert(checkpoint, tmp_path / "out")), {"w": bf16(groups[0]["w"])})
 
 
 def test_a_shared_name_that_was_left_out_stays_out(tmp_path: Path) -> None:

@@ -157,10 +157,14 @@ def _model(path: Path) -> dict[str, Any]:
     return content
 
 
+STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}  # of DeepSpeed's ZeroStageEnum
+
+
 def _stage(folder: Path, state: Mapping[str, Any]) -> int:
     stage = state["zero_stage"]
-    if isinstance(stage, Record):  # an enumeration of DeepSpeed's
+    if isinstance(stage, Record):  # an enumeration of DeepSpeed's: by value, or under early Pythons 3.11 by name
         stage = stage.arguments[0] if stage.arguments else None
+        stage = STAGES.get(stage, stage) if isinstance(stage, str) else stage
     if stage not in (1, 2, 3):
         raise Refusal(str(folder), f"is of ZeRO stage {stage!r}", "convert a checkpoint of stage 1, 2 or 3", MODEL)
     return int(stage)
