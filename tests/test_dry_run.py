@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.extent import largest_bucket
 from videox.data.plan import plan_epoch
 from videox.data.settings import Columns, PlanSettings
-from videox.errors import FLAGS
+from videox.errors import FLAGS, STORAGE
 from videox.jsonl import read_lines
 from videox.peak import peak_bytes
 from videox.shapes import token_count
@@ -139,6 +140,33 @@ def test_the_backend_decides_what_memory_holds(ground: Ground) -> None:
     two, three = (ground.plan(name, dry_run_backend=name)[1]["memory"] for name in ("zero2", "zero3"))
     assert three["weights"] == two["weights"] // 2 and three["masters"] == two["masters"]
     assert three["checkpoint"] < two["checkpoint"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "file" / "out", dry_run=True))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, limits[1]))  # a full disk, to whoever writes a picture
+    try:
+        full = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "full", dry_run=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for outcome, folder in ((refused, "file/out"), (full, "full")):
+        line = outcome.stderr.strip().splitlines()[-1]
+        assert outcome.code == STORAGE and "Traceback" not in outcome.stderr
+        assert line.startswith(f"error: {tmp_path / folder}: the plan cannot be written there (")
+    assert [path.name for path in full.folder.iterdir()] == ["plan_report.json"]
+
+
+def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) -> None:
+    def refused(**flags: object) -> str:
+        outcome = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "out", dry_run=True, **flags))
+        assert outcome.code == FLAGS, outcome.stderr
+        return outcome.stderr
+
+    assert "single is one process, planned are 8" in refused(dry_run_backend="single", dry_run_processes=8)
+    assert "65537 is outside 1 to 65536" in refused(dry_run_processes=65537)
+    assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
 
 
 # ------------------------------------------------------------------------------------------------------- explain
