@@ -19,10 +19,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videox.data.balance import Load
 from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.extent import largest_bucket
 from videox.data.plan import plan_epoch
 from videox.data.settings import Columns, PlanSettings
+from videox.dry_run import balance_lines
 from videox.errors import FLAGS, STORAGE
 from videox.jsonl import read_lines
 from videox.peak import peak_bytes
@@ -167,6 +169,35 @@ def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) 
     assert "single is one process, planned are 8" in refused(dry_run_backend="single", dry_run_processes=8)
     assert "65537 is outside 1 to 65536" in refused(dry_run_processes=65537)
     assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
+
+
+def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground) -> None:
+    outcome, report = ground.plan("few", dry_run_processes=4)
+    samples = sum(bucket["rows"] for bucket in report["buckets"])
+    for world in WORLDS:
+        value = report["balance_unplanned"][world]
+        assert (value is None) == (int(world) > samples)
+        row = next(line.split() for line in outcome.stdout.splitlines() if line.split()[:1] == [world])
+        assert row[3] == ("n/a" if value is None else f"{value:.3f}")
+        assert int(row[1]) == -(-samples // int(world))
+    padded = 1 - samples / 512
+    assert f"{padded:.0%} on 512" in outcome.stdout
+
+
+def test_a_mix_above_its_bound_is_explained() -> None:
+    settings = PlanSettings(SizePolicy(video_sample_size=64, image_sample_size=64), batch_size=1, slots=4, seed=0)
+    few = {8: Load(0.5, None, 4.57, 7, 0.01), 64: Load(0.9, 0.5, 3.9, 70, 0.0)}
+    assert "too few steps for a mix below 4: 7 on 8;" in "\n".join(balance_lines(few, settings))
+    assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
+
+
+def test_a_step_filled_by_cost_is_told_by_its_mean(ground: Ground) -> None:
+    fixed, filled = (ground.plan(fill, slot_fill=fill) for fill in ("fixed", "cost"))
+    for _, report in (fixed, filled):
+        samples = sum(bucket["rows"] for bucket in report["buckets"])
+        assert abs(report["global_batch"] * report["steps_per_epoch"] - samples) <= report["steps_per_epoch"]
+    assert f"global batch {filled[1]['global_batch']} on average, in 2 slots" in filled[0].stdout
+    assert "global batch 2, " in fixed[0].stdout
 
 
 # ------------------------------------------------------------------------------------------------------- explain

@@ -24,6 +24,7 @@ import videox.scheduling as scheduling
 import videox.wiring as wiring
 from videox.args import COUNT_OR_ZERO, Parser, data_dir, number
 from videox.cost_model import read_cost_model
+from videox.data.balance import Load, loads
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.epoch import EpochPlan
 from videox.data.extent import largest_bucket
@@ -39,7 +40,6 @@ from videox.dry_run import (
     attribute_line,
     attributes,
     balance_lines,
-    balances,
     disk_lines,
     ladder_lines,
     memory_lines,
@@ -298,19 +298,18 @@ class _Forecast:
         chosen = chosen_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
         work = work_of(plan, self.network, chosen)
         worlds = sorted({*WORLDS, self.launch.processes})
-        balanced = balances(self.columns, settings, args.gradient_accumulation_steps, worlds)
+        balanced = loads(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _say(*time_lines(plan, work))
-        efficiency = balanced["balance"][str(self.launch.processes)]
+        efficiency = balanced[self.launch.processes].balance
         _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
-        _say("how evenly processes are loaded:", *balance_lines(balanced))
+        _say("how evenly processes are loaded:", *balance_lines(balanced, settings))
         parameters = self._parameters()
         memory = self._memory(parameters)
         checkpoint = checkpoint_size(parameters, self.setup)
         steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
-        told = {name: {str(world): found[str(world)] for world in WORLDS} for name, found in balanced.items()}
         report = plan_report(
-            self.columns, plan, settings, work=work, balanced=told, memory=memory, checkpoint=checkpoint
+            self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
         self._write(report, work, balanced)
 
@@ -338,7 +337,7 @@ class _Forecast:
         _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
-    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[str, Mapping[str, float]]) -> None:
+    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, Load]) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
         with _written_to(folder):
