@@ -174,10 +174,12 @@ def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) 
 def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground) -> None:
     outcome, report = ground.plan("few", dry_run_processes=4)
     samples = sum(bucket["rows"] for bucket in report["buckets"])
+    table = outcome.stdout.partition("how evenly processes are loaded:")[2]
+    lines = [line.split() for line in table.splitlines()]
     for world in WORLDS:
         value = report["balance_unplanned"][world]
         assert (value is None) == (int(world) > samples)
-        row = next(line.split() for line in outcome.stdout.splitlines() if line.split()[:1] == [world])
+        row = next(line for line in lines if line[:1] == [world])
         assert row[3] == ("n/a" if value is None else f"{value:.3f}")
         assert int(row[1]) == -(-samples // int(world))
     padded = 1 - samples / 512
