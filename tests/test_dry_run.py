@@ -216,6 +216,13 @@ def test_a_row_is_explained_as_it_is_trained(ground: Ground) -> None:
     short, _ = ground.plan("short", explain=2, enable_bucket=None, random_hw_adapt=None, video_sample_n_frames=41,
                            training_with_video_token_length=None)  # fmt: skip
     assert "too_short" in short.stdout and "--video_sample_stride 2" in short.stdout
+    table = described(ground.metadata)
+    del table[0]["text"]
+    table[1] |= {"width": 10**9, "height": 720}
+    ground.table.with_name("refused.json").write_text(json.dumps(table), encoding="utf-8")
+    for row, words in ((0, "kind and size is not known"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
+        flags = runs.wan_plain(ground.bare, ground.table.with_name("refused.json"), ground.folder / "no", explain=row)
+        assert words in runs.train(flags).stdout
     far = runs.train(runs.wan_plain(ground.bare, ground.table, ground.folder / "far", explain=999))
     assert far.code == FLAGS and "rows 0 to" in far.stderr
 
