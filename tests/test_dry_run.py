@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from videox.data.balance import Load
 from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.extent import largest_bucket
+from videox.data.index import Index
 from videox.data.plan import plan_epoch
 from videox.data.settings import Columns, PlanSettings
 from videox.dry_run import balance_lines
 from videox.errors import FLAGS, STORAGE
 from videox.jsonl import read_lines
 from videox.peak import peak_bytes
+from videox.report import cut_lines
 from videox.shapes import token_count
 from videox.utilization import PEAKS, peak_of
 
@@ -328,6 +330,16 @@ def test_a_run_says_which_share_of_the_peak_it_reaches(ground: Ground) -> None:
     for record in (*slow, *fast):
         assert record["mfu"] > 0 and record["planned_balance"] == 1
     assert all("mfu" not in record and record["planned_balance"] == 1 for record in silent)
+
+
+def test_a_row_that_loses_much_is_named_once() -> None:
+    policy = SizePolicy(video_sample_size=64, image_sample_size=64, enable_bucket=False, n_frames=5)
+    sides = {"width": np.array([640, 480]), "height": np.array([80, 120])}
+    index = Index.from_columns(kind=np.ones(2), frames=np.array([99, 99]), **sides)
+    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    plan = plan_epoch(columns, PlanSettings(policy, batch_size=1, slots=1, seed=0, video_repeat=3), 0)
+    assert len(plan.row) == 6
+    assert [line.split()[1] for line in cut_lines(index, columns, plan)[1:]] == ["0", "1"]
 
 
 def test_policies_differ_by_their_grid() -> None:
