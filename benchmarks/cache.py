@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import tiny
 import torch
 from cache_memory import build_model, memory_of
 from cache_plain import PlainLoop
+from machine import machine_line
 
 from videox.data.cache import Cache
 from videox.flow_matching import velocity_losses
@@ -229,11 +229,13 @@ def main() -> int:
         "# What the latent cache costs and saves",
         "",
         "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, clips of",
-        f"13 frames, one thread of {os.cpu_count()} cores ({platform.machine()}, load {os.getloadavg()[0]:.0f}), torch {torch.__version__}.",
+        f"13 frames, one thread, load {os.getloadavg()[0]:.0f}; {machine_line('torch', 'diffusers', 'decord')}.",
         "",
         "| model | cached step | bare transformer step | ratio (median of pairs) | of processor time |",
         "| --- | --- | --- | --- | --- |",
         *(f"| {m} | {1e3 * a:.1f} ms | {1e3 * b:.1f} ms | {r:.3f} | {p:.3f} |" for m, (a, b, r, p) in steps.items()),
+        "",
+        "What a cached step does beside the transformer's (lookup, posterior, noise, loader, records) hardly grows with it.",
         "",
         "| small model, whole run | step | to the cached one |",
         "| --- | --- | --- |",

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.cache_care import clean, contents, shard_paths, size_text, verify
+from videox.data.cache_care import clean, contents, files_of, is_cache, shard_paths, size_text, verify
 from videox.errors import STORAGE, Refusal
 from videox.lifecycle import run_script
 
@@ -41,6 +41,11 @@ def clear_up(folder: Path, encoders: Sequence[str], data_dir: Path | None) -> di
     """Runs gc; returns how many entries went, by reason. Raises Refusal."""
     if data_dir is not None and not data_dir.is_dir():
         raise Refusal("--data_dir", f"{data_dir} is not a folder", "give the --train_data_dir of your runs", STORAGE)
+    files = files_of(folder) if data_dir is not None else set()
+    if data_dir is not None and files and not any((data_dir / file).exists() for file in files):
+        what = f"{data_dir} has none of the {len(files):,} files that the cache was made of, such as {min(files)}"
+        mend = "give the --train_data_dir of your runs, mounted; to drop all of a cache delete its folder"
+        raise Refusal("--data_dir", what, mend, STORAGE)
     unknown = set(encoders) - {kind[1] for kind in contents(folder)}
     if unknown:
         what = f"nothing here was made by {', '.join(sorted(unknown))}"
@@ -57,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if not args.cache.is_dir():
         raise Refusal(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
+    if not is_cache(args.cache):
+        raise Refusal(
+            str(args.cache), "holds nothing of a cache", "give the folder that --latent_cache names", STORAGE
+        )
     if args.command == "list":
         found = contents(args.cache)
         for part, encoder, entries, size in found:

@@ -12,7 +12,6 @@ carry; nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from videox.data.video import read_image
 from videox.errors import BUG, FLAGS, STOPPED, Refusal
+from videox.flag_parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".videox-demo"  # a folder without it was not made by the demo and is left alone
@@ -73,14 +73,14 @@ MODES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="wan2.1", choices=sorted(MODES), help="model family")
     parser.add_argument(
         "--mode", default="normal", help="what is trained: normal = text to video, i2v = image to video"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="parent of the demo's folder")
-    args = parser.parse_args()
     try:
+        args = parser.parse()
         if args.mode not in MODES[args.family]:
             raise Refusal(
                 "--mode", f"{args.mode!r} with {args.family}", f"give {' or '.join(MODES[args.family])}", FLAGS

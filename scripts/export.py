@@ -23,7 +23,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from zero_to_bf16 import published, readable, refuse_full_disk, refuse_place, sh
 from videox.adapter_files import FACTS, fingerprint
 from videox.args import EXPORT_DTYPES
 from videox.checkpoint import MANIFEST, verify
-from videox.errors import FLAGS, MODEL, NUMERICS, Refusal
-from videox.exports import ARCHITECTURES, LAYOUTS, describe, write_file
-from videox.files import publish_file
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, Refusal
+from videox.exports import ARCHITECTURES, LAYOUTS, write_file
+from videox.files import SaveFailed, publish_file
+from videox.flag_parser import Parser
 from videox.fsdp_shards import fsdp_folder
 from videox.hub import local_folder
 from videox.layouts import family_of
@@ -48,20 +51,20 @@ from videox.lora_layouts import lora_to_comfyui
 from videox.merging import low_rank, merged
 from videox.model_folder import UNLOADABLE, read_json
 from videox.model_parts import Part, find_part, refuse_misfit
+from videox.provenance import MODEL_CONFIG, describe, known_of, stored_config
 from videox.streaming import Planned, check_bytes, check_folder, write_folder
 from videox.tensor_files import LayoutTensors, open_tensors
 from videox.weights import CONFIG, few, save_tensors
 from videox.zero_shards import tag_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
+PUBLISHED = {"wan": "WanModel"}  # what an original config.json calls the same
 LORA = "lora"
 PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder or file of weights")
     parser.add_argument(
         "output", type=Path, help="a new folder for a model in diffusers' layout, else a new .safetensors file"
@@ -84,11 +87,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="also compare every byte written with what is read back (default: no)"
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
-def source_path(source: Path) -> Path:
-    """Returns the folder or file with the transformer's weights.
+def source_path(source: Path, where: str = "source") -> Path:
+    """Returns the folder or file with the transformer's weights; where: what the user gave, for the refusal.
 
     Raises:
         Refusal: (MODEL) a checkpoint is damaged or holds shards alone, or nothing is there.
@@ -96,14 +99,14 @@ def source_path(source: Path) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise Refusal("source", f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
+        raise Refusal(where, f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
     if (source / MANIFEST).is_file() and (problems := verify(source, hashes=False)):
         raise Refusal(str(source), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
     if (folder := whole_weights(source)) is not None:
         return folder
     if tag_folder(source, None) is not None or fsdp_folder(source, None) is not None:
         what = f"{source} holds its weights in the shards of several processes"
-        raise Refusal("source", what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
+        raise Refusal(where, what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
     return source
 
 
@@ -114,10 +117,27 @@ def find_transformer(path: Path, config: Path | None) -> Part:
     if family not in CLASSES:
         what = f"holds {family or 'tensors of no known kind'}, no transformer of {' or '.join(ARCHITECTURES.values())}"
         raise Refusal(str(path), what, "give the weights of a transformer", MODEL)
-    beside = config or (path.parent / CONFIG if path.is_file() else None)
-    known = read_json(beside) if beside and (config or beside.is_file()) else {}
-    part = find_part(path, family, known)
+    part = find_part(path, family, config_for(path, family, config))
     return Part(part.path, part.config, tensors)  # those of a diffusers folder, too
+
+
+def config_for(path: Path, family: str, config: Path | None) -> dict[str, Any]:
+    """Returns the configuration that goes with weights: the one given, the one in a file's header, or one beside it.
+
+    Raises:
+        Refusal: (MODEL) it cannot be read, or is of another class than the weights.
+    """
+    known, beside, classes = stored_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
+    if config is not None:
+        known = read_json(config)
+    elif not known and path.is_file() and beside.is_file():
+        found = read_json(beside)
+        known = found if found.get("_class_name") in classes else {}  # of something else that lies there
+    if known.get("_class_name") not in classes:
+        where, what = ("--config", str(config)) if config else (str(path), "its header")
+        what += f" describes a {known['_class_name']}, the weights are of a {CLASSES[family]}"
+        raise Refusal(where, what, "give the config.json that goes with the weights", MODEL)
+    return known
 
 
 def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
@@ -138,18 +158,47 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
 
 
 def refuse_output(source: Path, output: Path, layout: str) -> None:
-    """Raises Refusal if the output is taken, is the source, or has a name of the other kind.
+    """Raises Refusal if the output is taken, lies in the source or a checkpoint, or has a name of the other kind.
 
     Args:
         layout: of a model; of a LoRA, which is one file in each, any but diffusers.
     """
     if layout == "diffusers":
-        refuse_place(source, output)
+        if output.suffix == ".safetensors":
+            raise Refusal("output", f"{output} is a file's name, this layout is a folder", "name a folder", FLAGS)
+        refuse_place(source, output, "output")
         return
     if output.suffix != ".safetensors":
         raise Refusal("output", f"{output} is no name of a .safetensors file", "name one", FLAGS)
+    inside = [folder for folder in output.resolve().parents if (folder / MANIFEST).is_file()]
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        inside.append(source)
+    if inside:
+        raise Refusal("output", f"{output} lies in {inside[0]}", "name a file outside of it", FLAGS)
     if os.path.lexists(output):
         raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
+
+
+def headed(source: Path, facts: dict[str, str | None], base: str | None = None) -> dict[str, str]:
+    """Returns a file's header: what is known of the source, and facts of the file itself.
+
+    Args:
+        base: that a LoRA is written into, as the user named it.
+    """
+    known = known_of(source)
+    base_model = base or known.pop("base_model", None)
+    # weights that nobody here has trained have a name and no more
+    title = None if base_model else f"{source.parent.name if lora_file(source) else source.stem}"
+    return describe(base_model, {**known, **facts}, title=title)
+
+
+def dtype_name(tensors: Iterable[Tensor]) -> str:
+    """Returns how --dtype calls the dtype of most numbers."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.numel()
+    found = sizes.most_common(1)[0][0]
+    return next((name for name, dtype in EXPORT_DTYPES.items() if dtype == found), str(found))
 
 
 # --------------------------------------------------------------------------------------------------------- a LoRA
@@ -186,9 +235,14 @@ def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None
     made = {name: t if name.endswith(".alpha") else t.to(dtype or t.dtype).contiguous() for name, t in made.items()}
     if bad := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
         raise Refusal(str(path), f"{few(bad)}: not finite in this dtype", "give another --dtype", NUMERICS)
-    metadata = describe(str(path), {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
+    said = {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout, "dtype": dtype_name(made.values())}
+    if len(set(ranks.values())) == 1:  # alpha: that goes with these tensors
+        rank = next(iter(ranks.values()))
+        said |= {"rank": f"{rank}", "alpha": f"{rank * scale if layout == 'comfyui' else rank:g}"}
+    metadata = headed(path, said)
+    with written(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
     return output.stat().st_size
 
 
@@ -202,17 +256,30 @@ def note_other_base(path: Path, base: LayoutTensors) -> None:
 # ------------------------------------------------------------------------------------------------------ the whole
 
 
+@contextmanager
+def written(output: Path) -> Iterator[None]:
+    """Has a write that the disk refuses say what to do. Raises Refusal (STORAGE)."""
+    try:
+        yield
+    except (OSError, SaveFailed) as why:
+        cause = why.__context__ if isinstance(why, SaveFailed) and why.__context__ else why
+        reason = getattr(cause, "strerror", None) or cause
+        mend = "name a place that you can write, with room"
+        raise Refusal("output", f"{output} cannot be written ({reason})", mend, STORAGE) from why
+
+
 def export_model(tensors: list[Planned], config: str, metadata: dict[str, str], flags: argparse.Namespace) -> int:
     """Writes a model in the layout that was asked for; returns its bytes. config: of the model, as JSON."""
     size = sum(tensor.nbytes for tensor in tensors)
     output = flags.output.resolve()
-    refuse_full_disk(output, size)
+    refuse_full_disk(output, size, "output")
     with tqdm(total=size * (1 + flags.verify), unit="B", unit_scale=True, desc="exporting", disable=None) as bar:
         if flags.layout != "diffusers":
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, tensors, metadata, verify=flags.verify, told=bar.update)
+            with written(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_file(output, tensors, metadata, verify=flags.verify, told=bar.update)
             return size
-        with published(output) as folder:
+        with written(output), published(output) as folder:
             checksums = write_folder(
                 folder, tensors, max_shard_size=flags.max_shard_size, with_checksums=flags.verify, told=bar.update,
                 metadata=metadata,
@@ -229,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
     if flags.base and lora is None:
         raise Refusal("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
+    if flags.config is not None and not flags.config.is_file():
+        raise Refusal("--config", f"{flags.config} is no file", "name a config.json", MODEL)
     alone = lora is not None and not flags.base
     refuse_output(flags.source, flags.output, LORA if alone else flags.layout)
     if lora is not None and alone:
@@ -237,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{flags.output}: {readable(size)}, a LoRA that {flags.layout} loads; --base MODEL writes it into a model"
         )
         return 0
-    part = find_transformer(source_path(local_folder(flags.base) if flags.base else flags.source), flags.config)
+    source = source_path(local_folder(flags.base, "--base"), "--base") if flags.base else source_path(flags.source)
+    part = find_transformer(source, flags.config)
     assert part.tensors is not None
     model, family = model_of(part), part.tensors.layout or str(family_of(part.tensors))
     kept = type(model)._keep_in_fp32_modules or () if flags.layout == "diffusers" else ()
@@ -247,11 +317,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = low_rank(*adapters_of(lora, family))
     tensors = merged(part.tensors, changes, flags.layout, dtype, kept)
     told = {"architecture": ARCHITECTURES[family], "layout": flags.layout, "lora": lora and lora.parent.name}
+    told["dtype"] = flags.dtype
     print(f"{part.path}: {part.tensors.layout or 'diffusers'} names, {len(part.tensors)} tensors")
     if changes:
         print(f"{lora}: {len(changes)} layers adapted")
-    config = json.dumps(json.loads(model.to_json_string()), indent=2, sort_keys=True)
-    size = export_model(tensors, config, describe(flags.base or str(flags.source), told), flags)
+    config = json.loads(model.to_json_string())
+    if flags.layout != "diffusers":
+        told[MODEL_CONFIG] = json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True)
+    metadata = headed(lora or flags.source, told, flags.base)
+    size = export_model(tensors, json.dumps(config, indent=2, sort_keys=True), metadata, flags)
     use = {
         "diffusers": f"load it with {type(model).__name__}.from_pretrained, or train on by --transformer_path",
         "original": "it has the published names; train on by --transformer_path",

@@ -200,15 +200,15 @@ def shapes_of_model(path: Path, config: bytes) -> dict[str, tuple[int, ...]]:
 # ----------------------------------------------------------------------------------------------- where to write
 
 
-def refuse_place(checkpoint: Path, output: Path) -> None:
-    """Raises Refusal if the output is the checkpoint, lies in it or holds it, is taken, or ends in no folder."""
+def refuse_place(checkpoint: Path, output: Path, where: str = "output_dir") -> None:
+    """Raises Refusal, of `where`, if the output is the checkpoint, is in it or holds it, is taken, or is no folder."""
     source, target = checkpoint.resolve(), output.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise Refusal("output_dir", f"{output} is {checkpoint}, or one is inside the other", "name a folder beside it")
+        raise Refusal(where, f"{output} is {checkpoint}, or one is inside the other", "name a folder beside it")
     if os.path.lexists(output) and not output.is_dir():
-        raise Refusal("output_dir", f"{output} exists and is no folder", "name a new folder")
+        raise Refusal(where, f"{output} exists and is no folder", "name a new folder")
     if output.is_dir() and (there := sorted(path.name for path in output.iterdir())):
-        raise Refusal("output_dir", f"{output} is not empty (found: {few(there)})", "name a new folder, or remove it")
+        raise Refusal(where, f"{output} is not empty (found: {few(there)})", "name a new folder, or remove it")
 
 
 @contextmanager
@@ -254,13 +254,13 @@ def remove_unlocked(folder: Path) -> None:
         os.close(handle)
 
 
-def refuse_full_disk(output: Path, size: int) -> None:
+def refuse_full_disk(output: Path, size: int, where: str = "output_dir") -> None:
     """Raises Refusal (STORAGE) before the first byte if the disk cannot hold the result."""
     parent = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < size:
         what = f"{readable(size)} are needed in {parent}, {readable(free)} are free"
-        raise Refusal("output_dir", what, "free some space, or name a folder on another disk", STORAGE)
+        raise Refusal(where, what, "free some space, or name a folder on another disk", STORAGE)
 
 
 def write_model(output: Path, tensors: list[Planned], config: bytes, max_shard_size: int, reread: bool) -> None:

@@ -366,6 +366,13 @@ def test_output_has_a_folder_of_its_own(base: list[str], tmp_path: Path) -> None
         refused = refusal([*base, f"--output_dir={tmp_path / folder}"])
         assert refused.where == "--output_dir"
         assert said in refused.what
+    for inside in ("transformer", "runs/new"):
+        assert "is inside --pretrained" in refusal([*base, f"--output_dir={tmp_path / 'model' / inside}"]).what
+    for flag in ("transformer_path", "vae_path"):
+        part = [f"--{flag}={tmp_path / 'parts' / 'own'}"]
+        assert f"is or contains --{flag}" in refusal([*base, *part, f"--output_dir={tmp_path / 'parts' / 'own'}"]).what
+        assert f"is inside --{flag}" in refusal([*base, *part, f"--output_dir={tmp_path / 'parts/own/run'}"]).what
+        parse([*base, *part, f"--output_dir={tmp_path / 'parts'}"])
     parse([*base, f"--output_dir={tmp_path / 'data' / 'runs'}"])
     parse([*base, f"--output_dir={tmp_path / 'new' / 'run'}"])
     assert not (tmp_path / "new").exists()  # checking makes nothing

@@ -426,6 +426,12 @@ def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     main, given = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
     with pytest.raises(Refusal, match="--data_dir"):
         main([*given, "--data_dir", str(tmp_path / "nowhere")])
+    (tmp_path / "unmounted").mkdir()
+    with pytest.raises(Refusal, match="has none of the 1 files"):
+        main([*given, "--data_dir", str(tmp_path / "unmounted")])
+    for command in ("list", "verify", "gc"):
+        with pytest.raises(Refusal, match="holds nothing of a cache"):
+            main([command, str(tmp_path / "unmounted")])
     with pytest.raises(Refusal, match="nothing here was made by other"):
         main([*given, "--drop_encoder", "e", "other"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -519,7 +525,7 @@ def test_a_fill_that_is_stopped_keeps_what_it_made(
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_what_was_published(shop: Shop, server: forkserver.ForkServer, tmp_path: Path) -> None:
-    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1)
+    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1, cache_only=True)
     full = server.run(flags, tmp_path / "full.log", largest_file=30_000, **WORK)
     assert full.code == STORAGE and "--latent_cache" in full.complaint() and "File too large" in full.complaint()
     assert not verify(tmp_path / "cache")[1] and not list((tmp_path / "cache").glob(".tmp-*"))

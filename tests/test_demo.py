@@ -56,9 +56,10 @@ def test_the_command_to_type_next_is_one(
     [
         (["--mode", "inpaint"], "error: --mode: 'inpaint' with wan2.1. Mend: give normal or i2v."),
         (["--family", "hunyuanvideo", "--mode", "video"], "error: --mode: 'video' with hunyuanvideo."),
+        (["--famly", "hunyuanvideo"], "error: --famly: is not a flag of this script. Mend: did you mean --family."),
     ],
 )
-def test_an_unknown_mode_is_refused(
+def test_an_unknown_word_is_refused(
     words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "out"), *words])

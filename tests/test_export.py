@@ -173,6 +173,39 @@ def test_nothing_is_overwritten_and_nothing_left(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"there.safetensors", "full", "model"}
 
 
+def test_the_source_stays_as_it_is(run: runs.Outcome, tmp_path: Path) -> None:
+    checkpoint = run.folder / "checkpoint-1"
+    for source, place in (
+        (checkpoint, checkpoint / "transformer"),
+        (checkpoint / "transformer", checkpoint),
+        (run.folder / "transformer_original.safetensors", checkpoint / "new"),
+        (run.folder / "transformer", run.folder / "transformer"),
+    ):
+        assert "lies in" in refusal(source, place / "out.safetensors", "--layout", "original")
+    line = refusal(checkpoint, tmp_path / "q.safetensors", "--layout", "diffusers")
+    assert line.startswith("error: output: ") and "name a folder" in line
+    assert refusal(checkpoint, checkpoint / "new", "--layout", "diffusers").startswith("error: output: ")
+    assert verify(checkpoint, hashes=True) == [] and not list(tmp_path.iterdir())
+
+
+def test_flags_are_called_by_their_names(tmp_path: Path) -> None:
+    folder, out = tiny.build_wan_t2v(tmp_path / "model") / "transformer", tmp_path / "out.safetensors"
+    assert refusal(folder, out, "--layut", "comfyui") == (
+        "error: --layut: is not a flag of this script. Mend: did you mean --layout."
+    )
+    assert refusal(folder, out, "--layout", "comfy").startswith("error: --layout: invalid choice")
+    line = refusal(folder, out, "--layout", "original", "--config", tmp_path / "nope")
+    assert line.startswith("error: --config: ") and "is no file" in line
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
+    (tmp_path / "file").write_text("")
+    line = refusal(folder, tmp_path / "file/out.safetensors", "--layout", "original")
+    assert line.startswith("error: output: ") and "cannot be written" in line and ".tmp-" not in line
+    assert refusal(folder, "/proc/out.safetensors", "--layout", "original").startswith("error: output: ")
+
+
 def test_what_is_no_transformer_is_said(tmp_path: Path) -> None:
     model = tiny.build_wan_t2v(tmp_path / "model")
     assert "wan_vae" in refusal(model / "vae", tmp_path / "out.safetensors", "--layout", "original")
@@ -253,6 +286,58 @@ def test_a_file_says_what_it_is(run: runs.Outcome) -> None:
         assert said["format"] == "pt" and said["trainer"].startswith("videox ")
         assert said["base_model"] == "original" and said["task"] == "wan2.1 normal" and said["steps"] == "1"
         assert said["shift"] == "5.0" and said["seed"] == "42" and said["video_sample_n_frames"] == "13"
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_what_is_known_goes_along(run: runs.Outcome, tmp_path: Path) -> None:
+    """From the run's own file, from its checkpoint's records, and from what was made of either."""
+    names = ("base_model", "task", "steps", "seed", "shift", "video_sample_n_frames", "video_sample_size", "trainer")
+    wanted = {name: header(run.folder / "transformer_original.safetensors")[name] for name in names}
+    assert wanted["base_model"] == "original"
+    export(run.folder / "checkpoint-1", tmp_path / "one.safetensors", "--layout", "comfyui")
+    export(tmp_path / "one.safetensors", tmp_path / "two", "--layout", "diffusers", "--dtype", "bf16")
+    export(run.folder / "transformer", tmp_path / "three.safetensors", "--layout", "original")
+    files = [
+        tmp_path / "one.safetensors",
+        next((tmp_path / "two").glob("*.safetensors")),
+        tmp_path / "three.safetensors",
+    ]
+    for path, layout in zip(files, ("comfyui", "diffusers", "original"), strict=True):
+        said = header(path)
+        assert {name: said[name] for name in names} == wanted and said["layout"] == layout
+        assert said["modelspec.title"] == "original fine-tuned"
+    state = originals.weights(run.folder.parent / "model/transformer")
+    save_file(originals.rebuilt(state, "wan"), tmp_path / "theirs.safetensors", metadata={"task": "unknown"})
+    config = ["--config", run.folder.parent / "model/transformer/config.json"]
+    export(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "--layout", "comfyui", *config)
+    said = header(tmp_path / "ours.safetensors")
+    assert said["modelspec.title"] == "theirs" and not {"base_model", "task"} & said.keys()
+
+
+def test_a_file_has_its_own_configuration(model: tuple[str, Path, type], tmp_path: Path) -> None:
+    """A head's width shows in no shape of Wan: what was written here is read back without a word about it."""
+    _, folder, model_class = model
+    export(folder, tmp_path / "one.safetensors", "--layout", "original")
+    export(tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--layout", "comfyui")
+    export(tmp_path / "two.safetensors", tmp_path / "back", "--layout", "diffusers")
+    found, wanted = (model_class.load_config(place) for place in (tmp_path / "back", folder))
+    assert {k: v for k, v in found.items() if k != "_name_or_path"} == {
+        k: v for k, v in wanted.items() if k != "_name_or_path"
+    }
+    other = {"WanTransformer3DModel": tiny.build_hunyuan_t2v, "HunyuanVideoTransformer3DModel": tiny.build_wan_t2v}
+    config = other[model_class.__name__](tmp_path / "other") / "transformer/config.json"
+    line = refusal(tmp_path / "one.safetensors", tmp_path / "new", "--layout", "diffusers", "--config", config)
+    assert line.startswith("error: --config: ") and f"the weights are of a {model_class.__name__}" in line
+
+
+def test_a_runs_own_file_needs_no_config(run: runs.Outcome, tmp_path: Path) -> None:
+    export(run.folder / "transformer_comfyui.safetensors", tmp_path / "back", "--layout", "diffusers")
+    kept, found = run.weights(), originals.weights(tmp_path / "back")
+    assert kept.keys() == found.keys() and all(torch.equal(kept[name], found[name]) for name in kept)
 
 
 def test_a_checkpoint_is_exported_and_trained_on(run: runs.Outcome, tmp_path: Path) -> None:

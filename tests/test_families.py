@@ -234,7 +234,7 @@ def test_a_model_without_one_of_its_parts_is_refused(
     model = shutil.copytree(built(family, mode), tmp_path / "model")
     shutil.rmtree(model / missing)
     line = refused(family, model, metadata, tmp_path / "out", 4, train_mode=mode)
-    assert f"{model / missing}: has no " in line and "complete the model folder" in line
+    assert f"{model / missing}: does not exist " in line and "complete the model folder" in line
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,17 @@ def test_the_first_free_name_is_found(tmp_path_factory, taken):
     assert unused(folder / "run").name == ("run" if free == 1 else f"run-{free}")
 
 
+def test_a_file_keeps_its_suffix(tmp_path):
+    path = tmp_path / "lora-superseded.safetensors"
+    assert unused(path) == path
+    path.write_text("")
+    assert unused(path).name == "lora-superseded-2.safetensors"
+    unused(path).write_text("")
+    assert unused(path).name == "lora-superseded-3.safetensors"
+    (tmp_path / "v1.5-superseded").mkdir()
+    assert unused(tmp_path / "v1.5-superseded").name == "v1.5-superseded-2"
+
+
 def test_names_aside_are_hidden_and_never_alike(tmp_path):
     path = tmp_path / "state.json"
     found = {aside(path, kind) for kind in ("tmp", "trash") for _ in range(100)}

@@ -32,6 +32,7 @@ from videox.data.buckets import SizePolicy
 from videox.data.index import load_index
 from videox.data.plan import PlanSettings, plan_epoch
 from videox.data.settings import columns_of
+from videox.state import DEALING
 
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
@@ -338,6 +339,7 @@ def test_balance_decides_what_runs_side_by_side(bench: Bench) -> None:
 def test_what_runs_is_what_was_planned(bench: Bench) -> None:
     outcome = bench(STEPS, gradient_accumulation_steps=2)
     asked = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    assert asked.pop("dealing") == DEALING
     settings = PlanSettings(**{**asked, "policy": SizePolicy(**asked["policy"])})
     index = load_index(bench.metadata.with_name("metadata.json.videox-index.arrow"), bench.metadata.parent)
     plan = plan_epoch(columns_of(index, by_second=False), settings, 0)

@@ -72,6 +72,7 @@ FLOORS = {
     "videox.explain": 3,
     "videox.encoding": 3,
     "videox.exports": 4,
+    "videox.provenance": 3,
     "videox.fsdp_shards": 3,
     "videox.report": 3,
     "videox.run_folder": 3,

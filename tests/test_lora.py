@@ -220,6 +220,8 @@ def test_what_would_change_a_resumed_lora_is_refused(wan: Ground, tmp_path: Path
     asked = {"resume_from_checkpoint": folder / "checkpoint-2", "gradient_accumulation_steps": 2}
     line = refused(wan, folder, **asked, lora_alpha=8)
     assert "--lora_alpha: 8, checkpoint-2 has 6.0" in line
+    line = refused(wan, folder, **asked, optimizer="came")
+    assert "--optimizer: came, and checkpoint-2 was saved with adamw" in line
     line = refused(wan, folder, **asked, lora_rank=8)
     assert "checkpoint-2 is of rank 4, this run is of rank 8. Mend: give --lora_rank 4" in line
     line = refused(wan, folder, **asked, lora_rank=None, lora_alpha=None)

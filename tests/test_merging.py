@@ -15,12 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_export import export, refusal
+from test_export import export, header, refusal
 from test_zero_to_bf16 import peak_anonymous
 from torch import Tensor
 
 from videox import merging
 from videox.adapter_files import write_adapters
+from videox.exporting import earlier
 from videox.layouts import Entry, Piece
 from videox.lora import Lora, choose_targets, own_name
 from videox.lora_files import lora_family, lora_file
@@ -193,6 +194,12 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     new = tmp_path / "new"
     line = refusal(wan.folder, new, "--layout", "diffusers", "--base", hunyuan.model)
     assert "blocks.0.attn1.to_k.weight is adapted, and is not there" in line
+    for base in ("/nope", "Nobody-At/all"):
+        line = refusal(wan.folder, new, "--layout", "diffusers", "--base", base)
+        assert line.startswith("error: --base: ")
+    line = refusal(wan.folder, "/proc/out.safetensors", "--layout", "comfyui")
+    assert line.startswith("error: output: ") and "cannot be written" in line
+    assert "lies in" in refusal(wan.folder, wan.folder / "out.safetensors", "--layout", "comfyui")
     assert "is no LoRA" in refusal(wan.model, new, "--layout", "diffusers", "--base", wan.model)
     assert "no layout called original" in refusal(wan.folder, new.with_suffix(".safetensors"), "--layout", "original")
     assert "no name of a .safetensors" in refusal(wan.folder, new, "--layout", "comfyui")
@@ -245,9 +252,49 @@ def test_a_run_merges_its_lora_and_its_average(tmp_path: Path) -> None:
             assert (place / "pytorch_lora_weights_comfyui.safetensors").is_file()
     assert torch.equal(seen[0], seen[4]) and torch.equal(seen[1], seen[5])  # of the end and of the last checkpoint
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert_headers(tmp_path / "run", original)
     averaged = tmp_path / "run/checkpoint-2/transformer_ema"
     export(averaged, tmp_path / "merged", "--layout", "diffusers", "--base", original)
     assert torch.equal(originals.weights(tmp_path / "merged")["blocks.0.attn1.to_q.weight"], seen[1])
+
+    # without --export_layouts what they made stands where it is, and is named
+    assert earlier(tmp_path / "run", 2) == {}
+    del asked["export_layouts"]
+    asked |= {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    outcome = runs.train(runs.wan_plain(original, metadata, tmp_path / "run", **asked))
+    assert outcome.code == 0, outcome.stderr
+    names = [f"{name} (step 2)" for name in (
+        "pytorch_lora_weights_comfyui.safetensors", "transformer_ema/pytorch_lora_weights_comfyui.safetensors",
+        "transformer_ema_merged/", "transformer_merged/",
+    )]  # fmt: skip
+    (line,) = [line for line in outcome.stderr.splitlines() if "exported earlier" in line]
+    assert f"warning: {', '.join(names)} in " in line and "are not of step 3" in line
+    assert (tmp_path / "run/pytorch_lora_weights-superseded.safetensors").is_file()
+
+
+def assert_headers(run: Path, base: Path) -> None:
+    """Checks what every export of a LoRA, and what is made of its checkpoint, says of its training."""
+    paths = [run / "pytorch_lora_weights.safetensors", run / "pytorch_lora_weights_comfyui.safetensors"]
+    paths += [next((run / name).glob("*.safetensors")) for name in ("transformer_merged", "transformer_ema")]
+    made = run.parent / "made"
+    for number, layout in enumerate(("comfyui", "diffusers")):
+        paths.append(made / f"{number}.safetensors")
+        export(run / "checkpoint-2", paths[-1], "--layout", layout)
+    paths.append(made / "merged.safetensors")
+    export(run / "checkpoint-2", paths[-1], "--layout", "original", "--base", base)
+    for path in paths:
+        said = header(path)
+        assert said["base_model"] == "original" and said["modelspec.title"] == "original fine-tuned", path
+        assert said["task"] == "wan2.1 normal" and said["steps"] == "2" and said["shift"] == "5.0", path
+        assert said["rank"] == f"{RANK}" and said["video_sample_n_frames"] == "13", path
+        assert said["trainer"].startswith("videox "), path
+        # what is in B already is not counted twice
+        assert float(said["alpha"]) == (RANK if path.name == "1.safetensors" else ALPHA), path
+    state, settings = diffusers.WanPipeline.lora_state_dict(run, return_lora_metadata=True)
+    assert state.keys() == load_file(paths[0]).keys() and settings["transformer.lora_alpha"] == ALPHA
+    pipeline = diffusers.WanPipeline.from_pretrained(run.parent / "model")
+    pipeline.load_lora_weights(run)
+    assert next(iter(pipeline.transformer.peft_config.values())).lora_alpha == ALPHA
 
 
 @pytest.mark.slow

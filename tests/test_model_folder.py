@@ -155,6 +155,24 @@ def test_the_original_layout_is_told_by_its_files(tmp_path: Path, mark: str) -> 
     refusal(lambda: read(tmp_path), "original layout", mark, "diffusers layout")
 
 
+def test_what_else_may_be_given_is_said(tmp_path: Path) -> None:
+    refusal(lambda: read(tmp_path), "found: nothing", "WanPipeline in diffusers layout, or Wan2.1 in its original one")
+    (tmp_path / "Wan2.1_VAE.pth").write_text("")
+    refused = refusal(
+        lambda: read_model_folder(str(tmp_path), ("HunyuanVideoPipeline",), (), ()), "is Wan2.1 in the original layout"
+    )
+    assert refused.mend == "give a model of HunyuanVideoPipeline in diffusers layout"
+
+
+def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"name-{number:02}").write_text("")
+    refused = refusal(lambda: read_component(tmp_path / "vae", weighted=True), "does not exist", "name-07 and 42 more")
+    assert "name-08" not in refused.what
+    refused = refusal(lambda: read_component(tmp_path, weighted=True), "has no config.json", "name-07 and 42 more")
+    assert "name-08" not in refused.what
+
+
 @pytest.mark.parametrize("name", ["HunyuanVideoPipeline", None])
 def test_another_model_is_named(folder: Path, name: str | None) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from test_backends import launcher
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, Refusal
-from videox.model_parts import find_part, load_part, original_parts, original_places
+from videox.model_parts import choose_part, find_part, load_part, original_parts, original_places
 from videox.tensor_files import open_tensors
 
 YAML = str(tiny.ROOT / "config/wan2.1/wan_civitai.yaml")
@@ -264,6 +265,59 @@ def test_weights_of_another_kind(t2v: Path, hunyuan: Path, tmp_path: Path) -> No
     refusal(lambda: find_part(tmp_path / "none.safetensors", "wan"), "none.safetensors")
     (tmp_path / "text.txt").write_text("")
     refusal(lambda: find_part(tmp_path / "text.txt", "wan"), "is no file of weights")
+
+
+def test_a_folder_of_another_class(t2v: Path, hunyuan: Path) -> None:
+    for kind, folder, named, wanted in (
+        ("wan", hunyuan / "transformer", "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"),
+        ("hunyuan", t2v / "transformer", "WanTransformer3DModel", "HunyuanVideoTransformer3DModel"),
+        ("wan_vae", hunyuan / "vae", "AutoencoderKLHunyuanVideo", "AutoencoderKLWan"),
+        ("hunyuan_vae", t2v / "vae", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo"),
+        ("wan_vae", t2v / "transformer", "WanTransformer3DModel", "AutoencoderKLWan"),
+    ):
+        for weighted in (True, False):
+            refusal(partial(find_part, folder, kind, weighted=weighted), folder, f"is {named}, not {wanted}")
+
+
+def test_a_class_that_diffusers_has_not_is_no_evidence(t2v: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(t2v / "transformer", tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text()) | {"_class_name": "OurOwnWan"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert find_part(folder, "wan").config["_class_name"] == "OurOwnWan"
+
+
+def test_a_path_that_does_not_exist_is_named_with_its_flag(t2v: Path, tmp_path: Path) -> None:
+    for given in (str(tmp_path / "nope"), "Some-Team/some-model"):
+        refusal(
+            lambda given=given: choose_part("vae", given, t2v / "vae", "wan_vae", {}),
+            f"--vae_path: {given} does not exist",
+        )
+    assert choose_part("vae", None, t2v / "vae", "wan_vae", {}) == find_part(t2v / "vae", "wan_vae")
+    assert choose_part("vae", str(t2v / "vae"), tmp_path, "wan_vae", {}).path == t2v / "vae"
+
+
+def test_a_lora_is_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    halves = {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file(halves, path)
+    for given in (path, tmp_path):
+        refusal(partial(find_part, given, "wan"), given, "is a LoRA", "--init_lora_from")
+
+
+def test_what_the_original_folder_lacks_is_named(t2v: Path, tmp_path: Path) -> None:
+    folder = originals.build_wan(tmp_path / "original", t2v)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    refusal(lambda: parts_of(folder), folder, "has no config.json", f"found: {originals.VAE_FILE}")
+    (folder / "config.json").write_text(config)
+    (folder / originals.VAE_FILE).unlink()
+    refusal(lambda: parts_of(folder), f"{originals.VAE_FILE}: does not exist (beside it: config.json")
+
+
+def test_an_image_encoder_without_whole_heads(tmp_path: Path) -> None:
+    model = tiny.build_wan_i2v(tmp_path / "narrow")  # its encoder is 32 wide
+    folder = originals.build_wan(tmp_path / "original", model)
+    refusal(lambda: parts_of(folder), originals.CLIP_FILE, "a width of 32 is not divided by the 80 channels")
 
 
 class Harmful:

@@ -19,6 +19,7 @@ from videox.checkpoint import find_checkpoints, verify
 STEPS, EVERY = 12, 4
 MODEL, FLAGS, STORAGE = 4, 2, 5
 LARGEST_FILE = 160_000  # bytes: more than the weights, less than the optimizer's file
+LARGEST_PICTURE = 10 * 1024  # bytes: more than any record, less than the sheet of the first batch
 
 
 class Ground:
@@ -344,6 +345,15 @@ def test_a_second_trainer_is_refused_and_harms_nothing(ground: Ground, tmp_path:
     assert first.running(), "the first run had ended before the second began: the test shows nothing"
     assert first.wait() == 0, first.said()[-4000:]
     assert ground.differences(folder) == []
+
+
+def test_a_first_batch_that_cannot_be_written_is_a_warning(ground: Ground, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainer = ground.start(folder, largest_file=LARGEST_PICTURE)
+    trainer.until(lambda: "warning: the first batch cannot be looked at" in trainer.said())
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert trainer.wait() == 0, trainer.said()[-4000:]
+    assert not list(folder.glob("*first_batch*"))
 
 
 def test_one_failing_save_is_a_warning(ground: Ground, tmp_path: Path) -> None:

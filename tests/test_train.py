@@ -690,7 +690,7 @@ def empty_yaml(model: Path) -> dict[str, object]:
 REFUSALS = {
     "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a folder here", True),
     "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Mend: give a model of WanPipeline", True),
-    "incomplete model": (no_text_encoder, 4, "text_encoder: has no config.json", True),
+    "incomplete model": (no_text_encoder, 4, "text_encoder: does not exist", True),
     "cut weights": (cut_weights, 4, "is cut short or damaged", True),
     "image-to-video model": (image_to_video, 4, "--train_mode normal: the transformer takes 36 channels: it is made for --train_mode i2v", True),
     "no metadata": (lambda _: {"train_data_meta": "no/such.json"}, 2, "no/such.json", True),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from videox.checkpoint import read_manifest
@@ -102,7 +104,7 @@ class AdaptersAlone:
             dtype: of the tensors.
             keep_fp32: parts of names that stay float32 in a merged model.
             layouts: beside diffusers'.
-            metadata: for the header of the other layouts' files; diffusers' has its own.
+            metadata: for the files' headers.
 
         Raises:
             Refusal: (NUMERICS) a value is not finite in this dtype; (MODEL) the base is no longer there.
@@ -112,7 +114,10 @@ class AdaptersAlone:
         found = _cast(exact, dtype)
         place = _place(output_dir, name)
         place.mkdir(parents=True, exist_ok=True)
-        write = partial(write_adapters, tensors=found, lora=self.lora, save_lora_weights=self.save_lora_weights)
+        metadata = {**metadata, "rank": str(self.lora.rank), "alpha": f"{self.lora.alpha:g}"}
+        write = partial(
+            write_adapters, tensors=found, lora=self.lora, save_lora_weights=self.save_lora_weights, metadata=metadata
+        )
         publish_file(place / f"{STEM}.safetensors", write)
         for layout in layouts:
             told = {**metadata, "layout": layout}
@@ -159,7 +164,13 @@ def _place(folder: Path, name: str) -> Path:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_adapters(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, save_lora_weights: SaveLora) -> None:
+def write_adapters(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    lora: Lora,
+    save_lora_weights: SaveLora,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes pytorch_lora_weights.safetensors, with rank and alpha in its header, from which diffusers reads them.
 
     Args:
@@ -167,6 +178,7 @@ def write_adapters(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, save
         tensors: A and B by their parameters' names.
         lora: what they are.
         save_lora_weights: of the family's pipeline.
+        metadata: for the header, beside what diffusers reads there.
 
     Raises:
         OSError, SafetensorError: the write failed.
@@ -182,6 +194,10 @@ def write_adapters(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, save
         weight_name=path.name,
         transformer_lora_adapter_metadata={**settings, "target_modules": sorted(lora.targets)},
     )
+    if metadata:  # diffusers has no place for it
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata()
+        save_file(load_file(path), path, metadata={**metadata, **said})
     sort_metadata(path)
     path.chmod(mode)
 

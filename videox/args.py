@@ -18,6 +18,7 @@ from videox.flag_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
 from videox.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.optim import SCHEDULES
 from videox.optimizers import OPTIMIZERS, refuse_absent
+from videox.run_folder import refuse_taken
 
 LR_WARMUP_STEPS = 500
 EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
@@ -375,16 +376,8 @@ def check(args: argparse.Namespace) -> None:
     if len(args.validation_paths) != wanted:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"
         raise Refusal("--validation_paths", what, "give one image for each of --validation_prompts in i2v and inpaint")
-    output = Path(args.output_dir).resolve()
-    data = data_dir(args).resolve()
-    for flag, taken in (
-        ("pretrained_model_name_or_path", Path(args.pretrained_model_name_or_path).resolve()),
-        ("train_data_dir", data),
-    ):
-        if output == taken or output in taken.parents:
-            raise Refusal("--output_dir", f"{args.output_dir} is or contains --{flag}", "give a folder of its own")
-    if output.exists() and not output.is_dir():
-        raise Refusal("--output_dir", f"{args.output_dir} is a file", "give a folder")
+    parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
+    refuse_taken(args.output_dir, model=args.pretrained_model_name_or_path, data=data_dir(args), parts=parts)
 
 
 def optimizer_of(args: argparse.Namespace) -> str:

@@ -11,7 +11,10 @@ import torch
 from videox.averaging import export_weights
 from videox.engine import Engine
 from videox.errors import Refusal
-from videox.exports import MERGED, describe
+from videox.exports import MERGED
+from videox.kept import TRANSFORMER
+from videox.lora_files import STEM
+from videox.provenance import describe, header_of, name_of
 from videox.state import TrainState
 
 FOLDER = "exports"  # in a checkpoint
@@ -45,9 +48,19 @@ class Exports:
     is_main: bool
     warn: Callable[[str], None]
 
+    def about(self) -> dict[str, object]:
+        """Returns what a checkpoint's manifest says of the run, for who exports it later."""
+        return {**self.facts, "base_model": name_of(self.base_model)}
+
     def __call__(self) -> None:
         """Writes output_dir/transformer and the other layouts. Raises Refusal, SaveFailed as export_weights does."""
         self._write(self.output_dir, only_layouts=False)
+        if self.is_main and (stale := earlier(self.output_dir, self.state.step)):
+            what = ", ".join(f"{name} (step {step})" for name, step in stale.items())
+            self.warn(
+                f"warning: {what} in {self.output_dir} were exported earlier and are not of step {self.state.step}: "
+                f"this run's --export_layouts does not ask for them"
+            )
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint's files, and the other layouts in its exports/; what cannot be exported is told.
@@ -75,6 +88,21 @@ class Exports:
             only_layouts=only_layouts,
             is_main=self.is_main,
         )
+
+
+def earlier(output_dir: Path, step: int) -> dict[str, int]:
+    """Returns the exports in a run's folder whose headers tell of a step before this one, each with that step."""
+    found = {}
+    for path in sorted([*output_dir.glob("*.safetensors"), *output_dir.glob(f"{TRANSFORMER}*/*.safetensors")]):
+        ours = path.name.startswith((TRANSFORMER, STEM)) or path.parent != output_dir
+        if not ours or "-superseded" in str(path.relative_to(output_dir)):
+            continue
+        steps = header_of(path).get("steps", "")
+        if steps.isdecimal() and int(steps) < step:
+            folder = path.parent != output_dir and not path.name.startswith(STEM)
+            name = f"{path.parent.name}/" if folder else str(path.relative_to(output_dir))
+            found[name] = int(steps)
+    return found
 
 
 def export_bytes(numbers: int, layouts: Sequence[str], dtype: torch.dtype, *, lora: bool, averaged: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
@@ -9,37 +10,20 @@ from pathlib import Path
 
 import torch
 
-from videox import __version__, layouts
+from videox import layouts
 from videox.errors import MODEL, Refusal
 from videox.files import publish_file
 from videox.layouts import Entry, Piece
+from videox.provenance import MODEL_CONFIG
 from videox.shards import Scattered
 from videox.streaming import Planned, check_bytes, check_folder, planned, write_folder
 from videox.tensor_files import LayoutTensors, assembled, open_tensors
+from videox.weights import CONFIG
 
 LAYOUTS = ("original", "comfyui")  # beside diffusers'
 MERGED = "merged"  # what --export_layouts calls a LoRA's base with the LoRA in it, in diffusers' layout
 COMFYUI_PREFIX = "model.diffusion_model."
 ARCHITECTURES = {"wan": "wan2.1", "hunyuan": "hunyuan-video"}
-
-
-def describe(base_model: str, facts: Mapping[str, object]) -> dict[str, str]:
-    """Returns what a file of trained weights says of itself in its header.
-
-    Args:
-        base_model: that was trained, as the user named it; of a folder here the last name alone is told.
-        facts: task, steps, sizes and the like; None is left out.
-    """
-    base_model = Path(base_model).resolve().name if Path(base_model).exists() else base_model
-    said = {name: str(value) for name, value in sorted(facts.items()) if value is not None}
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": f"{base_model} fine-tuned",
-        "modelspec.prediction_type": "flow",
-        "trainer": f"videox {__version__}",
-        "base_model": base_model,
-        **said,
-    }
 
 
 def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
@@ -79,14 +63,15 @@ def export_file(folder: Path, target: Path, layout: str, dtype: torch.dtype, met
         target: the file to make, whole or absent.
         layout: "original" | "comfyui".
         dtype: of all floating tensors.
-        metadata: for the header.
+        metadata: for the header, which also gets the configuration: no shape tells how wide a head is.
 
     Raises:
         Refusal: (NUMERICS) a value is not finite in this dtype.
         SaveFailed: the disk refused; nothing is left behind.
     """
     tensors = planned(relaid(open_tensors(folder), layout), dtype)
-    write_file(target, tensors, {**metadata, "layout": layout})
+    config = json.dumps(json.loads((folder / CONFIG).read_bytes()), sort_keys=True)
+    write_file(target, tensors, {**metadata, "layout": layout, MODEL_CONFIG: config})
 
 
 def write_file(

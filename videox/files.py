@@ -31,11 +31,14 @@ def flush_tree(folder: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ..."""
-    free, number = path, 1
+    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ...
+
+    Where a file has the name, the number stands before its suffix, by which it is known for what it is.
+    """
+    free, number, suffix = path, 1, path.suffix if path.is_file() else ""
     while os.path.lexists(free):
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
+        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
     return free
 
 
@@ -81,7 +84,7 @@ class SaveFailed(Exception):
     """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
 
 
-def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
 
     Args:

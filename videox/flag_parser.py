@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose every complaint is a Refusal, whose unknown flags name the nearest one."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(
+            **{"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter, **settings}
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises Refusal instead of printing the usage."""

@@ -34,13 +34,14 @@ NEEDED = ["model_index.json", *DIFFUSERS, *ORIGINAL]
 
 
 @cache
-def local_folder(name: str) -> Path:
+def local_folder(name: str, flag: str = "--pretrained_model_name_or_path") -> Path:
     """Returns a model's folder: the one that is named, or what the hub has under this id, fetched once and kept.
 
     Offline (HF_HUB_OFFLINE=1, or no network) what was fetched before is used.
 
     Args:
         name: a path, or an id such as Wan-AI/Wan2.1-T2V-14B.
+        flag: that it was given by, for the refusal.
 
     Raises:
         Refusal: (MODEL) neither here nor to be had; one line with the cause.
@@ -53,4 +54,4 @@ def local_folder(name: str) -> Path:
         cause = " ".join(str(why).split())[:300]
         what = f"{name} is not a folder here, and could not be had from the hub ({type(why).__name__}: {cause})"
         mend = "give the folder of the model, or an id of the hub that this machine can reach or has fetched before"
-        raise Refusal("--pretrained_model_name_or_path", what, mend, MODEL) from why
+        raise Refusal(flag, what, mend, MODEL) from why

@@ -131,8 +131,15 @@ def umt5(shapes: Shapes, known: Mapping[str, Any]) -> Config:
 
 
 def clip_vision(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of CLIP's image encoder. Raises KeyError naming a tensor that is missing."""
+    """Returns the configuration of CLIP's image encoder.
+
+    Raises:
+        KeyError: naming a tensor that is missing.
+        ValueError: its width is not that of whole heads.
+    """
     positions, width = shapes["embeddings.position_embedding.weight"]
+    if not known.get("num_heads") and width % CLIP_HEAD_DIM:
+        raise ValueError(f"a width of {width} is not divided by the {CLIP_HEAD_DIM} channels of CLIP's heads")
     patch = shapes["embeddings.patch_embedding.weight"][-1]
     return {
         "hidden_size": width,

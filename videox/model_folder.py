@@ -46,11 +46,13 @@ def read_model_folder(
     flag = "--pretrained_model_name_or_path"
     if not root.is_dir():
         raise Refusal(flag, f"{folder} is not a folder here", "give the folder of a model in diffusers layout", MODEL)
-    present = sorted(path.name for path in root.iterdir())
     if not (root / "model_index.json").is_file():
-        layout = "in the original layout" if set(ORIGINAL_MARKS) & set(present) else "without model_index.json"
-        found = ", ".join(present[:8]) or "nothing"
-        raise Refusal(flag, f"{folder} is {layout} (found: {found})", "give the model in diffusers layout", MODEL)
+        original = any((root / name).exists() for name in ORIGINAL_MARKS)
+        layout = "Wan2.1 in the original layout" if original else "without model_index.json"
+        mend = f"give a model of {' or '.join(pipelines)} in diffusers layout"
+        if "WanPipeline" in pipelines:
+            mend += f", or Wan2.1 in its original one with {' and '.join(ORIGINAL_MARKS)}"
+        raise Refusal(flag, f"{folder} is {layout} (found: {_few_names(root)})", mend, MODEL)
     index = read_json(root / "model_index.json")
     if index.get("_class_name") not in pipelines:
         mend = f"give a model of {' or '.join(pipelines)}"
@@ -69,12 +71,20 @@ def read_component(folder: Path, weighted: bool) -> dict[str, Any]:
     """
     config = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
     if config is None:
-        parent = ", ".join(sorted(p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else "nothing"
-        what = f"has no {' or '.join(CONFIG_NAMES)} (beside it: {parent})"
+        what = f"has no {' or '.join(CONFIG_NAMES)} (found: {_few_names(folder)})"
+        if not folder.exists():
+            what = f"does not exist (beside it: {_few_names(folder.parent)})"
         raise Refusal(str(folder), what, "complete the model folder", MODEL)
     if weighted:
         check_weight_files(folder)
     return read_json(config)
+
+
+def _few_names(folder: Path, most: int = 8) -> str:
+    """Returns the first names in a folder, and how many more there are."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "nothing"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
@@ -16,10 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from videox import model_configs
 from videox.errors import MODEL, Refusal
 from videox.layouts import family_of
+from videox.lora_files import lora_file
 from videox.model_folder import UNLOADABLE, load_strictly, read_component, read_json, read_yaml, refuse_not_finite
 from videox.tensor_files import LayoutTensors, open_tensors
 from videox.weights import StoredTensors, TensorSource, few
 
+# diffusers' class of each kind that a flag can give.
+CLASS_OF = {
+    "wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel",
+    "wan_vae": "AutoencoderKLWan", "hunyuan_vae": "AutoencoderKLHunyuanVideo",
+}  # fmt: skip
 ALIGNED = 64  # bytes, as torch aligns what it allocates
 
 
@@ -62,7 +69,11 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, 
     Raises:
         Refusal: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
     """
+    if lora_file(path) is not None:
+        what, mend = "is a LoRA, which has no weights but its own", "begin with it by --init_lora_from"
+        raise Refusal(str(path), what, f"{mend}, or merge it into its base by scripts/export.py", MODEL)
     own = {} if path.is_file() else read_component(path, weighted=weighted)
+    refuse_other_class(path, kind, own)
     if own and not weighted:
         return Part(path, own)
     tensors = open_tensors(path)
@@ -85,6 +96,33 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, 
     if tensors.layout == "wan" and (faults := model_configs.contradictions(config, own)):
         raise Refusal(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
     return Part(path, {**known, **config} if tensors.layout is None else config, tensors)
+
+
+def refuse_other_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Refuses a folder whose configuration names another class of diffusers than that of the kind asked for.
+
+    Names that diffusers does not have are no evidence: the original layout and other trainers have their own.
+
+    Raises:
+        Refusal: (MODEL) with both classes.
+    """
+    named, wanted = config.get("_class_name"), CLASS_OF.get(kind)
+    if wanted and named != wanted and named in dir(diffusers):
+        raise Refusal(str(path), f"is {named}, not {wanted}", f"give weights of {wanted}", MODEL)
+
+
+def choose_part(
+    name: str, given: str | None, place: Path, kind: str, known: Mapping[str, Any], *, weighted: bool = True
+) -> Part:
+    """Returns what --<name>_path gives, or the model's own part at its place; else as find_part.
+
+    Raises:
+        Refusal: (MODEL) the flag's path does not exist, or as find_part.
+    """
+    if given and not Path(given).exists():
+        mend = "give a folder or file of weights; an id of the hub goes to --pretrained_model_name_or_path alone"
+        raise Refusal(f"--{name}_path", f"{given} does not exist", mend, MODEL)
+    return find_part(Path(given) if given else place, kind, known, weighted=weighted)
 
 
 def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
@@ -206,8 +244,7 @@ def original_parts(
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
         if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
             known = read_json(places[name] / "config.json")
-        chosen = given.get(name)
-        path = Path(chosen) if chosen else places[name]
-        parts[name] = find_part(path, KINDS[name], known if isinstance(known, dict) else {})
+        known = known if isinstance(known, dict) else {}
+        parts[name] = choose_part(name, given.get(name), places[name], KINDS[name], known)
     parts["tokenizer"] = Part(places["tokenizer"], read_component(places["tokenizer"], weighted=False))
     return parts

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +62,30 @@ def _refuse_stranger(folder: Path, output_dir: Path) -> Refusal:
     else:
         what = "is a file, not a checkpoint folder" if folder.exists() else "does not exist"
     return Refusal(str(folder), what, f"name {near[-1]}" if near else "name a checkpoint-<step> folder", MODEL)
+
+
+def refuse_taken(output_dir: str, *, model: str, data: Path, parts: Mapping[str, str | None]) -> None:
+    """Refuses an output folder that is a file, or where a run would write among what it is made from.
+
+    Args:
+        output_dir: of the run.
+        model: folder of the model; neither it nor a folder inside or around it will do.
+        data: folder of the data; a folder inside will do.
+        parts: paths to other parts of the model by flag, None where there is none; a folder around them will do.
+
+    Raises:
+        Refusal: (FLAGS) naming the flag that has the folder.
+    """
+    output, mend = Path(output_dir).resolve(), "give a folder of its own"
+    given = {"pretrained_model_name_or_path": model, "train_data_dir": data, **parts}
+    for flag, path in ((flag, path) for flag, path in given.items() if path):
+        taken = Path(path).resolve()
+        if output == taken or (output in taken.parents and flag not in parts):
+            raise Refusal("--output_dir", f"{output_dir} is or contains --{flag}", mend, FLAGS)
+        if taken in output.parents and flag != "train_data_dir":
+            raise Refusal("--output_dir", f"{output_dir} is inside --{flag} {path}", mend, FLAGS)
+    if output.exists() and not output.is_dir():
+        raise Refusal("--output_dir", f"{output_dir} is a file", "give a folder", FLAGS)
 
 
 def _holds_a_run(output_dir: Path) -> str:

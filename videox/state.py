@@ -22,6 +22,7 @@ from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
 from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from videox.optimizers import OPTIMIZERS
 from videox.weights import StoredTensors, save_tensors
 
 STATE_FILE = "trainer_state.json"
@@ -32,6 +33,7 @@ OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
 LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
 DEALING = 2  # rises when slots of equal settings are dealt in another order than before
 OPTIMIZER_STEM = "optimizer"
+OWN_MOMENTS = {"RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}  # keys that one alone has
 
 
 @dataclass
@@ -224,24 +226,42 @@ def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
     return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
 
 
-def refuse_other_backend(checkpoint: Path | None, backend: Backend) -> None:
-    """Refuses a checkpoint that another kind of backend saved.
+def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: str) -> None:
+    """Refuses a checkpoint that another kind of backend saved, or that holds the moments of another optimizer.
 
     Args:
         checkpoint: None for a new run.
         backend: that runs.
+        optimizer: that was asked for, of videox.optimizers.OPTIMIZERS.
 
     Raises:
         Refusal: naming both, with the way to start from its weights.
     """
     if checkpoint is None:
         return
-    manifest = read_manifest(checkpoint)
-    saved = BACKENDS[manifest["description"].get("backend", "single")]
+    described = read_manifest(checkpoint)["description"]
+    saved = BACKENDS[described.get("backend", "single")]
     same = saved.kind == backend.kind if backend.kind == "whole" else saved.name == backend.name
     if not same:
         mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
         raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
+    known = {described["optimizer"]} if "optimizer" in described else _optimizers_of_moments(checkpoint)
+    if optimizer not in known:
+        names = " or ".join(sorted(known))
+        mend = f"resume with --optimizer {names}, or begin a run in another --output_dir from these weights"
+        what = f"{optimizer}, and {checkpoint.name} was saved with {names}, whose moments it cannot use"
+        raise Refusal("--optimizer", what, mend, MODEL)
+
+
+def _optimizers_of_moments(checkpoint: Path) -> set[str]:
+    """Returns who may have kept the moments of a checkpoint from before its manifest said so, by their names."""
+    if not (checkpoint / OPTIMIZER_STEM).is_dir():
+        return {*OPTIMIZERS}  # divided ones, which their engine checks
+    keys = {name.rpartition("/")[2] for name in StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM)}
+    for key, name in OWN_MOMENTS.items():
+        if key in keys:
+            return {name}
+    return {*OPTIMIZERS} - {"came", "adamw8bit"} if "exp_avg" in keys else {*OPTIMIZERS}
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:

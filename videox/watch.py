@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan import PADDING, EpochPlan
 from videox.engine import Update
 from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
-from videox.files import SaveFailed, write_json_atomically
+from videox.files import SaveFailed, publish_folder, write_json_atomically
 from videox.jsonl import append_line
 from videox.late_step import LateStep, numbers_of
 from videox.lifecycle import Run, main_first, together
@@ -139,7 +140,10 @@ class Watch:
             if s["bad"] is None and s["pixels"] is not None and s["planned"].row != PADDING
         ]
         if shown:
-            write_batch(folder, shown)
+            try:
+                publish_folder(folder, partial(write_batch, samples=shown))
+            except SaveFailed as why:
+                self.bar.note(f"warning: the first batch cannot be looked at ({why}); the run goes on")
 
     def step(
         self, plan: EpochPlan, epoch_step: int, report: StepReport, rate: float, loss: Tensor, update: Update, *,

@@ -70,7 +70,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
-    refuse_other_backend(run.resume.path, backend)
+    refuse_other_backend(run.resume.path, backend, optimizer_of(args))
     refuse_other_kind(run.resume.path, args.lora_rank)
     refuse_unfit(optimizer_of(args), backend.name, accelerator.mixed_precision, lora=args.lora_rank > 0)
     if run.resume.path and backend.name == "fsdp2":

@@ -59,7 +59,7 @@ from videox.keys import Purpose, mix
 from videox.latents import draw, encode_moments
 from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
-from videox.model_parts import Part, find_part
+from videox.model_parts import Part, choose_part
 from videox.network import joint_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
@@ -156,8 +156,8 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     configs = read_model_folder(str(root), pipelines, names, weighted=encoders if weighted else ())
     parts = {name: Part(root / name, configs[name]) for name in names}
     for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
-        path = Path(getattr(args, f"{name}_path") or root / name)
-        parts[name] = find_part(path, kind, configs[name], weighted=weighted)
+        given = getattr(args, f"{name}_path")
+        parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
     condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
@@ -422,7 +422,7 @@ def train(
         predict=partial(predict_held_out, components, args.guidance_scale), guidance_scale=args.guidance_scale,
         pipeline=partial(sampling_pipeline, components), given_frames=components.given_frames,
     )  # fmt: skip
-    about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name}
+    about = {"task": f"hunyuanvideo {args.train_mode}", "backend": backend.name, "optimizer": flags.optimizer_of(args)}
     export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
@@ -446,12 +446,12 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
 
     return watch.finished(export)
 

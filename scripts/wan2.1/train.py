@@ -55,7 +55,7 @@ from videox.keys import Purpose, mix
 from videox.latents import draw, encode_moments, to_images
 from videox.lifecycle import Run, run_script
 from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
-from videox.model_parts import Part, find_part, original_parts, original_places
+from videox.model_parts import Part, choose_part, find_part, original_parts, original_places
 from videox.network import cross_attention_network
 from videox.offload import RestingModule
 from videox.sharing import load_frozen
@@ -129,8 +129,8 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
         configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",) if weighted else ())
         parts = {name: Part(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
-            path = Path(getattr(args, f"{name}_path") or root / name)
-            parts[name] = find_part(path, kind, configs[name], weighted=weighted)
+            given = getattr(args, f"{name}_path")
+            parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -421,7 +421,7 @@ def train(
         predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
         pipeline=partial(sampling_pipeline, components),
     )  # fmt: skip
-    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name}
+    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name, "optimizer": flags.optimizer_of(args)}
     export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
     accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
     planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
@@ -445,12 +445,12 @@ def train(
             # once in a while: validate, save, stop
             done = state.step == total
             if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
                 return watch.stopped(stop.signal_name)
             if done or wiring.validation_due(args, state.step, end.epochs):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(export.save, args.checkpoints_total_limit, about)
+                watch.save(export.save, args.checkpoints_total_limit, export.about())
 
     return watch.finished(export)
 

@@ -34,6 +34,11 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"shard-*{SUFFIX}"))
 
 
+def is_cache(folder: Path) -> bool:
+    """Tells whether a folder has what only a cache has: a file of entries, published or not."""
+    return bool(shard_paths(folder)) or any(folder.glob(".tmp-shard-*"))
+
+
 def entries_of(shard: Shard) -> Iterator[Found]:
     """Yields every entry of a shard, read and checked."""
     for number, note in enumerate(shard.notes()):
@@ -74,6 +79,17 @@ def contents(folder: Path) -> list[tuple[str, str, int, int]]:
             counts[kind] += 1
             sizes[kind] += shard.entry(number).size
     return [(*kind, counts[kind], size) for kind, size in sizes.most_common()]
+
+
+def files_of(folder: Path) -> set[str]:
+    """Returns the media files that a cache's entries were made of, as the metadata names them."""
+    found: set[str] = set()
+    for path in shard_paths(folder):
+        try:
+            found |= {note["file"] for note in Shard(path).notes() if note["file"] is not None}
+        except Damaged:
+            continue
+    return found
 
 
 def clean(folder: Path, *, encoders: Collection[str] = (), data_dir: Path | None = None) -> dict[str, int]:
