@@ -99,5 +99,9 @@ def test_a_file_that_orders_nothing_is_refused(tmp_path: Path, text: str) -> Non
         read_cost_model(path)
     assert refused.value.exit_code == FLAGS
     assert str(path) in refused.value.what
+    for shape in ("[]", "{}", "3", '{"linear": [], "quadratic": 1}'):
+        path.write_text(shape, encoding="utf-8")
+        with pytest.raises(Refusal, match="no JSON object with numbers `linear` and `quadratic`"):
+            read_cost_model(path)
     with pytest.raises(Refusal, match="no readable cost model"):
         read_cost_model(tmp_path / "none.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,13 +19,17 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videox.data.balance import Load
 from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.extent import largest_bucket
+from videox.data.index import Index
 from videox.data.plan import plan_epoch
 from videox.data.settings import Columns, PlanSettings
-from videox.errors import FLAGS
+from videox.dry_run import balance_lines
+from videox.errors import FLAGS, STORAGE
 from videox.jsonl import read_lines
 from videox.peak import peak_bytes
+from videox.report import cut_lines
 from videox.shapes import token_count
 from videox.utilization import PEAKS, peak_of
 
@@ -141,6 +146,64 @@ def test_the_backend_decides_what_memory_holds(ground: Ground) -> None:
     assert three["checkpoint"] < two["checkpoint"]
 
 
+def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "file" / "out", dry_run=True))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, limits[1]))  # a full disk, to whoever writes a picture
+    try:
+        full = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "full", dry_run=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for outcome, folder in ((refused, "file/out"), (full, "full")):
+        line = outcome.stderr.strip().splitlines()[-1]
+        assert outcome.code == STORAGE and "Traceback" not in outcome.stderr
+        assert line.startswith(f"error: {tmp_path / folder}: the plan cannot be written there (")
+    assert [path.name for path in full.folder.iterdir()] == ["plan_report.json"]
+
+
+def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) -> None:
+    def refused(**flags: object) -> str:
+        outcome = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "out", dry_run=True, **flags))
+        assert outcome.code == FLAGS, outcome.stderr
+        return outcome.stderr
+
+    assert "single is one process, planned are 8" in refused(dry_run_backend="single", dry_run_processes=8)
+    assert "65537 is outside 1 to 65536" in refused(dry_run_processes=65537)
+    assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
+
+
+def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground) -> None:
+    outcome, report = ground.plan("few", dry_run_processes=4)
+    samples = sum(bucket["rows"] for bucket in report["buckets"])
+    table = outcome.stdout.partition("how evenly processes are loaded:")[2]
+    lines = [line.split() for line in table.splitlines()]
+    for world in WORLDS:
+        value = report["balance_unplanned"][world]
+        assert (value is None) == (int(world) > samples)
+        row = next(line for line in lines if line[:1] == [world])
+        assert row[3] == ("n/a" if value is None else f"{value:.3f}")
+        assert int(row[1]) == -(-samples // int(world))
+    padded = 1 - samples / 512
+    assert f"{padded:.0%} on 512" in outcome.stdout
+
+
+def test_a_mix_above_its_bound_is_explained() -> None:
+    settings = PlanSettings(SizePolicy(video_sample_size=64, image_sample_size=64), batch_size=1, slots=4, seed=0)
+    few = {8: Load(0.5, None, 4.57, 7, 0.01), 64: Load(0.9, 0.5, 3.9, 70, 0.0)}
+    assert "too few steps for a mix below 4: 7 on 8;" in "\n".join(balance_lines(few, settings))
+    assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
+
+
+def test_a_step_filled_by_cost_is_told_by_its_mean(ground: Ground) -> None:
+    fixed, filled = (ground.plan(fill, slot_fill=fill) for fill in ("fixed", "cost"))
+    for _, report in (fixed, filled):
+        samples = sum(bucket["rows"] for bucket in report["buckets"])
+        assert abs(report["global_batch"] * report["steps_per_epoch"] - samples) <= report["steps_per_epoch"]
+    assert f"global batch {filled[1]['global_batch']} on average, in 2 slots" in filled[0].stdout
+    assert "global batch 2, " in fixed[0].stdout
+
+
 # ------------------------------------------------------------------------------------------------------- explain
 
 
@@ -155,6 +218,13 @@ def test_a_row_is_explained_as_it_is_trained(ground: Ground) -> None:
     short, _ = ground.plan("short", explain=2, enable_bucket=None, random_hw_adapt=None, video_sample_n_frames=41,
                            training_with_video_token_length=None)  # fmt: skip
     assert "too_short" in short.stdout and "--video_sample_stride 2" in short.stdout
+    table = described(ground.metadata)
+    del table[0]["text"]
+    table[1] |= {"width": 10**9, "height": 720}
+    ground.table.with_name("refused.json").write_text(json.dumps(table), encoding="utf-8")
+    for row, words in ((0, "kind and size is not known"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
+        flags = runs.wan_plain(ground.bare, ground.table.with_name("refused.json"), ground.folder / "no", explain=row)
+        assert words in runs.train(flags).stdout
     far = runs.train(runs.wan_plain(ground.bare, ground.table, ground.folder / "far", explain=999))
     assert far.code == FLAGS and "rows 0 to" in far.stderr
 
@@ -260,6 +330,16 @@ def test_a_run_says_which_share_of_the_peak_it_reaches(ground: Ground) -> None:
     for record in (*slow, *fast):
         assert record["mfu"] > 0 and record["planned_balance"] == 1
     assert all("mfu" not in record and record["planned_balance"] == 1 for record in silent)
+
+
+def test_a_row_that_loses_much_is_named_once() -> None:
+    policy = SizePolicy(video_sample_size=64, image_sample_size=64, enable_bucket=False, n_frames=5)
+    sides = {"width": np.array([640, 480]), "height": np.array([80, 120])}
+    index = Index.from_columns(kind=np.ones(2), frames=np.array([99, 99]), **sides)
+    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    plan = plan_epoch(columns, PlanSettings(policy, batch_size=1, slots=1, seed=0, video_repeat=3), 0)
+    assert len(plan.row) == 6
+    assert [line.split()[1] for line in cut_lines(index, columns, plan)[1:]] == ["0", "1"]
 
 
 def test_policies_differ_by_their_grid() -> None:

@@ -213,6 +213,28 @@ def test_a_byte_order_mark_and_a_long_caption_are_fine(tmp_path: Path) -> None:
     assert read(path).file_path == ["a"]
 
 
+def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
+    fine = {
+        "file_path": "a.mp4",
+        "text": "",
+        "type": "video",
+        "width": 64,
+        "height": "48",
+        "num_frames": 9,
+        "fps": 24.5,
+    }
+    image = {**fine, "type": "image", "num_frames": 0, "fps": 0}
+    assert read(write(tmp_path / "m.json", [fine, image, {"file_path": "a", "text": ""}])).notes == []
+    wrong = {"width": -5, "height": "abc", "num_frames": 0, "fps": 0}
+    metadata = read(write(tmp_path / "m.json", [fine, {**fine, **wrong}, {**fine, "width": 0.5}]))
+    assert metadata.notes == [
+        "2 rows: width is no whole number above 0 and counts as not given (first: row 1, -5)",
+        "1 rows: height is no whole number above 0 and counts as not given (first: row 1, 'abc')",
+        "1 rows: num_frames is no whole number above 0 and counts as not given (first: row 1, 0)",
+        "1 rows: fps is no positive number and counts as not given (first: row 1, 0)",
+    ]
+
+
 @pytest.mark.parametrize("name", ["missing.json", "missing", "x" * 300 + ".json", "folder.json", "m.txt", "pipe.csv"])
 def test_a_file_that_cannot_be_metadata_is_a_wrong_flag(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.json").mkdir()

@@ -381,6 +381,14 @@ def test_a_weight_is_how_often_a_row_occurs(columns: Columns, seed: int, epoch: 
     assert count_steps(replace(columns, weight=weight), settings, epoch) == plan.n_steps
 
 
+def test_where_no_row_has_weight_the_way_out_is_a_weight() -> None:
+    for weight, mend in ((np.zeros(301, np.float32), "raise the `weight`"), (None, "lower --video_sample_n_frames")):
+        usable = np.zeros(301, bool) if weight is None else COLUMNS.usable
+        with pytest.raises(Refusal) as refused:
+            plan_epoch(replace(COLUMNS, weight=weight, usable=usable), SETTINGS, 0)
+        assert mend in refused.value.mend and refused.value.exit_code == DATA
+
+
 def test_the_broken_part_of_a_weight_is_a_probability() -> None:
     columns = replace(columns_of(4000, image_share=0.0), weight=np.full(4000, 1.25, np.float32))
     plan = plan_epoch(columns, SETTINGS, 0)

@@ -138,9 +138,13 @@ def read_cost_model(path: Path) -> tuple[float, float]:
     mend = "give the cost_model.json of a run, or leave the flag out"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        pair = float(held["linear"]), float(held["quadratic"])
-    except (OSError, ValueError, KeyError, TypeError) as why:
+    except (OSError, ValueError) as why:
         raise Refusal("--cost_model", f"{path} is no readable cost model ({why})", mend) from why
+    try:
+        pair = float(held["linear"]), float(held["quadratic"])
+    except (ValueError, KeyError, TypeError) as why:
+        what = f"{path} is no cost model: it is no JSON object with numbers `linear` and `quadratic`"
+        raise Refusal("--cost_model", what, mend) from why
     if not all(math.isfinite(value) and value >= 0 for value in pair) or not any(pair):
         raise Refusal("--cost_model", f"{path} says {pair[0]:g} and {pair[1]:g}, which order nothing", mend)
     return pair

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from videox.data.balance import balance, balance_and_mix, unplanned
+from videox.data.balance import Load
 from videox.data.buckets import Fate, SizePolicy, cut_share, frames_at_pace, pace_of
+from videox.data.dealing import CEILING
 from videox.data.epoch import PADDING, EpochPlan
-from videox.data.plan import plan_epoch
-from videox.data.settings import Columns, PlanSettings, sample_cost
+from videox.data.settings import Columns, PlanSettings
 from videox.memory import CLOSE, Memory, Setup
 from videox.network import Network
 from videox.shapes import token_count
 
 WORLDS = (1, 8, 64, 512)  # processes for which balance and mix are told
+MUCH_PADDING = 0.02  # share of the slots; a balance that lacks less needs no words
 GIB = 2**30
 EXTRA_FATES = {fate.name.lower() for fate in (Fate.HELD_OUT, Fate.NOT_DRAWN)}
 CUT_NOTHING = 1e-6  # a share of the area below this is rounding
@@ -90,26 +91,11 @@ def work_of(plan: EpochPlan, network: Network, chosen: Sequence[int]) -> Work:
     return Work(float((model * counts).sum()), float((more * counts).sum()), model + more)
 
 
-def balances(
-    columns: Columns, settings: PlanSettings, accumulation: int, worlds: Sequence[int] = WORLDS
-) -> dict[str, dict[str, float]]:
-    """Returns {"balance", "balance_unplanned", "mix"}, each by the number of processes (as text).
-
-    Each number of processes gets its own plan, as a run that begins with it would. Without a plan each process takes
-    the next batch of one bucket, whatever the others take; a data set too small for one such step tells nothing: 1.
-    """
-    found: dict[str, dict[str, float]] = {"balance": {}, "balance_unplanned": {}, "mix": {}}
-    for world in worlds:
-        own = replace(settings, slots=world * accumulation)
-        plan = plan_epoch(columns, own, 0)
-        found["balance"][str(world)], found["mix"][str(world)] = balance_and_mix(plan, own, world)
-        bucket = samples_of(plan)[1]
-        costs = unplanned(
-            sample_cost(own, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, ranks=world,
-            accumulation=accumulation, seed=settings.seed,
-        )  # fmt: skip
-        found["balance_unplanned"][str(world)] = balance(costs, own.barrier) if len(costs) else 1.0
-    return found
+def samples_per_step(plan: EpochPlan, settings: PlanSettings) -> int:
+    """Returns the samples of a full step, or where slots are filled by cost, of a step on average."""
+    return (
+        settings.slots * settings.batch_size if settings.slot_fill == "fixed" else round(len(plan.row) / plan.n_steps)
+    )
 
 
 def plan_report(
@@ -118,13 +104,14 @@ def plan_report(
     settings: PlanSettings,
     *,
     work: Work,
-    balanced: Mapping[str, Mapping[str, float]],
+    balanced: Mapping[int, Load],
     memory: Memory,
     checkpoint: float,
 ) -> dict[str, Any]:
     """Returns the content of plan_report.json."""
     cut = cut_of(columns, plan)
     table = plan.bucket_table()
+    told = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "mix"}
     tokens = sum(token_count(bucket) * samples for bucket, samples, _ in table)
     return {
         "rows": len(columns),
@@ -134,11 +121,11 @@ def plan_report(
             "median": float(np.median(cut)), "p95": float(np.quantile(cut, 0.95)), "max": float(cut.max()),
         },
         "buckets": [{**bucket._asdict(), "rows": n, "tokens": token_count(bucket)} for bucket, n, _ in table],
-        "global_batch": settings.slots * settings.batch_size,
+        "global_batch": samples_per_step(plan, settings),
         "steps_per_epoch": plan.n_steps,
         "tokens_per_step": tokens / plan.n_steps,
         "flops_per_step": work.model / plan.n_steps,
-        **balanced,
+        **{name: {str(world): getattr(balanced[world], field) for world in WORLDS} for name, field in told.items()},
         "memory": {
             **{name: int(size) for name, size in memory.items().items()},
             "host": {name: int(size) for name, size in memory.host.items()},
@@ -223,25 +210,38 @@ def step_lines(
     rate = processes * speed.peak * speed.share * efficiency
     hours = work.model / rate / 3600
     more = f" and {work.recomputed / plan.n_steps / 1e15:,.3g} PFLOP of recomputation" if work.recomputed else ""
+    batch = f"global batch {samples_per_step(plan, settings):,}"
+    if settings.slot_fill == "cost":
+        batch += f" on average, in {settings.slots:,} slots"
     return [
-        f"global batch {settings.slots * settings.batch_size}, {plan.n_steps:,} steps per epoch",
+        f"{batch}, {plan.n_steps:,} steps per epoch",
         f"a step: {tokens / plan.n_steps:,.0f} tokens, {work.model / plan.n_steps / 1e15:,.3g} PFLOP of model{more}, on average",
         f"an epoch: {hours:,.1f} hours on {processes} GPUs ({speed.source}, balance {efficiency:.2f}), "
         f"{hours * processes:,.0f} GPU hours",
     ]
 
 
-def balance_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Returns the table of balance and mix by the number of processes."""
-    lines = [f"  {'processes':>9} {'balance':>8} {'unplanned':>10} {'mix':>6}"]
-    for world, value in found["balance"].items():
+def balance_lines(found: Mapping[int, Load], settings: PlanSettings) -> list[str]:
+    """Returns the table of balance and mix by the number of processes, and why a number is worse than promised."""
+    lines = [f"  {'processes':>9} {'steps':>9} {'balance':>8} {'unplanned':>10} {'mix':>6}"]
+    for world, load in found.items():
+        without = "n/a" if load.unplanned is None else f"{load.unplanned:.3f}"
+        lines.append(f"  {world:>9} {load.steps:>9,} {load.balance:>8.3f} {without:>10} {load.mix:>6.2f}")
+    lines.append(
+        "  (balance: share of the GPUs' time in which none waits for another; mix: 1 as varied as random steps)"
+    )
+    padded = {world: load for world, load in found.items() if load.padded >= MUCH_PADDING}
+    if padded:
+        shares = ", ".join(f"{load.padded:.0%} on {world}" for world, load in padded.items())
+        lines.append(f"  (share of the slots that are padding of the last step: {shares}; it counts as waiting, while")
+        lines.append("  without a plan the samples that fill no step are left out, n/a where they are all samples)")
+    above = [(world, load) for world, load in found.items() if load.mix > CEILING and settings.balance == "mixed"]
+    if above:
+        steps = ", ".join(f"{load.steps:,} on {world}" for world, load in above)
         lines.append(
-            f"  {world:>9} {value:>8.3f} {found['balance_unplanned'][world]:>10.3f} {found['mix'][world]:>6.2f}"
+            f"  (too few steps for a mix below {CEILING:g}: {steps}; what is left for the last one weighs too much)"
         )
-    return [
-        *lines,
-        "  (balance: share of the GPUs' time in which none waits for another; mix: 1 as varied as random steps)",
-    ]
+    return lines
 
 
 def way_words(words: Sequence[str], memory: Memory, setup: Setup) -> str:
@@ -279,7 +279,9 @@ def memory_lines(memory: Memory, setup: Setup, limit: float, ways: Sequence[str]
     close = spare if CLOSE * limit < total <= limit else ""
     lines.append(f"  {'together':>30} {total / GIB:>8.2f} GiB: {verdict} into {limit / GIB:g} GiB{close}")
     if total > CLOSE * limit:
-        lines.append(f"  {'nearest that surely does':>30} {'; or '.join(ways) or 'none: no setting here'}")
+        lines.append(
+            f"  {'nearest that surely does':>30} {'; or '.join(ways) or 'none of the settings that were tried'}"
+        )
     host = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
     return [*lines, f"memory per host of {setup.per_host} processes, GiB: {host}"]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from videox.data.buckets import Fate, cut_share, frame_offsets, frames_at_pace, pace_of
 from videox.data.index import Index
+from videox.data.index_file import IMAGE
 from videox.data.plan import draw_samples, plan_epoch, row_fates
 from videox.data.settings import Columns, PlanSettings
 from videox.errors import Refusal
@@ -29,17 +30,25 @@ def explain_row(index: Index, columns: Columns, settings: PlanSettings, row: int
     """
     if not 0 <= row < len(columns):
         raise Refusal("--explain", f"{row}: the metadata has rows 0 to {len(columns) - 1}", "give one of them")
-    video = bool(columns.kind[row])
-    size = f"{columns.width[row]} x {columns.height[row]} pixels"
-    length = f", {columns.frames[row]} frames" + (f" at {index.fps[row]:g} per second" if index.fps[row] > 0 else "")
     lines = [
-        f"row {row}: {index.file_path[row].as_py()!r}, {'video' if video else 'image'}, {size}{length if video else ''}",
+        f"row {row}: {index.file_path[row].as_py()!r}, {_file_words(index, columns, row)}",
         f"caption: {index.caption(row)!r}",
     ]
     fate = Fate(int(row_fates(columns, settings, np.zeros(0, np.int64))[row]))
     if fate is not Fate.TRAINED:
         return [*lines, f"{fate.name.lower()}: {_reason(index, columns, settings, row, fate)}"]
     return [*lines, *_epoch_lines(columns, settings, row, epochs)]
+
+
+def _file_words(index: Index, columns: Columns, row: int) -> str:
+    """Returns what is known of a row's file, which is nothing where the row itself or the look at it failed."""
+    if not (columns.width[row] > 0 and columns.height[row] > 0):
+        return "of which kind and size is not known, since the row is refused"
+    size = f"{columns.width[row]} x {columns.height[row]} pixels"
+    if columns.kind[row] == IMAGE:
+        return f"image, {size}"
+    rate = f" at {index.fps[row]:g} per second" if index.fps[row] > 0 else ""
+    return f"video, {size}, {columns.frames[row]} frames{rate}"
 
 
 def _reason(index: Index, columns: Columns, settings: PlanSettings, row: int, fate: Fate) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from videox.data.balance import Load
 from videox.files import replacing
 from videox.shapes import Bucket, token_count
 
@@ -23,14 +24,14 @@ def plot_plan(
     buckets: Sequence[Bucket],
     counts: np.ndarray,
     spent: np.ndarray,
-    balanced: Mapping[str, Mapping[str, float]],
+    balanced: Mapping[int, Load],
 ) -> None:
     """Draws plan_report.png, replaced as a whole.
 
     Args:
         path: of the picture.
         buckets: of an epoch; counts: samples of each; spent: operations of all its samples.
-        balanced: {"balance", "balance_unplanned", "mix"}, each by the number of processes.
+        balanced: by the number of processes.
     """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(15, 5), layout="constrained")
@@ -77,16 +78,19 @@ def _plot_tokens(axes: Axes, tokens: np.ndarray, counts: np.ndarray, spent: np.n
     axes.legend(frameon=False, loc="upper left")
 
 
-def _plot_balance(axes: Axes, balanced: Mapping[str, Mapping[str, float]]) -> None:
-    worlds = list(balanced["balance"])
-    places = np.arange(len(worlds))
-    series = (("balance", "planned", BLUE, -0.2), ("balance_unplanned", "without a plan", ORANGE, 0.2))
-    for name, label, colour, shift in series:
-        values = [balanced[name][world] for world in worlds]
-        for place, value in zip(places, values, strict=True):
-            axes.annotate(f"{value:.2f}", (place + shift, value), ha="center", va="bottom", fontsize=8)
-        axes.bar(places + shift, values, 0.4, color=colour, label=label)
-    axes.set_xticks(places, [f"{world}\nmix {balanced['mix'][world]:.2f}" for world in worlds])
+def _plot_balance(axes: Axes, balanced: Mapping[int, Load]) -> None:
+    """Where the data is too small for one step without a plan there is no bar."""
+    places = np.arange(len(balanced))
+    series = (
+        ([load.balance for load in balanced.values()], "planned", BLUE, -0.2),
+        ([load.unplanned for load in balanced.values()], "without a plan", ORANGE, 0.2),
+    )
+    for values, label, colour, shift in series:
+        known = [(place + shift, value) for place, value in zip(places, values, strict=True) if value is not None]
+        for place, value in known:
+            axes.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom", fontsize=8)
+        axes.bar([place for place, _ in known], [value for _, value in known], 0.4, color=colour, label=label)
+    axes.set_xticks(places, [f"{world}\nmix {load.mix:.2f}" for world, load in balanced.items()])
     axes.set_xlabel("processes")
     axes.set_ylabel("balance")
     axes.set_ylim(0, 1.18)

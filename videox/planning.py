@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ from accelerate import Accelerator
 
 import videox.scheduling as scheduling
 import videox.wiring as wiring
-from videox.args import COUNT, COUNT_OR_ZERO, Parser, data_dir, number
+from videox.args import COUNT_OR_ZERO, Parser, data_dir, number
 from videox.cost_model import read_cost_model
+from videox.data.balance import Load, loads
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.epoch import EpochPlan
 from videox.data.extent import largest_bucket
@@ -38,7 +40,6 @@ from videox.dry_run import (
     attribute_line,
     attributes,
     balance_lines,
-    balances,
     disk_lines,
     ladder_lines,
     memory_lines,
@@ -52,7 +53,7 @@ from videox.dry_run import (
     work_of,
 )
 from videox.engine import Engine
-from videox.errors import Refusal
+from videox.errors import STORAGE, Refusal
 from videox.explain import explain_row
 from videox.files import replacing, write_json_atomically
 from videox.first_minute import largest_batch, names_phase, try_batch
@@ -79,6 +80,7 @@ from videox.shapes import Bucket, token_count
 from videox.utilization import device_peak
 
 PER_HOST = 8  # processes on one machine, where no launcher says it
+PROCESSES = number(int, 1, 65_536)  # to plan for; a plan holds a slot for each of them
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,13 @@ def add_flags(parser: Parser) -> None:
     )
     add(
         "--dry_run_plan",
-        type=COUNT,
+        type=PROCESSES,
         nargs="+",
         default=[],
         metavar="PROCESSES",
         help="dry run: also write the first epoch's plan for so many processes (empty = none)",
     )
-    add("--dry_run_processes", type=COUNT, help="dry run: number of processes to plan for (none = as launched)")
+    add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes to plan for (none = as launched)")
     add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
     add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
     add(
@@ -220,6 +222,9 @@ def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launc
         backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
     else:
         backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
+    if args.dry_run_backend == "single" and processes > 1:
+        mend = "give --dry_run_backend ddp or --dry_run_processes 1"
+        raise Refusal("--dry_run_backend", f"single is one process, planned are {processes}", mend)
     backend = args.dry_run_backend or backend
     if backend in ("single", "ddp"):
         backend = "ddp" if processes > 1 else "single"
@@ -293,19 +298,18 @@ class _Forecast:
         chosen = chosen_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
         work = work_of(plan, self.network, chosen)
         worlds = sorted({*WORLDS, self.launch.processes})
-        balanced = balances(self.columns, settings, args.gradient_accumulation_steps, worlds)
+        balanced = loads(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _say(*time_lines(plan, work))
-        efficiency = balanced["balance"][str(self.launch.processes)]
+        efficiency = balanced[self.launch.processes].balance
         _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
-        _say("how evenly processes are loaded:", *balance_lines(balanced))
+        _say("how evenly processes are loaded:", *balance_lines(balanced, settings))
         parameters = self._parameters()
         memory = self._memory(parameters)
         checkpoint = checkpoint_size(parameters, self.setup)
         steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
-        told = {name: {str(world): found[str(world)] for world in WORLDS} for name, found in balanced.items()}
         report = plan_report(
-            self.columns, plan, settings, work=work, balanced=told, memory=memory, checkpoint=checkpoint
+            self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
         self._write(report, work, balanced)
 
@@ -333,19 +337,19 @@ class _Forecast:
         _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
-    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[str, Mapping[str, float]]) -> None:
+    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, Load]) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(folder / "plan_report.json", report)
-        counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-        plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * work.by_bucket, balanced)
-        written = ["plan_report.json", "plan_report.png"]
-        for world in args.dry_run_plan:
-            own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
-            with replacing(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
-                file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
-            written.append(f"plan-{world}.jsonl")
+        with _written_to(folder):
+            write_json_atomically(folder / "plan_report.json", report)
+            counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
+            plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * work.by_bucket, balanced)
+            written = ["plan_report.json", "plan_report.png"]
+            for world in args.dry_run_plan:
+                own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
+                with replacing(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
+                    file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
+                written.append(f"plan-{world}.jsonl")
         _say(f"written to {folder}: {', '.join(written)}")
 
 
@@ -368,8 +372,8 @@ def speed_of(args: argparse.Namespace) -> Speed:
 
 
 def _index(args: argparse.Namespace) -> Index:
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    path = scheduling.index_path(args)
+    with _written_to(Path(args.output_dir)):
+        path = scheduling.index_path(args)
     build_index(
         Path(args.train_data_meta),
         data_dir(args),
@@ -381,6 +385,17 @@ def _index(args: argparse.Namespace) -> Index:
         announce=_say_probing,
     )
     return load_index(path, data_dir(args))
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """Makes the output folder, and has a disk that refuses it or a file in it end in one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        mend = "free some room, or give an --output_dir you can write"
+        raise Refusal(str(folder), f"the plan cannot be written there ({error})", mend, STORAGE) from error
 
 
 def _say_probing(files: int, seconds: float) -> None:

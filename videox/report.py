@@ -71,9 +71,12 @@ def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) ->
     lines = [
         f"cut at the borders: median {np.median(cut):.1%}, p95 {np.quantile(cut, 0.95):.1%}, most {cut.max():.1%}"
     ]
-    losers = np.flatnonzero(cut > MUCH_CUT)
-    worst = losers[np.argsort(-cut[losers], kind="stable")][:most]
-    lines += [f"  row {plan.row[i]} loses {cut[i]:.0%}: {index.file_path[int(plan.row[i])].as_py()!r}" for i in worst]
+    rows, of_row = np.unique(plan.row, return_inverse=True)
+    lost = np.zeros(len(rows))
+    np.maximum.at(lost, of_row, cut)  # a row with several clips is named once, by the one that loses the most
+    losers = np.flatnonzero(lost > MUCH_CUT)
+    worst = losers[np.argsort(-lost[losers], kind="stable")][:most]
+    lines += [f"  row {rows[i]} loses {lost[i]:.0%}: {index.file_path[int(rows[i])].as_py()!r}" for i in worst]
     if len(losers) > most:
         lines.append(f"  and {len(losers) - most} more lose over {MUCH_CUT:.0%}")
     return lines

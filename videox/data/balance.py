@@ -6,12 +6,52 @@ dearest rank. Mix: how much more steps differ from each other than steps of rand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 
-from videox.data.plan import BARRIERS, EpochPlan, PlanSettings, check_world_size, sample_cost
+from videox.data.plan import BARRIERS, Columns, EpochPlan, PlanSettings, check_world_size, plan_epoch, sample_cost
 from videox.keys import Purpose
 from videox.keys import mix as mixed
 from videox.shapes import token_count
+
+
+@dataclass(frozen=True)
+class Load:
+    """How an epoch loads so many processes.
+
+    Attributes:
+        balance: as `balance` returns it.
+        unplanned: the same without a plan; None where the data is too small for one step of that.
+        mix: as `mix` returns it.
+        steps: of the epoch.
+        padded: share of its slots that hold nothing but padding, 0 to 1.
+    """
+
+    balance: float
+    unplanned: float | None
+    mix: float
+    steps: int
+    padded: float
+
+
+def loads(columns: Columns, settings: PlanSettings, accumulation: int, worlds: Sequence[int]) -> dict[int, Load]:
+    """Returns a Load for each number of processes, of the plan that a run has which begins with so many."""
+    found = {}
+    for world in worlds:
+        own = replace(settings, slots=world * accumulation)
+        plan = plan_epoch(columns, own, 0)
+        bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
+        costs = unplanned(
+            sample_cost(own, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, ranks=world,
+            accumulation=accumulation, seed=settings.seed,
+        )  # fmt: skip
+        filled = (len(plan.slot_first) - 1) / (plan.n_steps * plan.slots)
+        without = balance(costs, own.barrier) if len(costs) else None
+        planned, mixed_so = balance_and_mix(plan, own, world)
+        found[world] = Load(planned, without, mixed_so, plan.n_steps, 1 - filled)
+    return found
 
 
 def balance_and_mix(

@@ -111,7 +111,12 @@ def check_pixels(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise BadMedia("no_video_stream", f"its size is {width}x{height}")
     if width * height > MAX_PIXELS:
-        raise BadMedia("too_large", f"{width}x{height} is above {MAX_PIXELS // 10**6} Mpx")
+        raise too_large(width, height)
+
+
+def too_large(width: int, height: int) -> BadMedia:
+    """Returns what to say of a size with more than MAX_PIXELS pixels."""
+    return BadMedia("too_large", f"{width}x{height} is above {MAX_PIXELS // 10**6} Mpx")
 
 
 def raise_for_system(error: Exception) -> None:

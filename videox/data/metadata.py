@@ -131,18 +131,38 @@ def _clean(columns: Columns, path: Path, notes: list[str]) -> Metadata:
     raw = {name: columns.get(name, empty) for name in FIELDS}
     problem = [_path_problem(p) or _text_problem(t) for p, t in zip(raw["file_path"], raw["text"], strict=True)]
     bad = ("no_file_path", "bad_file_path")
-    sides = {name: [_whole(value) for value in raw[name]] for name in ("width", "height", "num_frames")}
+    kind = [_kind(value, row, path) for row, value in enumerate(raw["type"])]
+    numbers: dict[str, Any] = {name: [_whole(v) for v in raw[name]] for name in ("width", "height", "num_frames")}
+    numbers["fps"] = [_positive(value) for value in raw["fps"]]
+    bad_values = [_bad_values(name, raw[name], read, kind) for name, read in numbers.items()]
     return Metadata(
         file_path=[_printable(v) if p in bad else v for v, p in zip(raw["file_path"], problem, strict=True)],
         text=[_valid(value) if isinstance(value, str) else "" for value in raw["text"]],
-        kind=[_kind(value, row, path) for row, value in enumerate(raw["type"])],
-        fps=[_positive(value) for value in raw["fps"]],
+        kind=kind,
         weight=[_weight(value, row, path) for row, value in enumerate(raw["weight"])],
         problem=problem,
         source=path,
-        notes=notes,
-        **sides,
+        notes=[*notes, *(note for note in bad_values if note)],
+        **numbers,
     )
+
+
+def _bad_values(name: str, raw: Sequence[Any], read: Sequence[float], kind: Sequence[str]) -> str:
+    """Returns a sentence about the values of a column that are given and cannot be, "" where there are none.
+
+    Images may say that they have 0 frames and a rate of 0. NaN is what tables hold in place of nothing.
+    """
+    timed = name in ("num_frames", "fps")
+    bad = [
+        row
+        for row, (value, number) in enumerate(zip(raw, read, strict=True))
+        if not number and value is not None and value != "" and value == value and not (timed and kind[row] == "image")
+    ]
+    if not bad:
+        return ""
+    wanted = "positive number" if name == "fps" else "whole number above 0"
+    first = f"first: row {bad[0]}, {ascii(raw[bad[0]])[:40]}"
+    return f"{len(bad)} rows: {name} is no {wanted} and counts as not given ({first})"
 
 
 def _path_problem(value: object) -> str:

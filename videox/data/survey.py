@@ -30,7 +30,7 @@ from videox.data.index_file import (
     usable_of,
     write_table,
 )
-from videox.data.media import BadMedia
+from videox.data.media import MAX_PIXELS, BadMedia, too_large
 from videox.data.metadata import ROW_PROBLEMS, Metadata
 from videox.data.probing import Answer, probe_each
 from videox.errors import DATA, Refusal
@@ -221,6 +221,8 @@ class Files:
         for name, values in told.items():
             self.measured[name][numbers[complete]] = values[complete]
         self.seen[numbers[complete]] = True
+        for number in numbers[complete & (told["width"].astype(np.int64) * told["height"] > MAX_PIXELS)]:
+            self.record(number, too_large(self.measured["width"][number], self.measured["height"][number]))
 
 
 def look(
