@@ -4,7 +4,8 @@
     python benchmarks/matrices.py --output benchmarks/matrices.md
 
 `make test-all` leaves its results in outputs/test-all.xml (JUnit). A test function with parameters is a matrix, each
-set of parameters a cell; functions that `make test` runs too are counted by file.
+set of parameters a cell; functions that `make test` runs too are counted by file. Of several --results a test that was
+run again counts as the last one found it, and what none of them ran is said.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -45,15 +46,15 @@ def read_results(path: Path) -> list[Cell]:
     return found
 
 
-def slow_functions() -> set[tuple[str, str]]:
-    """Returns file and function of the tests that only `make test-all` runs."""
+def slow_functions() -> dict[tuple[str, str], int]:
+    """Returns file and function of the tests that only `make test-all` runs, with how many cells each has."""
     asked = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "slow", "-p", "no:cacheprovider"]
     lines = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     names = [line.partition("[")[0].split("::") for line in lines if "::" in line]
-    return {(Path(name[0]).stem, name[-1]) for name in names}
+    return Counter((Path(name[0]).stem, name[-1]) for name in names)
 
 
-def grouped(cells: Iterable[Cell], slow: set[tuple[str, str]]) -> tuple[dict, dict]:
+def grouped(cells: Iterable[Cell], slow: Collection[tuple[str, str]]) -> tuple[dict, dict]:
     """Returns the cells of each slow function, and of each file the rest."""
     matrices, rest = defaultdict(list), defaultdict(list)
     for cell in cells:
@@ -72,10 +73,15 @@ def counts(cells: list[Cell]) -> tuple[str, str]:
     return f"{sum(cell.passed for cell in cells)} of {len(cells)}", f"{sum(cell.seconds for cell in cells):.0f}"
 
 
-def page(cells: list[Cell], slow: set[tuple[str, str]], workers: int) -> str:
+def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int) -> str:
     """Returns the report as Markdown."""
     matrices, rest = grouped(cells, slow)
     failed = [f"{cell.file}::{cell.function}[{cell.parameters}]" for cell in cells if not cell.passed]
+    absent = [
+        f"{size - len(matrices[name])} of {name[0]}::{name[1]}"
+        for name, size in sorted(slow.items())
+        if len(matrices[name]) < size
+    ]
     return "\n".join(
         [
             "# What `make test-all` found",
@@ -83,12 +89,13 @@ def page(cells: list[Cell], slow: set[tuple[str, str]], workers: int) -> str:
             "`make test-all`, then `python benchmarks/matrices.py --output benchmarks/matrices.md`.",
             f"{counts(cells)[0]} tests passed; {counts(cells)[1]} seconds of tests, {workers} files side by side.",
             f"Not passed: {', '.join(failed) if failed else 'none'}.",
+            f"Not run: {', '.join(absent) if absent else 'none'}.",
             "",
             "## Matrices: functions that only `make test-all` runs whole",
             "",
             line("file", "function", "cells passed", "seconds"),
             line("---", "---", "---", "---"),
-            *(line(*name, *counts(found)) for name, found in sorted(matrices.items())),
+            *(line(*name, *counts(found)) for name, found in sorted(matrices.items()) if found),
             "",
             "## The rest, by file",
             "",
@@ -104,11 +111,12 @@ def page(cells: list[Cell], slow: set[tuple[str, str]], workers: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "outputs" / "test-all.xml")
+    parser.add_argument("--results", type=Path, nargs="+", default=[ROOT / "outputs" / "test-all.xml"])
     parser.add_argument("--workers", type=int, default=2, help="files that ran side by side (WORKERS of the Makefile)")
     parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
     args = parser.parse_args()
-    cells = read_results(args.results)
+    found = {(c.file, c.function, c.parameters): c for path in args.results for c in read_results(path)}
+    cells = list(found.values())
     text = page(cells, slow_functions(), args.workers)
     print(text)
     if args.output:

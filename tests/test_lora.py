@@ -249,6 +249,12 @@ def test_a_lora_begins_with_another_whatever_its_alpha(wan: Ground, tmp_path: Pa
     assert "Mend: give --lora_rank 4" in line
     line = refused(wan, tmp_path / "layers", init_lora_from=wan.alone, lora_target_modules=["attn1"])
     assert "tensors that this run does not" in line
+    (tmp_path / "damaged.safetensors").write_bytes(b"no header of safetensors, and longer than eight bytes")
+    (tmp_path / "pickled.pt").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    assert "damaged.safetensors cannot be read" in refused(
+        wan, tmp_path / "damaged", init_lora_from=tmp_path / "damaged.safetensors"
+    )
+    assert "a pickle may hold code" in refused(wan, tmp_path / "pickled", init_lora_from=tmp_path / "pickled.pt")
     line = refused(wan, tmp_path / "none", init_lora_from=tmp_path)
     assert "cannot be read" in line
 

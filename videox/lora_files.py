@@ -56,16 +56,19 @@ def read_lora(
     Raises:
         Refusal: (MODEL) it cannot be read, or is of a kind that no run here trains.
     """
-    own = lora_to_diffusers(load_file(path), lora_family(path)) if lora_names(path) else None
-    if own is not None:  # diffusers' converters know the published widths alone, and stumble over some alphas
-        return own, 1.0
+    if path.is_file() and path.suffix != ".safetensors":
+        what = f"{path} is no .safetensors file, and a pickle may hold code"
+        raise Refusal(where, what, "give a LoRA in safetensors", MODEL)
     try:
+        own = lora_to_diffusers(load_file(path), lora_family(path)) if lora_names(path) else None
+        if own is not None:  # diffusers' converters know the published widths alone, and stumble over some alphas
+            return own, 1.0
         found, metadata = load(
             path if path.is_dir() else path.parent,
             weight_name=f"{STEM}.safetensors" if path.is_dir() else path.name,
             return_lora_metadata=True, local_files_only=True, use_safetensors=True,
         )  # fmt: skip
-    except UNLOADABLE as why:
+    except (*UNLOADABLE, SafetensorError) as why:
         cause = " ".join(str(why).split())[:200]
         raise Refusal(
             where, f"{path} cannot be read ({cause})", f"give a LoRA with {STEM}.safetensors", MODEL
