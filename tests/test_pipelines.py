@@ -537,7 +537,9 @@ def test_image_to_video_leaves_out_what_teaches_nothing(models: Callable[[str], 
 
 def plans(kind: Kind, tmp_path: Path, min_frames: int, **changes: object) -> Iterator[EpochPlan]:
     """Yields thirty epochs over two clips, one of the fewest frames of all, and an image."""
-    args = kind.trainer.parse_args(command(kind, tmp_path, tmp_path / "metadata.json", tmp_path / "out", **changes))
+    args = kind.trainer.parse_args(
+        command(kind, tmp_path / "model", tmp_path / "metadata.json", tmp_path / "out", **changes)
+    )
     settings = scheduling.plan_settings(args, seed=5, slots=1, min_frames=min_frames)
     side, frames = np.full(4, 1024, np.int32), np.array([60, 5, 4, 1], np.int32)
     columns = Columns(np.array([1, 1, 1, 0], np.uint8), side, side, frames, np.ones(4, bool))

@@ -382,10 +382,13 @@ def test_a_second_run_is_refused_with_the_owner_named(tmp_path):
 def test_the_lock_dies_with_its_owner_and_not_with_its_workers(tmp_path):
     reader, writer = os.pipe()
 
+    def work() -> None:  # e.g. a loader's worker that outlives a killed trainer
+        os.write(writer, f"{os.getpid()}\n".encode())
+        time.sleep(60)
+
     def owner() -> None:
         with hold(tmp_path):
-            worker = fork(lambda: time.sleep(60))  # e.g. a loader's worker that outlives a killed trainer
-            os.write(writer, f"{worker}\n".encode())
+            fork(work)
             time.sleep(60)
 
     child = fork(owner)
