@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_backends import DIVIDED, LAUNCHER, Ground, codes, said
 
-import videox.averaging
 import videox.ema
+import videox.kept
 from videox.averaging import AveragedEngine
 from videox.checkpoint import verify
 from videox.ema import Ema, Masters, decay_at
@@ -379,7 +379,7 @@ def test_a_step_that_is_left_does_not_move_the_average(wan: Ground, tmp_path: Pa
 
 def train_with_a_disk_that_is_full_once() -> int:
     """Trains where the first average that is saved meets a full disk, after the checkpoint's other files."""
-    save, calls = videox.averaging.save_weights, iter(range(1, 100))
+    save, calls = videox.kept.save_weights, iter(range(1, 100))
 
     def full_once(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], config: str) -> None:
         if next(calls) == 1:
@@ -387,7 +387,7 @@ def train_with_a_disk_that_is_full_once() -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(folder, weights, config)
 
-    videox.averaging.save_weights = full_once
+    videox.kept.save_weights = full_once
     return runs.script().main()
 
 
