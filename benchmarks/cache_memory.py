@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -21,13 +22,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed goes at once, as tensors of a large encoder do
 PAUSE = 0.1  # seconds between two looks
 SHARED = "/memfd:videox"  # what videox.sharing puts a cast encoder into
-TEXT_ENCODER = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 4, "num_heads": 16}
+TEXT_ENCODER = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 8, "num_heads": 16}
 
 
 class Memory(NamedTuple):
     """What the processes of a launch held that no file backs, in bytes, shared memory by its part.
 
-    peaks: of each process; peak: of all at once; resident: of all at once, the least after the first step;
+    peaks: of each process; peak: of all at once; resident: of all at once, the median after the first step;
     named: the encoders' files, and memory shared by processes, that were mapped after it.
     """
 
@@ -99,7 +100,7 @@ def memory_of(flags: Sequence[str], output_dir: Path, folders: Sequence[Path], w
             rank.wait()
     if any(rank.returncode for rank in ranks):
         raise SystemExit(log.with_name(f"{log.name}-0").read_text()[-3000:])
-    return Memory(tuple(peaks), peak, min(trained, default=0), frozenset(named))
+    return Memory(tuple(peaks), peak, int(median(trained)) if trained else 0, frozenset(named))
 
 
 def build_model(folder: Path) -> tuple[Path, int]:

@@ -132,6 +132,8 @@ def answers(trainer: forkserver.Trainer) -> dict[str, object]:
 def joined() -> tuple[Accelerator, int]:
     accelerator, backend = make_accelerator("no")
     answer("backend", [backend.name, accelerator.num_processes, str(accelerator.distributed_type)])
+    there = torch.ones(3)
+    answer("moved", there.to(accelerator.device).data_ptr() != there.data_ptr())
     return accelerator, accelerator.process_index
 
 
@@ -182,6 +184,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     heard = [answers(rank) for rank in ranks]
     for each in heard:
         assert each["backend"] == ["ddp", 2, "DistributedType.MULTI_CPU"]
+        assert not each["moved"]  # what is on the processor already
         assert each["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert each["sum"] == [2, 1]
         assert each["report 1"] == [False, 3, 0.5, [1.5, 2.5]]

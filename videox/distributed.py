@@ -188,6 +188,8 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
     handlers = [InitProcessGroupKwargs(timeout=PATIENCE, **gloo), constant]
     with _launch_on_cpu(kind):
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    if accelerator.device.type == "cpu":  # not "cpu:0", to which `.to` would copy what is there already
+        PartialState().device = accelerator.state.device = torch.device("cpu")
     if accelerator.mixed_precision not in ("no", "bf16"):
         what = f"{accelerator.mixed_precision} overflows in these models"
         raise Refusal("--mixed_precision", what, "launch and train with bf16 or no")
