@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
 
 from videox.data.balance import balance, balance_and_mix, mix, plan_costs, unplanned
-from videox.data.dealing import CEILING, Deck, deal, equal_sums, judge, levelled, side_by_side
+from videox.data.dealing import BY, CEILING, Dealing, Deck, deal, equal_sums, judge, levelled, straying
 from videox.data.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
 from videox.data.settings import BALANCES
 from videox.data.slots import ROOM, UNITS, pack, pack_steps
@@ -45,7 +45,7 @@ def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> N
     deck = lottery(n * rows * width, seed)
     cost, deviation = deck.cost.reshape(n, -1), deck.deviation.reshape(n, -1)
     dealt = [equal_sums(cost, width), *(levelled(cost, deviation, width, block) for block in (1, 2, 8))]
-    dealt += [side_by_side(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
+    dealt += [straying(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
     for order in dealt:
         assert order.shape == (n, rows, width)
         assert np.array_equal(np.sort(order.reshape(n, -1), axis=1), np.tile(np.arange(rows * width), (n, 1)))
@@ -73,7 +73,7 @@ def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
     spread = math.sqrt(float((deck.deviation**2).mean()) * 16)
     found = []
     for stray in (0.0, 1.0, 2.0, 4.0, math.inf):
-        rows = side_by_side(cost, deviation, 16, stray * spread)[0]
+        rows = straying(cost, deviation, 16, stray * spread)[0]
         strayed = deck.deviation[rows].sum(1) / spread
         found.append((balance(deck.cost[rows][:, None, :].astype(float), "step"), float(np.mean(strayed**2))))
     balances, mixes = zip(*found, strict=True)
@@ -82,6 +82,28 @@ def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
     assert mixes[0] < 0.1
     assert mixes[1] == pytest.approx(1, rel=0.2)  # stray is the rms, in units of what random rows have
     assert mixes[2] == pytest.approx(4, rel=0.2)
+
+
+def test_a_few_micro_steps_level_what_the_others_are() -> None:
+    """Images that fill too few micro-steps for each step to have one: nearly as even as sorted by cost, and varied."""
+    ranks, steps, rng = 64, 24, np.random.default_rng(0)
+    images = rng.random(steps * 4 * ranks) < 0.07
+    logs = np.where(images, -4.0, rng.normal(0.3, 0.25, len(images)))
+    cost = np.rint(1e6 * np.exp(1.4 * logs)).astype(np.int64)
+    deck = Deck(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
+    whole, spread = deck.at(np.arange(len(logs))[None]), math.sqrt(float((deck.deviation**2).mean()))
+    found = []
+    by_cost, even, *few = [Dealing(ranks, 4, "micro", stray=stray) for stray in (math.inf, 0.0)] + [
+        Dealing(ranks, 4, "micro", few=1, by=by) for by in BY
+    ]
+    for way in (by_cost, even, *few):
+        dealt = way.steps(whole, spread)
+        assert sorted(dealt.flatten()) == list(range(len(logs)))
+        found.append(judge(whole, dealt, "micro", spread))
+    assert found[0][1] > CEILING  # by cost alone
+    for balanced, mixed in found[2:]:
+        assert balanced > (found[0][0] + found[1][0]) / 2
+        assert mixed < 0.1
 
 
 @settings_(max_examples=40, deadline=None)

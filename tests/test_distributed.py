@@ -102,10 +102,10 @@ def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.Capture
     for number in numbers:
         with StopRequest() as stop:
             assert not stop
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread, so that it is noted when this returns
             assert stop
             assert stop.signal_name == number.name
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one of another kind changes nothing
+            signal.raise_signal(signal.SIGTERM)  # a second one of another kind changes nothing
         assert f"{number.name}: process {os.getpid()} saves after this step" in capfd.readouterr().err
         assert [signal.getsignal(number) for number in numbers] == before
 

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from videox.data.balance import Load
 from videox.data.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
@@ -144,6 +145,28 @@ def test_the_backend_decides_what_memory_holds(ground: Ground) -> None:
     two, three = (ground.plan(name, dry_run_backend=name)[1]["memory"] for name in ("zero2", "zero3"))
     assert three["weights"] == two["weights"] // 2 and three["masters"] == two["masters"]
     assert three["checkpoint"] < two["checkpoint"]
+
+
+def test_a_lora_and_an_optimizer_take_less_than_all_that_trains(ground: Ground) -> None:
+    whole, lora, rounded = (
+        ground.plan(name, mixed_precision="bf16", **flags)[1]
+        for name, flags in (("whole", {}), ("lora", {"lora_rank": 4}), ("rounded", {"optimizer": "adamw_bf16"}))
+    )
+    outcome = runs.train(
+        runs.wan_plain(ground.model, ground.metadata, ground.folder / "adapted", lora_rank=4, max_train_steps=2)
+    )
+    assert outcome.code == 0, outcome.stderr
+    adapters = next((outcome.folder / "checkpoint-2").rglob("pytorch_lora_weights.safetensors"))
+    trained = sum(tensor.numel() for tensor in load_file(adapters).values())
+    everything = whole["memory"]["gradients"] // 4
+    found = lora["memory"]
+    assert (found["gradients"], found["optimizer"]) == (4 * trained, 8 * trained)
+    assert found["weights"] == 2 * everything + 4 * trained and found["checkpoint"] == 12 * trained
+    assert lora["flops_per_step"] < 0.85 * whole["flops_per_step"]
+    assert [rounded["memory"][name] // everything for name in ("weights", "gradients", "optimizer")] == [2, 2, 8]
+    refused = runs.train(runs.wan_plain(ground.bare, ground.table, ground.folder / "no", dry_run=True, optimizer="came",
+                                        dry_run_backend="fsdp2", dry_run_processes=2))  # fmt: skip
+    assert refused.code == FLAGS and "came does not work under fsdp2" in refused.stderr
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp_path: Path) -> None:

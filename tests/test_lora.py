@@ -66,9 +66,9 @@ def family_targets(kind: str) -> dict[str, Sequence[str]]:
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_the_defaults_are_attention_and_feed_forward_of_every_block(tmp_path: Path, kind: str) -> None:
     stored = StoredTensors(BUILD[kind](tmp_path) / "transformer")
-    found = choose_targets(stored, family_targets(kind), None)
+    found = choose_targets(stored.shapes(), family_targets(kind), None)
     assert set(found) == EXPECTED[kind] and len(found) == len(set(found))
-    everything = choose_targets(stored, family_targets(kind), ["to_q"])
+    everything = choose_targets(stored.shapes(), family_targets(kind), ["to_q"])
     assert {name for name in everything if name.startswith("context_embedder")} == (
         set() if kind.startswith("wan") else {"context_embedder.token_refiner.refiner_blocks.0.attn.to_q"}
     )
@@ -79,18 +79,18 @@ def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         Refusal, match=r"--lora_target_modules: 'to_qq' matches no linear layer\. Mend: try to_q"
     ) as no:
-        choose_targets(stored, family_targets("wan2.1 normal"), ["attn1", "to_qq"])
+        choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["attn1", "to_qq"])
     assert no.value.exit_code == 2
     with pytest.raises(Refusal, match="matches no linear layer"):
-        choose_targets(stored, family_targets("wan2.1 normal"), ["o_q"])  # no part of a name
+        choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["o_q"])  # no part of a name
     with pytest.raises(Refusal, match="norm2"):  # a module without a linear layer
-        choose_targets(stored, family_targets("wan2.1 normal"), ["norm2"])
+        choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["norm2"])
 
 
 def test_a_new_adapter_changes_nothing_and_is_drawn_by_key(tmp_path: Path) -> None:
     folder = tiny.build_wan_t2v(tmp_path) / "transformer"
     stored, draw = StoredTensors(folder), torch.Generator().manual_seed(0)
-    lora = Lora(RANK, ALPHA, 0.0, choose_targets(stored, family_targets("wan2.1 normal"), None))
+    lora = Lora(RANK, ALPHA, 0.0, choose_targets(stored.shapes(), family_targets("wan2.1 normal"), None))
     values = initial_values(lora, stored, 7)
     again, other = initial_values(lora, stored, 7), initial_values(lora, stored, 8)
     assert all(torch.equal(again[name], value) for name, value in values.items())

@@ -15,17 +15,20 @@ import pytest
 import test_backends
 import test_network
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.distributed import accumulate, backward, make_accelerator
 from videox.engine import Engine, WholeEngine
 from videox.fsdp import FsdpEngine
+from videox.lora import Lora, adapter_sizes, choose_targets
 from videox.memory import Encoders, Parameters, Setup, checkpoint_size, memory_of, nearest_that_fits, state_bytes
 from videox.network import cross_attention_network
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
+from videox.transformer import attach
 
-GIB = 2**30
+GIB, RANK = 2**30, 4
 SIZES = {**test_network.SMALL_WAN, "num_layers": 2}
 FOURTEEN = Parameters(14_288_491_584, 14_288_491_584, 351_000_000, 247_000_000)
 ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, work=4e9)
@@ -59,16 +62,34 @@ def held(engine: Engine, given: Sequence[torch.Tensor]) -> Counter[str]:
     return counted
 
 
+def adapt(model: torch.nn.Module, accelerator: Accelerator) -> list[str]:
+    """Adds adapters to the attention and returns the names of what trains."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    targets = choose_targets(shapes, {}, ["attn1"])
+    values = {}
+    for target in targets:
+        outputs, inputs = shapes[f"{target}.weight"]
+        values[f"{target}.lora_A.default.weight"] = torch.full((RANK, inputs), 0.01)
+        values[f"{target}.lora_B.default.weight"] = torch.zeros(outputs, RANK)
+    assert sum(adapter_sizes(shapes, targets, RANK).values()) == sum(value.numel() for value in values.values())
+    return attach(model, Lora(RANK, float(RANK), 0.0, targets), values, accelerator)
+
+
 def measure() -> int:
     """Trains two steps and writes what is held before, between and after forward and backward passes."""
     accelerator, backend = make_accelerator("bf16")
-    model = test_network.build(SIZES)
-    full, half = choose_trainable(model, ["."], [])
+    model, trained = test_network.build(SIZES), os.environ["TRAINED"]
+    optimizer, half = "adamw" if trained == "lora" else trained, list[str]()
+    if trained == "lora":
+        full = adapt(model.to(torch.float32 if backend.name == "fsdp1" else torch.bfloat16), accelerator)
+    else:
+        full, half = choose_trainable(model.to(torch.float32 if trained == "adamw" else torch.bfloat16), ["."], [])
     parameters = parameters_of(model)
 
     def optimizer_over(named):
         groups = parameter_groups(named, full, half)
-        return make_optimizer(groups, learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.0, epsilon=1e-8)
+        settings = {"betas": (0.9, 0.99), "weight_decay": 0.0, "epsilon": 1e-8}
+        return make_optimizer(groups, learning_rate=1e-3, name=optimizer, **settings)
 
     sample, _ = test_network.inputs(SIZES, side=4, frames=1)
     given = [tensor for tensor in sample.values() if isinstance(tensor, torch.Tensor)]
@@ -94,27 +115,41 @@ def measure() -> int:
     return 0
 
 
+SLOW = [("zero3", "adamw"), ("fsdp1", "adamw"), ("zero2", "lora"), ("fsdp1", "lora"), ("ddp", "adamw_bf16")]
+
+
 @pytest.mark.parametrize(
-    "backend", ["ddp", "zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "fsdp1"))]
+    ("backend", "trained"),
+    [("ddp", "adamw"), ("zero2", "adamw"), ("ddp", "lora"), *(pytest.param(*s, marks=pytest.mark.slow) for s in SLOW)],
 )
-def test_states_are_those_that_engines_hold(backend: str, tmp_path: Path) -> None:
+def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path: Path) -> None:
     ranks = forkserver.shared().start_ranks(
         2, [], tmp_path / "log", work=["test_memory:measure"] * 2,
-        environment={**test_backends.variables(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found")},
+        environment={**test_backends.variables(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found"), "TRAINED": trained},
     )  # fmt: skip
     for rank in ranks:
         rank.wait()
     assert [rank.code for rank in ranks] == [0, 0], test_backends.said(ranks)
     for rank in range(2):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
-        setup = Setup(backend, 2, 2, half=True, recomputed=0, rest=False, workers=0, tokens=0, batch=1, zero={})
-        states = state_bytes(Parameters(**found["parameters"]), setup)
+        setup = Setup(
+            backend, 2, 2, half=True, recomputed=0, rest=False, workers=0, tokens=0, batch=1, zero={},
+            optimizer="adamw" if trained == "lora" else trained, adapters=trained == "lora",
+        )  # fmt: skip
+        parameters = Parameters(**found["parameters"])
+        states = state_bytes(parameters, setup)
         half = found["full"].get("bfloat16", 0)
         if backend == "zero3":  # beside its part of the weights it keeps small ones whole, and a bucket
             assert half >= states.pop("weights")
         else:
-            assert half == pytest.approx(states.pop("weights") if backend == "zero2" else 0, abs=64)
-        assert found["full"]["float32"] == pytest.approx(sum(states.values()), abs=4 * 64)  # alignment of flat parts
+            rounded = states["weights"] + states["gradients"] if trained == "adamw_bf16" else 0
+            frozen = 2 * (parameters.total - parameters.trained) if setup.frozen == 2 and trained == "lora" else 0
+            wanted = states["weights"] if backend == "zero2" else rounded + frozen
+            assert half == pytest.approx(wanted, abs=64)
+            states["weights"] -= wanted
+        # alignment of flat parts; one process's half of a block has more of the adapters than the other's
+        slack = 4 * parameters.trained if (backend, trained) == ("fsdp1", "lora") else 4 * 64
+        assert found["full"]["float32"] == pytest.approx(sum(states.values()), abs=slack)
 
 
 def memory(setup: Setup, parameters: Parameters = FOURTEEN):

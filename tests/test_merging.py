@@ -47,7 +47,7 @@ class Trained:
         stored, draw = StoredTensors(self.model / "transformer"), torch.Generator().manual_seed(1)
         self.pipeline = diffusers.WanPipeline if self.family == "wan" else diffusers.HunyuanVideoPipeline
         targets = choose_targets(
-            stored, runs.script({"wan": "wan2.1", "hunyuan": "hunyuanvideo"}[self.family]).ADAPTED, None
+            stored.shapes(), runs.script({"wan": "wan2.1", "hunyuan": "hunyuanvideo"}[self.family]).ADAPTED, None
         )
         # one layer outside the blocks too: the halves of norm_out are the other way round in the original layout
         self.outside = "norm_out.linear" if self.family == "hunyuan" else "condition_embedder.time_proj"

@@ -21,6 +21,7 @@ from test_backends import launcher
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, Refusal
+from videox.exports import export_file
 from videox.model_parts import choose_part, find_part, load_part, original_parts, original_places
 from videox.tensor_files import open_tensors
 
@@ -173,6 +174,22 @@ def test_diffusers_names_in_one_file_are_the_model(t2v: Path) -> None:
     assert_equal_models(
         load_part(WanTransformer3DModel, part, torch.float32), WanTransformer3DModel.from_pretrained(path.parent)
     )
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui"])
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_a_file_that_says_its_configuration_needs_no_other(
+    t2v: Path, hunyuan: Path, tmp_path: Path, family: str, layout: str
+) -> None:
+    folder = {"wan": t2v, "hunyuan": hunyuan}[family] / "transformer"
+    export_file(folder, tmp_path / "own.safetensors", layout, torch.float32, {})
+    another = {"attention_head_dim": 4, "rope_theta": 7.0, "rope_axes_dim": (2, 1, 1), "eps": 0.5}  # of another base
+    config = find_part(tmp_path / "own.safetensors", family, another).config
+    stored = json.loads((folder / "config.json").read_bytes())
+    for name in another.keys() & stored.keys():
+        found = config[name]
+        assert (list(found) if isinstance(found, tuple) else found) == stored[name]
+    assert config["attention_head_dim"] == stored["attention_head_dim"] != 128
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -399,7 +416,7 @@ def test_processes_share_and_divide_foreign_files_alike(
     shutil.copytree(t2v, tmp_path / "diffusers")
     found = []
     for name in ("original", "diffusers"):
-        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
+        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_files="original")
         outcome = runs.launch(words, launcher(backend, "wan2.1 normal", 2))
         assert outcome.code == 0, outcome.stderr[-4000:]
         found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     assert counted(model, on_meta(given), backward=False) == pytest.approx(found.forward(tokens), rel=1e-9)
     assert counted(model, on_meta(given), backward=True) == pytest.approx(found.model(tokens), rel=1e-9)
     assert found.model_polynomial()(tokens) == pytest.approx(found.model(tokens), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "HunyuanVideo"])
+def test_frozen_weights_take_no_operations_for_gradients_of_their_own(name: str) -> None:
+    """A bias of the first block alone trains: without a product of its own, and below nearly all that there is."""
+    config = CONFIGS[name]
+    given, tokens = inputs(config)
+    found = network(config)
+    with torch.device("meta"):
+        model = build(config).requires_grad_(False)
+        blocks(model)[0].get_submodule("attn1" if "Wan" in name else "attn").to_q.bias.requires_grad_(True)
+    counted_all = counted(model, on_meta(given), backward=True)
+    assert counted_all == pytest.approx(replace(found, frozen=True).model(tokens), rel=0.03)
+    assert counted_all < 0.8 * found.model(tokens)
 
 
 @pytest.mark.parametrize("name", ["text", "joint"])

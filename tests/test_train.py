@@ -27,7 +27,8 @@ import videox.wiring as wiring
 from videox.data.buckets import Fate
 
 METRICS_KEYS = {
-    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "rows", "buckets",
+    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "planned_balance", "rows",
+    "buckets",
 }  # fmt: skip
 CLOCK = ("tokens_per_second", "data_wait")  # what a run's metrics do not share with an equal run
 FLOAT32 = {"mixed_precision": "no", "gradient_checkpointing": None}

@@ -61,7 +61,7 @@ class Lora:
 
 
 def choose_targets(
-    stored: TensorSource, own: Mapping[str, Sequence[str]], asked: Sequence[str] | None
+    shapes: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[str]], asked: Sequence[str] | None
 ) -> tuple[str, ...]:
     """Returns the names of the linear layers to adapt.
 
@@ -69,7 +69,7 @@ def choose_targets(
     this name, "attn1.to_q" those that are inside an attn1.
 
     Args:
-        stored: the model's weights; only their names and shapes are read.
+        shapes: of the model's weights, by name.
         own: the family's patterns by list of blocks. They are matched inside it alone: the layers around the blocks,
             such as the refiner of the prompt, have like names.
         asked: patterns matched in the whole model; None takes the family's.
@@ -77,7 +77,7 @@ def choose_targets(
     Raises:
         Refusal: a pattern matches no linear layer.
     """
-    linear = [name for name in map(_linear, sorted(stored)) if name and len(stored.shape(f"{name}.weight")) == 2]
+    linear = [name for name in map(_linear, sorted(shapes)) if name and len(shapes[f"{name}.weight"]) == 2]
     if asked is not None:
         chosen = {pattern: [name for name in linear if _matches(name, pattern)] for pattern in asked}
     else:
@@ -94,6 +94,11 @@ def choose_targets(
             near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
             raise Refusal("--lora_target_modules", f"{pattern!r} matches no linear layer", f"try {', '.join(near)}")
     return tuple(sorted({name for names in chosen.values() for name in names}))
+
+
+def adapter_sizes(shapes: Mapping[str, Sequence[int]], targets: Sequence[str], rank: int) -> dict[str, int]:
+    """Returns how many numbers the two matrices of each target have; shapes: of the model's weights, by name."""
+    return {target: rank * sum(shapes[f"{target}.weight"]) for target in targets}
 
 
 def _linear(name: str) -> str:

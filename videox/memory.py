@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from videox.network import Network
+from videox.optimizers import OPTIMIZERS
 from videox.recompute import chosen_blocks
 
 GB = 1e9
@@ -30,7 +31,8 @@ TITLES = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
 class Parameters:
     """How many numbers a transformer's parameters are.
 
-    total: all; trained: those that get gradients; block: the largest repeated block; outside: in no block.
+    total: all; trained: those that get gradients, a LoRA's alone if there is one; block: the largest repeated block;
+    outside: in no block.
     """
 
     total: int
@@ -68,6 +70,8 @@ class Setup:
         zero: zero_optimization of the DeepSpeed file; {} = DeepSpeed's own.
         average: where an EMA of the masters is kept: "accelerator", "cpu", or "" for none.
         whole: checkpoints of divided weights also hold whole ones.
+        optimizer: of videox.optimizers.OPTIMIZERS.
+        adapters: a LoRA trains; the rest is frozen, and kept in the dtype of computation but for FSDP1.
     """
 
     backend: str
@@ -82,6 +86,14 @@ class Setup:
     zero: Mapping[str, Any]
     average: str = ""
     whole: bool = False
+    optimizer: str = "adamw"
+    adapters: bool = False
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of a weight that is not trained, where it is not DeepSpeed's."""
+        masters = OPTIMIZERS[self.optimizer].masters and not self.adapters
+        return 2 if self.half and not masters and self.backend != "fsdp1" else 4
 
     def offloads(self, what: str) -> bool:
         """Returns whether DeepSpeed keeps "optimizer" or "param" on the host."""
@@ -115,15 +127,17 @@ class Memory:
 def state_bytes(parameters: Parameters, setup: Setup) -> dict[str, float]:
     """Returns weights, masters, gradients and optimizer of one process, as its engine keeps them on the GPU.
 
-    Masters are float32 under every backend. Where the weights are whole or FSDP's they are the masters; DeepSpeed
-    keeps bfloat16 weights beside them. AdamW has two float32 moments for each trained number.
+    Masters are float32, but for optimizers that round at random. Where weights are whole or FSDP's they are the
+    masters; DeepSpeed keeps bfloat16 weights beside them. AdamW has two float32 moments for each trained number.
     """
     everything, trained, share = parameters.total, parameters.trained, 1 / setup.processes
-    if setup.backend in WHOLE:
-        return {"weights": 4.0 * everything, "masters": 0.0, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
-    if setup.backend.startswith("fsdp"):
-        states = {"weights": 4.0 * everything, "masters": 0.0, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
-        return {name: size * share for name, size in states.items()}
+    if setup.backend in WHOLE or setup.backend.startswith("fsdp"):
+        optimizer, part = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in WHOLE else share
+        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight * trained}
+        # FSDP1 lays a block end to end, and the gradient of all of it is held if a part of it trains
+        learning = everything - parameters.outside if setup.backend == "fsdp1" and trained < everything else trained
+        sizes |= {"gradients": optimizer.weight * learning, "optimizer": optimizer.moments * trained}
+        return {name: part * size for name, size in sizes.items()}
     weights = (2.0 if setup.half else 4.0) * everything * (share if setup.backend == "zero3" else 1)
     divided = {"masters": 4.0 * trained, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
     states = {"weights": weights, **{name: size * share for name, size in divided.items()}}
@@ -138,8 +152,12 @@ def communication_bytes(parameters: Parameters, setup: Setup) -> float:
     """Returns what a backend sets aside, beside the states, to compute and to exchange: gathers, buckets, casts."""
     size = 2 if setup.half else 4
     if setup.backend in WHOLE:
-        copies = 2.0 * parameters.total if setup.half else 0.0  # autocast's, for the length of a forward pass
-        return copies + (4.0 * parameters.trained if setup.backend == "ddp" else 0.0)  # the reducer's buckets
+        weight = OPTIMIZERS[setup.optimizer].weight
+        cast = parameters.trained * (weight == 4) + (parameters.total - parameters.trained) * (setup.frozen == 4)
+        copies = 2.0 * cast if setup.half else 0.0  # autocast's, for the length of a forward pass
+        return copies + (
+            float(weight * parameters.trained) if setup.backend == "ddp" else 0.0
+        )  # the reducer's buckets
     share = 1 / setup.processes
     if setup.backend.startswith("fsdp"):
         gathered = parameters.outside + 2 * parameters.block  # the next block is gathered meanwhile
@@ -193,8 +211,8 @@ def _divided(size: float, setup: Setup) -> float:
 def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict[str, float]:
     """Returns the bytes on one machine's host: while loading, and while training.
 
-    Every process loads the whole transformer in float32 before it is moved or divided; under ZeRO-3 and FSDP2 it reads
-    its own part alone. Encoders lie there once for all processes of a machine.
+    Every process loads the whole transformer, as it is to be kept, before it is moved or divided; under ZeRO-3 and
+    FSDP2 it reads its own part alone. Encoders lie there once for all processes of a machine.
     """
     count, trained = setup.per_host, float(parameters.trained)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
@@ -208,18 +226,22 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.average == "cpu":
         training["average"] = count * _divided(4.0 * trained, setup)
-    return {"loading": count * 4.0 * parameters.total * share + encoders.total(), **training}
+    return {"loading": count * setup.frozen * parameters.total * share + encoders.total(), **training}
 
 
 def checkpoint_size(parameters: Parameters, setup: Setup) -> float:
-    """Returns the bytes of one checkpoint: float32 weights and two moments, and what DeepSpeed writes besides.
+    """Returns the bytes of one checkpoint: weights and moments, and what DeepSpeed writes besides.
 
-    An average is one more copy of the whole model; so are whole weights where the backend's own are divided.
+    An average is one more copy of what is kept; so are whole weights where the backend's own are divided. Of a LoRA's
+    base nothing is kept.
     """
-    trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, (12, 4))
+    optimizer = OPTIMIZERS[setup.optimizer]
+    usual = (optimizer.weight + optimizer.moments, setup.frozen)
+    trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, usual)
+    kept = parameters.trained if setup.adapters else parameters.total
     copies = int(bool(setup.average)) + int(setup.whole and setup.backend in ("zero3", "fsdp1", "fsdp2"))
-    own = trained * parameters.trained + frozen * (parameters.total - parameters.trained)
-    return float(own + copies * 4 * parameters.total)
+    own = trained * parameters.trained + frozen * (kept - parameters.trained)
+    return float(own + copies * 4 * kept)
 
 
 # ------------------------------------------------------------------------------------------------------- verdict
@@ -246,6 +268,8 @@ def _single(setup: Setup) -> Setup | None:
 
 
 def _divide(setup: Setup, backend: str) -> Setup | None:
+    if backend not in OPTIMIZERS[setup.optimizer].backends:
+        return None
     order = [*dict.fromkeys(("single", "ddp", "zero2", backend))]
     if setup.processes == 1 or setup.backend not in order[: order.index(backend)]:
         return None
@@ -253,7 +277,8 @@ def _divide(setup: Setup, backend: str) -> Setup | None:
 
 
 def _offload(setup: Setup) -> Setup | None:
-    if setup.offloads("optimizer") and setup.offloads("param"):
+    done = setup.offloads("optimizer") and setup.offloads("param")
+    if done or "zero3" not in OPTIMIZERS[setup.optimizer].backends:
         return None
     away = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return replace(setup, backend="zero3", zero={**setup.zero, **away})
@@ -273,6 +298,7 @@ def _changes(divided: str) -> list[Change]:
         Change("--train_batch_size 1", _single),
         Change("ZeRO-2", partial(_divide, backend="zero2")),
         Change(TITLES[divided], partial(_divide, backend=divided)),
+        Change(TITLES["fsdp2"], partial(_divide, backend="fsdp2")),
     ]
 
 

@@ -19,6 +19,7 @@ from videox.errors import MODEL, Refusal
 from videox.layouts import family_of
 from videox.lora_files import lora_file
 from videox.model_folder import UNLOADABLE, load_strictly, read_component, read_json, read_yaml, refuse_not_finite
+from videox.provenance import stored_config
 from videox.tensor_files import LayoutTensors, open_tensors
 from videox.weights import StoredTensors, TensorSource, few
 
@@ -63,7 +64,7 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, 
     Args:
         path: a folder with config.json and weights, in diffusers' or the original layout, or one file of weights.
         kind: a layout of videox.layouts.TABLES, or the name of a part that has diffusers' names everywhere.
-        known: the nearest configuration, for what the weights of a single file do not tell.
+        known: the nearest configuration, for what neither a single file's weights nor its header tell.
         weighted: False takes a folder's word for what its weights would be; a single file is looked at in any case.
 
     Raises:
@@ -72,9 +73,9 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, 
     if lora_file(path) is not None:
         what, mend = "is a LoRA, which has no weights but its own", "begin with it by --init_lora_from"
         raise Refusal(str(path), what, f"{mend}, or merge it into its base by scripts/export.py", MODEL)
-    own = {} if path.is_file() else read_component(path, weighted=weighted)
+    own = stored_config(path) if path.is_file() else read_component(path, weighted=weighted)
     refuse_other_class(path, kind, own)
-    if own and not weighted:
+    if own and not weighted and not path.is_file():
         return Part(path, own)
     tensors = open_tensors(path)
     if tensors.layout is None and not path.is_file():

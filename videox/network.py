@@ -41,12 +41,13 @@ def total(*parts: Polynomial) -> Polynomial:
 class Block:
     """A repeated block, for one sample.
 
-    forward: operations of its forward pass; kept: bytes that its backward pass needs; held: bytes of its own input,
-    which is all that is kept of a block that is recomputed; passing: bytes that it holds for a moment besides, when
-    it holds the most.
+    forward: operations of its forward pass; attention: those of them that have no weights; kept: bytes that its
+    backward pass needs; held: bytes of its own input, which is all that is kept of a block that is recomputed;
+    passing: bytes that it holds for a moment besides, when it holds the most.
     """
 
     forward: Polynomial
+    attention: Polynomial
     kept: Polynomial
     held: Polynomial
     passing: Polynomial
@@ -61,6 +62,7 @@ class Network:
         ends: operations of the forward pass outside the blocks.
         first: the part of ends whose input needs no gradient.
         ends_kept: bytes kept outside the blocks; ends_passing: held for a moment besides, between the two passes.
+        frozen: its weights take no gradients, as those below a LoRA, whose own few operations are not counted.
     """
 
     blocks: tuple[Block, ...]
@@ -68,6 +70,7 @@ class Network:
     first: Polynomial
     ends_kept: Polynomial
     ends_passing: Polynomial
+    frozen: bool = False
 
     def forward(self, tokens: float) -> float:
         """Returns the operations of a forward pass."""
@@ -75,7 +78,7 @@ class Network:
 
     def model(self, tokens: float) -> float:
         """Returns the operations of forward and backward pass: what is learned from, without recomputation."""
-        return 3 * self.forward(tokens) - self.first(tokens)
+        return self.model_polynomial()(tokens)
 
     def recomputed(self, tokens: float, chosen: Collection[int]) -> float:
         """Returns the operations that recomputing the blocks with these numbers adds."""
@@ -97,7 +100,11 @@ class Network:
     def model_polynomial(self) -> Polynomial:
         """Returns `model` as a polynomial, for columns of token counts."""
         forward = total(self.ends, *(block.forward for block in self.blocks))
-        return Polynomial(*(3 * f - i for f, i in zip(forward, self.first, strict=True)))
+        weighted = Polynomial()  # whose weights' gradients are not computed
+        if self.frozen:
+            attention = total(*(block.attention for block in self.blocks))
+            weighted = Polynomial(*(f - a for f, a in zip(forward, attention, strict=True)))
+        return Polynomial(*(3 * f - i - w for f, i, w in zip(forward, self.first, weighted, strict=True)))
 
 
 def cross_attention_network(
@@ -130,7 +137,10 @@ def cross_attention_network(
         constant=context * dim * (8 + 2 * size),
         linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
     )
-    block = Block(forward, kept, held=Polynomial(linear=dim * size), passing=Polynomial(linear=4 * dim if half else 0))
+    attention = Polynomial(linear=4 * context * dim, quadratic=4 * dim)
+    block = Block(
+        forward, attention, kept, held=Polynomial(linear=dim * size), passing=Polynomial(linear=4 * dim if half else 0)
+    )
     first = Polynomial(
         constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
         linear=2 * inputs * dim,
@@ -173,6 +183,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
         )
         return Block(
             forward,
+            attention=Polynomial(4 * dim * text * text, 8 * dim * text, 4 * dim),
             kept=Polynomial(kept_per_token * text, kept_per_token),
             held=Polynomial(dim * size * text, dim * size),
             passing=Polynomial(passing_per_token * text, passing_per_token),

@@ -38,6 +38,16 @@ class Optimizer:
     note: str
     by_shard: bool = False
 
+    @property
+    def weight(self) -> int:
+        """Bytes of a trained weight, and of its gradient."""
+        return 4 if self.masters else 2
+
+    @property
+    def moments(self) -> int:
+        """Bytes of a trained number's moments on the GPU."""
+        return int(self.note.split()[0]) - 2 * self.weight
+
 
 WHOLE = ("single", "ddp")
 SHARDS = (*WHOLE, "fsdp2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 import videox.scheduling as scheduling
 import videox.wiring as wiring
-from videox.args import COUNT_OR_ZERO, Parser, data_dir, number
+from videox.args import COUNT_OR_ZERO, Parser, data_dir, number, optimizer_of
 from videox.cost_model import read_cost_model
 from videox.data.balance import Load, loads
 from videox.data.dataset import Batch, TokenLengthDataset
@@ -58,6 +58,7 @@ from videox.explain import explain_row
 from videox.files import replacing, write_json_atomically
 from videox.first_minute import largest_batch, names_phase, try_batch
 from videox.jsonl import json_line
+from videox.lora import adapter_sizes, choose_targets
 from videox.memory import (
     CLOSE,
     WHOLE,
@@ -72,6 +73,7 @@ from videox.memory import (
 from videox.model_folder import read_json, without_weights
 from videox.network import Network, total
 from videox.optim import choose_trainable
+from videox.optimizers import refuse_unfit
 from videox.peak import module_bytes, peak_bytes
 from videox.plan_picture import plot_plan
 from videox.recompute import chosen_blocks
@@ -91,7 +93,7 @@ class Model:
         task: in words.
         network: makes operations and bytes, from `half`: whether it computes in bfloat16, and `cast`: whether its
             weights are float32.
-        blocks: names of the transformer's lists of repeated blocks.
+        blocks: names of the transformer's lists of repeated blocks, each with what a LoRA changes in it.
         parts: class and configuration of each part that has weights, by name.
         min_frames: below which a sample teaches nothing.
         divided: the backend that divides the weights, for whoever has to change to it.
@@ -99,7 +101,7 @@ class Model:
 
     task: str
     network: Callable[..., Network]
-    blocks: tuple[str, ...]
+    blocks: Mapping[str, Sequence[str]]
     parts: Mapping[str, tuple[Any, dict[str, Any]]]
     min_frames: int = 1
     divided: str = "zero3"
@@ -242,6 +244,7 @@ def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
 
 def _plan(args: argparse.Namespace, model: Model) -> None:
     launch = launch_of(os.environ, args)
+    refuse_unfit(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     index = _index(args)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
@@ -275,7 +278,7 @@ class _Forecast:
         plan: EpochPlan,
     ) -> None:
         self.args, self.launch, self.columns, self.settings, self.plan = args, launch, columns, settings, plan
-        self.model, self.network = model, model.network(half=launch.half, cast=launch.backend in WHOLE)
+        self.model = model
         share = 1.0 if args.gradient_checkpointing else args.selective_ac
         self.setup = Setup(
             backend=launch.backend,
@@ -290,7 +293,11 @@ class _Forecast:
             zero=launch.zero,
             average=args.ema_device if args.use_ema else "",
             whole=args.save_whole_weights,
+            optimizer=optimizer_of(args),
+            adapters=args.lora_rank > 0,
         )
+        cast = launch.backend in WHOLE and self.setup.frozen == 4
+        self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.adapters)
 
     def tell(self) -> None:
         """Prints the forecast and writes plan_report.json, plan_report.png and the plans asked for."""
@@ -316,11 +323,17 @@ class _Forecast:
     def _parameters(self) -> Parameters:
         args = self.args
         transformer: Any = without_weights(*self.model.parts["transformer"])
-        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
         blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
         everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
+        outside = everything - sum(sizes)
+        if args.lora_rank:
+            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+            targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
+            trained = sum(adapter_sizes(shapes, targets, args.lora_rank).values())
+            return Parameters(everything + trained, trained, max(sizes), outside)
+        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        return Parameters(everything, trained, max(sizes), everything - sum(sizes))
+        return Parameters(everything, trained, max(sizes), outside)
 
     def _memory(self, parameters: Parameters) -> Memory:
         args = self.args

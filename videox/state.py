@@ -31,7 +31,7 @@ COLUMNS_FILE = "columns.safetensors"
 LAUNCHED = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
 OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
 LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
-DEALING = 2  # rises when slots of equal settings are dealt in another order than before
+DEALING = 3  # rises when slots of equal settings are dealt in another order than before
 OPTIMIZER_STEM = "optimizer"
 OWN_MOMENTS = {"RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}  # keys that one alone has
 

@@ -173,6 +173,10 @@ class TensorSource(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor, without reading it."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of all tensors, by name, without reading them."""
+        return {name: self.shape(name) for name in self}
+
 
 class StoredTensors(TensorSource):
     """The tensors of one stem in a folder, by name: memory-mapped, each read when it is asked for.

@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def open_lora(
     if not args.lora_rank:
         return None
     stored = part.source()
-    targets = choose_targets(stored, own, args.lora_target_modules)
+    targets = choose_targets(stored.shapes(), own, args.lora_target_modules)
     lora = Lora(args.lora_rank, args.lora_alpha or float(args.lora_rank), args.lora_dropout, targets)
     adapters, said = begin_adapters(
         lora,
@@ -230,9 +231,10 @@ def open_watch(
         "slots": schedule_.settings.slots,
         "total_steps": schedule_.total,
     }
+    computed = replace(network(half=accelerator.mixed_precision == "bf16"), frozen=args.lora_rank > 0)
     meter = run_meter(
-        network(half=accelerator.mixed_precision == "bf16"), peak_tflops=args.peak_tflops,
-        processes=accelerator.num_processes, settings=schedule_.settings, device=accelerator.device,
+        computed, peak_tflops=args.peak_tflops, processes=accelerator.num_processes, settings=schedule_.settings,
+        device=accelerator.device,
     )  # fmt: skip
     return Watch(
         Path(args.output_dir),

@@ -177,7 +177,7 @@ def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model
     return planning.Model(
         task=f"{TASKS[args.train_mode]} (the transformer's image_condition_type is {condition})",
         network=partial(joint_attention_network, config, text_tokens=text_tokens),
-        blocks=("transformer_blocks", "single_transformer_blocks"),
+        blocks=ADAPTED,
         parts={name: (kind, parts[name].config) for name, kind in classes_of(args.train_mode).items()},
         min_frames=1 if condition is None else 5,  # a given first latent frame alone teaches nothing
         divided="fsdp1",

@@ -160,7 +160,7 @@ def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model
     return planning.Model(
         task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
-        blocks=("blocks",),
+        blocks=ADAPTED,
         parts={name: (kind, parts[name].config) for name, kind in CLASSES.items() if name in parts},
     )
 

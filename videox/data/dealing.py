@@ -2,8 +2,9 @@
 
 Two rules of combination do all the work. `equal_sums` puts slots together whose sum is alike: a rank's slots of a step
 by cost, or a step's micro-steps by log tokens. `side_by_side` and `levelled` put slots next to each other which cost
-alike, while the log tokens of what stands together stay near their mean. How far they may stray is chosen on a part
-of the epoch, by the two numbers of balance.py. Whole numbers throughout: no machine rounds them otherwise.
+alike, while the log tokens of what stands together stay near their mean, or make up for what else a step has. How far
+they may stray is chosen on a part of the epoch, by the two numbers of balance.py. Whole numbers throughout: no machine
+rounds them otherwise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ DRIFTS = (
     math.inf,
 )  # rms of a step's mean, 1 = as random steps have it
 BLOCKS = (128, 64, 32, 16, 8, 4, 2)  # steps whose slots cost alike as a whole
+FEW, BY = (1, 2), ("cost", "deviation")  # micro-steps that level a step, and what they have least of
 # mix to stay below: with several slots for each rank of a step where balance is GOOD with that; else
 VARIED, LIMIT = 1.9, 3.6
 CEILING = 4.0  # mix that no epoch passes: what turns out to, though its part of the epoch did not, is dealt anew
@@ -101,27 +103,26 @@ def _split_anew(values: np.ndarray, members: np.ndarray) -> np.ndarray:
     return members
 
 
-def side_by_side(cost: np.ndarray, deviation: np.ndarray, width: int, stray: float) -> np.ndarray:
-    """Returns positions int64 [n, m / width, width]: what stands in a row costs alike, and strays by `stray` at most.
+def side_by_side(worth: np.ndarray, deviation: np.ndarray, width: int, given: np.ndarray) -> np.ndarray:
+    """Returns positions int64 [n, m / width, width]: what stands in a row is worth alike, and is level with `given`.
 
-    Sorted by cost, each row takes as many from the dear end, and the rest from the cheap end, as bring its sum of
-    deviations nearest to its aim. The aims fall evenly from the first row to the last, with an rms of `stray` around
-    the mean: the first rows take what is dearest, and of the cheapest, whose tokens are far below the mean, what it
-    takes to make up for it. Infinity sorts by cost alone; 0 holds every row at the mean.
+    Sorted by worth, each row takes as many from the dear end, and the rest from the cheap end, as bring its sum of
+    deviations and what is given nearest to the mean of what is left. So the first rows have the most to choose from.
+
+    Args:
+        worth: int64 [n, m]: a slot's cost.
+        deviation: int64 [n, m], given: int64 [n, m / width]: what shall be level, of a slot, and of a row besides.
     """
-    n, m = cost.shape
-    order = np.argsort(-cost, axis=1, kind="stable")
-    if math.isinf(stray):
-        return order.reshape(n, m // width, width)
+    n, m = worth.shape
+    order = np.argsort(-worth, axis=1, kind="stable")
     sums = np.zeros((n, m + 1), np.int64)
     np.cumsum(take(deviation, order), axis=1, out=sums[:, 1:])
     places = np.empty((n, m // width, width), np.int64)
     rows, dear = np.arange(n), np.arange(width + 1)
     low, high = np.zeros(n, np.int64), np.full(n, m)
-    fall = int(2 * math.sqrt(3) * stray / max(m // width - 1, 1))
     for place in range(m // width):
-        left = m // width - place
-        aim = (sums[rows, high] - sums[rows, low]) // left + fall * (left - 1) // 2
+        rest = sums[rows, high] - sums[rows, low] + given[:, place:].sum(1)
+        aim = rest // (m // width - place) - given[:, place]
         first = sums[rows[:, None], low[:, None] + dear] - sums[rows, low][:, None]
         last = sums[rows, high][:, None] - sums[rows[:, None], high[:, None] - width + dear]
         taken = np.abs(first + last - aim[:, None]).argmin(1)
@@ -129,6 +130,21 @@ def side_by_side(cost: np.ndarray, deviation: np.ndarray, width: int, stray: flo
         places[:, place] = np.where(turn < taken[:, None], low[:, None] + turn, high[:, None] - width + turn)
         low, high = low + taken, high - (width - taken)
     return take(order, places)
+
+
+def straying(cost: np.ndarray, deviation: np.ndarray, width: int, stray: float) -> np.ndarray:
+    """Returns positions int64 [n, m / width, width]: what stands in a row costs alike, and strays by `stray` at most.
+
+    Rows' sums of deviations fall evenly from the first to the last, with an rms of `stray` around the mean: the first
+    rows take what is dearest, and of the cheapest, whose tokens are far below the mean, what it takes to make up for
+    it. Infinity sorts by cost alone; 0 holds every row at the mean.
+    """
+    n, m = cost.shape
+    if math.isinf(stray):
+        return np.argsort(-cost, axis=1, kind="stable").reshape(n, m // width, width)
+    rows = m // width
+    fall = int(2 * math.sqrt(3) * stray / max(rows - 1, 1))
+    return side_by_side(cost, deviation, width, np.tile(fall * np.arange(1 - rows, 1), (n, 1)))
 
 
 def levelled(cost: np.ndarray, deviation: np.ndarray, width: int, block: int) -> np.ndarray:
@@ -153,8 +169,9 @@ class Dealing:
     """How a window of slots becomes steps.
 
     ranks, accumulation: of the launch that the plan is made for; barrier: one of BARRIERS; stray: as side_by_side's,
-    in units of what a random step's sum of deviations has; block: as levelled's, 0 for side_by_side; shuffled: as the
-    slots come, which is at random.
+    in units of what a random step's sum of deviations has; block: as levelled's, 0 for straying; few: so many of a
+    step's micro-steps make the step as varied as the data, and the others need not be, 0 for all; by: what those few
+    have least of, one of BY; shuffled: as the slots come, which is at random.
     """
 
     ranks: int
@@ -162,6 +179,8 @@ class Dealing:
     barrier: str
     stray: float = 0.0
     block: int = 0
+    few: int = 0
+    by: str = "cost"
     shuffled: bool = False
 
     def steps(self, deck: Deck, spread: float) -> np.ndarray:
@@ -174,6 +193,8 @@ class Dealing:
         shape = (n, m // (self.ranks * self.accumulation), self.accumulation, self.ranks)
         if self.shuffled:
             return np.tile(np.arange(m), (n, 1)).reshape(shape)
+        if self.few:
+            return self._by_few(deck, shape)
         if self.accumulation == 1 or self.barrier == "micro":
             rows = self._rows(deck.cost, deck.deviation, spread)
             if self.accumulation == 1:
@@ -186,12 +207,31 @@ class Dealing:
         dealt = np.take_along_axis(bins, rows.reshape(n, -1)[:, :, None], 1)
         return dealt.reshape(n, -1, self.ranks, self.accumulation).transpose(0, 1, 3, 2)
 
+    def _by_few(self, deck: Deck, shape: tuple[int, int, int, int]) -> np.ndarray:
+        """Returns steps whose micro-steps are sorted by cost, but for a few that make up for what the others are."""
+        n, steps, accumulation, ranks = shape
+        worth = getattr(deck, self.by)
+        order = np.argsort(-worth, axis=1, kind="stable")
+        others, few = np.split(order, [steps * (accumulation - self.few) * ranks], axis=1)
+        rows = take(others, np.argsort(-take(deck.cost, others), axis=1, kind="stable")).reshape(n, -1, ranks)
+        sums = take(deck.deviation, rows).sum(2)
+        groups = equal_sums(sums, accumulation - self.few)
+        given = take(sums, groups).sum(2)
+        # those farthest from the mean come first, while there is much to choose from
+        far = np.argsort(-np.abs(given - given.sum(1, keepdims=True) // steps), axis=1, kind="stable")
+        groups, given = np.take_along_axis(groups, far[:, :, None], 1), take(given, far)
+        kept = np.take_along_axis(rows, groups.reshape(n, -1)[:, :, None], 1).reshape(n, steps, -1, ranks)
+        found = side_by_side(take(worth, few), take(deck.deviation, few), self.few * ranks, given)
+        found = take(few, found)
+        found = np.take_along_axis(found, np.argsort(-take(deck.cost, found), axis=2, kind="stable"), 2)
+        return np.concatenate([kept, found.reshape(n, steps, self.few, ranks)], axis=2)
+
     def _rows(self, cost: np.ndarray, deviation: np.ndarray, spread: float) -> np.ndarray:
         if self.block:
             return levelled(cost, deviation, self.ranks, self.block)
         if math.isinf(self.stray) or spread == 0:  # where all slots have equal tokens, any order strays by nothing
-            return side_by_side(cost, deviation, self.ranks, math.inf)
-        return side_by_side(cost, deviation, self.ranks, self.stray * spread * math.sqrt(self.ranks))
+            return straying(cost, deviation, self.ranks, math.inf)
+        return straying(cost, deviation, self.ranks, self.stray * spread * math.sqrt(self.ranks))
 
 
 def judge(deck: Deck, steps: np.ndarray, barrier: str, spread: float) -> tuple[float, float]:
@@ -225,8 +265,10 @@ def choose(windows: Deck, dealing: partial[Dealing], spread: float, per_slot: fl
     ways = [dealing(stray=drift) for drift in DRIFTS] + [dealing(block=block) for block in BLOCKS]
     ways.append(dealing(shuffled=True))
     barrier, several = ways[0].barrier, ways[0].accumulation > 1
-    if several and barrier == "step":  # what is balanced in each micro-batch is so in their sum
-        ways += [dealing(barrier="micro", stray=drift) for drift in DRIFTS]
+    if several:
+        few = [dealing(barrier="micro", few=few, by=by) for few in FEW if few < ways[0].accumulation for by in BY]
+        # what is balanced in each micro-batch is so in their sum
+        ways += few if barrier == "micro" else [*few, *(dealing(barrier="micro", stray=drift) for drift in DRIFTS)]
     found = [(*judge(windows, way.steps(windows, per_slot), barrier, spread), way) for way in ways]
     by_mix = sorted(found, key=lambda each: -each[1])
     for limit, enough in ((math.inf, 0.0),) if strict else ((VARIED, GOOD if several else math.inf), (LIMIT, 0.0)):
