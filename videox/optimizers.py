@@ -28,6 +28,8 @@ class Optimizer:
         masters: what trains is float32; else it is bfloat16, rounded at random, so that small steps count on average.
         note: bytes of a trained number that it keeps, gradient and weight included.
         by_shard: under FSDP2 each process steps its own shards, and resumes at the same number of processes.
+        moments_of: the one whose arithmetic and moments it has: each resumes what the other saved; "" = its own.
+        on_host: moments and arithmetic are in host memory (videox.host_optimizer), and not in `note`.
     """
 
     package: str
@@ -37,19 +39,32 @@ class Optimizer:
     masters: bool
     note: str
     by_shard: bool = False
+    moments_of: str = ""
+    on_host: bool = False
 
 
 WHOLE = ("single", "ddp")
 SHARDS = (*WHOLE, "fsdp2")
 FLAT = "DeepSpeed and FSDP1 lay weights end to end and keep moments by the names and sizes of AdamW's"
 MATRICES = "its moments are rows and columns of whole matrices, and this launch divides them"
+DIVIDED = "ZeRO and FSDP, which divide moments, bring them to the host by a CPU offload of their own"
+TORCHAO = "torchao==0.18.0"
 OPTIMIZERS = {
     "adamw": Optimizer("", "torch", (*SHARDS, "zero2", "zero3", "fsdp1"), "", True, "16 bytes"),
     "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDS, FLAT, True, "10 bytes", by_shard=True),
     "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, MATRICES, True, "12 bytes"),
-    "adamw_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
-    "adamw8bit_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
+    "adamw_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
+    "adamw8bit_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
+    "adamw_offload": Optimizer("", "torch", WHOLE, DIVIDED, True, "8 bytes", moments_of="adamw", on_host=True),
+    "adamw_bf16_offload": Optimizer(
+        TORCHAO, "torchao", WHOLE, DIVIDED, False, "4 bytes", moments_of="adamw_bf16", on_host=True
+    ),
 }
+
+
+def moments_of(name: str) -> str:
+    """Returns the optimizer whose moments the named one keeps: its own name, or that of the one that it stands for."""
+    return (name in OPTIMIZERS and OPTIMIZERS[name].moments_of) or name
 
 
 def refuse_absent(name: str) -> None:
@@ -90,7 +105,7 @@ def optimizer_class(
     """Returns what makes an optimizer from parameter groups and lr.
 
     Args:
-        name: of OPTIMIZERS; its package is imported here.
+        name: of OPTIMIZERS, and moments_of itself; its package is imported here.
         betas: decays of the moments.
         weight_decay: per unit of learning rate.
         epsilon: added to the root of the second moment; CAME has its own.
