@@ -76,6 +76,13 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
     assert "adamw8bit needs bitsandbytes, which is not installed. Mend: pip install bitsandbytes==" in line
 
 
+def test_a_missing_compiler_of_the_host_is_named(wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = refused(wan, tmp_path / "run", optimizer="adamw_bf16_offload")
+    assert "adamw_bf16_offload's step is compiled for the host, which has no g++. Mend: install a C++ compiler" in line
+
+
 def test_the_packages_are_pinned_as_an_extra() -> None:
     project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pinned = {optimizer.package for optimizer in OPTIMIZERS.values() if optimizer.package}

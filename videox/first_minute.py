@@ -114,7 +114,8 @@ def _refusal(error: BaseException, phase: str, where: str) -> Refusal:
         "validation": "give fewer --validation_prompts, or --low_vram",
     }.get(
         phase,
-        "see --dry_run for what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3",
+        "see --dry_run for what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3, "
+        "or --optimizer adamw_offload",
     )
     said = " ".join(str(error).split())
     return Refusal("GPU memory", f"ran out in {phase}{where} ({said[:200]})", mend, FLAGS)

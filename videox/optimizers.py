@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +70,15 @@ def moments_of(name: str) -> str:
 
 
 def refuse_absent(name: str) -> None:
-    """Refuses an optimizer whose package is not installed; raises Refusal with the line that installs it."""
+    """Refuses an optimizer whose package, or the compiler that it needs, is absent; raises Refusal with the mend."""
     asked = OPTIMIZERS[name]
     if find_spec(asked.module) is None:
         what = f"{name} needs {asked.package.split('=')[0]}, which is not installed"
         raise Refusal("--optimizer", what, f"pip install {asked.package}")
+    compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
+    if asked.on_host and asked.package == TORCHAO and shutil.which(compiler) is None:
+        what = f"{name}'s step is compiled for the host, which has no {compiler}"
+        raise Refusal("--optimizer", what, "install a C++ compiler, or give adamw_offload")
 
 
 def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None:
