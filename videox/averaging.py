@@ -44,7 +44,7 @@ class AveragedEngine:
         self.engine, self.is_main = engine, is_main
         self.model, self.network, self.config, self.kept = engine.model, engine.network, engine.config, engine.kept
         self.masters, self.weights, self.set_rate = engine.masters, engine.weights, engine.set_rate
-        self.discard = engine.discard
+        self.discard, self.moments_on_host = engine.discard, engine.moments_on_host
         self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
         self.ema = Ema(engine.masters(), decay=decay, device=device)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from videox.checkpoint import SAVE_ERRORS
 from videox.ema import Masters
+from videox.host_optimizer import OnHost
 from videox.kept import Kept, WholeModel
 from videox.optim import clip_gradients, gradient_norm, set_learning_rate, step_if
 from videox.state import TrainState, checkpoint_bytes, load_state, save_state, write_state
@@ -43,6 +44,7 @@ class Engine(Protocol):
         config: of the model, as diffusers writes it (JSON text).
         checkpoint_bytes: size of a checkpoint.
         kept: what checkpoints and `weights` hold of the model.
+        moments_on_host: the optimizer's take no memory of the device.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Engine(Protocol):
     config: str
     checkpoint_bytes: int
     kept: Kept
+    moments_on_host: bool
 
     def set_rate(self, rate: float) -> None:
         """Sets the learning rate of the next step, times each group's rate_factor."""
@@ -109,6 +112,7 @@ class WholeEngine:
         self.config = transformer.to_json_string()  # type: ignore[operator]
         self.network = transformer.to(accelerator.device)
         self.optimizer = make_optimizer(dict(transformer.named_parameters()))
+        self.moments_on_host = isinstance(self.optimizer, OnHost)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model = accelerator.prepare_model(transformer.train())
         self.checkpoint_bytes = checkpoint_bytes(transformer, frozen=0 if self.kept.trained_alone else 4)

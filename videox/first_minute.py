@@ -53,12 +53,12 @@ def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object
         engine: with no gradients accumulated.
         batch: that weighs nothing.
         accumulate: adds its gradients.
-        has_moments: the optimizer's moments are allocated; before a first step others take their place here.
+        has_moments: the optimizer's moments are allocated; before a first step others take their place here, unless
+            they are to lie on the host.
     """
-    masters = engine.masters()
-    moments = (
-        [] if has_moments else [torch.zeros(2, *masters.read(n).shape, device=_device(engine)) for n in masters.names]
-    )
+    masters, moments = engine.masters(), []
+    if not has_moments and not engine.moments_on_host:
+        moments = [torch.zeros(2, *masters.read(name).shape, device=_device(engine)) for name in masters.names]
     with torch.random.fork_rng():
         accumulate(batch)
     engine.discard()
@@ -114,7 +114,8 @@ def _refusal(error: BaseException, phase: str, where: str) -> Refusal:
         "validation": "give fewer --validation_prompts, or --low_vram",
     }.get(
         phase,
-        "see --dry_run for what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3",
+        "see --dry_run for what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3, "
+        "or --optimizer adamw_offload",
     )
     said = " ".join(str(error).split())
     return Refusal("GPU memory", f"ran out in {phase}{where} ({said[:200]})", mend, FLAGS)

@@ -118,6 +118,7 @@ class FsdpEngine:
         self.optimizer = make_optimizer(self.shards.parameters if self.shards else parameters)
         stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.trained = list(self.parameters.values()) if self.shards else stepped
+        self.moments_on_host = self.trained[0].device.type == "cpu"  # fsdp_offload_params
 
     def set_rate(self, rate: float) -> None:
         """As Engine's."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from videox.errors import Refusal
-from videox.optimizers import optimizer_class
+from videox.host_optimizer import OnHost
+from videox.optimizers import OPTIMIZERS, moments_of, optimizer_class
 
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 ABNORMAL_RATIO = 5.0  # a norm this many times the limit counts as abnormal ...
@@ -81,10 +83,11 @@ def make_optimizer(
     Args:
         name: of videox.optimizers.OPTIMIZERS.
     """
-    make = optimizer_class(name, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
-    if name == "adamw":
-        return make(groups, lr=learning_rate, fused=True)
-    return make(groups, lr=learning_rate)
+    kind = moments_of(name)
+    make = optimizer_class(kind, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
+    if kind == "adamw":
+        make = partial(make, fused=True)
+    return OnHost(groups, make, lr=learning_rate) if OPTIMIZERS[name].on_host else make(groups, lr=learning_rate)
 
 
 def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:

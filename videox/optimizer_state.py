@@ -97,14 +97,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, An
             yield group, parameter
 
 
-def _restored(key: str, tensor: Tensor, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[str, Any]:
-    """Returns the state key and the value as the optimizer had it, on the device where torch wants it."""
+def _restored(key: str, tensor: Tensor, group: Mapping[str, Any], device: torch.device) -> tuple[str, Any]:
+    """Returns the state key and the value as the optimizer had it, on the moments' device or where torch wants it."""
     base, colon, kind = key.rpartition(":")
     if colon and f":{kind}" in SCALARS:
         return base, tensor.item()
     # Only fused and capturable kernels read the step counter on the device (torch.optim.Optimizer.load_state_dict).
     on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return key, tensor.to("cpu" if on_cpu else parameter.device, copy=True)
+    return key, tensor.to("cpu" if on_cpu else device, copy=True)
 
 
 def load_optimizer_tensors(
@@ -128,13 +128,14 @@ def load_optimizer_tensors(
     faults = [f"no state for {name}" for name in sorted(owned.keys() - keys_of.keys())]
     faults += [f"state for {name}, which is not trained" for name in sorted(keys_of.keys() - owned.keys())]
     restored: dict[nn.Parameter, dict[str, Any]] = {}
+    elsewhere: torch.device | None = getattr(optimizer, "state_device", None)  # videox.host_optimizer's
     for group, parameter in _parameters(optimizer):
         name = names[parameter]
         state = restored[parameter] = {}
         for key in keys_of.get(name, []):
             if key == STATELESS:
                 continue
-            base, value = _restored(key, tensors[f"{name}/{key}"], group, parameter)
+            base, value = _restored(key, tensors[f"{name}/{key}"], group, elsewhere or parameter.device)
             state[base] = value
             if base in PARAMETER_SHAPED and value.shape != parameter.shape:
                 faults.append(f"{base} of {name} is {list(value.shape)}, the parameter {list(parameter.shape)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,8 @@ class Optimizer:
         masters: what trains is float32; else it is bfloat16, rounded at random, so that small steps count on average.
         note: bytes of a trained number that it keeps, gradient and weight included.
         by_shard: under FSDP2 each process steps its own shards, and resumes at the same number of processes.
+        moments_of: the one whose arithmetic and moments it has: each resumes what the other saved; "" = its own.
+        on_host: moments and arithmetic are in host memory (videox.host_optimizer), and not in `note`.
     """
 
     package: str
@@ -37,6 +41,8 @@ class Optimizer:
     masters: bool
     note: str
     by_shard: bool = False
+    moments_of: str = ""
+    on_host: bool = False
 
     @property
     def weight(self) -> int:
@@ -53,21 +59,36 @@ WHOLE = ("single", "ddp")
 SHARDS = (*WHOLE, "fsdp2")
 FLAT = "DeepSpeed and FSDP1 lay weights end to end and keep moments by the names and sizes of AdamW's"
 MATRICES = "its moments are rows and columns of whole matrices, and this launch divides them"
+DIVIDED = "ZeRO and FSDP, which divide moments, bring them to the host by a CPU offload of their own"
+TORCHAO = "torchao==0.18.0"
 OPTIMIZERS = {
     "adamw": Optimizer("", "torch", (*SHARDS, "zero2", "zero3", "fsdp1"), "", True, "16 bytes"),
     "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDS, FLAT, True, "10 bytes", by_shard=True),
     "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, MATRICES, True, "12 bytes"),
-    "adamw_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
-    "adamw8bit_bf16": Optimizer("torchao==0.18.0", "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
+    "adamw_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
+    "adamw8bit_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
+    "adamw_offload": Optimizer("", "torch", WHOLE, DIVIDED, True, "8 bytes", moments_of="adamw", on_host=True),
+    "adamw_bf16_offload": Optimizer(
+        TORCHAO, "torchao", WHOLE, DIVIDED, False, "4 bytes", moments_of="adamw_bf16", on_host=True
+    ),
 }
 
 
+def moments_of(name: str) -> str:
+    """Returns the optimizer whose moments the named one keeps: its own name, or that of the one that it stands for."""
+    return (name in OPTIMIZERS and OPTIMIZERS[name].moments_of) or name
+
+
 def refuse_absent(name: str) -> None:
-    """Refuses an optimizer whose package is not installed; raises Refusal with the line that installs it."""
+    """Refuses an optimizer whose package, or the compiler that it needs, is absent; raises Refusal with the mend."""
     asked = OPTIMIZERS[name]
     if find_spec(asked.module) is None:
         what = f"{name} needs {asked.package.split('=')[0]}, which is not installed"
         raise Refusal("--optimizer", what, f"pip install {asked.package}")
+    compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
+    if asked.on_host and asked.package == TORCHAO and shutil.which(compiler) is None:
+        what = f"{name}'s step is compiled for the host, which has no {compiler}"
+        raise Refusal("--optimizer", what, "install a C++ compiler, or give adamw_offload")
 
 
 def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None:
@@ -100,7 +121,7 @@ def optimizer_class(
     """Returns what makes an optimizer from parameter groups and lr.
 
     Args:
-        name: of OPTIMIZERS; its package is imported here.
+        name: of OPTIMIZERS, and moments_of itself; its package is imported here.
         betas: decays of the moments.
         weight_decay: per unit of learning rate.
         epsilon: added to the root of the second moment; CAME has its own.

@@ -22,7 +22,7 @@ from videox.errors import MODEL, Refusal
 from videox.files import write_json_atomically
 from videox.kept import TRANSFORMER, Kept, WholeModel
 from videox.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from videox.optimizers import OPTIMIZERS
+from videox.optimizers import OPTIMIZERS, moments_of
 from videox.weights import StoredTensors, save_tensors
 
 STATE_FILE = "trainer_state.json"
@@ -246,7 +246,7 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: s
         mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
         raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
     known = {described["optimizer"]} if "optimizer" in described else _optimizers_of_moments(checkpoint)
-    if optimizer not in known:
+    if moments_of(optimizer) not in map(moments_of, known):
         names = " or ".join(sorted(known))
         mend = f"resume with --optimizer {names}, or begin a run in another --output_dir from these weights"
         what = f"{optimizer}, and {checkpoint.name} was saved with {names}, whose moments it cannot use"
@@ -255,13 +255,14 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: s
 
 def _optimizers_of_moments(checkpoint: Path) -> set[str]:
     """Returns who may have kept the moments of a checkpoint from before its manifest said so, by their names."""
+    own = {name for name in OPTIMIZERS if moments_of(name) == name}
     if not (checkpoint / OPTIMIZER_STEM).is_dir():
-        return {*OPTIMIZERS}  # divided ones, which their engine checks
+        return own  # divided ones, which their engine checks
     keys = {name.rpartition("/")[2] for name in StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM)}
     for key, name in OWN_MOMENTS.items():
         if key in keys:
             return {name}
-    return {*OPTIMIZERS} - {"came", "adamw8bit"} if "exp_avg" in keys else {*OPTIMIZERS}
+    return own - {"came", "adamw8bit"} if "exp_avg" in keys else own
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:

@@ -39,6 +39,7 @@ from videox.errors import Refusal
 from videox.exporting import Exports, export_bytes
 from videox.flow_matching import draw_sigmas, timestep_density
 from videox.fsdp import OPTIMIZER_FOLDER, FsdpEngine
+from videox.host_optimizer import thread_notes
 from videox.keys import Purpose, uniform
 from videox.lifecycle import Run, main_first, open_run
 from videox.local_steps import refuse_other_moments
@@ -320,6 +321,8 @@ def notes(args: argparse.Namespace) -> list[str]:
         lines.append(f"{given}: sizes run from {policy.low} to {policy.high} all the same")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
         lines.append("--lr_warmup_steps does nothing with --lr_scheduler constant; constant_with_warmup has a warm-up")
+    if OPTIMIZERS[optimizer_of(args)].on_host:
+        lines += thread_notes(optimizer_of(args), torch.get_num_threads(), os.cpu_count() or 1, os.environ)
     world = os.environ.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         lines.append(

@@ -82,6 +82,8 @@ class ZeroEngine:
         self.config = transformer.to_json_string()  # type: ignore[operator]
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights = plugin.zero_stage == 3
+        offload = plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+        self.moments_on_host = offload.get("device", "none") != "none"
         self.saves_whole = whole_weights or not self.divides_weights or self.kept.trained_alone
         whole = 4 if self.saves_whole else 0  # transformer/ beside DeepSpeed's bfloat16 weights and masters
         frozen = 0 if self.kept.trained_alone else 2 + whole
