@@ -26,6 +26,7 @@ from videox.lora import Lora, adapter_sizes, choose_targets
 from videox.memory import Encoders, Parameters, Setup, checkpoint_size, memory_of, nearest_that_fits, state_bytes
 from videox.network import cross_attention_network
 from videox.optim import choose_trainable, make_optimizer, parameter_groups
+from videox.optimizers import moments_of
 from videox.transformer import attach
 
 GIB, RANK = 2**30, 4
@@ -157,6 +158,19 @@ def memory(setup: Setup, parameters: Parameters = FOURTEEN):
         test_network.CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=setup.half
     )
     return memory_of(parameters, network, ENCODERS, setup)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("adamw_offload", 4), ("adamw_bf16_offload", 2)])
+def test_moments_on_the_host_leave_weight_and_gradient(name: str, weight: int) -> None:
+    setup = replace(SETUP, backend="single", processes=1, per_host=1, optimizer=moments_of(name))
+    there, here = memory(setup), memory(replace(setup, optimizer=name))
+    assert {item: size for item, size in here.states.items() if size} == {
+        "weights": weight * FOURTEEN.total, "gradients": weight * FOURTEEN.total
+    }  # fmt: skip
+    assert here.host["offloaded optimizer"] == there.states["optimizer"] == 8 * FOURTEEN.total
+    assert checkpoint_size(FOURTEEN, setup) == checkpoint_size(FOURTEEN, replace(setup, optimizer=name))
+    limit = 1.1 * here.total()
+    assert nearest_that_fits(setup, limit, memory)[0][0] == [f"--optimizer {name}"]
 
 
 def test_only_the_dearest_phase_counts() -> None:

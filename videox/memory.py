@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from videox.network import Network
-from videox.optimizers import OPTIMIZERS
+from videox.optimizers import OPTIMIZERS, moments_of
 from videox.recompute import chosen_blocks
 
 GB = 1e9
@@ -222,6 +222,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict
     }
     if setup.offloads("optimizer"):
         training["offloaded optimizer"] = count * 16 * trained / setup.processes
+    if OPTIMIZERS[setup.optimizer].on_host:
+        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moments * trained
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.average == "cpu":
@@ -235,7 +237,7 @@ def checkpoint_size(parameters: Parameters, setup: Setup) -> float:
     An average is one more copy of what is kept; so are whole weights where the backend's own are divided. Of a LoRA's
     base nothing is kept.
     """
-    optimizer = OPTIMIZERS[setup.optimizer]
+    optimizer = OPTIMIZERS[moments_of(setup.optimizer)]
     usual = (optimizer.weight + optimizer.moments, setup.frozen)
     trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, usual)
     kept = parameters.trained if setup.adapters else parameters.total
@@ -284,6 +286,11 @@ def _offload(setup: Setup) -> Setup | None:
     return replace(setup, backend="zero3", zero={**setup.zero, **away})
 
 
+def _moments_away(setup: Setup, name: str) -> Setup | None:
+    fits = setup.optimizer == OPTIMIZERS[name].moments_of and setup.backend in OPTIMIZERS[name].backends
+    return replace(setup, optimizer=name) if fits else None
+
+
 def _times(setup: Setup, factor: int, processes: int) -> Setup | None:
     if setup.backend in WHOLE or setup.processes != processes:
         return None
@@ -306,7 +313,9 @@ def _dearer(processes: int) -> tuple[list[Change], list[Change]]:
     """Returns what may be changed at a price: in time, and in GPUs; processes: that there are."""
     host = "ZeRO-3 with weights and optimizer on the host, config/zero_stage3_config_cpu_offload.json"
     more = {"twice": 2, "four times": 4, "eight times": 8}
-    return [Change(host, _offload)], [
+    away = [name for name, kind in OPTIMIZERS.items() if kind.on_host]
+    moments = [Change(f"--optimizer {name}", partial(_moments_away, name=name)) for name in away]
+    return [*moments, Change(host, _offload)], [
         Change(f"{words} the processes", partial(_times, factor=factor, processes=processes))
         for words, factor in more.items()
     ]
