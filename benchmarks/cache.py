@@ -38,15 +38,22 @@ from videox.flow_matching import velocity_losses
 
 NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
 STEPS, TURNS = 12, 3  # of a whole run; runs of each way
-MODELS: dict[str, dict[str, int]] = {
-    "small": {"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 512},
-    "medium": {"heads": 8, "head_dim": 48, "layers": 8, "ffn_dim": 1536},
+MODELS: dict[str, tuple[dict[str, int], int, int]] = {  # sizes, pixels of a side, frames
+    "tiny": ({"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 512}, 128, 13),
+    "small": ({"heads": 4, "head_dim": 64, "layers": 4, "ffn_dim": 1024}, 256, 17),
+    "medium": ({"heads": 8, "head_dim": 48, "layers": 8, "ffn_dim": 1536}, 256, 17),
 }
 FLAGS: dict[str, object] = {
     "mixed_precision": "no", "gradient_checkpointing": None, "caption_dropout": 0, "tokenizer_max_length": 64,
     "cache_variants": 1, "max_train_steps": STEPS, "low_vram": None,
-    "video_sample_size": 128, "image_sample_size": 128, "token_sample_size": 128, "video_sample_n_frames": 13,
 }  # fmt: skip
+
+
+def flags_of(name: str) -> dict[str, object]:
+    """Returns the flags of a model's runs."""
+    _, side, frames = MODELS[name]
+    sizes = dict.fromkeys(("video_sample_size", "image_sample_size", "token_sample_size"), side)
+    return {**FLAGS, **sizes, "video_sample_n_frames": frames}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,14 +81,14 @@ def since(before: Times) -> Times:
 
 
 def step_times(name: str, folder: Path, rounds: int) -> list[float]:
-    """Returns median seconds of a cached step and of a bare one, and the medians of their ratios: by clock, processor.
+    """Returns tokens, parameters, median seconds of a cached and a bare step, and their ratios: by clock, processor.
 
     The cached run is a real one; each of its steps is followed by the same step of a copy of the transformer alone.
     """
-    model = tiny.build_wan_t2v(folder / f"model-{name}", **MODELS[name])
-    clips = tuple((f"{number}.mp4", 160, 96, 41, 24.0) for number in range(6))
+    model = tiny.build_wan_t2v(folder / f"model-{name}", **MODELS[name][0])
+    clips = tuple((f"{number}.mp4", 320, 192, 41, 24.0) for number in range(6))
     metadata = tiny.make_dataset(folder / f"data-{name}", clips)
-    argv = partial(runs.wan_plain, model, metadata, **{**FLAGS, "max_train_steps": 2 + rounds})
+    argv = partial(runs.wan_plain, model, metadata, **{**flags_of(name), "max_train_steps": 2 + rounds})
     filled = runs.train(argv(folder / f"fill-{name}", latent_cache=folder / f"cache-{name}", cache_only=True))
     if filled.code:
         raise SystemExit(filled.stderr)
@@ -133,7 +140,8 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
     found = [
         (one.clock, other.clock, one.clock / other.clock, one.processor / other.processor) for one, other in pairs
     ]
-    return [statistics.median(values) for values in zip(*found, strict=True)]
+    latents, weights = seen["inputs"]["hidden_states"], sum(p.numel() for p in seen["twin"].parameters())
+    return [latents[0, 0].numel() / 4, weights, *(statistics.median(values) for values in zip(*found, strict=True))]
 
 
 def whole_runs(folder: Path) -> dict[str, float]:
@@ -142,10 +150,10 @@ def whole_runs(folder: Path) -> dict[str, float]:
     Each is over the same samples, frames and sizes: the users' command with the cache and without it, and a plain loop
     that decodes by decord and encodes in every step. The first two steps of a run warm up and do not count.
     """
-    model, metadata, cache = folder / "model-small", folder / "data-small/metadata.json", folder / "cache-small"
+    model, metadata, cache = folder / "model-tiny", folder / "data-tiny/metadata.json", folder / "cache-tiny"
 
     def run(name: str, **flags: object) -> runs.Outcome:
-        outcome = runs.train(runs.wan_plain(model, metadata, folder / f"run-{name}", **{**FLAGS, **flags}))
+        outcome = runs.train(runs.wan_plain(model, metadata, folder / f"run-{name}", **{**flags_of("tiny"), **flags}))
         if outcome.code:
             raise SystemExit(outcome.stderr)
         return outcome
@@ -228,16 +236,19 @@ def main() -> int:
     lines = [
         "# What the latent cache costs and saves",
         "",
-        "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, clips of",
-        f"13 frames, one thread, load {os.getloadavg()[0]:.0f}; {machine_line('torch', 'diffusers', 'decord')}.",
+        "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, one",
+        f"sample a step, one thread, load {os.getloadavg()[0]:.0f}; {machine_line('torch', 'diffusers', 'decord')}.",
         "",
-        "| model | cached step | bare transformer step | ratio (median of pairs) | of processor time |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {m} | {1e3 * a:.1f} ms | {1e3 * b:.1f} ms | {r:.3f} | {p:.3f} |" for m, (a, b, r, p) in steps.items()),
+        "| model | tokens | million parameters | cached step | bare transformer step | ratio (median of pairs) | of processor time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {m} | {n:,.0f} | {w / 1e6:.1f} | {1e3 * a:.1f} ms | {1e3 * b:.1f} ms | {r:.3f} | {p:.3f} |"
+            for m, (n, w, a, b, r, p) in steps.items()
+        ),
         "",
         "What a cached step does beside the transformer's (lookup, posterior, noise, loader, records) hardly grows with it.",
         "",
-        "| small model, whole run | step | to the cached one |",
+        "| tiny model, whole run | step | to the cached one |",
         "| --- | --- | --- |",
         *(f"| {way} | {1e3 * t:.1f} ms | {t / ways['with the cache']:.2f} |" for way, t in ways.items()),
         "",
