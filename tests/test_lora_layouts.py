@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import originals
 import pytest
+import runs
 import tiny
 import torch
-from diffusers import HunyuanVideoPipeline, WanPipeline
+from diffusers import HunyuanVideoPipeline, WanPipeline, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from videox.lora import choose_targets
 from videox.lora_layouts import lora_to_comfyui, lora_to_diffusers
 
+DATA = Path(__file__).parent / "data"
+CONFIGS = json.loads((DATA / "transformers.json").read_text(encoding="utf-8"))
+NAMES = json.loads((DATA / "lora_names.json").read_text(encoding="utf-8"))
 Sizes = dict[str, tuple[int, ...]]
 
 
@@ -145,6 +154,44 @@ def test_what_was_fused_comes_apart(data: st.DataObject) -> None:
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert {name: len(back[f"{name}.lora_A.weight"]) for name in names} == ranks
     assert lora_to_diffusers({**made, "diffusion_model.x.diff": torch.ones(2)}, family) is None
+
+
+@pytest.mark.parametrize("model", ["Wan2.1-T2V-14B", "Wan2.1-I2V-14B"])
+def test_names_are_those_of_loras_that_others_made(model: str) -> None:
+    """The layers that are adapted by default, of the real configuration, and names that were seen in the wild."""
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in WanTransformer3DModel.from_config(CONFIGS[model]).named_parameters()}
+    targets = choose_targets(shapes, runs.script("wan2.1").ADAPTED, None)
+    layers = {name: shapes[f"{name}.weight"] for name in targets if name.split(".")[1] in ("28", "33", "34")}
+    made, seen = lora_to_comfyui(adapter(layers, dict.fromkeys(layers, 1)), "wan", 1.0), set(NAMES[model]["names"])
+    assert seen <= made.keys()
+
+    if model == "Wan2.1-T2V-14B":  # nothing else, but for the alphas: in that LoRA they are the ranks
+        ours, others = ({re.sub(r"\d+", "#", name, count=1) for name in names} for names in (made, seen))
+        assert {name for name in ours - others if not name.endswith(".alpha")} == {
+            "diffusion_model.blocks.#.self_attn.v.lora_A.weight"  # where the list was cut
+        }
+
+
+def test_comfyuis_own_names_are_read() -> None:
+    seen = NAMES["HunyuanVideo"]["names"]
+    width = {"img_attn.qkv": 12, "txt_attn.qkv": 12, "img_mlp.0": 16, "img_mod.lin": 24}
+    state = {}
+    for name in seen:
+        module = name.removeprefix("diffusion_model.double_blocks.15.").partition(".lora")[0]
+        out, inputs = width.get(module, 4), 16 if module == "img_mlp.2" else 4
+        state[name] = torch.randn((2, inputs) if "down" in name else (out, 2))
+    found = lora_to_diffusers(state, "hunyuan")
+    assert found is not None
+    attention = [f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")]
+    others = ["attn.to_out.0", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
+    assert {name.partition(".lora_")[0] for name in found} == {
+        f"transformer_blocks.15.{layer}" for layer in (*attention, *others)
+    }
+    fused = state["diffusion_model.double_blocks.15.img_attn.qkv.lora_up.weight"]
+    fused = fused @ state["diffusion_model.double_blocks.15.img_attn.qkv.lora_down.weight"]
+    key = "transformer_blocks.15.attn.to_k.lora_{}.weight"
+    assert torch.allclose(found[key.format("B")] @ found[key.format("A")], fused[4:8])
 
 
 @pytest.mark.parametrize(("family", "pipeline"), [("wan", WanPipeline), ("hunyuan", HunyuanVideoPipeline)])
