@@ -133,7 +133,7 @@ def state_bytes(parameters: Parameters, setup: Setup) -> dict[str, float]:
     everything, trained, share = parameters.total, parameters.trained, 1 / setup.processes
     if setup.backend in WHOLE or setup.backend.startswith("fsdp"):
         optimizer, part = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in WHOLE else share
-        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight * trained}
+        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight * trained, "masters": 0}
         # FSDP1 lays a block end to end, and the gradient of all of it is held if a part of it trains
         learning = everything - parameters.outside if setup.backend == "fsdp1" and trained < everything else trained
         sizes |= {"gradients": optimizer.weight * learning, "optimizer": optimizer.moments * trained}
