@@ -1,6 +1,7 @@
 """Serves both train.py scripts: the shared package of the videox trainer."""
 
 import logging
+import warnings
 
 __version__ = "0.1.0"
 
@@ -20,3 +21,6 @@ def _is_heard(record: logging.LogRecord) -> bool:
 
 for _name in NOISE:
     logging.getLogger(_name).addFilter(_is_heard)
+
+# Weights of norms are float32 masters on purpose; that autocast then takes another kernel is nothing to act on.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
