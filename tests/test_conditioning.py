@@ -256,7 +256,8 @@ def components(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 def given_of(trainer: ModuleType, components: Any, video: torch.Tensor, mode: str, keys: list[int]) -> dict:
     """Returns what the model is given of a micro-batch's pictures, as training makes it."""
     args, count, bucket = SimpleNamespace(train_mode=mode), len(keys), Bucket(*video.shape[2:])
-    made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in components.encode.recipes[:2]}
+    recipes = [recipe for recipe in components.encode.recipes if recipe.name in ("moments", "prompt_embeds")]
+    made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in recipes}
     if mode != "normal":
         encoders = components.encoders()
         known, mask = trainer.known_pixels(mode, Raw(video, [""] * count, keys))

@@ -134,7 +134,7 @@ class Encoder:
     """Makes, finds and keeps the tensors of micro-batches.
 
     Args:
-        recipes: of the family and task.
+        recipes: of the family and task, in any order.
         device: where tensors are wanted.
         shelf: where they are kept, with a part for each recipe; None encodes everything each time.
         encoders: with the modules that recipes name; each is then called while the one before it computes.
@@ -147,7 +147,8 @@ class Encoder:
         shelf: Shelf | None = None,
         encoders: OnDemand[Any] | None = None,
     ) -> None:
-        self.recipes, self.encoders = tuple(recipes), encoders
+        # The VAE comes last, whose work takes the most memory: no other encoder is there then, or on its way.
+        self.recipes, self.encoders = tuple(sorted(recipes, key=lambda recipe: recipe.module == "vae")), encoders
         self.device = device
         self.shelf = shelf
         self.cache = shelf.cache if shelf is not None else None

@@ -190,10 +190,10 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
         "communication": communication_bytes(parameters, setup),
     }
     encoding = {"encoding": encoders.work}
-    if setup.rest:  # one part is awake at a time, and the next one is on its way
-        awake = {name: size + (encoders.work if name == "vae" else 0.0) for name, size in encoders.weights.items()}
-        coming = {name: max((s for n, s in encoders.weights.items() if n != name), default=0) for name in awake}
-        encoding = {"encoding": max(awake[name] + coming[name] for name in awake)}
+    if setup.rest:  # one part is awake at a time, and the next one is on its way; the VAE is the last
+        sizes = encoders.weights
+        pairs = [s + max((t for m, t in sizes.items() if m != n), default=0) for n, s in sizes.items() if n != "vae"]
+        encoding = {"encoding": max([sizes.get("vae", 0) + encoders.work, *pairs])}
     step: dict[str, float] = {}
     if setup.backend == "zero3" and not setup.offloads("optimizer"):  # flattens a sub-group's gradients once more
         part = int(_number(setup.zero, "sub_group_size", SUB_GROUP))
