@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{sum(kind[2] for kind in found):,} entries, {whole}, in {len(shard_paths(args.cache))} files")
     elif args.command == "verify":
         whole, faults = verify(args.cache)
-        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults"]))
+        mend = ["what is damaged is made anew when a run needs it; scripts/cache.py gc drops it"] if faults else []
+        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults", *mend]))
         return STORAGE if faults else 0
     else:
         dropped = clear_up(args.cache, args.drop_encoder, args.data_dir)

@@ -39,7 +39,7 @@ from videox.weights import CONFIG, WEIGHTS, few
 from videox.zero_shards import LATEST, read_zero, tag_folder
 
 TRANSFORMER = "transformer"
-LOADS = "{} already holds the weights whole, in float32: from_pretrained(..., torch_dtype=torch.bfloat16) loads it as it is"
+LOADS = "{} already holds the weights whole: from_pretrained(..., torch_dtype=torch.bfloat16) loads it as it is"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

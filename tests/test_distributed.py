@@ -106,6 +106,7 @@ def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.Capture
             assert stop
             assert stop.signal_name == number.name
             signal.raise_signal(signal.SIGTERM)  # a second one of another kind changes nothing
+            signal.raise_signal(signal.SIGINT)  # nor one that a launcher passes on at once
         assert f"{number.name}: process {os.getpid()} saves after this step" in capfd.readouterr().err
         assert [signal.getsignal(number) for number in numbers] == before
 

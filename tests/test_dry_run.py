@@ -169,6 +169,16 @@ def test_a_lora_and_an_optimizer_take_less_than_all_that_trains(ground: Ground) 
     assert refused.code == FLAGS and "came does not work under fsdp2" in refused.stderr
 
 
+def test_videos_of_which_one_frame_is_left_are_named(ground: Ground, tmp_path: Path) -> None:
+    rows = described(ground.metadata)
+    shortest = min(row["num_frames"] for row in rows if row.get("type") == "video" or row["file_path"].endswith("mp4"))
+    outcome, _ = ground.plan("stills", video_sample_stride=shortest)
+    assert "videos are trained as one frame, too short for more at this stride or rate: rows " in outcome.stdout
+    assert "as one frame" not in ground.plan("moving")[0].stdout
+    refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "out", dry_run=True, validation_rows=99))
+    assert "lower --validation_rows" in refused.stderr
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "file" / "out", dry_run=True))

@@ -67,7 +67,11 @@ def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
     ("error", "code", "line"),
     [
         (Refusal("--seed", "is odd", "give another", DATA), DATA, "error: --seed: is odd. Mend: give another."),
-        (SaveFailed("No space left"), STORAGE, "error: SaveFailed: No space left"),
+        (
+            SaveFailed("/run: No space left"),
+            STORAGE,
+            "error: /run: No space left. Mend: free some room, or give a folder that takes it",
+        ),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
     ],
     ids=["refusal", "save", "bug"],

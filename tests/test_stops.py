@@ -15,6 +15,7 @@ import runs
 import tiny
 
 from videox.checkpoint import find_checkpoints, verify
+from videox.distributed import TWICE
 
 stops = tiny.load_script("benchmarks/stops.py")
 
@@ -202,6 +203,7 @@ def test_a_second_ctrl_c_leaves_at_once(ground: Ground, tmp_path: Path) -> None:
     trainer.signal_all(signal.SIGINT)
     trainer.until(lambda: "SIGINT: process" in trainer.said())
     kept = [path.name for path in find_checkpoints(folder)]
+    time.sleep(1.2 * TWICE)
     trainer.signal_all(signal.SIGINT)
     assert trainer.wait(limit=5) == 128 + signal.SIGINT
     assert [path.name for path in find_checkpoints(folder)] == kept

@@ -359,7 +359,10 @@ def begin_from(
             if stray
             else f"{path} holds no LoRA"
         )
-        raise Refusal("--init_lora_from", what, "name its layers by --lora_target_modules", MODEL)
+        mend = "name its layers by --lora_target_modules"
+        if not any(f".lora_{half}." in name for name in stored for half in "AB"):
+            what, mend = f"{path} holds no LoRA", "give one; the weights of a whole model go to --transformer_path"
+        raise Refusal("--init_lora_from", what, mend, MODEL)
     begun = dict(values)
     for name, tensor in stored.items():
         if tensor.shape != values[name].shape:

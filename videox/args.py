@@ -55,7 +55,7 @@ def add_model_and_data(parser: Parser) -> None:
         "--clip_sampling",
         choices=SAMPLINGS,
         default=SAMPLINGS[0],
-        help="where clips begin: anywhere, spread evenly, or one after another from the beginning",
+        help="where clips begin: anywhere, spread evenly, or at multiples of their own length from the beginning",
     )
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, trained as empty (0 = off)")
     add(

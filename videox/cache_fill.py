@@ -35,11 +35,12 @@ from videox.status import RunStatus
 
 
 class Job(NamedTuple):
-    """A sample of which something is missing, the keys of that, and its bytes at most."""
+    """A sample of which something is missing, the keys of that, and its bytes: at most, and at least."""
 
     planned: PlannedSample
     keys: frozenset[bytes]
     size: int
+    least: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Stock:
     def size(self) -> int:
         """Bytes of what is missing, at most: text is kept without its padding."""
         return sum(job.size for job in self.jobs)
+
+    @property
+    def least(self) -> int:
+        """Bytes of what is missing but text."""
+        return sum(job.least for job in self.jobs)
 
 
 def samples_to_come(
@@ -102,7 +108,9 @@ def take_stock(
         new = keys.keys() - seen
         seen |= new
         if missing := frozenset(key for key in new if key not in encoder.cache):
-            jobs.append(Job(planned, missing, sum(keys[key].size(planned.bucket) for key in missing)))
+            sizes = {key: keys[key].size(planned.bucket) for key in missing}
+            sure = (key for key in missing if not (keys[key].padded or keys[key].trimmed))
+            jobs.append(Job(planned, missing, sum(sizes.values()), sum(sizes[key] for key in sure)))
     jobs.sort(key=lambda job: (-token_count(job.planned.bucket), job.planned.row))
     return Stock(dataset, len(seen) - before, tuple(jobs))
 
@@ -111,20 +119,21 @@ def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
     """Returns what was found damaged, what is there, what is to be made, and whether there is room for it.
 
     Raises:
-        Refusal: there is not.
+        Refusal: there is none even if text were nothing.
     """
-    entries, missing, size = (
-        sum(numbers) for numbers in zip(*((s.entries, s.missing, s.size) for s in stocks), strict=True)
+    entries, missing, size, least = (
+        sum(numbers) for numbers in zip(*((s.entries, s.missing, s.size, s.least) for s in stocks), strict=True)
     )
     line = f"latent cache {cache.folder}: {entries - missing} of {entries} entries are there"
     if not missing:
         return [*cache.damage(), f"{line}; training needs no encoder"]
     free = shutil.disk_usage(cache.folder).free
     line += f"; {missing} to make, {size_text(size)} at most; {size_text(free)} are free"
-    if size > free:
+    if least > free:
         mend = "give a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which keeps half"
         raise Refusal("--latent_cache", line, mend, STORAGE)
-    return [*cache.damage(), line]
+    close = ["warning: the latent cache may find too little room, if all captions are long"] if size > free else []
+    return [*cache.damage(), line, *close]
 
 
 def open_encoder(

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ BACKENDS = {
 }
 ON = ("true", "1")
 # How long processes wait for one that samples, indexes or writes; torch's own ten minutes end a run in such a pause.
+TWICE = 0.3  # seconds within which a second Ctrl-C is the first one's echo
 PATIENCE = timedelta(hours=1)
 _OPEN: list[object] = []  # the store of the processes' meeting, which torch goes on to use
 
@@ -255,10 +257,14 @@ def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None: 
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT, SIGUSR1 or SIGHUP into a wish to stop at the step's end; a second SIGINT ends at once."""
+    """Turns SIGTERM, SIGINT, SIGUSR1 or SIGHUP into a wish to stop at the step's end; a second SIGINT ends at once.
+
+    One that comes within TWICE seconds of the first is the same, passed on by a launcher or a shell.
+    """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._heard = 0.0
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -277,10 +283,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.signal_name:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and time.monotonic() - self._heard > TWICE:
                 os._exit(128 + number)
             return  # the launcher, or the kernel in its place, passing on what was heard already
-        self.signal_name = signal.Signals(number).name
+        self.signal_name, self._heard = signal.Signals(number).name, time.monotonic()
         who = f"process {os.getpid()} saves after this step and then says 'stopped', also when its launcher has left"
         said = f"\n{self.signal_name}: {who} (Ctrl-C again: leave at once, last save kept)\n"
         with contextlib.suppress(OSError):  # a lost terminal; and a buffered stream may not be entered twice

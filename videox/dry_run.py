@@ -244,12 +244,12 @@ def balance_lines(found: Mapping[int, Load], settings: PlanSettings) -> list[str
     return lines
 
 
-def way_words(words: Sequence[str], memory: Memory, setup: Setup) -> str:
-    """Returns what fits, in words; memory: with these changes, which make the setup."""
+def way_words(words: Sequence[str], memory: Memory) -> str:
+    """Returns what fits, in words; memory: with these changes."""
     text = f"{' and '.join(words)} ({memory.total() / GIB:.1f} GiB"
     host = sum(memory.host.get(name, 0.0) for name in ("offloaded optimizer", "offloaded weights"))
     if host:
-        text += f"; {host / GIB:,.0f} GiB of each host of {setup.per_host}, and slower steps"
+        text += f"; {host / GIB:,.0f} GiB of each host besides, and slower steps"
     return f"{text})"
 
 

@@ -143,6 +143,8 @@ def one_line(error: BaseException) -> str:
         return error.line
     if isinstance(error, KeyboardInterrupt):
         return OUTSIDE
+    if isinstance(error, SaveFailed):
+        return " ".join(f"error: {error}. Mend: free some room, or give a folder that takes it".split())
     return " ".join(f"error: {type(error).__name__}: {error}".split())
 
 

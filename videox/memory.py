@@ -24,6 +24,7 @@ WORKER = 0.6 * GB  # host memory of a decoding process at 81 frames
 CLOSE = 0.95  # of a GPU's memory: what takes more may not fit after all
 LIVE, PREFETCH, BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9  # DeepSpeed's own, in numbers
 WHOLE = ("single", "ddp")
+DIVIDE = (*WHOLE, "zero2", "fsdp1", "zero3", "fsdp2")  # backends, the more they divide the later
 TITLES = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
 
 
@@ -270,12 +271,13 @@ def _single(setup: Setup) -> Setup | None:
 
 
 def _divide(setup: Setup, backend: str) -> Setup | None:
-    if backend not in OPTIMIZERS[setup.optimizer].backends:
+    if backend not in OPTIMIZERS[setup.optimizer].backends or setup.processes == 1:
         return None
-    order = [*dict.fromkeys(("single", "ddp", "zero2", backend))]
-    if setup.processes == 1 or setup.backend not in order[: order.index(backend)]:
-        return None
-    return replace(setup, backend=backend)
+    return replace(setup, backend=backend) if DIVIDE.index(backend) > DIVIDE.index(setup.backend) else None
+
+
+def _plainly(setup: Setup) -> Setup | None:
+    return replace(setup, optimizer="adamw") if setup.optimizer != "adamw" else None
 
 
 def _offload(setup: Setup) -> Setup | None:
@@ -300,6 +302,7 @@ def _times(setup: Setup, factor: int, processes: int) -> Setup | None:
 def _changes(divided: str) -> list[Change]:
     """Returns what may be changed, the cheapest in time first; divided: the family's backend that divides weights."""
     return [
+        Change("--optimizer adamw", _plainly),  # which every backend takes
         Change("--low_vram", _rest),
         Change("--gradient_checkpointing", _recompute),
         Change("--train_batch_size 1", _single),

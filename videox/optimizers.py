@@ -110,7 +110,7 @@ def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None
         raise Refusal("--optimizer", f"{name} does not work under {backend}: {asked.instead}", mend)
     if not asked.masters and lora:
         what = f"{name} rounds bfloat16 weights, and a LoRA's are float32"
-        raise Refusal("--optimizer", what, "give adamw or adamw8bit")
+        raise Refusal("--optimizer", what, "give adamw, adamw_offload or adamw8bit")
     if not asked.masters and precision != "bf16":
         raise Refusal("--optimizer", f"{name} trains bfloat16 weights", "compute in them: --mixed_precision bf16")
 

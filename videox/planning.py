@@ -345,7 +345,7 @@ class _Forecast:
         if found.total() > CLOSE * limit:
             tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
             fitting = nearest_that_fits(self.setup, CLOSE * limit, memory, divided=self.model.divided, shorter=tokens)
-            ways = [way_words(words, memory(setup), setup) for words, setup in fitting]
+            ways = [way_words(words, memory(setup)) for words, setup in fitting]
         rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} billion trained"
         _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found

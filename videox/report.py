@@ -19,10 +19,10 @@ from videox.shapes import token_count
 MUCH_CUT = 0.12  # of a sample's area; rows that lose more are named
 DIFFERENCES = (
     "frame 0 is trained like every other latent frame (HunyuanVideo image-to-video: all but the one that is given)",
-    "weights and optimizer are float32, computation alone is bf16",
+    "what trains is float32, but for optimizers named _bf16; computation alone is bf16, where that is asked for",
     "timesteps are stratified over the global batch, not nailed to processes",
     "max_grad_norm clips from the first step",
-    "each clip keeps its own aspect ratio, and each row is seen once per epoch",
+    "in buckets each clip keeps its own aspect ratio; each row is seen once per epoch unless told otherwise",
 )
 
 
@@ -33,7 +33,7 @@ def start_facts(accelerator: Accelerator, backend: Backend, *, task: str, output
         "processes": accelerator.num_processes,
         "task": task,
         "device": accelerator.device,
-        "precision": f"{accelerator.mixed_precision} computation, float32 weights",
+        "precision": {"bf16": "bf16 computation"}.get(accelerator.mixed_precision, "float32 throughout"),
         "output_dir": output_dir,
     }
 
@@ -60,7 +60,18 @@ def ledger_lines(index: Index, columns: Columns, plan: EpochPlan) -> list[str]:
         *index_summary(index),
         f"rows: {len(index)} = " + " + ".join(f"{count} {name}" for name, count in fates.items()),
     ]
-    return [*lines, *cut_lines(index, columns, plan)]
+    return [*lines, *still_lines(columns, plan), *cut_lines(index, columns, plan)]
+
+
+def still_lines(columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:
+    """Returns a line on the videos of which a single frame is all that is trained, if there are any."""
+    frames = np.array([bucket.frames for bucket in plan.buckets])[plan.micro_bucket]
+    rows = plan.row[np.repeat(frames, np.diff(plan.micro_first)) == 1]
+    stills = np.unique(rows[columns.kind[rows] == 1])
+    if not len(stills):
+        return []
+    named = ", ".join(map(str, stills[:most])) + (", ..." if len(stills) > most else "")
+    return [f"{len(stills)} videos are trained as one frame, too short for more at this stride or rate: rows {named}"]
 
 
 def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:

@@ -122,6 +122,10 @@ def open_schedule(
         steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
         accelerator.print(f"a step has {settings.slots} micro-batches, as the run began: {steps}, not {asked} in all")
     accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
+    if state.step >= total:
+        accelerator.print(
+            "all of them are done: nothing is left to train; raise --max_train_steps or --num_train_epochs"
+        )
     return Schedule(index, columns, settings, state, plan, total)
 
 

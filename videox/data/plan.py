@@ -178,6 +178,8 @@ def plan_epoch(
     if not len(rows):
         met = ", ".join(f"{np.count_nonzero(fates == f)} {f.name.lower()}" for f in Fate if np.any(fates == f))
         mend = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
+        if np.any(fates == Fate.HELD_OUT):  # they could be trained
+            mend = "lower --validation_rows"
         if np.any(fates == Fate.NOT_DRAWN):  # a row that could be trained, and would be at weight 1
             mend = "raise the `weight` of some rows: 1 is once in an epoch"
         raise Refusal("--train_data_meta", f"no row of {len(columns)} can be trained ({met})", mend, DATA)
