@@ -98,6 +98,9 @@ def test_more_processes_asked_for_than_joined_is_refused(monkeypatch: pytest.Mon
 
 def test_a_request_to_stop_is_noted_and_handlers_come_back(capfd: pytest.CaptureFixture[str]) -> None:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    for number in numbers:  # whatever started the tests, nohup for instance, may have them ignored
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with StopRequest() as stop:

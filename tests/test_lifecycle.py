@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -61,6 +62,32 @@ def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
         assert (status.state, status.exit_code, status.died) == ("running", None, False)
         run.status.write("finished", step=3, exit_code=0)
     assert read_status(tmp_path / "deep" / "run").state == "finished"
+
+
+def test_a_worker_that_ends_meanwhile_does_not_keep_the_status_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's loader does, whose second worker ends because the first one was killed."""
+
+    def fail(number: int, frame: object) -> None:
+        raise RuntimeError(f"a worker ended: {number}, {frame}")
+
+    write = RunStatus.write
+
+    def disturbed(self: RunStatus, state: str, **told: object) -> None:
+        if state == "failed":
+            signal.raise_signal(signal.SIGCHLD)
+        write(self, state, **told)
+
+    monkeypatch.setattr(RunStatus, "write", disturbed)
+    before = signal.signal(signal.SIGCHLD, fail)
+    try:
+        with pytest.raises(ValueError, match="of a step"), opened(tmp_path / "run"):
+            raise ValueError("of a step")
+        assert signal.getsignal(signal.SIGCHLD) is fail
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert read_status(tmp_path / "run").state == "failed"
 
 
 @pytest.mark.parametrize(

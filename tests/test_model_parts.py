@@ -416,7 +416,7 @@ def test_processes_share_and_divide_foreign_files_alike(
     shutil.copytree(t2v, tmp_path / "diffusers")
     found = []
     for name in ("original", "diffusers"):
-        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_files="original")
+        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
         outcome = runs.launch(words, launcher(backend, "wan2.1 normal", 2))
         assert outcome.code == 0, outcome.stderr[-4000:]
         found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))

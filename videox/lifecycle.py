@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,10 +50,27 @@ class _Recorded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self.status.write("stopped", exit_code=INTERRUPTED, error=OUTSIDE)
-        elif error is not None:
-            self.status.write("failed", exit_code=exit_code(error), error=one_line(error))
+        if error is None:
+            return
+        with _undisturbed():
+            if isinstance(error, KeyboardInterrupt):
+                self.status.write("stopped", exit_code=INTERRUPTED, error=OUTSIDE)
+            else:
+                self.status.write("failed", exit_code=exit_code(error), error=one_line(error))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps torch's loader, whose handler of SIGCHLD raises when a worker has died, from doing so within a block."""
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: set by who knows no Python
+            signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager
