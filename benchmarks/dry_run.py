@@ -177,9 +177,7 @@ def verdict(said: str) -> str:
 def main() -> None:
     """Prints the table."""
     words = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
-    sys.stdout.write(
-        f"# Dry runs of the published commands\n\nMachine: {words[0]}. {ROWS:,} rows, 8 processes, "
-    )
+    sys.stdout.write(f"# Dry runs of the published commands\n\nMachine: {words[0]}. {ROWS:,} rows, 8 processes, ")
     sys.stdout.write(f"{LIMIT} GiB per GPU; only config.json files of the models on the disk. GiB per GPU.\n\n")
     sys.stdout.write("| model | backend | token size | weights | masters | gradients | optimizer | communication | ")
     sys.stdout.write(

@@ -73,8 +73,8 @@ def counts(cells: list[Cell]) -> tuple[str, str]:
     return f"{sum(cell.passed for cell in cells)} of {len(cells)}", f"{sum(cell.seconds for cell in cells):.0f}"
 
 
-def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int) -> str:
-    """Returns the report as Markdown."""
+def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int, again: int) -> str:
+    """Returns the report as Markdown; again: tests that stand in several results."""
     matrices, rest = grouped(cells, slow)
     failed = [f"{cell.file}::{cell.function}[{cell.parameters}]" for cell in cells if not cell.passed]
     absent = [
@@ -88,6 +88,7 @@ def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int) -
             "",
             "`make test-all`, then `python benchmarks/matrices.py --output benchmarks/matrices.md`.",
             f"{counts(cells)[0]} tests passed; {counts(cells)[1]} seconds of tests, {workers} files side by side.",
+            *([f"{again} of them were run again after later changes, and count as they ended then."] if again else []),
             f"Not passed: {', '.join(failed) if failed else 'none'}.",
             f"Not run: {', '.join(absent) if absent else 'none'}.",
             "",
@@ -115,9 +116,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="files that ran side by side (WORKERS of the Makefile)")
     parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
     args = parser.parse_args()
-    found = {(c.file, c.function, c.parameters): c for path in args.results for c in read_results(path)}
-    cells = list(found.values())
-    text = page(cells, slow_functions(), args.workers)
+    read = [c for path in args.results for c in read_results(path)]
+    cells = list({(c.file, c.function, c.parameters): c for c in read}.values())
+    text = page(cells, slow_functions(), args.workers, len(read) - len(cells))
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

@@ -17,6 +17,10 @@ from videox.distributed import Backend
 from videox.shapes import token_count
 
 MUCH_CUT = 0.12  # of a sample's area; rows that lose more are named
+UNFIT = {
+    Fate.TOO_SHORT: "too few frames for a sample at this stride or rate; --explain with this row says how many",
+    Fate.TOO_SMALL: "a side is below 16 pixels",
+}
 DIFFERENCES = (
     "frame 0 is trained like every other latent frame (HunyuanVideo image-to-video: all but the one that is given)",
     "what trains is float32, but for optimizers named _bf16; computation alone is bf16, where that is asked for",
@@ -116,7 +120,8 @@ def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:
     rows = np.flatnonzero(~np.isin(plan.fates, (Fate.TRAINED, Fate.HELD_OUT, Fate.NOT_DRAWN))).tolist()
     refused = []
     for row in rows:
-        kind, detail = problems.get(row, (Fate(int(plan.fates[row])).name.lower(), ""))
+        fate = Fate(int(plan.fates[row]))
+        kind, detail = problems.get(row, (fate.name.lower(), UNFIT.get(fate, "")))
         refused.append({"row": row, "path": index.file_path[row].as_py(), "class": kind, "detail": detail})
     return refused
 

@@ -335,6 +335,7 @@ class Watch:
             )
         self._close()
         self.run.status.write("finished", step=self.state.step, exit_code=0)
+        self.bar.note(f"finished at step {self.state.step}; what was trained is in {self.output_dir}")
         return 0
 
     def _close(self) -> None:
