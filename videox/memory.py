@@ -155,10 +155,9 @@ def communication_bytes(parameters: Parameters, setup: Setup) -> float:
     if setup.backend in WHOLE:
         weight = OPTIMIZERS[setup.optimizer].weight
         cast = parameters.trained * (weight == 4) + (parameters.total - parameters.trained) * (setup.frozen == 4)
-        copies = 2.0 * cast if setup.half else 0.0  # autocast's, for the length of a forward pass
-        return copies + (
-            float(weight * parameters.trained) if setup.backend == "ddp" else 0.0
-        )  # the reducer's buckets
+        copies = 2 * cast if setup.half else 0  # autocast's, for the length of a forward pass
+        buckets = weight * parameters.trained if setup.backend == "ddp" else 0  # the reducer's
+        return float(copies + buckets)
     share = 1 / setup.processes
     if setup.backend.startswith("fsdp"):
         gathered = parameters.outside + 2 * parameters.block  # the next block is gathered meanwhile
