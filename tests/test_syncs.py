@@ -11,6 +11,7 @@ import torch
 from syncs import OURS, OnDevice, counted_steps, counting
 
 from videox.ema import Ema, Masters
+from videox.steps import seed_generators
 from videox.transfer import Moment, Numbers, to_device
 
 DEVICE = torch.device("cpu")
@@ -168,3 +169,11 @@ def test_without_a_cache_only_encoders_wait(
     assert ours <= ENCODING
     theirs = ("/diffusers/pipelines/", "/transformers/")
     assert all(place.startswith(OURS) or any(part in place for part in theirs) for place in places), places
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_generators_are_seeded_as_torch_seeds_them(seed: int) -> None:
+    torch.manual_seed(seed)
+    wanted = torch.randn(5)
+    seed_generators(seed)
+    assert torch.equal(torch.randn(5), wanted)

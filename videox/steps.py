@@ -63,7 +63,7 @@ def seed_generators(seed: int) -> None:
     """Sets torch's generators, of the processor and of the GPU that is here.
 
     As torch.manual_seed, but for devices that are not here: for each kind of these it keeps a trace of the whole call,
-    a third of all that a step on a small model takes beside the model.
+    a fifth of all that a step on a tiny model takes beside the model (benchmarks/cache.py).
     """
     torch.default_generator.manual_seed(seed)
     if torch.accelerator.is_available():

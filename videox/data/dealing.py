@@ -110,7 +110,7 @@ def side_by_side(worth: np.ndarray, deviation: np.ndarray, width: int, given: np
     deviations and what is given nearest to the mean of what is left. So the first rows have the most to choose from.
 
     Args:
-        worth: int64 [n, m]: a slot's cost.
+        worth: int64 [n, m]: what slots are sorted by, their cost or deviation.
         deviation: int64 [n, m], given: int64 [n, m / width]: what shall be level, of a slot, and of a row besides.
     """
     n, m = worth.shape
