@@ -23,11 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from cost import cost_coefficients, joint_cost_coefficients
 
-from videox.data.balance import balance, balance_and_mix, unplanned
-from videox.data.buckets import SizePolicy
-from videox.data.plan import BARRIERS, Columns, PlanSettings, plan_epoch, sample_cost
-from videox.estimate import cost_coefficients, joint_cost_coefficients
+from videox.data.plan.balance import balance, balance_and_mix, unplanned
+from videox.data.plan.buckets import SizePolicy
+from videox.data.plan.plan import BARRIERS, Columns, PlanSettings, plan_epoch, sample_cost
 from videox.shapes import token_count
 
 MIXES = {

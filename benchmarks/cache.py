@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import numpy as np
 import runs
@@ -33,8 +33,8 @@ from cache_memory import build_model, memory_of
 from cache_plain import PlainLoop
 from machine import machine_line
 
-from videox.data.cache import Cache
-from videox.flow_matching import velocity_losses
+from videox.data.cache.cache import Cache
+from videox.diffusion.flow_matching import velocity_losses
 
 NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
 STEPS, TURNS = 12, 3  # of a whole run; runs of each way

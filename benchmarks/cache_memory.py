@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import runs
 import test_backends
@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed goes at once, as tensors of a large encoder do
 PAUSE = 0.1  # seconds between two looks
-SHARED = "/memfd:videox"  # what videox.sharing puts a cast encoder into
+SHARED = "/memfd:videox"  # what videox.models.shared_memory puts a cast encoder into
 TEXT_ENCODER = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 8, "num_heads": 16}
 
 

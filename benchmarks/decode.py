@@ -34,8 +34,8 @@ import torch
 from machine import machine_line
 from PIL import Image
 
-from videox.data.image import cover_size, resize_cover
-from videox.data.video import READERS, probe, read_clip
+from videox.data.media.image import cover_size, resize_cover
+from videox.data.media.video import READERS, probe, read_clip
 
 FRAMES, STRIDE, HEIGHT, WIDTH = 49, 2, 256, 448
 

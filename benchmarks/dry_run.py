@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from videox.memory import CLOSE
+from videox.estimate.memory import CLOSE
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, LIMIT, PROCESSES = 100_000, 80, 8

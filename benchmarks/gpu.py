@@ -30,8 +30,8 @@ from gpu_process import PARTS, Measurer, cases
 from gpu_scales import LARGEST, REAL, SMALL, Scale, Values
 from machine import processor
 
-from videox.memory import CONTEXT, FRAGMENTS
-from videox.utilization import peak_of
+from videox.estimate.memory import CONTEXT, FRAGMENTS
+from videox.estimate.mfu import peak_of
 
 MINUTES = 9.5
 

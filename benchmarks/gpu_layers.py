@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import attention_backend, dispatch_atte
 from gpu_scales import GIB, HALF, JOINT_TEXT, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
 from torch.utils.checkpoint import checkpoint
 
-from videox.network import Network, cross_attention_network, joint_attention_network
+from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.shapes import Bucket, latent_shape, token_count
 
 CUDNN = "_native_cudnn"

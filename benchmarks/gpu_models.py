@@ -15,11 +15,11 @@ from gpu_scales import GIB, HALF, LARGEST, TERA, TEXT, Case, Scale, Values, noth
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from videox.latents import encode_moments
-from videox.memory import Encoders, Memory, Parameters, Setup, memory_of
-from videox.offload import RestingModule
-from videox.optim import make_optimizer
-from videox.peak import module_bytes, peak_bytes
+from videox.encoders.offload import RestingModule
+from videox.encoders.vae import encode_moments
+from videox.estimate.memory import Encoders, Memory, Parameters, Setup, memory_of
+from videox.estimate.peak_memory import module_bytes, peak_bytes
+from videox.optim.build import make_optimizer
 from videox.shapes import Bucket, latent_shape, token_count
 
 # -------------------------------------------------------------------------------------------------------- encoders

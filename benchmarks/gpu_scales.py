@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from videox.peak import peak_bytes
+from videox.estimate.peak_memory import peak_bytes
 from videox.shapes import Bucket
 
 GIB, TERA = 2**30, 1e12

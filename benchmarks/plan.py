@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pyarrow as pa
+from cost import cost_coefficients
 from machine import machine_line
 
-from videox.data.buckets import SizePolicy
-from videox.data.index import Index, load_index
-from videox.data.index_file import DECLARED, MEASURED, SCHEMA, VERSION, fingerprint_of, write_table
-from videox.data.plan import Columns, PlanSettings, count_steps, plan_epoch
-from videox.estimate import cost_coefficients
+from videox.data.index.index import Index, load_index
+from videox.data.index.table import DECLARED, MEASURED, SCHEMA, VERSION, fingerprint_of, write_table
+from videox.data.plan.buckets import SizePolicy
+from videox.data.plan.plan import Columns, PlanSettings, count_steps, plan_epoch
 
 POLICY = SizePolicy(
     video_sample_size=256, image_sample_size=1024, token_sample_size=512, n_frames=81, stride=3,

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import forkserver
 import runs
 import tiny
 from machine import machine_line
 
-from videox.checkpoint import find_checkpoints, latest
+from videox.run.checkpoint import find_checkpoints, latest
 
 STEPS, EVERY, KILLS, IN_SAVES = 60, 5, 20, 7
 CONFIGURATIONS = tuple((workers, precision) for precision in ("no", "bf16") for workers in (0, 2))

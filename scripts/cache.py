@@ -11,9 +11,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.cache_care import clean, contents, files_of, is_cache, shard_paths, size_text, verify
+from videox.data.cache.maintenance import clean, contents, files_of, is_cache, shard_paths, size_text, verify
 from videox.errors import STORAGE, Refusal
-from videox.lifecycle import run_script
+from videox.run.lifecycle import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

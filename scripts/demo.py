@@ -34,9 +34,9 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from videox.data.video import read_image
+from videox.data.media.video import read_image
 from videox.errors import BUG, FLAGS, STOPPED, Refusal
-from videox.flag_parser import Parser
+from videox.training.argument_parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".videox-demo"  # a folder without it was not made by the demo and is left alone

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import torch
 
-from videox.data.video import read_clip
+from videox.data.media.video import read_clip
 from videox.errors import DATA, Refusal
 
 # (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.

@@ -35,27 +35,27 @@ from torch import Tensor
 from tqdm import tqdm
 from zero_to_bf16 import published, readable, refuse_full_disk, refuse_place, shard_size, whole_weights
 
-from videox.adapter_files import FACTS, fingerprint
-from videox.args import EXPORT_DTYPES
-from videox.checkpoint import MANIFEST, verify
-from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, Refusal
-from videox.exports import ARCHITECTURES, LAYOUTS, write_file
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, UNLOADABLE, Refusal
 from videox.files import SaveFailed, publish_file
-from videox.flag_parser import Parser
-from videox.fsdp_shards import fsdp_folder
-from videox.hub import local_folder
-from videox.layouts import family_of
-from videox.lifecycle import run_script
-from videox.lora_files import PREFIX, lora_family, lora_file, read_lora
-from videox.lora_layouts import lora_to_comfyui
-from videox.merging import low_rank, merged
-from videox.model_folder import UNLOADABLE, read_json
-from videox.model_parts import Part, find_part, refuse_misfit
-from videox.provenance import MODEL_CONFIG, describe, known_of, stored_config
-from videox.streaming import Planned, check_bytes, check_folder, write_folder
-from videox.tensor_files import LayoutTensors, open_tensors
-from videox.weights import CONFIG, few, save_tensors
-from videox.zero_shards import tag_folder
+from videox.lora.checkpoint import FACTS, fingerprint
+from videox.lora.layouts import lora_to_comfyui
+from videox.lora.merge import low_rank, merged
+from videox.lora.reader import PREFIX, lora_family, lora_file, read_lora
+from videox.models.component import Part, find_part, refuse_misfit
+from videox.models.folder import read_json
+from videox.models.hub import local_folder
+from videox.run.checkpoint import MANIFEST, verify
+from videox.run.lifecycle import run_script
+from videox.training.args import EXPORT_DTYPES
+from videox.training.argument_parser import Parser
+from videox.weights.deepspeed_reader import tag_folder
+from videox.weights.fsdp_reader import fsdp_folder
+from videox.weights.header import MODEL_CONFIG, OF_THE_FILE, TRAINER, describe, header_of, json_object, stored_config
+from videox.weights.layout_writer import ARCHITECTURES, LAYOUTS, write_file
+from videox.weights.layouts import family_of
+from videox.weights.reader import LayoutTensors, open_tensors
+from videox.weights.safetensors_io import CONFIG, few, save_tensors
+from videox.weights.stream_writer import Planned, check_bytes, check_folder, write_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
 PUBLISHED = {"wan": "WanModel"}  # what an original config.json calls the same
@@ -177,6 +177,37 @@ def refuse_output(source: Path, output: Path, layout: str) -> None:
         raise Refusal("output", f"{output} lies in {inside[0]}", "name a file outside of it", FLAGS)
     if os.path.lexists(output):
         raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
+
+
+def known_of(source: Path) -> dict[str, str]:
+    """Returns what is known of weights: base_model, task, rank, alpha, steps, seed, sizes, shift, trainer.
+
+    Args:
+        source: a file, a transformer's folder, or a checkpoint; what lies in a checkpoint is told by its own records.
+    """
+    header = header_of(source)
+    found = {}
+    if header.get("trainer", "").startswith(TRAINER):
+        found = {k: v for k, v in header.items() if k not in OF_THE_FILE and not k.startswith("modelspec.")}
+    folders = (source, *source.resolve().parents[:2])
+    checkpoint = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+    adapters = json_object(header.get("lora_adapter_metadata", "{}"))
+    said = {"rank": adapters.get("transformer.r"), "alpha": adapters.get("transformer.lora_alpha")}
+    if checkpoint is not None:
+        manifest, state, lora = (
+            json_file(checkpoint / name) for name in (MANIFEST, "trainer_state.json", "lora.json")
+        )
+        said |= manifest.get("description") or {}
+        said |= {"steps": manifest.get("step"), "seed": state.get("seed")}
+        if lora:
+            said |= {"rank": lora.get("rank"), "alpha": lora.get("alpha")}
+        if version := (manifest.get("versions") or {}).get("videox"):
+            said["trainer"] = f"{TRAINER}{version}"
+    return {**found, **{name: str(value) for name, value in said.items() if value is not None}}
+
+
+def json_file(path: Path) -> dict[str, Any]:
+    return json_object(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
 
 
 def headed(source: Path, facts: dict[str, str | None], base: str | None = None) -> dict[str, str]:

@@ -11,7 +11,7 @@ if [ "${WORLD_SIZE:-1}" = 1 ]; then
   fi
 else
   export MASTER_PORT="${MASTER_PORT:-10086}"
-  TORCH_CPP_LOG_LEVEL=FATAL python -m videox.meeting  # out within a minute, with one line, where a machine is missing
+  TORCH_CPP_LOG_LEVEL=FATAL python -m videox.distributed.rendezvous  # out within a minute, with one line, where a machine is missing
   MACHINES+=(--main_process_ip="$MASTER_ADDR" --main_process_port="$MASTER_PORT" --num_machines="$WORLD_SIZE"
     --num_processes="$NUM_PROCESS" --machine_rank="$RANK" --rdzv_conf="timeout=${VIDEOX_MEETING_SECONDS:-60}")
 fi

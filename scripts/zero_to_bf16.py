@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from videox.checkpoint import MANIFEST, verify
 from videox.errors import MODEL, STORAGE, Refusal
 from videox.files import SaveFailed, flush, flush_tree
-from videox.fsdp_shards import FOLDERS, fsdp_folder, read_fsdp
-from videox.lifecycle import run_script
-from videox.shards import Shards, read_whole
-from videox.streaming import Planned, check_bytes, check_folder, planned, refuse_other_model, write_folder
-from videox.weights import CONFIG, WEIGHTS, few
-from videox.zero_shards import LATEST, read_zero, tag_folder
+from videox.run.checkpoint import MANIFEST, verify
+from videox.run.lifecycle import run_script
+from videox.weights.deepspeed_reader import LATEST, read_zero, tag_folder
+from videox.weights.fsdp_reader import FOLDERS, fsdp_folder, read_fsdp
+from videox.weights.lazy_tensor import Shards, read_whole
+from videox.weights.safetensors_io import CONFIG, WEIGHTS, few
+from videox.weights.stream_writer import Planned, check_bytes, check_folder, planned, refuse_other_model, write_folder
 
 TRANSFORMER = "transformer"
 LOADS = "{} already holds the weights whole: from_pretrained(..., torch_dtype=torch.bfloat16) loads it as it is"

@@ -35,7 +35,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from videox.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MOST_BOXES
+from videox.diffusion.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MOST_BOXES
 
 ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"

@@ -7,134 +7,27 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file imports from lower floors only; scripts stand above all of them. A new module needs a line here.
-FLOORS = {
-    "videox": 0,
-    "videox.errors": 0,
-    "videox.files": 0,
-    "videox.flag_parser": 1,
-    "videox.keys": 0,
-    "videox.shapes": 0,
-    "videox.build_lock": 1,
-    "videox.conditioning": 1,
-    "videox.estimate": 1,
-    "videox.flow_matching": 1,
-    "videox.hub": 1,
-    "videox.jsonl": 1,
-    "videox.late_step": 4,
-    "videox.layout_tables": 0,
-    "videox.layouts": 1,
-    "videox.lora_files": 3,
-    "videox.lora_layouts": 2,
-    "videox.model_configs": 2,
-    "videox.meeting": 1,
-    "videox.model_folder": 1,
-    "videox.model_parts": 4,
-    "videox.network": 1,
-    "videox.offload": 1,
-    "videox.peak": 1,
-    "videox.host_optimizer": 2,
-    "videox.optim": 3,
-    "videox.optimizers": 1,
-    "videox.peer_hub": 1,
-    "videox.pickles": 1,
-    "videox.transfer": 1,
-    "videox.progress": 1,
-    "videox.recompute": 1,
-    "videox.status": 1,
-    "videox.straggling": 3,
-    "videox.weights": 1,
-    "videox.checkpoint": 2,
-    "videox.creation": 2,
-    "videox.kept": 2,
-    "videox.lora": 2,
-    "videox.distributed": 2,
-    "videox.ema": 2,
-    "videox.latents": 2,
-    "videox.memory": 2,
-    "videox.merging": 5,
-    "videox.metrics": 2,
-    "videox.local_steps": 3,
-    "videox.optimizer_state": 2,
-    "videox.preview": 2,
-    "videox.shards": 2,
-    "videox.sharing": 5,
-    "videox.agreement": 3,
-    "videox.cost_model": 3,
-    "videox.dry_run": 3,
-    "videox.plan_picture": 3,
-    "videox.dump": 3,
-    "videox.explain": 3,
-    "videox.encoding": 3,
-    "videox.exports": 4,
-    "videox.provenance": 3,
-    "videox.fsdp_shards": 3,
-    "videox.report": 3,
-    "videox.run_folder": 3,
-    "videox.state": 3,
-    "videox.streaming": 3,
-    "videox.tensor_files": 3,
-    "videox.tracker": 3,
-    "videox.utilization": 3,
-    "videox.transformer": 5,
-    "videox.validation": 3,
-    "videox.zero_creation": 3,
-    "videox.zero_shards": 3,
-    "videox.args": 5,
-    "videox.first_minute": 6,
-    "videox.text": 4,
-    "videox.lifecycle": 4,
-    "videox.engine": 4,
-    "videox.zero_universal": 4,
-    "videox.adapter_files": 6,
-    "videox.averaging": 7,
-    "videox.cache_fill": 5,
-    "videox.fsdp": 5,
-    "videox.peers": 5,
-    "videox.watch": 5,
-    "videox.steps": 6,
-    "videox.validator": 6,
-    "videox.scheduling": 7,
-    "videox.exporting": 8,
-    "videox.wiring": 9,
-    "videox.planning": 10,
-    "videox.zero": 5,
-}
-# videox.data is floor 2 as a whole; inside it imports go only leftwards.
-DATA = (
-    "formats",
-    "metadata",
-    "media",
-    "deadline",
-    "image",
-    "decord_reader",
-    "video",
-    "probing",
-    "index_file",
-    "survey",
-    "index",
-    "buckets",
-    "settings",
-    "slots",
-    "dealing",
-    "epoch",
-    "plan",
-    "balance",
-    "extent",
-    "shard_file",
-    "cache",
-    "cache_care",
-    "dataset",
-    "bucket_sampler",
-    "loader",
+# The packages of videox from the bottom up. A file imports from its own package and from lines above its own; scripts
+# stand above all of them. `GROUND` are the files directly under videox/.
+ORDER = (
+    ("GROUND",),
+    ("weights", "run", "distributed", "diffusion"),
+    ("data", "lora", "optim"),
+    ("models", "encoders", "tracking"),
+    ("engine", "estimate"),
+    ("families",),
+    ("training",),
 )
-DATA_FLOOR = 2
+LEVELS = {package: level for level, packages in enumerate(ORDER) for package in packages}
+TAKE_ARGS = "training"  # the package whose functions take the parsed flags
+MOST_ENTRIES = 22  # files and packages directly under videox/
 
 LINES = 460  # a train.py tells a whole family; a module of the package is split long before
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}
@@ -184,7 +77,7 @@ def modules_of_videox() -> list[Path]:
 
 
 def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
-    """Yields (module of videox, line), with `from videox.data import plan` resolved to videox.data.plan."""
+    """Yields (module of videox, line), with `from videox.data import plan` resolved to videox.data.plan.plan."""
     known = {module_name(p) for p in modules_of_videox()}
     for module, name, line in imports(path):
         if module.split(".")[0] == "videox":
@@ -192,15 +85,21 @@ def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
             yield (full if full in known else module), line
 
 
-def test_every_module_has_a_floor() -> None:
-    names = {module_name(path) for path in modules_of_videox()}
-    unknown = {n for n in names if not n.startswith("videox.data")} - set(FLOORS)
-    unknown |= {n for n in names if n.startswith("videox.data.") and n.split(".")[2] not in DATA}
-    assert not unknown, f"no floor in tests/test_house.py for {sorted(unknown)}"
+def package(module: str) -> str:
+    """Returns the package of videox that a module belongs to; GROUND for the files directly under videox/."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (ROOT / "videox" / parts[1]).is_dir() else "GROUND"
 
 
-def floor(module: str) -> int:
-    return DATA_FLOOR if module.startswith("videox.data") else FLOORS[module]
+def test_every_package_has_a_level() -> None:
+    entries = [p for p in (ROOT / "videox").iterdir() if p.suffix == ".py" or (p.is_dir() and list(p.rglob("*.py")))]
+    assert not {p.name for p in entries if p.is_dir()} - set(LEVELS), "a package without a level in ORDER"
+    assert len(entries) <= MOST_ENTRIES
+
+
+def test_every_package_states_its_rule_and_exports_nothing() -> None:
+    for path in (p for p in modules_of_videox() if p.name == "__init__.py" and p.parent.name != "videox"):
+        assert len(tree(path).body) == 1 and ast.get_docstring(tree(path)), f"{path}: only the rule as a docstring"
 
 
 @pytest.mark.parametrize("path", modules_of_videox(), ids=module_name)
@@ -208,10 +107,13 @@ def test_imports_go_down(path: Path) -> None:
     name = module_name(path)
     for target, line in imported_modules(path):
         where = f"{name}:{line} imports {target}"
-        if name.startswith("videox.data.") and target.startswith("videox.data."):
-            assert DATA.index(target.split(".")[2]) < DATA.index(name.split(".")[2]), f"{where}: not leftwards"
-        else:
-            assert floor(target) < floor(name), f"{where}: not a lower floor"
+        if package(target) != package(name):
+            assert LEVELS[package(target)] < LEVELS[package(name)], f"{where}: not a lower level of ORDER"
+
+
+def test_no_circle_between_modules() -> None:
+    graph = {module_name(p): {target for target, _ in imported_modules(p)} for p in modules_of_videox()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_nothing_below_imports_scripts_or_tests() -> None:
@@ -227,12 +129,9 @@ def test_data_knows_no_training_library(path: Path) -> None:
         assert module.split(".")[0] not in banned, f"{path}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("name", sorted(n for n, f in FLOORS.items() if f == 0))
-def test_floor_0_needs_no_torch(name: str) -> None:
-    path = ROOT / Path(*name.split(".")).with_suffix(".py")
-    path = path if path.exists() else path.with_suffix("") / "__init__.py"
-    assert path.exists(), f"{name} has a floor but no file"
-    assert not [m for m, _, _ in imports(path) if m.split(".")[0] in {"torch", "diffusers", "accelerate"}]
+@pytest.mark.parametrize("path", files(".py", under=("videox/data/plan",)), ids=module_name)
+def test_the_plan_needs_no_torch(path: Path) -> None:
+    assert not [m for m, _, _ in imports(path) if m.split(".")[0] == "torch"]
 
 
 def test_no_family_class_below_scripts() -> None:
@@ -264,13 +163,7 @@ def test_every_signature_is_annotated(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules_of_videox(), ids=module_name)
 def test_parsed_flags_stay_in_args(path: Path) -> None:
-    if module_name(path) in (
-        "videox.args",
-        "videox.flag_parser",
-        "videox.planning",
-        "videox.scheduling",
-        "videox.wiring",
-    ):
+    if package(module_name(path)) == TAKE_ARGS:
         return
     for function in functions(path):
         for parameter in parameters(function):
@@ -300,13 +193,6 @@ def test_no_vague_file_names() -> None:
 def test_folders_that_would_hide_a_package_hold_no_python(folder: str) -> None:
     tracked = files(".py", under=(folder,)) if folder == "config" else list((ROOT / folder).glob("__init__.py"))
     assert not tracked, f"{tracked}: an import of `{folder}` would find this instead of the installed package"
-
-
-@pytest.mark.parametrize("path", files(".py", ".sh"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_first_line_says_whom_it_serves(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    first = lines[1] if lines[0].startswith("#!") else lines[0]
-    assert re.match(r'("""|# )Serves ', first), f"{path}: {first!r}"
 
 
 @pytest.mark.parametrize("path", files(".py", ".sh", ".md", ".toml", ".yaml"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -13,6 +13,8 @@ NUMERICS = 6
 PEER_LOST = 7
 BUG = 70
 STOPPED = 75
+# What diffusers, transformers, safetensors and torch raise on a file or configuration that they cannot use.
+UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class Refusal(Exception):

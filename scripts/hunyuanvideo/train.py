@@ -13,7 +13,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
-import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+import videox.training.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
 
 # isort: split
 
@@ -35,18 +35,14 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from transformers import AutoTokenizer, CLIPTextModel
 
-import videox.planning as planning
-import videox.scheduling as scheduling
-import videox.wiring as wiring
-from videox.conditioning import concat_first_frame, replace_first_frame
+import videox.training.build as wiring
+import videox.training.dry_run as planning
+import videox.training.schedule as scheduling
 from videox.data.dataset import Batch
-from videox.data.plan import held_out_plan
-from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
-from videox.dump import dump_folder, write_dump
-from videox.encoding import Encoder, OnDemand, Recipe, latents_recipe
-from videox.errors import MODEL, Refusal
-from videox.first_minute import names_memory
-from videox.flow_matching import (
+from videox.data.plan.plan import held_out_plan
+from videox.device import to_device
+from videox.diffusion.conditioning import concat_first_frame, replace_first_frame
+from videox.diffusion.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     batch_noise,
@@ -54,21 +50,25 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
-from videox.hub import local_folder
-from videox.keys import Purpose, mix
-from videox.latents import draw, encode_moments
-from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
-from videox.model_parts import Part, choose_part
-from videox.network import joint_attention_network
-from videox.offload import RestingModule
-from videox.sharing import load_frozen
-from videox.steps import close_step, walk
-from videox.text import encode_pooled, encode_text, join_text
-from videox.transfer import to_device
-from videox.transformer import load_transformer
-from videox.validation import HeldOut
-from videox.validator import encode_held_out
+from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
+from videox.encoders.encode import Encoder, OnDemand, Recipe, latents_recipe
+from videox.encoders.hunyuan_text import encode_pooled, encode_text, join_text
+from videox.encoders.offload import RestingModule
+from videox.encoders.vae import draw, encode_moments
+from videox.errors import MODEL, Refusal
+from videox.estimate.flops import joint_attention_network
+from videox.models.component import Part, choose_part
+from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
+from videox.models.hub import local_folder
+from videox.models.shared_memory import load_frozen
+from videox.models.transformer import load_transformer
+from videox.rng import Purpose, mix
+from videox.run.lifecycle import Run, run_script
+from videox.tracking.dump import dump_folder, write_dump
+from videox.training.loop import close_step, walk
+from videox.training.memory_check import names_memory
+from videox.training.validation_loss import HeldOut
+from videox.training.validator import encode_held_out
 
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
 ADAPTED = {"transformer_blocks": ("attn", "ff", "ff_context")}  # what a LoRA changes, by list of blocks

@@ -12,7 +12,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoin
 
 from __future__ import annotations
 
-import videox.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
+import videox.training.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
 
 # isort: split
 
@@ -31,18 +31,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
-import videox.planning as planning
-import videox.scheduling as scheduling
-import videox.wiring as wiring
-from videox.conditioning import keep_on_host, known_mask, pack_mask
+import videox.training.build as wiring
+import videox.training.dry_run as planning
+import videox.training.schedule as scheduling
 from videox.data.dataset import Batch
-from videox.data.plan import held_out_plan
-from videox.distributed import Backend, StopRequest, accumulate, backward, compute_dtype
-from videox.dump import dump_folder, write_dump
-from videox.encoding import Encoder, OnDemand, Raw, Recipe, latents_recipe
-from videox.errors import MODEL, Refusal
-from videox.first_minute import names_memory
-from videox.flow_matching import (
+from videox.data.plan.plan import held_out_plan
+from videox.device import to_device
+from videox.diffusion.conditioning import keep_on_host, known_mask, pack_mask
+from videox.diffusion.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     batch_noise,
@@ -50,20 +46,24 @@ from videox.flow_matching import (
     motion_losses,
     velocity_losses,
 )
-from videox.hub import local_folder
-from videox.keys import Purpose, mix
-from videox.latents import draw, encode_moments, to_images
-from videox.lifecycle import Run, run_script
-from videox.model_folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
-from videox.model_parts import Part, choose_part, find_part, original_parts, original_places
-from videox.network import cross_attention_network
-from videox.offload import RestingModule
-from videox.sharing import load_frozen
-from videox.steps import close_step, walk
-from videox.transfer import to_device
-from videox.transformer import load_transformer
-from videox.validation import HeldOut
-from videox.validator import encode_held_out
+from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
+from videox.encoders.encode import Encoder, OnDemand, Raw, Recipe, latents_recipe
+from videox.encoders.offload import RestingModule
+from videox.encoders.vae import draw, encode_moments, to_images
+from videox.errors import MODEL, Refusal
+from videox.estimate.flops import cross_attention_network
+from videox.models.component import Part, choose_part, find_part, original_parts, original_places
+from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
+from videox.models.hub import local_folder
+from videox.models.shared_memory import load_frozen
+from videox.models.transformer import load_transformer
+from videox.rng import Purpose, mix
+from videox.run.lifecycle import Run, run_script
+from videox.tracking.dump import dump_folder, write_dump
+from videox.training.loop import close_step, walk
+from videox.training.memory_check import names_memory
+from videox.training.validation_loss import HeldOut
+from videox.training.validator import encode_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.utils.data import Sampler
 
 from videox.data.dataset import PlannedSample
-from videox.data.plan import EpochPlan, MicroBatch, check_world_size
+from videox.data.plan.plan import EpochPlan, MicroBatch, check_world_size
 
 
 class BucketBatchSampler(Sampler[list[PlannedSample]]):

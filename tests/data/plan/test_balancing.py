@@ -1,0 +1,274 @@
+"""Serves videox/data/dealing.py, slots.py and balance.py: ranks wait little, steps stay varied, nothing is lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
+from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
+
+from videox.data.plan.balance import balance, balance_and_mix, mix, plan_costs, unplanned
+from videox.data.plan.balancing import BY, CEILING, Dealing, Deck, deal, equal_sums, judge, levelled, straying
+from videox.data.plan.batching import ROOM, UNITS, pack, pack_steps
+from videox.data.plan.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
+from videox.data.plan.settings import BALANCES
+from videox.shapes import token_count
+
+WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of the 1.3-billion-parameter model, rounded
+MANY = columns_of(6000)
+planned = st.builds(
+    lambda settings, balance, barrier, accumulation, ranks: replace(
+        settings, balance=balance, barrier=barrier, accumulation=accumulation, slots=ranks * accumulation, **WAN
+    ),
+    settings_of, st.sampled_from(BALANCES), st.sampled_from(BARRIERS), st.integers(1, 4), st.sampled_from([1, 2, 3, 6]),
+)  # fmt: skip
+
+
+def lottery(slots: int, seed: int = 0) -> Deck:
+    """Returns slots of a mixed data set: a third cheap images, clips that differ eightfold."""
+    rng = np.random.default_rng(seed)
+    logs = np.where(rng.random(slots) < 0.3, rng.normal(6, 0.5, slots), rng.normal(9.4, 0.5, slots))
+    deviation = np.rint((logs - logs.mean()) * 4096).astype(np.int64)
+    return Deck(np.rint(np.exp(1.4 * logs)).astype(np.int64), deviation, np.ones(slots, np.int64))
+
+
+# ----------------------------------------------------------------------------------------------- the two rules
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> None:
+    deck = lottery(n * rows * width, seed)
+    cost, deviation = deck.cost.reshape(n, -1), deck.deviation.reshape(n, -1)
+    dealt = [equal_sums(cost, width), *(levelled(cost, deviation, width, block) for block in (1, 2, 8))]
+    dealt += [straying(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
+    for order in dealt:
+        assert order.shape == (n, rows, width)
+        assert np.array_equal(np.sort(order.reshape(n, -1), axis=1), np.tile(np.arange(rows * width), (n, 1)))
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_slots_of_one_bucket_are_dealt_once(barrier: str, accumulation: int) -> None:
+    alike = Deck(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
+    dealt = deal(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
+    assert dealt.shape == (12 // accumulation, accumulation, 2)
+    assert sorted(dealt.flatten()) == list(range(24))
+
+
+@pytest.mark.parametrize(("size", "limit"), [(2, 0.05), (3, 0.04), (4, 0.01), (8, 0.01)])
+def test_sums_are_nearly_equal(size: int, limit: float) -> None:
+    values = np.random.default_rng(0).integers(1, 1000, (1, 64 * size))
+    sums = np.take_along_axis(values, equal_sums(values, size).reshape(1, -1), 1).reshape(64, size).sum(1)
+    assert sums.std() < limit * sums.mean()
+
+
+def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
+    deck = lottery(4096)
+    cost, deviation = deck.cost[None], deck.deviation[None]
+    spread = math.sqrt(float((deck.deviation**2).mean()) * 16)
+    found = []
+    for stray in (0.0, 1.0, 2.0, 4.0, math.inf):
+        rows = straying(cost, deviation, 16, stray * spread)[0]
+        strayed = deck.deviation[rows].sum(1) / spread
+        found.append((balance(deck.cost[rows][:, None, :].astype(float), "step"), float(np.mean(strayed**2))))
+    balances, mixes = zip(*found, strict=True)
+    assert balances == tuple(sorted(balances))
+    assert balances[-1] > 0.95
+    assert mixes[0] < 0.1
+    assert mixes[1] == pytest.approx(1, rel=0.2)  # stray is the rms, in units of what random rows have
+    assert mixes[2] == pytest.approx(4, rel=0.2)
+
+
+def test_a_few_micro_steps_level_what_the_others_are() -> None:
+    """Images that fill too few micro-steps for each step to have one: nearly as even as sorted by cost, and varied."""
+    ranks, steps, rng = 64, 24, np.random.default_rng(0)
+    images = rng.random(steps * 4 * ranks) < 0.07
+    logs = np.where(images, -4.0, rng.normal(0.3, 0.25, len(images)))
+    cost = np.rint(1e6 * np.exp(1.4 * logs)).astype(np.int64)
+    deck = Deck(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
+    whole, spread = deck.at(np.arange(len(logs))[None]), math.sqrt(float((deck.deviation**2).mean()))
+    found = []
+    by_cost, even, *few = [Dealing(ranks, 4, "micro", stray=stray) for stray in (math.inf, 0.0)] + [
+        Dealing(ranks, 4, "micro", few=1, by=by) for by in BY
+    ]
+    for way in (by_cost, even, *few):
+        dealt = way.steps(whole, spread)
+        assert sorted(dealt.flatten()) == list(range(len(logs)))
+        found.append(judge(whole, dealt, "micro", spread))
+    assert found[0][1] > CEILING  # by cost alone
+    for balanced, mixed in found[2:]:
+        assert balanced > (found[0][0] + found[1][0]) / 2
+        assert mixed < 0.1
+
+
+@settings_(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 16), st.integers(1, 4), st.sampled_from(BARRIERS), st.integers(32, 80), st.integers(0, 9999),
+    st.sampled_from([1, 2, 7]),
+)  # fmt: skip
+def test_no_epoch_is_less_varied_than_promised(
+    ranks: int, accumulation: int, barrier: str, steps: int, seed: int, together: int
+) -> None:
+    """Whatever the balance costs; slots of several samples are clumped, so that slots at random are so as well."""
+    deck = lottery(steps * ranks * accumulation, seed)
+    count = 1 + np.random.default_rng(seed).integers(0, together, len(deck.cost))
+    deck = Deck(deck.cost, np.rint(deck.deviation * np.sqrt(count)).astype(np.int64), count)
+    deck = replace(deck, deviation=deck.deviation - deck.samples * (deck.deviation.sum() // deck.samples.sum()))
+    spread = math.sqrt(float((deck.deviation**2 / deck.samples).mean()))
+    dealt = deal(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
+    whole = deck.at(np.arange(len(deck.cost))[None])
+    assert judge(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= CEILING
+
+
+@given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200))
+def test_no_slot_is_overfull_and_none_is_empty(costs: list[int]) -> None:
+    slot = pack(np.array(costs))
+    loads = np.bincount(slot, weights=costs)
+    assert loads.max() <= ROOM
+    assert loads.min() > 0
+    assert len(loads) <= 2 * math.ceil(sum(costs) / UNITS) + 1
+
+
+@given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200), st.integers(1, 8))
+def test_whole_steps_are_never_more_than_with_a_short_one(costs: list[int], size: int) -> None:
+    even, plain = (
+        np.bincount(slot, weights=costs) for slot in (pack_steps(np.array(costs), size), pack(np.array(costs)))
+    )
+    assert even.max() <= ROOM and even.min() > 0 and even.sum() == sum(costs)
+    assert -(-len(even) // size) <= -(-len(plain) // size)
+    if len(even) != len(plain):
+        assert len(even) % size == 0
+
+
+def test_the_last_step_is_full_where_a_little_more_or_less_does_it() -> None:
+    costs = np.random.default_rng(0).integers(1, UNITS // 4, 4000)
+    slots = int(pack(costs).max()) + 1
+    for size in (7, 16, 24):
+        assert slots % size and (int(pack_steps(costs, size).max()) + 1) % size == 0
+
+
+# -------------------------------------------------------------------------------------------------- a whole plan
+
+
+@settings_(max_examples=40, deadline=None)
+@given(data, planned)
+def test_any_plan_trains_each_row_once_at_every_world_size(columns: object, settings: PlanSettings) -> None:
+    plan = plan_epoch(columns, settings, 0)
+    alone = samples(all_batches(plan))
+    assert len({(row, copy) for _, _, _, row, copy, *_ in alone}) == len(alone) == len(plan.row)
+    for world_size in (w for w in WORLD_SIZES if settings.slots % w == 0):
+        assert sorted(samples(all_batches(plan, world_size))) == sorted(alone)
+    again = plan_epoch(columns, settings, 0)
+    assert all(
+        np.array_equal(getattr(plan, name), getattr(again, name)) for name in ("row", "micro_first", "slot_first")
+    )
+    if settings.video_repeat <= 1:  # no clip twice in a step
+        for step in range(plan.n_steps):
+            assert len(set(plan.rows_of_step(step).tolist())) == len(plan.rows_of_step(step))
+
+
+@settings_(max_examples=25, deadline=None)
+@given(data, planned)
+def test_costs_are_those_of_the_micro_batches_that_run(columns: object, settings: PlanSettings) -> None:
+    plan = plan_epoch(columns, settings, 0)
+    ranks = settings.slots // settings.accumulation
+    costs, padding = plan_costs(plan, settings, ranks)
+
+    def cost(batch: MicroBatch) -> float:
+        tokens = token_count(batch.bucket)
+        return len(batch.rows) * (settings.cost_linear * tokens + settings.cost_quadratic * tokens**2)
+
+    for step in range(plan.n_steps):
+        for rank in range(ranks):
+            batches = plan.micro_batches(step, rank, ranks)
+            spent = (costs + padding)[step, :, rank]
+            assert spent[spent > 0] == pytest.approx([cost(batch) for batch in batches])
+            assert costs[step, :, rank].sum() == pytest.approx(sum(cost(b) for b in real(batches)))
+
+
+def numbers_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:
+    return balance_and_mix(plan_epoch(MANY, settings, 0), settings, world_size)
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_ranks_wait_less_and_steps_stay_varied(barrier: str, slot_fill: str, accumulation: int) -> None:
+    settings = replace(
+        SETTINGS, batch_size=1, slots=8 * accumulation, accumulation=accumulation, barrier=barrier, slot_fill=slot_fill,
+        **WAN,
+    )  # fmt: skip
+    found = {kind: numbers_of(replace(settings, balance=kind), 8) for kind in BALANCES}
+    assert found["none"][0] < found["mixed"][0] <= found["strict"][0] + 0.005
+    assert found["strict"][0] > 0.96
+    assert found["mixed"][1] < 4.05
+    if accumulation == 4:
+        assert found["mixed"][0] > 0.95
+
+
+def test_fixed_fill_keeps_the_samples_of_a_step() -> None:
+    for kind in BALANCES:
+        settings = replace(SETTINGS, balance=kind, batch_size=1, accumulation=3)
+        plan = plan_epoch(MANY, settings, 0)
+        assert {len(plan.rows_of_step(step)) for step in range(plan.n_steps - 1)} == {settings.slots}
+
+
+def test_one_process_has_the_plan_of_many() -> None:
+    alone, several = (plan_epoch(COLUMNS, replace(SETTINGS, accumulation=a), 0) for a in (SETTINGS.slots, 1))
+    assert samples(all_batches(alone)) == samples(all_batches(several))
+
+
+def test_no_rank_keeps_the_dearest_slots() -> None:
+    settings = replace(SETTINGS, batch_size=1, slots=8, accumulation=2, **WAN)
+    plan = plan_epoch(MANY, settings, 0)
+    costs, _ = plan_costs(plan, settings, 4)
+    by_rank = costs.sum((0, 1)) / costs.sum() * 4
+    assert np.all(np.abs(by_rank - 1) < 0.05)
+    thirds = np.array_split(costs.sum((1, 2)), 3)
+    assert np.ptp([third.mean() for third in thirds]) < 0.1 * costs.sum((1, 2)).mean()
+
+
+# ------------------------------------------------------------------------------------------- the numbers themselves
+
+
+def test_balance_by_hand() -> None:
+    costs = np.array([[[4.0, 2.0], [1.0, 3.0]]])
+    assert balance(costs, "step") == 10 / (2 * 5)
+    assert balance(costs, "micro") == 10 / (2 * (4 + 3))
+    assert balance(costs, "step", np.array([[[0.0, 0.0], [0.0, 5.0]]])) == 10 / (2 * 10)
+    with pytest.raises(ValueError, match="layer"):
+        balance(costs, "layer")
+
+
+def test_mix_of_random_steps_is_one_and_of_sorted_ones_their_size() -> None:
+    tokens = np.random.default_rng(1).integers(100, 30000, 64 * 400)
+    step = np.arange(len(tokens)) // 64
+    assert mix(tokens, step) == pytest.approx(1, abs=0.15)
+    assert mix(np.sort(tokens), step) == pytest.approx(64, rel=0.05)
+    assert mix(np.full(64, 9), np.arange(64) // 8) == 0
+    assert mix(tokens[:64], np.zeros(64, int)) == 1
+
+
+def test_unplanned_is_a_random_order_of_whole_batches() -> None:
+    bucket = np.random.default_rng(1).integers(0, 5, 4000)
+    cost = (bucket + 1.0) ** 2
+    found = unplanned(cost, bucket, batch_size=2, ranks=8, accumulation=2)
+    assert found.shape[1:] == (2, 8)
+    assert set(np.unique(found)) <= {2 * (b + 1.0) ** 2 for b in range(5)} | {(b + 1.0) ** 2 for b in range(5)}
+    assert found.size == pytest.approx(2000, abs=20)
+    assert balance(found, "micro") < balance(found, "step") < 0.75
+
+
+def test_padding_takes_time_and_counts_nothing() -> None:
+    settings = replace(SETTINGS, slot_fill="cost", slots=4, batch_size=1, **WAN)
+    plan: EpochPlan = plan_epoch(COLUMNS, settings, 0)
+    costs, padding = plan_costs(plan, settings, 4)
+    unit = sample_cost(settings, plan.buckets)
+    assert costs.sum() == pytest.approx(float(unit[plan.micro_bucket] @ np.diff(plan.micro_first)))
+    pads = sum(batch.rows[0] == PADDING for batch in all_batches(plan, 4))
+    assert np.count_nonzero(padding) == pads > 0

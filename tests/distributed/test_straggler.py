@@ -1,0 +1,115 @@
+"""Serves videox/straggling.py: the wait for the slowest process is measured, beside what was planned."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import forkserver
+import pytest
+import runs
+import tiny
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videox.device import Moment, Numbers
+from videox.distributed.straggler import LAST_TO_COME, Effort, effort_of, straggler_share
+from videox.tracking.pending_step import LateStep
+
+STEPS = 4
+
+
+@given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=64))
+def test_the_share_is_what_the_slowest_costs_the_others(busy: list[float]) -> None:
+    share = straggler_share(busy)
+    waited = sum(max(busy) - each for each in busy)
+    assert share == pytest.approx(waited / (len(busy) * max(busy)), abs=1e-12)
+    assert -1e-12 < share < 1
+    assert straggler_share([*busy, 0.0]) is None
+
+
+def test_equal_processes_wait_for_nobody() -> None:
+    assert straggler_share([2.5] * 8) == 0
+    assert straggler_share([3.0, 1.0]) == pytest.approx(1 / 3)
+    assert straggler_share([]) is None
+
+
+def test_work_is_done_when_the_last_gradients_have_come() -> None:
+    with runs.untouched_process():
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(LAST_TO_COME)))
+        assert effort_of(accelerator, model) is None  # one process waits for nobody
+        effort = Effort(model, accelerator)
+    begin = Moment(torch.device("cpu"))
+    assert effort.take() is None
+    model(torch.ones(1, 2)).sum().backward()
+    after = Moment(torch.device("cpu"))
+    done = effort.take()
+    assert 0 <= done.since(begin) <= after.since(begin)
+    assert effort.take() is None
+
+
+def test_waiting_for_data_is_no_work() -> None:
+    device, one = torch.device("cpu"), torch.ones(())
+    times = iter([10.0, 14.0])
+    begin, done = (Moment(device, lambda: next(times)) for _ in range(2))
+
+    def step(work_done: Moment | None, waited: float) -> LateStep:
+        numbers = Numbers(one, one, one > 0, device=device)
+        return LateStep(1, None, 0, None, 0.0, False, numbers, 5.0, waited, begin, work_done)  # type: ignore[arg-type]
+
+    assert step(done, 0.0).busy() == 4
+    assert step(done, 1.5).busy() == 2.5
+    assert step(None, 1.5).busy() == 0
+    assert step(done, 0.0).took() == 5
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+
+def train_three_times_as_busy() -> int:
+    """Runs in each of two processes: trains, and says that the second one works three times as long as the first."""
+    measured = LateStep.busy
+
+    def said(self: LateStep) -> float:
+        assert measured(self) > 0
+        return 1.0 + 2.0 * (rank == "1")
+
+    rank = os.environ["RANK"]
+    LateStep.busy = said
+    return runs.script().main()
+
+
+def lines_of(folder: Path, metadata: Path, work: str = "", **changes: object) -> list[dict]:
+    flags = runs.wan_plain(
+        tiny.build_wan_t2v(folder / "model"), metadata, folder / "run",
+        **{"max_train_steps": STEPS, "checkpointing_steps": STEPS - 1, "mixed_precision": "no", **changes},
+    )  # fmt: skip
+    ranks = forkserver.shared().run_ranks(2, flags, folder / "log", work=(work, work) if work else ())
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].said()[-4000:]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_bytes().splitlines()]
+
+
+def test_every_line_has_the_share_of_its_own_step(tmp_path: Path) -> None:
+    metadata = tiny.make_dataset(tmp_path / "data", copies=2)
+    lines = lines_of(tmp_path, metadata, "tests.distributed.test_straggler:train_three_times_as_busy")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["straggler_share"] for line in lines] == pytest.approx([1 / 3] * STEPS)
+    assert "waiting for the slowest 33% (planned " in (tmp_path / "log-rank0").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_with_dearer_samples_is_found(tmp_path: Path) -> None:
+    """Of two rows every step has both: a clip on one process, an image of a few tokens on the other."""
+    metadata = tiny.make_dataset(tmp_path / "data", (("clip.mp4", 256, 256, 13, 24.0), ("image.png", 64, 64, 0, 0.0)))
+    lines = lines_of(
+        tmp_path, metadata, video_sample_size=256, image_sample_size=64, token_sample_size=256, balance="none",
+        max_train_steps=8,
+    )  # fmt: skip
+    assert all(0 <= line["straggler_share"] < 1 for line in lines)
+    # in the second step DDP puts its buckets in order, for which processes meet once more
+    dear = sorted(line["straggler_share"] for line in lines[2:] if line["planned_balance"] < 0.6)
+    assert len(dear) > 1 and dear[len(dear) // 2] > 0.1, lines

@@ -1,0 +1,140 @@
+"""Serves videox/latents.py: pixels as diffusers scales them, latents drawn by each sample's own key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from diffusers.video_processor import VideoProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from videox.encoders.offload import RestingModule
+from videox.encoders.vae import encode, to_video
+from videox.rng import Purpose, mix
+
+COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
+KEYS = [int(key) for key in mix(23, np.arange(COUNT))]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_pixels_are_scaled_as_diffusers_scales_images(seed: int, frames: int, rows: int, columns: int) -> None:
+    shape = (2, frames, 16 * rows, 16 * columns, 3)
+    pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+    video = to_video(pixels)
+    assert video.shape == (2, 3, *shape[1:4]) and video.dtype == torch.float32
+    processor = VideoProcessor(vae_scale_factor=8)
+    for clip, sample in zip(pixels, video, strict=True):
+        images = [Image.fromarray(frame.numpy()) for frame in clip]
+        for place, image in enumerate(images):
+            assert torch.equal(processor.preprocess(image, *shape[2:4])[0], sample[:, place])
+        assert torch.equal(processor.preprocess_video([images], *shape[2:4])[0], sample)
+
+
+def test_every_pixel_value_is_scaled_to_the_bit() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    wanted = VideoProcessor(vae_scale_factor=8).preprocess(Image.fromarray(values), 16, 16)
+    video = to_video(torch.from_numpy(values)[None, None])
+    assert torch.equal(video[:, :, 0], wanted)
+    assert video.min() == -1 and video.max() == 1
+
+
+class CountedAutoencoder:
+    """An autoencoder of diffusers and the sizes of the batches that it was asked to encode."""
+
+    def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.vae = vae.requires_grad_(False).eval()
+        self.resting = RestingModule(self.vae, torch.device("cpu"), rests=True)
+        self.calls: list[int] = []
+        encode_batch = self.vae.encode
+
+        def counted(video: torch.Tensor) -> object:
+            self.calls.append(len(video))
+            return encode_batch(video)
+
+        monkeypatch.setattr(self.vae, "encode", counted)
+
+    def precise(self) -> CountedAutoencoder:
+        """Computes in float64 from here on: what is left between two batch sizes is then no rounding of float32."""
+        self.resting = RestingModule(self.vae.double(), torch.device("cpu"), rests=True)
+        return self
+
+
+@pytest.fixture(params=["wan", "hunyuan"])
+def autoencoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedAutoencoder]:
+    """A small one with random weights, unsure of its latents as a trained one is not, so that the draw shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if request.param == "wan":
+            vae = AutoencoderKLWan(
+                base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+            )
+        else:
+            vae = AutoencoderKLHunyuanVideo(
+                latent_channels=16, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
+            )
+        yield CountedAutoencoder(vae, monkeypatch)
+
+
+@pytest.fixture
+def video() -> torch.Tensor:
+    clips = [tiny.moving_square(FRAMES, WIDTH, HEIGHT, seed) for seed in range(COUNT)]
+    return to_video(torch.from_numpy(np.stack(clips)))
+
+
+def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
+    latents = encode(autoencoder.resting, video, keys=KEYS, mini_batch=32)
+    with torch.no_grad():
+        posterior = autoencoder.vae.encode(video).latent_dist
+    assert latents.shape == (COUNT, 16, 2, 4, 6) and latents.dtype == torch.float32
+    assert posterior.std.min() > 0.1
+    for row, key in enumerate(KEYS):
+        generator = np.random.Generator(np.random.Philox(key=int(mix(key, Purpose.POSTERIOR))))
+        noise = torch.from_numpy(generator.standard_normal((16, 2, 4, 6), dtype=np.float32))
+        assert torch.equal(latents[row], posterior.mean[row] + posterior.std[row] * noise)
+
+
+def test_without_keys_it_is_the_posteriors_mode(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
+    latents = encode(autoencoder.resting, video, keys=None, mini_batch=32)
+    with torch.no_grad():
+        posterior = autoencoder.vae.encode(video).latent_dist
+    assert torch.equal(latents, posterior.mode())
+
+
+@pytest.mark.parametrize("keys", [KEYS, None])
+def test_the_mini_batch_changes_the_calls_and_not_the_latents(
+    autoencoder: CountedAutoencoder, video: torch.Tensor, keys: list[int] | None
+) -> None:
+    resting, found, calls = autoencoder.precise().resting, {}, {}
+    for mini_batch in (1, 2, 32):
+        autoencoder.calls.clear()
+        found[mini_batch] = encode(resting, video.double(), keys=keys, mini_batch=mini_batch)
+        calls[mini_batch] = list(autoencoder.calls)
+    assert calls == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 32: [5]}
+    assert found[32].std() > 0.01
+    for mini_batch in (1, 2):
+        assert torch.allclose(found[mini_batch], found[32], rtol=0, atol=1e-12)
+
+
+def test_a_sample_keeps_its_latents_in_any_company(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
+    resting, video = autoencoder.precise().resting, video.double()
+    together = encode(resting, video, keys=KEYS, mini_batch=2)
+    turned = encode(resting, video.flip(0), keys=KEYS[::-1], mini_batch=2)
+    assert torch.allclose(turned.flip(0), together, rtol=0, atol=1e-12)
+    other = encode(resting, video[:1], keys=KEYS[1:2], mini_batch=2)
+    assert not torch.allclose(other[0], together[0], rtol=0, atol=0.1)  # another key draws other noise
+
+
+def test_latents_carry_no_gradient_and_draw_from_no_generator(
+    autoencoder: CountedAutoencoder, video: torch.Tensor
+) -> None:
+    before = torch.get_rng_state()
+    latents = encode(autoencoder.resting, video.requires_grad_(), keys=KEYS, mini_batch=2)
+    assert not latents.requires_grad
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,179 @@
+"""Serves whoever pays for the GPU: in a step the host waits for it nowhere, so that it never waits for the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+from syncs import OURS, OnDevice, counted_steps, counting
+
+from videox.device import Moment, Numbers, to_device
+from videox.optim.ema import Ema, Masters
+from videox.training.loop import seed_generators
+
+DEVICE = torch.device("cpu")
+STEPS = 4
+BUILD = {
+    ("wan2.1", "normal"): tiny.build_wan_t2v,
+    ("wan2.1", "i2v"): tiny.build_wan_i2v,
+    ("wan2.1", "inpaint"): tiny.build_wan_i2v,
+    ("hunyuanvideo", "normal"): tiny.build_hunyuan_t2v,
+    ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
+}
+
+
+# ------------------------------------------------------------------------------------------- the counting itself
+
+
+def waits(work: object) -> list[str]:
+    """Returns what the host waits for in a function that is given a tensor of the device and one of the host."""
+    on_device, host = OnDevice(), torch.arange(4.0)
+    with counting(on_device):
+        there = host.to(DEVICE, non_blocking=True)
+        work(there, host)  # type: ignore[operator]
+    return [place.split(" ", 1)[1] for place in on_device.places]
+
+
+@pytest.mark.parametrize(
+    ("work", "what"),
+    [
+        (lambda d, h: float(d.sum()), "aten._local_scalar_dense.default"),
+        (lambda d, h: bool(d.isfinite().all()), "aten._local_scalar_dense.default"),
+        (lambda d, h: d.tolist(), "tolist"),
+        (lambda d, h: d.mul(2).cpu(), "cpu"),
+        (lambda d, h: d.numpy(), "numpy"),
+        (lambda d, h: d.to("cpu"), "to('cpu')"),
+        (lambda d, h: h.to(DEVICE), "to(device)"),
+        (lambda d, h: d.nonzero(), "aten.nonzero.default"),
+        (lambda d, h: d[d > 1], "aten.index.Tensor by truth values"),
+        (lambda d, h: torch.zeros(4).copy_(d), "copy_"),
+        (lambda d, h: torch.zeros(4, device=DEVICE).copy_(h), "copy_"),
+        (lambda d, h: h[int(d[0]) :], "aten._local_scalar_dense.default"),
+    ],
+)
+def test_each_way_to_wait_is_counted(work: object, what: str) -> None:
+    assert waits(work) == [what]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda d, h: (float(h.sum()), h.tolist(), h.numpy(), h[h > 1], h.nonzero()),
+        lambda d, h: torch.where(d > 1, d, 0) + torch.zeros(4, device=DEVICE).copy_(d),
+        lambda d, h: to_device(h, DEVICE) + d,
+        lambda d, h: torch.nn.utils.rnn.pad_sequence([d, d[:2]], batch_first=True),
+        lambda d, h: Numbers(d.sum(), d.max(), device=DEVICE).read(),
+    ],
+)
+def test_what_waits_for_nothing_is_not_counted(work: object) -> None:
+    assert waits(work) == []
+
+
+def test_weights_are_on_the_device() -> None:
+    layer, on_device = torch.nn.Linear(4, 4), OnDevice()
+    with counting(on_device):
+        layer(torch.ones(2, 4)).sum().item()
+    (place,) = on_device.places
+    assert place.startswith(f"{__file__}:")
+
+
+# -------------------------------------------------------------------------------------------------- numbers, moments
+
+
+def test_numbers_come_back_as_they_were() -> None:
+    numbers = Numbers(
+        torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("inf")), torch.tensor(True), device=DEVICE
+    )
+    assert numbers.read() == [0.1, float("inf"), 1.0]
+
+
+def test_a_moment_of_a_device_without_a_queue_is_the_hosts() -> None:
+    times = iter([3.0, 5.5])
+    first, second = Moment(DEVICE, lambda: next(times)), Moment(DEVICE, lambda: next(times))
+    assert second.since(first) == 2.5 and not first.on_device
+
+
+def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
+    weights = {"a": torch.full((3,), 2.0)}
+    ema = Ema(Masters(("a",), weights.__getitem__, lambda name, new: None), decay=0.5)
+    on_device = OnDevice()
+    with counting(on_device):
+        on_device.add([weights, ema.parts])
+        there = [torch.tensor(applied).to(DEVICE, non_blocking=True) for applied in (True, False, True)]
+        for applied in there:
+            weights["a"] += 1
+            ema.update(applied)
+    assert on_device.places == []
+    assert ema.updates == 2
+    assert ema.parts["a"].tolist() == pytest.approx([3 + (5 - 3) * (1 - 2 / 11)] * 3)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def counted(family: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **asked: object) -> list[list[str]]:
+    """Returns where the host waits in each step of a run, the last left out: that one ends in a save."""
+    model, metadata = BUILD[family, mode](folder / "model"), tiny.make_dataset(folder / "data")
+    script = runs.script(family)
+    flags = {"max_train_steps": STEPS, "train_mode": mode, "checkpointing_steps": STEPS, **asked}
+    if "latent_cache" in asked:
+        filled = runs.train(runs.plain(family, model, metadata, folder / "fill", cache_only=True, **flags), script)
+        assert filled.code == 0, filled.stderr
+    walk, steps = counted_steps(script)
+    monkeypatch.setattr(script, "walk", walk)
+    done = runs.train(runs.plain(family, model, metadata, folder / "out", **flags), script)
+    assert done.code == 0, done.stderr
+    assert [record["step"] for record in done.metrics] == list(range(1, STEPS + 1))
+    assert len(steps) == STEPS and steps[-1]  # the save reads the weights: so waits are seen
+    return steps[:-1]
+
+
+@pytest.mark.parametrize(("family", "mode"), [("wan2.1", "i2v"), ("hunyuanvideo", "normal")])
+def test_no_step_waits_for_the_device(family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = counted(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache")
+    assert found == [[]] * (STEPS - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mode"), BUILD)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"train_batch_size": 2, "gradient_accumulation_steps": 2, "use_ema": True, "motion_sub_loss": True},
+        {"initial_grad_norm_ratio": 5.0, "abnormal_norm_clip_start": 1, "mixed_precision": "no"},
+        {"lora_rank": 4, "gradient_checkpointing": None},
+    ],
+    ids=["EMA", "spikes", "LoRA"],
+)
+def test_no_step_waits_whatever_is_asked_for(
+    family: str, mode: str, asked: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = counted(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache", **asked)
+    assert found == [[]] * (STEPS - 1)
+
+
+# What encoders are given without a cache, images and texts' lengths, their libraries want on the host.
+ENCODING = {("latents.py", "cpu"), ("latents.py", "numpy"), ("text.py", "aten._local_scalar_dense.default")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mode"), BUILD)
+def test_without_a_cache_only_encoders_wait(
+    family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {place for step in counted(family, mode, tmp_path, monkeypatch) for place in step}
+    ours = {(Path(place.split(":")[0]).name, place.split(" ", 1)[1]) for place in places if place.startswith(OURS)}
+    assert ours <= ENCODING
+    theirs = ("/diffusers/pipelines/", "/transformers/")
+    assert all(place.startswith(OURS) or any(part in place for part in theirs) for place in places), places
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_generators_are_seeded_as_torch_seeds_them(seed: int) -> None:
+    torch.manual_seed(seed)
+    wanted = torch.randn(5)
+    seed_generators(seed)
+    assert torch.equal(torch.randn(5), wanted)

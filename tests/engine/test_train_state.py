@@ -1,0 +1,335 @@
+"""Serves whoever resumes: the state comes back to the bit, and a run that would become another one is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import WanTransformer3DModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videox.data.plan.buckets import SizePolicy
+from videox.data.plan.plan import Columns, PlanSettings, plan_epoch
+from videox.engine.train_state import (
+    STATE_FILE,
+    TrainState,
+    checkpoint_bytes,
+    load_state,
+    name_of,
+    plan_inputs,
+    read_state,
+    refuse_changed_plan,
+    resume_or_begin,
+    save_state,
+)
+from videox.errors import FLAGS, MODEL, Refusal
+from videox.optim.build import choose_trainable, make_optimizer, parameter_groups
+
+POLICY = SizePolicy(
+    video_sample_size=64, image_sample_size=64, token_sample_size=64, n_frames=9, stride=2, enable_bucket=True,
+    random_hw_adapt=True, token_length=True, random_frame_crop=False, random_ratio_crop=False, fix_sample_size=None,
+)  # fmt: skip
+SETTINGS = PlanSettings(
+    policy=POLICY, batch_size=2, slots=4, seed=7, slot_fill="fixed", video_repeat=1, held_out=0, cost_linear=1.0,
+    cost_quadratic=0.5,
+)  # fmt: skip
+
+
+def state_of(settings: PlanSettings = SETTINGS, index: str = "same") -> TrainState:
+    return TrainState(settings.seed, settings.slots, index, plan_inputs(settings), run="a run")
+
+
+def alone(value: object) -> list[object]:
+    return [value]
+
+
+def write_state(folder: Path, state: TrainState) -> Path:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_state(folder, state=state, model=model, config="{}", optimizer=optimizer)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ the numbers
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = state_of()
+    state.step, state.epoch, state.epoch_step = 1234, 5, 17
+    state.quarantined, state.bad, state.skipped, state.skipped_in_row = [3, 99], [4], 6, 2
+    state.seed = 2**63 - 1
+    assert read_state(write_state(tmp_path / "checkpoint", state)) == state
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"seed": 1}', None], ids=["empty", "list", "torn", "short", "none"]
+)
+def test_a_state_that_cannot_be_read_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / STATE_FILE).write_text(content, encoding="utf-8")
+    with pytest.raises(Refusal, match="not a readable trainer state") as refused:
+        read_state(tmp_path)
+    assert refused.value.exit_code == MODEL
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+def test_steps_count_through_epochs(lengths: list[int]) -> None:
+    state = state_of()
+    for epoch, length in enumerate(lengths):
+        for step in range(length):
+            assert (state.epoch, state.epoch_step) == (epoch, step)
+            assert state.advance(length) == (step == length - 1)
+    assert (state.step, state.epoch, state.epoch_step) == (sum(lengths), len(lengths), 0)
+
+
+def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
+    state = state_of()
+    state.quarantined, state.bad = [8], [3, 8, 1]
+    assert not state.advance(2)
+    assert (state.quarantined, state.bad) == ([8], [3, 8, 1])
+    assert state.advance(2)
+    assert (state.quarantined, state.bad) == ([1, 3, 8], [])
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changed", "index", "named"),
+    [
+        (replace(SETTINGS, batch_size=3), "same", "batch_size was 2, is 3"),
+        (replace(SETTINGS, seed=8), "same", "seed was 7, is 8"),
+        (replace(SETTINGS, slot_fill="cost"), "same", "slot_fill was fixed, is cost"),
+        (replace(SETTINGS, policy=replace(POLICY, video_sample_size=96)), "same", "policy.video_sample_size was 64, is 96"),
+        (replace(SETTINGS, policy=replace(POLICY, fix_sample_size=(64, 32))), "same", "policy.fix_sample_size was None, is [64, 32]"),
+        (SETTINGS, "other", "the data's rows, captions or sizes are others"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_schedule_is_named(changed: PlanSettings, index: str, named: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        refuse_changed_plan(state_of(), index, changed)
+    assert refused.value.what == f"the schedule would change: {named}"
+    assert refused.value.exit_code == MODEL
+    assert "another --output_dir" in refused.value.mend
+
+
+def test_all_changes_are_named_and_none_is_invented() -> None:
+    refuse_changed_plan(state_of(), "same", SETTINGS)
+    with pytest.raises(Refusal) as refused:
+        refuse_changed_plan(state_of(), "other", replace(SETTINGS, batch_size=3, seed=8))
+    assert refused.value.what.count(" was ") == 2
+    assert "data's rows" in refused.value.what
+
+
+def test_the_state_of_an_older_version_without_a_setting_is_refused_by_name() -> None:
+    state = state_of()
+    del state.settings["held_out"]
+    with pytest.raises(Refusal, match="held_out was None, is 0"):
+        refuse_changed_plan(state, "same", SETTINGS)
+
+
+def test_a_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
+    kept = write_older(tmp_path / "older", state_of())
+    state, settings = begin(kept, seed=None)
+    assert (settings.balance, settings.barrier, settings.accumulation, settings.slots) == ("none", "step", 1, 4)
+    assert state.step == state_of().step
+    by_cost = state_of()
+    by_cost.settings["slot_fill"] = "cost"
+    with pytest.raises(Refusal, match="older version, which filled slots by cost"):
+        begin(write_older(tmp_path / "cost", by_cost))
+
+
+def write_older(folder: Path, state: TrainState) -> Path:
+    """Writes a checkpoint as a version did that knew nothing of balance."""
+    for name in ("balance", "barrier", "accumulation", "clips_per_video", "clip_sampling"):
+        del state.settings[name]
+    del state.settings["policy"]["sample_fps"]
+    return write_state(folder, state)
+
+
+def test_a_resumed_run_keeps_what_its_first_launch_decided(tmp_path: Path) -> None:
+    state = state_of()
+    state.settings |= {"barrier": "micro", "accumulation": 2, "cost_linear": 3.0, "cost_quadratic": 0.5}
+    _, settings = begin(write_state(tmp_path / "checkpoint", state))
+    assert (settings.barrier, settings.accumulation) == ("micro", 2)
+    assert (settings.cost_linear, settings.cost_quadratic) == (3.0, 0.5)
+
+
+def columns_of(width: int = 64, usable: bool = True) -> Columns:
+    """Two rows, of which the second one may be lost."""
+    sides = {"height": np.array([48, 48], np.int32), "frames": np.array([9, 9], np.int32)}
+    kind, widths = np.array([1, 1], np.uint8), np.array([64, width], np.int32)
+    return Columns(kind=kind, width=widths, usable=np.array([True, usable]), **sides)
+
+
+COLUMNS = columns_of()
+
+
+def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path) -> None:
+    state, _ = begin(None)
+    write_state(tmp_path / "checkpoint", state)
+
+    def resumed(columns: Columns, names: str = "names") -> TrainState:
+        def settings_of(**kept: object) -> PlanSettings:
+            return replace(SETTINGS, **kept)
+
+        return resume_or_begin(
+            tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
+            names=names, columns=columns, run="a run", gather=alone,
+        )[0]  # fmt: skip
+
+    assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
+    for columns, names in ((columns_of(width=80), "names"), (columns_of(usable=False), "others")):
+        with pytest.raises(Refusal, match="data's rows"):
+            resumed(columns, names)
+
+
+def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:
+    def settings_of(**kept: object) -> PlanSettings:
+        return replace(SETTINGS, **kept)
+
+    return resume_or_begin(
+        checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",
+        names="names", columns=COLUMNS, run="a run", gather=alone,
+    )  # fmt: skip
+
+
+def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:
+    state, settings = begin(None, seed=0)
+    assert (state.seed, settings.seed, state.step) == (0, 0, 0)
+    drawn = {begin(None, seed=None)[0].seed for _ in range(8)}
+    assert len(drawn) > 1
+    assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_runs_of_one_name_train_the_same_order() -> None:
+    def name(**changes: object) -> str:
+        return name_of("flags", "data", replace(SETTINGS, slots=4, **changes))
+
+    whole = {"accumulation": 1, "barrier": "step"}
+    assert name(**whole) == name(**whole) == name(accumulation=4, barrier="step")  # 4 processes; 1 with 4 steps
+    others = [{"accumulation": 2}, {"barrier": "micro"}, {"seed": SETTINGS.seed + 1}, {"cost_quadratic": 2.0}]
+    names = [name(**{**whole, **other}) for other in others]
+    names += [name_of("other flags", "data", replace(SETTINGS, slots=4, **whole))]
+    names += [name_of("flags", "other data", replace(SETTINGS, slots=4, **whole)), name(**whole)]
+    assert len(set(names)) == len(names)
+    sides = np.random.default_rng(0).integers(64, 400, (2, 64))
+    columns = Columns(np.zeros(64, np.uint8), *sides.astype(np.int32), np.ones(64, np.int32), np.ones(64, bool))
+    planned = (plan_epoch(columns, replace(SETTINGS, slots=4, accumulation=each), 0) for each in (1, 4))
+    orders = dict(zip((1, 4), (plan.row.tolist() for plan in planned), strict=True))
+    assert orders[1] == orders[4]
+    assert begin(None, seed=None)[0].run != begin(None, seed=None)[0].run
+
+
+def test_a_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:
+    kept = write_state(tmp_path / "checkpoint", state_of())
+    for slots, world_size in ((1, 1), (2, 2), (8, 4)):
+        state, settings = begin(kept, seed=None, slots=slots, world_size=world_size)
+        assert (state.seed, state.slots, settings.slots) == (7, 4, 4)
+    with pytest.raises(Refusal, match="seed was 7, is 9"):
+        begin(kept, seed=9)
+    with pytest.raises(Refusal, match="3 does not divide the 4 slots") as refused:
+        begin(kept, slots=3, world_size=3)
+    assert refused.value.exit_code == FLAGS
+    assert "1, 2, 4 processes" in refused.value.mend
+
+
+# ------------------------------------------------------------------------------- weights and optimizer
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> WanTransformer3DModel:
+    model = tiny.build_wan_t2v(tmp_path_factory.mktemp("model") / "model")
+    return WanTransformer3DModel.from_pretrained(model / "transformer")
+
+
+def choose(model: torch.nn.Module, trainable: list[str], low: list[str]) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, *choose_trainable(model, trainable, low))
+    return make_optimizer(groups, learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=0.1, epsilon=1e-8)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Takes AdamW steps first..last; each step's data is a function of its number."""
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        latents = torch.randn(1, 16, 2, 4, 4, generator=generator)
+        text = torch.randn(1, 5, model.config.text_dim, generator=generator)
+        prediction = model(hidden_states=latents, timestep=torch.tensor([100.0 * step]), encoder_hidden_states=text)[0]
+        (prediction - latents).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def bits(model: torch.nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "low"),
+    [(["."], []), (["attn1"], ["ffn"]), (["blocks.1"], [])],
+    ids=["all", "two-rates", "a-part"],
+)
+def test_training_goes_on_to_the_bit(
+    fresh: WanTransformer3DModel, tmp_path: Path, trainable: list[str], low: list[str]
+) -> None:
+    unbroken = copy.deepcopy(fresh)
+    optimizer = choose(unbroken, trainable, low)
+    train(unbroken, optimizer, 1, 3)
+    state = state_of()
+    state.step = 3
+    save = partial(save_state, state=state, model=unbroken, config=unbroken.to_json_string(), optimizer=optimizer)
+    tmp_path.joinpath("a").mkdir()
+    save(tmp_path / "a")
+    at_save = bits(unbroken)
+    train(unbroken, optimizer, 4, 6)
+
+    resumed = copy.deepcopy(fresh)
+    again = choose(resumed, trainable, low)
+    load_state(tmp_path / "a", resumed, again)
+    assert bits(resumed) == at_save != bits(fresh)
+    train(resumed, again, 4, 6)
+    assert bits(resumed) == bits(unbroken)
+    # what is saved of both is equal too, and diffusers reads the weights
+    for name, model, its_optimizer in (("b", unbroken, optimizer), ("c", resumed, again)):
+        (tmp_path / name).mkdir()
+        save_state(tmp_path / name, state=state, model=model, config=model.to_json_string(), optimizer=its_optimizer)
+    files = sorted(path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file())
+    assert all((tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes() for name in files)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "b" / "transformer")
+    assert bits(loaded) == bits(unbroken)
+
+
+def test_the_size_told_beforehand_is_that_of_the_files(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
+    model = copy.deepcopy(fresh)
+    optimizer = choose(model, ["attn1"], ["ffn"])
+    train(model, optimizer, 1, 1)
+    save_state(tmp_path, state=state_of(), model=model, config=model.to_json_string(), optimizer=optimizer)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    headers = 0
+    for path in tmp_path.rglob("*.safetensors"):
+        headers += 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert written - headers == pytest.approx(checkpoint_bytes(model), rel=0.01)  # each step counter is a few bytes
+
+
+def test_other_weights_or_another_choice_are_refused(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
+    model = copy.deepcopy(fresh)
+    optimizer = choose(model, ["attn1"], [])
+    train(model, optimizer, 1, 1)
+    save_state(tmp_path, state=state_of(), model=model, config=model.to_json_string(), optimizer=optimizer)
+    for chosen in (["ffn"], ["."]):
+        other = copy.deepcopy(fresh)
+        with pytest.raises(Refusal) as refused:
+            load_state(tmp_path, other, choose(other, chosen, []))
+        assert refused.value.exit_code == MODEL
+    narrow = WanTransformer3DModel.from_config({**json.loads(fresh.to_json_string()), "ffn_dim": 16})
+    with pytest.raises(Refusal):
+        load_state(tmp_path, narrow, choose(narrow, ["attn1"], []))

@@ -1,0 +1,255 @@
+"""Serves whoever leaves several processes alone: one that fails, or is killed, ends all of them, and says why.
+
+The faults are put into the real training script, in a forked child or under the launcher itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import forkserver
+import pytest
+import runs
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_backends import Ground, codes, launcher, said, variables
+
+from videox.errors import BUG, FLAGS, PEER_LOST, STORAGE
+from videox.run.checkpoint import find_checkpoints, verify
+from videox.run.failure_hub import Report, first_of
+
+BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
+OUT_IN = 30.0  # seconds in which all processes are gone after one is
+CAUSE = "this process fails"
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("wan"), "wan2.1 normal", 4)
+
+
+# ----------------------------------------------------------------------------------------- which one was first
+
+
+REPORTS = st.lists(
+    st.builds(Report, rank=st.integers(0, 3), line=st.sampled_from("ab"), exit_code=st.just(2), consequence=st.booleans()),
+    min_size=1,
+)  # fmt: skip
+
+
+@given(REPORTS)
+def test_the_cause_is_the_first_report_that_is_no_consequence(reports: list[Report]) -> None:
+    found = first_of(reports)
+    assert found in reports
+    causes = [report for report in reports if not report.consequence] or reports
+    assert found.line == causes[0].line
+    assert all(report.rank >= found.rank for report in reports if report.line == found.line)
+
+
+# ------------------------------------------------------------------------------------------------- faults
+
+
+def at_start(script: ModuleType) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError(CAUSE)
+
+    script.load_components = load
+
+
+def in_a_step(script: ModuleType) -> None:
+    compute, calls = script.accumulate_gradients, iter(range(1, 100))
+
+    def third_fails(*arguments: object) -> torch.Tensor:
+        if next(calls) == 3:
+            raise RuntimeError(CAUSE)
+        return compute(*arguments)
+
+    script.accumulate_gradients = third_fails
+
+
+def in_a_layer(script: ModuleType) -> None:
+    """For want of memory, between the collectives of a forward pass."""
+    load, calls = script.load_components, iter(range(1, 100))
+
+    def no_memory(*_: object) -> None:
+        if next(calls) == 7:
+            raise torch.OutOfMemoryError(CAUSE)
+
+    def loaded(*arguments: object) -> object:
+        components = load(*arguments)
+        components.transformer.blocks[1].register_forward_pre_hook(no_memory)
+        return components
+
+    script.load_components = loaded
+
+
+def in_a_save(script: ModuleType) -> None:
+    """For want of memory, before the first collective of the second save."""
+    opened, calls = script.wiring.open_engine, iter(range(1, 100))
+
+    def open_engine(*arguments: object) -> tuple[object, object]:
+        engine, rate = opened(*arguments)
+        save = engine.save
+
+        def second_fails(*where: object, **state: object) -> None:
+            if next(calls) == 2:
+                raise torch.OutOfMemoryError(CAUSE)
+            save(*where, **state)
+
+        engine.save = second_fails
+        return engine, rate
+
+    script.wiring.open_engine = open_engine
+
+
+def with_a_full_disk(script: ModuleType) -> None:
+    """Any file of a checkpoint that this process writes is too large, as on a disk that is full, from step 2 on."""
+    import resource
+
+    save, calls = script.wiring.Watch.save, iter(range(1, 100))
+
+    def full(watch: object, *arguments: object) -> None:
+        if next(calls) >= 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (48 << 10, resource.RLIM_INFINITY))
+        save(watch, *arguments)
+
+    script.wiring.Watch.save = full
+
+
+FAULTS = {fault.__name__: fault for fault in (at_start, in_a_step, in_a_layer, in_a_save, with_a_full_disk)}
+
+
+def train() -> int:
+    """Trains; in the process that VICTIM names with the fault that FAULT names."""
+    script = runs.script()
+    if os.environ["RANK"] == os.environ["VICTIM"]:
+        FAULTS[os.environ["FAULT"]](script)
+    return script.main()
+
+
+def start(ground: Ground, backend: str, folder: Path, fault: str, victim: int, **changes: object) -> list:
+    return forkserver.shared().start_ranks(
+        2,
+        ground.flags(folder, checkpointing_steps=1, **changes),
+        folder.with_name(f"{folder.name}.log"),
+        work=["tests.run.test_failure:train"] * 2,
+        environment={**variables(backend, ground.kind, 2), "VICTIM": str(victim), "FAULT": fault},
+    )
+
+
+def check_nothing_half(folder: Path, *steps: int) -> None:
+    found = find_checkpoints(folder) if folder.exists() else []
+    assert [path.name for path in found] == [f"checkpoint-{step}" for step in steps]
+    assert all(verify(path, hashes=True) == [] for path in found)
+
+
+def check_resumed(ground: Ground, backend: str, folder: Path) -> None:
+    again = ground.ranks(backend, folder, resume_from_checkpoint="latest")
+    assert codes(again) == [0, 0], said(again)
+    assert not list(folder.glob(".tmp-*"))
+    assert [line["step"] for line in forkserver.steps(folder)] == list(range(1, ground.steps + 1))
+
+
+SAVED_BEFORE = {"at_start": 0, "in_a_step": 2, "in_a_layer": 1, "in_a_save": 1}
+CODES = {"at_start": BUG, "in_a_step": BUG, "in_a_layer": FLAGS, "in_a_save": FLAGS}  # a lack of memory has a mend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("fault", SAVED_BEFORE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_process_that_fails_ends_all(wan: Ground, tmp_path: Path, backend: str, fault: str, victim: int) -> None:
+    folder = tmp_path / "run"
+    ranks = start(wan, backend, folder, fault, victim)
+    failed, other = ranks[victim], ranks[1 - victim]
+    assert failed.wait() != 0
+    assert other.wait(OUT_IN) == CODES[fault], said(ranks)
+    assert failed.said().count(CAUSE) == 1, failed.said()[-3000:]
+    assert CAUSE not in other.said()
+    assert "Traceback" not in other.said(), other.said()[-3000:]
+    status = forkserver.status(folder)
+    assert (status["state"], status["exit_code"]) == ("failed", CODES[fault])
+    assert CAUSE in status["error"]
+    check_nothing_half(folder, *range(1, SAVED_BEFORE[fault] + 1))
+    if fault == "in_a_save":
+        check_resumed(wan, backend, folder)
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_disk_full_on_one_process_ends_all_by_one_line(
+    wan: Ground, tmp_path: Path, backend: str, victim: int
+) -> None:
+    folder = tmp_path / "run"
+    ranks = start(wan, backend, folder, "with_a_full_disk", victim)
+    if backend == "ddp" and victim == 1:  # the first process alone writes
+        assert [rank.wait() for rank in ranks] == [0, 0], said(ranks)
+        return
+    assert [rank.wait() for rank in ranks] == [STORAGE, STORAGE], said(ranks)
+    lines = [line for rank in ranks for line in rank.said().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said(ranks)
+    assert "the save at step 3 failed like the one before" in lines[0]
+    assert "warning: no checkpoint at step 2" in ranks[0].said()
+    assert not any("Traceback" in rank.said() for rank in ranks), said(ranks)
+    status = forkserver.status(folder)
+    assert (status["state"], status["exit_code"], status["error"]) == ("failed", STORAGE, lines[0])
+    assert not list(folder.glob(".tmp-*"))
+    check_nothing_half(folder, 1)
+    check_resumed(wan, backend, folder)
+
+
+# --------------------------------------------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_process_is_a_lost_peer(wan: Ground, tmp_path: Path, backend: str, victim: int) -> None:
+    folder = tmp_path / "run"
+    ranks = wan.start(backend, folder, checkpointing_steps=1)
+    ranks[victim].until(lambda: find_checkpoints(folder))
+    ranks[victim].kill()
+    other = ranks[1 - victim]
+    assert other.wait(OUT_IN) == PEER_LOST, said(ranks)
+    assert f"peer lost: process {victim} on " in other.complaint()
+    status = forkserver.status(folder)
+    assert (status["state"], status["exit_code"], status["error"]) == ("failed", PEER_LOST, other.complaint())
+    assert all(verify(path, hashes=True) == [] for path in find_checkpoints(folder))
+    ranks[victim].wait()
+    check_resumed(wan, backend, folder)
+
+
+# ------------------------------------------------------------------------------------------------ the launcher
+
+
+UNDER_LAUNCHER = """import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from tests.run import test_failure
+from videox.run.lifecycle import run_script
+run_script(test_failure.train)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "fault"), [("ddp", "in_a_step"), ("fsdp2", "in_a_save"), ("zero3", "in_a_layer")])
+def test_under_the_launcher_the_cause_is_told_once(wan: Ground, tmp_path: Path, backend: str, fault: str) -> None:
+    folder, faulty = tmp_path / "run", tmp_path / "faulty.py"
+    faulty.write_text(UNDER_LAUNCHER.format(tests=str(runs.ROOT / "tests/support"), root=str(runs.ROOT)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher(backend, wan.kind, 2)]
+    command += ["--main_process_port", "0", str(faulty), *wan.flags(folder, checkpointing_steps=1)]
+    found = runs.run_command(command, folder, VICTIM="1", FAULT=fault)
+    assert found.code != 0
+    told = f"Error: {CAUSE}" if CODES[fault] == BUG else f"({CAUSE})"
+    assert found.stderr.count(told) == 1, found.stderr[-5000:]
+    assert "gloo" not in found.stderr.replace("gloo_", ""), found.stderr[-5000:]
+    assert (found.status["state"], found.status["exit_code"]) == ("failed", CODES[fault])
+    assert CAUSE in found.status["error"]
+    check_nothing_half(folder, *range(1, SAVED_BEFORE[fault] + 1))

@@ -1,0 +1,115 @@
+"""Serves the newcomer's first command: the demo of each family and mode runs whole, and prints what can be typed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import runs
+import tiny
+import torch
+
+from videox.data.media.video import probe
+
+demo = tiny.load_script("scripts/demo.py")
+
+KINDS = [(family, mode) for family, modes in demo.MODES.items() for mode in modes]
+
+
+def test_both_families_have_both_modes() -> None:
+    assert {family: set(modes) for family, modes in demo.MODES.items()} == {
+        family: {"normal", "i2v"} for family in runs.TRAINERS
+    }
+
+
+@pytest.mark.parametrize(("family", "mode"), KINDS)
+def test_the_trainer_takes_the_demos_flags(family: str, mode: str, tmp_path: Path) -> None:
+    command = demo.train_command(family, mode, tmp_path / "model", tmp_path / "data", tmp_path / "run")
+    flags = command[command.index(runs.TRAINERS[family]) + 1 :]
+    args = runs.script(family).parse_args(flags)
+    assert (args.train_mode, args.max_train_steps) == (mode, demo.STEPS)
+    assert [Path(path).name for path in args.validation_paths] == ([demo.HELD_PHOTO] if mode == "i2v" else [])
+    assert demo.CHECKPOINT_EVERY < demo.STOP_AT < demo.STEPS  # it is stopped with a checkpoint behind it
+
+
+@pytest.mark.parametrize(("family", "mode"), KINDS)
+def test_the_command_to_type_next_is_one(
+    family: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo.report(family, mode, tmp_path, [{"step": 0, "loss": 2.0}, {"step": 60, "loss": 1.0}], 1.0)
+    printed = capsys.readouterr().out
+    words = shlex.split(printed[printed.index("accelerate launch") :].replace("\\\n", " "))
+    assert words[3] == runs.TRAINERS[family]
+    assert runs.script(family).parse_args(words[4:]).train_mode == mode
+    kind = demo.MODES[family][mode]
+    assert f"models/Diffusion_Transformer/{kind.weights}" in (tiny.ROOT / "models/README.md").read_text("utf-8")
+    assert issubclass(getattr(diffusers, kind.pipeline), diffusers.DiffusionPipeline)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--mode", "inpaint"], "error: --mode: 'inpaint' with wan2.1. Mend: give normal or i2v."),
+        (["--family", "hunyuanvideo", "--mode", "video"], "error: --mode: 'video' with hunyuanvideo."),
+        (["--famly", "hunyuanvideo"], "error: --famly: is not a flag of this script. Mend: did you mean --family."),
+    ],
+)
+def test_an_unknown_word_is_refused(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as end:
+        demo.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(demo.Refusal, match="was not made by the demo"):
+        demo.start_afresh(tmp_path)
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_make_passes_family_and_mode_on() -> None:
+    for given, wanted in (
+        ([], ("wan2.1", "normal")),
+        (["FAMILY=hunyuanvideo", "MODE=i2v"], ("hunyuanvideo", "i2v")),
+    ):
+        told = subprocess.run(
+            ["make", "-n", "demo", *given], cwd=tiny.ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert 'scripts/demo.py --family "{}" --mode "{}"'.format(*wanted) in told
+
+
+def test_the_data_is_the_same_every_time(tmp_path: Path) -> None:
+    one, other = demo.build_data(tmp_path / "one"), demo.build_data(tmp_path / "other", unlisted={demo.HELD_PHOTO})
+    assert [row for row in one if row["file_path"] != demo.HELD_PHOTO] == other and len(one) == len(other) + 1
+    media = {path.name for path in (tmp_path / "one").iterdir()} - {"metadata.json"}
+    assert {row["file_path"] for row in one} == media
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in media)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mode"), KINDS)
+def test_the_demo_runs_whole(family: str, mode: str, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/demo.py", "--family", family, "--mode", mode, "--output", str(tmp_path)]
+    outcome = runs.run_command(command, tmp_path / f"{family}-{mode}" / "run")
+    assert outcome.code == 0, outcome.stderr + outcome.stdout
+    assert (outcome.status["state"], outcome.status["step"]) == ("finished", demo.STEPS)
+    assert [record["step"] for record in outcome.metrics] == list(range(1, demo.STEPS + 1))
+    assert outcome.validation[-1]["loss"] < 0.7 * outcome.validation[0]["loss"]
+    base, trained = runs.read_weights(outcome.folder.parent / "model" / "transformer"), outcome.weights()
+    assert base.keys() == trained.keys()
+    assert any(not torch.equal(base[name].bfloat16().float(), trained[name].float()) for name in base)
+    sampled = probe(outcome.folder.parent / "sample.mp4")
+    assert (sampled.frames, sampled.height, sampled.width) == (17, 96, 160)
+    assert (outcome.folder / "samples" / f"step-{demo.STEPS:06d}-prompt-0.mp4").is_file()
+    rows = json.loads((outcome.folder.parent / "data" / "metadata.json").read_text(encoding="utf-8"))
+    assert (demo.HELD_PHOTO in [row["file_path"] for row in rows]) == (mode == "normal")

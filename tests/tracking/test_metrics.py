@@ -1,0 +1,106 @@
+"""Serves videox/metrics.py: each step stands there once and reads back exactly, whenever the run was killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import ROOT, record
+
+from videox.errors import STORAGE, Refusal
+from videox.tracking.jsonl import json_line, read_lines
+from videox.tracking.metrics import MetricsLog
+
+
+@pytest.mark.parametrize("value", [5e-324, 1.7976931348623157e308, 0.1 + 0.2, float(np.float32(0.1)), -0.0])
+def test_extreme_floats_go_through_the_file(tmp_path, value):
+    log = MetricsLog(tmp_path)
+    log.append(record(1, loss=np.float64(value), rows=np.array([7]), buckets=np.array([[5, 64, 64]])))
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert repr(line["loss"]) == repr(value)
+    assert (line["rows"], line["buckets"]) == ([7], [[5, 64, 64]])
+    assert "non_finite" not in line
+
+
+def test_the_contract_of_a_line(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append(record(1))
+    log.append(record(2))
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert list(first) == [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "data_wait",
+        "rows",
+        "buckets",
+    ]
+    assert first["buckets"] == [[49, 512, 512], [1, 256, 992]]
+    assert second["step"] == 2
+    with pytest.raises(ValueError, match="step 4 does not follow step 2"):
+        log.append(record(4))
+    with pytest.raises(ValueError, match="step 2 does not follow step 2"):
+        MetricsLog(tmp_path).append(record(2))
+    with pytest.raises(ValueError, match="2 rows but 1 buckets"):
+        log.append(record(3, buckets=[(1, 16, 16)]))
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_cut_of_the_last_line_is_repaired(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("torn")
+    log = MetricsLog(folder)
+    for step in (1, 2, 3):
+        log.append(record(step))
+    path = folder / "metrics.jsonl"
+    content = path.read_bytes()
+    whole = content.rindex(b"\n", 0, -1) + 1
+    path.write_bytes(content[: data.draw(st.integers(whole, len(content) - 1))])
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    again = MetricsLog(folder)
+    assert again.last_step == 2
+    again.append(record(3))
+    assert path.read_bytes() == content
+
+
+def test_a_killed_writer_leaves_at_most_one_torn_line(tmp_path):
+    code = (
+        "import sys, itertools, pathlib; sys.path.insert(0, 'tests')\n"
+        "from records import record; from videox.tracking.metrics import MetricsLog\n"
+        "log = MetricsLog(pathlib.Path(sys.argv[1]))\n"
+        "for step in itertools.count(1): log.append(record(step, rows=list(range(500)), buckets=[(1,16,16)] * 500))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size > 10**6) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    log = MetricsLog(tmp_path)
+    assert [line["step"] for line in read_lines(path)] == list(range(1, log.last_step + 1))
+    assert log.last_step > 50
+
+
+def test_a_broken_line_inside_is_refused_with_its_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(json_line(record(1).as_dict()) + b'{"step": 2, "lo\n')
+    with pytest.raises(Refusal, match=r"metrics\.jsonl:2: is not a JSON object") as refusal:
+        MetricsLog(tmp_path)
+    assert refusal.value.exit_code == STORAGE
+
+
+def test_a_process_that_is_not_the_main_one_writes_no_metrics(tmp_path):
+    log = MetricsLog(tmp_path / "run", enabled=False)
+    log.append(record(1))
+    log.sync()
+    assert list(tmp_path.iterdir()) == []

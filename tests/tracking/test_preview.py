@@ -1,0 +1,297 @@
+"""Serves videox/preview.py: clips have the right speed and colours, sheets and curves show what is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFont
+
+from videox.tracking.preview import (
+    GAP,
+    LINE,
+    SHEET_ENTRIES,
+    THUMB_SIDE,
+    BatchSample,
+    SheetEntry,
+    _font,
+    _wrap,
+    plot_losses,
+    printable,
+    smooth,
+    write_batch,
+    write_clip,
+    write_contact_sheet,
+)
+
+
+def read_back(path: Path) -> tuple[np.ndarray, Fraction, av.VideoStream]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return frames, stream.average_rate, stream
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"), [(16.0, 16), (30000 / 1001, Fraction(30000, 1001)), (25 / 3, Fraction(25, 3))]
+)
+def test_a_clip_has_its_frames_rate_and_pictures(tmp_path, fps, rate):
+    frames = tiny.moving_square(9, 128, 96)
+    path = write_clip(tmp_path / "new" / "clip.mp4", frames, fps)
+    found, average, stream = read_back(path)
+    assert (found.shape, average) == (frames.shape, rate)
+    assert float(stream.duration * stream.time_base) == pytest.approx(9 / fps, rel=1e-3)
+    assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    assert np.abs(found.astype(int) - frames).mean() < 3
+    assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_equal_frames_give_equal_files_whatever_lay_in_the_memory_before(tmp_path):
+    code = (
+        "import sys, pathlib, numpy as np; from videox.tracking.preview import write_clip\n"
+        "blocks = np.random.default_rng(0).integers(0, 255, (9, 30, 52, 3), dtype=np.uint8)\n"
+        "write_clip(pathlib.Path(sys.argv[1]), blocks.repeat(8, 1).repeat(8, 2), 16)"
+    )
+    files = []
+    for filling in ("1", "85", "255"):  # glibc fills fresh memory with it
+        path = tmp_path / f"{filling}.mp4"
+        environment = os.environ | {"MALLOC_PERTURB_": filling}
+        subprocess.run([sys.executable, "-c", code, path], cwd=tiny.ROOT, env=environment, check=True, timeout=60)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_a_clip_can_be_played_before_it_is_whole(tmp_path):
+    content = write_clip(tmp_path / "clip.mp4", tiny.moving_square(5, 64, 64), 16).read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)])
+def test_a_player_that_follows_the_file_sees_the_same_colour(tmp_path, colour):
+    frames = np.broadcast_to(np.array(colour, np.uint8), (5, 64, 64, 3))
+    path = write_clip(tmp_path / "clip.mp4", frames, 16)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        planes = next(container.decode(video=0)).to_ndarray(format="yuv420p").astype(float)
+    y, u, v = planes[:64].mean() - 16, planes[64:80].mean() - 128, planes[80:96].mean() - 128
+    # BT.709, limited range (ITU-R BT.709-6, sections 3.2 to 3.5)
+    luma = y / 219
+    red, blue = luma + 1.5748 * v / 224, luma + 1.8556 * u / 224
+    green = (luma - 0.2126 * red - 0.0722 * blue) / 0.7152
+    assert np.abs(np.array([red, green, blue]) * 255 - colour).max() < 4
+
+
+def test_one_frame_is_a_png_without_loss(tmp_path):
+    frames = tiny.moving_square(1, 33, 17)
+    path = write_clip(tmp_path / "clip.mp4", frames, 0.0)
+    assert path == tmp_path / "clip.png" and [p.name for p in tmp_path.iterdir()] == ["clip.png"]
+    assert np.array_equal(np.asarray(Image.open(path)), frames[0])
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "what"),
+    [
+        (np.zeros((5, 33, 32, 3), np.uint8), 16.0, "33x32 are not even"),
+        (np.zeros((5, 32, 32, 3), np.float32), 16.0, "not uint8"),
+        (np.zeros((5, 3, 32, 32), np.uint8), 16.0, "not uint8 .T, H, W, 3"),
+        (np.zeros((0, 32, 32, 3), np.uint8), 16.0, "not uint8"),
+        (np.zeros((5, 32, 32, 3), np.uint8), 0.0, "not above 0"),
+        (np.zeros((5, 32, 32, 3), np.uint8), math.nan, "not above 0"),
+    ],
+)
+def test_what_is_no_clip_is_refused(tmp_path, frames, fps, what):
+    with pytest.raises(ValueError, match=what):
+        write_clip(tmp_path / "clip.mp4", frames, fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for frames in (tiny.moving_square(5, 64, 64), tiny.moving_square(1, 64, 64)):
+        with pytest.raises(OSError, match="file"):
+            write_clip(tmp_path / "file" / "clip.mp4", frames, 16)
+    (tmp_path / "clip.mp4").mkdir()
+    for name in ("clip.mp4", "x" * 250 + ".mp4"):  # a folder; a name too long for anything beside it
+        with pytest.raises(OSError, match=name):
+            write_clip(tmp_path / name, tiny.moving_square(5, 64, 64), 16)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+NASTY = 'a "cat"\n\x1b[31m in the rain \u202e\x00 ../../etc/passwd <b>&amp;</b> \ud800 é'
+
+
+def test_the_first_batch_can_be_looked_at(tmp_path):
+    clip, still = tiny.moving_square(9, 128, 96), tiny.moving_square(1, 96, 128, seed=3)
+    samples = [
+        BatchSample(12, clip, NASTY, fps=30.0, stride=3),
+        BatchSample(7, still, "", fps=0.0),
+        BatchSample(12, clip[:5], "again", fps=0.0, stride=2),
+    ]
+    paths = write_batch(tmp_path / "batch", samples)
+    names = ["row-000012.mp4", "row-000007.png", "row-000012-2.mp4", "batch.json", "contact_sheet.png"]
+    assert [path.name for path in paths] == names
+    assert sorted(path.name for path in (tmp_path / "batch").iterdir()) == sorted(names)
+    assert read_back(paths[0])[1] == 10 and read_back(paths[2])[1] == 8
+    listing = paths[3].read_bytes()
+    assert listing.isascii() and b"\x1b" not in listing and b"\x00" not in listing
+    first, second, third = json.loads(listing)
+    assert (first["caption"], first["row"], first["bucket"], first["fps"]) == (NASTY, 12, [9, 96, 128], 10.0)
+    assert (second["file"], second["bucket"], second["fps"]) == ("row-000007.png", [1, 128, 96], 0.0)
+    assert (third["file"], third["source_fps"], third["fps"], third["stride"]) == ("row-000012-2.mp4", 0.0, 8.0, 2)
+
+
+def cell(sheet: np.ndarray, top: int, position: int) -> np.ndarray:
+    left = GAP + position * (THUMB_SIDE + GAP)
+    return sheet[top : top + THUMB_SIDE, left : left + THUMB_SIDE].astype(float)
+
+
+def test_the_sheet_has_first_middle_and_last_frame_and_text_under_them(tmp_path):
+    frames = np.zeros((9, THUMB_SIDE, THUMB_SIDE, 3), np.uint8)
+    frames[:, :, :, 0] = np.arange(9)[:, None, None] * 25
+    path = write_contact_sheet(
+        tmp_path / "sheet.png", [SheetEntry(frames, "row 5", "a red picture that grows bright")]
+    )
+    sheet = np.asarray(Image.open(path))
+    assert [cell(sheet, GAP, position).reshape(-1, 3).mean(0).tolist() for position in range(3)] == [
+        [0, 0, 0],
+        [100, 0, 0],
+        [200, 0, 0],
+    ]
+    text = sheet[GAP + THUMB_SIDE :]
+    assert 100 < (text.sum(axis=2) < 300).sum() < text.shape[0] * text.shape[1] / 5
+    without = write_contact_sheet(tmp_path / "other.png", [SheetEntry(frames, "row 5", "a red picture")])
+    assert not np.array_equal(np.asarray(Image.open(without)), sheet)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sides=st.lists(st.tuples(st.integers(4, 40), st.integers(4, 40)), min_size=1, max_size=4))
+def test_each_row_of_a_sheet_is_as_high_as_its_own_pictures(tmp_path_factory, sides):
+    frames = [np.full((1, height, width, 3), 90, np.uint8) for height, width in sides]
+    path = tmp_path_factory.mktemp("sheet") / "sheet.png"
+    sheet = np.asarray(Image.open(write_contact_sheet(path, [SheetEntry(f, "", "i") for f in frames])))
+    filled = (sheet == 90).all(axis=2)
+    starts = np.flatnonzero(filled[1:, GAP] & ~filled[:-1, GAP]) + 1
+    heights = [int(np.argmin(filled[start:, GAP])) for start in starts]
+    widths = [int(np.argmin(filled[start, GAP:])) for start in starts]
+    assert [max(pair) for pair in zip(heights, widths, strict=True)] == [THUMB_SIDE] * len(sides)
+    for (height, width), pair in zip(sides, zip(heights, widths, strict=True), strict=True):
+        assert min(pair) == pytest.approx(THUMB_SIDE * min(height, width) / max(height, width), abs=1)
+    assert np.diff(starts).tolist() == [h + 2 * LINE + 3 * GAP for h in heights[:-1]] and starts[0] == GAP
+    assert len(sheet) == starts[-1] + heights[-1] + 2 * LINE + 3 * GAP
+
+
+def test_sheets_of_many_and_of_odd_shapes(tmp_path):
+    tall, wide = np.full((1, 992, 256, 3), 9, np.uint8), np.full((2, 256, 992, 3), 9, np.uint8)
+    entries = [SheetEntry(tall, "tall", ""), SheetEntry(wide, "wide", "x" * 10**6)] * SHEET_ENTRIES
+    sheet = Image.open(write_contact_sheet(tmp_path / "sheet.png", entries))
+    assert sheet.width < 1800 and sheet.height < 12000
+    few = Image.open(write_contact_sheet(tmp_path / "few.png", entries[:SHEET_ENTRIES]))
+    assert few.height < sheet.height
+    with pytest.raises(ValueError, match="at least one"):
+        write_contact_sheet(tmp_path / "none.png", [])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=300), st.integers(40, 400), st.integers(1, 4))
+def test_wrapped_text_fits_and_is_the_text(text, width, lines):
+    font, text = ImageFont.load_default(15), printable(text)
+    wrapped = _wrap(text, font, width, lines)
+    assert len(wrapped) <= lines and all(font.getlength(line) <= width for line in wrapped)
+    joined = "".join(wrapped).replace(" ", "")
+    if joined.endswith("..."):
+        assert text.replace(" ", "").startswith(joined[:-3]) or joined == text.replace(" ", "")
+    else:
+        assert joined == text.replace(" ", "")
+
+
+@given(st.text())
+def test_printable_text_is_one_line_that_shows_everything(text):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize("caption", ["кошка идёт под дождём", "ένα γατί στη βροχή", "hôtel, garçon, naïve, straße"])
+def test_letters_of_other_scripts_are_drawn_by_a_font_that_has_them(caption, monkeypatch):
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the system may have none
+    monkeypatch.setattr(
+        "videox.tracking.preview.FONTS",
+        ("no such font.ttf", str(fonts / "STIXGeneral.ttf"), str(fonts / "DejaVuSans.ttf")),
+    )
+    font = _font(caption)
+    pictures = {bytes(font.getmask(c)) for c in set(caption) - {" "}}
+    assert len(pictures) == len(set(caption) - {" "})  # none of them is the same box
+
+
+def test_a_caption_that_no_font_shows_is_said_to_be_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("videox.tracking.preview.FONTS", ())
+    frames = tiny.moving_square(1, 64, 64)
+    names = ["一只猫在雨中走过街道", "(no font of this system shows this caption)"]
+    paths = [
+        write_contact_sheet(tmp_path / f"{i}.png", [SheetEntry(frames, "row 1", name)]) for i, name in enumerate(names)
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def step_line(step: int, loss: float | None) -> dict:
+    return {"step": step, "loss": loss, "lr": 1e-5 * min(step, 50), "grad_norm": 1 / step, "tokens": 5}
+
+
+def test_the_curves_are_drawn_with_gaps_torn_lines_and_without_validation(tmp_path):
+    rng = np.random.default_rng(0)
+    losses = [1 / math.sqrt(i) + rng.normal() * 0.1 for i in range(1, 201)]
+    metrics = write_lines(tmp_path / "metrics.jsonl", [step_line(i, loss) for i, loss in enumerate(losses, start=1)])
+    assert plot_losses(metrics, tmp_path / "validation.jsonl", tmp_path / "plots" / "loss.png")
+    alone = np.asarray(Image.open(tmp_path / "plots" / "loss.png").convert("RGB"))
+    validation = write_lines(
+        tmp_path / "validation.jsonl",
+        [{"step": s, "loss": 1 / math.sqrt(s + 1), "per_sigma": []} for s in range(0, 201, 20)],
+    )
+    with metrics.open("a") as file:
+        file.write(json.dumps(step_line(201, None)) + '\n{"step": 202, "lo')
+    assert plot_losses(metrics, validation, tmp_path / "plots" / "loss.png")
+    both = np.asarray(Image.open(tmp_path / "plots" / "loss.png").convert("RGB")).astype(int)
+    assert alone.shape == both.shape and both.shape[0] > 500 and both.shape[1] > 800
+
+    def reddish(picture):
+        picture = picture.astype(int)
+        return ((picture[..., 0] > 180) & (picture[..., 1] < 80) & (picture[..., 2] < 80)).sum()
+
+    assert reddish(alone) == 0 and reddish(both) > 100
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
+
+
+def test_without_a_step_nothing_is_drawn(tmp_path):
+    assert not plot_losses(tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", tmp_path / "loss.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
+def test_the_smoothed_series_stays_within_the_series_and_starts_at_its_first_value(values):
+    series = smooth(np.array(values))
+    assert series[0] == pytest.approx(values[0])
+    slack = 1e-9 * max(map(abs, values))
+    assert all(min(values[: i + 1]) - slack <= x <= max(values[: i + 1]) + slack for i, x in enumerate(series))
+
+
+def test_smoothing_skips_what_is_not_a_number():
+    series = smooth(np.array([math.nan, 2.0, math.nan, 2.0, math.inf]))
+    assert math.isnan(series[0]) and series[1:].tolist() == [2.0] * 4

@@ -1,0 +1,348 @@
+"""Serves videox/validation.py: the held-out loss repeats to the bit, learning lowers it, sampling leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from videox.diffusion.flow_matching import keyed_noise
+from videox.tracking.jsonl import read_lines
+from videox.tracking.preview import THUMB_SIDE
+from videox.training.validation_loss import (
+    HeldOut,
+    ValidationLoss,
+    append_validation,
+    change_since_first,
+    fixed_sigmas,
+    sample_clips,
+    undisturbed,
+    validation_loss,
+)
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 16.0, "steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_wan_t2v(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture
+def transformer(folder: Path) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").train()
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Iterator[WanPipeline]:
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.transformer.train()
+    yield pipeline
+
+
+def held_out(count: int) -> list[HeldOut]:
+    return [
+        HeldOut(
+            keyed_noise(100 + i, (1, 16, 2 + i % 2, 4, 6)) * 0.5,
+            {"prompt_embeds": keyed_noise(200 + i, (1, 8, 32))},
+        )
+        for i in range(count)
+    ]
+
+
+def predict_with(model: nn.Module):
+    def predict(noisy, timestep, sample):
+        prompt = sample.conditions["prompt_embeds"]
+        return model(hidden_states=noisy, timestep=timestep, encoder_hidden_states=prompt, return_dict=False)[0]
+
+    return predict
+
+
+def measure(model: nn.Module, samples: list[HeldOut], **changed) -> ValidationLoss:
+    settings = {"model": model, "shift": 5.0, "sigmas_per_sample": 3, "noise_key": 42}
+    return validation_loss(samples, predict_with(model), **(settings | changed))
+
+
+def global_states() -> list[bytes]:
+    return [
+        torch.get_rng_state().numpy().tobytes(),
+        b"".join(np.asarray(part).tobytes() for part in np.random.get_state()[1:]),  # noqa: NPY002 - what is guarded
+        repr(random.getstate()).encode(),
+    ]
+
+
+@given(count=st.integers(1, 40), shift=st.floats(0.1, 20))
+def test_the_sigmas_are_quantiles_of_what_training_draws(count, shift):
+    sigmas = fixed_sigmas(count, shift)
+    assert len(sigmas) == count and all(0 < sigma < 1 for sigma in sigmas) and list(sigmas) == sorted(sigmas)
+    for i, sigma in enumerate(sigmas):
+        t = sigma / (shift - (shift - 1) * sigma)  # the shift undone
+        assert t == pytest.approx((i + 0.5) / count, rel=1e-9)
+
+
+def test_sigmas_by_hand_and_out_of_range():
+    assert fixed_sigmas(2, 5.0) == pytest.approx((5 / 8, 15 / 16), rel=1e-12)
+    for count, shift in ((0, 5.0), (3, 0.0), (3, math.nan)):
+        with pytest.raises(ValueError, match="at least 1"):
+            fixed_sigmas(count, shift)
+
+
+def test_the_loss_is_the_formula(transformer):
+    samples = held_out(2)
+    seen = []
+
+    def predict(noisy, timestep, sample):
+        seen.append((noisy.clone(), timestep, sample))
+        return torch.full_like(noisy, 0.25, dtype=torch.bfloat16)
+
+    result = validation_loss(samples, predict, model=transformer, shift=5.0, sigmas_per_sample=3, noise_key=1)
+    assert [id(sample) for _, _, sample in seen] == [id(samples[0])] * 3 + [id(samples[1])] * 3
+    by_hand, noises = [], []
+    for noisy, timestep, sample in seen:
+        sigma = timestep.double().item() / 1000
+        noise = (noisy.double() - (1 - sigma) * sample.latents.double()) / sigma
+        assert noise.std() == pytest.approx(1, abs=0.15)
+        noises.append(noise.flatten()[:96])
+        by_hand.append((0.25 - (noise - sample.latents.double())).square().mean().item())
+    assert result.mean == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert result.per_sigma == pytest.approx(np.reshape(by_hand, (2, 3)).mean(0), rel=1e-5)
+    assert [timestep.item() / 1000 for _, timestep, _ in seen[:3]] == pytest.approx(result.sigmas)
+    correlation = torch.corrcoef(torch.stack(noises)) - torch.eye(6)
+    assert correlation.abs().max() < 0.5  # each sample and each sigma has noise of its own
+
+
+def test_the_same_weights_give_the_same_number_and_no_trace_is_left(transformer):
+    transformer.blocks[0].eval()  # a part that the training keeps in eval mode stays in it
+    flags = [module.training for module in transformer.modules()]
+    samples = held_out(3)
+    before = global_states()
+    first = measure(transformer, samples)
+    assert global_states() == before
+    torch.rand(5)
+    assert measure(transformer, samples) == first
+    assert [module.training for module in transformer.modules()] == flags and not all(flags) and any(flags)
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert measure(transformer, samples, noise_key=43).mean != first.mean
+
+
+def disturb() -> None:
+    before = global_states()
+    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - what is guarded
+    assert all(a != b for a, b in zip(before, global_states(), strict=True))
+
+
+class Noisy(nn.Module):
+    """A model with dropout and a taste for every global generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(6, 6), nn.Dropout(0.5)
+
+    def forward(self, hidden_states, **_):
+        assert not torch.is_grad_enabled() and not self.dropout.training
+        disturb()
+        return (self.dropout(self.inner(hidden_states)),)
+
+
+def test_dropout_is_off_and_the_generators_are_put_back_even_after_an_error():
+    model = Noisy()
+    before = global_states()
+    assert measure(model, held_out(2)) == measure(model, held_out(2))
+    assert model.dropout.training and global_states() == before
+    with pytest.raises(ZeroDivisionError), undisturbed([model]):
+        disturb()
+        raise ZeroDivisionError
+    assert model.dropout.training and global_states() == before and torch.is_grad_enabled()
+
+
+def test_the_loss_falls_when_the_model_learns_the_sample(transformer):
+    samples = held_out(1)
+    before = measure(transformer, samples)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
+    predict = predict_with(transformer)
+    for step in range(30):
+        sigma = torch.tensor([(0.37 * step) % 0.98 + 0.01])
+        noise = keyed_noise(1000 + step, samples[0].latents.shape)
+        noisy = (1 - sigma) * samples[0].latents + sigma * noise
+        loss = (predict(noisy, 1000 * sigma, samples[0]) - (noise - samples[0].latents)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = measure(transformer, samples)
+    assert after.mean < 0.9 * before.mean
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(3, 2), (5, 4), (2, 4), (4, 2), (1, 3)])
+def test_shared_work_gives_the_same_number_with_equally_many_passes(transformer, count, world_size):
+    samples = held_out(count)
+    alone = measure(transformer, samples)
+    tables, passes = [], []
+
+    def keep(table):
+        tables.append(table)
+        return table
+
+    for rank in range(world_size):
+        calls = []
+
+        def predict(noisy, timestep, sample, calls=calls):
+            calls.append(sample)
+            return predict_with(transformer)(noisy, timestep, sample)
+
+        validation_loss(
+            samples,
+            predict,
+            model=transformer,
+            shift=5.0,
+            sigmas_per_sample=3,
+            noise_key=42,
+            rank=rank,
+            world_size=world_size,
+            all_reduce_sum=keep,
+        )
+        passes.append(len(calls))
+    total = sum(tables)
+    assert len(set(passes)) == 1 and passes[0] == 3 * math.ceil(count / world_size)
+    last = measure(transformer, samples, rank=world_size - 1, world_size=world_size, all_reduce_sum=lambda _: total)
+    assert last == alone
+
+
+def test_without_samples_or_without_a_sum_it_is_refused(transformer):
+    for samples, world_size in (([], 1), (held_out(1), 2)):
+        with pytest.raises(ValueError, match="samples and a sum are needed"):
+            measure(transformer, samples, world_size=world_size)
+
+
+def test_the_line_of_validation_jsonl(tmp_path):
+    path = tmp_path / "validation.jsonl"
+    append_validation(path, 0, ValidationLoss(0.1 + 0.2, (0.625, 0.9375), (1 / 3, 2.0)))
+    append_validation(path, 20, ValidationLoss(math.nan, (0.625, 0.9375), (math.inf, 2.0)))
+    assert read_lines(path) == [
+        {"step": 0, "loss": 0.1 + 0.2, "per_sigma": [[0.625, 1 / 3], [0.9375, 2.0]]},
+        {"step": 20, "loss": None, "per_sigma": [[0.625, None], [0.9375, 2.0]], "non_finite": True},
+    ]
+    assert json.loads(path.read_bytes().splitlines()[0])["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.5], ""),
+        ([0.5, 0.4, 0.2025], " (-59.5 % since step 0)"),
+        ([0.5, 0.6], " (+20.0 % since step 0)"),
+        ([0.5, math.nan], ""),
+        ([math.inf, 0.5], ""),
+    ],
+)
+def test_a_loss_is_compared_with_the_first_of_the_run(tmp_path, losses, said):
+    path = tmp_path / "validation.jsonl"
+    for step, loss in enumerate(losses):
+        append_validation(path, 20 * step, ValidationLoss(loss, (), ()))
+    assert change_since_first(path) == said
+
+
+def test_clips_are_sampled_at_the_right_rate_and_leave_no_trace(pipeline, tmp_path):
+    pipeline.set_progress_bar_config(desc="mine", disable=True)
+    pipeline.scheduler.set_timesteps(7)
+    scheduler, timesteps = pipeline.scheduler, pipeline.scheduler.timesteps.clone()
+    config = dict(pipeline.config)
+    before = global_states()
+    prompts = ["a bright square moves over a dark background", "../../a cat\n\x1b[31m"]
+    result = sample_clips(pipeline, prompts, seed=3, folder=tmp_path / "samples", step=20, **SIZE)
+    assert result.warnings == []
+    names = ["step-000020-prompt-0.mp4", "step-000020-prompt-1.mp4", "step-000020.png"]
+    assert [path.name for path in result.paths] == names == sorted(p.name for p in (tmp_path / "samples").iterdir())
+    for path in result.paths[:2]:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            shapes = [frame.to_ndarray(format="rgb24").shape for frame in container.decode(stream)]
+            assert (shapes, stream.average_rate) == ([(32, 48, 3)] * 5, 16)
+    assert Image.open(result.paths[2]).size[0] > 3 * THUMB_SIDE
+    assert global_states() == before
+    assert pipeline.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
+    assert pipeline._progress_bar_config == {"desc": "mine", "disable": True} and dict(pipeline.config) == config
+    assert all(module.training for module in pipeline.transformer.modules())
+    assert not any(module.training for module in pipeline.vae.modules())
+    assert all(parameter.grad is None for parameter in pipeline.transformer.parameters())
+
+
+def test_the_noise_is_the_same_at_every_step_and_differs_between_prompts(pipeline, tmp_path):
+    def sample(step, prompts, **changed):
+        settings = SIZE | {"num_frames": 1, "folder": tmp_path, "seed": 3, "step": step} | changed
+        paths = sample_clips(pipeline, prompts, **settings).paths
+        assert [path.suffix for path in paths] == [".png"] * (len(prompts) + 1)
+        return [np.asarray(Image.open(path)).astype(int) for path in paths[:-1]]
+
+    same = sample(10, ["a cat", "a cat"])
+    torch.rand(10)
+    again = sample(20, ["a cat", "a cat"])
+    assert np.array_equal(same, again) and not np.array_equal(same[0], same[1])
+    assert not np.array_equal(sample(30, ["a cat"], seed=4)[0], same[0])
+    assert np.array_equal(sample(35, ["a cat"], seed=4)[0], same[1])  # prompt i has the noise of seed + i
+    with torch.no_grad():
+        pipeline.transformer.proj_out.weight.mul_(3)
+    assert not np.array_equal(sample(40, ["a cat"])[0], same[0])
+
+
+def test_embeddings_made_ahead_give_the_same_picture_without_a_text_encoder(pipeline, tmp_path):
+    first = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "a", step=1, negative_prompt="blurry", **SIZE)
+    with torch.no_grad():
+        embeddings = pipeline.encode_prompt("a cat", "blurry", True, max_sequence_length=512)
+    pipeline.text_encoder = None
+    second = sample_clips(
+        pipeline, ["a cat"], seed=3, folder=tmp_path / "b", step=1, prompt_embeddings=[embeddings], **SIZE
+    )
+    assert second.warnings == [] and first.paths[0].read_bytes() == second.paths[0].read_bytes()
+
+
+def test_a_sample_that_fails_is_a_warning_and_the_others_are_made(pipeline, tmp_path):
+    good, bad = keyed_noise(1, (1, 512, 32)), keyed_noise(2, (1, 512, 31))
+    arguments = {"seed": 3, "folder": tmp_path, "step": 5, "prompt_embeddings": [(bad, bad), (good, good)]} | SIZE
+    scheduler = pipeline.scheduler
+    result = sample_clips(pipeline, ["bad", "good"], **arguments)
+    assert [path.name for path in result.paths] == ["step-000005-prompt-1.mp4", "step-000005.png"]
+    (warning,) = result.warnings
+    assert warning.startswith("no sample at step 5, prompt 0: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert pipeline.scheduler is scheduler and pipeline.transformer.training
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        sample_clips(pipeline, ["bad", "good"], **arguments | {"collective": True})
+    assert pipeline.scheduler is scheduler and pipeline.transformer.training and torch.is_grad_enabled()
+
+
+def test_sizes_that_the_pipeline_refuses_are_a_warning(pipeline, tmp_path):
+    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path, step=5, **SIZE | {"height": 33})
+    assert result.paths == [] and "ValueError" in result.warnings[0] and "\n" not in result.warnings[0]
+
+
+def test_a_diverged_model_is_said_to_be_so(pipeline, tmp_path):
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(math.nan)
+    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path, step=5, **SIZE)
+    assert result.paths == [] and result.warnings == ["no sample at step 5, prompt 0: the picture is not finite"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(pipeline, tmp_path):
+    (tmp_path / "samples").write_text("in the way")
+    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "samples", step=5, **SIZE)
+    assert result.paths == [] and len(result.warnings) == 2 and "was not written" in result.warnings[0]
+
+
+def test_a_process_that_does_not_write_takes_part_all_the_same(pipeline, tmp_path):
+    passes = []
+    handle = pipeline.transformer.register_forward_hook(lambda *_: passes.append(1))
+    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "s", step=5, write=False, **SIZE)
+    handle.remove()
+    assert len(passes) == 4 and result.paths == [] and not (tmp_path / "s").exists()

@@ -1,0 +1,1 @@
+"""Cache of encoder outputs (latents, embeddings), addressed by content key, stored in shards."""

@@ -1,0 +1,1 @@
+"""Media files: container checks, and decoding of clips and images into uint8 frames."""

@@ -1,0 +1,1 @@
+"""Flow matching and image conditioning as functions of tensors."""

@@ -1,0 +1,153 @@
+"""Serves training, validation and sampling: what an image-to-video model is given, built in one place. Tensors only.
+
+Masks say what is known: 1 where the model is given the picture, 0 where it is to make it. The order of Wan's 36
+channels (16 noisy, 4 mask, 16 condition), and grey for what is not known, are those of diffusers'
+WanImageToVideoPipeline; a test holds both equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+
+from videox.rng import Purpose, mix, uniform
+from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
+
+MODES = ("normal", "i2v", "inpaint")
+IMAGE_DROP = 0.9  # share of images whose condition is zeroed, so that text-to-video ability is kept
+
+# Families of masks that inpainting trains on, with their share; for an image, one frame, two say something.
+CLIP_MASKS = {"first": 0.3, "first_and_last": 0.2, "boxes": 0.2, "frames": 0.2, "nothing": 0.1}
+IMAGE_MASKS = {"boxes": 0.75, "nothing": 0.25}
+MOST_BOXES = 4
+
+
+def known_mask(
+    mode: str, keys: Sequence[int], frames: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Returns what each sample is given: float32 [B, 1, T, H, W], 1 = known.
+
+    Args:
+        mode: "i2v" (the first frame; nothing of an image) | "inpaint" (a family of masks drawn by the sample's key).
+        keys: one per sample.
+        frames, height, width: of the bucket, in pixels.
+        device: where the mask is made.
+    """
+    masks = torch.zeros(len(keys), 1, frames, height, width, device=device)
+    for mask, key in zip(masks, keys, strict=True):
+        if mode == "inpaint":
+            family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
+            fill_mask(mask[0], family, key)
+        elif frames > 1:
+            fill_mask(mask[0], "first", key)
+    return masks
+
+
+def draw_family(families: dict[str, float], key: int) -> str:
+    """Returns the name of a family, drawn by the key with the shares given."""
+    edges = np.cumsum(list(families.values()))
+    return list(families)[int(np.searchsorted(edges / edges[-1], uniform(key, Purpose.MASK_FAMILY), side="right"))]
+
+
+def mask_name(mode: str, key: int, frames: int) -> str:
+    """Returns a name of the mask that known_mask gives a sample: equal names mean equal masks of the same size."""
+    if mode != "inpaint":
+        return "first" if mode == "i2v" and frames > 1 else "nothing"
+    family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
+    return f"{family} {key:016x}" if family in ("boxes", "frames") else family
+
+
+def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
+    """Fills one sample's mask [T, H, W], which is zero, in place.
+
+    first, first_and_last: these frames are known. frames: each frame with a probability that the key draws, but not
+    all. boxes: all is known but one to four boxes, the same in every frame, on the transformer's grid of 16
+    pixels. nothing: left as it is.
+    """
+    frames, height, width = mask.shape
+    if family == "first":
+        mask[0] = 1
+    elif family == "first_and_last":
+        mask[0] = mask[-1] = 1
+    elif family == "frames":
+        chosen = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
+        chosen[int(mix(key, Purpose.MASK_SHARE)) % frames] = False
+        for frame in np.flatnonzero(chosen).tolist():  # not by the array, for whose copy the host would wait
+            mask[frame] = 1
+    elif family == "boxes":
+        mask[:] = 1
+        for box in range(1 + int(mix(key, Purpose.MASK_BOX)) % MOST_BOXES):
+            top, bottom = box_edges(height, key, 2 * box)
+            left, right = box_edges(width, key, 2 * box + 1)
+            mask[:, top:bottom, left:right] = 0
+
+
+def box_edges(side: int, key: int, number: int) -> tuple[int, int]:
+    """Returns (start, end) in pixels of a box along one side: a quarter to three quarters of it, on a grid of 16."""
+    cells = side // GRID
+    size, place = uniform(key, Purpose.MASK_BOX, number, np.arange(2))
+    length = max(1, round(cells * (0.25 + 0.5 * float(size))))
+    start = int(float(place) * (cells - length + 1))
+    return start * GRID, (start + length) * GRID
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Returns Wan's mask channels, [B, 4, t, h, w], of a pixel mask [B, 1, T, H, W] with T = 4 (t - 1) + 1.
+
+    The first frame stands four times, so that every latent frame has four mask channels, one for each of its frames;
+    a latent pixel is known where all of its 8 x 8 pixels are.
+    """
+    spatial = reduce(mask, "b c t (h p) (w q) -> b c t h w", "min", p=SPATIAL_RATIO, q=SPATIAL_RATIO)
+    first = spatial[:, :, :1].repeat(1, 1, TEMPORAL_RATIO, 1, 1)
+    return rearrange(torch.cat([first, spatial[:, :, 1:]], 2), "b 1 (t r) h w -> b r t h w", r=TEMPORAL_RATIO)
+
+
+def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
+    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for nine in ten images of which nothing is known.
+
+    They are trained as text-to-image, so that the model keeps that ability. Clips always keep theirs, as do images of
+    which something is known.
+
+    Args:
+        mask: of known_mask, [B, 1, T, H, W], on the host.
+        keys: one per sample.
+    """
+    keep = torch.ones(len(keys), 1, 1, 1, 1)
+    if mask.shape[2] == 1:
+        draws = torch.from_numpy(uniform(np.array(keys, np.uint64), Purpose.CONDITION_DROP))
+        keep[(draws < IMAGE_DROP) & (mask.amax((1, 2, 3, 4)) == 0)] = 0
+    return keep
+
+
+def keep_on_host(mode: str, variants: Sequence[int], bucket: Bucket, keys: Sequence[int]) -> torch.Tensor:
+    """Returns keep_condition of known_mask, on the host, which then need not wait for a mask on the device.
+
+    Args:
+        mode, variants, bucket: as known_mask's mode, keys, and frames, height, width.
+        keys: one per sample.
+    """
+    if bucket.frames > 1:
+        return torch.ones(len(keys), 1, 1, 1, 1)
+    return keep_condition(known_mask(mode, variants, *bucket), keys)
+
+
+def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Returns HunyuanVideo's latent_concat input [B, 33, t, h, w]: noisy, first frame (zeros after it), its mask.
+
+    Args:
+        latents: noisy, [B, 16, t, h, w].
+        first: latents of the given image, [B, 16, 1, h, w].
+    """
+    condition = torch.zeros_like(latents)
+    condition[:, :, :1] = first
+    mask = torch.zeros_like(latents[:, :1])
+    mask[:, :, 0] = 1
+    return torch.cat([latents, condition, mask], 1)
+
+
+def replace_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Returns HunyuanVideo's token_replace input [B, 16, t, h, w]: noisy latents with the given first frame."""
+    return torch.cat([first, latents[:, :, 1:]], 2)

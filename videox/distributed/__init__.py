@@ -1,0 +1,1 @@
+"""Processes: launch modes, rendezvous, collectives, signals."""

@@ -1,0 +1,1 @@
+"""Frozen encoders: pixels and prompts to the tensors that a training step takes."""

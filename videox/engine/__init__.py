@@ -1,0 +1,1 @@
+"""The model in training under each backend: optimizer step, checkpoint save and load, export."""

@@ -1,0 +1,1 @@
+"""Estimates of FLOPs, memory, disk and time from configurations and the plan; trains nothing."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: on the model, in files of several layouts, merged into a base."""

@@ -1,0 +1,169 @@
+"""Serves weights that come without diffusers' config.json: what a model is like, read from the shapes of its tensors.
+
+All shapes are those of diffusers' names. What no shape tells (a head's width, for instance) is taken from `known`, the
+nearest configuration there is, in diffusers' words or the original's, and else is what was published.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from videox.weights.layouts import Shapes
+
+HEAD_DIM = 128  # channels of an attention head in every published Wan2.1 and HunyuanVideo
+CLIP_HEAD_DIM = 80  # in the published CLIP ViT-H
+Config = dict[str, Any]
+
+
+def count(shapes: Shapes, prefix: str) -> int:
+    """Returns how many numbered modules there are under a prefix."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=-1)
+
+
+def wan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a Wan2.1 transformer. Raises KeyError naming a tensor that is missing."""
+    width, channels, *patch = shapes["patch_embedding.weight"]
+    embedder = "condition_embedder"
+    image = shapes.get(f"{embedder}.image_embedder.norm1.weight")
+    positions = shapes.get(f"{embedder}.image_embedder.pos_embed")
+    head_dim = known.get("attention_head_dim") or HEAD_DIM
+    if "dim" in known and "num_heads" in known:
+        head_dim = known["dim"] // known["num_heads"]
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2]),
+        "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": count(shapes, "blocks"),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "qk_norm": "rms_norm_across_heads" if "blocks.0.attn1.norm_q.weight" in shapes else None,
+        "eps": known.get("eps", 1e-6),
+        "image_dim": image[0] if image else None,
+        "added_kv_proj_dim": width if "blocks.0.attn2.add_k_proj.weight" in shapes else None,
+        "rope_max_seq_len": known.get("rope_max_seq_len", 1024),
+        "pos_embed_seq_len": positions[1] if positions else None,
+    }
+
+
+def hunyuan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a HunyuanVideo transformer; token_replace shows in no shape and is as `known` says.
+
+    Raises:
+        KeyError: naming a tensor that is missing.
+    """
+    width, channels, patch_t, patch, _ = shapes["x_embedder.proj.weight"]
+    head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    latent = shapes["proj_out.weight"][0] // (patch_t * patch * patch)
+    condition = known.get("image_condition_type")
+    if channels != latent:
+        condition = "latent_concat"
+    elif condition == "latent_concat":
+        condition = None
+    return {
+        "in_channels": channels,
+        "out_channels": latent,
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": count(shapes, "transformer_blocks"),
+        "num_single_layers": count(shapes, "single_transformer_blocks"),
+        "num_refiner_layers": count(shapes, "context_embedder.token_refiner.refiner_blocks"),
+        "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / width,
+        "patch_size": patch,
+        "patch_size_t": patch_t,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "rope_theta": known.get("rope_theta", 256.0),
+        "rope_axes_dim": tuple(known.get("rope_axes_dim", (16, 56, 56))),
+        "image_condition_type": condition,
+    }
+
+
+def wan_vae(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Returns the configuration of Wan2.1's autoencoder. Raises KeyError naming a tensor that is missing."""
+    base, stages, downsample = shapes["encoder.conv_in.weight"][0], [], []
+    blocks = count(shapes, "encoder.down_blocks")
+    ends = [i for i in range(blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
+    for end in [*ends, blocks]:
+        stages.append(shapes[f"encoder.down_blocks.{end - 1}.conv2.weight"][0] // base)
+        if end < blocks:
+            downsample.append(f"encoder.down_blocks.{end}.time_conv.weight" in shapes)
+    latents = {name: known[name] for name in ("latents_mean", "latents_std") if name in known}
+    return {
+        "base_dim": base,
+        "z_dim": shapes["post_quant_conv.weight"][0],
+        "dim_mult": stages,
+        "num_res_blocks": ends[0] if ends else blocks,
+        "temperal_downsample": downsample,
+        **latents,
+    }
+
+
+def umt5(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Returns the configuration of a UMT5 encoder. Raises KeyError naming a tensor that is missing."""
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    vocabulary, width = shapes["shared.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": count(shapes, "encoder.block"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": known.get("max_dist", 128),
+        "dropout_rate": known.get("dropout", 0.0),
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "is_encoder_decoder": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def clip_vision(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Returns the configuration of CLIP's image encoder.
+
+    Raises:
+        KeyError: naming a tensor that is missing.
+        ValueError: its width is not that of whole heads.
+    """
+    positions, width = shapes["embeddings.position_embedding.weight"]
+    if not known.get("num_heads") and width % CLIP_HEAD_DIM:
+        raise ValueError(f"a width of {width} is not divided by the {CLIP_HEAD_DIM} channels of CLIP's heads")
+    patch = shapes["embeddings.patch_embedding.weight"][-1]
+    return {
+        "hidden_size": width,
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": count(shapes, "encoder.layers"),
+        "num_attention_heads": known.get("num_heads") or width // CLIP_HEAD_DIM,
+        "image_size": patch * round((positions - 1) ** 0.5),
+        "patch_size": patch,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+CONFIGS: Mapping[str, Callable[[Shapes, Mapping[str, Any]], Config]] = {
+    "wan": wan, "hunyuan": hunyuan, "wan_vae": wan_vae, "umt5": umt5, "clip_vision": clip_vision,
+}  # fmt: skip
+# What an original config.json says of the same, where it says it: it must not contradict the weights.
+SAID = {"in_dim": "in_channels", "out_dim": "out_channels", "ffn_dim": "ffn_dim", "num_layers": "num_layers"}
+
+
+def contradictions(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """Returns in words where an original config.json says something else than the weights."""
+    return [
+        f"{theirs} is {known[theirs]}, the weights have {config[ours]}"
+        for theirs, ours in SAID.items()
+        if theirs in known and ours in config and known[theirs] != config[ours]
+    ]

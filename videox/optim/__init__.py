@@ -1,0 +1,1 @@
+"""Optimizers by name, parameter groups, learning-rate schedules, optimizer state, EMA."""

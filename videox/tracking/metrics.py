@@ -1,0 +1,94 @@
+"""Serves whoever asks what a run did: metrics.jsonl, one line for each optimizer step, none missing, none twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from videox.files import flush
+from videox.tracking.jsonl import append_line, drop_torn_line, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, as metrics.jsonl holds it.
+
+    Attributes:
+        step: from 1.
+        loss: mean over the real samples of the global batch.
+        lr: learning rate of this step.
+        grad_norm: global gradient norm before clipping.
+        tokens: sequence length summed over the real samples of the global batch.
+        tokens_per_second: `tokens` by the seconds of this step.
+        data_wait: seconds waited for data, the largest over the ranks.
+        rows: metadata row numbers of the global batch in schedule order.
+        buckets: (frames, height, width) in pixels, parallel to rows.
+        measured: further numbers of the step by name, see videox.estimate.mfu.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    data_wait: float
+    rows: Sequence[int]
+    buckets: Sequence[Sequence[int]]
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """Returns the object of metrics.jsonl; numbers of numpy or torch become Python's."""
+        if len(self.rows) != len(self.buckets):
+            raise ValueError(f"{len(self.rows)} rows but {len(self.buckets)} buckets in step {self.step}")
+        return {
+            "step": int(self.step),
+            "loss": float(self.loss),
+            "lr": float(self.lr),
+            "grad_norm": float(self.grad_norm),
+            "tokens": int(self.tokens),
+            "tokens_per_second": float(self.tokens_per_second),
+            "data_wait": float(self.data_wait),
+            **{name: float(value) for name, value in self.measured.items()},
+            "rows": [int(row) for row in self.rows],
+            "buckets": [[int(side) for side in bucket] for bucket in self.buckets],
+        }
+
+
+class MetricsLog:
+    """Appends to output_dir/metrics.jsonl, one line per optimizer step, each in the file when `append` returns.
+
+    Args:
+        output_dir: the run's folder.
+        enabled: False on every process but the main one; then nothing is written.
+        after: the step behind the first line of a new file, for a run that goes on from another folder's checkpoint.
+
+    Raises:
+        Refusal: (exit code 5) if the file holds a broken line or cannot be written.
+    """
+
+    def __init__(self, output_dir: Path, *, enabled: bool = True, after: int = 0) -> None:
+        self.path, self.enabled = output_dir / "metrics.jsonl", enabled
+        lines = read_lines(self.path) if enabled else []
+        self.last_step = lines[-1]["step"] if lines else after
+        if enabled:
+            drop_torn_line(self.path)
+
+    def append(self, record: StepRecord) -> None:
+        """Writes one line.
+
+        Raises:
+            ValueError: if the step is not the one after the last line's, so that no step is repeated or missing.
+            Refusal: (exit code 5) if the file cannot be written.
+        """
+        if record.step != self.last_step + 1 and self.enabled:
+            raise ValueError(f"{self.path}: step {record.step} does not follow step {self.last_step}")
+        if self.enabled:
+            append_line(self.path, record.as_dict())
+        self.last_step = record.step
+
+    def sync(self) -> None:
+        """Forces the lines to the disk; before a checkpoint is published, which must not outlive its own lines."""
+        if self.enabled and self.path.exists():
+            flush(self.path)

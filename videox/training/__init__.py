@@ -1,0 +1,1 @@
+"""From flags to the training loop. The only package whose functions take the parsed flags (`args`)."""

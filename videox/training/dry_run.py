@@ -1,0 +1,420 @@
+"""Serves both train.py scripts: --dry_run and --explain, which plan a run, load no weight and train nothing.
+
+Like wiring.py it may take the parsed flags. It makes no accelerate state and joins no processes: what the launcher
+would start is read from its variables, and the first process alone plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+import videox.training.build as wiring
+import videox.training.schedule as scheduling
+from videox.data.dataset import Batch, TokenLengthDataset
+from videox.data.extent import largest_bucket
+from videox.data.index.index import Index, build_index, load_index
+from videox.data.plan.balance import Load, loads
+from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import Columns, PlanSettings, columns_of
+from videox.distributed.accelerator import BACKENDS, Backend, asked_for
+from videox.engine.base import Engine
+from videox.errors import STORAGE, Refusal
+from videox.estimate.cost_model import read_cost_model
+from videox.estimate.data_report import ledger_lines
+from videox.estimate.explain_row import explain_row
+from videox.estimate.flops import Network, total
+from videox.estimate.memory import (
+    CLOSE,
+    WHOLE,
+    Encoders,
+    Memory,
+    Parameters,
+    Setup,
+    checkpoint_size,
+    memory_of,
+    nearest_that_fits,
+)
+from videox.estimate.mfu import device_peak
+from videox.estimate.peak_memory import module_bytes, peak_bytes
+from videox.estimate.plot import plot_plan
+from videox.estimate.report import (
+    GIB,
+    WORLDS,
+    Speed,
+    Work,
+    attribute_line,
+    attributes,
+    balance_lines,
+    disk_lines,
+    ladder_lines,
+    memory_lines,
+    plan_records,
+    plan_report,
+    samples_of,
+    step_lines,
+    tail_line,
+    time_lines,
+    way_words,
+    work_of,
+)
+from videox.files import replacing, write_json_atomically
+from videox.lora.adapters import adapter_sizes, choose_targets
+from videox.models.activation_checkpoint import chosen_blocks
+from videox.models.folder import read_json, without_weights
+from videox.optim.build import choose_trainable
+from videox.optim.registry import refuse_unfit
+from videox.shapes import Bucket, token_count
+from videox.tracking.jsonl import json_line
+from videox.training.args import COUNT_OR_ZERO, Parser, data_dir, number, optimizer_of
+from videox.training.memory_check import largest_batch, names_phase, try_batch
+
+PER_HOST = 8  # processes on one machine, where no launcher says it
+PROCESSES = number(int, 1, 65_536)  # to plan for; a plan holds a slot for each of them
+
+
+@dataclass(frozen=True)
+class Model:
+    """What planning knows of a model, from its configurations alone.
+
+    Attributes:
+        task: in words.
+        network: makes operations and bytes, from `half`: whether it computes in bfloat16, and `cast`: whether its
+            weights are float32.
+        blocks: names of the transformer's lists of repeated blocks, each with what a LoRA changes in it.
+        parts: class and configuration of each part that has weights, by name.
+        min_frames: below which a sample teaches nothing.
+        divided: the backend that divides the weights, for whoever has to change to it.
+    """
+
+    task: str
+    network: Callable[..., Network]
+    blocks: Mapping[str, Sequence[str]]
+    parts: Mapping[str, tuple[Any, dict[str, Any]]]
+    min_frames: int = 1
+    divided: str = "zero3"
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """A and b of a sample's cost a*S + b*S^2 in the blocks, in operations of a forward pass."""
+        forward = total(*(block.forward for block in self.network(half=True).blocks))
+        return float(forward.linear), float(forward.quadratic)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher starts, or what is asked about instead. zero: zero_optimization of the DeepSpeed file."""
+
+    backend: str
+    processes: int
+    per_host: int
+    half: bool
+    zero: Mapping[str, Any]
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags that plan a run, and those by which it is measured."""
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
+    add("--dry_run", action="store_true", help="say what would be trained and what it takes, then end (off = train)")
+    add(
+        "--explain",
+        type=COUNT_OR_ZERO,
+        metavar="ROW",
+        help="say what becomes of this one of the rows, then end (0 = the first) (none = off)",
+    )
+    add(
+        "--dry_run_plan",
+        type=PROCESSES,
+        nargs="+",
+        default=[],
+        metavar="PROCESSES",
+        help="dry run: also write the first epoch's plan for so many processes (empty = none)",
+    )
+    add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes to plan for (none = as launched)")
+    add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
+    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
+    add(
+        "--assumed_mfu",
+        type=number(float, 0.001, 1),
+        default=0.35,
+        help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
+    )
+    add(
+        "--try_largest_first",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the largest micro-batch of all epochs before the first step, to no effect (auto = on GPUs)",
+    )
+    add(
+        "--peak_tflops",
+        type=number(float, 0.001, 10**6),
+        help="dense bf16 TFLOP per second of a GPU at its peak (none = by its name)",
+    )
+
+
+def only_plans(args: argparse.Namespace) -> bool:
+    """Returns whether the flags ask for a plan alone."""
+    return bool(args.dry_run or args.explain is not None)
+
+
+def start(
+    args: argparse.Namespace,
+    train: Callable[..., int],
+    check_model: Callable[[argparse.Namespace], Any],
+    describe: Callable[[argparse.Namespace, Any], Model],
+) -> int:
+    """Plans with --dry_run or --explain, else trains; returns the exit code.
+
+    Args:
+        train: as wiring.start takes it.
+        check_model: returns the model's parts from the flags, without weights.
+        describe: returns the model's description from these.
+    """
+    if not only_plans(args):
+        return wiring.start(args, names_phase(train))
+    if os.environ.get("RANK", "0") == "0":
+        _plan(args, describe(args, check_model(args)))
+    return 0
+
+
+def try_largest(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    backend: Backend,
+    planned: scheduling.Schedule,
+    engine: Engine,
+    dataset: TokenLengthDataset,
+    accumulate: Callable[[Batch], object],
+) -> None:
+    """Runs the largest micro-batch that any epoch may bring, so that a lack of memory shows in the first minute.
+
+    Args:
+        accumulate: adds a batch's gradients.
+
+    Raises:
+        Refusal: it does not fit.
+    """
+    if args.try_largest_first == "off" or (args.try_largest_first == "auto" and accelerator.device.type != "cuda"):
+        return
+    bucket = largest_bucket(planned.columns, planned.settings)
+    last = backend.kind != "zero"  # DeepSpeed would take it for a step's end
+    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last, encoded=args.latent_cache is None)
+    try_batch(engine, batch, accumulate, has_moments=planned.state.step > 0)
+    accelerator.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
+
+
+def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
+    """Returns what the launcher's variables say, and what --dry_run_processes and --dry_run_backend say instead."""
+    kind, zero = asked_for(environment), _zero_settings(environment)
+    processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
+    if kind == "zero":
+        backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
+    else:
+        backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
+    if args.dry_run_backend == "single" and processes > 1:
+        mend = "give --dry_run_backend ddp or --dry_run_processes 1"
+        raise Refusal("--dry_run_backend", f"single is one process, planned are {processes}", mend)
+    backend = args.dry_run_backend or backend
+    if backend in ("single", "ddp"):
+        backend = "ddp" if processes > 1 else "single"
+    if backend not in BACKENDS:
+        raise Refusal("accelerate launch", f"{backend} is not supported", f"launch one of {', '.join(BACKENDS)}")
+    precision = args.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    local = PER_HOST if args.dry_run_processes else int(environment.get("LOCAL_WORLD_SIZE", PER_HOST))
+    return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
+
+
+def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
+
+
+def _plan(args: argparse.Namespace, model: Model) -> None:
+    launch = launch_of(os.environ, args)
+    refuse_unfit(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
+    index = _index(args)
+    columns = columns_of(index, by_second=args.video_sample_fps > 0)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
+    settings = scheduling.plan_settings(
+        args, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
+        min_frames=model.min_frames, cost_linear=cost[0], cost_quadratic=cost[1],
+        barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
+    )  # fmt: skip
+    if args.seed is None:
+        _say("no --seed is given: shown is seed 0, a run draws its own")
+    if args.explain is not None:
+        _say(*explain_row(index, columns, settings, args.explain, args.num_train_epochs))
+        return
+    plan = plan_epoch(columns, settings, 0)
+    _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *wiring.notes(args))
+    _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
+    _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in ladder_lines(settings.policy)))
+    _Forecast(args, model, launch, columns, settings, plan).tell()
+
+
+class _Forecast:
+    """What follows from a plan: work, balance, memory, disk, time; and the files that say it."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: Model,
+        launch: Launch,
+        columns: Columns,
+        settings: PlanSettings,
+        plan: EpochPlan,
+    ) -> None:
+        self.args, self.launch, self.columns, self.settings, self.plan = args, launch, columns, settings, plan
+        self.model = model
+        share = 1.0 if args.gradient_checkpointing else args.selective_ac
+        self.setup = Setup(
+            backend=launch.backend,
+            processes=launch.processes,
+            per_host=launch.per_host,
+            half=launch.half,
+            recomputed=share,
+            rest=args.low_vram,
+            workers=args.dataloader_num_workers,
+            tokens=token_count(largest_bucket(columns, settings)),
+            batch=args.train_batch_size,
+            zero=launch.zero,
+            average=args.ema_device if args.use_ema else "",
+            whole=args.save_whole_weights,
+            optimizer=optimizer_of(args),
+            adapters=args.lora_rank > 0,
+        )
+        cast = launch.backend in WHOLE and self.setup.frozen == 4
+        self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.adapters)
+
+    def tell(self) -> None:
+        """Prints the forecast and writes plan_report.json, plan_report.png and the plans asked for."""
+        args, plan, settings = self.args, self.plan, self.settings
+        chosen = chosen_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
+        work = work_of(plan, self.network, chosen)
+        worlds = sorted({*WORLDS, self.launch.processes})
+        balanced = loads(self.columns, settings, args.gradient_accumulation_steps, worlds)
+        _say(*time_lines(plan, work))
+        efficiency = balanced[self.launch.processes].balance
+        _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
+        _say("how evenly processes are loaded:", *balance_lines(balanced, settings))
+        parameters = self._parameters()
+        memory = self._memory(parameters)
+        checkpoint = checkpoint_size(parameters, self.setup)
+        steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
+        _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
+        report = plan_report(
+            self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
+        )
+        self._write(report, work, balanced)
+
+    def _parameters(self) -> Parameters:
+        args = self.args
+        transformer: Any = without_weights(*self.model.parts["transformer"])
+        blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
+        everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
+        outside = everything - sum(sizes)
+        if args.lora_rank:
+            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+            targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
+            trained = sum(adapter_sizes(shapes, targets, args.lora_rank).values())
+            return Parameters(everything + trained, trained, max(sizes), outside)
+        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
+        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+        return Parameters(everything, trained, max(sizes), outside)
+
+    def _memory(self, parameters: Parameters) -> Memory:
+        args = self.args
+        largest = largest_bucket(self.columns, self.settings)
+        encoders = encoders_of(args, self.model, self.launch.half, largest)
+        memory = partial(memory_of, parameters, self.network, encoders)
+        found, limit = memory(self.setup), args.gpu_memory * GIB
+        ways: list[str] = []
+        if found.total() > CLOSE * limit:
+            tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
+            fitting = nearest_that_fits(self.setup, CLOSE * limit, memory, divided=self.model.divided, shorter=tokens)
+            ways = [way_words(words, memory(setup)) for words, setup in fitting]
+        rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} billion trained"
+        _say(rows, *memory_lines(found, self.setup, limit, ways))
+        return found
+
+    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, Load]) -> None:
+        args = self.args
+        folder, plan = Path(args.output_dir), self.plan
+        with _written_to(folder):
+            write_json_atomically(folder / "plan_report.json", report)
+            counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
+            plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * work.by_bucket, balanced)
+            written = ["plan_report.json", "plan_report.png"]
+            for world in args.dry_run_plan:
+                own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
+                with replacing(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
+                    file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
+                written.append(f"plan-{world}.jsonl")
+        _say(f"written to {folder}: {', '.join(written)}")
+
+
+def encoders_of(args: argparse.Namespace, model: Model, half: bool, largest: Bucket) -> Encoders:
+    """Returns the bytes of the model's frozen parts, and what the VAE's encoder holds at its largest batch of clips.
+
+    Text encoders are loaded in the precision of the computation, the others in float32.
+    """
+    frozen: dict[str, Any] = {n: without_weights(*part) for n, part in model.parts.items() if n != "transformer"}
+    weights = {n: module_bytes(module, 2 if half and n.startswith("text") else 4) for n, module in frozen.items()}
+    pixels = torch.empty((min(args.vae_mini_batch, args.train_batch_size), 3, *largest), device="meta")
+    work = peak_bytes(lambda: frozen["vae"].encode(pixels).latent_dist.mode())
+    return Encoders(weights, work + 4.0 * pixels.numel())
+
+
+def speed_of(args: argparse.Namespace) -> Speed:
+    """Returns how fast a GPU is taken to be: from the flags, or from the GPU here."""
+    peak, name = device_peak(args.peak_tflops)
+    return Speed(peak, args.assumed_mfu, f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {name}")
+
+
+def _index(args: argparse.Namespace) -> Index:
+    with _written_to(Path(args.output_dir)):
+        path = scheduling.index_path(args)
+    build_index(
+        Path(args.train_data_meta),
+        data_dir(args),
+        path,
+        allow_outside_data_dir=args.allow_outside_data_dir,
+        workers=max(args.dataloader_num_workers, 1),
+        progress=True,
+        trust_metadata=True,
+        announce=_say_probing,
+    )
+    return load_index(path, data_dir(args))
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """Makes the output folder, and has a disk that refuses it or a file in it end in one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        mend = "free some room, or give an --output_dir you can write"
+        raise Refusal(str(folder), f"the plan cannot be written there ({error})", mend, STORAGE) from error
+
+
+def _say_probing(files: int, seconds: float) -> None:
+    _say(f"{files:,} files are not described by the metadata: looking at them takes about {seconds / 60:,.1f} minutes")
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
