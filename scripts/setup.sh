@@ -25,7 +25,7 @@ if ! .venv/bin/python -c "$in_range" 2>/dev/null; then
     fi
   done
   if [ -z "$python" ]; then
-    echo "error: set-up: no python3.11, 3.12 or 3.13 with venv and pip on PATH. Mend: install one of them." >&2
+    echo "error: set-up: no python3.11, 3.12 or 3.13 with venv and pip on PATH. Fix: install one of them." >&2
     exit 1
   fi
   echo "set-up 1/3: .venv with $("$python" --version)"

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from videox.errors import MODEL, STORAGE, Refusal
-from videox.files import SaveFailed, flush, flush_tree
+from videox.errors import MODEL, STORAGE, UserError
+from videox.files import SaveError, flush, flush_tree
 from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script
 from videox.weights.deepspeed_reader import LATEST, read_zero, tag_folder
@@ -104,19 +104,19 @@ def open_checkpoint(checkpoint: Path, tag: str | None, exclude_frozen: bool) -> 
     """Returns the tensors of a checkpoint: its shards where it has any, else its whole weights.
 
     Raises:
-        Refusal: (MODEL) it holds neither, or they are damaged.
+        UserError: (MODEL) it holds neither, or they are damaged.
     """
     if not checkpoint.is_dir():
-        raise Refusal("checkpoint_dir", f"{checkpoint} is no folder", "name a folder checkpoint-N", MODEL)
+        raise UserError("checkpoint_dir", f"{checkpoint} is no folder", "name a folder checkpoint-N", MODEL)
     if (zero := tag_folder(checkpoint, tag)) is not None:
         return with_notes(read_zero(zero, exclude_frozen=exclude_frozen), checkpoint)
     if exclude_frozen:
         what = f"{checkpoint} does not say which parameters were frozen; only ZeRO's shards do"
-        raise Refusal("--exclude_frozen_parameters", what, "leave the flag out")
+        raise UserError("--exclude_frozen_parameters", what, "leave the flag out")
     if (fsdp := fsdp_folder(checkpoint, tag)) is not None:
         return with_notes(read_fsdp(fsdp), checkpoint)
     if tag is not None:
-        raise Refusal("--tag", f"{tag!r} names no folder of shards in {checkpoint}", "leave the flag out", MODEL)
+        raise UserError("--tag", f"{tag!r} names no folder of shards in {checkpoint}", "leave the flag out", MODEL)
     if (folder := whole_weights(checkpoint)) is not None:
         tensors = read_whole(folder)
         floating = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
@@ -128,7 +128,7 @@ def open_checkpoint(checkpoint: Path, tag: str | None, exclude_frozen: bool) -> 
     found = few(sorted(path.name for path in checkpoint.iterdir())) or "nothing"
     what = f"{checkpoint} holds no ZeRO or FSDP shards and no weights (looked for {LATEST}, {FOLDERS}, "
     what += f"{TRANSFORMER}/{WEIGHTS}*.safetensors; found: {found})"
-    raise Refusal("checkpoint_dir", what, "name a folder checkpoint-N of a training run", MODEL)
+    raise UserError("checkpoint_dir", what, "name a folder checkpoint-N of a training run", MODEL)
 
 
 def whole_weights(checkpoint: Path) -> Path | None:
@@ -148,7 +148,7 @@ def with_notes(shards: Shards, checkpoint: Path) -> Shards:
         note = f"{folder} already holds the 16-bit weights whole; the float32 masters of the shards are converted here"
         if any(tensor.dtype == torch.float32 for tensor in read_whole(folder)):
             note = LOADS.format(folder)
-    except Refusal as broken:
+    except UserError as broken:
         note = f"{broken.where} {broken.what}; it is not used, the float32 masters of the shards are converted"
     return Shards(shards.kind, shards.tensors, (*shards.notes, note))
 
@@ -157,43 +157,45 @@ def find_config(checkpoint: Path, given: Path | None) -> tuple[Path, bytes]:
     """Returns the model's config.json, by path and content.
 
     Raises:
-        Refusal: (MODEL) there is none, or it is no JSON object.
+        UserError: (MODEL) there is none, or it is no JSON object.
     """
     places = [given / CONFIG if given.is_dir() else given] if given else []
     places = places or [checkpoint / TRANSFORMER / CONFIG, checkpoint / CONFIG]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         what = f"no {CONFIG} (looked for {' and '.join(map(str, places))})"
-        mend = "give --config FILE, the config.json in the transformer folder of the model that was trained"
-        raise Refusal("--config" if given else str(checkpoint), what, mend, MODEL)
+        hint = "give --config FILE, the config.json in the transformer folder of the model that was trained"
+        raise UserError("--config" if given else str(checkpoint), what, hint, MODEL)
     content = path.read_bytes()
     try:
         if not isinstance(json.loads(content), dict):
             raise ValueError("it is no object")
     except ValueError as error:
-        raise Refusal(str(path), f"is no JSON of a model ({error})", "give --config FILE", MODEL) from error
+        raise UserError(str(path), f"is no JSON of a model ({error})", "give --config FILE", MODEL) from error
     return path, content
 
 
 def model_class(path: Path, config: bytes) -> type[Any]:
-    """Returns the diffusers class that a config names. Raises Refusal (MODEL)."""
+    """Returns the diffusers class that a config names. Raises UserError (MODEL)."""
     import diffusers  # seconds; most conversions need none of it
 
     name = json.loads(config).get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) and not name.startswith("_") else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise Refusal(str(path), f"names the class {name!r}, which diffusers does not have", "give --config", MODEL)
+        raise UserError(str(path), f"names the class {name!r}, which diffusers does not have", "give --config", MODEL)
     return found
 
 
 def shapes_of_model(path: Path, config: bytes) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor of the model that a config describes, without its memory. Raises Refusal."""
+    """Returns the shape of each tensor of the model that a config describes, without its memory. Raises UserError."""
     kind = model_class(path, config)
     try:
         with torch.device("meta"):
             model = kind.from_config(json.loads(config))
     except (TypeError, ValueError, KeyError) as error:
-        raise Refusal(str(path), f"does not build a {kind.__name__} ({error})", "give --config FILE", MODEL) from error
+        raise UserError(
+            str(path), f"does not build a {kind.__name__} ({error})", "give --config FILE", MODEL
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -201,14 +203,14 @@ def shapes_of_model(path: Path, config: bytes) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_place(checkpoint: Path, output: Path, where: str = "output_dir") -> None:
-    """Raises Refusal, of `where`, if the output is the checkpoint, is in it or holds it, is taken, or is no folder."""
+    """Raises UserError, of `where`, if the output is the checkpoint, is in it or holds it, is taken, or is no folder."""
     source, target = checkpoint.resolve(), output.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise Refusal(where, f"{output} is {checkpoint}, or one is inside the other", "name a folder beside it")
+        raise UserError(where, f"{output} is {checkpoint}, or one is inside the other", "name a folder beside it")
     if os.path.lexists(output) and not output.is_dir():
-        raise Refusal(where, f"{output} exists and is no folder", "name a new folder")
+        raise UserError(where, f"{output} exists and is no folder", "name a new folder")
     if output.is_dir() and (there := sorted(path.name for path in output.iterdir())):
-        raise Refusal(where, f"{output} is not empty (found: {few(there)})", "name a new folder, or remove it")
+        raise UserError(where, f"{output} is not empty (found: {few(there)})", "name a new folder, or remove it")
 
 
 @contextmanager
@@ -218,7 +220,7 @@ def published(output: Path) -> Iterator[Path]:
     The folder is locked while it is written, so that what a killed conversion left is told from a living one's.
 
     Raises:
-        SaveFailed: the disk refused.
+        SaveError: the disk refused.
     """
     mark = f".converting-{output.name}-"
     temporary = output.with_name(mark + secrets.token_hex(6))
@@ -237,7 +239,7 @@ def published(output: Path) -> Iterator[Path]:
         finally:
             os.close(lock)
     except OSError as error:
-        raise SaveFailed(f"{output}: {error}") from error
+        raise SaveError(f"{output}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -255,20 +257,20 @@ def remove_unlocked(folder: Path) -> None:
 
 
 def refuse_full_disk(output: Path, size: int, where: str = "output_dir") -> None:
-    """Raises Refusal (STORAGE) before the first byte if the disk cannot hold the result."""
+    """Raises UserError (STORAGE) before the first byte if the disk cannot hold the result."""
     parent = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < size:
         what = f"{readable(size)} are needed in {parent}, {readable(free)} are free"
-        raise Refusal(where, what, "free some space, or name a folder on another disk", STORAGE)
+        raise UserError(where, what, "free some space, or name a folder on another disk", STORAGE)
 
 
 def write_model(output: Path, tensors: list[Planned], config: bytes, max_shard_size: int, reread: bool) -> None:
     """Writes the diffusers folder, checks it and gives it its name.
 
     Raises:
-        Refusal: (NUMERICS) values that are not finite in bfloat16, (MODEL) a shard is cut short.
-        SaveFailed: the disk refused, or gives back something else.
+        UserError: (NUMERICS) values that are not finite in bfloat16, (MODEL) a shard is cut short.
+        SaveError: the disk refused, or gives back something else.
     """
     size = sum(tensor.nbytes for tensor in tensors)
     with (
@@ -290,15 +292,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_place(checkpoint, output)
     shards = open_checkpoint(checkpoint, flags.tag, flags.exclude_frozen_parameters)
     if (checkpoint / MANIFEST).is_file() and (problems := verify(checkpoint, hashes=flags.verify)):
-        mend = f"convert another checkpoint, or remove its {MANIFEST} to convert what is there"
-        raise Refusal(str(checkpoint), f"is damaged: {few(problems)}", mend, MODEL)
+        hint = f"convert another checkpoint, or remove its {MANIFEST} to convert what is there"
+        raise UserError(str(checkpoint), f"is damaged: {few(problems)}", hint, MODEL)
     config_path, config = find_config(checkpoint, flags.config)
     kept = flags.keep_fp32_modules
     if kept == []:
         kept = getattr(model_class(config_path, config), "_keep_in_fp32_modules", None)
     tensors = planned(shards.tensors, torch.bfloat16, kept or ())
     if not tensors:
-        raise Refusal(str(checkpoint), f"({shards.kind}) holds no tensor", "convert another checkpoint", MODEL)
+        raise UserError(str(checkpoint), f"({shards.kind}) holds no tensor", "convert another checkpoint", MODEL)
     if flags.verify:
         refuse_other_model(tensors, shapes_of_model(config_path, config), str(config_path))
     size = sum(tensor.nbytes for tensor in tensors)

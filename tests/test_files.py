@@ -13,7 +13,7 @@ from crashes import die, fork, names, status_of, strike
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videox.files import aside, flush, flush_tree, replacing, unused, write_json_atomically
+from videox.files import atomic_write, flush, flush_tree, temp_path, unique_path, write_json_atomically
 
 
 def test_json_is_replaced_at_once_or_not_at_all(tmp_path):
@@ -34,11 +34,11 @@ def test_json_is_replaced_at_once_or_not_at_all(tmp_path):
 def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), replacing(path) as temporary:
+    with pytest.raises(KeyError), atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyError("x")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(FileNotFoundError), atomic_write(path):
         pass  # nothing was written
     assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
 
@@ -66,23 +66,23 @@ def test_the_first_free_name_is_found(tmp_path_factory, taken):
     for number in taken:
         (folder / ("run" if number == 1 else f"run-{number}")).symlink_to(folder / "nowhere")  # counts as taken
     free = min(set(range(1, 11)) - taken)
-    assert unused(folder / "run").name == ("run" if free == 1 else f"run-{free}")
+    assert unique_path(folder / "run").name == ("run" if free == 1 else f"run-{free}")
 
 
 def test_a_file_keeps_its_suffix(tmp_path):
     path = tmp_path / "lora-superseded.safetensors"
-    assert unused(path) == path
+    assert unique_path(path) == path
     path.write_text("")
-    assert unused(path).name == "lora-superseded-2.safetensors"
-    unused(path).write_text("")
-    assert unused(path).name == "lora-superseded-3.safetensors"
+    assert unique_path(path).name == "lora-superseded-2.safetensors"
+    unique_path(path).write_text("")
+    assert unique_path(path).name == "lora-superseded-3.safetensors"
     (tmp_path / "v1.5-superseded").mkdir()
-    assert unused(tmp_path / "v1.5-superseded").name == "v1.5-superseded-2"
+    assert unique_path(tmp_path / "v1.5-superseded").name == "v1.5-superseded-2"
 
 
 def test_names_aside_are_hidden_and_never_alike(tmp_path):
     path = tmp_path / "state.json"
-    found = {aside(path, kind) for kind in ("tmp", "trash") for _ in range(100)}
+    found = {temp_path(path, kind) for kind in ("tmp", "trash") for _ in range(100)}
     assert len(found) == 200 and {p.parent for p in found} == {tmp_path}
     assert {p.name.split("state.json")[0] for p in found} == {".tmp-", ".trash-"}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videox.rng import Purpose, mix, uniform
+from videox.rng import Purpose, hash_key, uniform
 
 WORDS = st.integers(0, 2**64 - 1)
 # Draws are part of the checkpoint contract: a resumed run must find the numbers that the first one had.
@@ -25,7 +25,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("parts", "key"), GOLDEN.items())
 def test_keys_are_frozen(parts: tuple[int, ...], key: int) -> None:
-    assert int(mix(*parts)) == key
+    assert int(hash_key(*parts)) == key
 
 
 def test_draws_are_frozen() -> None:
@@ -57,48 +57,48 @@ def by_hand(*parts: int) -> int:
 
 @given(st.lists(WORDS, max_size=6))
 def test_keys_equal_whole_number_arithmetic(parts: list[int]) -> None:
-    assert int(mix(*parts)) == by_hand(*parts)
+    assert int(hash_key(*parts)) == by_hand(*parts)
 
 
 @given(st.integers(-(2**63), -1))
 def test_negative_numbers_count_modulo_two_to_the_64(part: int) -> None:
-    assert int(mix(part)) == int(mix(np.array([part]))[0]) == by_hand(part % 2**64)
+    assert int(hash_key(part)) == int(hash_key(np.array([part]))[0]) == by_hand(part % 2**64)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=20), WORDS)
 def test_columns_and_scalars_agree(column: list[int], scalar: int) -> None:
-    together = mix(scalar, np.array(column, np.uint64), 3)
+    together = hash_key(scalar, np.array(column, np.uint64), 3)
     assert together.dtype == np.uint64
-    assert together.tolist() == [int(mix(scalar, part, 3)) for part in column]
+    assert together.tolist() == [int(hash_key(scalar, part, 3)) for part in column]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint64])
 def test_the_type_of_a_column_does_not_matter(dtype: type) -> None:
     column = np.arange(100, dtype=dtype)
-    assert mix(5, column).tolist() == [by_hand(5, i) for i in range(100)]
+    assert hash_key(5, column).tolist() == [by_hand(5, i) for i in range(100)]
 
 
 def test_parts_broadcast() -> None:
-    grid = mix(np.arange(3)[:, None], np.arange(4))
+    grid = hash_key(np.arange(3)[:, None], np.arange(4))
     assert grid.shape == (3, 4)
     assert int(grid[2, 1]) == by_hand(2, 1)
 
 
 @given(WORDS, WORDS)
 def test_order_matters(a: int, b: int) -> None:
-    assert (int(mix(a, b)) == int(mix(b, a))) == (a == b)
+    assert (int(hash_key(a, b)) == int(hash_key(b, a))) == (a == b)
 
 
 @given(WORDS)
 def test_number_of_parts_matters(a: int) -> None:
-    assert len({int(mix(a)), int(mix(a, 0)), int(mix(0, a)), int(mix(a, 0, 0))}) == 4 - (a == 0)
+    assert len({int(hash_key(a)), int(hash_key(a, 0)), int(hash_key(0, a)), int(hash_key(a, 0, 0))}) == 4 - (a == 0)
 
 
 @pytest.mark.parametrize("part", [0, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**64 - 1), -1])
 def test_no_warning_at_any_size(part: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mix(part, part, np.full(3, part))
+        hash_key(part, part, np.full(3, part))
         uniform(part, np.full(3, part))
 
 
@@ -120,7 +120,7 @@ def part_for_key(key: int) -> int:
 @pytest.mark.parametrize("key", [0, 1, 2**11 - 1, 2**12, 2**63, 2**64 - 2**12, 2**64 - 1])
 def test_draws_lie_strictly_between_zero_and_one(key: int) -> None:
     part = part_for_key(key)
-    assert int(mix(part)) == key
+    assert int(hash_key(part)) == key
     assert 0 < float(uniform(part)) < 1
     assert abs(float(uniform(part)) - key / 2**64) < 2**-51
 
@@ -142,12 +142,12 @@ def test_draws_are_uniform(purpose: Purpose) -> None:
 
 
 def test_low_bits_are_uniform_too() -> None:
-    keys = mix(np.arange(100_000), Purpose.NOISE)
+    keys = hash_key(np.arange(100_000), Purpose.NOISE)
     assert abs(chi_square(np.bincount((keys & np.uint64(255)).astype(int), minlength=256))) < 5
 
 
 def test_purposes_are_independent() -> None:
-    keys = mix(42, 0, np.arange(50_000), 0, Purpose.SAMPLE)
+    keys = hash_key(42, 0, np.arange(50_000), 0, Purpose.SAMPLE)
     draws = np.stack([uniform(keys, purpose) for purpose in Purpose])
     correlation = np.corrcoef(draws) - np.eye(len(draws))
     assert np.abs(correlation).max() < 5 / math.sqrt(50_000)
@@ -160,11 +160,11 @@ def test_neighbours_are_independent() -> None:
 
 
 def test_a_million_keys_are_distinct() -> None:
-    keys = mix(42, np.arange(100)[:, None], np.arange(10_000), Purpose.SAMPLE)
+    keys = hash_key(42, np.arange(100)[:, None], np.arange(10_000), Purpose.SAMPLE)
     assert len(np.unique(keys)) == keys.size
 
 
 @given(WORDS, st.integers(0, 63))
 def test_a_changed_bit_changes_about_half_of_the_key(part: int, bit: int) -> None:
-    changed = int(mix(part)) ^ int(mix(part ^ (1 << bit)))
+    changed = int(hash_key(part)) ^ int(hash_key(part ^ (1 << bit)))
     assert 8 <= changed.bit_count() <= 56

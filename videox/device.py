@@ -25,7 +25,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-class Moment:
+class DeviceEvent:
     """A moment of the device's work: when all that was handed to it so far is done.
 
     Args:
@@ -52,7 +52,7 @@ class Moment:
         if self._event is not None:
             self._event.synchronize()
 
-    def since(self, earlier: Moment) -> float:
+    def since(self, earlier: DeviceEvent) -> float:
         """Returns the seconds from an earlier moment to this one; waits for both."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
@@ -60,7 +60,7 @@ class Moment:
         return earlier._event.elapsed_time(self._event) / 1000
 
 
-class Numbers:
+class AsyncScalars:
     """Some numbers of the device on their way to the host.
 
     Args:
@@ -72,7 +72,7 @@ class Numbers:
         there = torch.stack([to_device(tensor.detach(), device).double() for tensor in tensors])
         self._here = torch.empty(len(tensors), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._here.copy_(there, non_blocking=True)
-        self.moment = Moment(device)
+        self.moment = DeviceEvent(device)
 
     def read(self) -> list[float]:
         """Returns them; waits until they have come, which a step later they have."""

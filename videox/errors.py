@@ -17,7 +17,7 @@ STOPPED = 75
 UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
-class Refusal(Exception):
+class UserError(Exception):
     """A stop that a person can act on; printed as one line, never as a traceback.
 
     Args:
@@ -28,12 +28,12 @@ class Refusal(Exception):
             6 numerics, 7 peer lost).
     """
 
-    def __init__(self, where: str, what: str, mend: str, exit_code: int = FLAGS) -> None:
-        self.where, self.what, self.mend, self.exit_code = where, what, mend, exit_code
-        super().__init__(f"{where}: {what}. Mend: {mend}.")
+    def __init__(self, where: str, what: str, hint: str, exit_code: int = FLAGS) -> None:
+        self.where, self.what, self.hint, self.exit_code = where, what, hint, exit_code
+        super().__init__(f"{where}: {what}. Fix: {hint}.")
 
-    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str, str, int]]:
-        return Refusal, (self.where, self.what, self.mend, self.exit_code)  # ranks tell each other their refusals
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, int]]:
+        return UserError, (self.where, self.what, self.hint, self.exit_code)  # ranks tell each other their refusals
 
     def line(self) -> str:
         """Returns the one line for stderr and run_status.json; control characters are escaped."""
@@ -63,10 +63,10 @@ def told_once(environment: Mapping[str, str]) -> Iterator[None]:
         environment: the launcher's variables.
 
     Raises:
-        PeerFailed: in place of a Refusal.
+        PeerFailed: in place of a UserError.
     """
     try:
         yield
-    except Refusal as refusal:
+    except UserError as refusal:
         first = environment.get("LOCAL_RANK", "0") == "0"
         raise PeerFailed(refusal.line(), refusal.exit_code, say=first) from refusal

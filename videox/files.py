@@ -30,7 +30,7 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
-def unused(path: Path) -> Path:
+def unique_path(path: Path) -> Path:
     """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ...
 
     Where a file has the name, the number stands before its suffix, by which it is known for what it is.
@@ -42,13 +42,13 @@ def unused(path: Path) -> Path:
     return free
 
 
-def aside(path: Path, kind: str = "tmp") -> Path:
+def temp_path(path: Path, kind: str = "tmp") -> Path:
     """Returns a hidden name beside a path, `.kind-name-<12 hex digits>`, that nothing else has or will have."""
     return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(6)}")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Puts a file in place so that a reader finds it whole, old or new, at any instant, also after a power cut.
 
     Args:
@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refused.
     """
-    temporary = aside(path)
+    temporary = temp_path(path)
     try:
         yield temporary
         flush(temporary)
@@ -73,14 +73,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json_atomically(path: Path, content: object) -> None:
     """Writes a JSON file that a reader finds whole, old or new, at any instant. Raises OSError, TypeError."""
     text = json.dumps(content, indent=1) + "\n"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- what users get, whole or absent
 
 
-class SaveFailed(Exception):
+class SaveError(Exception):
     """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
 
 
@@ -93,7 +93,7 @@ def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
         write: fills the folder that it is given.
 
     Raises:
-        SaveFailed: the disk refused; nothing is left behind.
+        SaveError: the disk refused; nothing is left behind.
     """
 
     def fill(temporary: Path) -> None:
@@ -112,13 +112,13 @@ def publish_file(target: Path, write: Callable[[Path], None]) -> None:
         write: makes a file of this name in the folder that it is given.
 
     Raises:
-        SaveFailed: the disk refused; nothing is left behind.
+        SaveError: the disk refused; nothing is left behind.
     """
     _publish(target, write, target.with_name(f"{target.stem}-superseded{target.suffix}"))
 
 
 def _publish(target: Path, write: Callable[[Path], None], superseded: Path) -> None:
-    temporary = aside(target)
+    temporary = temp_path(target)
     made = temporary / target.name
     try:
         temporary.mkdir(parents=True)
@@ -127,11 +127,11 @@ def _publish(target: Path, write: Callable[[Path], None], superseded: Path) -> N
         if _same(made, target):
             return
         if os.path.lexists(target):
-            target.rename(unused(superseded))
+            target.rename(unique_path(superseded))
         made.rename(target)
         flush(target.parent)
     except (OSError, SafetensorError) as error:
-        raise SaveFailed(f"{target}: {error}") from error
+        raise SaveError(f"{target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -51,7 +51,7 @@ def _finalise(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> UINT(31))
 
 
-def mix(*parts: int | np.ndarray) -> np.ndarray:
+def hash_key(*parts: int | np.ndarray) -> np.ndarray:
     """Returns uint64 keys: one well-mixed number for each combination of the broadcast integer parts.
 
     The order of the parts matters. Works on whole columns; no generator object is made.
@@ -68,4 +68,4 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
     """Returns float64 draws in the open interval (0, 1), one for each combination of the broadcast integer parts."""
     # 52 bits and a half are 53 bits, which float64 holds exactly: with one bit more the largest draw would round to 1
-    return ((mix(*parts) >> UINT(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return ((hash_key(*parts) >> UINT(12)).astype(np.float64) + 0.5) * 2.0**-52

@@ -51,21 +51,21 @@ from videox.diffusion.flow_matching import (
     velocity_losses,
 )
 from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
-from videox.encoders.encode import Encoder, OnDemand, Recipe, latents_recipe
+from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, latents_spec
 from videox.encoders.hunyuan_text import encode_pooled, encode_text, join_text
-from videox.encoders.offload import RestingModule
+from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import draw, encode_moments
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
-from videox.models.component import Part, choose_part
+from videox.models.component import Component, choose_part
 from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
 from videox.models.hub import local_folder
 from videox.models.shared_memory import load_frozen
 from videox.models.transformer import load_transformer
-from videox.rng import Purpose, mix
+from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import Run, run_script
 from videox.tracking.dump import dump_folder, write_dump
-from videox.training.loop import close_step, walk
+from videox.training.loop import finish_step, iterate_steps
 from videox.training.memory_check import names_memory
 from videox.training.validation_loss import HeldOut
 from videox.training.validator import encode_held_out
@@ -106,9 +106,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Encoders:
     """The frozen parts, and diffusers' own pipeline over them, for prompts and sample clips."""
 
-    text_encoder: RestingModule
-    text_encoder_2: RestingModule
-    vae: RestingModule
+    text_encoder: OffloadedModule
+    text_encoder_2: OffloadedModule
+    vae: OffloadedModule
     pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
 
 
@@ -120,7 +120,7 @@ class Components:
     """
 
     transformer: HunyuanVideoTransformer3DModel
-    encoders: OnDemand[Encoders]
+    encoders: LazyEncoders[Encoders]
     encode: Encoder
     attention: MaskFreeAttention
     scaling_factor: float
@@ -147,14 +147,14 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
-def check_model(args: argparse.Namespace) -> dict[str, Part]:
+def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Returns the model's parts after each has been looked at; loads no weight."""
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
     root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
     configs = read_model_folder(str(root), pipelines, names, weighted=encoders if weighted else ())
-    parts = {name: Part(root / name, configs[name]) for name in names}
+    parts = {name: Component(root / name, configs[name]) for name in names}
     for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
         given = getattr(args, f"{name}_path")
         parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
@@ -162,13 +162,13 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
-        raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
+        raise UserError(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
     if made_for == "i2v":
         read_component(root / "image_processor", weighted=False)
     return parts
 
 
-def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+def describe(args: argparse.Namespace, parts: dict[str, Component]) -> planning.Model:
     """Returns what the model computes, from its configurations alone."""
     config, text_tokens = parts["transformer"].config, args.tokenizer_max_length
     condition = config.get("image_condition_type")
@@ -193,7 +193,7 @@ def classes_of(train_mode: str) -> dict[str, Any]:
 
 
 def load_encoders(
-    args: argparse.Namespace, parts: dict[str, Part], accelerator: Accelerator, gather: wiring.Gather
+    args: argparse.Namespace, parts: dict[str, Component], accelerator: Accelerator, gather: wiring.Gather
 ) -> Encoders:
     """Loads the encoders: those of text in the compute dtype, the VAE in float32."""
     root, dtype = parts["scheduler"].path.parent, compute_dtype(accelerator)
@@ -211,12 +211,16 @@ def load_encoders(
     # a caption beyond CLIP's 77 tokens is cut for the pooled embedding alone; once a batch this is no news
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
     check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
-    resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    resting = {name: OffloadedModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
     return Encoders(**resting, pipeline=pipeline)
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, transformer: torch.nn.Module, encoders: OnDemand[Encoders], encode: Encoder
+    parts: dict[str, Component],
+    shift: float,
+    transformer: torch.nn.Module,
+    encoders: LazyEncoders[Encoders],
+    encode: Encoder,
 ) -> Components:
     """Returns the model's parts; the encoders are loaded by whoever asks for them first."""
     attention = MaskFreeAttention()
@@ -231,8 +235,8 @@ def load_components(
 
 
 def recipes_of(
-    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
-) -> list[Recipe]:
+    args: argparse.Namespace, parts: dict[str, Component], encoders: LazyEncoders[Encoders], accelerator: Accelerator
+) -> list[EncodingSpec]:
     """Returns how the tensors of a sample are made.
 
     moments: of the VAE's posterior; prompt_embeds and pooled: of the caption; in image-to-video also first_frame: the
@@ -250,16 +254,16 @@ def recipes_of(
         text["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[condition]
         llama, length = (*llama, root / "image_processor"), length + MOST_IMAGE_TOKENS
         first = lambda raw: given(encoders().vae, raw.video[:, :, :1])  # noqa: E731
-        recipes.append(latents_recipe("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
+        recipes.append(latents_spec("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
     sees = ("caption",) if condition is None else ("frame", "caption")
     return [
         *recipes,
-        latents_recipe("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
-        Recipe(
+        latents_spec("moments", ("clip",), lambda raw: given(encoders().vae, raw.video), kept, vae),
+        EncodingSpec(
             "prompt_embeds", sees, lambda raw: encode_text(encoders().text_encoder, encoders().pipeline, raw, text),
             lambda _: (length, config["text_embed_dim"]), dtype, llama, f"{text}", trimmed=True, module="text_encoder",
         ),
-        Recipe(
+        EncodingSpec(
             "pooled", ("caption",), lambda raw: encode_pooled(encoders().text_encoder_2, encoders().pipeline, raw),
             lambda _: (config["pooled_projection_dim"],), dtype, clip, module="text_encoder_2",
         ),
@@ -330,7 +334,7 @@ def accumulate_gradients(
     latents, given = encode_batch(components, batch, keys if args.vae_sample_mode == "sample" else None)
 
     sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
-    noise = to_device(batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
+    noise = to_device(batch_noise([int(hash_key(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
@@ -371,7 +375,7 @@ def sampling_pipeline(
     components.attention.all_real = False
     with components.encoders.for_a_while() as parts:
         parts.pipeline.transformer = components.transformer
-        with parts.text_encoder.awake(), parts.text_encoder_2.awake(), parts.vae.awake():
+        with parts.text_encoder.on_device(), parts.text_encoder_2.on_device(), parts.vae.on_device():
             yield parts.pipeline
         parts.pipeline.transformer = None
 
@@ -398,17 +402,19 @@ def train(
     lora = wiring.open_lora(args, accelerator, run, planned, part, ADAPTED, HunyuanVideoPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, parts, accelerator))
+    encoders = LazyEncoders(partial(load_encoders, args, parts, accelerator))
     recipes = recipes_of(args, parts, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    transformer = load_transformer(HunyuanVideoTransformer3DModel, part, accelerator, masters=flags.with_masters(args))
+    transformer = load_transformer(
+        HunyuanVideoTransformer3DModel, part, accelerator, fp32_params=flags.with_fp32_params(args)
+    )
     components = load_components(parts, shift, transformer, encoders, encode)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine, rate_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part, lora)
+    engine, lr_at = wiring.open_engine(args, accelerator, backend, transformer, blocks, planned, part, lora)
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
     if run.resume.path:
         engine.load(run.resume.path)
@@ -431,14 +437,14 @@ def train(
         validate()
 
     with StopRequest() as stop, encode, watch:
-        for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            engine.set_rate(rate := rate_at(state.step))
+        for step in iterate_steps(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
+            engine.set_lr(rate := lr_at(state.step))
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
                 step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
-            end = close_step(
+            end = finish_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
                 clip_limit=wiring.clip_limit_of(args), max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip

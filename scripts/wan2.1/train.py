@@ -47,20 +47,20 @@ from videox.diffusion.flow_matching import (
     velocity_losses,
 )
 from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
-from videox.encoders.encode import Encoder, OnDemand, Raw, Recipe, latents_recipe
-from videox.encoders.offload import RestingModule
+from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, latents_spec
+from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import draw, encode_moments, to_images
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
-from videox.models.component import Part, choose_part, find_part, original_parts, original_places
+from videox.models.component import Component, choose_part, find_part, original_parts, original_places
 from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
 from videox.models.hub import local_folder
 from videox.models.shared_memory import load_frozen
 from videox.models.transformer import load_transformer
-from videox.rng import Purpose, mix
+from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import Run, run_script
 from videox.tracking.dump import dump_folder, write_dump
-from videox.training.loop import close_step, walk
+from videox.training.loop import finish_step, iterate_steps
 from videox.training.memory_check import names_memory
 from videox.training.validation_loss import HeldOut
 from videox.training.validator import encode_held_out
@@ -100,9 +100,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Encoders:
     """The frozen parts, and diffusers' own pipeline over them, for prompts and sample clips."""
 
-    text_encoder: RestingModule
-    image_encoder: RestingModule | None
-    vae: RestingModule
+    text_encoder: OffloadedModule
+    image_encoder: OffloadedModule | None
+    vae: OffloadedModule
     pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
 
 
@@ -111,14 +111,14 @@ class Components:
     """The model's parts. transformer: float32 masters; encode: what the encoders make of a micro-batch."""
 
     transformer: WanTransformer3DModel
-    encoders: OnDemand[Encoders]
+    encoders: LazyEncoders[Encoders]
     encode: Encoder
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
 
 
-def check_model(args: argparse.Namespace) -> dict[str, Part]:
+def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Returns the model's parts after every one has been looked at; loads no weight."""
     root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
     if places := original_places(root, args.config_path):
@@ -127,7 +127,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
         pipelines = ("WanPipeline", "WanImageToVideoPipeline")
         names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
         configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",) if weighted else ())
-        parts = {name: Part(root / name, configs[name]) for name in names}
+        parts = {name: Component(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
             given = getattr(args, f"{name}_path")
             parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
@@ -140,10 +140,10 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
             what = f"the transformer takes {channels} channels: it is made for --train_mode {' or '.join(made_for)}"
         if config.get("pos_embed_seq_len"):
             what = "the transformer takes features of two images, which no mode here trains"
-        raise Refusal(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
+        raise UserError(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
     if with_image and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
-        raise Refusal("--tokenizer_max_length", what, "leave the flag out")
+        raise UserError("--tokenizer_max_length", what, "leave the flag out")
     if with_image:
         encoder = places["image_encoder"] if places else root / "image_encoder"
         parts["image_encoder"] = find_part(encoder, "clip_vision", weighted=weighted)
@@ -152,7 +152,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Part]:
     return parts
 
 
-def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model:
+def describe(args: argparse.Namespace, parts: dict[str, Component]) -> planning.Model:
     """Returns what the model computes, from its configurations alone."""
     config, images = parts["transformer"].config, 0
     if "image_encoder" in parts:
@@ -166,7 +166,7 @@ def describe(args: argparse.Namespace, parts: dict[str, Part]) -> planning.Model
 
 
 def open_pipeline(
-    args: argparse.Namespace, parts: dict[str, Part], shift: float, encoders: dict[str, torch.nn.Module]
+    args: argparse.Namespace, parts: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
     """Returns diffusers' pipeline over these encoders, without a transformer."""
     # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
@@ -185,7 +185,11 @@ def open_pipeline(
 
 
 def load_encoders(
-    args: argparse.Namespace, parts: dict[str, Part], shift: float, accelerator: Accelerator, gather: wiring.Gather
+    args: argparse.Namespace,
+    parts: dict[str, Component],
+    shift: float,
+    accelerator: Accelerator,
+    gather: wiring.Gather,
 ) -> Encoders:
     """Loads the encoders: that of text in the compute dtype, the others in float32."""
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
@@ -193,12 +197,16 @@ def load_encoders(
     encoders = {name: load(CLASSES[name], parts[name], kind) for name, kind in kinds.items() if name in parts}
     pipeline = open_pipeline(args, parts, shift, encoders)
     check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
-    resting = {name: RestingModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    resting = {name: OffloadedModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
     return Encoders(resting["text_encoder"], resting.get("image_encoder"), resting["vae"], pipeline)
 
 
 def load_components(
-    parts: dict[str, Part], shift: float, transformer: torch.nn.Module, encoders: OnDemand[Encoders], encode: Encoder
+    parts: dict[str, Component],
+    shift: float,
+    transformer: torch.nn.Module,
+    encoders: LazyEncoders[Encoders],
+    encode: Encoder,
 ) -> Components:
     """Returns the model's parts; the encoders are loaded by whoever asks for them first."""
     config = full_config(AutoencoderKLWan, parts["vae"].config)
@@ -220,7 +228,7 @@ def encode_prompts(encoders: Encoders, captions: Sequence[str], max_length: int)
     """
     settings = {"do_classifier_free_guidance": False, "max_sequence_length": max_length}
     device = encoders.text_encoder.device
-    with encoders.text_encoder.awake():
+    with encoders.text_encoder.on_device():
         embeds = [encoders.pipeline.encode_prompt([c], device=device, **settings)[0] for c in captions]
     return torch.cat(embeds)
 
@@ -229,20 +237,20 @@ def encode_prompts(encoders: Encoders, captions: Sequence[str], max_length: int)
 def encode_images(encoders: Encoders, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns CLIP features [B, N, D] of the first frames of [B, 3, T, H, W] in [-1, 1], zeros where all of the mask
     [B, 1, T, H, W] is zero."""
-    with encoders.image_encoder.awake():
+    with encoders.image_encoder.on_device():
         embeds = [encoders.pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
     return torch.cat(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
 
 
-def known_pixels(mode: str, raw: Raw) -> tuple[torch.Tensor, torch.Tensor]:
+def known_pixels(mode: str, raw: EncoderInput) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what is known of a video, grey elsewhere [B, 3, T, H, W], and the mask that says so [B, 1, T, H, W]."""
     mask = known_mask(mode, raw.variants, *raw.video.shape[2:], device=raw.video.device)
     return raw.video * mask, mask
 
 
 def recipes_of(
-    args: argparse.Namespace, parts: dict[str, Part], encoders: OnDemand[Encoders], accelerator: Accelerator
-) -> list[Recipe]:
+    args: argparse.Namespace, parts: dict[str, Component], encoders: LazyEncoders[Encoders], accelerator: Accelerator
+) -> list[EncodingSpec]:
     """Returns how the tensors of a sample are made.
 
     moments: of the VAE's posterior; prompt_embeds; for images also known: the posterior's mode of what is known, and
@@ -253,20 +261,20 @@ def recipes_of(
     to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
     dtype, kept = compute_dtype(accelerator), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
     recipes = [
-        latents_recipe("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
-        Recipe(
+        latents_spec("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
+        EncodingSpec(
             "prompt_embeds", ("caption",), lambda raw: encode_prompts(encoders(), raw.captions, length),
             lambda _: (length, config["text_dim"]), dtype, text, f"{length}", padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
     if mode != "normal":
         known = lambda raw: to_moments(encoders().vae, known_pixels(mode, raw)[0])  # noqa: E731
-        recipes.append(latents_recipe("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+        recipes.append(latents_spec("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
         seen = CLIPVisionConfig(**parts["image_encoder"].config)
         shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
         weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
-        recipes.append(Recipe(
+        recipes.append(EncodingSpec(
             "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
             lambda _: shape, torch.float32, weights, module="image_encoder",
         ))  # fmt: skip
@@ -330,7 +338,7 @@ def accumulate_gradients(
     latents, given = encode_batch(args, components, batch, keys if args.vae_sample_mode == "sample" else None)
 
     sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
-    noise = to_device(batch_noise([int(mix(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
+    noise = to_device(batch_noise([int(hash_key(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
 
@@ -368,7 +376,7 @@ def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffuser
     with components.encoders.for_a_while() as encoders, ExitStack() as stack:
         for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
             if encoder is not None:
-                stack.enter_context(encoder.awake())
+                stack.enter_context(encoder.on_device())
         encoders.pipeline.transformer = components.transformer
         yield encoders.pipeline
         encoders.pipeline.transformer = None
@@ -396,16 +404,16 @@ def train(
     lora = wiring.open_lora(args, accelerator, run, planned, part, ADAPTED, WanPipeline)
 
     # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = OnDemand(partial(load_encoders, args, parts, shift, accelerator))
+    encoders = LazyEncoders(partial(load_encoders, args, parts, shift, accelerator))
     recipes = recipes_of(args, parts, encoders, accelerator)
     encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
     if args.cache_only:
         return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
 
     # model: float32 masters, computation in the accelerator's precision
-    transformer = load_transformer(WanTransformer3DModel, part, accelerator, masters=flags.with_masters(args))
+    transformer = load_transformer(WanTransformer3DModel, part, accelerator, fp32_params=flags.with_fp32_params(args))
     components = load_components(parts, shift, transformer, encoders, encode)
-    engine, rate_at = wiring.open_engine(
+    engine, lr_at = wiring.open_engine(
         args, accelerator, backend, transformer, transformer.blocks, planned, part, lora
     )
     components = replace(components, transformer=engine.network)  # as validation and sampling must call it
@@ -430,14 +438,14 @@ def train(
         validate()
 
     with StopRequest() as stop, encode, watch:
-        for step in walk(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            engine.set_rate(rate := rate_at(state.step))
+        for step in iterate_steps(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
+            engine.set_lr(rate := lr_at(state.step))
             step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
             dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
             for batch in step.batches():
                 step_loss += accumulate(batch, dump_to)
                 bad += batch["bad"]
-            end = close_step(
+            end = finish_step(
                 step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
                 clip_limit=wiring.clip_limit_of(args), max_bad_fraction=args.max_bad_fraction, rate=rate,
             )  # fmt: skip

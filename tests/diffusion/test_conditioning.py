@@ -32,13 +32,13 @@ from videox.diffusion.conditioning import (
     replace_first_frame,
 )
 from videox.distributed.accelerator import make_accelerator
-from videox.encoders.encode import Raw
+from videox.encoders.encode import EncoderInput
 from videox.encoders.vae import encode_moments
-from videox.rng import mix
+from videox.rng import hash_key
 from videox.shapes import Bucket
 
 GRID = 16  # pixels
-MANY = [int(key) for key in mix(31, np.arange(10_000))]
+MANY = [int(key) for key in hash_key(31, np.arange(10_000))]
 KEYS = st.integers(0, 2**64 - 1)
 LENGTHS = st.integers(1, 5).map(lambda latent_frames: 4 * latent_frames + 1)
 SIDES = st.integers(1, 8).map(lambda cells: GRID * cells)
@@ -260,7 +260,7 @@ def given_of(trainer: ModuleType, components: Any, video: torch.Tensor, mode: st
     made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in recipes}
     if mode != "normal":
         encoders = components.encoders()
-        known, mask = trainer.known_pixels(mode, Raw(video, [""] * count, keys))
+        known, mask = trainer.known_pixels(mode, EncoderInput(video, [""] * count, keys))
         made["known"] = list(encode_moments(encoders.vae, known, mini_batch=count)[:, :16])
         made["image_embeds"] = list(trainer.encode_images(encoders, known, mask))
     batch = {"keys": keys, "variants": keys, "bucket": bucket}

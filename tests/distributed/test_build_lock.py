@@ -15,7 +15,7 @@ import tiny
 from test_backends import variables
 
 from videox.distributed.build_lock import extensions_folder, refuse_dead_locks
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def environment(lock: Path, **more: str) -> dict[str, str]:
 
 
 def test_a_lock_without_an_owner_is_refused_with_the_line_that_removes_it(lock: Path) -> None:
-    with pytest.raises(Refusal, match="held by no process here") as refused:
+    with pytest.raises(UserError, match="held by no process here") as refused:
         refuse_dead_locks(environment(lock))
     assert refused.value.exit_code == FLAGS
-    subprocess.run(["bash", "-c", refused.value.mend], check=True)
+    subprocess.run(["bash", "-c", refused.value.hint], check=True)
     refuse_dead_locks(environment(lock))
     assert not lock.exists()
 
@@ -49,7 +49,7 @@ def test_a_lock_with_a_living_owner_is_not(lock: Path) -> None:
     refuse_dead_locks(environment(lock))
     owner.kill()
     owner.wait()
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         refuse_dead_locks(environment(lock))
 
 
@@ -57,7 +57,7 @@ def test_a_young_lock_may_belong_to_another_machine(lock: Path) -> None:
     several = environment(lock, WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
     refuse_dead_locks(several)
     os.utime(lock, (time.time() - 3600,) * 2)
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         refuse_dead_locks(several)
 
 
@@ -73,7 +73,7 @@ def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         built = Path(_get_build_directory("an_extension", verbose=False))
         (built / "lock").touch()
         assert built.is_relative_to(extensions_folder(os.environ))
-        with pytest.raises(Refusal, match="an_extension/lock"):
+        with pytest.raises(UserError, match="an_extension/lock"):
             refuse_dead_locks(os.environ)
         (built / "lock").unlink()
 

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videox.device import Moment, Numbers
-from videox.distributed.straggler import LAST_TO_COME, Effort, effort_of, straggler_share
-from videox.tracking.pending_step import LateStep
+from videox.device import AsyncScalars, DeviceEvent
+from videox.distributed.straggler import LAST_TO_COME, BackwardTimer, backward_timer, straggler_share
+from videox.tracking.pending_step import PendingStep
 
 STEPS = 4
 
@@ -41,12 +41,12 @@ def test_work_is_done_when_the_last_gradients_have_come() -> None:
     with runs.untouched_process():
         accelerator = Accelerator(cpu=True)
         model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(LAST_TO_COME)))
-        assert effort_of(accelerator, model) is None  # one process waits for nobody
-        effort = Effort(model, accelerator)
-    begin = Moment(torch.device("cpu"))
+        assert backward_timer(accelerator, model) is None  # one process waits for nobody
+        effort = BackwardTimer(model, accelerator)
+    begin = DeviceEvent(torch.device("cpu"))
     assert effort.take() is None
     model(torch.ones(1, 2)).sum().backward()
-    after = Moment(torch.device("cpu"))
+    after = DeviceEvent(torch.device("cpu"))
     done = effort.take()
     assert 0 <= done.since(begin) <= after.since(begin)
     assert effort.take() is None
@@ -55,11 +55,11 @@ def test_work_is_done_when_the_last_gradients_have_come() -> None:
 def test_waiting_for_data_is_no_work() -> None:
     device, one = torch.device("cpu"), torch.ones(())
     times = iter([10.0, 14.0])
-    begin, done = (Moment(device, lambda: next(times)) for _ in range(2))
+    begin, done = (DeviceEvent(device, lambda: next(times)) for _ in range(2))
 
-    def step(work_done: Moment | None, waited: float) -> LateStep:
-        numbers = Numbers(one, one, one > 0, device=device)
-        return LateStep(1, None, 0, None, 0.0, False, numbers, 5.0, waited, begin, work_done)  # type: ignore[arg-type]
+    def step(work_done: DeviceEvent | None, waited: float) -> PendingStep:
+        numbers = AsyncScalars(one, one, one > 0, device=device)
+        return PendingStep(1, None, 0, None, 0.0, False, numbers, 5.0, waited, begin, work_done)  # type: ignore[arg-type]
 
     assert step(done, 0.0).busy() == 4
     assert step(done, 1.5).busy() == 2.5
@@ -72,14 +72,14 @@ def test_waiting_for_data_is_no_work() -> None:
 
 def train_three_times_as_busy() -> int:
     """Runs in each of two processes: trains, and says that the second one works three times as long as the first."""
-    measured = LateStep.busy
+    measured = PendingStep.busy
 
-    def said(self: LateStep) -> float:
+    def said(self: PendingStep) -> float:
         assert measured(self) > 0
         return 1.0 + 2.0 * (rank == "1")
 
     rank = os.environ["RANK"]
-    LateStep.busy = said
+    PendingStep.busy = said
     return runs.script().main()
 
 

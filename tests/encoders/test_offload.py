@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from videox.diffusion.flow_matching import keyed_noise
-from videox.encoders.offload import RestingModule
+from videox.encoders.offload import OffloadedModule
 
 # To torch "cpu:0" is a device like any other: `.to` copies host tensors to it. So the copies can be followed without
 # an accelerator; with one, it is tested as well.
@@ -41,11 +41,11 @@ def output(module: nn.Module, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_weights_are_on_the_device_only_while_awake(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, rests=True)
     host = storages(resting.module)
     wanted = output(resting.module, torch.device("cpu"))
     for _ in range(3):
-        with resting.awake() as module:
+        with resting.on_device() as module:
             assert module is resting.module
             assert not set(storages(module)) & set(host)
             assert all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers()))
@@ -60,17 +60,17 @@ def test_weights_are_on_the_device_only_while_awake(device: torch.device) -> Non
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_shared_weights_stay_shared(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
-    with resting.awake() as module:
+    resting = OffloadedModule(frozen(), device, rests=True)
+    with resting.on_device() as module:
         assert module[0].weight is module[2].weight
     assert resting.module[0].weight is resting.module[2].weight
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_weights_rest_after_a_failure(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, rests=True)
     host = storages(resting.module)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), resting.awake() as module:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), resting.on_device() as module:
         module(torch.zeros(2, 5, device=device))
     assert storages(resting.module) == host
 
@@ -78,21 +78,21 @@ def test_weights_rest_after_a_failure(device: torch.device) -> None:
 def test_weights_rest_when_waking_fails_half_way() -> None:
     module = frozen()
     module.append(nn.Linear(6, 6, device="meta").requires_grad_(False))  # has no values that could be copied
-    resting = RestingModule(module, torch.device("cpu:0"), rests=True)
+    resting = OffloadedModule(module, torch.device("cpu:0"), rests=True)
     host = storages(resting.module)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="meta"), resting.awake():
+        with pytest.raises(RuntimeError, match="meta"), resting.on_device():
             pass
         assert storages(resting.module) == host
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_a_use_within_a_use_does_not_end_it(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, rests=True)
     host = storages(resting.module)
-    with resting.awake() as module:
+    with resting.on_device() as module:
         outer = storages(module)
-        with resting.awake() as again:
+        with resting.on_device() as again:
             assert storages(again) == outer  # no second copy
         assert storages(module) == outer
         output(module, device)
@@ -102,25 +102,25 @@ def test_a_use_within_a_use_does_not_end_it(device: torch.device) -> None:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_a_module_that_does_not_rest_stays(device: torch.device) -> None:
     module = frozen()
-    staying = RestingModule(module, device, rests=False)
+    staying = OffloadedModule(module, device, rests=False)
     there = storages(module)
     assert all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers()))
-    with staying.awake() as awake:
-        assert awake is module
-        assert storages(awake) == there
+    with staying.on_device() as on_device:
+        assert on_device is module
+        assert storages(on_device) == there
     assert storages(module) == there
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_what_was_called_is_there_when_it_wakes_and_is_copied_once(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, rests=True)
     host, wanted = storages(resting.module), output(resting.module, torch.device("cpu"))
-    resting.call()
+    resting.prefetch()
     called = [copy.data_ptr() for copy in resting._coming]
-    resting.call()
+    resting.prefetch()
     assert storages(resting.module) == host and [copy.data_ptr() for copy in resting._coming] == called
-    with resting.awake() as module:
-        resting.call()  # it is there already
+    with resting.on_device() as module:
+        resting.prefetch()  # it is there already
         assert storages(module) == called and not set(called) & set(host)
         torch.testing.assert_close(output(module, device), wanted)
     assert storages(resting.module) == host and not resting._coming
@@ -128,12 +128,12 @@ def test_what_was_called_is_there_when_it_wakes_and_is_copied_once(device: torch
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_nothing_is_copied_back(device: torch.device) -> None:
-    resting = RestingModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, rests=True)
     tensors = [tensor for _, tensor in resting._resting]
     before = [(tensor._version, tensor.data_ptr(), tensor.clone()) for tensor in tensors]
     for _ in range(2):
-        resting.call()
-        with resting.awake() as module:
+        resting.prefetch()
+        with resting.on_device() as module:
             output(module, device)
     for tensor, (version, place, values) in zip(tensors, before, strict=True):
         assert (tensor._version, tensor.data_ptr()) == (version, place)  # nobody wrote to it
@@ -145,23 +145,23 @@ def test_a_run_is_the_same_and_each_encoder_is_called_before_the_one_before_it_r
 ) -> None:
     model, metadata = tiny.build_wan_i2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
     said: list[str] = []
-    call, awake = RestingModule.call, RestingModule.awake
+    call, on_device = OffloadedModule.prefetch, OffloadedModule.on_device
 
-    def note_call(self: RestingModule) -> None:
+    def note_call(self: OffloadedModule) -> None:
         if not self._uses and not self._coming:
             said.append(f"call {type(self.module).__name__}")
         call(self)
 
     @contextmanager
-    def note_awake(self: RestingModule) -> Iterator[nn.Module]:
-        with awake(self) as module:
+    def note_awake(self: OffloadedModule) -> Iterator[nn.Module]:
+        with on_device(self) as module:
             yield module
         said.append(f"rest {type(self.module).__name__}")
 
     flags = {"train_mode": "i2v", "max_train_steps": 2, "mixed_precision": "no"}
     staying = runs.train(runs.wan_plain(model, metadata, tmp_path / "staying", low_vram=None, **flags))
-    monkeypatch.setattr(RestingModule, "call", note_call)
-    monkeypatch.setattr(RestingModule, "awake", note_awake)
+    monkeypatch.setattr(OffloadedModule, "call", note_call)
+    monkeypatch.setattr(OffloadedModule, "awake", note_awake)
     resting = runs.train(runs.wan_plain(model, metadata, tmp_path / "resting", low_vram=True, **flags))
     assert (staying.code, resting.code) == (0, 0), resting.stderr
     same = ("step", "loss", "grad_norm", "rows")

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from videox.encoders.offload import RestingModule
+from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import encode, to_video
-from videox.rng import Purpose, mix
+from videox.rng import Purpose, hash_key
 
 COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
-KEYS = [int(key) for key in mix(23, np.arange(COUNT))]
+KEYS = [int(key) for key in hash_key(23, np.arange(COUNT))]
 
 
 @settings(deadline=None, max_examples=25)
@@ -50,7 +50,7 @@ class CountedAutoencoder:
 
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, monkeypatch: pytest.MonkeyPatch) -> None:
         self.vae = vae.requires_grad_(False).eval()
-        self.resting = RestingModule(self.vae, torch.device("cpu"), rests=True)
+        self.resting = OffloadedModule(self.vae, torch.device("cpu"), rests=True)
         self.calls: list[int] = []
         encode_batch = self.vae.encode
 
@@ -62,7 +62,7 @@ class CountedAutoencoder:
 
     def precise(self) -> CountedAutoencoder:
         """Computes in float64 from here on: what is left between two batch sizes is then no rounding of float32."""
-        self.resting = RestingModule(self.vae.double(), torch.device("cpu"), rests=True)
+        self.resting = OffloadedModule(self.vae.double(), torch.device("cpu"), rests=True)
         return self
 
 
@@ -95,7 +95,7 @@ def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, v
     assert latents.shape == (COUNT, 16, 2, 4, 6) and latents.dtype == torch.float32
     assert posterior.std.min() > 0.1
     for row, key in enumerate(KEYS):
-        generator = np.random.Generator(np.random.Philox(key=int(mix(key, Purpose.POSTERIOR))))
+        generator = np.random.Generator(np.random.Philox(key=int(hash_key(key, Purpose.POSTERIOR))))
         noise = torch.from_numpy(generator.standard_normal((16, 2, 4, 6), dtype=np.float32))
         assert torch.equal(latents[row], posterior.mean[row] + posterior.std[row] * noise)
 

@@ -10,8 +10,8 @@ import tiny
 import torch
 from syncs import OURS, OnDevice, counted_steps, counting
 
-from videox.device import Moment, Numbers, to_device
-from videox.optim.ema import Ema, Masters
+from videox.device import AsyncScalars, DeviceEvent, to_device
+from videox.optim.ema import Ema, Fp32Params
 from videox.training.loop import seed_generators
 
 DEVICE = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_each_way_to_wait_is_counted(work: object, what: str) -> None:
         lambda d, h: torch.where(d > 1, d, 0) + torch.zeros(4, device=DEVICE).copy_(d),
         lambda d, h: to_device(h, DEVICE) + d,
         lambda d, h: torch.nn.utils.rnn.pad_sequence([d, d[:2]], batch_first=True),
-        lambda d, h: Numbers(d.sum(), d.max(), device=DEVICE).read(),
+        lambda d, h: AsyncScalars(d.sum(), d.max(), device=DEVICE).read(),
     ],
 )
 def test_what_waits_for_nothing_is_not_counted(work: object) -> None:
@@ -84,7 +84,7 @@ def test_weights_are_on_the_device() -> None:
 
 
 def test_numbers_come_back_as_they_were() -> None:
-    numbers = Numbers(
+    numbers = AsyncScalars(
         torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("inf")), torch.tensor(True), device=DEVICE
     )
     assert numbers.read() == [0.1, float("inf"), 1.0]
@@ -92,13 +92,13 @@ def test_numbers_come_back_as_they_were() -> None:
 
 def test_a_moment_of_a_device_without_a_queue_is_the_hosts() -> None:
     times = iter([3.0, 5.5])
-    first, second = Moment(DEVICE, lambda: next(times)), Moment(DEVICE, lambda: next(times))
+    first, second = DeviceEvent(DEVICE, lambda: next(times)), DeviceEvent(DEVICE, lambda: next(times))
     assert second.since(first) == 2.5 and not first.on_device
 
 
 def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
     weights = {"a": torch.full((3,), 2.0)}
-    ema = Ema(Masters(("a",), weights.__getitem__, lambda name, new: None), decay=0.5)
+    ema = Ema(Fp32Params(("a",), weights.__getitem__, lambda name, new: None), decay=0.5)
     on_device = OnDevice()
     with counting(on_device):
         on_device.add([weights, ema.parts])

@@ -30,7 +30,7 @@ from videox.engine.train_state import (
     resume_or_begin,
     save_state,
 )
-from videox.errors import FLAGS, MODEL, Refusal
+from videox.errors import FLAGS, MODEL, UserError
 from videox.optim.build import choose_trainable, make_optimizer, parameter_groups
 
 POLICY = SizePolicy(
@@ -76,7 +76,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_state_that_cannot_be_read_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / STATE_FILE).write_text(content, encoding="utf-8")
-    with pytest.raises(Refusal, match="not a readable trainer state") as refused:
+    with pytest.raises(UserError, match="not a readable trainer state") as refused:
         read_state(tmp_path)
     assert refused.value.exit_code == MODEL
 
@@ -115,16 +115,16 @@ def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
     ],
 )  # fmt: skip
 def test_what_would_change_the_schedule_is_named(changed: PlanSettings, index: str, named: str) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         refuse_changed_plan(state_of(), index, changed)
     assert refused.value.what == f"the schedule would change: {named}"
     assert refused.value.exit_code == MODEL
-    assert "another --output_dir" in refused.value.mend
+    assert "another --output_dir" in refused.value.hint
 
 
 def test_all_changes_are_named_and_none_is_invented() -> None:
     refuse_changed_plan(state_of(), "same", SETTINGS)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         refuse_changed_plan(state_of(), "other", replace(SETTINGS, batch_size=3, seed=8))
     assert refused.value.what.count(" was ") == 2
     assert "data's rows" in refused.value.what
@@ -133,7 +133,7 @@ def test_all_changes_are_named_and_none_is_invented() -> None:
 def test_the_state_of_an_older_version_without_a_setting_is_refused_by_name() -> None:
     state = state_of()
     del state.settings["held_out"]
-    with pytest.raises(Refusal, match="held_out was None, is 0"):
+    with pytest.raises(UserError, match="held_out was None, is 0"):
         refuse_changed_plan(state, "same", SETTINGS)
 
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> Non
     assert state.step == state_of().step
     by_cost = state_of()
     by_cost.settings["slot_fill"] = "cost"
-    with pytest.raises(Refusal, match="older version, which filled slots by cost"):
+    with pytest.raises(UserError, match="older version, which filled slots by cost"):
         begin(write_older(tmp_path / "cost", by_cost))
 
 
@@ -189,7 +189,7 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
 
     assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
     for columns, names in ((columns_of(width=80), "names"), (columns_of(usable=False), "others")):
-        with pytest.raises(Refusal, match="data's rows"):
+        with pytest.raises(UserError, match="data's rows"):
             resumed(columns, names)
 
 
@@ -235,12 +235,12 @@ def test_a_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:
     for slots, world_size in ((1, 1), (2, 2), (8, 4)):
         state, settings = begin(kept, seed=None, slots=slots, world_size=world_size)
         assert (state.seed, state.slots, settings.slots) == (7, 4, 4)
-    with pytest.raises(Refusal, match="seed was 7, is 9"):
+    with pytest.raises(UserError, match="seed was 7, is 9"):
         begin(kept, seed=9)
-    with pytest.raises(Refusal, match="3 does not divide the 4 slots") as refused:
+    with pytest.raises(UserError, match="3 does not divide the 4 slots") as refused:
         begin(kept, slots=3, world_size=3)
     assert refused.value.exit_code == FLAGS
-    assert "1, 2, 4 processes" in refused.value.mend
+    assert "1, 2, 4 processes" in refused.value.hint
 
 
 # ------------------------------------------------------------------------------- weights and optimizer
@@ -327,9 +327,9 @@ def test_other_weights_or_another_choice_are_refused(fresh: WanTransformer3DMode
     save_state(tmp_path, state=state_of(), model=model, config=model.to_json_string(), optimizer=optimizer)
     for chosen in (["ffn"], ["."]):
         other = copy.deepcopy(fresh)
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             load_state(tmp_path, other, choose(other, chosen, []))
         assert refused.value.exit_code == MODEL
     narrow = WanTransformer3DModel.from_config({**json.loads(fresh.to_json_string()), "ffn_dim": 16})
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         load_state(tmp_path, narrow, choose(narrow, ["attn1"], []))

@@ -12,7 +12,7 @@ from test_plan import COLUMNS, SETTINGS
 
 from videox.data.plan.balance import plan_costs
 from videox.data.plan.plan import BARRIERS, plan_epoch, sample_cost
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.estimate.cost_model import COST_MODEL, StepTimes, fit, read_cost_model, step_sizes
 
 LINEAR, QUADRATIC, FIXED = 3e-5, 2e-9, 0.25
@@ -95,13 +95,13 @@ def test_a_run_writes_what_another_reads(tmp_path: Path) -> None:
 def test_a_file_that_orders_nothing_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / COST_MODEL
     path.write_text(text)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         read_cost_model(path)
     assert refused.value.exit_code == FLAGS
     assert str(path) in refused.value.what
     for shape in ("[]", "{}", "3", '{"linear": [], "quadratic": 1}'):
         path.write_text(shape, encoding="utf-8")
-        with pytest.raises(Refusal, match="no JSON object with numbers `linear` and `quadratic`"):
+        with pytest.raises(UserError, match="no JSON object with numbers `linear` and `quadratic`"):
             read_cost_model(path)
-    with pytest.raises(Refusal, match="no readable cost model"):
+    with pytest.raises(UserError, match="no readable cost model"):
         read_cost_model(tmp_path / "none.json")

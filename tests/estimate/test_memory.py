@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.distributed.accelerator import accumulate, backward, make_accelerator
-from videox.engine.base import Engine, WholeEngine
+from videox.engine.base import DdpEngine, Engine
 from videox.engine.fsdp import FsdpEngine
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.memory import (
     Encoders,
+    MemorySetup,
     Parameters,
-    Setup,
     checkpoint_size,
     memory_of,
     nearest_that_fits,
@@ -41,7 +41,7 @@ GIB, RANK = 2**30, 4
 SIZES = {**test_network.SMALL_WAN, "num_layers": 2}
 FOURTEEN = Parameters(14_288_491_584, 14_288_491_584, 351_000_000, 247_000_000)
 ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, work=4e9)
-SETUP = Setup("zero2", 8, 8, half=True, recomputed=1.0, rest=True, workers=8, tokens=21_504, batch=1, zero={})
+SETUP = MemorySetup("zero2", 8, 8, half=True, recomputed=1.0, rest=True, workers=8, tokens=21_504, batch=1, zero={})
 
 
 def parameters_of(model: torch.nn.Module) -> Parameters:
@@ -104,16 +104,16 @@ def measure() -> int:
     given = [tensor for tensor in sample.values() if isinstance(tensor, torch.Tensor)]
     engine: Engine
     if backend.kind == "zero":
-        from videox.engine.deepspeed import ZeroEngine
+        from videox.engine.deepspeed import DeepSpeedEngine
 
-        engine = ZeroEngine(
+        engine = DeepSpeedEngine(
             accelerator, model, optimizer_over, max_grad_norm=1.0, batch_size=1, micro_batches=1, output_dir=Path()
         )
     elif backend.kind == "fsdp":
         engine = FsdpEngine(accelerator, model, test_network.blocks(model), optimizer_over)
     else:
-        engine = WholeEngine(accelerator, model, optimizer_over)
-    engine.set_rate(1e-3)
+        engine = DdpEngine(accelerator, model, optimizer_over)
+    engine.set_lr(1e-3)
     for _ in range(2):
         with accumulate(accelerator, engine.model, True):
             backward(accelerator, engine.model, engine.model(**sample)[0].square().mean())
@@ -141,7 +141,7 @@ def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path
     assert [rank.code for rank in ranks] == [0, 0], test_backends.said(ranks)
     for rank in range(2):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
-        setup = Setup(
+        setup = MemorySetup(
             backend, 2, 2, half=True, recomputed=0, rest=False, workers=0, tokens=0, batch=1, zero={},
             optimizer="adamw" if trained == "lora" else trained, adapters=trained == "lora",
         )  # fmt: skip
@@ -161,7 +161,7 @@ def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path
         assert found["full"]["float32"] == pytest.approx(sum(states.values()), abs=slack)
 
 
-def memory(setup: Setup, parameters: Parameters = FOURTEEN):
+def memory(setup: MemorySetup, parameters: Parameters = FOURTEEN):
     network = cross_attention_network(
         test_network.CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=setup.half
     )
@@ -194,7 +194,7 @@ def test_only_the_dearest_phase_counts() -> None:
     st.integers(8, 140), st.sampled_from(["ddp", "zero2", "zero3"]), st.booleans(), st.sampled_from([0.0, 0.5, 1.0])
 )
 def test_what_is_proposed_fits_and_what_fits_is_left(limit: int, backend: str, rest: bool, recomputed: float) -> None:
-    setup = Setup(backend, 8, 8, True, recomputed, rest, 8, 21_504, 1, {})
+    setup = MemorySetup(backend, 8, 8, True, recomputed, rest, 8, 21_504, 1, {})
     found = nearest_that_fits(setup, limit * GIB, memory, shorter=[10_752, 4_096])
     for words, other in found:
         assert words and memory(other).total() <= limit * GIB
@@ -207,7 +207,7 @@ def test_what_is_proposed_fits_and_what_fits_is_left(limit: int, backend: str, r
 
 def test_sharding_further_never_takes_more() -> None:
     for backend in ("zero2", "zero3", "fsdp1"):
-        few, many = (Setup(backend, n, 8, True, 1.0, True, 8, 21_504, 1, {}) for n in (8, 16))
+        few, many = (MemorySetup(backend, n, 8, True, 1.0, True, 8, 21_504, 1, {}) for n in (8, 16))
         assert memory(many).total() < memory(few).total()
 
 

@@ -20,7 +20,7 @@ from test_backends import BUILD, CLASSES, Ground, codes, said
 from torch.distributed.checkpoint import FileSystemReader
 
 import videox.lora.adapters
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.lora.adapters import Adapted, Lora, base_name, choose_targets, initial_values, own_name, public_name
 from videox.run.checkpoint import verify
 from videox.weights.deepspeed_reader import read_zero
@@ -77,13 +77,13 @@ def test_the_defaults_are_attention_and_feed_forward_of_every_block(tmp_path: Pa
 def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
     stored = StoredTensors(tiny.build_wan_t2v(tmp_path) / "transformer")
     with pytest.raises(
-        Refusal, match=r"--lora_target_modules: 'to_qq' matches no linear layer\. Mend: try to_q"
+        UserError, match=r"--lora_target_modules: 'to_qq' matches no linear layer\. Fix: try to_q"
     ) as no:
         choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["attn1", "to_qq"])
     assert no.value.exit_code == 2
-    with pytest.raises(Refusal, match="matches no linear layer"):
+    with pytest.raises(UserError, match="matches no linear layer"):
         choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["o_q"])  # no part of a name
-    with pytest.raises(Refusal, match="norm2"):  # a module without a linear layer
+    with pytest.raises(UserError, match="norm2"):  # a module without a linear layer
         choose_targets(stored.shapes(), family_targets("wan2.1 normal"), ["norm2"])
 
 
@@ -223,7 +223,7 @@ def test_what_would_change_a_resumed_lora_is_refused(wan: Ground, tmp_path: Path
     line = refused(wan, folder, **asked, optimizer="came")
     assert "--optimizer: came, and checkpoint-2 was saved with adamw" in line
     line = refused(wan, folder, **asked, lora_rank=8)
-    assert "checkpoint-2 is of rank 4, this run is of rank 8. Mend: give --lora_rank 4" in line
+    assert "checkpoint-2 is of rank 4, this run is of rank 8. Fix: give --lora_rank 4" in line
     line = refused(wan, folder, **asked, lora_rank=None, lora_alpha=None)
     assert "checkpoint-2 is of rank 4, this run is of the whole model" in line
     line = refused(wan, folder, **asked, lora_target_modules=["attn1"])
@@ -246,7 +246,7 @@ def test_a_lora_begins_with_another_whatever_its_alpha(wan: Ground, tmp_path: Pa
         wanted, found = changes(adapters(wan.alone / "checkpoint-4" / FILE)), changes(adapters(folder / FILE))
         assert all(torch.allclose(found[n] * (16 / ALPHA), w, rtol=1e-5, atol=1e-7) for n, w in wanted.items())
     line = refused(wan, tmp_path / "rank", init_lora_from=wan.alone, lora_rank=2)
-    assert "Mend: give --lora_rank 4" in line
+    assert "Fix: give --lora_rank 4" in line
     line = refused(wan, tmp_path / "layers", init_lora_from=wan.alone, lora_target_modules=["attn1"])
     assert "tensors that this run does not" in line
     (tmp_path / "damaged.safetensors").write_bytes(b"no header of safetensors, and longer than eight bytes")

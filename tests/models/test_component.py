@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_backends import launcher
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights.layout_writer import export_file
 from videox.models.component import choose_part, find_part, load_part, original_parts, original_places
 from videox.weights.reader import open_tensors
@@ -65,10 +65,10 @@ def assert_equal_models(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 def refusal(call: Callable[[], object], *said: object) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         call()
     line = refused.value.line()
-    assert refused.value.exit_code == MODEL and refused.value.mend and "\n" not in line
+    assert refused.value.exit_code == MODEL and refused.value.hint and "\n" not in line
     assert all(str(word) in line for word in said), line
 
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from videox.errors import FLAGS, MODEL, Refusal
+from videox.errors import FLAGS, MODEL, UserError
 from videox.models.folder import load_strictly, read_component, read_model_folder, read_shift, refuse_not_finite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +52,13 @@ def load(folder: Path, name: str) -> torch.nn.Module:
     return model
 
 
-def refusal(call: Callable[[], object], *said: object) -> Refusal:
+def refusal(call: Callable[[], object], *said: object) -> UserError:
     """Returns the refusal: exit code 4, one line that holds all of `said` and a way out."""
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         call()
     line = refused.value.line()
     assert refused.value.exit_code == MODEL
-    assert refused.value.mend
+    assert refused.value.hint
     assert "\n" not in line
     assert all(str(word) in line for word in said), line
     return refused.value
@@ -161,7 +161,7 @@ def test_what_else_may_be_given_is_said(tmp_path: Path) -> None:
     refused = refusal(
         lambda: read_model_folder(str(tmp_path), ("HunyuanVideoPipeline",), (), ()), "is Wan2.1 in the original layout"
     )
-    assert refused.mend == "give a model of HunyuanVideoPipeline in diffusers layout"
+    assert refused.hint == "give a model of HunyuanVideoPipeline in diffusers layout"
 
 
 def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
@@ -339,16 +339,16 @@ BAD_YAML = {
 def test_a_yaml_without_a_usable_shift(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         read_shift(str(path))
     assert refused.value.exit_code == FLAGS
     assert refused.value.where == "--config_path"
-    assert "5.0" in refused.value.mend or "interpolation" in refused.value.what
+    assert "5.0" in refused.value.hint or "interpolation" in refused.value.what
     assert "\n" not in refused.value.line()
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "x" * 5000])
 def test_a_yaml_that_cannot_be_read(tmp_path: Path, name: str) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         read_shift(str(tmp_path / name))
     assert refused.value.where == "--config_path"

@@ -11,7 +11,7 @@ import pytest
 import runs
 import tiny
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.models.hub import NEEDED, local_folder
 
 
@@ -47,7 +47,7 @@ def test_what_was_fetched_is_used_offline(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["maker/unknown", "Wan-AI/Wan2.1-T2V-14B"])
 def test_what_cannot_be_had_is_one_line(cache: Path, name: str) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         local_folder(name)
     assert refused.value.exit_code == MODEL and refused.value.where == "--pretrained_model_name_or_path"
     line = refused.value.line()

@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from videox.distributed.accelerator import gather_objects, make_accelerator
 from videox.models.folder import load_strictly
-from videox.models.component import Part
+from videox.models.component import Component
 from videox.models.shared_memory import load_frozen, stored_dtype
 
 CLASSES = {"text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan}
@@ -52,7 +52,7 @@ def examine() -> int:
     before = held()
     if shared:
         models = [
-            load_frozen(CLASSES[n], Part(Path(folder) / n, {}), torch.bfloat16, pinned=False, gather=gather)
+            load_frozen(CLASSES[n], Component(Path(folder) / n, {}), torch.bfloat16, pinned=False, gather=gather)
             for n in names
         ]
     else:

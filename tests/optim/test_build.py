@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.diffusion.flow_matching import keyed_noise
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.optim.build import (
     SCHEDULES,
     choose_trainable,
@@ -93,25 +93,25 @@ def test_a_string_without_a_match_is_refused_with_near_names(
     model: WanTransformer3DModel, full_flag: bool, pattern: str, near: str
 ) -> None:
     before = trained(model)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         choose_trainable(model, ["attn1", pattern] if full_flag else ["attn1"], [] if full_flag else [pattern])
     assert refused.value.exit_code == FLAGS
     assert refused.value.where == f"--trainable_modules{'' if full_flag else '_low_learning_rate'}"
     assert pattern in refused.value.what
-    assert near in refused.value.mend
+    assert near in refused.value.hint
     assert trained(model) == before
 
 
 def test_a_string_like_nothing_is_still_told_some_names(model: WanTransformer3DModel) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         choose_trainable(model, ["zzzzzzzz"], [])
-    named = refused.value.mend.removeprefix("try ").split(", or ")[0].split(", ")
+    named = refused.value.hint.removeprefix("try ").split(", or ")[0].split(", ")
     assert len(named) == 3
     assert all(any(name in parameter for parameter in names_of(model)) for name in named)
 
 
 def test_nothing_to_train_is_refused(model: WanTransformer3DModel) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         choose_trainable(model, [], [])
     assert refused.value.where == "--trainable_modules"
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from videox.engine.base import hyperparameters, restore_hyperparameters
 from videox.optim.build import clip_gradients, gradient_norm, make_optimizer, set_learning_rate, step_if
-from videox.optim.cpu_offload import OnHost, thread_notes
-from videox.optim.ema import Masters
+from videox.optim.cpu_offload import CpuOffloadOptimizer, thread_notes
+from videox.optim.ema import Fp32Params
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.run.checkpoint import read_manifest
 from videox.training.memory_check import try_batch
@@ -76,7 +76,7 @@ def tensors_of(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parame
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_it_steps_as_the_optimizer_that_it_stands_for(device: torch.device, stage_bytes: int) -> None:
     mine, theirs = weights(device), weights(device)
-    host = over(mine, partial(OnHost, make=ADAMW, stage_bytes=stage_bytes))
+    host = over(mine, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=stage_bytes))
     plain = over(theirs, ADAMW)
     for step in range(8):
         train(host, mine, range(step, step + 1))
@@ -103,7 +103,7 @@ def test_gradients_and_weights_pass_through_memory_of_the_host(
         return inner_step(self, *given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    optimizer = over(parameters, partial(OnHost, make=ADAMW, stage_bytes=0))
+    optimizer = over(parameters, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=0))
     give_gradients(parameters, 0)
     there |= {parameter.grad.untyped_storage().data_ptr() for parameter in parameters.values()}
     optimizer.step()
@@ -119,7 +119,7 @@ def test_gradients_and_weights_pass_through_memory_of_the_host(
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_a_weight_that_was_changed_from_outside_is_stepped_as_it_is(device: torch.device) -> None:
     mine, theirs = weights(device), weights(device)
-    host, plain = over(mine, partial(OnHost, make=ADAMW)), over(theirs, ADAMW)
+    host, plain = over(mine, partial(CpuOffloadOptimizer, make=ADAMW)), over(theirs, ADAMW)
     for optimizer, parameters in ((host, mine), (plain, theirs)):
         train(optimizer, parameters, range(2))
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_weight_that_was_changed_from_outside_is_stepped_as_it_is(device: torc
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_moments_change_sides(device: torch.device, turn: str) -> None:
     """The moments of one are loaded by the other, on its own side; both then go on as if there had been no change."""
-    plain, host = ADAMW, partial(OnHost, make=ADAMW)
+    plain, host = ADAMW, partial(CpuOffloadOptimizer, make=ADAMW)
     before, after = {"to the host": (plain, host), "from the host": (host, plain), "on the host": (host, host)}[turn]
     unbroken, first = weights(device), weights(device)
     train(over(unbroken, before), unbroken, range(5))
@@ -153,7 +153,7 @@ def test_moments_change_sides(device: torch.device, turn: str) -> None:
 
 def test_settings_put_back_are_those_of_the_next_step() -> None:
     mine, theirs = weights(DEVICES[0]), weights(DEVICES[0])
-    host, plain = over(mine, partial(OnHost, make=ADAMW)), over(theirs, ADAMW)
+    host, plain = over(mine, partial(CpuOffloadOptimizer, make=ADAMW)), over(theirs, ADAMW)
     for optimizer, parameters in ((host, mine), (plain, theirs)):
         kept = [{**group, "betas": (0.5, 0.6), "weight_decay": 0.3} for group in hyperparameters(optimizer)]
         restore_hyperparameters(optimizer, kept)
@@ -186,9 +186,9 @@ class Tried:
     def __init__(self, *, moments_on_host: bool) -> None:
         self.model, self.moments_on_host = nn.Linear(100, 100), moments_on_host
 
-    def masters(self) -> Any:
+    def fp32_params(self) -> Any:
         named = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        return Masters(tuple(named), named.__getitem__, lambda name, values: named[name].copy_(values))
+        return Fp32Params(tuple(named), named.__getitem__, lambda name, values: named[name].copy_(values))
 
     def discard(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -26,8 +26,8 @@ from test_backends import DIVIDED, LAUNCHER, Ground, codes, said
 import videox.optim.ema
 import videox.weights.format
 from videox.engine.base import Update
-from videox.engine.ema import AveragedEngine
-from videox.optim.ema import Ema, Masters, decay_at
+from videox.engine.ema import EmaEngine
+from videox.optim.ema import Ema, Fp32Params, decay_at
 from videox.run.checkpoint import verify
 
 STEPS = 4
@@ -48,8 +48,8 @@ def decay_of(update: int, decay: float) -> float:
     return decay_at(torch.tensor(float(update), dtype=torch.float64), decay).item()
 
 
-def live(tensors: dict[str, torch.Tensor], publish: Callable[[], object] = lambda: None) -> Masters:
-    return Masters(tuple(tensors), tensors.__getitem__, lambda name, new: tensors[name].copy_(new), publish=publish)
+def live(tensors: dict[str, torch.Tensor], publish: Callable[[], object] = lambda: None) -> Fp32Params:
+    return Fp32Params(tuple(tensors), tensors.__getitem__, lambda name, new: tensors[name].copy_(new), publish=publish)
 
 
 def weights_at(step: int) -> dict[str, torch.Tensor]:
@@ -104,9 +104,9 @@ def test_average_and_weights_change_places_and_back() -> None:
 
 def train_and_gather() -> int:
     """Trains, and keeps the whole float32 weights after each step that was taken in output_dir/gathered."""
-    update_alone, folder = AveragedEngine.update, runs.output_dir_of(sys.argv) / "gathered"
+    update_alone, folder = EmaEngine.update, runs.output_dir_of(sys.argv) / "gathered"
 
-    def update(self: AveragedEngine, **settings: object) -> Update:
+    def update(self: EmaEngine, **settings: object) -> Update:
         made = update_alone(self, **settings)
         whole = {name: tensor.detach().clone() for name, tensor in self.weights()}
         if self.is_main and made.applied:
@@ -114,7 +114,7 @@ def train_and_gather() -> int:
             save_file(whole, folder / f"{len(list(folder.iterdir())) + 1}.safetensors")
         return made
 
-    AveragedEngine.update = update
+    EmaEngine.update = update
     return runs.script().main()
 
 
@@ -238,9 +238,9 @@ def test_the_average_is_kept_where_it_was_asked_for(
     asked: list[torch.device | None] = []
 
     class Noted(Ema):
-        def __init__(self, masters: Masters, *, decay: float, device: torch.device | None = None) -> None:
+        def __init__(self, fp32_params: Fp32Params, *, decay: float, device: torch.device | None = None) -> None:
             asked.append(device)
-            super().__init__(masters, decay=decay, device=device)
+            super().__init__(fp32_params, decay=decay, device=device)
 
     monkeypatch.setattr(videox.engine.ema, "Ema", Noted)
     outcome = runs.train(wan.flags(tmp_path, use_ema=True, ema_device=place, max_train_steps=1))
@@ -251,7 +251,7 @@ def test_the_average_is_kept_where_it_was_asked_for(
 def test_parts_that_are_read_as_copies_are_averaged_and_exchanged_alike() -> None:
     """As where the average lies on another device than the weights, or DeepSpeed hands out copies."""
     weights = [weights_at(0), weights_at(0)]
-    copied = Masters(
+    copied = Fp32Params(
         tuple(weights[1]), lambda name: weights[1][name].clone(), lambda name, new: weights[1][name].copy_(new)
     )
     averages = [Ema(live(weights[0]), decay=0.4), Ema(copied, decay=0.4)]

@@ -19,7 +19,7 @@ from test_backends import Ground, codes, said
 import videox.optim.registry
 from videox.distributed.accelerator import BACKENDS
 from videox.engine.train_state import refuse_other_backend
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.optim.build import make_optimizer, set_learning_rate
 from videox.optim.registry import OPTIMIZERS, moments_of, refuse_unfit
 from videox.optim.state import optimizer_tensors
@@ -73,14 +73,14 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setattr(videox.optim.registry, "find_spec", lambda module: None)
     line = refused(wan, tmp_path, use_8bit_adam=True)
-    assert "adamw8bit needs bitsandbytes, which is not installed. Mend: pip install bitsandbytes==" in line
+    assert "adamw8bit needs bitsandbytes, which is not installed. Fix: pip install bitsandbytes==" in line
 
 
 def test_a_missing_compiler_of_the_host_is_named(wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     line = refused(wan, tmp_path / "run", optimizer="adamw_bf16_offload")
-    assert "adamw_bf16_offload's step is compiled for the host, which has no g++. Mend: install a C++ compiler" in line
+    assert "adamw_bf16_offload's step is compiled for the host, which has no g++. Fix: install a C++ compiler" in line
 
 
 def test_the_packages_are_pinned_as_an_extra() -> None:
@@ -96,7 +96,7 @@ def test_a_backend_has_some_optimizers(name: str, backend: str) -> None:
         refuse_unfit(name, backend, "bf16", lora=False)
         return
     can = " or ".join(other for other in OPTIMIZERS if backend in OPTIMIZERS[other].backends)
-    with pytest.raises(Refusal, match=f"{name} does not work under {backend}: .*Mend: give {can} here") as no:
+    with pytest.raises(UserError, match=f"{name} does not work under {backend}: .*Fix: give {can} here") as no:
         refuse_unfit(name, backend, "bf16", lora=False)
     assert no.value.exit_code == 2
 
@@ -118,7 +118,7 @@ def test_the_readme_has_the_table(family: str) -> None:
 
 def saved(folder: Path, name: str, description: dict[str, str]) -> Path:
     """Returns a checkpoint with the moments of an optimizer after one step."""
-    dtype = torch.float32 if OPTIMIZERS[name].masters else torch.bfloat16
+    dtype = torch.float32 if OPTIMIZERS[name].fp32_params else torch.bfloat16
     weight = torch.nn.Parameter(torch.ones(128, 128, dtype=dtype))
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer([{"params": [weight], "rate_factor": 1.0}], learning_rate=1e-3, name=name, **ADAM)
@@ -131,7 +131,7 @@ def saved(folder: Path, name: str, description: dict[str, str]) -> Path:
 
 @pytest.mark.parametrize(
     "name",  # torchao's steps are compiled first
-    [name if kind.masters else pytest.param(name, marks=pytest.mark.slow) for name, kind in OPTIMIZERS.items()],
+    [name if kind.fp32_params else pytest.param(name, marks=pytest.mark.slow) for name, kind in OPTIMIZERS.items()],
 )
 def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, name: str) -> None:
     checkpoint = saved(tmp_path / "noted", name, {"backend": "ddp", "optimizer": name})
@@ -142,12 +142,12 @@ def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, name: str)
             refuse_other_backend(checkpoint, BACKENDS["single"], asked)
             refuse_other_backend(older, BACKENDS["single"], asked)
             continue
-        with pytest.raises(Refusal, match=f"--optimizer: {asked}, and checkpoint-1 was saved with {name},") as no:
+        with pytest.raises(UserError, match=f"--optimizer: {asked}, and checkpoint-1 was saved with {name},") as no:
             refuse_other_backend(checkpoint, BACKENDS["single"], asked)
-        assert no.value.exit_code == MODEL and f"resume with --optimizer {name}" in no.value.mend
+        assert no.value.exit_code == MODEL and f"resume with --optimizer {name}" in no.value.hint
         kinds = (moments_of(name), moments_of(asked))
         if {*kinds} != alike and kinds not in {(one, "adamw8bit_bf16") for one in alike}:
-            with pytest.raises(Refusal, match=f"--optimizer: {asked}, .*{kinds[0]}"):
+            with pytest.raises(UserError, match=f"--optimizer: {asked}, .*{kinds[0]}"):
                 refuse_other_backend(older, BACKENDS["single"], asked)
 
 
@@ -277,7 +277,7 @@ def check_resumed(name: str, folder: Path, metadata: Path, model: Path) -> None:
     after = runs.read_weights(unbroken / "checkpoint-4" / "transformer")
     changed = {key for key in before if not torch.equal(before[key].to(after[key].dtype), after[key])}
     assert changed == {key for key in before if "attn1.to_q.weight" in key}
-    dtype = torch.float32 if OPTIMIZERS[name].masters else torch.bfloat16
+    dtype = torch.float32 if OPTIMIZERS[name].fp32_params else torch.bfloat16
     assert {after[key].dtype for key in changed} == {dtype}
     kept = runs.read_weights(unbroken / "checkpoint-4" / "optimizer").values()
     assert (torch.uint8 in {tensor.dtype for tensor in kept}) is ("8bit" in name)
@@ -310,18 +310,18 @@ def train_and_tell() -> int:
     import os
     import sys
 
-    from videox.engine.base import WholeEngine
+    from videox.engine.base import DdpEngine
 
-    load_weights = WholeEngine.weights
+    load_weights = DdpEngine.weights
     script = runs.script()
-    made: list[WholeEngine] = []
-    begin = WholeEngine.__init__
+    made: list[DdpEngine] = []
+    begin = DdpEngine.__init__
 
-    def noted(self: WholeEngine, *arguments: object, **settings: object) -> None:
+    def noted(self: DdpEngine, *arguments: object, **settings: object) -> None:
         begin(self, *arguments, **settings)
         made.append(self)
 
-    WholeEngine.__init__ = noted
+    DdpEngine.__init__ = noted
     code = script.main()
     folder = runs.output_dir_of(sys.argv)
     torch.save(dict(load_weights(made[0])), folder / f"rank-{os.environ['RANK']}.pt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensors import same
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.weights.safetensors_io import StoredTensors, load_weights, save_tensors, save_weights
 
@@ -108,7 +108,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
     }
     fresh = torch.optim.AdamW(net.parameters())
     for message, tensors in faulty.items():
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(UserError) as caught:
             load_optimizer_tensors(fresh, names, tensors)
         assert caught.value.exit_code == MODEL and message in caught.value.line()
         assert len(fresh.state) == 0

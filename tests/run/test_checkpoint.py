@@ -17,7 +17,7 @@ from crashes import alone, die, fail, fill, fork, names, publish, publish_all, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videox.files import SaveFailed, write_json_atomically
+from videox.files import SaveError, write_json_atomically
 from videox.run import checkpoint as checkpoints
 from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
 from videox.run.folder import prune, sweep
@@ -66,11 +66,11 @@ def test_what_bears_the_name_and_is_not_sound_is_moved_aside(tmp_path, kind):
     assert names(tmp_path) == ["checkpoint-3", "superseded-3"] and names(tmp_path / "superseded-3") == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SaveFailed("PytorchStreamWriter failed")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SaveError("PytorchStreamWriter failed")])
 def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     publish(tmp_path, 1)
     with (
-        pytest.raises(SaveFailed, match=str(error.args[-1])),
+        pytest.raises(SaveError, match=str(error.args[-1])),
         publishing(tmp_path, 2, is_main=True, gather=alone, description={}) as folder,
     ):
         fill(folder, 2)
@@ -88,7 +88,7 @@ def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path, error):
 def test_an_output_dir_that_cannot_be_made_is_a_failed_save(tmp_path):
     (tmp_path / "run").write_text("a file")
     with (
-        pytest.raises(SaveFailed, match="FileExistsError"),
+        pytest.raises(SaveError, match="FileExistsError"),
         publishing(tmp_path / "run", 2, is_main=True, gather=alone, description={}),
     ):
         pass
@@ -100,7 +100,7 @@ def test_a_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
 
     def full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(SaveFailed, match="File too large"):
+        with pytest.raises(SaveError, match="File too large"):
             publish(tmp_path, 2, padding="x" * 3000)
 
     assert status_of(fork(full_disk)) == 0
@@ -155,7 +155,7 @@ def test_when_one_rank_fails_all_drop_the_save_with_its_cause(tmp_path, main):
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
-            pytest.raises(SaveFailed, match=r"^rank 1: OSError: .*No space left"),
+            pytest.raises(SaveError, match=r"^rank 1: OSError: .*No space left"),
             publishing(run, 5, is_main=rank == main, gather=gather, description={}) as folder,
         ):
             fill(folder / str(rank), 5)
@@ -172,7 +172,7 @@ def test_a_rank_that_cannot_see_the_folder_stops_the_save(tmp_path):
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
-            pytest.raises(SaveFailed, match=r"rank 1: .*must be shared by all machines"),
+            pytest.raises(SaveError, match=r"rank 1: .*must be shared by all machines"),
             publishing(tmp_path / f"machine-{rank}", 5, is_main=rank == 0, gather=gather, description={}) as folder,
         ):
             if rank == 0:
@@ -245,7 +245,7 @@ def test_a_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_pat
 
 
 def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
-    """Whichever operation the disk refuses: SaveFailed or a sound checkpoint, one to resume from, no rubbish."""
+    """Whichever operation the disk refuses: SaveError or a sound checkpoint, one to resume from, no rubbish."""
     points, failures = 0, 0
     reached = True
     while reached:
@@ -257,7 +257,7 @@ def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
             status = 3
             try:
                 publish(run, 3)
-            except SaveFailed as why:
+            except SaveError as why:
                 assert "No space left on device" in str(why)
                 status = 4
             os._exit(status if struck else 0)

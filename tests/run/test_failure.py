@@ -110,14 +110,14 @@ def with_a_full_disk(script: ModuleType) -> None:
     """Any file of a checkpoint that this process writes is too large, as on a disk that is full, from step 2 on."""
     import resource
 
-    save, calls = script.wiring.Watch.save, iter(range(1, 100))
+    save, calls = script.wiring.Recorder.save, iter(range(1, 100))
 
     def full(watch: object, *arguments: object) -> None:
         if next(calls) >= 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (48 << 10, resource.RLIM_INFINITY))
         save(watch, *arguments)
 
-    script.wiring.Watch.save = full
+    script.wiring.Recorder.save = full
 
 
 FAULTS = {fault.__name__: fault for fault in (at_start, in_a_step, in_a_layer, in_a_save, with_a_full_disk)}

@@ -18,8 +18,8 @@ from crashes import alone, die, fork, names, publish, publish_all, status_of, st
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videox.errors import FLAGS, MODEL, STORAGE, Refusal
-from videox.files import aside
+from videox.errors import FLAGS, MODEL, STORAGE, UserError
+from videox.files import temp_path
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
 from videox.run.folder import RECORDS, Resume, hold, prune, resolve_resume, rewind, room_for, sweep
@@ -39,7 +39,7 @@ def resume(path: str | None, run: Path, hashes: bool = False) -> Resume:
 
 
 def refused(path: str | None, run: Path, exit_code: int, hashes: bool = False) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         resume(path, run, hashes)
     assert caught.value.exit_code == exit_code
     return caught.value.line()
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_rewound_is_refused(tmp_path):
 
     def full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(UserError) as caught:
             rewind(tmp_path, 1)
         assert caught.value.exit_code == STORAGE and "cannot be rewound to step 1" in caught.value.line()
 
@@ -341,7 +341,7 @@ def test_sweep_removes_leftovers_of_ours_only(tmp_path):
     ):
         (tmp_path / name / "transformer").mkdir(parents=True)
     (tmp_path / ".tmp-run_status.json-0123456789ab").write_text("{")
-    aside(tmp_path / "losses.png").write_text("half")
+    temp_path(tmp_path / "losses.png").write_text("half")
     (tmp_path / "precious").mkdir()
     (tmp_path / ".trash-link-0123456789ab").symlink_to(tmp_path / "precious")
     kept = [".tmp", ".tmp-mine", ".trash-1", ".tmp-notes-0123456789", "precious"]
@@ -358,7 +358,7 @@ def test_sweep_removes_leftovers_of_ours_only(tmp_path):
 def test_room_is_told_in_numbers(tmp_path):
     room_for(tmp_path / "not" / "yet" / "there", 1)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(Refusal, match=r"needs 1e\+09 GB, the disk has [0-9.e+]+ GB") as caught:
+    with pytest.raises(UserError, match=r"needs 1e\+09 GB, the disk has [0-9.e+]+ GB") as caught:
         room_for(tmp_path / "run", 10**18)
     assert caught.value.exit_code == STORAGE and free < 10**18
 
@@ -369,7 +369,7 @@ def test_a_second_run_is_refused_with_the_owner_named(tmp_path):
         assert warnings == []
 
         def second() -> None:
-            with pytest.raises(Refusal) as caught, hold(run):
+            with pytest.raises(UserError) as caught, hold(run):
                 pass
             assert caught.value.exit_code == FLAGS
             assert f"held by pid {os.getppid()} on host " in caught.value.line() and " since 2" in caught.value.line()
@@ -394,7 +394,7 @@ def test_the_lock_dies_with_its_owner_and_not_with_its_workers(tmp_path):
     child = fork(owner)
     worker = int(os.read(reader, 20))
     try:
-        with pytest.raises(Refusal), hold(tmp_path):
+        with pytest.raises(UserError), hold(tmp_path):
             pass
         os.kill(child, signal.SIGKILL)
         status_of(child)
@@ -416,7 +416,7 @@ def test_a_file_system_without_locks_costs_a_warning_not_the_run(tmp_path, monke
 def test_a_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(Refusal) as caught, hold(tmp_path):
+    with pytest.raises(UserError) as caught, hold(tmp_path):
         pass
     assert caught.value.exit_code == STORAGE and (tmp_path / "victim").read_text() == "precious"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, Refusal
-from videox.files import SaveFailed
+from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, UserError
+from videox.files import SaveError
 from videox.run.lifecycle import INTERRUPTED, Run, exit_code, main_first, one_line, open_run, run_script
 from videox.run.status import RunStatus, read_status
 
@@ -40,7 +40,7 @@ def together(work: Callable[[int, Callable[[object], list[object]]], object], wo
 
         try:
             results[rank] = work(rank, gather)
-        except Refusal as refusal:
+        except UserError as refusal:
             results[rank] = refusal
 
     threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(world_size)]
@@ -93,11 +93,11 @@ def test_a_worker_that_ends_meanwhile_does_not_keep_the_status_from_being_writte
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (Refusal("--seed", "is odd", "give another", DATA), DATA, "error: --seed: is odd. Mend: give another."),
+        (UserError("--seed", "is odd", "give another", DATA), DATA, "error: --seed: is odd. Fix: give another."),
         (
-            SaveFailed("/run: No space left"),
+            SaveError("/run: No space left"),
             STORAGE,
-            "error: /run: No space left. Mend: free some room, or give a folder that takes it",
+            "error: /run: No space left. Fix: free some room, or give a folder that takes it",
         ),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
     ],
@@ -127,7 +127,7 @@ def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) ->
 def test_a_folder_has_one_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
         run.status.write("running", step=5)
-        with pytest.raises(Refusal, match=r"is held by pid \d+ on host \S+ since") as refused, opened(tmp_path):
+        with pytest.raises(UserError, match=r"is held by pid \d+ on host \S+ since") as refused, opened(tmp_path):
             pass
         assert refused.value.exit_code == FLAGS
         assert read_status(tmp_path).state == "running"  # the intruder has not written over it
@@ -145,11 +145,11 @@ def test_a_run_that_died_is_told_of(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
-    with pytest.raises(Refusal, match="already holds a run") as refused, opened(tmp_path):
+    with pytest.raises(UserError, match="already holds a run") as refused, opened(tmp_path):
         pass
     assert refused.value.exit_code == FLAGS
-    assert "--resume_from_checkpoint latest" in refused.value.mend
-    assert "another --output_dir" in refused.value.mend
+    assert "--resume_from_checkpoint latest" in refused.value.hint
+    assert "another --output_dir" in refused.value.hint
 
 
 def test_all_processes_get_the_main_ones_decision(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_all_processes_get_the_main_ones_refusal(tmp_path: Path) -> None:
             return "entered"
 
     first, second = together(enter)
-    assert isinstance(first, Refusal)
+    assert isinstance(first, UserError)
     assert first.line() == second.line()
 
 
@@ -191,13 +191,13 @@ def test_main_works_first_and_alone() -> None:
 
 def test_a_refusal_of_main_reaches_everyone() -> None:
     def refuse() -> None:
-        raise Refusal("data", "is gone", "bring it back", DATA)
+        raise UserError("data", "is gone", "bring it back", DATA)
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         main_first(refuse, is_main=rank == 0, gather=gather)
 
     assert [(str(found), found.exit_code) for found in together(work)] == [
-        ("data: is gone. Mend: bring it back.", DATA)
+        ("data: is gone. Fix: bring it back.", DATA)
     ] * 2
 
 
@@ -207,12 +207,12 @@ def test_a_refusal_of_main_reaches_everyone() -> None:
 @pytest.mark.parametrize("code", [FLAGS, DATA, MODEL, STORAGE, NUMERICS, PEER_LOST])
 def test_a_refusal_is_one_line_and_its_code(capsys: pytest.CaptureFixture[str], code: int) -> None:
     def main() -> int:
-        raise Refusal("--flag", "has a\nbreak", "mend it", code)
+        raise UserError("--flag", "has a\nbreak", "mend it", code)
 
     with pytest.raises(SystemExit) as ended:
         run_script(main)
     assert ended.value.code == code
-    assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Mend: mend it.\n"
+    assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Fix: mend it.\n"
 
 
 def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> None:

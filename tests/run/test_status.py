@@ -10,7 +10,7 @@ import signal
 import pytest
 from records import run_python
 
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.run.status import RunStatus, read_status
 
 
@@ -21,7 +21,7 @@ def test_status_reads_back_on_one_line_and_whole(tmp_path):
     mine = read_status(tmp_path)
     assert (mine.state, mine.step, mine.exit_code, mine.pid) == ("running", 3, None, os.getpid())
     assert not mine.died
-    refusal = Refusal("--train_data_meta", "holds\nno rows", "give rows", 3)
+    refusal = UserError("--train_data_meta", "holds\nno rows", "give rows", 3)
     status.write("failed", exit_code=3, error=refusal.line() + "\nmore")
     found = json.loads((tmp_path / "run_status.json").read_text())
     assert (found["state"], found["exit_code"], found["step"]) == ("failed", 3, 3)

@@ -194,10 +194,10 @@ def check_checkpoint(ground: Ground, backend: str, folder: Path, world_size: int
     }
     assert {path.name for path in checkpoint.iterdir()} == STORED[backend] | common
     if "transformer" in STORED[backend]:
-        masters = runs.read_weights(checkpoint / "transformer")
+        fp32_params = runs.read_weights(checkpoint / "transformer")
         exported = runs.read_weights(folder / "transformer")
-        assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-        assert all(torch.equal(masters[name].to(t.dtype), t) for name, t in exported.items())
+        assert {tensor.dtype for tensor in fp32_params.values()} == {torch.float32}
+        assert all(torch.equal(fp32_params[name].to(t.dtype), t) for name, t in exported.items())
 
 
 def check_resumed(ground: Ground, folder: Path) -> None:
@@ -478,4 +478,4 @@ def test_layers_that_the_model_has_not_are_refused(wan: Ground, tmp_path: Path, 
     ]
     found = runs.launch(wan.flags(tmp_path / "run"), [*asked, "--main_process_port", "0"])
     assert found.code != 0
-    assert "no layer here is a HunyuanVideoTransformerBlock. Mend: give WanTransformerBlock." in found.stderr
+    assert "no layer here is a HunyuanVideoTransformerBlock. Fix: give WanTransformerBlock." in found.stderr

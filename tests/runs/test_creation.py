@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from videox.distributed.accelerator import backward, make_accelerator
 from videox.engine.base import Engine
 from videox.engine.fsdp import FsdpEngine
-from videox.errors import MODEL, Refusal
-from videox.models.component import Part, load_whole
+from videox.errors import MODEL, UserError
+from videox.models.component import Component, load_whole
 from videox.models.folder import has_not_finite, load_strictly
 from videox.models.meta_init import is_divided, skeleton
 from videox.models.transformer import load_transformer
@@ -75,10 +75,10 @@ def engine_of(accelerator: Accelerator, model: nn.Module, stored: StoredTensors 
 
     if accelerator.state.deepspeed_plugin is None:
         return FsdpEngine(accelerator, model, model.blocks, optimizer, stored=stored)
-    from videox.engine.deepspeed import ZeroEngine
+    from videox.engine.deepspeed import DeepSpeedEngine
 
     settings = {"max_grad_norm": 0.05, "batch_size": 1, "micro_batches": 1, "output_dir": Path()}
-    return ZeroEngine(accelerator, model, optimizer, stored=stored, **settings)
+    return DeepSpeedEngine(accelerator, model, optimizer, stored=stored, **settings)
 
 
 def train_steps(accelerator: Accelerator, engine: Engine) -> list[str]:
@@ -159,9 +159,9 @@ def examine() -> int:
     for way in ways:
         with Sampled() as load, nothing_loaded_whole() if way == "divided" else nullcontext():
             if way == "divided":
-                model = load_transformer(WanTransformer3DModel, Part(Path(folder), {}), accelerator)
+                model = load_transformer(WanTransformer3DModel, Component(Path(folder), {}), accelerator)
             else:
-                model = load_whole(WanTransformer3DModel, Part(Path(folder), {}))
+                model = load_whole(WanTransformer3DModel, Component(Path(folder), {}))
             assert is_divided(model) == (way == "divided")
             at_creation = [parameter.numel() for parameter in model.parameters() if not parameter.is_meta]
             created = load.most
@@ -295,8 +295,8 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 def test_what_does_not_fit_is_refused_in_the_same_words(small: Path, tmp_path: Path, kind: str) -> None:
     folder = damaged(small, tmp_path / "transformer", DAMAGE[kind])
     lines = []
-    for load, source in ((skeleton, StoredTensors(folder)), (load_whole, Part(folder, {}))):
-        with pytest.raises(Refusal) as refused:
+    for load, source in ((skeleton, StoredTensors(folder)), (load_whole, Component(folder, {}))):
+        with pytest.raises(UserError) as refused:
             load(WanTransformer3DModel, source)
         assert refused.value.exit_code == MODEL
         lines.append(refused.value.line())
@@ -306,20 +306,20 @@ def test_what_does_not_fit_is_refused_in_the_same_words(small: Path, tmp_path: P
 
 def test_a_shape_or_a_configuration_that_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
     folder = damaged(small, tmp_path / "shape", lambda tensors: tensors.update({"proj_out.bias": torch.ones(3)}))
-    with pytest.raises(Refusal, match=r"1 mismatched keys for WanTransformer3DModel, first proj_out\.bias"):
+    with pytest.raises(UserError, match=r"1 mismatched keys for WanTransformer3DModel, first proj_out\.bias"):
         skeleton(WanTransformer3DModel, StoredTensors(folder))
     folder = damaged(small, tmp_path / "config", len)
     write_config(folder, {"_class_name": "WanTransformer3DModel", "num_layers": "two"})
-    with pytest.raises(Refusal, match="does not load as WanTransformer3DModel"):
+    with pytest.raises(UserError, match="does not load as WanTransformer3DModel"):
         skeleton(WanTransformer3DModel, StoredTensors(folder))
-    with pytest.raises(Refusal, match=r"has no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
         skeleton(WanTransformer3DModel, StoredTensors(tmp_path / "nothing"))
 
 
 def test_keys_that_diffusers_passes_over_are_passed_over(small: Path, tmp_path: Path) -> None:
     spare = {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}
     folder = damaged(small, tmp_path / "transformer", lambda tensors: tensors.update(spare))
-    load_whole(WanTransformer3DModel, Part(folder, {}))
+    load_whole(WanTransformer3DModel, Component(folder, {}))
     model = skeleton(WanTransformer3DModel, StoredTensors(folder))
     assert is_divided(model)
     assert not any(buffer.is_meta for buffer in model.buffers())

@@ -54,9 +54,9 @@ def test_the_command_to_type_next_is_one(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--mode", "inpaint"], "error: --mode: 'inpaint' with wan2.1. Mend: give normal or i2v."),
+        (["--mode", "inpaint"], "error: --mode: 'inpaint' with wan2.1. Fix: give normal or i2v."),
         (["--family", "hunyuanvideo", "--mode", "video"], "error: --mode: 'video' with hunyuanvideo."),
-        (["--famly", "hunyuanvideo"], "error: --famly: is not a flag of this script. Mend: did you mean --family."),
+        (["--famly", "hunyuanvideo"], "error: --famly: is not a flag of this script. Fix: did you mean --family."),
     ],
 )
 def test_an_unknown_word_is_refused(
@@ -72,7 +72,7 @@ def test_an_unknown_word_is_refused(
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(demo.Refusal, match="was not made by the demo"):
+    with pytest.raises(demo.UserError, match="was not made by the demo"):
         demo.start_afresh(tmp_path)
     assert (tmp_path / "precious.txt").exists()
 

@@ -28,7 +28,7 @@ from videox.distributed.accelerator import (
     sum_over_ranks,
 )
 from videox.distributed.step_sync import agree
-from videox.errors import FLAGS, PEER_LOST, Refusal
+from videox.errors import FLAGS, PEER_LOST, UserError
 
 # ------------------------------------------------------------------------------------------ one process
 
@@ -57,7 +57,7 @@ ZERO, FSDP = {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_USE_FSDP": "1"}
 def test_what_was_not_asked_for_is_refused(
     environment: dict[str, str], processes: int, runs_as: str, said: str
 ) -> None:
-    with pytest.raises(Refusal, match=said) as refused:
+    with pytest.raises(UserError, match=said) as refused:
         refuse_other_launch(environment, processes, runs_as)
     assert refused.value.exit_code == FLAGS
 
@@ -88,9 +88,9 @@ def test_more_processes_asked_for_than_joined_is_refused(monkeypatch: pytest.Mon
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with runs.untouched_process(), pytest.raises(Refusal, match="2 processes asked for, 1 joined") as refused:
+    with runs.untouched_process(), pytest.raises(UserError, match="2 processes asked for, 1 joined") as refused:
         make_accelerator("no")
-    assert "ACCELERATE_USE_CPU=true" in refused.value.mend
+    assert "ACCELERATE_USE_CPU=true" in refused.value.hint
 
 
 # ------------------------------------------------------------------------------------------- stop request

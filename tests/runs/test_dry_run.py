@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from videox.data.extent import largest_bucket
 from videox.data.index.index import Index
-from videox.data.plan.balance import Load
+from videox.data.plan.balance import PlanBalance
 from videox.data.plan.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import Columns, PlanSettings
@@ -223,7 +223,7 @@ def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground)
 
 def test_a_mix_above_its_bound_is_explained() -> None:
     settings = PlanSettings(SizePolicy(video_sample_size=64, image_sample_size=64), batch_size=1, slots=4, seed=0)
-    few = {8: Load(0.5, None, 4.57, 7, 0.01), 64: Load(0.9, 0.5, 3.9, 70, 0.0)}
+    few = {8: PlanBalance(0.5, None, 4.57, 7, 0.01), 64: PlanBalance(0.9, 0.5, 3.9, 70, 0.0)}
     assert "too few steps for a mix below 4: 7 on 8;" in "\n".join(balance_lines(few, settings))
     assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
 

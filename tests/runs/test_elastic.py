@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from videox.engine.deepspeed_universal import TAG, announce_conversion, bytes_needed, converted
 from videox.engine.train_state import read_state
-from videox.errors import FLAGS, MODEL, STORAGE, Refusal
+from videox.errors import FLAGS, MODEL, STORAGE, UserError
 from videox.run.checkpoint import verify
 from videox.weights.deepspeed_reader import read_zero
 from videox.weights.lazy_tensor import Blocks
@@ -358,7 +358,7 @@ def test_a_conversion_that_fails_is_told_and_gone(ground: Ground, tmp_path: Path
     ranks = ground.start("zero3", "no", 4, folder, largest_file=16 * 1024, resume_from_checkpoint=checkpoint)
     assert [rank.wait() for rank in ranks] == [MODEL] * 4, ranks[0].said()[-3000:]
     assert "DeepSpeed cannot convert it (" in ranks[0].complaint()
-    assert "Mend: look for room on the disk and launch again, or launch 2 processes." in ranks[0].complaint()
+    assert "Fix: look for room on the disk and launch again, or launch 2 processes." in ranks[0].complaint()
     assert verify(checkpoint, hashes=True) == []
     assert not list(folder.glob(".tmp-*"))
 
@@ -372,7 +372,7 @@ def test_a_conversion_without_room_is_refused_before_it_begins(ground: Ground, t
     with next((checkpoint / TAG).glob("*_optim_states.pt")).open("r+b") as file:
         file.truncate(10**13)  # of holes
     needs = r"to convert checkpoint-2 from 2 to 4 processes needs 3e\+04 GB, the disk has [0-9.e+]+ GB"
-    with pytest.raises(Refusal, match=needs) as no:
+    with pytest.raises(UserError, match=needs) as no:
         announce_conversion(checkpoint, tmp_path, 4)
     assert no.value.exit_code == STORAGE
 

@@ -15,7 +15,7 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.models.component import find_part, load_part
 from videox.run.checkpoint import verify
 
@@ -32,9 +32,9 @@ def export(*words: object) -> int:
 
 
 def refusal(*words: object) -> str:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         export(*words)
-    assert refused.value.mend and "\n" not in refused.value.line()
+    assert refused.value.hint and "\n" not in refused.value.line()
     return refused.value.line()
 
 
@@ -191,7 +191,7 @@ def test_the_source_stays_as_it_is(run: runs.Outcome, tmp_path: Path) -> None:
 def test_flags_are_called_by_their_names(tmp_path: Path) -> None:
     folder, out = tiny.build_wan_t2v(tmp_path / "model") / "transformer", tmp_path / "out.safetensors"
     assert refusal(folder, out, "--layut", "comfyui") == (
-        "error: --layut: is not a flag of this script. Mend: did you mean --layout."
+        "error: --layut: is not a flag of this script. Fix: did you mean --layout."
     )
     assert refusal(folder, out, "--layout", "comfy").startswith("error: --layout: invalid choice")
     line = refusal(folder, out, "--layout", "original", "--config", tmp_path / "nope")

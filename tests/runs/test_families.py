@@ -213,7 +213,7 @@ def refused(family: str, model: Path, metadata: Path, folder: Path, code: int, *
     (line,) = outcome.stderr.splitlines()
     status = outcome.status
     assert (status["state"], status["exit_code"], status["step"], status["error"]) == ("failed", code, 0, line)
-    assert line.startswith("error: ") and " Mend: " in line
+    assert line.startswith("error: ") and " Fix: " in line
     return line
 
 
@@ -259,7 +259,7 @@ def test_the_other_familys_model_is_refused(
     family: str, other: str, built: Callable[[str, str], Path], metadata: Path, tmp_path: Path
 ) -> None:
     line = refused(family, built(other, "normal"), metadata, tmp_path / "out", 4)
-    assert "Pipeline model. Mend: give a model of" in line
+    assert "Pipeline model. Fix: give a model of" in line
 
 
 def test_hunyuanvideo_has_no_inpainting(built: Callable[[str, str], Path], metadata: Path, tmp_path: Path) -> None:

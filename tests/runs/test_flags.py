@@ -650,7 +650,7 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
         encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
         for encoder in (encoders.text_encoder, encoders.vae):
             before = places(encoder.module)
-            with encoder.awake() as module:
+            with encoder.on_device() as module:
                 within = places(module)
             assert places(encoder.module) == before
             assert not set(within) & set(before) if low_vram else within == before
@@ -809,12 +809,12 @@ def test_hashes_are_checked_when_asked_for(bench: Bench, tmp_path: Path) -> None
 
 @shows("export_dtype")
 def test_the_export_has_the_precision_asked_for(bench: Bench) -> None:
-    masters = bench(STEPS).weights("checkpoint-2/transformer")
+    fp32_params = bench(STEPS).weights("checkpoint-2/transformer")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         exported = bench(STEPS, export_dtype=name).weights()
         assert exported["blocks.0.attn1.to_q.weight"].dtype == dtype
         assert exported["scale_shift_table"].dtype == torch.float32  # one of those that diffusers keeps so
-        assert all(torch.equal(tensor, masters[key].to(tensor.dtype)) for key, tensor in exported.items())
+        assert all(torch.equal(tensor, fp32_params[key].to(tensor.dtype)) for key, tensor in exported.items())
 
 
 @shows("report_to", "logging_dir", "tracker_project_name")

@@ -21,8 +21,8 @@ import torch
 from bounded import end_all, family_of, run_bounded
 
 from videox.distributed.accelerator import make_accelerator
-from videox.distributed.rendezvous import Member, machine_of, meeting_limit
-from videox.errors import FLAGS, PEER_LOST, STOPPED, Refusal
+from videox.distributed.rendezvous import Participant, machine_of, meeting_limit
+from videox.errors import FLAGS, PEER_LOST, STOPPED, UserError
 
 SCRIPTS = sorted(path.relative_to(runs.ROOT).as_posix() for path in runs.ROOT.glob("scripts/*/train_*.sh"))
 BUILD = {
@@ -259,8 +259,8 @@ ASKED = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "
     ],
 )
 def test_variables_that_do_not_fit_are_refused(changes: dict[str, str], said: str) -> None:
-    assert machine_of(ASKED) == ("10.0.0.1", 10086, Member("machine", 1, 2))
-    with pytest.raises(Refusal, match=said) as refused:
+    assert machine_of(ASKED) == ("10.0.0.1", 10086, Participant("machine", 1, 2))
+    with pytest.raises(UserError, match=said) as refused:
         machine_of({**ASKED, **changes})
     assert refused.value.exit_code == FLAGS
 
@@ -268,7 +268,7 @@ def test_variables_that_do_not_fit_are_refused(changes: dict[str, str], said: st
 @pytest.mark.parametrize("text", ["", "0", "-3", "soon", "nan"])
 def test_a_time_that_is_none_is_refused(text: str) -> None:
     assert meeting_limit({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
-    with pytest.raises(Refusal, match="VIDEOX_MEETING_SECONDS"):
+    with pytest.raises(UserError, match="VIDEOX_MEETING_SECONDS"):
         meeting_limit({"VIDEOX_MEETING_SECONDS": text})
 
 

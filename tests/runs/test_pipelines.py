@@ -38,10 +38,10 @@ from videox.data.plan.buckets import Fate
 from videox.data.plan.plan import Columns, EpochPlan, plan_epoch
 from videox.diffusion.conditioning import CLIP_MASKS, draw_family, pack_mask
 from videox.distributed.accelerator import make_accelerator
-from videox.encoders.encode import Raw
+from videox.encoders.encode import EncoderInput
 from videox.encoders.hunyuan_text import join_text, trim_text
 from videox.encoders.vae import encode, to_images
-from videox.rng import mix
+from videox.rng import hash_key
 from videox.shapes import Bucket
 
 HUNYUAN = "scripts/hunyuanvideo/train.py"
@@ -357,12 +357,14 @@ def test_the_shift_is_that_of_the_models_scheduler(
 
 
 def test_first_and_last_are_given_as_the_pipeline_gives_them(models: Callable[[str], Path], tmp_path: Path) -> None:
-    key = next(key for key in map(int, mix(3, np.arange(100))) if draw_family(CLIP_MASKS, key) == "first_and_last")
+    key = next(
+        key for key in map(int, hash_key(3, np.arange(100))) if draw_family(CLIP_MASKS, key) == "first_and_last"
+    )
     pixels = torch.from_numpy(tiny.moving_square(13, WIDTH, HEIGHT, seed=4))[None]
     kind = KINDS["wan-i2v"]
     with opened(kind, models("wan-i2v"), tmp_path) as (_, _, components, _):
         video = 2 * (pixels.permute(0, 4, 1, 2, 3).float() / 255) - 1
-        known, mask = kind.trainer.known_pixels("inpaint", Raw(video, [""], [key]))
+        known, mask = kind.trainer.known_pixels("inpaint", EncoderInput(video, [""], [key]))
         latents = encode(components.encoders().vae, known, keys=None, mini_batch=1)
         ours = torch.cat([pack_mask(mask), kind.trainer.normalise(components, latents)], 1)
         pipeline = components.encoders().pipeline
@@ -398,7 +400,7 @@ def opened(
 def batch_of(captions: Sequence[str], frames: int = FRAMES, height: int = 32, width: int = 48) -> Batch:
     count = len(captions)
     clips = [tiny.moving_square(frames, width, height, seed) for seed in range(count)]
-    keys = [int(key) for key in mix(11, np.arange(count))]
+    keys = [int(key) for key in hash_key(11, np.arange(count))]
     return Batch(
         pixels=torch.from_numpy(np.stack(clips)),
         decoded=list(range(count)),
@@ -424,7 +426,7 @@ def prompts_of(
     kind: Kind, args: Any, components: Any, captions: list[str], video: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Returns what HunyuanVideo is given of captions and the frames that they go with, as training makes it."""
-    raw, recipes = Raw(video, captions, [0] * len(captions)), {r.name: r for r in components.encode.recipes}
+    raw, recipes = EncoderInput(video, captions, [0] * len(captions)), {r.name: r for r in components.encode.recipes}
     embeds, mask = join_text(recipes["prompt_embeds"].encode(raw))
     return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": recipes["pooled"].encode(raw)}
 

@@ -236,7 +236,7 @@ def test_another_schedule_is_refused_by_name(ground: Ground, tmp_path: Path, cha
     trainer = ground.resume(folder, **changes)
     assert trainer.code == MODEL
     assert named in trainer.complaint()
-    assert "Mend: " in trainer.complaint()
+    assert "Fix: " in trainer.complaint()
     status = forkserver.status(folder)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", MODEL, trainer.complaint())
     after = {name: content for name, content in contents(folder).items() if name in before}

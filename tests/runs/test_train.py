@@ -606,7 +606,7 @@ def test_more_bad_rows_than_allowed_end_the_run(
     assert outcome.status["exit_code"] == code
     if code:
         last = outcome.stderr.splitlines()[-1]
-        assert last.startswith("error: --max_bad_fraction: 11 of 16 rows turned out bad. Mend: ")
+        assert last.startswith("error: --max_bad_fraction: 11 of 16 rows turned out bad. Fix: ")
         assert outcome.status["state"] == "failed" and outcome.status["error"] == last
 
 
@@ -694,7 +694,7 @@ def empty_yaml(model: Path) -> dict[str, object]:
 # What is wrong, exit code, what the line must hold, and whether the run's folder was open by then.
 REFUSALS = {
     "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a folder here", True),
-    "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Mend: give a model of WanPipeline", True),
+    "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Fix: give a model of WanPipeline", True),
     "incomplete model": (no_text_encoder, 4, "text_encoder: does not exist", True),
     "cut weights": (cut_weights, 4, "is cut short or damaged", True),
     "image-to-video model": (image_to_video, 4, "--train_mode normal: the transformer takes 36 channels: it is made for --train_mode i2v", True),
@@ -702,11 +702,11 @@ REFUSALS = {
     "rows without a file": (nameless_rows, 3, "nameless.json: no row has file_path; columns found: 'text'", True),
     "no shift": (empty_yaml, 2, "it needs scheduler_kwargs.shift", True),
     "unknown tracker": (lambda _: {"report_to": "paper"}, 2, "paper", True),
-    "misspelt flag": (lambda _: {"learning_rat": 1}, 2, "--learning_rat: is not a flag of this script. Mend: did you mean --learning_rate.", False),
+    "misspelt flag": (lambda _: {"learning_rat": 1}, 2, "--learning_rat: is not a flag of this script. Fix: did you mean --learning_rate.", False),
     "abbreviated flag": (lambda _: {"max_grad": 1}, 2, "--max_grad: is not a flag", False),
-    "flag that is gone": (lambda _: {"auto_tile_batch_size": True}, 2, "--auto_tile_batch_size: is gone. Mend: use --slot_fill cost", False),
+    "flag that is gone": (lambda _: {"auto_tile_batch_size": True}, 2, "--auto_tile_batch_size: is gone. Fix: use --slot_fill cost", False),
     "value out of range": (lambda _: {"caption_dropout": 1.5}, 2, "--caption_dropout: 1.5 is outside 0 to 1", False),
-    "frames": (lambda _: {"video_sample_n_frames": 14}, 2, "--video_sample_n_frames: 14 is not 4k+1. Mend: use 13 or 17", False),
+    "frames": (lambda _: {"video_sample_n_frames": 14}, 2, "--video_sample_n_frames: 14 is not 4k+1. Fix: use 13 or 17", False),
     "free text for the mode": (lambda _: {"train_mode": "control"}, 2, "--train_mode: invalid choice: 'control'", False),
     "marker without launcher": (lambda _: {"use_deepspeed": True}, 2, "--use_deepspeed: the launcher does not run it", False),
     "other marker without launcher": (lambda _: {"use_fsdp": True}, 2, "--use_fsdp: the launcher does not run it", False),
@@ -723,7 +723,7 @@ def test_a_refusal_is_one_line_before_any_weight_is_loaded(
     assert outcome.code == code
     lines = outcome.stderr.splitlines()
     assert len(lines) == 1, outcome.stderr
-    assert lines[0].startswith("error: ") and told in lines[0] and " Mend: " in lines[0]
+    assert lines[0].startswith("error: ") and told in lines[0] and " Fix: " in lines[0]
     if folder_open:
         status = outcome.status
         assert (status["state"], status["exit_code"], status["error"]) == ("failed", code, lines[0])

@@ -33,8 +33,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, Refusal
-from videox.files import SaveFailed
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, UserError
+from videox.files import SaveError
 from videox.run.checkpoint import find_checkpoints, latest
 from videox.weights.safetensors_io import save_weights
 
@@ -48,12 +48,12 @@ def convert(checkpoint: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-def refusal(checkpoint: Path, output: Path, *flags: str) -> Refusal:
+def refusal(checkpoint: Path, output: Path, *flags: str) -> UserError:
     """Returns how the script refuses; it then leaves everything as it was."""
     before = {path: path.lstat().st_mtime_ns for path in output.parent.rglob("*")}
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         convert(checkpoint, output, *flags)
-    assert "\n" not in refused.value.line() and refused.value.mend
+    assert "\n" not in refused.value.line() and refused.value.hint
     after = {path: path.lstat().st_mtime_ns for path in output.parent.rglob("*")}
     assert after == before
     return refused.value
@@ -171,8 +171,8 @@ def test_keep_fp32_modules(trained: Path, tmp_path: Path) -> None:
     assert kept == {name for name in found if set(names) & set(name.split("."))} and len(kept) > 3
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-    assert_equal(found, {n: t.detach() if n in kept else bf16(t) for n, t in masters.items()})
+    fp32_params = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    assert_equal(found, {n: t.detach() if n in kept else bf16(t) for n, t in fp32_params.items()})
     loaded = WanTransformer3DModel.from_pretrained(output, torch_dtype=torch.bfloat16).state_dict()
     assert all(
         torch.equal(tensor, found[name]) and tensor.dtype == found[name].dtype for name, tensor in loaded.items()
@@ -459,13 +459,13 @@ def test_tags(copied: Callable[[str], Path], tmp_path: Path) -> None:
     (checkpoint / "latest").write_text("global_step9")
     found = refusal(checkpoint, output)
     assert "'global_step9', which has no *_optim_states.pt (found: pytorch_model)" in str(found)
-    assert found.mend == "give --tag pytorch_model"
+    assert found.hint == "give --tag pytorch_model"
     (checkpoint / "latest").write_text("../zero2-checkpoint-2/pytorch_model")
     assert "names the tag '../zero2" in str(refusal(checkpoint, output))
     (checkpoint / "latest").unlink()
     assert "has no file 'latest'" in str(refusal(checkpoint, output))
     assert "names the tag 'x'" in str(refusal(checkpoint, output, "--tag", "x"))
-    assert refusal(checkpoint / "pytorch_model", output).mend == "name the folder above it, with --tag pytorch_model"
+    assert refusal(checkpoint / "pytorch_model", output).hint == "name the folder above it, with --tag pytorch_model"
     convert(checkpoint, output, "-t", "pytorch_model")
 
 
@@ -475,7 +475,7 @@ def test_config(copied: Callable[[str], Path], tmp_path: Path) -> None:
     text = config.read_bytes()
     config.unlink()
     found = refusal(checkpoint, output)
-    assert found.exit_code == MODEL and "no config.json (looked for" in str(found) and "--config FILE" in found.mend
+    assert found.exit_code == MODEL and "no config.json (looked for" in str(found) and "--config FILE" in found.hint
     assert "no config.json" in str(refusal(checkpoint, output, "--config", str(tmp_path / "absent.json")))
     (tmp_path / "given.json").write_bytes(text)
     assert (convert(checkpoint, output, "--config", str(tmp_path / "given.json")) / "config.json").read_bytes() == text
@@ -598,7 +598,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_leaves_nothing(trained: Path, tmp_path: Path) -> None:
-    with file_size_limit(20_000), pytest.raises(SaveFailed, match="File too large"):
+    with file_size_limit(20_000), pytest.raises(SaveError, match="File too large"):
         convert(trained / "zero2" / "checkpoint-2", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -621,7 +621,7 @@ def test_what_the_disk_gives_back_is_compared(
     monkeypatch.setattr(script, "write_folder", lossy)
     model = WanTransformer3DModel(**shard_maker.TINY)
     save_weights(tmp_path / "a" / "transformer", model.state_dict(), model.to_json_string())
-    with pytest.raises(SaveFailed, match="out: .*" + ("incomplete" if cut else "reads back otherwise")):
+    with pytest.raises(SaveError, match="out: .*" + ("incomplete" if cut else "reads back otherwise")):
         convert(tmp_path / "a", tmp_path / "out", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

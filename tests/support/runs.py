@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
-from videox.encoders.encode import Encoder, OnDemand
+from videox.encoders.encode import Encoder, LazyEncoders
 from videox.models.transformer import load_transformer
 from videox.run.lifecycle import run_script
 from videox.tracking.jsonl import read_lines
@@ -168,7 +168,7 @@ def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator
     """Returns a family's components as a run without a cache has them."""
     parts = trainer.check_model(args)
     shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan makes its own scheduler
-    encoders = OnDemand(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
+    encoders = LazyEncoders(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
     encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
     model_class = next(kind for name, kind in vars(trainer).items() if name.endswith("Transformer3DModel"))
     transformer = load_transformer(model_class, parts["transformer"], accelerator)
@@ -259,7 +259,7 @@ def untouched_process() -> Iterator[None]:
 def train(argv: Sequence[str], trainer: ModuleType | None = None) -> Outcome:
     """Runs the trainer in this process as the shell would, from the repository's root, on the CPU.
 
-    A Refusal becomes its line and exit code, as in a real run; any other exception is the caller's.
+    A UserError becomes its line and exit code, as in a real run; any other exception is the caller's.
     """
     trainer = trainer or script()
     out, err = io.StringIO(), io.StringIO()

@@ -46,12 +46,12 @@ def test_what_is_not_finite_becomes_null_at_any_depth(value):
 def test_a_full_disk_is_refused_and_leaves_whole_lines(tmp_path):
     code = (
         "import resource, sys, pathlib\n"
-        "from videox.tracking.jsonl import append_line; from videox.errors import Refusal\n"
+        "from videox.tracking.jsonl import append_line; from videox.errors import UserError\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "append_line(path, {'step': 1, 'note': 'x' * 60})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
         "try: append_line(path, {'step': 2, 'note': 'x' * 60})\n"
-        "except Refusal as refusal: print(refusal.exit_code, refusal.line())"
+        "except UserError as refusal: print(refusal.exit_code, refusal.line())"
     )
     path = tmp_path / "metrics.jsonl"
     done = run_python(code, path)

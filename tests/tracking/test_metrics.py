@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import ROOT, record
 
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 from videox.tracking.jsonl import json_line, read_lines
 from videox.tracking.metrics import MetricsLog
 
@@ -94,7 +94,7 @@ def test_a_killed_writer_leaves_at_most_one_torn_line(tmp_path):
 
 def test_a_broken_line_inside_is_refused_with_its_number(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(json_line(record(1).as_dict()) + b'{"step": 2, "lo\n')
-    with pytest.raises(Refusal, match=r"metrics\.jsonl:2: is not a JSON object") as refusal:
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a JSON object") as refusal:
         MetricsLog(tmp_path)
     assert refusal.value.exit_code == STORAGE
 

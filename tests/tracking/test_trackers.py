@@ -11,7 +11,7 @@ import pytest
 from records import record, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.tracking.trackers import TRACKERS, Tracker, check_tracker
 
 
@@ -69,13 +69,13 @@ def test_a_tracker_whose_disk_fills_up_warns_once_and_training_goes_on(tmp_path)
 
 
 def test_unknown_and_absent_trackers_are_refused(monkeypatch):
-    with pytest.raises(Refusal, match=r"no tracker 'tensorbord'.*tensorboard, wandb, none") as refusal:
+    with pytest.raises(UserError, match=r"no tracker 'tensorbord'.*tensorboard, wandb, none") as refusal:
         check_tracker("tensorbord")
     assert refusal.value.exit_code == FLAGS
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path_importer_cache", {})
-    with pytest.raises(Refusal, match=r"wandb is not installed.*pip install wandb"):
+    with pytest.raises(UserError, match=r"wandb is not installed.*pip install wandb"):
         check_tracker("wandb")
     check_tracker("none")
     assert list(TRACKERS) == ["tensorboard", "wandb", "none"]

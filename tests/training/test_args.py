@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import videox.training.args as flags
 import videox.training.dry_run as planning
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.training.argument_parser import GONE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,12 +91,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def refusal(words: list[str]) -> Refusal:
+def refusal(words: list[str]) -> UserError:
     """Returns the refusal that these words meet: exit code 2, one line that names a way out."""
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         parse(words)
     assert refused.value.exit_code == FLAGS
-    assert refused.value.mend
+    assert refused.value.hint
     assert "\n" not in refused.value.line()
     return refused.value
 
@@ -174,8 +174,8 @@ def test_the_table_of_gone_flags_is_whole() -> None:
 def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str, form: str) -> None:
     refused = refusal([*base, *form.format(name).split()])
     assert refused.where == f"--{name}"
-    assert refused.mend == GONE[name]
-    assert REPLACED.get(name, "never read it") in refused.mend
+    assert refused.hint == GONE[name]
+    assert REPLACED.get(name, "never read it") in refused.hint
     assert refused.line() == refusal(form.format(name).split()).line()  # said first, whatever else is missing
 
 
@@ -197,7 +197,7 @@ def test_a_misspelt_flag_names_the_nearest(base: list[str], word: str, meant: st
     for words in ([*base, word], [word]):  # also where the flag that was meant is required
         refused = refusal(words)
         assert refused.where == word.split("=")[0]
-        assert refused.mend == f"did you mean {meant}"
+        assert refused.hint == f"did you mean {meant}"
 
 
 @pytest.mark.parametrize("name", sorted(ACTIONS))
@@ -244,7 +244,7 @@ def test_no_value_of_a_number_does_more_than_be_refused(base: list[str], name: s
     for value in EVIL:
         try:
             found = getattr(parse([*base, "--enable_bucket", *words_of(name, value)]), name)
-        except Refusal as refused:
+        except UserError as refused:
             assert refused.exit_code == FLAGS
             assert "\n" not in refused.line()
             continue

@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights.lazy_tensor import Blocks, whole
 from videox.weights.safe_pickle import Record, StoredTensor, read_archive, read_pickle
 
@@ -117,7 +117,7 @@ def test_no_pickle_runs_anything(tmp_path: Path, name: str, protocol: int) -> No
     torch.save({"optimizer_state_dict": evil}, tmp_path / "a.pt", pickle_protocol=max(protocol, 2))
     (tmp_path / "b").write_bytes(pickle.dumps(evil, protocol=protocol))
     for read, path in ((read_archive, tmp_path / "a.pt"), (read_pickle, tmp_path / "b")):
-        with pytest.raises(Refusal, match=r"names .*nothing of it was run") as refused:
+        with pytest.raises(UserError, match=r"names .*nothing of it was run") as refused:
             read(path)
         assert refused.value.exit_code == MODEL and str(path) in str(refused.value)
     assert not target.exists()
@@ -143,7 +143,7 @@ def test_no_pickle_runs_anything(tmp_path: Path, name: str, protocol: int) -> No
 def test_no_opcode_runs_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").write_bytes(program)
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         read_pickle(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -151,7 +151,7 @@ def test_no_opcode_runs_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_one_pickle_does_not_change_what_the_next_finds(tmp_path: Path) -> None:
     program = b"\x80\x02cargparse\nNamespace\n}(X\x05\x00\x00\x00stateK\x05u\x86b."  # sets attributes on the class
     (tmp_path / "a").write_bytes(program)
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         read_pickle(tmp_path / "a")
     assert Record.state is None and Record.arguments == ()
     (tmp_path / "b").write_bytes(pickle.dumps(argparse.Namespace()))
@@ -166,14 +166,14 @@ def test_damage_is_a_sentence_or_harmless(tmp_path_factory: pytest.TempPathFacto
     torch.save({"x": torch.arange(300.0), "y": [argparse.Namespace(z=1)]}, folder / "a.pt")
     whole_file = (folder / "a.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole_file[: int(cut * (len(whole_file) - 1))])
-    with pytest.raises(Refusal, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         read_archive(folder / "cut.pt")
     changed = bytearray(whole_file)
     changed[int(at * (len(changed) - 1))] = byte
     (folder / "changed.pt").write_bytes(changed)
     try:
         found = read_archive(folder / "changed.pt")
-    except Refusal as refusal:
+    except UserError as refusal:
         assert "\n" not in refusal.line()
     else:  # in a value, or in what nobody reads
         stored = found.get("x")
@@ -189,7 +189,7 @@ def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path: Path) -> None:
                 assert content.count(b"K\x04\x85") == 1  # the shape (4,)
                 content = content.replace(b"K\x04\x85", b"K\x05\x85")
             forged.writestr(name, content)
-    with pytest.raises(Refusal, match="beyond its storage"):
+    with pytest.raises(UserError, match="beyond its storage"):
         read_archive(tmp_path / "b.pt")
 
 
@@ -209,7 +209,7 @@ def test_archives_that_are_not_of_torch(tmp_path: Path, change: str) -> None:
         content = bytearray(path.read_bytes())
         content[content.rindex(b"PK\3\4", 0, content.index(b"/data/0"))] = 0
         path.write_bytes(content)
-    with pytest.raises(Refusal, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         read_archive(path)
 
 
@@ -220,5 +220,5 @@ def test_an_archive_inside_a_file(tmp_path: Path) -> None:
     for start in (5, 5 + len(inner)):
         stored = read_archive(tmp_path / "b", start, len(inner))
         assert torch.equal(read_back(stored), torch.arange(9.0).reshape(3, 3))
-    with pytest.raises(Refusal, match="are needed"):
+    with pytest.raises(UserError, match="are needed"):
         read_archive(tmp_path / "b", 5 + len(inner), len(inner) + 1)

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tensors import same
 
-from videox.errors import MODEL, NUMERICS, Refusal
-from videox.files import SaveFailed, publish_folder
+from videox.errors import MODEL, NUMERICS, UserError
+from videox.files import SaveError, publish_folder
 from videox.weights.safetensors_io import (
     CONFIG,
     WEIGHTS,
@@ -169,7 +169,7 @@ def test_a_full_disk_is_reported_and_the_gathering_goes_on_to_its_end(tmp_path):
 
 
 def refusal(folder: Path, target) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         load_weights(folder, target)
     assert caught.value.exit_code == MODEL
     return caught.value.line()
@@ -254,7 +254,7 @@ def test_integer_tensors_are_not_cast(tmp_path):
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.bfloat16), (1e6, torch.float16)])
 def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, value, dtype):
     state = {"good": torch.ones(4000), "bad.weight": torch.tensor([1.0, value])}
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         export_transformer(state, "{}", tmp_path / "out", dtype, max_shard_size=100)
     assert caught.value.exit_code == NUMERICS and "bad.weight" in caught.value.line()
     assert list(tmp_path.iterdir()) == []
@@ -287,7 +287,7 @@ def test_a_failed_export_leaves_the_old_one_in_place(tmp_path):
 
     def full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        with pytest.raises(SaveFailed, match="File too large"):
+        with pytest.raises(SaveError, match="File too large"):
             export_transformer({"w": torch.zeros(4000)}, "{}", tmp_path / "out", torch.float32)
 
     assert status_of(fork(full_disk)) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from videox.data.cache.cache import Facts, Shelf
+from videox.data.cache.cache import CacheView, SampleKey
 from videox.data.index.index import Index
 from videox.data.media.timeout import READ_SECONDS, deadline
 from videox.data.media.video import BadMedia, read_clip, read_image
@@ -63,7 +63,7 @@ class Sample(TypedDict):
     caption: str
     frame_indices: np.ndarray
     found: dict[str, torch.Tensor]
-    facts: Facts | None
+    facts: SampleKey | None
     bad: BadSample | None
 
 
@@ -76,7 +76,7 @@ class Batch(TypedDict):
     decoded: list[int]
     real: list[bool]
     found: list[dict[str, torch.Tensor]]
-    facts: list[Facts | None]
+    facts: list[SampleKey | None]
     captions: list[str]
     weights: np.ndarray
     strata: np.ndarray
@@ -104,7 +104,7 @@ class TokenLengthDataset(Dataset):
     """
 
     def __init__(
-        self, index: Index, *, policy: SizePolicy, reader: str, caption_dropout: float, shelf: Shelf | None = None,
+        self, index: Index, *, policy: SizePolicy, reader: str, caption_dropout: float, shelf: CacheView | None = None,
         always_read: bool = False,
     ) -> None:  # fmt: skip
         self.index = index
@@ -168,12 +168,12 @@ class TokenLengthDataset(Dataset):
         return read_clip(path, indices.tolist(), planned.bucket.height, planned.bucket.width, self.reader)
 
 
-def facts_of(dataset: TokenLengthDataset, planned: PlannedSample, mode: str) -> Facts:
+def facts_of(dataset: TokenLengthDataset, planned: PlannedSample, mode: str) -> SampleKey:
     """Returns what a sample is made from; mode: of known_mask."""
     index, row = dataset.index, planned.row
     file = str(index.file_path[row].as_py()), int(index.file_size[row]), int(index.mtime_ns[row])
     mask = mask_name(mode, planned.variant, planned.bucket.frames)
-    return Facts(*file, planned.start, dataset.pace(row), planned.bucket, mask, dataset.caption_of(planned))
+    return SampleKey(*file, planned.start, dataset.pace(row), planned.bucket, mask, dataset.caption_of(planned))
 
 
 def refuse_changed(path: Path, file_size: int, mtime_ns: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from videox.data.plan.buckets import CROP_RATIOS, Fate, assign
 from videox.data.plan.plan import row_fates
 from videox.data.plan.settings import Columns, PlanSettings
-from videox.errors import DATA, Refusal
+from videox.errors import DATA, UserError
 from videox.shapes import Bucket, token_count
 
 
@@ -17,12 +17,12 @@ def largest_bucket(columns: Columns, settings: PlanSettings) -> Bucket:
     """Returns the bucket of the most tokens that a trained row can fall in, in whatever epoch.
 
     Raises:
-        Refusal: no row can be trained.
+        UserError: no row can be trained.
     """
     policy = settings.policy
     rows = np.flatnonzero(row_fates(columns, settings, np.zeros(0, np.int64)) == Fate.TRAINED)
     if not len(rows):
-        raise Refusal("--train_data_meta", "no row can be trained", "look at the rows' problems", DATA)
+        raise UserError("--train_data_meta", "no row can be trained", "look at the rows' problems", DATA)
     kind, height, width, frames = (getattr(columns, name)[rows] for name in ("kind", "height", "width", "frames"))
     sizes = max(len(policy.video_sizes()), len(policy.image_sizes()))
     ratios = len(CROP_RATIOS) * 8 if policy.random_ratio_crop else 1  # every ratio's band is hit

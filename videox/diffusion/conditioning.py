@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from einops import rearrange, reduce
 
-from videox.rng import Purpose, mix, uniform
+from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
 
 MODES = ("normal", "i2v", "inpaint")
@@ -74,12 +74,12 @@ def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
         mask[0] = mask[-1] = 1
     elif family == "frames":
         chosen = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
-        chosen[int(mix(key, Purpose.MASK_SHARE)) % frames] = False
+        chosen[int(hash_key(key, Purpose.MASK_SHARE)) % frames] = False
         for frame in np.flatnonzero(chosen).tolist():  # not by the array, for whose copy the host would wait
             mask[frame] = 1
     elif family == "boxes":
         mask[:] = 1
-        for box in range(1 + int(mix(key, Purpose.MASK_BOX)) % MOST_BOXES):
+        for box in range(1 + int(hash_key(key, Purpose.MASK_BOX)) % MOST_BOXES):
             top, bottom = box_edges(height, key, 2 * box)
             left, right = box_edges(width, key, 2 * box + 1)
             mask[:, top:bottom, left:right] = 0

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from videox.distributed.build_lock import refuse_dead_locks
 from videox.distributed.rendezvous import meet_processes
-from videox.errors import Refusal, told_once
+from videox.errors import UserError, told_once
 
 
 @dataclass(frozen=True)
@@ -103,22 +103,24 @@ def refuse_other_launch(environment: Mapping[str, str], processes: int, name: st
         name: as `resolved` returns it.
 
     Raises:
-        Refusal: naming both.
+        UserError: naming both.
     """
     where, asked = "accelerate launch", int(environment.get("WORLD_SIZE", "1"))
     if processes != asked:
-        mend = "on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
-        raise Refusal(where, f"{asked} processes asked for, {processes} joined", mend)
+        hint = "on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+        raise UserError(where, f"{asked} processes asked for, {processes} joined", hint)
     if name not in BACKENDS:
-        raise Refusal(where, f"{name} is not supported", f"launch one of {', '.join(BACKENDS)}")
+        raise UserError(where, f"{name} is not supported", f"launch one of {', '.join(BACKENDS)}")
     if BACKENDS[name].kind != asked_for(environment):
         titles = {"zero": "DeepSpeed", "fsdp": "FSDP", "whole": "neither DeepSpeed nor FSDP"}
         what = f"{titles[asked_for(environment)]} was asked for, {name} would run"
-        raise Refusal(where, what, "launch it by `accelerate launch`, without ACCELERATE_USE_CPU where there is a GPU")
+        raise UserError(
+            where, what, "launch it by `accelerate launch`, without ACCELERATE_USE_CPU where there is a GPU"
+        )
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if BACKENDS[name].kind == "zero" and stage is not None and name != f"zero{stage}":
         what = f"--zero_stage {stage}, but the DeepSpeed file says stage {name.removeprefix('zero')}"
-        raise Refusal(
+        raise UserError(
             where, what, "give the file of that stage: config/zero_stage2_config.json or zero_stage3_config.json"
         )
 
@@ -172,7 +174,7 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
         mixed_precision: "no" | "bf16", None = the launcher's; the masters are float32 in any case.
 
     Raises:
-        Refusal: what runs is not what the launcher and mixed_precision ask for.
+        UserError: what runs is not what the launcher and mixed_precision ask for.
         PeerFailed: a process has not come, or DeepSpeed would wait for a dead one's build lock.
     """
     kind = asked_for(os.environ)
@@ -194,7 +196,7 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
         PartialState().device = accelerator.state.device = torch.device("cpu")
     if accelerator.mixed_precision not in ("no", "bf16"):
         what = f"{accelerator.mixed_precision} overflows in these models"
-        raise Refusal("--mixed_precision", what, "launch and train with bf16 or no")
+        raise UserError("--mixed_precision", what, "launch and train with bf16 or no")
     if kind != "zero":  # whatever a launcher left in the environment: the plan accumulates, and no loss is divided
         accelerator.gradient_accumulation_steps = 1
     name = resolved(accelerator)
@@ -204,7 +206,7 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
         unset_hf_deepspeed_config()
     if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
         what = f"{mixed_precision}, but the DeepSpeed file computes in {accelerator.mixed_precision}"
-        raise Refusal("--mixed_precision", what, "make them say the same")
+        raise UserError("--mixed_precision", what, "make them say the same")
     return accelerator, BACKENDS[name]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch._appdirs import user_cache_dir
 
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 
 ELSEWHERE = 600.0  # seconds in which a lock may belong to a machine that shares the folder and builds at this moment
 
@@ -43,7 +43,7 @@ def refuse_dead_locks(environment: Mapping[str, str]) -> None:
         environment: with TORCH_EXTENSIONS_DIR, and the launcher's WORLD_SIZE and LOCAL_WORLD_SIZE.
 
     Raises:
-        Refusal: with the line that removes it.
+        UserError: with the line that removes it.
     """
     if sys.platform != "linux":
         return
@@ -58,4 +58,4 @@ def refuse_dead_locks(environment: Mapping[str, str]) -> None:
         if held(lock) or not lock.exists() or (shared and age < ELSEWHERE):
             continue
         what = f"the build lock {lock} is held by no process here: its owner was killed"
-        raise Refusal("DeepSpeed", what, f"rm {shlex.quote(str(lock))}", FLAGS)
+        raise UserError("DeepSpeed", what, f"rm {shlex.quote(str(lock))}", FLAGS)

@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from videox.errors import FLAGS, PEER_LOST, Refusal, told_once
+from videox.errors import FLAGS, PEER_LOST, UserError, told_once
 
 LIMIT, VARIABLE = 45.0, "VIDEOX_MEETING_SECONDS"  # with the imports before it, a minute
 ATTEMPT = 0.2  # seconds between two looks
 LONGER = f"{VARIABLE}=600 waits for ten minutes"
 
 
-class Member(NamedTuple):
+class Participant(NamedTuple):
     """One of those who meet: its kind (machine | process), number from 0, and how many there are."""
 
     kind: str
@@ -40,19 +40,19 @@ class Member(NamedTuple):
 
 
 def meeting_limit(environment: Mapping[str, str]) -> float:
-    """Returns the seconds to wait, from VIDEOX_MEETING_SECONDS. Raises Refusal for what is no positive number."""
+    """Returns the seconds to wait, from VIDEOX_MEETING_SECONDS. Raises UserError for what is no positive number."""
     text = environment.get(VARIABLE, str(LIMIT))
     try:
         limit = float(text)
     except ValueError:
         limit = 0.0
     if not 0 < limit < 1e6:
-        raise Refusal(VARIABLE, f"{text!r} is no number of seconds", "give one, e.g. 600")
+        raise UserError(VARIABLE, f"{text!r} is no number of seconds", "give one, e.g. 600")
     return limit
 
 
 def _reach(address: str, port: int, host: str, deadline: float) -> None:
-    """Waits until something listens at an address. Raises Refusal (PEER_LOST)."""
+    """Waits until something listens at an address. Raises UserError (PEER_LOST)."""
     while True:
         left = deadline - time.monotonic()
         try:
@@ -61,8 +61,8 @@ def _reach(address: str, port: int, host: str, deadline: float) -> None:
         except OSError as error:
             if time.monotonic() + ATTEMPT > deadline:
                 what = f"{host} does not answer there ({error})"
-                mend = f"start it too, with this MASTER_ADDR and MASTER_PORT, which must be its own; {LONGER}"
-                raise Refusal(f"{address}:{port}", what, mend, PEER_LOST) from error
+                hint = f"start it too, with this MASTER_ADDR and MASTER_PORT, which must be its own; {LONGER}"
+                raise UserError(f"{address}:{port}", what, hint, PEER_LOST) from error
             time.sleep(ATTEMPT)
 
 
@@ -80,7 +80,7 @@ def _answered(work: Callable[[], TCPStore], limit: float) -> TCPStore:
     return done.result(limit + ATTEMPT)
 
 
-def _open_store(address: str, port: int, member: Member, *, serves: bool, host: str, deadline: float) -> TCPStore:
+def _open_store(address: str, port: int, member: Participant, *, serves: bool, host: str, deadline: float) -> TCPStore:
     where, left = f"{address}:{port}", timedelta(seconds=max(deadline - time.monotonic(), 1.0))
     if not serves:
         _reach(address, port, host, deadline)
@@ -91,16 +91,16 @@ def _open_store(address: str, port: int, member: Member, *, serves: bool, host: 
         return _answered(open_store, left.total_seconds())
     except (DistNetworkError, DistStoreError, TimeoutError) as error:
         if "EADDRINUSE" in str(error):
-            what, mend = f"port {port} is taken here by another program", "give another MASTER_PORT on every machine"
+            what, hint = f"port {port} is taken here by another program", "give another MASTER_PORT on every machine"
         elif serves:
-            what, mend = f"this {member.kind} cannot be reached there", "give MASTER_ADDR an address of machine 0"
+            what, hint = f"this {member.kind} cannot be reached there", "give MASTER_ADDR an address of machine 0"
         else:
             what = f"something answers there, but not {host}"
-            mend = "give another MASTER_PORT on every machine, or the address of machine 0 as MASTER_ADDR"
-        raise Refusal(where, what, mend, PEER_LOST) from error
+            hint = "give another MASTER_PORT on every machine, or the address of machine 0 as MASTER_ADDR"
+        raise UserError(where, what, hint, PEER_LOST) from error
 
 
-def meet(address: str, port: int, member: Member, *, serves: bool, limit: float, place: str = "") -> TCPStore:
+def meet(address: str, port: int, member: Participant, *, serves: bool, limit: float, place: str = "") -> TCPStore:
     """Waits until all have come; whoever serves the store must keep it.
 
     Args:
@@ -112,7 +112,7 @@ def meet(address: str, port: int, member: Member, *, serves: bool, limit: float,
         place: a part of the store for this meeting alone.
 
     Raises:
-        Refusal: (PEER_LOST) the port is taken, the address is wrong, or somebody has not come: address, port and who.
+        UserError: (PEER_LOST) the port is taken, the address is wrong, or somebody has not come: address, port and who.
     """
     deadline = time.monotonic() + limit
     host = f"{member.kind} 0" if member.kind == "machine" else "machine 0"
@@ -124,12 +124,12 @@ def meet(address: str, port: int, member: Member, *, serves: bool, limit: float,
             if time.monotonic() > deadline:
                 absent = [str(number) for number, name in enumerate(names) if not store.check([name])]
                 what = f"{member.kind} {', '.join(absent)} of {member.total} has not come within {limit:g} s"
-                mend = f"look at its log, give every machine the same MASTER_ADDR and MASTER_PORT; {LONGER}"
-                raise Refusal(f"{address}:{port}", what, mend, PEER_LOST)
+                hint = f"look at its log, give every machine the same MASTER_ADDR and MASTER_PORT; {LONGER}"
+                raise UserError(f"{address}:{port}", what, hint, PEER_LOST)
             time.sleep(ATTEMPT)
     except (DistNetworkError, DistStoreError) as error:
         what = f"{host} answered and then left"
-        raise Refusal(f"{address}:{port}", what, "look at its log, then start all again", PEER_LOST) from error
+        raise UserError(f"{address}:{port}", what, "look at its log, then start all again", PEER_LOST) from error
     return store
 
 
@@ -150,34 +150,34 @@ def meet_processes(environment: Mapping[str, str]) -> TCPStore | None:
         return meet(
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
-            Member("process", rank, world),
+            Participant("process", rank, world),
             serves=rank == 0 and not kept,  # else the launcher of machine 0 does
             limit=meeting_limit(environment),
             place=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
 
-def machine_of(environment: Mapping[str, str]) -> tuple[str, int, Member]:
-    """Returns address, port and this machine. Raises Refusal for variables that are missing or do not fit."""
+def machine_of(environment: Mapping[str, str]) -> tuple[str, int, Participant]:
+    """Returns address, port and this machine. Raises UserError for variables that are missing or do not fit."""
     wanted = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NUM_PROCESS", "RANK")
     missing = [name for name in wanted if not environment.get(name)]
     if missing:
-        mend = "export " + ", ".join(wanted)
-        raise Refusal("several machines", f"{' and '.join(missing)} not set", mend, FLAGS)
+        hint = "export " + ", ".join(wanted)
+        raise UserError("several machines", f"{' and '.join(missing)} not set", hint, FLAGS)
     numbers = {name: environment[name] for name in wanted[1:]}
     wrong = [f"{name}={text!r}" for name, text in numbers.items() if not text.isdecimal()]
     if wrong:
-        raise Refusal("several machines", f"{', '.join(wrong)} is no number", "give whole numbers", FLAGS)
+        raise UserError("several machines", f"{', '.join(wrong)} is no number", "give whole numbers", FLAGS)
     port, machines, processes, rank = map(int, numbers.values())
     if rank >= machines:
         what = f"RANK={rank} with WORLD_SIZE={machines}"
-        raise Refusal("several machines", what, f"number the machines from 0 to {machines - 1}", FLAGS)
+        raise UserError("several machines", what, f"number the machines from 0 to {machines - 1}", FLAGS)
     if processes % machines or not processes:
         what = f"NUM_PROCESS={processes} processes on WORLD_SIZE={machines} machines"
-        raise Refusal(
+        raise UserError(
             "several machines", what, "give the processes of all machines together, equally many each", FLAGS
         )
-    return environment["MASTER_ADDR"], port, Member("machine", rank, machines)
+    return environment["MASTER_ADDR"], port, Participant("machine", rank, machines)
 
 
 def main(environment: Mapping[str, str]) -> int:
@@ -190,7 +190,7 @@ def main(environment: Mapping[str, str]) -> int:
         while serves and gone < machine.total and time.monotonic() < deadline:  # the port is freed last
             time.sleep(ATTEMPT / 4)
             gone = store.add("videox/gone", 0)
-    except Refusal as refusal:
+    except UserError as refusal:
         sys.stderr.write(f"{refusal.line()}\n")
         return refusal.exit_code
     return 0

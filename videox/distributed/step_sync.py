@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from videox.distributed.accelerator import PATIENCE
-from videox.errors import PEER_LOST, Refusal
+from videox.errors import PEER_LOST, UserError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: the address of an interface
@@ -47,7 +47,7 @@ def agree(
         busy: seconds of an earlier step that this process worked; 0 = not known.
 
     Raises:
-        Refusal: a process is at another step or holds another plan, so that collectives would pair wrongly.
+        UserError: a process is at another step or holds another plan, so that collectives would pair wrongly.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     numbers = torch.zeros(2 + 3 * world, dtype=torch.float64)
@@ -59,7 +59,7 @@ def agree(
     stamps = values[2 + 2 * world :]
     if any(other != float(stamp) for other in stamps):
         ranks = [rank for rank, other in enumerate(stamps) if other != stamps[0]]
-        raise Refusal(
+        raise UserError(
             "step", f"ranks {ranks} are not at the step of rank 0", "restart from the last checkpoint", PEER_LOST
         )
     return StepReport(

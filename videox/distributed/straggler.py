@@ -8,13 +8,13 @@ from itertools import islice
 from accelerate import Accelerator
 from torch import nn
 
-from videox.device import Moment
+from videox.device import DeviceEvent
 from videox.distributed.accelerator import backend_of
 
 LAST_TO_COME = 16  # parameters that are watched
 
 
-class Effort:
+class BackwardTimer:
     """Tells when this process has done its own work of a step and waits for the others from there on.
 
     Gradients come in the reverse of the order in which a model uses and lists its parameters. So the first ones that
@@ -27,28 +27,28 @@ class Effort:
 
     def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
         self._device = accelerator.device
-        self._done: Moment | None = None
+        self._done: DeviceEvent | None = None
         for parameter in islice((p for p in model.parameters() if p.requires_grad), LAST_TO_COME):
             parameter.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, parameter: nn.Parameter) -> None:
         del parameter
-        self._done = Moment(self._device)
+        self._done = DeviceEvent(self._device)
 
-    def take(self) -> Moment | None:
+    def take(self) -> DeviceEvent | None:
         """Returns when the work of the step was done that ends here; None where nothing was trained in it."""
         done, self._done = self._done, None
         return done
 
 
-def effort_of(accelerator: Accelerator, model: nn.Module) -> Effort | None:
+def backward_timer(accelerator: Accelerator, model: nn.Module) -> BackwardTimer | None:
     """Returns what tells this process's own work from its waiting; None where nothing does.
 
     One process waits for nobody. Where weights or gradients are divided, processes wait for each other within every
     layer, and a process's own time could be told only by stopping it.
     """
     alone, whole = accelerator.num_processes == 1, backend_of(accelerator).kind == "whole"
-    return Effort(model, accelerator) if whole and not alone else None
+    return BackwardTimer(model, accelerator) if whole and not alone else None
 
 
 def straggler_share(busy: Sequence[float]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from videox.data.cache.cache import Part, Shelf, fingerprint, key_of, restore_zeros, trim_zeros
+from videox.data.cache.cache import CacheField, CacheView, fingerprint, key_of, restore_zeros, trim_zeros
 from videox.data.dataset import Batch
 from videox.device import to_device
 from videox.encoders.vae import to_video
@@ -26,7 +26,7 @@ Kind = TypeVar("Kind")
 Gather = Callable[[Any], list[Any]]
 
 
-class OnDemand(Generic[Kind]):
+class LazyEncoders(Generic[Kind]):
     """The frozen encoders, loaded when they are first asked for.
 
     Args:
@@ -56,7 +56,7 @@ class OnDemand(Generic[Kind]):
             self._loaded = before
 
 
-class Raw(NamedTuple):
+class EncoderInput(NamedTuple):
     """What encoders see of some samples: video [n, 3, T, H, W] in [-1, 1]; captions; keys of their masks."""
 
     video: torch.Tensor
@@ -65,7 +65,7 @@ class Raw(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodingSpec:
     """How a tensor of a sample is made.
 
     name: of the tensor; uses: what it depends on, as Part's; encode: makes one tensor for each sample; shape: of such
@@ -76,7 +76,7 @@ class Recipe:
 
     name: str
     uses: tuple[str, ...]
-    encode: Callable[[Raw], Sequence[torch.Tensor] | torch.Tensor]
+    encode: Callable[[EncoderInput], Sequence[torch.Tensor] | torch.Tensor]
     shape: Callable[[Bucket], tuple[int, ...]]
     dtype: torch.dtype
     weights: tuple[Path, ...]
@@ -85,9 +85,9 @@ class Recipe:
     trimmed: bool = False
     module: str = ""
 
-    def part(self, memo: dict[str, Any]) -> Part:
+    def part(self, memo: dict[str, Any]) -> CacheField:
         """Returns its address; memo: as fingerprint's."""
-        return Part(self.name, fingerprint(self.weights, f"{self.settings} {self.dtype}", memo), self.uses)
+        return CacheField(self.name, fingerprint(self.weights, f"{self.settings} {self.dtype}", memo), self.uses)
 
     def size(self, bucket: Bucket) -> int:
         """Returns the bytes of a sample's tensor, at most."""
@@ -107,14 +107,14 @@ class Recipe:
         return restore_zeros(tensor, self.shape(bucket)[0]) if self.padded else tensor
 
 
-def latents_recipe(
+def latents_spec(
     name: str,
     uses: tuple[str, ...],
-    encode: Callable[[Raw], torch.Tensor],
+    encode: Callable[[EncoderInput], torch.Tensor],
     channels: int,
     weights: tuple[Path, ...],
     first_only: bool = False,
-) -> Recipe:
+) -> EncodingSpec:
     """Returns the Recipe of what a VAE makes of a sample: the first `channels` of [n, C, t, h, w], float32.
 
     first_only: of the first latent frame alone.
@@ -125,7 +125,7 @@ def latents_recipe(
         return channels, 1 if first_only else frames, height, width
 
     settings = f"{channels} channels"
-    return Recipe(
+    return EncodingSpec(
         name, uses, lambda raw: encode(raw)[:, :channels], shape, torch.float32, weights, settings, module="vae"
     )
 
@@ -142,10 +142,10 @@ class Encoder:
 
     def __init__(
         self,
-        recipes: Sequence[Recipe],
+        recipes: Sequence[EncodingSpec],
         device: torch.device,
-        shelf: Shelf | None = None,
-        encoders: OnDemand[Any] | None = None,
+        shelf: CacheView | None = None,
+        encoders: LazyEncoders[Any] | None = None,
     ) -> None:
         # The VAE comes last, whose work takes the most memory: no other encoder is there then, or on its way.
         self.recipes, self.encoders = tuple(sorted(recipes, key=lambda recipe: recipe.module == "vae")), encoders
@@ -177,14 +177,14 @@ class Encoder:
             made[recipe.name] = self._tensors(recipe, batch, video, only)
         return made
 
-    def _call(self, *recipes: Recipe | None) -> None:
+    def _call(self, *recipes: EncodingSpec | None) -> None:
         """Has the modules of these recipes come to the device, in this order."""
         for recipe in recipes:
             if self.encoders is not None and recipe is not None and recipe.module:
-                getattr(self.encoders(), recipe.module).call()
+                getattr(self.encoders(), recipe.module).prefetch()
 
     def _tensors(
-        self, recipe: Recipe, batch: Batch, video: _Video, only: Collection[bytes] | None
+        self, recipe: EncodingSpec, batch: Batch, video: _Video, only: Collection[bytes] | None
     ) -> list[torch.Tensor]:
         name, bucket = recipe.name, batch["bucket"]
         made: dict[int, torch.Tensor] = {}
@@ -201,7 +201,7 @@ class Encoder:
         return [to_device(made[place], self.device) for place in range(len(made))]
 
     def _from_cache(
-        self, recipe: Recipe, batch: Batch, place: int, video: _Video, only: Collection[bytes] | None
+        self, recipe: EncodingSpec, batch: Batch, place: int, video: _Video, only: Collection[bytes] | None
     ) -> dict[int, torch.Tensor]:
         """Returns one sample's tensor: kept meanwhile by this process or another, else made alone, and kept."""
         facts = batch["facts"][place]
@@ -229,7 +229,7 @@ class _Video:
         self._batch, self._device = batch, device
         self._video: torch.Tensor | None = None
 
-    def of(self, places: Sequence[int]) -> Raw:
+    def of(self, places: Sequence[int]) -> EncoderInput:
         """Returns what encoders see of the samples in these places."""
         batch = self._batch
         read = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
@@ -238,4 +238,4 @@ class _Video:
         video = torch.empty(0)  # of text alone
         if self._video is not None:
             video = self._video if read == list(range(len(self._video))) else self._video[read]
-        return Raw(video, [batch["captions"][p] for p in places], [batch["variants"][p] for p in places])
+        return EncoderInput(video, [batch["captions"][p] for p in places], [batch["variants"][p] for p in places])

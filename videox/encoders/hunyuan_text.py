@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from videox.encoders.encode import Raw
-from videox.encoders.offload import RestingModule
+from videox.encoders.encode import EncoderInput
+from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import to_images
 
 
@@ -36,9 +36,9 @@ def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def encode_text(
-    encoder: RestingModule,
+    encoder: OffloadedModule,
     pipeline: Any,  # noqa: ANN401 - of diffusers
-    raw: Raw,
+    raw: EncoderInput,
     settings: Mapping[str, int],
 ) -> list[torch.Tensor]:
     """Returns the text encoder's embeddings [L, D] of each caption, without padding, as the pipeline makes them.
@@ -56,15 +56,15 @@ def encode_text(
     shown: list[list[Any]] = [[] for _ in raw.captions]
     if "image_embed_interleave" in settings:
         shown = [[[image]] for image in to_images(raw.video[:, :, 0])]
-    with encoder.awake():
+    with encoder.on_device():
         made = [encode(*image, [text], template) for image, text in zip(shown, raw.captions, strict=True)]
     return [trim_text(embeds, mask)[0][0] for embeds, mask in made]
 
 
 @torch.no_grad()
-def encode_pooled(encoder: RestingModule, pipeline: Any, raw: Raw) -> torch.Tensor:  # noqa: ANN401 - of diffusers
+def encode_pooled(encoder: OffloadedModule, pipeline: Any, raw: EncoderInput) -> torch.Tensor:  # noqa: ANN401 - of diffusers
     """Returns CLIP's pooled embeddings [B, P], each caption encoded alone; as encode_text."""
-    with encoder.awake():
+    with encoder.on_device():
         pooled = [pipeline._get_clip_prompt_embeds([text], device=encoder.device) for text in raw.captions]
     return torch.cat(pooled)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 
-class RestingModule:
+class OffloadedModule:
     """A frozen module whose weights rest in host memory and are copied to the device for each use.
 
     Frozen weights never change, so nothing is copied back: the device's copies are dropped and the module points at
@@ -37,7 +37,7 @@ class RestingModule:
                     tensor.data = tensor.data.pin_memory()
         self._resting = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
 
-    def call(self) -> None:
+    def prefetch(self) -> None:
         """Begins to copy the weights to the device, for `awake` to find them there; a second call changes nothing."""
         if not self.rests or self._uses or self._coming:
             return
@@ -54,9 +54,9 @@ class RestingModule:
         self._coming = there
 
     @contextmanager
-    def awake(self) -> Iterator[torch.nn.Module]:
+    def on_device(self) -> Iterator[torch.nn.Module]:
         """Yields the module on its device; after the outermost use a resting module holds no device memory."""
-        self.call()
+        self.prefetch()
         self._uses += 1
         try:
             if self._coming:

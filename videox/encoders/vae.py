@@ -11,8 +11,8 @@ from PIL import Image
 
 from videox.device import to_device
 from videox.diffusion.flow_matching import batch_noise
-from videox.encoders.offload import RestingModule
-from videox.rng import Purpose, mix
+from videox.encoders.offload import OffloadedModule
+from videox.rng import Purpose, hash_key
 
 
 def to_video(pixels: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def to_video(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_moments(vae: RestingModule, video: torch.Tensor, *, mini_batch: int) -> torch.Tensor:
+def encode_moments(vae: OffloadedModule, video: torch.Tensor, *, mini_batch: int) -> torch.Tensor:
     """Returns mean and log-variance of the VAE's posterior one after the other, float32 [B, 2 C, t, h, w].
 
     Args:
@@ -29,7 +29,7 @@ def encode_moments(vae: RestingModule, video: torch.Tensor, *, mini_batch: int) 
         video: float32 [B, 3, T, H, W] in [-1, 1], on the device.
         mini_batch: samples per call.
     """
-    with vae.awake() as module:
+    with vae.on_device() as module:
         parts = [module.encode(part).latent_dist.parameters for part in video.split(mini_batch)]  # type: ignore[operator]
     return torch.cat(parts).contiguous()
 
@@ -45,11 +45,11 @@ def draw(moments: torch.Tensor, channels: int, keys: Sequence[int] | None) -> to
     if keys is None:
         return moments[:, :channels]
     posterior = DiagonalGaussianDistribution(moments)
-    drawn = [int(mix(key, Purpose.POSTERIOR)) for key in keys]
+    drawn = [int(hash_key(key, Purpose.POSTERIOR)) for key in keys]
     return posterior.mean + posterior.std * to_device(batch_noise(drawn, posterior.mean.shape[1:]), moments.device)
 
 
-def encode(vae: RestingModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:
+def encode(vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:
     """Returns the VAE's latents z, float32 [B, C, t, h, w], not yet scaled; as encode_moments and draw."""
     moments = encode_moments(vae, video, mini_batch=mini_batch)
     return draw(moments, moments.shape[1] // 2, keys)

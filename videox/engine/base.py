@@ -1,6 +1,6 @@
 """Serves both training loops: how the weights in training are stepped, saved and loaded, whatever keeps them.
 
-An Engine is what a backend makes of the model: WholeEngine here, FsdpEngine in fsdp.py, ZeroEngine in zero.py.
+An Engine is what a backend makes of the model: DdpEngine here, FsdpEngine in fsdp.py, DeepSpeedEngine in zero.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from videox.engine.train_state import TrainState, checkpoint_bytes, load_state, save_state, write_state
 from videox.optim.build import clip_gradients, gradient_norm, set_learning_rate, step_if
-from videox.optim.cpu_offload import OnHost
-from videox.optim.ema import Masters
+from videox.optim.cpu_offload import CpuOffloadOptimizer
+from videox.optim.ema import Fp32Params
 from videox.run.checkpoint import SAVE_ERRORS
-from videox.weights.format import Kept, WholeModel
+from videox.weights.format import FullWeights, WeightFormat
 from videox.weights.safetensors_io import write_config
 
 OptimizerOver = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
@@ -51,10 +51,10 @@ class Engine(Protocol):
     network: Any
     config: str
     checkpoint_bytes: int
-    kept: Kept
+    kept: WeightFormat
     moments_on_host: bool
 
-    def set_rate(self, rate: float) -> None:
+    def set_lr(self, rate: float) -> None:
         """Sets the learning rate of the next step, times each group's rate_factor."""
 
     def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
@@ -75,11 +75,11 @@ class Engine(Protocol):
         """Writes what resuming needs into a folder that all processes share.
 
         Raises:
-            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
+            OSError, SafetensorError, SaveError: a write failed, after every collective is through.
         """
 
     def load(self, checkpoint: Path) -> None:
-        """Puts back, to the bit, what save wrote. Raises Refusal where it does not fit."""
+        """Puts back, to the bit, what save wrote. Raises UserError where it does not fit."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the state dict, or what is trained alone, whole tensor by whole tensor, float32 masters if any.
@@ -87,11 +87,11 @@ class Engine(Protocol):
         Every process must ask for all of them, since each may be a collective; they are right on the main process.
         """
 
-    def masters(self) -> Masters:
+    def fp32_params(self) -> Fp32Params:
         """Returns this process's part of the trained weights in float32, to read and to exchange."""
 
 
-class WholeEngine:
+class DdpEngine:
     """Weights whole on each process: a single one, or DDP.
 
     Args:
@@ -106,18 +106,18 @@ class WholeEngine:
         accelerator: Accelerator,
         transformer: nn.Module,
         make_optimizer: OptimizerOver,
-        kept: Kept | None = None,
+        kept: WeightFormat | None = None,
     ) -> None:
-        self.is_main, self.kept = accelerator.is_main_process, kept or WholeModel()
+        self.is_main, self.kept = accelerator.is_main_process, kept or FullWeights()
         self.config = transformer.to_json_string()  # type: ignore[operator]
         self.network = transformer.to(accelerator.device)
         self.optimizer = make_optimizer(dict(transformer.named_parameters()))
-        self.moments_on_host = isinstance(self.optimizer, OnHost)
+        self.moments_on_host = isinstance(self.optimizer, CpuOffloadOptimizer)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model = accelerator.prepare_model(transformer.train())
         self.checkpoint_bytes = checkpoint_bytes(transformer, frozen=0 if self.kept.trained_alone else 4)
 
-    def set_rate(self, rate: float) -> None:
+    def set_lr(self, rate: float) -> None:
         """As Engine's."""
         set_learning_rate(self.optimizer, rate)
 
@@ -160,10 +160,10 @@ class WholeEngine:
         else:
             yield from self.network.state_dict().items()
 
-    def masters(self) -> Masters:
+    def fp32_params(self) -> Fp32Params:
         """As Engine's: all of them."""
         trained = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
-        return Masters(tuple(trained), trained.__getitem__, lambda name, values: trained[name].copy_(values))
+        return Fp32Params(tuple(trained), trained.__getitem__, lambda name, values: trained[name].copy_(values))
 
 
 # ------------------------------------------------------------------------------------- what sharded engines share

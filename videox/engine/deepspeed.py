@@ -36,16 +36,16 @@ from videox.engine.base import (
 )
 from videox.engine.deepspeed_universal import TAG, converted, load_engine, load_frozen, load_universal, saved_by
 from videox.engine.train_state import TrainState, checkpoint_bytes
-from videox.errors import Refusal
-from videox.files import SaveFailed
+from videox.errors import UserError
+from videox.files import SaveError
 from videox.models.zero_init import set_masters
 from videox.optim.build import set_learning_rate
-from videox.optim.ema import Masters
-from videox.weights.format import TRANSFORMER, Kept, WholeModel
+from videox.optim.ema import Fp32Params
+from videox.weights.format import TRANSFORMER, FullWeights, WeightFormat
 from videox.weights.safe_pickle import read_archive
 
 
-class ZeroEngine:
+class DeepSpeedEngine:
     """See Engine. DeepSpeed's engine accumulates, clips and steps; float32 masters, weights and gradients in bfloat16.
 
     Args:
@@ -73,9 +73,9 @@ class ZeroEngine:
         micro_batches: int,
         output_dir: Path,
         whole_weights: bool = False,
-        kept: Kept | None = None,
+        kept: WeightFormat | None = None,
     ) -> None:
-        self.kept = kept or WholeModel()
+        self.kept = kept or FullWeights()
         self.processes, self.gather = accelerator.num_processes, gather_objects(accelerator)
         self.output_dir = output_dir
         self.is_main, self.network = accelerator.is_main_process, transformer
@@ -119,7 +119,7 @@ class ZeroEngine:
         self.model.checkpoint_engine = self.writer
         self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)
 
-    def set_rate(self, rate: float) -> None:
+    def set_lr(self, rate: float) -> None:
         """As Engine's."""
         set_learning_rate(self.model.optimizer, rate)
 
@@ -202,7 +202,7 @@ class ZeroEngine:
         parameters = self.parameters.keys()
         yield from ((name, value) for name, value in self.network.state_dict().items() if name not in parameters)
 
-    def masters(self) -> Masters:
+    def fp32_params(self) -> Fp32Params:
         """As Engine's. Refuses masters on NVMe, which have no place in memory to exchange them with."""
         optimizer = self.model.optimizer
         parameters: Mapping[str, Any] = self.parameters  # DeepSpeed adds to them
@@ -214,7 +214,7 @@ class ZeroEngine:
                 mapping = parameters[name]._hp_mapping  # None where no part of it is this process's
                 return empty if mapping is None else mapping.hp_fragment
 
-            return Masters(
+            return Fp32Params(
                 names,
                 read,
                 lambda name, values: read(name).copy_(values),
@@ -223,13 +223,13 @@ class ZeroEngine:
             )
         if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
             what = "keeps the weights on NVMe, where they cannot change places with their EMA"
-            raise Refusal("--use_ema", f"the DeepSpeed file {what}", "offload to cpu, or drop the flag")
+            raise UserError("--use_ema", f"the DeepSpeed file {what}", "offload to cpu, or drop the flag")
 
         def write(name: str, values: Tensor) -> None:
             safe_set_local_fp32_param(parameters[name], values)
             parameters[name].ds_tensor.data.copy_(values)
 
-        return Masters(
+        return Fp32Params(
             names,
             lambda name: safe_get_local_fp32_param(parameters[name]),
             write,
@@ -259,14 +259,14 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failure: SaveFailed | None = None
+        self.failure: SaveError | None = None
 
     def attempt(self, write: Callable[..., object], *arguments: object, **settings: object) -> None:
         """Writes something; torch reports a full disk as RuntimeError."""
         try:
             write(*arguments, **settings)
         except (OSError, RuntimeError) as error:
-            self.failure = self.failure or SaveFailed(f"{type(error).__name__}: {error}")
+            self.failure = self.failure or SaveError(f"{type(error).__name__}: {error}")
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Makes a folder."""

@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from videox.distributed.accelerator import follow_parent
-from videox.errors import MODEL, STORAGE, Refusal
-from videox.files import aside
+from videox.errors import MODEL, STORAGE, UserError
+from videox.files import temp_path
 from videox.run.checkpoint import read_manifest
 from videox.run.folder import room_for
 from videox.weights.deepspeed_reader import read_zero
-from videox.weights.lazy_tensor import Blocks, Scattered
+from videox.weights.lazy_tensor import Blocks, LazyTensor
 
 TAG = "pytorch_model"  # accelerate's; DeepSpeed's own scripts find it through the file `latest`
 LOG = "conversion.log"
@@ -63,7 +63,7 @@ def announce_conversion(checkpoint: Path, output_dir: Path, processes: int) -> l
     """Returns what to tell of a conversion: nothing when the number of processes is the checkpoint's.
 
     Raises:
-        Refusal: (STORAGE) the disk of output_dir has no room for it.
+        UserError: (STORAGE) the disk of output_dir has no room for it.
     """
     saved = saved_by(checkpoint)
     if saved == processes:
@@ -90,20 +90,20 @@ def converted(checkpoint: Path, tag: str, output_dir: Path, *, is_main: bool, ga
         gather: collective that returns every process's value.
 
     Raises:
-        Refusal: on every process: DeepSpeed cannot convert it, or a process does not see output_dir.
+        UserError: on every process: DeepSpeed cannot convert it, or a process does not see output_dir.
     """
-    folder = output_dir / gather(aside(output_dir / f"universal-{checkpoint.name}").name if is_main else None)[0]
+    folder = output_dir / gather(temp_path(output_dir / f"universal-{checkpoint.name}").name if is_main else None)[0]
     try:
         with _converting(checkpoint / tag, folder) if is_main else contextlib.nullcontext(None) as conversion:
             failure = None
             while failure is None:
                 failure = gather(conversion.wait(ROUND) if conversion else None)[0]
         if failure:
-            mend = f"look for room on the disk and launch again, or launch {saved_by(checkpoint)} processes"
-            raise Refusal(str(checkpoint), f"DeepSpeed cannot convert it ({failure})", mend, MODEL)
+            hint = f"look for room on the disk and launch again, or launch {saved_by(checkpoint)} processes"
+            raise UserError(str(checkpoint), f"DeepSpeed cannot convert it ({failure})", hint, MODEL)
         if not all(gather((folder / tag / "zero").is_dir())):
             what = f"a process cannot see {folder.name} in it"
-            raise Refusal(str(output_dir), what, "give an --output_dir that all machines share", STORAGE)
+            raise UserError(str(output_dir), what, "give an --output_dir that all machines share", STORAGE)
         yield folder
         gather(None)  # all have read
     finally:
@@ -236,21 +236,21 @@ def load_engine(engine: Any, folder: Path, tag: str, *, strict: bool = True) -> 
         strict: every tensor of the model must be in it.
 
     Raises:
-        Refusal: (MODEL) DeepSpeed cannot load it.
+        UserError: (MODEL) DeepSpeed cannot load it.
     """
     with TemporaryDirectory(prefix="videox-") as place:
         link = Path(place) / "checkpoint"
         link.symlink_to(folder.resolve())
         path, _ = engine.load_checkpoint(str(link), tag=tag, load_module_strict=strict)
     if path is None:
-        raise Refusal(str(folder), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
+        raise UserError(str(folder), "DeepSpeed cannot load it", "resume from another checkpoint", MODEL)
 
 
 def load_universal(engine: Any, folder: Path, tag: str) -> None:  # noqa: ANN401 - DeepSpeed's
     """Loads masters and optimizer state from a universal checkpoint; frozen parameters and buffers stay as they are.
 
     Raises:
-        Refusal: (MODEL) DeepSpeed cannot load it.
+        UserError: (MODEL) DeepSpeed cannot load it.
     """
     engine._config.load_universal_checkpoint = True  # asked for at each load, and only there
     load_engine(engine, folder, tag)
@@ -273,7 +273,7 @@ def load_frozen(
         writing: makes a tensor whole, and says whether this process is to write it.
 
     Raises:
-        Refusal: (MODEL) a file is missing, damaged or of another save.
+        UserError: (MODEL) a file is missing, damaged or of another save.
     """
     stored = read_zero(source).tensors
     with Blocks() as blocks, torch.no_grad():
@@ -284,7 +284,7 @@ def load_frozen(
                         tensor.copy_(_whole(blocks.of(entry), entry))
 
 
-def _whole(blocks: Iterable[Tensor], entry: Scattered) -> Tensor:
+def _whole(blocks: Iterable[Tensor], entry: LazyTensor) -> Tensor:
     parts = [block.clone() for block in blocks]
     return (torch.cat(parts) if parts else torch.empty(0, dtype=entry.dtype)).view(entry.shape)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from videox.engine.base import Engine, Update, write_all, written_by_main
 from videox.engine.train_state import TrainState
-from videox.errors import MODEL, Refusal
-from videox.files import SaveFailed, write_json_atomically
-from videox.lora.checkpoint import AdaptersAlone
+from videox.errors import MODEL, UserError
+from videox.files import SaveError, write_json_atomically
+from videox.lora.checkpoint import LoraWeights
 from videox.optim.ema import Ema
 from videox.run.checkpoint import SAVE_ERRORS
 from videox.weights.format import TRANSFORMER
@@ -27,7 +27,7 @@ EMA_FOLDER = "transformer_ema"  # in a checkpoint in float32, in output_dir as -
 UPDATES_FILE = "ema.json"
 
 
-class AveragedEngine:
+class EmaEngine:
     """See Engine. The engine given trains; after each step that it takes, the average of its weights follows.
 
     Args:
@@ -43,10 +43,10 @@ class AveragedEngine:
     ) -> None:
         self.engine, self.is_main = engine, is_main
         self.model, self.network, self.config, self.kept = engine.model, engine.network, engine.config, engine.kept
-        self.masters, self.weights, self.set_rate = engine.masters, engine.weights, engine.set_rate
+        self.fp32_params, self.weights, self.set_lr = engine.fp32_params, engine.weights, engine.set_lr
         self.discard, self.moments_on_host = engine.discard, engine.moments_on_host
         self.checkpoint_bytes = engine.checkpoint_bytes + whole_bytes
-        self.ema = Ema(engine.masters(), decay=decay, device=device)
+        self.ema = Ema(engine.fp32_params(), decay=decay, device=device)
 
     def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
         """As Engine's."""
@@ -86,7 +86,7 @@ def _updates(path: Path) -> int:
         return int(json.loads(path.read_bytes())["updates"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"cannot be read ({type(error).__name__}: {error})"
-        raise Refusal(str(path), what, "resume from another checkpoint", MODEL) from error
+        raise UserError(str(path), what, "resume from another checkpoint", MODEL) from error
 
 
 def export_weights(
@@ -113,17 +113,17 @@ def export_weights(
         only_layouts: of a whole model, keep these and not the folders.
 
     Raises:
-        Refusal: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
-        SaveFailed: the disk refused.
+        UserError: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
+        SaveError: the disk refused.
     """
     places: dict[str, Callable[[], AbstractContextManager[None]]] = {TRANSFORMER: nullcontext}
-    if isinstance(engine, AveragedEngine):
+    if isinstance(engine, EmaEngine):
         places[EMA_FOLDER] = engine.averaged
     failures = []
     told = dict(metadata or {})
 
     def write_as(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
-        if isinstance(engine.kept, AdaptersAlone):
+        if isinstance(engine.kept, LoraWeights):
             engine.kept.export(
                 output_dir, folder.name, weights, engine.config,
                 dtype=dtype, keep_fp32=keep_fp32, layouts=layouts, metadata=told,
@@ -138,7 +138,7 @@ def export_weights(
     for name, in_place in places.items():
         write = partial(write_as, output_dir / name)
         with in_place():
-            failures.append(written_by_main(engine.weights(), write, (Refusal, SaveFailed), is_main=is_main))
+            failures.append(written_by_main(engine.weights(), write, (UserError, SaveError), is_main=is_main))
     for failure in failures:
         if failure is not None:
             raise failure

@@ -11,7 +11,7 @@ import torch
 from videox.engine.base import Engine
 from videox.engine.ema import export_weights
 from videox.engine.train_state import TrainState
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.lora.reader import STEM
 from videox.weights.format import TRANSFORMER
 from videox.weights.header import describe, header_of, name_of
@@ -53,7 +53,7 @@ class Exports:
         return {**self.facts, "base_model": name_of(self.base_model)}
 
     def __call__(self) -> None:
-        """Writes output_dir/transformer and the other layouts. Raises Refusal, SaveFailed as export_weights does."""
+        """Writes output_dir/transformer and the other layouts. Raises UserError, SaveError as export_weights does."""
         self._write(self.output_dir, only_layouts=False)
         if self.is_main and (stale := earlier(self.output_dir, self.state.step)):
             what = ", ".join(f"{name} (step {step})" for name, step in stale.items())
@@ -66,14 +66,14 @@ class Exports:
         """Writes a checkpoint's files, and the other layouts in its exports/; what cannot be exported is told.
 
         Raises:
-            OSError, SafetensorError, SaveFailed: a write failed, after every collective is through.
+            OSError, SafetensorError, SaveError: a write failed, after every collective is through.
         """
         self.engine.save(folder, self.state)
         if not self.layouts:
             return
         try:
             self._write(folder / FOLDER, only_layouts=True)
-        except Refusal as why:  # on the one process that writes, with every collective through
+        except UserError as why:  # on the one process that writes, with every collective through
             self.warn(f"warning: checkpoint-{self.state.step} has not all exports: {why.where} {why.what}")
 
     def _write(self, folder: Path, *, only_layouts: bool) -> None:

@@ -48,12 +48,12 @@ from videox.engine.base import (
 )
 from videox.engine.fsdp_local_optim import LocalShards
 from videox.engine.train_state import TrainState, checkpoint_bytes
-from videox.errors import MODEL, Refusal
-from videox.files import SaveFailed
+from videox.errors import MODEL, UserError
+from videox.files import SaveError
 from videox.models.meta_init import fill
 from videox.optim.build import set_learning_rate, step_if
-from videox.optim.ema import Masters
-from videox.weights.format import TRANSFORMER, Kept, WholeModel
+from videox.optim.ema import Fp32Params
+from videox.weights.format import TRANSFORMER, FullWeights, WeightFormat
 from videox.weights.safe_pickle import read_pickle
 from videox.weights.safetensors_io import TensorSource
 
@@ -79,7 +79,7 @@ class FsdpEngine:
         by_shard: the optimizer knows no divided tensors (FSDP2): it is made over each process's own shards.
 
     Raises:
-        Refusal: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
+        UserError: the launcher names a layer class that is not in the model, or a sharding strategy that is not covered.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class FsdpEngine:
         *,
         stored: TensorSource | None = None,
         whole_weights: bool = False,
-        kept: Kept | None = None,
+        kept: WeightFormat | None = None,
         by_shard: bool = False,
     ) -> None:
-        self.kept = kept or WholeModel()
+        self.kept = kept or FullWeights()
         plugin = accelerator.state.fsdp_plugin
         refuse_unknown_layers(plugin.transformer_cls_names_to_wrap, transformer, blocks)
         self.is_main = accelerator.is_main_process
@@ -120,7 +120,7 @@ class FsdpEngine:
         self.trained = list(self.parameters.values()) if self.shards else stepped
         self.moments_on_host = self.trained[0].device.type == "cpu"  # fsdp_offload_params
 
-    def set_rate(self, rate: float) -> None:
+    def set_lr(self, rate: float) -> None:
         """As Engine's."""
         set_learning_rate(self.optimizer, rate)
 
@@ -202,13 +202,13 @@ class FsdpEngine:
             if name in self.parameters or not self.kept.trained_alone:
                 yield name, _whole(tensor)
 
-    def masters(self) -> Masters:
+    def fp32_params(self) -> Fp32Params:
         """As Engine's."""
 
         def read(name: str) -> Tensor:
             return _local(self.parameters[name].detach())
 
-        return Masters(
+        return Fp32Params(
             tuple(self.parameters),
             read,
             lambda name, values: read(name).copy_(values),
@@ -227,13 +227,13 @@ def refuse_unknown_layers(names: Sequence[str] | None, model: nn.Module, blocks:
     """Refuses layer classes to wrap that the model does not have; accelerate would end with a traceback.
 
     Raises:
-        Refusal: with the classes that it has.
+        UserError: with the classes that it has.
     """
     found = {type(module).__name__ for module in model.modules()}
     missing = [name for name in names or () if name not in found]
     if missing:
-        mend = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
-        raise Refusal("--fsdp_transformer_layer_cls_to_wrap", f"no layer here is a {missing[0]}", f"give {mend}")
+        hint = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
+        raise UserError("--fsdp_transformer_layer_cls_to_wrap", f"no layer here is a {missing[0]}", f"give {hint}")
 
 
 def _fully_shard(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
@@ -273,12 +273,14 @@ def _wrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     """Returns the model under FSDP1; accelerate has it compute under autocast.
 
     Raises:
-        Refusal: a sharding strategy that divides nothing, or the nodes from each other.
+        UserError: a sharding strategy that divides nothing, or the nodes from each other.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.sharding_strategy not in DIVIDED:
         what = f"{plugin.sharding_strategy.name} is not supported"
-        raise Refusal("--fsdp_sharding_strategy", what, f"give {' or '.join(s.name for s in DIVIDED)}, or launch DDP")
+        raise UserError(
+            "--fsdp_sharding_strategy", what, f"give {' or '.join(s.name for s in DIVIDED)}, or launch DDP"
+        )
     compute = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     plugin.use_orig_params = True  # the model asks its own parameters for their dtype, and parts may be frozen
     plugin.mixed_precision_policy = MixedPrecision(
@@ -339,14 +341,14 @@ def _write(state: Mapping[str, Any], folder: Path) -> None:
     try:
         dcp.save(dict(state), checkpoint_id=folder)
     except CheckpointException as error:
-        raise SaveFailed(_first_cause(error)) from error
+        raise SaveError(_first_cause(error)) from error
 
 
 def _read(state: dict[str, Any], folder: Path) -> None:
     """Reads a distributed checkpoint into a state's tensors.
 
     Raises:
-        Refusal: (MODEL) it does not fit this model, cannot be read, or holds what no checkpoint needs.
+        UserError: (MODEL) it does not fit this model, cannot be read, or holds what no checkpoint needs.
     """
     read_pickle(folder / METADATA)  # refuses what torch should not unpickle; the tensors themselves it reads safely
     # Flattened, a process without a piece of a small tensor would take the file for one of an old torch.
@@ -354,8 +356,8 @@ def _read(state: dict[str, Any], folder: Path) -> None:
     try:
         dcp.load(state, checkpoint_id=folder, planner=planner)
     except CheckpointException as error:
-        mend = "resume with the model and flags it was saved with"
-        raise Refusal(str(folder), f"cannot be read ({_first_cause(error)})", mend, MODEL) from error
+        hint = "resume with the model and flags it was saved with"
+        raise UserError(str(folder), f"cannot be read ({_first_cause(error)})", hint, MODEL) from error
 
 
 def _first_cause(error: CheckpointException) -> str:

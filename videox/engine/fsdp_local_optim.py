@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.optim.registry import OPTIMIZERS
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.weights.safetensors_io import StoredTensors, save_tensors
@@ -48,7 +48,7 @@ class LocalShards:
         save_tensors(folder, tensors, stem=STEM.format(self.rank, self.world_size))
 
     def load(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Puts back, to the bit, what save wrote. Raises Refusal where it does not fit."""
+        """Puts back, to the bit, what save wrote. Raises UserError where it does not fit."""
         stored = StoredTensors(folder, STEM.format(self.rank, self.world_size))
         load_optimizer_tensors(optimizer, self._names(), stored)
 
@@ -69,15 +69,15 @@ def refuse_other_moments(folder: Path, name: str, world_size: int) -> None:
         world_size: processes of this launch.
 
     Raises:
-        Refusal: (MODEL) with the way out.
+        UserError: (MODEL) with the way out.
     """
     found = sorted(path.name for path in folder.glob("rank-00000-of-*.safetensors"))
     where = f"{folder.parent.name} was saved"
     if bool(found) is not OPTIMIZERS[name].by_shard:
         alike = [other for other, kind in OPTIMIZERS.items() if kind.by_shard is bool(found)]
         what = f"{name}, and {where} with another optimizer"
-        raise Refusal("--optimizer", what, f"resume with the one it began with ({' or '.join(alike)})", MODEL)
+        raise UserError("--optimizer", what, f"resume with the one it began with ({' or '.join(alike)})", MODEL)
     if found and found != [f"{STEM.format(0, world_size)}.safetensors"]:
         processes = int(found[0].removesuffix(".safetensors").rpartition("-")[2])
         what = f"{where} by {processes} processes, and {name} keeps its moments by their shards"
-        raise Refusal("--resume_from_checkpoint", what, f"launch {processes} processes, as then", MODEL)
+        raise UserError("--resume_from_checkpoint", what, f"launch {processes} processes, as then", MODEL)

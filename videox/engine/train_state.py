@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from videox.data.plan.plan import Columns, PlanSettings, check_world_size
 from videox.distributed.accelerator import BACKENDS, Backend
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.optim.registry import OPTIMIZERS, moments_of
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.run.checkpoint import read_manifest
-from videox.weights.format import TRANSFORMER, Kept, WholeModel
+from videox.weights.format import TRANSFORMER, FullWeights, WeightFormat
 from videox.weights.safetensors_io import StoredTensors, save_tensors
 
 STATE_FILE = "trainer_state.json"
@@ -76,7 +76,7 @@ def read_state(checkpoint: Path) -> TrainState:
     """Returns the state that a checkpoint holds.
 
     Raises:
-        Refusal: the file is missing or of another version.
+        UserError: the file is missing or of another version.
     """
     path = checkpoint / STATE_FILE
     try:
@@ -86,7 +86,7 @@ def read_state(checkpoint: Path) -> TrainState:
             state.columns = Columns(**load_file(checkpoint / COLUMNS_FILE))
         return state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as why:
-        raise Refusal(
+        raise UserError(
             str(path), f"is not a readable trainer state ({why})", "resume from another checkpoint", MODEL
         ) from why
 
@@ -118,30 +118,30 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
     """Refuses to resume when data or settings would give another schedule than the one that was interrupted.
 
     Raises:
-        Refusal: naming what changed, with both values.
+        UserError: naming what changed, with both values.
     """
     now, then = _flat(plan_inputs(settings)), OLDER | LATER | _flat(state.settings)
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if now.get(name) != then.get(name)]
     if index_fingerprint != state.index:
         changed.append("the data's rows, captions or sizes are others")
     if changed:
-        mend = "resume with what the run began with, or start a new one in another --output_dir from its weights (--transformer_path)"
-        raise Refusal("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), mend, MODEL)
+        hint = "resume with what the run began with, or start a new one in another --output_dir from its weights (--transformer_path)"
+        raise UserError("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), hint, MODEL)
 
 
 def launched(state: TrainState) -> dict[str, Any]:
     """Returns those of the plan's settings that a run keeps from its first launch, whatever runs it now.
 
     Raises:
-        Refusal: an older version filled the slots by cost in a way that this one cannot repeat.
+        UserError: an older version filled the slots by cost in a way that this one cannot repeat.
     """
     kept = {**state.settings, "slots": state.slots}
     if "barrier" in kept:
         return {name: kept[name] for name in LAUNCHED}
     if kept.get("slot_fill") == "cost":
         what = "the run was begun by an older version, which filled slots by cost otherwise"
-        mend = "start a new run in another --output_dir from its weights (--transformer_path)"
-        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+        hint = "start a new run in another --output_dir from its weights (--transformer_path)"
+        raise UserError("--resume_from_checkpoint", what, hint, MODEL)
     return {**OLDER, **{name: kept[name] for name in LAUNCHED if name in kept}}
 
 
@@ -149,7 +149,7 @@ def refuse_other_run(output_dir: Path, state: TrainState) -> None:
     """Refuses to go on with one run in the folder of another, whose records and checkpoints would become its own.
 
     Raises:
-        Refusal: output_dir holds another run than the checkpoint's.
+        UserError: output_dir holds another run than the checkpoint's.
     """
     try:
         there = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["resolved"]["run"]
@@ -157,8 +157,8 @@ def refuse_other_run(output_dir: Path, state: TrainState) -> None:
         return  # none, or one that never began
     if there != state.run:
         what = f"{output_dir} holds another run than the checkpoint's"
-        mend = "give the checkpoint's own folder, or a new one, as --output_dir"
-        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+        hint = "give the checkpoint's own folder, or a new one, as --output_dir"
+        raise UserError("--resume_from_checkpoint", what, hint, MODEL)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -197,7 +197,7 @@ def resume_or_begin(
         gather: collective that returns every process's value.
 
     Raises:
-        Refusal: the schedule would change, or world_size does not divide the slots.
+        UserError: the schedule would change, or world_size does not divide the slots.
     """
     state = read_state(checkpoint) if checkpoint else None
     drawn = gather(secrets.randbits(32))[0] if seed is None and state is None else seed
@@ -235,7 +235,7 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: s
         optimizer: that was asked for, of videox.optim.registry.OPTIMIZERS.
 
     Raises:
-        Refusal: naming both, with the way to start from its weights.
+        UserError: naming both, with the way to start from its weights.
     """
     if checkpoint is None:
         return
@@ -243,14 +243,14 @@ def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: s
     saved = BACKENDS[described.get("backend", "single")]
     same = saved.kind == backend.kind if backend.kind == "whole" else saved.name == backend.name
     if not same:
-        mend = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
-        raise Refusal(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", mend, MODEL)
+        hint = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
+        raise UserError(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", hint, MODEL)
     known = {described["optimizer"]} if "optimizer" in described else _optimizers_of_moments(checkpoint)
     if moments_of(optimizer) not in map(moments_of, known):
         names = " or ".join(sorted(known))
-        mend = f"resume with --optimizer {names}, or begin a run in another --output_dir from these weights"
+        hint = f"resume with --optimizer {names}, or begin a run in another --output_dir from these weights"
         what = f"{optimizer}, and {checkpoint.name} was saved with {names}, whose moments it cannot use"
-        raise Refusal("--optimizer", what, mend, MODEL)
+        raise UserError("--optimizer", what, hint, MODEL)
 
 
 def _optimizers_of_moments(checkpoint: Path) -> set[str]:
@@ -285,7 +285,7 @@ def save_state(
     model: torch.nn.Module,
     config: str,
     optimizer: torch.optim.Optimizer,
-    kept: Kept | None = None,
+    kept: WeightFormat | None = None,
 ) -> None:
     """Writes transformer/ (float32 masters, diffusers layout), optimizer tensors and trainer_state.json into a folder.
 
@@ -293,7 +293,7 @@ def save_state(
         config: the model's configuration as diffusers writes it (JSON text).
         kept: what to write of the weights (None = all of them).
     """
-    kept = kept or WholeModel()
+    kept = kept or FullWeights()
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept.save(folder, TRANSFORMER, trained if kept.trained_alone else model.state_dict(), config)
@@ -313,13 +313,13 @@ def write_state(folder: Path, state: TrainState) -> None:
 
 
 def load_state(
-    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: Kept | None = None
+    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: WeightFormat | None = None
 ) -> None:
     """Puts a checkpoint's weights and optimizer state back, in place and to the bit.
 
     Raises:
-        Refusal: a tensor is missing, extra or of another shape.
+        UserError: a tensor is missing, extra or of another shape.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    (kept or WholeModel()).load(checkpoint, model)
+    (kept or FullWeights()).load(checkpoint, model)
     load_optimizer_tensors(optimizer, names, StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM))

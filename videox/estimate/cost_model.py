@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
 from videox.distributed.accelerator import backend_of
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.files import write_json_atomically
 
 COST_MODEL = "cost_model.json"
@@ -133,20 +133,20 @@ def read_cost_model(path: Path) -> tuple[float, float]:
     """Returns a and b of a sample's cost a*S + b*S^2 from a cost_model.json.
 
     Raises:
-        Refusal: it is not there, or holds no usable pair.
+        UserError: it is not there, or holds no usable pair.
     """
-    mend = "give the cost_model.json of a run, or leave the flag out"
+    hint = "give the cost_model.json of a run, or leave the flag out"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as why:
-        raise Refusal("--cost_model", f"{path} is no readable cost model ({why})", mend) from why
+        raise UserError("--cost_model", f"{path} is no readable cost model ({why})", hint) from why
     try:
         pair = float(held["linear"]), float(held["quadratic"])
     except (ValueError, KeyError, TypeError) as why:
         what = f"{path} is no cost model: it is no JSON object with numbers `linear` and `quadratic`"
-        raise Refusal("--cost_model", what, mend) from why
+        raise UserError("--cost_model", what, hint) from why
     if not all(math.isfinite(value) and value >= 0 for value in pair) or not any(pair):
-        raise Refusal("--cost_model", f"{path} says {pair[0]:g} and {pair[1]:g}, which order nothing", mend)
+        raise UserError("--cost_model", f"{path} says {pair[0]:g} and {pair[1]:g}, which order nothing", hint)
     return pair
 
 

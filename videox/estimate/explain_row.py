@@ -11,7 +11,7 @@ from videox.data.index.table import IMAGE
 from videox.data.plan.buckets import Fate, cut_share, frame_offsets, frames_at_pace, pace_of
 from videox.data.plan.plan import draw_samples, plan_epoch, row_fates
 from videox.data.plan.settings import Columns, PlanSettings
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.shapes import GRID, token_count
 
 
@@ -26,10 +26,10 @@ def explain_row(index: Index, columns: Columns, settings: PlanSettings, row: int
         epochs: of the run.
 
     Raises:
-        Refusal: there is no such row.
+        UserError: there is no such row.
     """
     if not 0 <= row < len(columns):
-        raise Refusal("--explain", f"{row}: the metadata has rows 0 to {len(columns) - 1}", "give one of them")
+        raise UserError("--explain", f"{row}: the metadata has rows 0 to {len(columns) - 1}", "give one of them")
     lines = [
         f"row {row}: {index.file_path[row].as_py()!r}, {_file_words(index, columns, row)}",
         f"caption: {index.caption(row)!r}",

@@ -55,7 +55,7 @@ class Encoders:
 
 
 @dataclass(frozen=True)
-class Setup:
+class MemorySetup:
     """What memory depends on.
 
     Attributes:
@@ -93,8 +93,8 @@ class Setup:
     @property
     def frozen(self) -> int:
         """Bytes of a weight that is not trained, where it is not DeepSpeed's."""
-        masters = OPTIMIZERS[self.optimizer].masters and not self.adapters
-        return 2 if self.half and not masters and self.backend != "fsdp1" else 4
+        fp32_params = OPTIMIZERS[self.optimizer].fp32_params and not self.adapters
+        return 2 if self.half and not fp32_params and self.backend != "fsdp1" else 4
 
     def offloads(self, what: str) -> bool:
         """Returns whether DeepSpeed keeps "optimizer" or "param" on the host."""
@@ -125,7 +125,7 @@ class Memory:
         return {**self.states, **named, "context": CONTEXT, "fragments": fragments, "total": self.total()}
 
 
-def state_bytes(parameters: Parameters, setup: Setup) -> dict[str, float]:
+def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     """Returns weights, masters, gradients and optimizer of one process, as its engine keeps them on the GPU.
 
     Masters are float32, but for optimizers that round at random. Where weights are whole or FSDP's they are the
@@ -149,7 +149,7 @@ def state_bytes(parameters: Parameters, setup: Setup) -> dict[str, float]:
     return states
 
 
-def communication_bytes(parameters: Parameters, setup: Setup) -> float:
+def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
     """Returns what a backend sets aside, beside the states, to compute and to exchange: gathers, buckets, casts."""
     size = 2 if setup.half else 4
     if setup.backend in WHOLE:
@@ -176,7 +176,7 @@ def _number(zero: Mapping[str, Any], name: str, default: float) -> float:
     return default if value == "auto" else float(value)
 
 
-def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setup: Setup) -> Memory:
+def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setup: MemorySetup) -> Memory:
     """Returns what a run with this setup takes."""
     states = state_bytes(parameters, setup)
     if setup.average == "accelerator":
@@ -203,12 +203,12 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     )
 
 
-def _divided(size: float, setup: Setup) -> float:
+def _divided(size: float, setup: MemorySetup) -> float:
     """Returns this process's part of what is divided as the masters are."""
     return size if setup.backend in WHOLE else size / setup.processes
 
 
-def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict[str, float]:
+def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -> dict[str, float]:
     """Returns the bytes on one machine's host: while loading, and while training.
 
     Every process loads the whole transformer, as it is to be kept, before it is moved or divided; under ZeRO-3 and
@@ -231,7 +231,7 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: Setup) -> dict
     return {"loading": count * setup.frozen * parameters.total * share + encoders.total(), **training}
 
 
-def checkpoint_size(parameters: Parameters, setup: Setup) -> float:
+def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:
     """Returns the bytes of one checkpoint: weights and moments, and what DeepSpeed writes besides.
 
     An average is one more copy of what is kept; so are whole weights where the backend's own are divided. Of a LoRA's
@@ -254,32 +254,32 @@ class Change:
     """One thing to set otherwise: the words for it, and what it makes of a setup (None where it changes nothing)."""
 
     words: str
-    apply: Callable[[Setup], Setup | None]
+    apply: Callable[[MemorySetup], MemorySetup | None]
 
 
-def _recompute(setup: Setup) -> Setup | None:
+def _recompute(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, recomputed=1.0) if setup.recomputed < 1 else None
 
 
-def _rest(setup: Setup) -> Setup | None:
+def _rest(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, rest=True) if not setup.rest else None
 
 
-def _single(setup: Setup) -> Setup | None:
+def _single(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, batch=1) if setup.batch > 1 else None
 
 
-def _divide(setup: Setup, backend: str) -> Setup | None:
+def _divide(setup: MemorySetup, backend: str) -> MemorySetup | None:
     if backend not in OPTIMIZERS[setup.optimizer].backends or setup.processes == 1:
         return None
     return replace(setup, backend=backend) if DIVIDE.index(backend) > DIVIDE.index(setup.backend) else None
 
 
-def _plainly(setup: Setup) -> Setup | None:
+def _plainly(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, optimizer="adamw") if setup.optimizer != "adamw" else None
 
 
-def _offload(setup: Setup) -> Setup | None:
+def _offload(setup: MemorySetup) -> MemorySetup | None:
     done = setup.offloads("optimizer") and setup.offloads("param")
     if done or "zero3" not in OPTIMIZERS[setup.optimizer].backends:
         return None
@@ -287,12 +287,12 @@ def _offload(setup: Setup) -> Setup | None:
     return replace(setup, backend="zero3", zero={**setup.zero, **away})
 
 
-def _moments_away(setup: Setup, name: str) -> Setup | None:
+def _moments_away(setup: MemorySetup, name: str) -> MemorySetup | None:
     fits = setup.optimizer == OPTIMIZERS[name].moments_of and setup.backend in OPTIMIZERS[name].backends
     return replace(setup, optimizer=name) if fits else None
 
 
-def _times(setup: Setup, factor: int, processes: int) -> Setup | None:
+def _times(setup: MemorySetup, factor: int, processes: int) -> MemorySetup | None:
     if setup.backend in WHOLE or setup.processes != processes:
         return None
     return replace(setup, processes=setup.processes * factor)
@@ -324,13 +324,13 @@ def _dearer(processes: int) -> tuple[list[Change], list[Change]]:
 
 
 def nearest_that_fits(
-    setup: Setup,
+    setup: MemorySetup,
     limit: float,
-    memory: Callable[[Setup], Memory],
+    memory: Callable[[MemorySetup], Memory],
     *,
     divided: str = "zero3",
     shorter: Sequence[int] = (),
-) -> list[tuple[list[str], Setup]]:
+) -> list[tuple[list[str], MemorySetup]]:
     """Returns the fewest changes after which a run fits, in words, and the setup; none where none is found.
 
     Only where nothing else fits on the processes that there are, the ways are to put states on the host, which costs
@@ -345,7 +345,7 @@ def nearest_that_fits(
     """
     changes = _changes(divided)
 
-    def first(*more: Change) -> list[tuple[list[str], Setup]]:
+    def first(*more: Change) -> list[tuple[list[str], MemorySetup]]:
         ways = _combinations(setup, [*changes, *more])
         return [*islice((way for way in ways if memory(way[1]).total() <= limit), 1)]
 
@@ -367,9 +367,9 @@ def nearest_that_fits(
     return []
 
 
-def _combinations(setup: Setup, changes: Sequence[Change]) -> Iterator[tuple[list[str], Setup]]:
+def _combinations(setup: MemorySetup, changes: Sequence[Change]) -> Iterator[tuple[list[str], MemorySetup]]:
     """Yields one change, then two, then three: each with its words."""
-    level: list[tuple[list[str], Setup, int]] = [([], setup, 0)]
+    level: list[tuple[list[str], MemorySetup, int]] = [([], setup, 0)]
     for _ in range(3):
         found = []
         for words, before, first in level:

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from videox.data.plan.balance import Load
-from videox.files import replacing
+from videox.data.plan.balance import PlanBalance
+from videox.files import atomic_write
 from videox.shapes import Bucket, token_count
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#9a9a9a"
@@ -24,7 +24,7 @@ def plot_plan(
     buckets: Sequence[Bucket],
     counts: np.ndarray,
     spent: np.ndarray,
-    balanced: Mapping[int, Load],
+    balanced: Mapping[int, PlanBalance],
 ) -> None:
     """Draws plan_report.png, replaced as a whole.
 
@@ -39,7 +39,7 @@ def plot_plan(
         _plot_buckets(left, buckets, counts, spent)
         _plot_tokens(middle, np.array([token_count(bucket) for bucket in buckets]), counts, spent)
         _plot_balance(right, balanced)
-        with replacing(path) as aside:
+        with atomic_write(path) as aside:
             figure.savefig(aside, format="png", dpi=120)
 
 
@@ -78,7 +78,7 @@ def _plot_tokens(axes: Axes, tokens: np.ndarray, counts: np.ndarray, spent: np.n
     axes.legend(frameon=False, loc="upper left")
 
 
-def _plot_balance(axes: Axes, balanced: Mapping[int, Load]) -> None:
+def _plot_balance(axes: Axes, balanced: Mapping[int, PlanBalance]) -> None:
     """Where the data is too small for one step without a plan there is no bar."""
     places = np.arange(len(balanced))
     series = (
@@ -90,7 +90,7 @@ def _plot_balance(axes: Axes, balanced: Mapping[int, Load]) -> None:
         for place, value in known:
             axes.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom", fontsize=8)
         axes.bar([place for place, _ in known], [value for _, value in known], 0.4, color=colour, label=label)
-    axes.set_xticks(places, [f"{world}\nmix {load.mix:.2f}" for world, load in balanced.items()])
+    axes.set_xticks(places, [f"{world}\nmix {load.step_variance_ratio:.2f}" for world, load in balanced.items()])
     axes.set_xlabel("processes")
     axes.set_ylabel("balance")
     axes.set_ylim(0, 1.18)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from videox.data.plan.balance import Load
+from videox.data.plan.balance import PlanBalance
 from videox.data.plan.balancing import CEILING
 from videox.data.plan.buckets import Fate, SizePolicy, cut_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import Columns, PlanSettings
 from videox.estimate.flops import Network
-from videox.estimate.memory import CLOSE, Memory, Setup
+from videox.estimate.memory import CLOSE, Memory, MemorySetup
 from videox.shapes import token_count
 
 WORLDS = (1, 8, 64, 512)  # processes for which balance and mix are told
@@ -104,14 +104,14 @@ def plan_report(
     settings: PlanSettings,
     *,
     work: Work,
-    balanced: Mapping[int, Load],
+    balanced: Mapping[int, PlanBalance],
     memory: Memory,
     checkpoint: float,
 ) -> dict[str, Any]:
     """Returns the content of plan_report.json."""
     cut = cut_of(columns, plan)
     table = plan.bucket_table()
-    told = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "mix"}
+    told = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "step_variance_ratio"}
     tokens = sum(token_count(bucket) * samples for bucket, samples, _ in table)
     return {
         "rows": len(columns),
@@ -221,12 +221,14 @@ def step_lines(
     ]
 
 
-def balance_lines(found: Mapping[int, Load], settings: PlanSettings) -> list[str]:
+def balance_lines(found: Mapping[int, PlanBalance], settings: PlanSettings) -> list[str]:
     """Returns the table of balance and mix by the number of processes, and why a number is worse than promised."""
     lines = [f"  {'processes':>9} {'steps':>9} {'balance':>8} {'unplanned':>10} {'mix':>6}"]
     for world, load in found.items():
         without = "n/a" if load.unplanned is None else f"{load.unplanned:.3f}"
-        lines.append(f"  {world:>9} {load.steps:>9,} {load.balance:>8.3f} {without:>10} {load.mix:>6.2f}")
+        lines.append(
+            f"  {world:>9} {load.steps:>9,} {load.balance:>8.3f} {without:>10} {load.step_variance_ratio:>6.2f}"
+        )
     lines.append(
         "  (balance: share of the GPUs' time in which none waits for another; mix: 1 as varied as random steps)"
     )
@@ -235,7 +237,11 @@ def balance_lines(found: Mapping[int, Load], settings: PlanSettings) -> list[str
         shares = ", ".join(f"{load.padded:.0%} on {world}" for world, load in padded.items())
         lines.append(f"  (share of the slots that are padding of the last step: {shares}; it counts as waiting, while")
         lines.append("  without a plan the samples that fill no step are left out, n/a where they are all samples)")
-    above = [(world, load) for world, load in found.items() if load.mix > CEILING and settings.balance == "mixed"]
+    above = [
+        (world, load)
+        for world, load in found.items()
+        if load.step_variance_ratio > CEILING and settings.balance == "mixed"
+    ]
     if above:
         steps = ", ".join(f"{load.steps:,} on {world}" for world, load in above)
         lines.append(
@@ -253,7 +259,7 @@ def way_words(words: Sequence[str], memory: Memory) -> str:
     return f"{text})"
 
 
-def memory_lines(memory: Memory, setup: Setup, limit: float, ways: Sequence[str]) -> list[str]:
+def memory_lines(memory: Memory, setup: MemorySetup, limit: float, ways: Sequence[str]) -> list[str]:
     """Returns the table of bytes and the verdict.
 
     Args:

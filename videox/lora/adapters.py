@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from videox.errors import Refusal
-from videox.rng import Purpose, mix
+from videox.errors import UserError
+from videox.rng import Purpose, hash_key
 from videox.weights.safetensors_io import TensorSource
 
 ADAPTER = "default"  # peft's name for the one adapter of a model; it stands in its parameters' names
@@ -75,7 +75,7 @@ def choose_targets(
         asked: patterns matched in the whole model; None takes the family's.
 
     Raises:
-        Refusal: a pattern matches no linear layer.
+        UserError: a pattern matches no linear layer.
     """
     linear = [name for name in map(_linear, sorted(shapes)) if name and len(shapes[f"{name}.weight"]) == 2]
     if asked is not None:
@@ -92,7 +92,7 @@ def choose_targets(
         if not names:
             parts = sorted({part for name in linear for part in name.split(".") if not part.isdigit()})
             near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
-            raise Refusal("--lora_target_modules", f"{pattern!r} matches no linear layer", f"try {', '.join(near)}")
+            raise UserError("--lora_target_modules", f"{pattern!r} matches no linear layer", f"try {', '.join(near)}")
     return tuple(sorted({name for names in chosen.values() for name in names}))
 
 
@@ -144,7 +144,7 @@ def initial_values(lora: Lora, stored: TensorSource, seed: int) -> dict[str, Ten
     values = {}
     for number, target in enumerate(lora.targets):
         outputs, inputs = stored.shape(f"{target}.weight")
-        draw = torch.Generator().manual_seed(int(mix(seed, Purpose.ADAPTER, number)))
+        draw = torch.Generator().manual_seed(int(hash_key(seed, Purpose.ADAPTER, number)))
         a = nn.init.kaiming_uniform_(torch.empty(lora.rank, inputs), a=math.sqrt(5), generator=draw)
         values[own_name(f"{target}.lora_A.weight")] = a
         values[own_name(f"{target}.lora_B.weight")] = torch.zeros(outputs, lora.rank)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from videox.errors import MODEL, NUMERICS, Refusal
+from videox.errors import MODEL, NUMERICS, UserError
 from videox.files import publish_file, publish_folder, write_json_atomically
 from videox.lora.adapters import Lora, initial_values, own_name, public_name
 from videox.lora.layouts import lora_to_comfyui
@@ -45,7 +45,7 @@ SAMPLED = 64  # numbers at the beginning, in the middle and at the end of a tens
 SaveLora = Callable[..., None]  # save_lora_weights of a diffusers pipeline
 
 
-class AdaptersAlone:
+class LoraWeights:
     """See Kept: pytorch_lora_weights.safetensors as diffusers' pipeline writes it, float32, beside lora.json.
 
     Args:
@@ -107,8 +107,8 @@ class AdaptersAlone:
             metadata: for the files' headers.
 
         Raises:
-            Refusal: (NUMERICS) a value is not finite in this dtype; (MODEL) the base is no longer there.
-            SaveFailed: the disk refused; what stood there stands.
+            UserError: (NUMERICS) a value is not finite in this dtype; (MODEL) the base is no longer there.
+            SaveError: the disk refused; what stood there stands.
         """
         exact = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
         found = _cast(exact, dtype)
@@ -207,7 +207,9 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     for name, tensor in cast.items():
         if not torch.isfinite(tensor).all():
             kind = str(dtype).removeprefix("torch.")
-            raise Refusal(name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS)
+            raise UserError(
+                name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS
+            )
     return cast
 
 
@@ -227,7 +229,7 @@ def fingerprint(stored: TensorSource) -> str:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any] | None:
-    """Returns what lora.json says of a checkpoint's adapters, None where it holds whole weights. Raises Refusal."""
+    """Returns what lora.json says of a checkpoint's adapters, None where it holds whole weights. Raises UserError."""
     path = checkpoint / FACTS
     if FACTS not in read_manifest(checkpoint)["files"]:
         return None
@@ -235,7 +237,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         what = f"cannot be read ({type(error).__name__}: {error})"
-        raise Refusal(str(path), what, "resume from another checkpoint", MODEL) from error
+        raise UserError(str(path), what, "resume from another checkpoint", MODEL) from error
 
 
 def refuse_other_kind(checkpoint: Path | None, rank: int) -> None:
@@ -246,7 +248,7 @@ def refuse_other_kind(checkpoint: Path | None, rank: int) -> None:
         rank: that was asked for, 0 = full fine-tuning.
 
     Raises:
-        Refusal: (MODEL) with both.
+        UserError: (MODEL) with both.
     """
     if checkpoint is None:
         return
@@ -255,8 +257,8 @@ def refuse_other_kind(checkpoint: Path | None, rank: int) -> None:
     if saved != rank:
         kinds = {value: f"of rank {value}" if value else "of the whole model" for value in (saved, rank)}
         what = f"{checkpoint.name} is {kinds[saved]}, this run is {kinds[rank]}"
-        mend = f"give --lora_rank {saved}, or begin a run in another --output_dir from these weights"
-        raise Refusal("--lora_rank", what, mend, MODEL)
+        hint = f"give --lora_rank {saved}, or begin a run in another --output_dir from these weights"
+        raise UserError("--lora_rank", what, hint, MODEL)
 
 
 def refuse_other_adapters(checkpoint: Path, lora: Lora, base: str) -> None:
@@ -268,21 +270,21 @@ def refuse_other_adapters(checkpoint: Path, lora: Lora, base: str) -> None:
         base: fingerprint of this launch's base.
 
     Raises:
-        Refusal: (MODEL) naming what changed.
+        UserError: (MODEL) naming what changed.
     """
     facts = read_facts(checkpoint)
     if facts is None:
         return
     if facts.get("base") != base:
         what = f"{checkpoint.name} was trained on other frozen weights than these"
-        mend = "give the base that the run began with (--pretrained_model_name_or_path, --transformer_path)"
-        raise Refusal("--resume_from_checkpoint", what, mend, MODEL)
+        hint = "give the base that the run began with (--pretrained_model_name_or_path, --transformer_path)"
+        raise UserError("--resume_from_checkpoint", what, hint, MODEL)
     if facts.get("alpha") != lora.alpha:
         what = f"{lora.alpha:g}, {checkpoint.name} has {facts.get('alpha')}"
-        raise Refusal("--lora_alpha", what, "resume with the value that the run began with", MODEL)
+        raise UserError("--lora_alpha", what, "resume with the value that the run began with", MODEL)
     if differing := sorted({*facts.get("targets", ())} ^ {*lora.targets}):
         what = f"{few([f'{name} differs' for name in differing])} from {checkpoint.name}"
-        raise Refusal("--lora_target_modules", what, "resume with the layers that the run began with", MODEL)
+        raise UserError("--lora_target_modules", what, "resume with the layers that the run began with", MODEL)
 
 
 # ------------------------------------------------------------------------------------------------------ beginning
@@ -297,7 +299,7 @@ def begin_adapters(
     resume: Path | None,
     other: Path | None,
     first: Callable[[Callable[[], object]], None],
-) -> tuple[AdaptersAlone, list[str]]:
+) -> tuple[LoraWeights, list[str]]:
     """Returns what a LoRA run trains and keeps, and the lines that tell it; no weight is loaded.
 
     Args:
@@ -310,7 +312,7 @@ def begin_adapters(
         first: runs a check on the main process; what that refuses, all refuse.
 
     Raises:
-        Refusal: the checkpoint was trained otherwise or on another base, or the other LoRA does not fit.
+        UserError: the checkpoint was trained otherwise or on another base, or the other LoRA does not fit.
     """
     base: list[str] = []  # of the main process, the one that writes it
 
@@ -325,7 +327,7 @@ def begin_adapters(
         values, line = begin_from(other, values, lora, pipeline_class.lora_state_dict)
         said.append(line)
     save, family = pipeline_class.save_lora_weights, family_of(stored) or ""
-    return AdaptersAlone(
+    return LoraWeights(
         lora, values, base="".join(base), weights=stored.folder, family=family, save_lora_weights=save
     ), said
 
@@ -348,7 +350,7 @@ def begin_from(
         load: lora_state_dict of the family's pipeline.
 
     Raises:
-        Refusal: (MODEL) it cannot be read, adapts other layers, or has another rank.
+        UserError: (MODEL) it cannot be read, adapts other layers, or has another rank.
     """
     found, scale = read_lora(path, load, where="--init_lora_from")
     stored = {own_name(name): tensor for name, tensor in found.items()}
@@ -359,15 +361,15 @@ def begin_from(
             if stray
             else f"{path} holds no LoRA"
         )
-        mend = "name its layers by --lora_target_modules"
+        hint = "name its layers by --lora_target_modules"
         if not any(f".lora_{half}." in name for name in stored for half in "AB"):
-            what, mend = f"{path} holds no LoRA", "give one; the weights of a whole model go to --transformer_path"
-        raise Refusal("--init_lora_from", what, mend, MODEL)
+            what, hint = f"{path} holds no LoRA", "give one; the weights of a whole model go to --transformer_path"
+        raise UserError("--init_lora_from", what, hint, MODEL)
     begun = dict(values)
     for name, tensor in stored.items():
         if tensor.shape != values[name].shape:
             what = f"{path} has {list(tensor.shape)} in {name}, this run {list(values[name].shape)}"
-            raise Refusal("--init_lora_from", what, f"give --lora_rank {min(tensor.shape)}", MODEL)
+            raise UserError("--init_lora_from", what, f"give --lora_rank {min(tensor.shape)}", MODEL)
         begun[name] = tensor.float() * (scale / lora.scale if ".lora_B." in name else 1.0)
     new = len(values) - len(stored)
     return begun, f"begins with the LoRA of {path}" + (f"; {new // 2} layers that it lacks begin anew" if new else "")

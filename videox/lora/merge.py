@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights.layout_writer import laid_out, relaid
 from videox.weights.layouts import Entry
 from videox.weights.reader import LayoutTensors
@@ -50,12 +50,12 @@ def low_rank(adapters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]
         scale: alpha / rank.
 
     Raises:
-        Refusal: (MODEL) something else than the two halves of adapters.
+        UserError: (MODEL) something else than the two halves of adapters.
     """
     halves = {f"{name.split('.lora_')[0]}.lora_{half}.weight" for name in adapters for half in "AB"}
     if stray := sorted(halves ^ adapters.keys()):
-        mend = "give a LoRA of A and B alone"
-        raise Refusal("LoRA", f"{few(stray)}: half an adapter, or something else", mend, MODEL)
+        hint = "give a LoRA of A and B alone"
+        raise UserError("LoRA", f"{few(stray)}: half an adapter, or something else", hint, MODEL)
     modules = sorted({name.split(".lora_")[0] for name in adapters})
     pairs = {name: [adapters[f"{name}.lora_{half}.weight"].float() for half in "AB"] for name in modules}
     return {f"{name}.weight": LowRank(a, b, scale) for name, (a, b) in pairs.items()}
@@ -78,7 +78,7 @@ def merged(
         keep_fp32: parts of names that stay float32.
 
     Raises:
-        Refusal: (MODEL) an adapter has no weight in the base, or one of another shape.
+        UserError: (MODEL) an adapter has no weight in the base, or one of another shape.
     """
     refuse_strangers(base, changes)
     tensors = relaid(base, layout)
@@ -104,7 +104,7 @@ def _added(entry: Entry, changes: Mapping[str, LowRank], begin: int, count: int)
 
 
 def refuse_strangers(base: LayoutTensors, changes: Mapping[str, LowRank]) -> None:
-    """Raises Refusal (MODEL) where an adapter has no weight in the base, or one of another shape."""
+    """Raises UserError (MODEL) where an adapter has no weight in the base, or one of another shape."""
     shapes, faults = base.shapes(), []
     for name, change in changes.items():
         adapted = (change.b.shape[0], *change.a.shape[1:])
@@ -113,4 +113,4 @@ def refuse_strangers(base: LayoutTensors, changes: Mapping[str, LowRank]) -> Non
         elif shapes[name] != adapted:
             faults.append(f"{name} is {list(shapes[name])}, its adapter {list(adapted)}")
     if faults:
-        raise Refusal(str(base.path), few(faults), "give the model that the LoRA was trained on", MODEL)
+        raise UserError(str(base.path), few(faults), "give the model that the LoRA was trained on", MODEL)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from videox.errors import MODEL, UNLOADABLE, Refusal
+from videox.errors import MODEL, UNLOADABLE, UserError
 from videox.lora.layouts import lora_to_diffusers
 
 STEM = "pytorch_lora_weights"  # that of diffusers' LORA_WEIGHT_NAME_SAFE
@@ -53,11 +53,11 @@ def read_lora(
         where: what the user gave, for the refusal.
 
     Raises:
-        Refusal: (MODEL) it cannot be read, or is of a kind that no run here trains.
+        UserError: (MODEL) it cannot be read, or is of a kind that no run here trains.
     """
     if path.is_file() and path.suffix != ".safetensors":
         what = f"{path} is no .safetensors file, and a pickle may hold code"
-        raise Refusal(where, what, "give a LoRA in safetensors", MODEL)
+        raise UserError(where, what, "give a LoRA in safetensors", MODEL)
     try:
         own = lora_to_diffusers(load_file(path), lora_family(path)) if lora_names(path) else None
         if own is not None:  # diffusers' converters know the published widths alone, and stumble over some alphas
@@ -69,7 +69,7 @@ def read_lora(
         )  # fmt: skip
     except (*UNLOADABLE, SafetensorError) as why:
         cause = " ".join(str(why).split())[:200]
-        raise Refusal(
+        raise UserError(
             where, f"{path} cannot be read ({cause})", f"give a LoRA with {STEM}.safetensors", MODEL
         ) from why
     return {key.removeprefix(PREFIX): tensor for key, tensor in found.items()}, _scale_of(metadata or {}, path, where)
@@ -81,5 +81,5 @@ def _scale_of(metadata: Mapping[str, Any], path: Path, where: str) -> float:
     unusual = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if said.get(key)]
     if unusual:
         what = f"{path} has {unusual[0]} = {said[unusual[0]]}, which no run here trains"
-        raise Refusal(where, what, "give a LoRA of one rank and one alpha", MODEL)
+        raise UserError(where, what, "give a LoRA of one rank and one alpha", MODEL)
     return float(said["lora_alpha"]) / float(said["r"]) if "lora_alpha" in said and "r" in said else 1.0

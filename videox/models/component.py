@@ -15,7 +15,7 @@ from accelerate.utils import set_module_tensor_to_device
 from omegaconf import DictConfig, OmegaConf
 
 from videox.models import infer_config as model_configs
-from videox.errors import UNLOADABLE, MODEL, Refusal
+from videox.errors import UNLOADABLE, MODEL, UserError
 from videox.weights.layouts import family_of
 from videox.lora.reader import lora_file
 from videox.models.folder import load_strictly, read_component, read_json, read_yaml, refuse_not_finite
@@ -32,7 +32,7 @@ ALIGNED = 64  # bytes, as torch aligns what it allocates
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A part of a model that has been looked at; no weight of it has been read.
 
     Attributes:
@@ -46,7 +46,7 @@ class Part:
     tensors: LayoutTensors | None = None
 
     def source(self) -> TensorSource:
-        """Returns its tensors by diffusers' names, mapped, for who reads slices of them. Raises Refusal (MODEL)."""
+        """Returns its tensors by diffusers' names, mapped, for who reads slices of them. Raises UserError (MODEL)."""
         return StoredTensors(self.path) if self.tensors is None else self.tensors
 
     def own_config(self) -> dict[str, Any] | None:
@@ -54,11 +54,11 @@ class Part:
         return None if self.tensors is None else self.config
 
     def stored(self) -> LayoutTensors:
-        """Returns its tensors by diffusers' names, each read when asked for, whole or in slices. Raises Refusal."""
+        """Returns its tensors by diffusers' names, each read when asked for, whole or in slices. Raises UserError."""
         return open_tensors(self.path) if self.tensors is None else self.tensors
 
 
-def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, weighted: bool = True) -> Part:
+def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, weighted: bool = True) -> Component:
     """Returns a part of a model in whatever layout it is: told by its tensors' names, not by the name of its file.
 
     Args:
@@ -68,35 +68,35 @@ def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, 
         weighted: False takes a folder's word for what its weights would be; a single file is looked at in any case.
 
     Raises:
-        Refusal: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
+        UserError: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
     """
     if lora_file(path) is not None:
-        what, mend = "is a LoRA, which has no weights but its own", "begin with it by --init_lora_from"
-        raise Refusal(str(path), what, f"{mend}, or merge it into its base by scripts/export.py", MODEL)
+        what, hint = "is a LoRA, which has no weights but its own", "begin with it by --init_lora_from"
+        raise UserError(str(path), what, f"{hint}, or merge it into its base by scripts/export.py", MODEL)
     own = stored_config(path) if path.is_file() else read_component(path, weighted=weighted)
     refuse_other_class(path, kind, own)
     if own and not weighted and not path.is_file():
-        return Part(path, own)
+        return Component(path, own)
     tensors = open_tensors(path)
     if tensors.layout is None and not path.is_file():
-        return Part(path, own)
+        return Component(path, own)
     known = {**(known or {}), **own}
     found = tensors.layout or family_of(tensors)
     if found not in (kind, None):
-        raise Refusal(str(path), f"holds weights of the kind {found}, not {kind}", "give the right file", MODEL)
+        raise UserError(str(path), f"holds weights of the kind {found}, not {kind}", "give the right file", MODEL)
     if found is None:
-        return Part(path, known, tensors)
+        return Component(path, known, tensors)
     try:
         config = model_configs.CONFIGS[found](tensors.shapes(), known)
     except KeyError as missing:
         name = str(missing.args[0])
         what = f"has no {tensors.name_in_file(name)}, which every model of the kind {found} has"
-        raise Refusal(str(path), what, "copy the model anew", MODEL) from missing
+        raise UserError(str(path), what, "copy the model anew", MODEL) from missing
     except (ValueError, ZeroDivisionError, TypeError, IndexError) as why:
-        raise Refusal(str(path), f"has tensors of odd shapes ({why})", "copy the model anew", MODEL) from why
+        raise UserError(str(path), f"has tensors of odd shapes ({why})", "copy the model anew", MODEL) from why
     if tensors.layout == "wan" and (faults := model_configs.contradictions(config, own)):
-        raise Refusal(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
-    return Part(path, {**known, **config} if tensors.layout is None else config, tensors)
+        raise UserError(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
+    return Component(path, {**known, **config} if tensors.layout is None else config, tensors)
 
 
 def refuse_other_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
@@ -105,28 +105,28 @@ def refuse_other_class(path: Path, kind: str, config: Mapping[str, Any]) -> None
     Names that diffusers does not have are no evidence: the original layout and other trainers have their own.
 
     Raises:
-        Refusal: (MODEL) with both classes.
+        UserError: (MODEL) with both classes.
     """
     named, wanted = config.get("_class_name"), CLASS_OF.get(kind)
     if wanted and named != wanted and named in dir(diffusers):
-        raise Refusal(str(path), f"is {named}, not {wanted}", f"give weights of {wanted}", MODEL)
+        raise UserError(str(path), f"is {named}, not {wanted}", f"give weights of {wanted}", MODEL)
 
 
 def choose_part(
     name: str, given: str | None, place: Path, kind: str, known: Mapping[str, Any], *, weighted: bool = True
-) -> Part:
+) -> Component:
     """Returns what --<name>_path gives, or the model's own part at its place; else as find_part.
 
     Raises:
-        Refusal: (MODEL) the flag's path does not exist, or as find_part.
+        UserError: (MODEL) the flag's path does not exist, or as find_part.
     """
     if given and not Path(given).exists():
-        mend = "give a folder or file of weights; an id of the hub goes to --pretrained_model_name_or_path alone"
-        raise Refusal(f"--{name}_path", f"{given} does not exist", mend, MODEL)
+        hint = "give a folder or file of weights; an id of the hub goes to --pretrained_model_name_or_path alone"
+        raise UserError(f"--{name}_path", f"{given} does not exist", hint, MODEL)
     return find_part(Path(given) if given else place, kind, known, weighted=weighted)
 
 
-def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
+def load_part(model_class: Any, part: Component, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
     """Returns the model with every weight of the part in it, in eval mode, one tensor in memory beside it at a time.
 
     Args:
@@ -134,7 +134,7 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.
         dtype: of the floating tensors; None for the one that each is stored in.
 
     Raises:
-        Refusal: (MODEL) weights are missing, extra, or of another shape than the configuration says, each by name.
+        UserError: (MODEL) weights are missing, extra, or of another shape than the configuration says, each by name.
     """
     from_diffusers = hasattr(model_class, "load_config")
     if part.tensors is None:
@@ -147,7 +147,7 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.
                 model = model_class(model_class.config_class(**part.config))
     except UNLOADABLE as why:
         cause = " ".join(str(why).split())[:300]
-        raise Refusal(str(part.path), f"does not make a {model_class.__name__} ({cause})", "check it", MODEL) from why
+        raise UserError(str(part.path), f"does not make a {model_class.__name__} ({cause})", "check it", MODEL) from why
     wanted = model.state_dict()
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         wanted.pop(tied, None)
@@ -166,10 +166,10 @@ def load_part(model_class: Any, part: Part, dtype: torch.dtype | None) -> torch.
 
 def load_whole(
     model_class: Any,  # noqa: ANN401 - of diffusers
-    part: Part,
+    part: Component,
     dtype: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
-    """Returns a model in a dtype whose weights all found their place and are finite; raises Refusal otherwise."""
+    """Returns a model in a dtype whose weights all found their place and are finite; raises UserError otherwise."""
     model = load_part(model_class, part, dtype)
     refuse_not_finite(model, part.path)
     return model
@@ -178,7 +178,7 @@ def load_whole(
 def refuse_misfit(
     tensors: LayoutTensors, wanted: Mapping[str, tuple[int, ...]], passed_over: Sequence[str] = ()
 ) -> None:
-    """Raises Refusal (MODEL) naming what is missing, extra or of another shape, as the file calls it.
+    """Raises UserError (MODEL) naming what is missing, extra or of another shape, as the file calls it.
 
     Args:
         tensors: that are to be loaded.
@@ -197,7 +197,7 @@ def refuse_misfit(
         if name in tensors and tensors.shape(name) != shape
     ]
     if faults:
-        raise Refusal(str(tensors.path), few(faults), "give the weights of one and the same model, whole", MODEL)
+        raise UserError(str(tensors.path), few(faults), "give the weights of one and the same model, whole", MODEL)
 
 
 # ------------------------------------------------------------------------- Wan2.1's original folder, by its yaml
@@ -232,20 +232,20 @@ def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
 
 def original_parts(
     places: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
-) -> dict[str, Part]:
+) -> dict[str, Component]:
     """Returns the parts of a model in Wan's original layout that every task needs.
 
     Raises:
-        Refusal: (MODEL) as find_part, and for a tokenizer that is not there.
+        UserError: (MODEL) as find_part, and for a tokenizer that is not there.
     """
     yaml = read_yaml(config_path)
     given = {"transformer": transformer_path, "vae": vae_path}
-    parts: dict[str, Part] = {}
+    parts: dict[str, Component] = {}
     for name in ("transformer", "vae", "text_encoder"):
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
         if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
             known = read_json(places[name] / "config.json")
         known = known if isinstance(known, dict) else {}
         parts[name] = choose_part(name, given.get(name), places[name], KINDS[name], known)
-    parts["tokenizer"] = Part(places["tokenizer"], read_component(places["tokenizer"], weighted=False))
+    parts["tokenizer"] = Component(places["tokenizer"], read_component(places["tokenizer"], weighted=False))
     return parts

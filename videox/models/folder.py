@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
-from videox.errors import UNLOADABLE, MODEL, Refusal
+from videox.errors import UNLOADABLE, MODEL, UserError
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # What the libraries raise over weights that do not fit, and over a configuration with values of the wrong kind.
@@ -39,23 +39,23 @@ def read_model_folder(
         weighted: those of them that must hold whole safetensors files.
 
     Raises:
-        Refusal: naming what is missing, what is there, and the way out.
+        UserError: naming what is missing, what is there, and the way out.
     """
     root = Path(folder)
     flag = "--pretrained_model_name_or_path"
     if not root.is_dir():
-        raise Refusal(flag, f"{folder} is not a folder here", "give the folder of a model in diffusers layout", MODEL)
+        raise UserError(flag, f"{folder} is not a folder here", "give the folder of a model in diffusers layout", MODEL)
     if not (root / "model_index.json").is_file():
         original = any((root / name).exists() for name in ORIGINAL_MARKS)
         layout = "Wan2.1 in the original layout" if original else "without model_index.json"
-        mend = f"give a model of {' or '.join(pipelines)} in diffusers layout"
+        hint = f"give a model of {' or '.join(pipelines)} in diffusers layout"
         if "WanPipeline" in pipelines:
-            mend += f", or Wan2.1 in its original one with {' and '.join(ORIGINAL_MARKS)}"
-        raise Refusal(flag, f"{folder} is {layout} (found: {_few_names(root)})", mend, MODEL)
+            hint += f", or Wan2.1 in its original one with {' and '.join(ORIGINAL_MARKS)}"
+        raise UserError(flag, f"{folder} is {layout} (found: {_few_names(root)})", hint, MODEL)
     index = read_json(root / "model_index.json")
     if index.get("_class_name") not in pipelines:
-        mend = f"give a model of {' or '.join(pipelines)}"
-        raise Refusal(flag, f"{folder} is a {index.get('_class_name')} model", mend, MODEL)
+        hint = f"give a model of {' or '.join(pipelines)}"
+        raise UserError(flag, f"{folder} is a {index.get('_class_name')} model", hint, MODEL)
     configs: dict[str, dict[str, Any]] = {"": index}
     for name in components:
         configs[name] = read_component(root / name, name in weighted)
@@ -66,14 +66,14 @@ def read_component(folder: Path, weighted: bool) -> dict[str, Any]:
     """Returns the configuration of one component; with `weighted`, its safetensors files are checked to be whole.
 
     Raises:
-        Refusal: as read_model_folder.
+        UserError: as read_model_folder.
     """
     config = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
     if config is None:
         what = f"has no {' or '.join(CONFIG_NAMES)} (found: {_few_names(folder)})"
         if not folder.exists():
             what = f"does not exist (beside it: {_few_names(folder.parent)})"
-        raise Refusal(str(folder), what, "complete the model folder", MODEL)
+        raise UserError(str(folder), what, "complete the model folder", MODEL)
     if weighted:
         check_weight_files(folder)
     return read_json(config)
@@ -87,21 +87,21 @@ def _few_names(folder: Path, most: int = 8) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object; raises Refusal for anything else."""
+    """Returns a JSON object; raises UserError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as why:
-        raise Refusal(str(path), f"cannot be read as JSON ({why})", "copy the model anew", MODEL) from why
+        raise UserError(str(path), f"cannot be read as JSON ({why})", "copy the model anew", MODEL) from why
     if not isinstance(content, dict):
-        raise Refusal(str(path), "is not a JSON object", "copy the model anew", MODEL)
+        raise UserError(str(path), "is not a JSON object", "copy the model anew", MODEL)
     return content
 
 
 def read_number(config: dict[str, Any], name: str, where: str) -> float:
-    """Returns a number of a component's configuration; raises Refusal where there is none."""
+    """Returns a number of a component's configuration; raises UserError where there is none."""
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Refusal(where, f"its configuration has {name} = {value!r}", "copy the model anew", MODEL)
+        raise UserError(where, f"its configuration has {name} = {value!r}", "copy the model anew", MODEL)
     return float(value)
 
 
@@ -109,27 +109,27 @@ def check_weight_files(folder: Path) -> None:
     """Opens the header of each safetensors file of a component; an index must name only files that are there.
 
     Raises:
-        Refusal: no weights, a missing shard, or a file that is cut short or damaged in its header.
+        UserError: no weights, a missing shard, or a file that is cut short or damaged in its header.
     """
-    mend = "copy the model anew"
+    hint = "copy the model anew"
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     for index in indices:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise Refusal(str(index), "has no weight_map from tensors to files", mend, MODEL)
+            raise UserError(str(index), "has no weight_map from tensors to files", hint, MODEL)
         for name in sorted(set(weight_map.values())):
             if not (folder / name).is_file():
                 count = sum(1 for value in weight_map.values() if value == name)
-                raise Refusal(str(folder / name), f"is missing, with {count} tensors", mend, MODEL)
+                raise UserError(str(folder / name), f"is missing, with {count} tensors", hint, MODEL)
     if not files:
-        raise Refusal(str(folder), "holds no .safetensors weights", "give safetensors weights", MODEL)
+        raise UserError(str(folder), "holds no .safetensors weights", "give safetensors weights", MODEL)
     for path in files:
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as why:
-            raise Refusal(str(path), f"is cut short or damaged ({why})", mend, MODEL) from why
+            raise UserError(str(path), f"is cut short or damaged ({why})", hint, MODEL) from why
 
 
 def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.Module:  # noqa: ANN401 - diffusers' own keywords
@@ -140,7 +140,7 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
         settings: keywords of from_pretrained.
 
     Raises:
-        Refusal: weights are missing, extra, or of another shape than the configuration says.
+        UserError: weights are missing, extra, or of another shape than the configuration says.
     """
     with unloadable_refused(model_class, folder):
         model, report = model_class.from_pretrained(
@@ -156,12 +156,12 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
 
 @contextmanager
 def unloadable_refused(model_class: Any, folder: Path) -> Iterator[None]:  # noqa: ANN401 - of diffusers or transformers
-    """Turns whatever the libraries raise over a folder that does not fit its configuration into a Refusal."""
+    """Turns whatever the libraries raise over a folder that does not fit its configuration into a UserError."""
     try:
         yield
     except (SafetensorError, StrictDataclassError, *UNLOADABLE) as why:
         cause = " ".join(str(why).split())
-        raise Refusal(
+        raise UserError(
             str(folder), f"does not load as {model_class.__name__} ({cause[:300]})", "copy the model anew", MODEL
         ) from why
 
@@ -173,12 +173,12 @@ def refuse_unmatched(model_class: Any, folder: Path, **unmatched: Sequence[Any])
         unmatched: the tensors' names by kind.
 
     Raises:
-        Refusal: naming the first.
+        UserError: naming the first.
     """
     for kind, names in unmatched.items():
         if names:
             what = f"has {len(names)} {kind} keys for {model_class.__name__}, first {names[0]}"
-            raise Refusal(str(folder), what, "give the weights that belong to its config.json", MODEL)
+            raise UserError(str(folder), what, "give the weights that belong to its config.json", MODEL)
 
 
 def without_weights(model_class: Any, config: dict[str, Any]) -> torch.nn.Module:  # noqa: ANN401 - of either library
@@ -189,7 +189,7 @@ def without_weights(model_class: Any, config: dict[str, Any]) -> torch.nn.Module
         config: in its words.
 
     Raises:
-        Refusal: the class cannot be made by it.
+        UserError: the class cannot be made by it.
     """
     try:
         with torch.device("meta"):
@@ -198,21 +198,21 @@ def without_weights(model_class: Any, config: dict[str, Any]) -> torch.nn.Module
             return model_class(model_class.config_class.from_dict(config))
     except (StrictDataclassError, *UNLOADABLE) as why:
         what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
-        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
+        raise UserError("config.json", what, "copy the model anew", MODEL) from why
 
 
 def full_config(model_class: Any, config: dict[str, Any]) -> Any:  # noqa: ANN401 - diffusers' own class and configuration
     """Returns a model's configuration with the defaults of what it leaves out; loads no weight.
 
     Raises:
-        Refusal: the class cannot be made by it.
+        UserError: the class cannot be made by it.
     """
     try:
         with torch.device("meta"):
             return model_class.from_config(config).config
     except UNLOADABLE as why:
         what = f"is no configuration of {model_class.__name__} ({' '.join(str(why).split())[:300]})"
-        raise Refusal("config.json", what, "copy the model anew", MODEL) from why
+        raise UserError("config.json", what, "copy the model anew", MODEL) from why
 
 
 def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
@@ -227,7 +227,7 @@ def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: 
         probe: text with whatever the family's prompts may hold.
 
     Raises:
-        Refusal: it splits the probe otherwise.
+        UserError: it splits the probe otherwise.
     """
     if not (folder / "tokenizer.json").is_file():
         return
@@ -237,11 +237,11 @@ def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: 
     found = tokenizer(probe).input_ids
     if found != wanted.encode(probe).ids:
         what = f"is loaded as {type(tokenizer).__name__}, which splits text otherwise than its tokenizer.json"
-        raise Refusal(str(folder), what, "name the class that its tokenizer_config.json was saved with", MODEL)
+        raise UserError(str(folder), what, "name the class that its tokenizer_config.json was saved with", MODEL)
 
 
 def refuse_not_finite(model: torch.nn.Module, folder: Path) -> None:
-    """Raises Refusal naming the first tensor with a value that is not finite."""
+    """Raises UserError naming the first tensor with a value that is not finite."""
     for name, tensor in model.state_dict().items():
         if has_not_finite(tensor):
             raise not_finite(name, folder)
@@ -252,35 +252,35 @@ def has_not_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.numel()) and not all(torch.isfinite(extreme).item() for extreme in torch.aminmax(tensor))
 
 
-def not_finite(name: str, folder: Path) -> Refusal:
-    """Returns the Refusal of a tensor with such a value."""
-    return Refusal(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
+def not_finite(name: str, folder: Path) -> UserError:
+    """Returns the UserError of a tensor with such a value."""
+    return UserError(str(folder), f"{name} holds values that are not finite", "copy the model anew", MODEL)
 
 
 def read_yaml(config_path: str) -> DictConfig:
-    """Returns the yaml; it may hold no interpolation, which could read the environment. Raises Refusal."""
+    """Returns the yaml; it may hold no interpolation, which could read the environment. Raises UserError."""
     needed = "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"
     try:
         text = Path(config_path).read_text(encoding="utf-8")
         if "${" in text:
-            raise Refusal("--config_path", f"{config_path} holds an interpolation", "write the values out")
+            raise UserError("--config_path", f"{config_path} holds an interpolation", "write the values out")
         found = OmegaConf.create(text)
     except BAD_YAML as why:
-        raise Refusal("--config_path", f"{config_path}: {' '.join(str(why).split())}", needed) from why
+        raise UserError("--config_path", f"{config_path}: {' '.join(str(why).split())}", needed) from why
     if not isinstance(found, DictConfig):
-        raise Refusal("--config_path", f"{config_path} holds no names with values", needed)
+        raise UserError("--config_path", f"{config_path} holds no names with values", needed)
     return found
 
 
 def read_shift(config_path: str) -> float:
-    """Returns the flow shift from the yaml. Raises Refusal."""
+    """Returns the flow shift from the yaml. Raises UserError."""
     try:
         shift = float(read_yaml(config_path).scheduler_kwargs.shift)
     except BAD_YAML as why:
         cause = " ".join(str(why).split())
-        raise Refusal(
+        raise UserError(
             "--config_path", f"{config_path}: {cause}", "it needs scheduler_kwargs.shift, 5.0 for Wan2.1"
         ) from why
     if not 0 < shift < 1000:
-        raise Refusal("--config_path", f"scheduler_kwargs.shift is {shift}", "Wan2.1 has 5.0")
+        raise UserError("--config_path", f"scheduler_kwargs.shift is {shift}", "Wan2.1 has 5.0")
     return shift

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Everything that some layout of some family needs, and none of the pictures, pickles and papers beside it.
@@ -44,7 +44,7 @@ def local_folder(name: str, flag: str = "--pretrained_model_name_or_path") -> Pa
         flag: that it was given by, for the refusal.
 
     Raises:
-        Refusal: (MODEL) neither here nor to be had; one line with the cause.
+        UserError: (MODEL) neither here nor to be had; one line with the cause.
     """
     if Path(name).exists() or not ID.fullmatch(name):
         return Path(name)
@@ -53,5 +53,5 @@ def local_folder(name: str, flag: str = "--pretrained_model_name_or_path") -> Pa
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as why:
         cause = " ".join(str(why).split())[:300]
         what = f"{name} is not a folder here, and could not be had from the hub ({type(why).__name__}: {cause})"
-        mend = "give the folder of the model, or an id of the hub that this machine can reach or has fetched before"
-        raise Refusal(flag, what, mend, MODEL) from why
+        hint = "give the folder of the model, or an id of the hub that this machine can reach or has fetched before"
+        raise UserError(flag, what, hint, MODEL) from why

@@ -33,7 +33,7 @@ def skeleton(
         config: of the model; None for the one in the weights' folder.
 
     Raises:
-        Refusal: as load_strictly.
+        UserError: as load_strictly.
     """
     folder = stored.folder
     with unloadable_refused(model_class, folder), no_init_weights(), init_empty_weights(include_buffers=False):
@@ -72,7 +72,7 @@ def fill(shards: Iterable[tuple[str, Tensor, Tensor]], folder: Path) -> None:
         folder: that the slices come from.
 
     Raises:
-        Refusal: a value is not finite; the first such tensor is named.
+        UserError: a value is not finite; the first such tensor is named.
     """
     faults: list[tuple[int, str]] = []
     with torch.no_grad():

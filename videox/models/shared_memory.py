@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from videox.models.component import Part, load_part
+from videox.models.component import Component, load_part
 
 ALIGNED = 64  # bytes; each tensor begins at a multiple
 
@@ -38,7 +38,7 @@ class Offer(NamedTuple):
 
 def load_frozen(
     model_class: Any,  # noqa: ANN401 - of diffusers or transformers
-    part: Part,
+    part: Component,
     dtype: torch.dtype,
     *,
     pinned: bool,
@@ -59,7 +59,7 @@ def load_frozen(
         gather: returns every process's value.
 
     Raises:
-        Refusal: as load_part.
+        UserError: as load_part.
     """
     stored = stored_dtype(part.path) if part.tensors is None else part.tensors.dtype()
     mapped = stored == dtype and not pinned

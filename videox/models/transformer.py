@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from videox.models.meta_init import is_divided, skeleton
 from videox.distributed.accelerator import resolved
 from videox.lora.adapters import Lora, add_adapters, store_base
-from videox.models.component import Part, load_whole
+from videox.models.component import Component, load_whole
 
 
 def load_transformer(
     model_class: Any,  # noqa: ANN401 - of diffusers
-    part: Part,
+    part: Component,
     accelerator: Accelerator,
     *,
-    masters: bool = True,
+    fp32_params: bool = True,
 ) -> Any:  # noqa: ANN401 - as above
     """Returns the transformer to train; under ZeRO-3 and FSDP2 nothing of it is ever whole in a process.
 
@@ -33,11 +33,11 @@ def load_transformer(
         masters: in float32; else in the dtype of computation, except under FSDP1.
 
     Raises:
-        Refusal: its weights are not those of its configuration, or (FSDP2: when its engine reads them) not finite.
+        UserError: its weights are not those of its configuration, or (FSDP2: when its engine reads them) not finite.
     """
     backend = resolved(accelerator)
     # FSDP1 lays a block's tensors end to end, in one dtype: that of the float32 adapters beside the frozen ones.
-    half = not masters and accelerator.mixed_precision == "bf16" and backend != "fsdp1"
+    half = not fp32_params and accelerator.mixed_precision == "bf16" and backend != "fsdp1"
     dtype = torch.bfloat16 if half else torch.float32
     if backend == "fsdp2":
         made = skeleton(model_class, part.source(), part.own_config())

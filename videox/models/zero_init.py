@@ -39,7 +39,7 @@ def create(
         accelerator: of the run, with ZeRO-3 resolved.
 
     Raises:
-        Refusal: as load_strictly, and for values that are not finite.
+        UserError: as load_strictly, and for values that are not finite.
     """
     plain = skeleton(model_class, stored, config)
     settings = accelerator.state.deepspeed_plugin.deepspeed_config

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
-from videox.errors import Refusal
-from videox.optim.cpu_offload import OnHost
+from videox.errors import UserError
+from videox.optim.cpu_offload import CpuOffloadOptimizer
 from videox.optim.registry import OPTIMIZERS, moments_of, optimizer_class
 
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
@@ -28,7 +28,7 @@ def choose_trainable(
     names have no dot. Names that match both lists train at the full rate.
 
     Raises:
-        Refusal: a string matches nothing, or nothing is left to train.
+        UserError: a string matches nothing, or nothing is left to train.
     """
     names = [name for name, _ in module.named_parameters()]
     for flag, patterns in (("trainable_modules", trainable), ("trainable_modules_low_learning_rate", low_rate)):
@@ -36,13 +36,13 @@ def choose_trainable(
             if pattern != "." and not any(pattern in name for name in names):
                 parts = sorted({part for name in names for part in name.split(".")})
                 near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
-                raise Refusal(
+                raise UserError(
                     f"--{flag}", f"{pattern!r} matches no parameter", f"try {', '.join(near)}, or '.' for all"
                 )
     full = [name for name in names if matches(name, trainable)]
     half = [name for name in names if matches(name, low_rate) and not matches(name, trainable)]
     if not full and not half:
-        raise Refusal("--trainable_modules", "nothing is left to train", "give '.' for all")
+        raise UserError("--trainable_modules", "nothing is left to train", "give '.' for all")
     chosen = {*full, *half}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -87,7 +87,11 @@ def make_optimizer(
     make = optimizer_class(kind, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
     if kind == "adamw":
         make = partial(make, fused=True)
-    return OnHost(groups, make, lr=learning_rate) if OPTIMIZERS[name].on_host else make(groups, lr=learning_rate)
+    return (
+        CpuOffloadOptimizer(groups, make, lr=learning_rate)
+        if OPTIMIZERS[name].on_host
+        else make(groups, lr=learning_rate)
+    )
 
 
 def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:

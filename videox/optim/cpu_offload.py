@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from videox.device import Moment
+from videox.device import DeviceEvent
 
 STAGE_BYTES = 2**27  # of weights and gradients on the host at once, if no single parameter needs more; two such stages
 ALIGNED = 64  # bytes
@@ -28,7 +28,7 @@ class _Landed:
     gradient: Tensor
 
 
-class OnHost(torch.optim.Optimizer):
+class CpuOffloadOptimizer(torch.optim.Optimizer):
     """Steps parameters by an optimizer of their twins in host memory.
 
     A step brings weights and gradients to the host, some parameters at a time, while those before them are stepped
@@ -76,10 +76,10 @@ class OnHost(torch.optim.Optimizer):
             pinned = self._device.type == "cuda"
             size = self._stage_bytes
             self._stages = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        before: tuple[list[_Landed], Moment] | None = None
+        before: tuple[list[_Landed], DeviceEvent] | None = None
         # Copies to a stage follow those from it in the device's one stream of work: no event is needed between them.
         for number, parameters in enumerate(self._shares()):
-            coming = self._fetch(parameters, self._stages[number % 2]), Moment(self._device)
+            coming = self._fetch(parameters, self._stages[number % 2]), DeviceEvent(self._device)
             if before is not None:
                 self._step_share(*before)
             before = coming
@@ -127,7 +127,7 @@ class OnHost(torch.optim.Optimizer):
             landed.append(_Landed(parameter, *copies))
         return landed
 
-    def _step_share(self, share: Iterable[_Landed], there: Moment) -> None:
+    def _step_share(self, share: Iterable[_Landed], there: DeviceEvent) -> None:
         there.wait()
         for one in share:
             twin = self._twins[one.parameter]

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videox.device import to_device
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 
 CHUNK = 2**26  # numbers read at once; where the backend or another device needs a copy of them, 256 MiB
 
 
 @dataclass(frozen=True)
-class Masters:
+class Fp32Params:
     """A process's part of the float32 weights in training: of each tensor one stretch of its elements, in rank order.
 
     Attributes:
@@ -59,9 +59,9 @@ class Ema:
         device: where the average is kept (None = beside the weights).
     """
 
-    def __init__(self, masters: Masters, *, decay: float, device: torch.device | None = None) -> None:
-        self.masters, self.decay = masters, decay
-        self.parts = {name: _copy(masters.read(name), device) for name in masters.names}
+    def __init__(self, fp32_params: Fp32Params, *, decay: float, device: torch.device | None = None) -> None:
+        self.fp32_params, self.decay = fp32_params, decay
+        self.parts = {name: _copy(fp32_params.read(name), device) for name in fp32_params.names}
         self._updates = torch.zeros((), dtype=torch.float64)
 
     @property
@@ -73,7 +73,7 @@ class Ema:
         """Takes the weights as they are for the average."""
         self._updates = torch.zeros((), dtype=torch.float64)
         for name, part in self.parts.items():
-            part.copy_(self.masters.read(name))
+            part.copy_(self.fp32_params.read(name))
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
@@ -87,7 +87,7 @@ class Ema:
         for names in _chunks(self.parts):
             parts = [self.parts[name] for name in names]
             move = to_device(moves, parts[0].device)
-            weights = [self.masters.read(name).to(part.device) for name, part in zip(names, parts, strict=True)]
+            weights = [self.fp32_params.read(name).to(part.device) for name, part in zip(names, parts, strict=True)]
             torch._foreach_lerp_(parts, weights, [move] * len(parts))
 
     @contextmanager
@@ -99,18 +99,18 @@ class Ema:
         """
         self._exchange()
         try:
-            self.masters.publish()
+            self.fp32_params.publish()
             yield
         finally:
             self._exchange()
-        self.masters.publish()
+        self.fp32_params.publish()
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        self.masters.settle()
+        self.fp32_params.settle()
         for name, part in self.parts.items():
-            weights = self.masters.read(name).to(part.device, copy=True)
-            self.masters.write(name, part)
+            weights = self.fp32_params.read(name).to(part.device, copy=True)
+            self.fp32_params.write(name, part)
             part.copy_(weights)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class Ema:
             updates: that it had seen.
 
         Raises:
-            Refusal: (MODEL) a trained parameter is missing or of another size.
+            UserError: (MODEL) a trained parameter is missing or of another size.
         """
         mine = [part.numel() for part in self.parts.values()]
         ranks = self._gather(mine)
@@ -131,21 +131,21 @@ class Ema:
             # ZeRO-3 fills the last parts up to equal sizes
             if name not in stored or not 0 <= total - stored[name].numel() < len(ranks):
                 found = f"has {stored[name].numel()} numbers in {name}" if name in stored else f"lacks {name}"
-                raise Refusal("EMA", found, "resume with the model and flags it was saved with", MODEL)
+                raise UserError("EMA", found, "resume with the model and flags it was saved with", MODEL)
             begin = sum(sizes[at] for sizes in ranks[: self._rank()])
             values = stored[name].reshape(-1)[begin : begin + mine[at]]
             part.view(-1)[: values.numel()].copy_(values)
         self._updates = torch.tensor(float(updates), dtype=torch.float64)
 
     def _gather(self, sizes: list[int]) -> list[list[int]]:
-        if not self.masters.divided:
+        if not self.fp32_params.divided:
             return [sizes]
-        gathered: list[list[int]] = [[] for _ in range(dist.get_world_size(self.masters.group))]
-        dist.all_gather_object(gathered, sizes, group=self.masters.group)
+        gathered: list[list[int]] = [[] for _ in range(dist.get_world_size(self.fp32_params.group))]
+        dist.all_gather_object(gathered, sizes, group=self.fp32_params.group)
         return gathered
 
     def _rank(self) -> int:
-        return dist.get_rank(self.masters.group) if self.masters.divided else 0
+        return dist.get_rank(self.fp32_params.group) if self.fp32_params.divided else 0
 
 
 def _copy(part: Tensor, device: torch.device | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videox.errors import Refusal
+from videox.errors import UserError
 
 CAME_INSTABILITY = 0.9999  # its third decay; with its own epsilons, 1e-30 and 1e-16
 
@@ -38,7 +38,7 @@ class Optimizer:
     module: str
     backends: tuple[str, ...]
     instead: str
-    masters: bool
+    fp32_params: bool
     note: str
     by_shard: bool = False
     moments_of: str = ""
@@ -47,7 +47,7 @@ class Optimizer:
     @property
     def weight(self) -> int:
         """Bytes of a trained weight, and of its gradient."""
-        return 4 if self.masters else 2
+        return 4 if self.fp32_params else 2
 
     @property
     def moments(self) -> int:
@@ -80,15 +80,15 @@ def moments_of(name: str) -> str:
 
 
 def refuse_absent(name: str) -> None:
-    """Refuses an optimizer whose package, or the compiler that it needs, is absent; raises Refusal with the mend."""
+    """Refuses an optimizer whose package, or the compiler that it needs, is absent; raises UserError with the mend."""
     asked = OPTIMIZERS[name]
     if find_spec(asked.module) is None:
         what = f"{name} needs {asked.package.split('=')[0]}, which is not installed"
-        raise Refusal("--optimizer", what, f"pip install {asked.package}")
+        raise UserError("--optimizer", what, f"pip install {asked.package}")
     compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
     if asked.on_host and asked.package == TORCHAO and shutil.which(compiler) is None:
         what = f"{name}'s step is compiled for the host, which has no {compiler}"
-        raise Refusal("--optimizer", what, "install a C++ compiler, or give adamw_offload")
+        raise UserError("--optimizer", what, "install a C++ compiler, or give adamw_offload")
 
 
 def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None:
@@ -101,18 +101,18 @@ def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None
         lora: adapters are trained.
 
     Raises:
-        Refusal: with the way out.
+        UserError: with the way out.
     """
     asked = OPTIMIZERS[name]
     if backend not in asked.backends:
         can = [other for other, optimizer in OPTIMIZERS.items() if backend in optimizer.backends]
-        mend = f"give {' or '.join(can)} here, or launch one of {', '.join(asked.backends)}"
-        raise Refusal("--optimizer", f"{name} does not work under {backend}: {asked.instead}", mend)
-    if not asked.masters and lora:
+        hint = f"give {' or '.join(can)} here, or launch one of {', '.join(asked.backends)}"
+        raise UserError("--optimizer", f"{name} does not work under {backend}: {asked.instead}", hint)
+    if not asked.fp32_params and lora:
         what = f"{name} rounds bfloat16 weights, and a LoRA's are float32"
-        raise Refusal("--optimizer", what, "give adamw, adamw_offload or adamw8bit")
-    if not asked.masters and precision != "bf16":
-        raise Refusal("--optimizer", f"{name} trains bfloat16 weights", "compute in them: --mixed_precision bf16")
+        raise UserError("--optimizer", what, "give adamw, adamw_offload or adamw8bit")
+    if not asked.fp32_params and precision != "bf16":
+        raise UserError("--optimizer", f"{name} trains bfloat16 weights", "compute in them: --mixed_precision bf16")
 
 
 def optimizer_class(

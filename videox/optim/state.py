@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights.safetensors_io import few
 
 QUANTISED = "@"  # between the key of a quantised moment and the name of one of its parts
@@ -118,7 +118,7 @@ def load_optimizer_tensors(
         tensors: e.g. StoredTensors(folder, stem), or a dict.
 
     Raises:
-        Refusal: (MODEL) a parameter's state is missing, extra or of another shape; the optimizer is then unchanged.
+        UserError: (MODEL) a parameter's state is missing, extra or of another shape; the optimizer is then unchanged.
     """
     keys_of: dict[str, list[str]] = {}
     for full in tensors:
@@ -140,7 +140,7 @@ def load_optimizer_tensors(
             if base in PARAMETER_SHAPED and value.shape != parameter.shape:
                 faults.append(f"{base} of {name} is {list(value.shape)}, the parameter {list(parameter.shape)}")
     if faults:
-        raise Refusal("optimizer state", few(faults), "resume with the model and flags it was saved with", MODEL)
+        raise UserError("optimizer state", few(faults), "resume with the model and flags it was saved with", MODEL)
     for parameter, state in restored.items():
         optimizer.state.pop(parameter, None)
         if state:

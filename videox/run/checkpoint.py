@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from videox import __version__
-from videox.errors import MODEL, Refusal
-from videox.files import SaveFailed, aside, flush, flush_tree, unused, write_json_atomically
+from videox.errors import MODEL, UserError
+from videox.files import SaveError, flush, flush_tree, temp_path, unique_path, write_json_atomically
 
 FORMAT = 1  # of manifest.json; raised when an older videox could no longer resume what this one writes
 MANIFEST = "manifest.json"
@@ -28,7 +28,7 @@ HASHING_THREADS = 4  # hashing leaves the interpreter lock, and one thread is sl
 
 # What a save may meet: the disk (OSError; safetensors' own class for the same). Anything else, above all a
 # RuntimeError out of a collective or for want of memory, is no full disk: this process is not where the others are.
-SAVE_ERRORS = (OSError, SafetensorError, SaveFailed)
+SAVE_ERRORS = (OSError, SafetensorError, SaveError)
 
 Report = tuple[str, Any]  # what a rank tells the others: its error ("" if none) and its result
 
@@ -45,11 +45,11 @@ def _attempt(work: Callable[..., Any], *arguments: object) -> Report:
 
 
 def _agree(gather: Callable[[object], list[Any]], report: Report) -> list[Any]:
-    """Returns the results of all ranks; raises SaveFailed with the first cause on every rank if one has failed."""
+    """Returns the results of all ranks; raises SaveError with the first cause on every rank if one has failed."""
     reports: list[Report] = gather(report)
     for rank, (error, _) in enumerate(reports):
         if error:
-            raise SaveFailed(error if len(reports) == 1 else f"rank {rank}: {error}")
+            raise SaveError(error if len(reports) == 1 else f"rank {rank}: {error}")
     return [result for _, result in reports]
 
 
@@ -59,7 +59,7 @@ def _open_aside(output_dir: Path, step: int) -> str:
     if target.is_dir() and not verify(target):
         return ""
     output_dir.mkdir(parents=True, exist_ok=True)
-    folder = aside(target)
+    folder = temp_path(target)
     folder.mkdir()
     return folder.name
 
@@ -119,7 +119,7 @@ def _publish(
     flush_tree(folder)
     target = folder.with_name(f"checkpoint-{step}")
     if os.path.lexists(target):
-        superseded = unused(folder.with_name(f"superseded-{step}"))
+        superseded = unique_path(folder.with_name(f"superseded-{step}"))
         superseded.mkdir()
         target.rename(superseded / target.name)
     folder.rename(target)
@@ -153,7 +153,7 @@ def publishing(
         The folder to write into; None on all ranks if checkpoint-step is already there and sound, which then stays.
 
     Raises:
-        SaveFailed: on every rank, with the first cause; the temporary folder is gone, earlier checkpoints stand.
+        SaveError: on every rank, with the first cause; the temporary folder is gone, earlier checkpoints stand.
         TypeError: the description is not JSON-able.
     """
     described = json.loads(json.dumps(dict(description)))
@@ -210,9 +210,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Returns a checkpoint's manifest: `format`, `step`, `world_size`, `description`, `versions`, `files`.
 
     Raises:
-        Refusal: (MODEL) it is absent, damaged or of a newer format.
+        UserError: (MODEL) it is absent, damaged or of a newer format.
     """
-    mend = "resume from another checkpoint"
+    hint = "resume from another checkpoint"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         body = {key: value for key, value in manifest.items() if key != "seal"}
@@ -220,12 +220,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         sealed = manifest["seal"] == _seal(body)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-        raise Refusal(str(checkpoint), what, mend, MODEL) from error
+        raise UserError(str(checkpoint), what, hint, MODEL) from error
     if newer:
         what = f"{MANIFEST} has format {manifest['format']}, this videox reads up to {FORMAT}"
-        raise Refusal(str(checkpoint), what, f"update videox, or {mend}", MODEL)
+        raise UserError(str(checkpoint), what, f"update videox, or {hint}", MODEL)
     if not sealed:
-        raise Refusal(str(checkpoint), f"{MANIFEST} is damaged: its seal does not match", mend, MODEL)
+        raise UserError(str(checkpoint), f"{MANIFEST} is damaged: its seal does not match", hint, MODEL)
     return body
 
 
@@ -255,7 +255,7 @@ def verify(checkpoint: Path, hashes: bool = False) -> list[str]:
     """
     try:
         files: dict[str, dict[str, Any]] = read_manifest(checkpoint)["files"]
-    except Refusal as refusal:
+    except UserError as refusal:
         return [refusal.what]
     strays = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if strays:

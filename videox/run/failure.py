@@ -18,8 +18,17 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from videox.errors import PEER_LOST, PeerFailed, Refusal
-from videox.run.failure_hub import CONNECTING, Hub, Line, Report, accept, lost_connection, lost_line, open_listener
+from videox.errors import PEER_LOST, PeerFailed, UserError
+from videox.run.failure_hub import (
+    CONNECTING,
+    Connection,
+    FailureServer,
+    Report,
+    accept,
+    lost_connection,
+    lost_line,
+    open_listener,
+)
 from videox.run.lifecycle import exit_code, one_line
 from videox.run.status import RunStatus
 
@@ -27,7 +36,7 @@ BLOCKED = 5.0  # seconds after which a process that has not noticed by itself co
 LEAVING = 15  # seconds that a process may take to end once the cause is known
 
 
-class Peers:
+class FailureMonitor:
     """A process's view of the others; without others it does nothing.
 
     Attributes:
@@ -37,7 +46,7 @@ class Peers:
     def __init__(self) -> None:
         self.status: RunStatus | None = None
         self.rank, self.machines = 0, [""]
-        self._line: Line | None = None
+        self._line: Connection | None = None
         self._verdict: Report | None = None
         self._known, self._noticed = threading.Event(), threading.Event()
         self._left = False
@@ -58,9 +67,9 @@ class Peers:
         port, token = said[0][1]
         if listener is not None:
             here, there = socket.socketpair()
-            lines = {0: Line(there), **accept(listener, token, len(said) - 1)}
-            self._line = Line(here)
-            Hub(lines, [name.rpartition(" ")[0] for name in self.machines]).start()
+            lines = {0: Connection(there), **accept(listener, token, len(said) - 1)}
+            self._line = Connection(here)
+            FailureServer(lines, [name.rpartition(" ")[0] for name in self.machines]).start()
             missing = sorted(set(range(len(said))) - set(lines))
         else:
             self._line, missing = self._connect(environment, port, token), []
@@ -70,7 +79,7 @@ class Peers:
             return []
         return [f"processes {missing} could not connect to port {port} here: their failure shows by a timeout only"]
 
-    def _connect(self, environment: Mapping[str, str], port: int, token: str) -> Line | None:
+    def _connect(self, environment: Mapping[str, str], port: int, token: str) -> Connection | None:
         here = self.machines[0] == self.machines[self.rank]
         address = "127.0.0.1" if here else environment["MASTER_ADDR"]
         try:
@@ -78,7 +87,7 @@ class Peers:
         except OSError:
             return None  # the first process says so
         connection.sendall(json.dumps({"token": token, "rank": self.rank}).encode())
-        return Line(connection)
+        return Connection(connection)
 
     def leave(self) -> None:
         """Says that this process has done its part: its end is no failure."""
@@ -103,7 +112,7 @@ class Peers:
         signal.alarm(LEAVING)  # the end of an interpreter may wait for connections that nobody serves any more
         consequence = lost_connection(error)
         line, code = one_line(error), PEER_LOST if consequence else exit_code(error)
-        if not isinstance(error, (Refusal, KeyboardInterrupt)):  # a refusal names its place
+        if not isinstance(error, (UserError, KeyboardInterrupt)):  # a refusal names its place
             line = line.replace("error: ", f"error: process {self.rank}: ", 1)
         self._line.send({"report": Report(self.rank, line, code, consequence)._asdict()})
         self._known.wait(LEAVING / 2)
@@ -145,9 +154,9 @@ class Peers:
 
 
 class _FirstCause(AbstractContextManager[None]):
-    """See Peers.first_cause."""
+    """See FailureMonitor.first_cause."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: FailureMonitor) -> None:
         self.peers = peers
 
     def __exit__(

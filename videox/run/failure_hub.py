@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from videox.errors import PEER_LOST, Refusal
+from videox.errors import PEER_LOST, UserError
 
 CONNECTING = 30.0  # seconds that the connections may take
 TOGETHER = 0.5  # seconds in which reports of one cause come in; agreed refusals come from every process
@@ -59,14 +59,14 @@ def first_of(reports: Sequence[Report]) -> Report:
 def lost_line(rank: int, host: str) -> str:
     """Returns the line about a process that ended without a word."""
     what = f"process {rank} on {host} is gone: killed, out of memory, or its machine or network is down"
-    mend = "look into that machine's own log, then start again with --resume_from_checkpoint latest"
-    return Refusal("peer lost", what, mend, PEER_LOST).line()
+    hint = "look into that machine's own log, then start again with --resume_from_checkpoint latest"
+    return UserError("peer lost", what, hint, PEER_LOST).line()
 
 
 # ------------------------------------------------------------------------------------------------ connections
 
 
-class Line:
+class Connection:
     """One connection: messages are JSON lines, and the end of the stream is None."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -103,9 +103,9 @@ def open_listener(environment: Mapping[str, str]) -> socket.socket:
     return socket.create_server(("127.0.0.1" if alone else "", 0), backlog=int(world))
 
 
-def accept(listener: socket.socket, token: str, wanted: int) -> dict[int, Line]:
+def accept(listener: socket.socket, token: str, wanted: int) -> dict[int, Connection]:
     """Returns the connections by rank of those that name the token, as many as come in time."""
-    lines: dict[int, Line] = {}
+    lines: dict[int, Connection] = {}
     deadline = time.monotonic() + CONNECTING
     while len(lines) < wanted and (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
@@ -114,15 +114,15 @@ def accept(listener: socket.socket, token: str, wanted: int) -> dict[int, Line]:
             connection.settimeout(1.0)
             said = json.loads(connection.recv(256))
             if secrets.compare_digest(said["token"], token):
-                lines[int(said["rank"])] = Line(connection)
+                lines[int(said["rank"])] = Connection(connection)
     listener.close()
     return lines
 
 
-class Hub(threading.Thread):
+class FailureServer(threading.Thread):
     """On the first process: hears every process, decides which failure came first, and tells all."""
 
-    def __init__(self, lines: Mapping[int, Line], hosts: Sequence[str]) -> None:
+    def __init__(self, lines: Mapping[int, Connection], hosts: Sequence[str]) -> None:
         super().__init__(name="videox-peers", daemon=True)
         self.lines, self.hosts = dict(lines), hosts
         self.reports: list[Report] = []

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from videox.errors import FLAGS, MODEL, STORAGE, Refusal
-from videox.files import aside, flush, replacing, unused
+from videox.errors import FLAGS, MODEL, STORAGE, UserError
+from videox.files import atomic_write, flush, temp_path, unique_path
 from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, numbered, read_manifest, step_in_name, verify
 
 RECORDS = ("metrics.jsonl", "validation.jsonl", "bad_samples.jsonl")  # one object per line, with its `step`
@@ -39,15 +39,15 @@ def _foreign(folder: Path) -> list[str]:
     return [] if (folder / MANIFEST).exists() else [name for name in FOREIGN if (folder / name).exists()]
 
 
-def _refuse_foreign(folder: Path, found: list[str]) -> Refusal:
-    mend = "convert its weights to a diffusers folder and start from that with --transformer_path"
+def _refuse_foreign(folder: Path, found: list[str]) -> UserError:
+    hint = "convert its weights to a diffusers folder and start from that with --transformer_path"
     if (folder / "transformer").is_dir():
-        mend = f"start from its weights with --transformer_path {folder / 'transformer'} and another --output_dir"
+        hint = f"start from its weights with --transformer_path {folder / 'transformer'} and another --output_dir"
     what = f"is a checkpoint of VideoX-Fun or plain accelerate (it has {', '.join(found)} and no {MANIFEST})"
-    return Refusal(str(folder), what, mend, MODEL)
+    return UserError(str(folder), what, hint, MODEL)
 
 
-def _refuse_stranger(folder: Path, output_dir: Path) -> Refusal:
+def _refuse_stranger(folder: Path, output_dir: Path) -> UserError:
     """Returns the refusal of a path that is no checkpoint: with what is there, and what could have been meant."""
     found = _foreign(folder)
     if found:
@@ -61,7 +61,7 @@ def _refuse_stranger(folder: Path, output_dir: Path) -> Refusal:
         what = f"is no checkpoint: no {MANIFEST} (found: {', '.join(names[:8]) or 'nothing'})"
     else:
         what = "is a file, not a checkpoint folder" if folder.exists() else "does not exist"
-    return Refusal(str(folder), what, f"name {near[-1]}" if near else "name a checkpoint-<step> folder", MODEL)
+    return UserError(str(folder), what, f"name {near[-1]}" if near else "name a checkpoint-<step> folder", MODEL)
 
 
 def refuse_taken(output_dir: str, *, model: str, data: Path, parts: Mapping[str, str | None]) -> None:
@@ -74,18 +74,18 @@ def refuse_taken(output_dir: str, *, model: str, data: Path, parts: Mapping[str,
         parts: paths to other parts of the model by flag, None where there is none; a folder around them will do.
 
     Raises:
-        Refusal: (FLAGS) naming the flag that has the folder.
+        UserError: (FLAGS) naming the flag that has the folder.
     """
-    output, mend = Path(output_dir).resolve(), "give a folder of its own"
+    output, hint = Path(output_dir).resolve(), "give a folder of its own"
     given = {"pretrained_model_name_or_path": model, "train_data_dir": data, **parts}
     for flag, path in ((flag, path) for flag, path in given.items() if path):
         taken = Path(path).resolve()
         if output == taken or (output in taken.parents and flag not in parts):
-            raise Refusal("--output_dir", f"{output_dir} is or contains --{flag}", mend, FLAGS)
+            raise UserError("--output_dir", f"{output_dir} is or contains --{flag}", hint, FLAGS)
         if taken in output.parents and flag != "train_data_dir":
-            raise Refusal("--output_dir", f"{output_dir} is inside --{flag} {path}", mend, FLAGS)
+            raise UserError("--output_dir", f"{output_dir} is inside --{flag} {path}", hint, FLAGS)
     if output.exists() and not output.is_dir():
-        raise Refusal("--output_dir", f"{output_dir} is a file", "give a folder", FLAGS)
+        raise UserError("--output_dir", f"{output_dir} is a file", "give a folder", FLAGS)
 
 
 def _holds_a_run(output_dir: Path) -> str:
@@ -116,7 +116,7 @@ def resolve_resume(resume: str | None, output_dir: Path, *, previous_run_died: b
         verify_hashes: verify them in any case.
 
     Raises:
-        Refusal: (FLAGS) `resume` is None and the folder already holds a run; (MODEL) the path is no sound checkpoint
+        UserError: (FLAGS) `resume` is None and the folder already holds a run; (MODEL) the path is no sound checkpoint
             of ours, or `latest` finds checkpoints and none of them can be resumed; (STORAGE) a folder is unreadable.
     """
     hashes = previous_run_died or verify_hashes
@@ -125,17 +125,17 @@ def resolve_resume(resume: str | None, output_dir: Path, *, previous_run_died: b
             return _start_anew(output_dir)
         return _resume_latest(output_dir, hashes) if resume == "latest" else _resume_path(resume, output_dir, hashes)
     except OSError as error:
-        mend = "give a path that this process may read"
-        raise Refusal(
-            str(error.filename or output_dir), f"cannot be read ({error.strerror})", mend, STORAGE
+        hint = "give a path that this process may read"
+        raise UserError(
+            str(error.filename or output_dir), f"cannot be read ({error.strerror})", hint, STORAGE
         ) from error
 
 
 def _start_anew(output_dir: Path) -> Resume:
     found = _holds_a_run(output_dir)
     if found:
-        mend = "add --resume_from_checkpoint latest to go on with it, or give another --output_dir"
-        raise Refusal("--output_dir", f"{output_dir} already holds a run (it has {found})", mend, FLAGS)
+        hint = "add --resume_from_checkpoint latest to go on with it, or give another --output_dir"
+        raise UserError("--output_dir", f"{output_dir} already holds a run (it has {found})", hint, FLAGS)
     return Resume(None, 0)
 
 
@@ -147,7 +147,7 @@ def _resume_path(path: str, output_dir: Path, hashes: bool) -> Resume:
         raise _refuse_stranger(checkpoint, output_dir)
     problems = verify(checkpoint, hashes)
     if problems:
-        raise Refusal(str(checkpoint), "; ".join(problems), "name another checkpoint, or latest", MODEL)
+        raise UserError(str(checkpoint), "; ".join(problems), "name another checkpoint, or latest", MODEL)
     return Resume(checkpoint, read_manifest(checkpoint)["step"])
 
 
@@ -156,8 +156,8 @@ def _resume_latest(output_dir: Path, hashes: bool) -> Resume:
     if newest is not None:
         return Resume(newest, read_manifest(newest)["step"], tuple(warnings))
     if warnings:
-        mend = "restore one of them, or give another --output_dir to start anew"
-        raise Refusal(str(output_dir), f"has no sound checkpoint: {'. '.join(warnings)}", mend, MODEL)
+        hint = "restore one of them, or give another --output_dir to start anew"
+        raise UserError(str(output_dir), f"has no sound checkpoint: {'. '.join(warnings)}", hint, MODEL)
     for folder in reversed(numbered(output_dir)):
         found = _foreign(folder)
         if found:
@@ -176,7 +176,7 @@ def _is_later(line: bytes, step: int) -> bool:
 
 def _split_records(log: Path, moved: Path, step: int) -> None:
     """Moves the later lines of a log to another file; the log is replaced at once, after the moved lines are safe."""
-    with replacing(log) as kept:
+    with atomic_write(log) as kept:
         with log.open("rb") as lines, kept.open("xb") as keep, moved.open("xb") as move:
             for line in lines:
                 if _is_later(line, step):
@@ -201,7 +201,7 @@ def rewind(output_dir: Path, step: int) -> Path | None:
         The folder `superseded-<step>` (`-2`, ... if that exists) with what was moved; None if nothing was later.
 
     Raises:
-        Refusal: (STORAGE) the folder cannot be written.
+        UserError: (STORAGE) the folder cannot be written.
     """
     # Newest checkpoint first and the records last: at any instant the newest one left has all its records.
     later = [path for path in reversed(find_checkpoints(output_dir)) if step_in_name(path) > step]
@@ -210,7 +210,7 @@ def rewind(output_dir: Path, step: int) -> Path | None:
         logs = [log for log in logs if _has_later(log, step)]
         if not later and not logs:
             return None
-        superseded = unused(output_dir / f"superseded-{step}")
+        superseded = unique_path(output_dir / f"superseded-{step}")
         superseded.mkdir()
         for checkpoint in later:
             checkpoint.rename(superseded / checkpoint.name)
@@ -219,8 +219,8 @@ def rewind(output_dir: Path, step: int) -> Path | None:
         flush(superseded)
         flush(output_dir)
     except OSError as error:
-        mend = "make the folder writable, or give another --output_dir"
-        raise Refusal(str(output_dir), f"cannot be rewound to step {step} ({error})", mend, STORAGE) from error
+        hint = "make the folder writable, or give another --output_dir"
+        raise UserError(str(output_dir), f"cannot be rewound to step {step} ({error})", hint, STORAGE) from error
     return superseded
 
 
@@ -281,7 +281,7 @@ def prune(output_dir: Path, keep: int) -> list[str]:
         return [f"{output_dir} could not be pruned ({error}); the next save tries again"]
     for checkpoint in sound[: -max(keep, 1)]:
         # Renamed first: what is half removed no longer bears a checkpoint's name.
-        trash = aside(checkpoint, "trash")
+        trash = temp_path(checkpoint, "trash")
         try:
             checkpoint.rename(trash)
         except OSError as error:
@@ -292,7 +292,7 @@ def prune(output_dir: Path, keep: int) -> list[str]:
 
 
 def room_for(output_dir: Path, bytes_needed: int, what: str = "a checkpoint") -> None:
-    """Checks that the disk of `output_dir` (which may not exist yet) has room. Raises Refusal (STORAGE).
+    """Checks that the disk of `output_dir` (which may not exist yet) has room. Raises UserError (STORAGE).
 
     Args:
         output_dir: of a run.
@@ -305,7 +305,7 @@ def room_for(output_dir: Path, bytes_needed: int, what: str = "a checkpoint") ->
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
         found = f"{what} needs {bytes_needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB"
-        raise Refusal(str(output_dir), found, "free some room, or give an --output_dir on another disk", STORAGE)
+        raise UserError(str(output_dir), found, "free some room, or give an --output_dir on another disk", STORAGE)
 
 
 # Descriptors of locks; a forked worker closes its copies, or it would outlive its owner's lock.
@@ -328,14 +328,14 @@ def hold(output_dir: Path) -> Iterator[list[str]]:
         Warnings: one if the file system knows no locks.
 
     Raises:
-        Refusal: (FLAGS) another process holds it, named by pid, host and time; (STORAGE) the folder cannot be written.
+        UserError: (FLAGS) another process holds it, named by pid, host and time; (STORAGE) the folder cannot be written.
     """
     path = output_dir / ".lock"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             str(path), f"cannot be opened ({error})", "give an --output_dir you can write", STORAGE
         ) from error
     _held.add(lock)
@@ -345,8 +345,8 @@ def hold(output_dir: Path) -> Iterator[list[str]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "another process"
-            mend = "wait for that run or stop it, or give another --output_dir"
-            raise Refusal("--output_dir", f"{output_dir} is held by {owner}", mend, FLAGS) from error
+            hint = "wait for that run or stop it, or give another --output_dir"
+            raise UserError("--output_dir", f"{output_dir} is held by {owner}", hint, FLAGS) from error
         except OSError as error:
             warnings.append(
                 f"{path}: no file locks here ({error}); see to it that no second run writes to this folder"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from videox.errors import BUG, STORAGE, PeerFailed, Refusal
-from videox.files import SaveFailed
+from videox.errors import BUG, STORAGE, PeerFailed, UserError
+from videox.files import SaveError
 from videox.run.folder import Resume, hold, resolve_resume, sweep
 from videox.run.status import RunStatus, read_status
 
@@ -87,12 +87,12 @@ def open_run(
         gather: collective that returns every process's value.
 
     Raises:
-        Refusal: on every process: the folder is in use, holds another run, or the checkpoint cannot be resumed.
+        UserError: on every process: the folder is in use, holds another run, or the checkpoint cannot be resumed.
     """
     with ExitStack() as stack:
         decision = _open_folder(stack, output_dir, resume, verify) if is_main else None
-        shared: _Decision | Refusal = gather(decision)[0]
-        if isinstance(shared, Refusal):
+        shared: _Decision | UserError = gather(decision)[0]
+        if isinstance(shared, UserError):
             raise shared
         status = RunStatus(output_dir, enabled=is_main)
         status.step = shared.resume.step
@@ -106,7 +106,7 @@ class _Decision(NamedTuple):
     finished_step: int
 
 
-def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> _Decision | Refusal:
+def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> _Decision | UserError:
     try:
         notes = [*stack.enter_context(hold(output_dir)), *sweep(output_dir)]
         last = read_status(output_dir)
@@ -114,19 +114,19 @@ def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify:
         if died and last is not None:
             notes.append(f"the last run here died without a goodbye at step {last.step}")
         found = resolve_resume(resume, output_dir, previous_run_died=died, verify_hashes=verify)
-    except Refusal as refusal:
+    except UserError as refusal:
         return refusal
     finished_step = last.step if last is not None and last.state == "finished" else 0
     return _Decision(found, (*notes, *found.warnings), finished_step)
 
 
 def main_first(work: Callable[[], object], *, is_main: bool, gather: Callable[[object], list[Any]]) -> None:
-    """Runs `work` on the main process while the others wait; a Refusal of it is raised on every process."""
-    refusal: Refusal | None = None
+    """Runs `work` on the main process while the others wait; a UserError of it is raised on every process."""
+    refusal: UserError | None = None
     if is_main:
         try:
             work()
-        except Refusal as found:
+        except UserError as found:
             refusal = found
     refusal = gather(refusal)[0]
     if refusal is not None:
@@ -134,11 +134,11 @@ def main_first(work: Callable[[], object], *, is_main: bool, gather: Callable[[o
 
 
 def together(work: Callable[[], object], *, gather: Callable[[object], list[Any]]) -> None:
-    """Runs `work` on every process; a Refusal of any of them is raised on all."""
-    refusal: Refusal | None = None
+    """Runs `work` on every process; a UserError of any of them is raised on all."""
+    refusal: UserError | None = None
     try:
         work()
-    except Refusal as found:
+    except UserError as found:
         refusal = found
     refusals = [found for found in gather(refusal) if found is not None]
     if refusals:
@@ -147,31 +147,31 @@ def together(work: Callable[[], object], *, gather: Callable[[object], list[Any]
 
 def exit_code(error: BaseException) -> int:
     """Returns the exit code that an exception ends a run with (see videox.errors)."""
-    if isinstance(error, (Refusal, PeerFailed)):
+    if isinstance(error, (UserError, PeerFailed)):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return STORAGE if isinstance(error, SaveFailed) else BUG
+    return STORAGE if isinstance(error, SaveError) else BUG
 
 
 def one_line(error: BaseException) -> str:
     """Returns the one line that tells a person what ended a run."""
-    if isinstance(error, Refusal):
+    if isinstance(error, UserError):
         return error.line()
     if isinstance(error, PeerFailed):
         return error.line
     if isinstance(error, KeyboardInterrupt):
         return OUTSIDE
-    if isinstance(error, SaveFailed):
-        return " ".join(f"error: {error}. Mend: free some room, or give a folder that takes it".split())
+    if isinstance(error, SaveError):
+        return " ".join(f"error: {error}. Fix: free some room, or give a folder that takes it".split())
     return " ".join(f"error: {type(error).__name__}: {error}".split())
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Runs a script's main and exits with its code; a Refusal is one line on stderr, the rest keep their traceback."""
+    """Runs a script's main and exits with its code; a UserError is one line on stderr, the rest keep their traceback."""
     try:
         code = main()
-    except (Refusal, SaveFailed) as error:
+    except (UserError, SaveError) as error:
         sys.stderr.write(f"{one_line(error)}\n")
         code = exit_code(error)
     except PeerFailed as error:

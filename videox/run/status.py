@@ -105,7 +105,7 @@ class RunStatus:
             state: one of STATES.
             step: optimizer steps done; None keeps the last one told.
             exit_code: as in videox.errors, 0 for a finished run, None while it runs.
-            error: the line of `Refusal.line`, empty without an error; line breaks become spaces.
+            error: the line of `UserError.line`, empty without an error; line breaks become spaces.
 
         Raises:
             ValueError: for an unknown state.

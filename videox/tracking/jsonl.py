@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 
 
 def json_line(record: Mapping[str, object]) -> bytes:
@@ -39,7 +39,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
     What a failed write left behind is taken away again.
 
     Raises:
-        Refusal: (exit code 5) if the file cannot be written, e.g. because the disk is full.
+        UserError: (exit code 5) if the file cannot be written, e.g. because the disk is full.
     """
     line = json_line(record)
     try:
@@ -57,7 +57,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             str(path), f"cannot be written ({error.strerror})", "make room or rights there", STORAGE
         ) from error
 
@@ -68,7 +68,7 @@ def read_lines(path: Path) -> list[dict]:
     A last line without its line break is what a kill tore off; it is left out.
 
     Raises:
-        Refusal: (exit code 5) for a whole line that is not a JSON object.
+        UserError: (exit code 5) for a whole line that is not a JSON object.
     """
     if not path.exists():
         return []
@@ -79,7 +79,7 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise Refusal(
+            raise UserError(
                 f"{path}:{number}", "is not a JSON object", "remove the broken line or move the file", STORAGE
             )
         records.append(record)

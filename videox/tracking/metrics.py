@@ -65,7 +65,7 @@ class MetricsLog:
         after: the step behind the first line of a new file, for a run that goes on from another folder's checkpoint.
 
     Raises:
-        Refusal: (exit code 5) if the file holds a broken line or cannot be written.
+        UserError: (exit code 5) if the file holds a broken line or cannot be written.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool = True, after: int = 0) -> None:
@@ -80,7 +80,7 @@ class MetricsLog:
 
         Raises:
             ValueError: if the step is not the one after the last line's, so that no step is repeated or missing.
-            Refusal: (exit code 5) if the file cannot be written.
+            UserError: (exit code 5) if the file cannot be written.
         """
         if record.step != self.last_step + 1 and self.enabled:
             raise ValueError(f"{self.path}: step {record.step} does not follow step {self.last_step}")

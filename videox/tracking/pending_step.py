@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from videox.data.plan.plan import EpochPlan
-from videox.device import Moment, Numbers
+from videox.device import AsyncScalars, DeviceEvent
 from videox.distributed.step_sync import StepReport
 
 
 @dataclass(frozen=True)
-class LateStep:
+class PendingStep:
     """A step that is done as far as the host is concerned. It is recorded while the device works at the next one.
 
     Attributes:
@@ -32,11 +32,11 @@ class LateStep:
     report: StepReport
     rate: float
     empty: bool
-    numbers: Numbers
+    numbers: AsyncScalars
     seconds: float
     waited: float
-    begin: Moment
-    work_done: Moment | None
+    begin: DeviceEvent
+    work_done: DeviceEvent | None
 
     def took(self) -> float:
         """Returns the seconds of the step: by the device's clock where it has one, which the host runs ahead of."""
@@ -50,6 +50,6 @@ class LateStep:
         return max(self.work_done.since(self.begin) - self.waited, 1e-9)
 
 
-def numbers_of(loss: Tensor, grad_norm: Tensor, applied: Tensor) -> Numbers:
+def numbers_of(loss: Tensor, grad_norm: Tensor, applied: Tensor) -> AsyncScalars:
     """Returns a step's numbers on their way; loss: on the device."""
-    return Numbers(loss, grad_norm, applied, device=loss.device)
+    return AsyncScalars(loss, grad_norm, applied, device=loss.device)

@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from videox.files import replacing, write_json_atomically
+from videox.files import atomic_write, write_json_atomically
 from videox.tracking.jsonl import read_lines
 
 THUMB_SIDE = 256  # pixels, the longer side of a contact sheet's pictures
@@ -58,7 +58,7 @@ def write_clip(path: Path, frames: np.ndarray, fps: float) -> Path:
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"the rate is {fps} frames per second, not above 0")
     try:
-        with replacing(path) as aside:
+        with atomic_write(path) as aside:
             _encode(aside, frames, Fraction(fps).limit_denominator(1001))
     except av.FFmpegError as error:  # its classes are not all OSErrors
         raise OSError(f"{path} cannot be encoded: {error}") from error
@@ -83,7 +83,7 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def _save_png(path: Path, picture: Image.Image) -> Path:
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         picture.save(aside, format="PNG")
     return path
 
@@ -296,7 +296,7 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
 
     Raises:
         OSError: if the picture cannot be written.
-        Refusal: (exit code 5) for a line that is not a JSON object.
+        UserError: (exit code 5) for a line that is not a JSON object.
     """
     from matplotlib.figure import Figure  # here, since it loads slowly; without pyplot: no state of the process
 
@@ -321,7 +321,7 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     norms.set(ylabel="gradient norm")
     lower.legend(handles=[*lower.lines, *norms.lines])
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out_png) as aside:
+    with atomic_write(out_png) as aside:
         figure.savefig(aside, format="png")
     return True
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.tracking.metrics import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], int], _Sink] | No
 
 
 def check_tracker(report_to: str) -> None:
-    """Raises a Refusal (exit code 2) for a tracker that is unknown or not installed; cheap, for every process."""
+    """Raises a UserError (exit code 2) for a tracker that is unknown or not installed; cheap, for every process."""
     if report_to not in TRACKERS:
-        raise Refusal("--report_to", f"there is no tracker {report_to!r}", f"choose one of {', '.join(TRACKERS)}")
+        raise UserError("--report_to", f"there is no tracker {report_to!r}", f"choose one of {', '.join(TRACKERS)}")
     if TRACKERS[report_to] is not None and importlib.util.find_spec(report_to) is None:
-        mend = f"pip install {report_to}, or give --report_to none"
-        raise Refusal("--report_to", f"{report_to} is not installed", mend)
+        hint = f"pip install {report_to}, or give --report_to none"
+        raise UserError("--report_to", f"{report_to} is not installed", hint)
 
 
 class Tracker:
@@ -90,7 +90,7 @@ class Tracker:
         enabled: False on every process but the main one; then nothing is opened.
 
     Raises:
-        Refusal: (exit code 2) as `check_tracker`.
+        UserError: (exit code 2) as `check_tracker`.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from videox.data.media.video import READERS
 from videox.data.plan.buckets import GRIDS, SizePolicy
 from videox.data.plan.settings import BALANCES, SAMPLINGS
 from videox.diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.optim.build import SCHEDULES
 from videox.optim.registry import OPTIMIZERS, refuse_absent
 from videox.run.folder import refuse_taken
@@ -328,7 +328,7 @@ def add_run(parser: Parser) -> None:
 
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
-    """Returns the flags that decide sizes; raises Refusal when they contradict each other."""
+    """Returns the flags that decide sizes; raises UserError when they contradict each other."""
     return SizePolicy(
         video_sample_size=args.video_sample_size,
         image_sample_size=args.image_sample_size,
@@ -351,22 +351,24 @@ def check(args: argparse.Namespace) -> None:
     """Checks flags against each other and against the file system, before anything slow.
 
     Raises:
-        Refusal: naming both flags.
+        UserError: naming both flags.
     """
     size_policy(args)
     if args.gradient_checkpointing and args.selective_ac:
-        raise Refusal(
+        raise UserError(
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "give one of them"
         )
     without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}
     for flag, default in without_effect.items():
         if not args.use_ema and getattr(args, flag) != default:
-            raise Refusal(f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out")
+            raise UserError(
+                f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out"
+            )
     _check_lora(args)
     refuse_absent(optimizer_of(args))
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
-            raise Refusal(
+            raise UserError(
                 f"--{marker}", "the launcher does not run it", f"add --{marker} to accelerate launch, or drop it here"
             )
     for flag in PATHS:
@@ -375,25 +377,27 @@ def check(args: argparse.Namespace) -> None:
     wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
     if len(args.validation_paths) != wanted:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"
-        raise Refusal("--validation_paths", what, "give one image for each of --validation_prompts in i2v and inpaint")
+        raise UserError(
+            "--validation_paths", what, "give one image for each of --validation_prompts in i2v and inpaint"
+        )
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
     refuse_taken(args.output_dir, model=args.pretrained_model_name_or_path, data=data_dir(args), parts=parts)
 
 
 def optimizer_of(args: argparse.Namespace) -> str:
-    """Returns the optimizer that was asked for, by whichever flag; raises Refusal where two flags disagree."""
+    """Returns the optimizer that was asked for, by whichever flag; raises UserError where two flags disagree."""
     asked = {"use_8bit_adam": "adamw8bit", "use_came": "came"}
     chosen = {"optimizer": args.optimizer} if args.optimizer != "adamw" else {}
     chosen |= {flag: name for flag, name in asked.items() if getattr(args, flag)}
     if len({*chosen.values()}) > 1:
         named = " and ".join(f"--{flag}" for flag in chosen)
-        raise Refusal(f"--{next(iter(chosen))}", f"{named} ask for two optimizers", "give one of them")
+        raise UserError(f"--{next(iter(chosen))}", f"{named} ask for two optimizers", "give one of them")
     return next(iter(chosen.values()), "adamw")
 
 
-def with_masters(args: argparse.Namespace) -> bool:
+def with_fp32_params(args: argparse.Namespace) -> bool:
     """Returns whether the transformer's own weights are loaded in float32: they train, and no less will do."""
-    return not args.lora_rank and OPTIMIZERS[optimizer_of(args)].masters
+    return not args.lora_rank and OPTIMIZERS[optimizer_of(args)].fp32_params
 
 
 def _check_lora(args: argparse.Namespace) -> None:
@@ -402,30 +406,32 @@ def _check_lora(args: argparse.Namespace) -> None:
             ("lora_alpha", None), ("lora_target_modules", None), ("lora_dropout", 0.0), ("init_lora_from", None),
         ):  # fmt: skip
             if getattr(args, flag) != default:
-                raise Refusal(f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or leave it out")
+                raise UserError(
+                    f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or leave it out"
+                )
         if MERGED in args.export_layouts:
             what = "merged: there is no LoRA without --lora_rank"
-            raise Refusal("--export_layouts", what, "add --lora_rank, or leave it out")
+            raise UserError("--export_layouts", what, "add --lora_rank, or leave it out")
         return
     for flag, usual in (("trainable_modules", ["."]), ("trainable_modules_low_learning_rate", [])):
         if getattr(args, flag) != usual:
             what = f"{' '.join(getattr(args, flag))}: a LoRA trains its adapters alone"
-            raise Refusal(f"--{flag}", what, "name the layers by --lora_target_modules, or leave --lora_rank out")
+            raise UserError(f"--{flag}", what, "name the layers by --lora_target_modules, or leave --lora_rank out")
     if args.save_whole_weights:
         what = "a LoRA's checkpoints hold its adapters whole, and nothing of what is frozen"
-        raise Refusal("--save_whole_weights", what, "leave it out")
+        raise UserError("--save_whole_weights", what, "leave it out")
     if "original" in args.export_layouts:
-        raise Refusal(
+        raise UserError(
             "--export_layouts", "a LoRA has no layout called original", "give comfyui (its names), or merged"
         )
 
 
 def refuse_impossible(flag: str, path: str) -> None:
-    """Raises Refusal for a path that the file system cannot even be asked about: too long, or a loop of links."""
+    """Raises UserError for a path that the file system cannot even be asked about: too long, or a loop of links."""
     try:
         Path(path).resolve().exists()
     except (OSError, RuntimeError) as why:
-        raise Refusal(flag, f"{path} cannot be looked up ({why})", "give another path") from why
+        raise UserError(flag, f"{path} cannot be looked up ({why})", "give another path") from why
 
 
 def data_dir(args: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from videox.errors import Refusal
+from videox.errors import UserError
 
 NEVER_READ = "the original parsed it and never read it: leave it out"
 GONE = {
@@ -29,7 +29,7 @@ GONE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose every complaint is a Refusal, whose unknown flags name the nearest one."""
+    """An ArgumentParser whose every complaint is a UserError, whose unknown flags name the nearest one."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
         super().__init__(
@@ -37,21 +37,21 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raises Refusal instead of printing the usage."""
+        """Raises UserError instead of printing the usage."""
         flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
-        raise Refusal(flag, message.removeprefix(f"argument {flag}: "), "see --help")
+        raise UserError(flag, message.removeprefix(f"argument {flag}: "), "see --help")
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Returns the flags; every word of the command line must be one of them.
 
         Raises:
-            Refusal: a flag that is gone, unknown, misspelt or out of range.
+            UserError: a flag that is gone, unknown, misspelt or out of range.
         """
         words = list(argv if argv is not None else self._command_line())
         # before argparse, which would rather say that the flag meant is missing; a value such as "--a dog" has a space
         for word in (word.split("=", 1)[0] for word in words if word.startswith("--") and " " not in word):
             if word[2:] in GONE:
-                raise Refusal(word, "is gone", GONE[word[2:]])
+                raise UserError(word, "is gone", GONE[word[2:]])
             if word not in self._option_string_actions:
                 raise self._unknown(word)
         args, unknown = self.parse_known_args(words)
@@ -59,9 +59,9 @@ class Parser(argparse.ArgumentParser):
             raise self._unknown(unknown[0].split("=", 1)[0])
         return args
 
-    def _unknown(self, word: str) -> Refusal:
+    def _unknown(self, word: str) -> UserError:
         near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
-        return Refusal(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
+        return UserError(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
 
     @staticmethod
     def _command_line() -> list[str]:

@@ -28,35 +28,35 @@ from videox.data.loader import build_loader
 from videox.data.plan.plan import plan_epoch
 from videox.diffusion.flow_matching import draw_sigmas, timestep_density
 from videox.distributed.accelerator import Backend, follow_launcher, gather_objects, make_accelerator
-from videox.distributed.straggler import effort_of
-from videox.encoders.encode import Encoder, OnDemand, Recipe
-from videox.engine.base import Engine, WholeEngine
+from videox.distributed.straggler import backward_timer
+from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders
+from videox.engine.base import DdpEngine, Engine
 from videox.engine.deepspeed_universal import announce_conversion
-from videox.engine.ema import AveragedEngine, average_notes
+from videox.engine.ema import EmaEngine, average_notes
 from videox.engine.export import Exports, export_bytes
 from videox.engine.fsdp import OPTIMIZER_FOLDER, FsdpEngine
 from videox.engine.fsdp_local_optim import refuse_other_moments
 from videox.engine.train_state import TrainState, checkpoint_bytes, plan_inputs, refuse_other_backend
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.estimate.cost_model import step_times
 from videox.estimate.flops import Network
 from videox.estimate.mfu import run_meter
 from videox.lora.adapters import Adapted, Lora, choose_targets
-from videox.lora.checkpoint import AdaptersAlone, begin_adapters, refuse_other_kind
+from videox.lora.checkpoint import LoraWeights, begin_adapters, refuse_other_kind
 from videox.models.activation_checkpoint import recompute_blocks
-from videox.models.component import Part
+from videox.models.component import Component
 from videox.models.meta_init import is_divided
 from videox.models.transformer import attach, frozen_notes
 from videox.optim.build import choose_trainable, clip_limit, make_optimizer, parameter_groups, schedule
 from videox.optim.cpu_offload import thread_notes
 from videox.optim.registry import OPTIMIZERS, refuse_unfit
 from videox.rng import Purpose, uniform
-from videox.run.failure import Peers
+from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import Run, main_first, open_run
 from videox.tracking.trackers import check_tracker
 from videox.training.args import EXPORT_DTYPES, LR_WARMUP_STEPS, optimizer_of, size_policy
-from videox.training.precompute import fill_together, open_encoder, stock_lines, take_stocks
-from videox.training.recorder import Watch
+from videox.training.precompute import fill_together, find_missing, format_missing, open_encoder
+from videox.training.recorder import Recorder
 from videox.training.schedule import Gather, Schedule
 from videox.training.validation_loss import HeldOut
 from videox.training.validator import Validator, validation_images
@@ -71,7 +71,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, backend: Backen
     check_tracker(args.report_to)
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
-        raise Refusal("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
+        raise UserError("--initial_grad_norm_ratio", what, "leave the flag out, or launch FSDP or DDP")
     refuse_other_backend(run.resume.path, backend, optimizer_of(args))
     refuse_other_kind(run.resume.path, args.lora_rank)
     refuse_unfit(optimizer_of(args), backend.name, accelerator.mixed_precision, lora=args.lora_rank > 0)
@@ -100,10 +100,10 @@ def open_lora(
     accelerator: Accelerator,
     run: Run,
     schedule_: Schedule,
-    part: Part,
+    part: Component,
     own: Mapping[str, Sequence[str]],
     pipeline_class: Any,  # noqa: ANN401 - of diffusers
-) -> AdaptersAlone | None:
+) -> LoraWeights | None:
     """Returns what a LoRA run trains and keeps, and says it; None without --lora_rank. part: the transformer."""
     if not args.lora_rank:
         return None
@@ -130,8 +130,8 @@ def open_engine(
     transformer: torch.nn.Module,
     blocks: Sequence[torch.nn.Module],
     schedule_: Schedule,
-    part: Part,
-    adapters: AdaptersAlone | None = None,
+    part: Component,
+    adapters: LoraWeights | None = None,
 ) -> tuple[Engine, Callable[[int], float]]:
     """Returns the model as its backend trains it, and the learning rate as a function of the optimizer step.
 
@@ -174,10 +174,10 @@ def open_engine(
         lora=adapters is not None, averaged=args.use_ema,
     )  # fmt: skip
     if backend.kind == "zero":
-        from videox.engine.deepspeed import ZeroEngine  # DeepSpeed is installed on Linux only
+        from videox.engine.deepspeed import DeepSpeedEngine  # DeepSpeed is installed on Linux only
 
         several = slots // accelerator.num_processes
-        engine = ZeroEngine(
+        engine = DeepSpeedEngine(
             accelerator,
             transformer,
             optimizer_over,
@@ -196,9 +196,9 @@ def open_engine(
             by_shard=OPTIMIZERS[optimizer_of(args)].by_shard,
         )  # fmt: skip
     else:
-        engine = WholeEngine(accelerator, transformer, optimizer_over, adapters)
+        engine = DdpEngine(accelerator, transformer, optimizer_over, adapters)
     if args.use_ema:
-        engine = AveragedEngine(
+        engine = EmaEngine(
             engine,
             is_main=accelerator.is_main_process,
             decay=args.ema_decay,
@@ -219,7 +219,7 @@ def open_watch(
     engine: Engine,
     resolved: Mapping[str, Any],
     network: Callable[..., Network],
-) -> Watch:
+) -> Recorder:
     """Returns the run's records, with what lies behind the resumed step moved aside.
 
     Args:
@@ -237,7 +237,7 @@ def open_watch(
         computed, peak_tflops=args.peak_tflops, processes=accelerator.num_processes, settings=schedule_.settings,
         device=accelerator.device,
     )  # fmt: skip
-    return Watch(
+    return Recorder(
         Path(args.output_dir),
         run,
         schedule_.state,
@@ -253,7 +253,7 @@ def open_watch(
         gather=gather,
         times=step_times(accelerator, schedule_.settings),
         device=accelerator.device,
-        effort=effort_of(accelerator, engine.model),
+        effort=backward_timer(accelerator, engine.model),
     )
 
 
@@ -262,8 +262,8 @@ def open_data(
     accelerator: Accelerator,
     gather: Gather,
     planned: Schedule,
-    recipes: Sequence[Recipe],
-    encoders: OnDemand,
+    recipes: Sequence[EncodingSpec],
+    encoders: LazyEncoders,
 ) -> tuple[Encoder, TokenLengthDataset, BucketBatchSampler, torch.utils.data.DataLoader]:
     """Returns what encodes, dataset, this process's sampler and the loader over both.
 
@@ -272,7 +272,7 @@ def open_data(
         encoders: loaded here, unless the cache has everything that they would make.
     """
     if args.cache_only and not args.latent_cache:
-        raise Refusal("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
+        raise UserError("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
     encode = open_encoder(
         recipes, args.latent_cache, mode=args.train_mode, device=accelerator.device,
         is_main=accelerator.is_main_process, gather=gather, encoders=encoders,
@@ -281,8 +281,8 @@ def open_data(
         planned.index, policy=size_policy(args), reader=args.video_reader, caption_dropout=args.caption_dropout,
         shelf=encode.shelf, always_read=bool(args.dump_steps),
     )  # fmt: skip
-    stocks = take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
-    for line in stock_lines(stocks, encode.cache) if encode.cache is not None else ():
+    stocks = find_missing(planned.columns, planned.settings, planned.state, planned.total, dataset, encode)
+    for line in format_missing(stocks, encode.cache) if encode.cache is not None else ():
         accelerator.print(line, flush=True)  # before the bar, also in a file
     if any(gather(encode.cache is None or any(stock.jobs for stock in stocks))):
         encoders.load(gather)
@@ -298,7 +298,7 @@ def fill_cache(
 ) -> int:  # fmt: skip
     """Makes all that the run needs and the cache has not, each process its share; returns the exit code."""
     return fill_together(
-        take_stocks(planned.columns, planned.settings, planned.state, planned.total, dataset, encode), encode,
+        find_missing(planned.columns, planned.settings, planned.state, planned.total, dataset, encode), encode,
         rank=accelerator.process_index, world_size=accelerator.num_processes, workers=args.dataloader_num_workers,
         gather=gather, say=accelerator.print, status=run.status,
     )  # fmt: skip
@@ -361,7 +361,7 @@ def start(args: argparse.Namespace, train: Callable[..., int]) -> int:
         library.disable_progress_bar()  # a bar for each part of the model, done in an instant, hides what matters
     follow_launcher(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
-    gather, peers = gather_objects(accelerator), Peers()
+    gather, peers = gather_objects(accelerator), FailureMonitor()
     if accelerator.num_processes > 1:
         accelerator.print(*peers.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
     opened = open_run(
@@ -382,7 +382,7 @@ def open_validator(
     args: argparse.Namespace,
     accelerator: Accelerator,
     backend: Backend,
-    watch: Watch,
+    watch: Recorder,
     planned: Schedule,
     *,
     engine: Engine,
@@ -415,7 +415,7 @@ def open_validator(
         guidance_scale=guidance_scale,
         seed=planned.settings.seed,
         collective=not backend.whole_weights,
-        averaged=engine.averaged if args.validate_ema and isinstance(engine, AveragedEngine) else None,
+        averaged=engine.averaged if args.validate_ema and isinstance(engine, EmaEngine) else None,
         given_frames=given_frames,
     )
 

@@ -25,13 +25,13 @@ import videox.training.schedule as scheduling
 from videox.data.dataset import Batch, TokenLengthDataset
 from videox.data.extent import largest_bucket
 from videox.data.index.index import Index, build_index, load_index
-from videox.data.plan.balance import Load, loads
+from videox.data.plan.balance import PlanBalance, loads
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import Columns, PlanSettings, columns_of
 from videox.distributed.accelerator import BACKENDS, Backend, asked_for
 from videox.engine.base import Engine
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import ledger_lines
 from videox.estimate.explain_row import explain_row
@@ -41,8 +41,8 @@ from videox.estimate.memory import (
     WHOLE,
     Encoders,
     Memory,
+    MemorySetup,
     Parameters,
-    Setup,
     checkpoint_size,
     memory_of,
     nearest_that_fits,
@@ -70,7 +70,7 @@ from videox.estimate.report import (
     way_words,
     work_of,
 )
-from videox.files import replacing, write_json_atomically
+from videox.files import atomic_write, write_json_atomically
 from videox.lora.adapters import adapter_sizes, choose_targets
 from videox.models.activation_checkpoint import chosen_blocks
 from videox.models.folder import read_json, without_weights
@@ -205,7 +205,7 @@ def try_largest(
         accumulate: adds a batch's gradients.
 
     Raises:
-        Refusal: it does not fit.
+        UserError: it does not fit.
     """
     if args.try_largest_first == "off" or (args.try_largest_first == "auto" and accelerator.device.type != "cuda"):
         return
@@ -225,13 +225,13 @@ def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launc
     else:
         backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
     if args.dry_run_backend == "single" and processes > 1:
-        mend = "give --dry_run_backend ddp or --dry_run_processes 1"
-        raise Refusal("--dry_run_backend", f"single is one process, planned are {processes}", mend)
+        hint = "give --dry_run_backend ddp or --dry_run_processes 1"
+        raise UserError("--dry_run_backend", f"single is one process, planned are {processes}", hint)
     backend = args.dry_run_backend or backend
     if backend in ("single", "ddp"):
         backend = "ddp" if processes > 1 else "single"
     if backend not in BACKENDS:
-        raise Refusal("accelerate launch", f"{backend} is not supported", f"launch one of {', '.join(BACKENDS)}")
+        raise UserError("accelerate launch", f"{backend} is not supported", f"launch one of {', '.join(BACKENDS)}")
     precision = args.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
     local = PER_HOST if args.dry_run_processes else int(environment.get("LOCAL_WORLD_SIZE", PER_HOST))
     return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
@@ -280,7 +280,7 @@ class _Forecast:
         self.args, self.launch, self.columns, self.settings, self.plan = args, launch, columns, settings, plan
         self.model = model
         share = 1.0 if args.gradient_checkpointing else args.selective_ac
-        self.setup = Setup(
+        self.setup = MemorySetup(
             backend=launch.backend,
             processes=launch.processes,
             per_host=launch.per_host,
@@ -350,7 +350,7 @@ class _Forecast:
         _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
-    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, Load]) -> None:
+    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, PlanBalance]) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
         with _written_to(folder):
@@ -360,7 +360,7 @@ class _Forecast:
             written = ["plan_report.json", "plan_report.png"]
             for world in args.dry_run_plan:
                 own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
-                with replacing(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
+                with atomic_write(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
                     file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
                 written.append(f"plan-{world}.jsonl")
         _say(f"written to {folder}: {', '.join(written)}")
@@ -407,8 +407,8 @@ def _written_to(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        mend = "free some room, or give an --output_dir you can write"
-        raise Refusal(str(folder), f"the plan cannot be written there ({error})", mend, STORAGE) from error
+        hint = "free some room, or give an --output_dir you can write"
+        raise UserError(str(folder), f"the plan cannot be written there ({error})", hint, STORAGE) from error
 
 
 def _say_probing(files: int, seconds: float) -> None:

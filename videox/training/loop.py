@@ -19,9 +19,9 @@ from videox.distributed.accelerator import sum_over_ranks
 from videox.distributed.step_sync import agree
 from videox.engine.base import Engine
 from videox.engine.train_state import TrainState
-from videox.rng import Purpose, mix
+from videox.rng import Purpose, hash_key
 from videox.tracking.progress import StepClock
-from videox.training.recorder import Watch
+from videox.training.recorder import Recorder
 
 
 class StepEnd(NamedTuple):
@@ -50,13 +50,13 @@ class PlannedStep:
         while not last:
             with self.clock.waiting():
                 batch = next(self.loaded)
-            seed_generators(int(mix(batch["keys"][0], Purpose.DROPOUT)))
+            seed_generators(int(hash_key(batch["keys"][0], Purpose.DROPOUT)))
             yield batch
             last = batch["last"]
 
     def stamp(self) -> int:
         """Returns a number below 2^53 that processes at different steps, or with different plans, do not share."""
-        return int(mix(self.plan.epoch, self.epoch_step, len(self.rows), int(self.rows.sum()))) >> 11
+        return int(hash_key(self.plan.epoch, self.epoch_step, len(self.rows), int(self.rows.sum()))) >> 11
 
 
 def seed_generators(seed: int) -> None:
@@ -70,7 +70,7 @@ def seed_generators(seed: int) -> None:
         torch.get_device_module().manual_seed_all(seed)
 
 
-def walk(
+def iterate_steps(
     columns: Columns,
     settings: PlanSettings,
     state: TrainState,
@@ -112,10 +112,10 @@ def total_steps(columns: Columns, settings: PlanSettings, max_train_steps: int |
     return max_train_steps or sum(count_steps(columns, settings, epoch) for epoch in range(num_train_epochs))
 
 
-def close_step(
+def finish_step(
     step: PlannedStep,
     accelerator: Accelerator,
-    watch: Watch,
+    watch: Recorder,
     engine: Engine,
     *,
     loss: torch.Tensor,
@@ -140,18 +140,18 @@ def close_step(
         rate: learning rate of this step, for the records.
 
     Raises:
-        Refusal: too many steps in a row were left, too many rows are bad, or a process is at another step.
+        UserError: too many steps in a row were left, too many rows are bad, or a process is at another step.
     """
     state = watch.state
     report = agree(
         accelerator, stop=stop, bad_samples=len(bad), data_wait=watch.clock.data_wait, stamp=step.stamp(),
         busy=watch.busy(),
     )  # fmt: skip
-    watch.settle(report.busy)
+    watch.flush(report.busy)
     if report.bad_samples:  # first, so that they are named whatever ends the run
         watch.bad_samples(bad, len(step.plan.fates), max_bad_fraction)
     empty = report.bad_samples == len(step.rows)
-    seed_generators(int(mix(state.seed, state.step, Purpose.ROUNDING)))  # weights that are whole round alike
+    seed_generators(int(hash_key(state.seed, state.step, Purpose.ROUNDING)))  # weights that are whole round alike
     loss = sum_over_ranks(loss)
     update = engine.update(loss=loss, empty=empty, limit=partial(clip_limit, step=state.step))
     epoch_ended = state.advance(step.plan.n_steps)

@@ -13,7 +13,7 @@ from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.plan.epoch import padding
 from videox.engine.base import Engine
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.shapes import Bucket, token_count
 
 # The innermost function of these names says what ran; the first phase is where none of them did.
@@ -56,9 +56,9 @@ def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object
         has_moments: the optimizer's moments are allocated; before a first step others take their place here, unless
             they are to lie on the host.
     """
-    masters, moments = engine.masters(), []
+    fp32_params, moments = engine.fp32_params(), []
     if not has_moments and not engine.moments_on_host:
-        moments = [torch.zeros(2, *masters.read(name).shape, device=_device(engine)) for name in masters.names]
+        moments = [torch.zeros(2, *fp32_params.read(name).shape, device=_device(engine)) for name in fp32_params.names]
     with torch.random.fork_rng():
         accumulate(batch)
     engine.discard()
@@ -70,7 +70,7 @@ def _device(engine: Engine) -> torch.device:
 
 
 def names_memory(accumulate: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a lack of GPU memory within a micro-batch a Refusal that names its bucket and what ran.
+    """Makes a lack of GPU memory within a micro-batch a UserError that names its bucket and what ran.
 
     Args:
         accumulate: one of its arguments is the Batch.
@@ -90,7 +90,7 @@ def names_memory(accumulate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def names_phase(train: Callable[..., int]) -> Callable[..., int]:
-    """Makes a lack of GPU memory anywhere else in a run a Refusal that names what ran."""
+    """Makes a lack of GPU memory anywhere else in a run a UserError that names what ran."""
 
     @functools.wraps(train)
     def named(*given: Any) -> int:  # noqa: ANN401
@@ -107,8 +107,8 @@ def _phase(error: BaseException, phases: Mapping[str, str]) -> str:
     return found[-1] if found else phases[""]
 
 
-def _refusal(error: BaseException, phase: str, where: str) -> Refusal:
-    mend = {
+def _refusal(error: BaseException, phase: str, where: str) -> UserError:
+    hint = {
         "the VAE": "lower --vae_mini_batch or --token_sample_size, or give --low_vram",
         "the text encoder": "give --low_vram",
         "validation": "give fewer --validation_prompts, or --low_vram",
@@ -118,4 +118,4 @@ def _refusal(error: BaseException, phase: str, where: str) -> Refusal:
         "or --optimizer adamw_offload",
     )
     said = " ".join(str(error).split())
-    return Refusal("GPU memory", f"ran out in {phase}{where} ({said[:200]})", mend, FLAGS)
+    return UserError("GPU memory", f"ran out in {phase}{where} ({said[:200]})", hint, FLAGS)

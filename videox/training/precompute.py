@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from videox.data.bucket_sampler import held_out_samples
-from videox.data.cache.cache import Cache, Part, Shelf, key_of, read_memo, write_memo
+from videox.data.cache.cache import Cache, CacheField, CacheView, key_of, read_memo, write_memo
 from videox.data.cache.maintenance import size_text
 from videox.data.dataset import BadSample, PlannedSample, TokenLengthDataset, collate, facts_of
 from videox.data.loader import quiet_worker
 from videox.data.plan.plan import Columns, PlanSettings, count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed.accelerator import StopRequest
-from videox.encoders.encode import Encoder, OnDemand, Recipe
+from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders
 from videox.engine.train_state import TrainState
-from videox.errors import STOPPED, STORAGE, Refusal
+from videox.errors import STOPPED, STORAGE, UserError
 from videox.rng import Purpose, uniform
 from videox.run.lifecycle import main_first, together
 from videox.run.status import RunStatus
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stock:
+class CacheTodo:
     """What a run needs: distinct entries, those that are missing, by sample, and the data that they are made of."""
 
     dataset: TokenLengthDataset
@@ -91,9 +91,9 @@ def samples_to_come(
                     )  # fmt: skip
 
 
-def take_stock(
+def find_missing_of(
     samples: Iterator[PlannedSample], dataset: TokenLengthDataset, encoder: Encoder, seen: set[bytes]
-) -> Stock:
+) -> CacheTodo:
     """Returns what these samples need and what of it is missing; opens no file of the data.
 
     Args:
@@ -112,14 +112,14 @@ def take_stock(
             sure = (key for key in missing if not (keys[key].padded or keys[key].trimmed))
             jobs.append(Job(planned, missing, sum(sizes.values()), sum(sizes[key] for key in sure)))
     jobs.sort(key=lambda job: (-token_count(job.planned.bucket), job.planned.row))
-    return Stock(dataset, len(seen) - before, tuple(jobs))
+    return CacheTodo(dataset, len(seen) - before, tuple(jobs))
 
 
-def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
+def format_missing(stocks: Sequence[CacheTodo], cache: Cache) -> list[str]:
     """Returns what was found damaged, what is there, what is to be made, and whether there is room for it.
 
     Raises:
-        Refusal: there is none even if text were nothing.
+        UserError: there is none even if text were nothing.
     """
     entries, missing, size, least = (
         sum(numbers) for numbers in zip(*((s.entries, s.missing, s.size, s.least) for s in stocks), strict=True)
@@ -130,21 +130,21 @@ def stock_lines(stocks: Sequence[Stock], cache: Cache) -> list[str]:
     free = shutil.disk_usage(cache.folder).free
     line += f"; {missing} to make, {size_text(size)} at most; {size_text(free)} are free"
     if least > free:
-        mend = "give a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which keeps half"
-        raise Refusal("--latent_cache", line, mend, STORAGE)
+        hint = "give a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which keeps half"
+        raise UserError("--latent_cache", line, hint, STORAGE)
     close = ["warning: the latent cache may find too little room, if all captions are long"] if size > free else []
     return [*cache.damage(), line, *close]
 
 
 def open_encoder(
-    recipes: Sequence[Recipe],
+    recipes: Sequence[EncodingSpec],
     folder: str | None,
     *,
     mode: str,
     device: torch.device,
     is_main: bool,
     gather: Callable[[Any], list[Any]],
-    encoders: OnDemand[Any],
+    encoders: LazyEncoders[Any],
 ) -> Encoder:
     """Returns what makes the tensors that the encoders give, over a cache if there is one; all processes call it.
 
@@ -163,7 +163,7 @@ def open_encoder(
         return Encoder(recipes, device, encoders=encoders)
     cache = Cache(Path(folder))
 
-    def parts() -> tuple[Part, ...]:
+    def parts() -> tuple[CacheField, ...]:
         memo = read_memo(cache.folder)
         before = len(memo)
         found = tuple(recipe.part(memo) for recipe in recipes)
@@ -176,17 +176,17 @@ def open_encoder(
         parts()
 
     main_first(prepare, is_main=is_main, gather=gather)
-    return Encoder(recipes, device, Shelf(cache, parts(), mode))
+    return Encoder(recipes, device, CacheView(cache, parts(), mode))
 
 
-def take_stocks(
+def find_missing(
     columns: Columns,
     settings: PlanSettings,
     state: TrainState,
     total: int,
     dataset: TokenLengthDataset,
     encoder: Encoder,
-) -> list[Stock]:
+) -> list[CacheTodo]:
     """Returns what the rest of a run needs of the cache, and what its held-out rows do; nothing without a cache.
 
     Args:
@@ -205,13 +205,13 @@ def take_stocks(
     held_out = held_out_samples(held_out_plan(columns, settings))
     seen: set[bytes] = set()  # a caption of both is one entry
     return [
-        take_stock(trained, dataset, encoder, seen),
-        take_stock(held_out, dataset.without_dropout(), encoder, seen),
+        find_missing_of(trained, dataset, encoder, seen),
+        find_missing_of(held_out, dataset.without_dropout(), encoder, seen),
     ]
 
 
 def fill_together(
-    stocks: Sequence[Stock],
+    stocks: Sequence[CacheTodo],
     encoder: Encoder,
     *,
     rank: int,
@@ -245,7 +245,7 @@ def fill_together(
 
 
 def fill(
-    stocks: Sequence[Stock],
+    stocks: Sequence[CacheTodo],
     encoder: Encoder,
     *,
     rank: int,

@@ -16,21 +16,21 @@ from torch import Tensor
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import BadSample, Sample, TokenLengthDataset
 from videox.data.plan.plan import PADDING, EpochPlan
-from videox.device import Moment
+from videox.device import DeviceEvent
 from videox.distributed.step_sync import StepReport
-from videox.distributed.straggler import Effort, straggler_share
+from videox.distributed.straggler import BackwardTimer, straggler_share
 from videox.engine.base import Update
 from videox.engine.train_state import TrainState
-from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, Refusal
+from videox.errors import DATA, NUMERICS, STOPPED, STORAGE, UserError
 from videox.estimate.cost_model import StepTimes
 from videox.estimate.mfu import Meter
-from videox.files import SaveFailed, publish_folder, write_json_atomically
+from videox.files import SaveError, publish_folder, write_json_atomically
 from videox.run.checkpoint import publishing
 from videox.run.folder import prune, rewind, room_for
 from videox.run.lifecycle import Run, main_first, together
 from videox.tracking.jsonl import append_line
 from videox.tracking.metrics import MetricsLog, StepRecord
-from videox.tracking.pending_step import LateStep, numbers_of
+from videox.tracking.pending_step import PendingStep, numbers_of
 from videox.tracking.preview import BatchSample, plot_losses, write_batch
 from videox.tracking.progress import ProgressBar, StepClock
 from videox.tracking.trackers import Tracker
@@ -40,7 +40,7 @@ ALWAYS_ALLOWED_BAD = 10  # rows that may be unreadable whatever the fraction
 SKIPS_ALLOWED = 5  # steps without an update in a row
 
 
-class Watch:
+class Recorder:
     """Keeps a run's records. Reads only: nothing here changes what is trained.
 
     Args:
@@ -59,7 +59,7 @@ class Watch:
         effort: tells this process's own work from its waiting for others; None where nothing does.
 
     Raises:
-        Refusal: no room for a checkpoint, or an unknown tracker.
+        UserError: no room for a checkpoint, or an unknown tracker.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Watch:
         gather: Callable[[Any], list[Any]],
         times: StepTimes,
         device: torch.device,
-        effort: Effort | None = None,
+        effort: BackwardTimer | None = None,
     ) -> None:
         self.times, self.effort, self.device = times, effort, device
         self.output_dir, self.run, self.state = output_dir, run, state
@@ -104,10 +104,10 @@ class Watch:
         self.bar = ProgressBar(total, initial=state.step, enabled=is_main)
         self.clock = StepClock()
         self._save_failed = False
-        self._late: LateStep | None = None
-        self._begin = Moment(device)
+        self._late: PendingStep | None = None
+        self._begin = DeviceEvent(device)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
@@ -142,7 +142,7 @@ class Watch:
         if shown:
             try:
                 publish_folder(folder, partial(write_batch, samples=shown))
-            except SaveFailed as why:
+            except SaveError as why:
                 self.bar.note(f"warning: the first batch cannot be looked at ({why}); the run goes on")
 
     def step(
@@ -158,7 +158,7 @@ class Watch:
             empty: none of its samples could be read.
         """
         waited, seconds = self.clock.data_wait, self.clock.split()
-        self._late = LateStep(
+        self._late = PendingStep(
             self.state.step, plan, epoch_step, report, rate, empty,
             numbers_of(loss, update.grad_norm, update.applied), seconds, waited, self._begin,
             self.effort.take() if self.effort else None,
@@ -169,14 +169,14 @@ class Watch:
         """Returns the seconds that this process worked in the step that is not recorded yet; 0 = not known."""
         return self._late.busy() if self._late else 0.0
 
-    def settle(self, busy: Sequence[float] | None = None) -> None:
+    def flush(self, busy: Sequence[float] | None = None) -> None:
         """Records the last step in metrics.jsonl, tracker, bar and status, if it is not; all processes call it.
 
         Args:
             busy: every process's busy(); None gathers them.
 
         Raises:
-            Refusal: too many steps in a row changed nothing.
+            UserError: too many steps in a row changed nothing.
         """
         if self._late is not None:
             self._record(self.gather(self.busy()) if busy is None and self.effort else busy or ())
@@ -220,10 +220,10 @@ class Watch:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Leaves the time inside (validation, checkpoint) out of the steps, which are recorded before."""
-        self.settle()
+        self.flush()
         with self.clock.aside():
             yield
-        self._begin = Moment(self.device)
+        self._begin = DeviceEvent(self.device)
 
     def validation(self, result: ValidationLoss, average: ValidationLoss | None = None) -> None:
         """Records a validation loss in validation.jsonl and the tracker, and says how it moved; average: the EMA's."""
@@ -245,15 +245,15 @@ class Watch:
             self.bar.note(f"warning: {warning}")
 
     def _skipped(self, step: int, rows: Sequence[int]) -> None:
-        """Counts a step without an update. Raises Refusal: too many of them in a row."""
+        """Counts a step without an update. Raises UserError: too many of them in a row."""
         self.state.skipped += 1
         self.state.skipped_in_row += 1
         if self.is_main:
             self.bar.note(f"step {step} changed nothing: its loss or gradient is not finite")
         if self.state.skipped_in_row >= SKIPS_ALLOWED:
             what = f"{self.state.skipped_in_row} steps in a row had no finite loss and gradient, the last with rows {list(rows)}"
-            mend = "resume from an earlier checkpoint with a lower --learning_rate, or look at these rows"
-            raise Refusal(f"step {step}", what, mend, NUMERICS)
+            hint = "resume from an earlier checkpoint with a lower --learning_rate, or look at these rows"
+            raise UserError(f"step {step}", what, hint, NUMERICS)
 
     def bad_samples(self, mine: Sequence[BadSample], rows: int, max_bad_fraction: float) -> None:
         """Writes every process's bad samples of a step to bad_samples.jsonl; all processes call it.
@@ -264,7 +264,7 @@ class Watch:
             max_bad_fraction: share of them that may be bad (ten always may).
 
         Raises:
-            Refusal: more are bad.
+            UserError: more are bad.
         """
         found = [(rank, bad) for rank, part in enumerate(self.gather(list(mine))) for bad in part]
         for rank, bad in found:
@@ -275,8 +275,8 @@ class Watch:
                 self.bar.note(f"row {bad.row} counts nothing: {bad.path!r} is {bad.media_class} ({bad.detail})")
         known = len({*self.state.bad, *self.state.quarantined})
         if known > max(ALWAYS_ALLOWED_BAD, max_bad_fraction * rows):
-            mend = "mend the files named in bad_samples.jsonl, or raise --max_bad_fraction"
-            raise Refusal("--max_bad_fraction", f"{known} of {rows} rows turned out bad", mend, DATA)
+            hint = "mend the files named in bad_samples.jsonl, or raise --max_bad_fraction"
+            raise UserError("--max_bad_fraction", f"{known} of {rows} rows turned out bad", hint, DATA)
 
     def save(self, write: Callable[[Path], None], keep: int | None, description: dict[str, Any]) -> None:
         """Publishes checkpoint-N whole or not at all, then drops the oldest ones beyond `keep`; all processes call it.
@@ -287,7 +287,7 @@ class Watch:
             description: for the manifest.
 
         Raises:
-            Refusal: (STORAGE) the second save running that fails; the first is a warning.
+            UserError: (STORAGE) the second save running that fails; the first is a warning.
         """
         with self.aside():
             self.metrics.sync()
@@ -297,10 +297,10 @@ class Watch:
                 ) as folder:
                     if folder is not None:
                         write(folder)
-            except SaveFailed as why:
+            except SaveError as why:
                 if self._save_failed:
                     what = f"the save at step {self.state.step} failed like the one before ({why})"
-                    raise Refusal(
+                    raise UserError(
                         str(self.output_dir), what, "make room or mend the disk, then resume", STORAGE
                     ) from why
                 self._save_failed = True

@@ -25,7 +25,7 @@ from videox.engine.train_state import (
     resume_or_begin,
 )
 from videox.estimate.cost_model import read_cost_model
-from videox.files import replacing
+from videox.files import atomic_write
 from videox.run.lifecycle import Run, main_first
 from videox.tracking.jsonl import json_line
 from videox.training.args import data_dir, size_policy
@@ -77,7 +77,7 @@ def open_schedule(
         min_frames: below which a sample teaches nothing.
 
     Raises:
-        Refusal: the data cannot be read or trained, or a resumed run would get another schedule.
+        UserError: the data cannot be read or trained, or a resumed run would get another schedule.
     """
     index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
@@ -110,7 +110,7 @@ def open_schedule(
     balance = report.balance_line(plan, settings, accelerator.num_processes)
     accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
     if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
-        with replacing(Path(args.output_dir) / "refused_rows.jsonl") as aside:
+        with atomic_write(Path(args.output_dir) / "refused_rows.jsonl") as aside:
             aside.write_bytes(b"".join(map(json_line, refused)))
         accelerator.print(
             f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"

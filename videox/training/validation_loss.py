@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from videox.diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, keyed_noise, shifted, velocity_losses
-from videox.rng import Purpose, mix
+from videox.rng import Purpose, hash_key
 from videox.tracking.jsonl import append_line, read_lines
 from videox.tracking.preview import SheetEntry, write_clip, write_contact_sheet
 
@@ -141,7 +141,12 @@ def validation_loss(
             sample = samples[index % len(samples)]
             losses = [
                 _loss_at(
-                    sample, predict, sigma, int(mix(noise_key, Purpose.VALIDATION, index, i)), given_frames, device
+                    sample,
+                    predict,
+                    sigma,
+                    int(hash_key(noise_key, Purpose.VALIDATION, index, i)),
+                    given_frames,
+                    device,
                 )
                 for i, sigma in enumerate(sigmas)
             ]
@@ -179,7 +184,7 @@ def append_validation(path: Path, step: int, result: ValidationLoss, average: Va
         average: of their EMA, appended as "ema_loss" and "ema_per_sigma".
 
     Raises:
-        Refusal: (exit code 5) if the file cannot be written.
+        UserError: (exit code 5) if the file cannot be written.
     """
     line: dict[str, Any] = {"step": step}
     for prefix, found in (("", result), ("ema_", average)):
@@ -195,7 +200,7 @@ def change_since_first(path: Path) -> str:
     Nothing where there is one line only, or where either loss is not finite.
 
     Raises:
-        Refusal: (exit code 5) for a line that is not a JSON object.
+        UserError: (exit code 5) for a line that is not a JSON object.
     """
     first, *later = read_lines(path)
     if not later or not first["loss"] or later[-1]["loss"] is None:

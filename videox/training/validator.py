@@ -16,9 +16,9 @@ from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.media.video import BadMedia, read_image
 from videox.data.plan.plan import EpochPlan
 from videox.distributed.accelerator import sum_over_ranks
-from videox.errors import DATA, Refusal
+from videox.errors import DATA, UserError
 from videox.shapes import Bucket
-from videox.training.recorder import Watch
+from videox.training.recorder import Recorder
 from videox.training.validation_loss import HeldOut, ValidationLoss, sample_clips, validation_loss
 
 SIGMAS = 4  # noise levels at which each held-out row is measured
@@ -38,14 +38,16 @@ def encode_held_out(
         encode: gives the latents of a batch, by the posterior's mode, and what the model is given beside them.
 
     Raises:
-        Refusal: a row cannot be read.
+        UserError: a row cannot be read.
     """
     encoded, kept = [], dataset.without_dropout()
     for planned in held_out_samples(plan):
         sample = kept[planned]
         if sample["bad"] is not None:
             what = f"the held-out row {planned.row} is {sample['bad'].media_class} ({sample['bad'].detail})"
-            raise Refusal("--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA)
+            raise UserError(
+                "--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA
+            )
         latents, given = encode(collate([sample]))
         encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
     return encoded
@@ -75,7 +77,7 @@ class Validator:
     def __init__(
         self,
         accelerator: Accelerator,
-        watch: Watch,
+        watch: Recorder,
         *,
         model: torch.nn.Module,
         held_out: Sequence[HeldOut],
@@ -149,7 +151,7 @@ def validation_images(paths: Sequence[str], shape: Bucket) -> list[Image.Image]:
     """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
 
     Raises:
-        Refusal: one cannot be read.
+        UserError: one cannot be read.
     """
     images = []
     for path in paths:
@@ -157,5 +159,5 @@ def validation_images(paths: Sequence[str], shape: Bucket) -> list[Image.Image]:
             images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
         except BadMedia as why:
             what = f"{path} is {why.media_class} ({why.detail})"
-            raise Refusal("--validation_paths", what, "give an image that can be read") from why
+            raise UserError("--validation_paths", what, "give an image that can be read") from why
     return images

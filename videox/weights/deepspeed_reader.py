@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from videox.errors import MODEL, Refusal
-from videox.weights.lazy_tensor import Scattered, Shards, Vector, first_elements, renamed, whole
+from videox.errors import MODEL, UserError
+from videox.weights.lazy_tensor import LazyTensor, Shards, Vector, first_elements, renamed, whole
 from videox.weights.safe_pickle import Record, StoredTensor, damaged, read_archive
 from videox.weights.safetensors_io import few
 
@@ -39,17 +39,17 @@ def tag_folder(checkpoint: Path, tag: str | None) -> Path | None:
         tag: the folder's name; None takes it from `latest`.
 
     Raises:
-        Refusal: (MODEL) the tag leads outside the checkpoint, or to nothing.
+        UserError: (MODEL) the tag leads outside the checkpoint, or to nothing.
     """
     found = sorted(path.parent.name for path in checkpoint.glob(f"*/{OPTIMIZER}"))
     names = list(dict.fromkeys(found))
     if tag is None and not (checkpoint / LATEST).is_file():
         if next(checkpoint.glob(OPTIMIZER), None) is not None:
             what = "holds the ranks' files themselves"
-            raise Refusal(str(checkpoint), what, f"name the folder above it, with --tag {checkpoint.name}", MODEL)
+            raise UserError(str(checkpoint), what, f"name the folder above it, with --tag {checkpoint.name}", MODEL)
         if names:
             what = f"has no file '{LATEST}' that says which tag to read (found: {', '.join(names)})"
-            raise Refusal(str(checkpoint), what, f"give --tag {names[0]}", MODEL)
+            raise UserError(str(checkpoint), what, f"give --tag {names[0]}", MODEL)
         return None
     origin = "--tag" if tag is not None else str(checkpoint / LATEST)
     chosen = tag if tag is not None else (checkpoint / LATEST).read_text(encoding="utf-8", errors="replace").strip()
@@ -57,7 +57,7 @@ def tag_folder(checkpoint: Path, tag: str | None) -> Path | None:
         if not names and tag is not None and (checkpoint / tag).is_dir():
             return None  # a tag of another backend
         what = f"names the tag {chosen!r}, which has no {OPTIMIZER} (found: {', '.join(names) or 'none'})"
-        raise Refusal(origin, what, f"give --tag {names[0]}" if names else AGAIN, MODEL)
+        raise UserError(origin, what, f"give --tag {names[0]}" if names else AGAIN, MODEL)
     return checkpoint / chosen
 
 
@@ -69,7 +69,7 @@ def read_zero(folder: Path, *, exclude_frozen: bool = False) -> Shards:
         exclude_frozen: leave out the parameters that were not trained.
 
     Raises:
-        Refusal: (MODEL) a rank's file is missing, extra, there twice, damaged or of another step.
+        UserError: (MODEL) a rank's file is missing, extra, there twice, damaged or of another step.
     """
     optimizers = [_optimizer(path) for path in _ranks(folder, OPTIMIZER_FILE, OPTIMIZER)]
     stage, world = _stage(folder, optimizers[0]), _world(optimizers[0])
@@ -110,15 +110,15 @@ def _ranks(folder: Path, pattern: re.Pattern[str], what: str) -> list[Path]:
         match = pattern.fullmatch(path.name)
         if not match or int(match[2]):
             cause = "is of no data-parallel rank" if not match else "belongs to a model that is split over ranks"
-            raise Refusal(str(path), cause, "convert a checkpoint of ZeRO data parallelism alone", MODEL)
+            raise UserError(str(path), cause, "convert a checkpoint of ZeRO data parallelism alone", MODEL)
         rank = int(match[1] or 0)
         if rank in found:
             both = f"rank {rank} is there twice: {found[rank].name} and {path.name}"
-            raise Refusal(str(folder), both, "remove the file that is of another save", MODEL)
+            raise UserError(str(folder), both, "remove the file that is of another save", MODEL)
         found[rank] = path
     missing = [str(rank) for rank in range(max(found, default=0) + 1) if rank not in found]
     if missing:
-        raise Refusal(
+        raise UserError(
             str(folder), f"of {what} rank {', '.join(missing)} is missing (found {len(found)})", AGAIN, MODEL
         )
     return [found[rank] for rank in sorted(found)]
@@ -128,7 +128,7 @@ def _refuse_count(folder: Path, what: str, found: int, wanted: int) -> None:
     if found != wanted:
         word = "missing" if found < wanted else "too many"
         cause = f"has {found} of {what} where {wanted} were saved: {abs(wanted - found)} {word}"
-        raise Refusal(str(folder), cause, AGAIN, MODEL)
+        raise UserError(str(folder), cause, AGAIN, MODEL)
 
 
 def _content(path: Path, *keys: str) -> dict[str, Any]:
@@ -138,14 +138,14 @@ def _content(path: Path, *keys: str) -> dict[str, Any]:
     missing = [key for key in keys if key not in content]
     if missing:
         cause = f"has no {', '.join(missing)}: it is not of a ZeRO checkpoint"
-        raise Refusal(str(path), cause, "convert what DeepSpeed saved with ZeRO-1, -2 or -3", MODEL)
+        raise UserError(str(path), cause, "convert what DeepSpeed saved with ZeRO-1, -2 or -3", MODEL)
     return content
 
 
 def _optimizer(path: Path) -> dict[str, Any]:
     state = _content(path, "optimizer_state_dict")["optimizer_state_dict"]
     if not isinstance(state, dict) or not {"zero_stage", "partition_count"} <= state.keys():
-        raise Refusal(str(path), "has no zero_stage", "convert what DeepSpeed saved with ZeRO-1, -2 or -3", MODEL)
+        raise UserError(str(path), "has no zero_stage", "convert what DeepSpeed saved with ZeRO-1, -2 or -3", MODEL)
     return state
 
 
@@ -153,7 +153,7 @@ def _model(path: Path) -> dict[str, Any]:
     content = _content(path, "module", "buffer_names", "param_shapes")
     if content.get("mp_world_size", 1) != 1:
         cause = f"is one of {content['mp_world_size']} parts of a model that is split over ranks"
-        raise Refusal(str(path), cause, "convert a checkpoint of ZeRO data parallelism alone", MODEL)
+        raise UserError(str(path), cause, "convert a checkpoint of ZeRO data parallelism alone", MODEL)
     return content
 
 
@@ -166,7 +166,7 @@ def _stage(folder: Path, state: Mapping[str, Any]) -> int:
         stage = stage.arguments[0] if stage.arguments else None
         stage = STAGES.get(stage, stage) if isinstance(stage, str) else stage
     if stage not in (1, 2, 3):
-        raise Refusal(str(folder), f"is of ZeRO stage {stage!r}", "convert a checkpoint of stage 1, 2 or 3", MODEL)
+        raise UserError(str(folder), f"is of ZeRO stage {stage!r}", "convert a checkpoint of stage 1, 2 or 3", MODEL)
     return int(stage)
 
 
@@ -182,9 +182,9 @@ def _flat_groups(folder: Path, state: Mapping[str, Any], stage: int) -> list[Sto
     if not isinstance(groups, list) or not all(
         isinstance(group, StoredTensor) and len(group.shape) == 1 and group.contiguous for group in groups
     ):
-        raise Refusal(str(folder), f"holds no {key}", "convert a checkpoint with its optimizer state", MODEL)
+        raise UserError(str(folder), f"holds no {key}", "convert a checkpoint with its optimizer state", MODEL)
     if {group.dtype for group in groups} - {torch.float32}:
-        raise Refusal(str(folder), f"{key} is not float32", "convert a checkpoint with float32 masters", MODEL)
+        raise UserError(str(folder), f"{key} is not float32", "convert a checkpoint with float32 masters", MODEL)
     return groups
 
 
@@ -231,29 +231,29 @@ def _refuse_mixed(
                 values = f"{facts[0][other[0]]} and {fact[other[0]]}"
                 values = values if len(values) < 100 else "they differ"
                 cause = f"mixes files of different saves: {other[0]} of ranks 0 and {rank}: {values}"
-                raise Refusal(str(folder), cause, AGAIN, MODEL)
+                raise UserError(str(folder), cause, AGAIN, MODEL)
     if told[0]["dp_world_size"] not in (None, world):
         cause = (
             f"mixes files of different saves: {told[0]['dp_world_size']} ranks by the model, {world} by the optimizer"
         )
-        raise Refusal(str(folder), cause, AGAIN, MODEL)
+        raise UserError(str(folder), cause, AGAIN, MODEL)
 
 
-def _refuse_other_step(folder: Path, trained: Mapping[str, Scattered], module: Mapping[str, Any]) -> None:
+def _refuse_other_step(folder: Path, trained: Mapping[str, LazyTensor], module: Mapping[str, Any]) -> None:
     """Refuses a model file of another step: after each step DeepSpeed copies the masters into the model's weights."""
     other = []
     for name, tensor in trained.items():
         copy = module.get(name)
         if isinstance(copy, StoredTensor) and copy.shape == tensor.shape and copy.contiguous:
             weights = first_elements(whole(name, copy), SAMPLE)
-            masters = first_elements(tensor, SAMPLE).to(weights.dtype)
-            if not torch.isclose(masters, weights, rtol=0, atol=0, equal_nan=True).all():
+            fp32_params = first_elements(tensor, SAMPLE).to(weights.dtype)
+            if not torch.isclose(fp32_params, weights, rtol=0, atol=0, equal_nan=True).all():
                 other.append(name)
     if other:
         cause = (
             f"mixes files of different saves: the model file has other values than the optimizer files in {few(other)}"
         )
-        raise Refusal(str(folder), cause, AGAIN, MODEL)
+        raise UserError(str(folder), cause, AGAIN, MODEL)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -264,7 +264,7 @@ def _buffers(model: Mapping[str, Any]) -> dict[str, StoredTensor]:
     return {name: stored for name, stored in model["module"].items() if name in names}
 
 
-def _frozen(models: Sequence[Mapping[str, Any]], stage: int) -> dict[str, Scattered]:
+def _frozen(models: Sequence[Mapping[str, Any]], stage: int) -> dict[str, LazyTensor]:
     shapes = models[0].get("frozen_param_shapes") or {}
     found = {}
     for name, shape in shapes.items():
@@ -272,7 +272,7 @@ def _frozen(models: Sequence[Mapping[str, Any]], stage: int) -> dict[str, Scatte
         if stage < 3:
             found[name] = whole(name, pieces[0])
         else:
-            found[name] = Scattered(name, pieces[0].dtype, shape, tuple(Vector(pieces).cut(0, prod(shape))))
+            found[name] = LazyTensor(name, pieces[0].dtype, shape, tuple(Vector(pieces).cut(0, prod(shape))))
     return found
 
 
@@ -280,13 +280,13 @@ def _trained_stage_2(
     ranks: Sequence[Sequence[StoredTensor]],
     shapes: Sequence[Mapping[str, Shape]],
     paddings: Sequence[Sequence[int]] | None,
-) -> dict[str, Scattered]:
-    tensors: dict[str, Scattered] = {}
+) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
     for number, (group, pieces) in enumerate(zip(shapes, zip(*ranks, strict=True), strict=True)):
         vector, at = Vector(pieces), 0
         gaps = paddings[number] if paddings is not None else [0] * len(group)
         for (name, shape), gap in zip(group.items(), gaps, strict=True):
-            tensors[name] = Scattered(name, torch.float32, shape, tuple(vector.cut(at, prod(shape))))
+            tensors[name] = LazyTensor(name, torch.float32, shape, tuple(vector.cut(at, prod(shape))))
             at += prod(shape) + gap
         align = 2 * len(ranks)  # the padding at the end; its exact size needs the living optimizer
         if ceil(at / align) != ceil(vector.length / align):
@@ -296,9 +296,9 @@ def _trained_stage_2(
 
 def _trained_stage_3(
     ranks: Sequence[Sequence[StoredTensor]], shapes: Sequence[Mapping[str, Shape]]
-) -> dict[str, Scattered]:
+) -> dict[str, LazyTensor]:
     vectors, at = [Vector(groups) for groups in ranks], 0
-    tensors: dict[str, Scattered] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         numel = prod(shape)
         share = ceil(numel / len(vectors))
@@ -307,7 +307,7 @@ def _trained_stage_3(
             for rank, vector in enumerate(vectors)
             for run in vector.cut(at, max(0, min(share, numel - rank * share)))
         ]
-        tensors[name] = Scattered(name, torch.float32, shape, tuple(runs))
+        tensors[name] = LazyTensor(name, torch.float32, shape, tuple(runs))
         at += share
     lengths = {vector.length for vector in vectors}
     if lengths != {at}:

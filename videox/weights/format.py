@@ -13,7 +13,7 @@ from videox.weights.safetensors_io import NamedTensors, StoredTensors, load_weig
 TRANSFORMER = "transformer"  # what the weights in training are called in a checkpoint; their average has another name
 
 
-class Kept(Protocol):
+class WeightFormat(Protocol):
     """What a checkpoint keeps of a model.
 
     Attributes:
@@ -35,13 +35,13 @@ class Kept(Protocol):
         """
 
     def load(self, checkpoint: Path, model: nn.Module) -> None:
-        """Copies the weights in training of a checkpoint into a whole model. Raises Refusal where they do not fit."""
+        """Copies the weights in training of a checkpoint into a whole model. Raises UserError where they do not fit."""
 
     def stored(self, checkpoint: Path, name: str) -> Mapping[str, Tensor]:
-        """Returns what save wrote, by the parameters' names in the model. Raises Refusal where it cannot be read."""
+        """Returns what save wrote, by the parameters' names in the model. Raises UserError where it cannot be read."""
 
 
-class WholeModel:
+class FullWeights:
     """See Kept: a folder in diffusers layout, float32."""
 
     trained_alone = False

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from videox.errors import MODEL, Refusal
-from videox.weights.lazy_tensor import Run, Scattered, Shards
+from videox.errors import MODEL, UserError
+from videox.weights.lazy_tensor import FileSpan, LazyTensor, Shards
 from videox.weights.safe_pickle import Record, StoredTensor, damaged, read_archive, read_pickle
 
 METADATA = ".metadata"
@@ -34,7 +34,7 @@ def fsdp_folder(checkpoint: Path, tag: str | None) -> Path | None:
         tag: name of the folder inside the checkpoint; None looks for accelerate's.
 
     Raises:
-        Refusal: (MODEL) there are several, or shards without their `.metadata`.
+        UserError: (MODEL) there are several, or shards without their `.metadata`.
     """
     if tag is not None:
         inside = Path(tag).name == tag
@@ -42,10 +42,10 @@ def fsdp_folder(checkpoint: Path, tag: str | None) -> Path | None:
     folders = [path for path in (checkpoint, *sorted(checkpoint.glob(FOLDERS))) if (path / METADATA).is_file()]
     if len(folders) > 1:
         names = ", ".join(path.name for path in folders)
-        raise Refusal(str(checkpoint), f"holds several models: {names}", "choose one by --tag", MODEL)
+        raise UserError(str(checkpoint), f"holds several models: {names}", "choose one by --tag", MODEL)
     bare = [path.parent for path in (*checkpoint.glob("*.distcp"), *checkpoint.glob(f"{FOLDERS}/*.distcp"))]
     if not folders and bare:
-        raise Refusal(str(bare[0]), f"has no {METADATA}: its save did not end, or was copied in part", AGAIN, MODEL)
+        raise UserError(str(bare[0]), f"has no {METADATA}: its save did not end, or was copied in part", AGAIN, MODEL)
     return folders[0] if folders else None
 
 
@@ -53,7 +53,7 @@ def read_fsdp(folder: Path) -> Shards:
     """Returns the tensors of a sharded checkpoint of torch.distributed.checkpoint.
 
     Raises:
-        Refusal: (MODEL) a file is missing, extra, damaged, cut short, or holds something else than the metadata says.
+        UserError: (MODEL) a file is missing, extra, damaged, cut short, or holds something else than the metadata says.
     """
     path = folder / METADATA
     metadata = read_pickle(path).state
@@ -81,7 +81,7 @@ def _model_names(path: Path, described: Mapping[str, Record], paths: Mapping[str
     if not names:
         found = ", ".join(sorted({str(place[0]) for place in full.values()})[:8]) or "no tensor"
         what = f"holds no {MODEL_KEY!r} (found: {found})"
-        raise Refusal(str(path), what, "name the folder of the model's shards, not of the optimizer's", MODEL)
+        raise UserError(str(path), what, "name the folder of the model's shards, not of the optimizer's", MODEL)
     return names
 
 
@@ -94,11 +94,11 @@ def _refuse_other_files(folder: Path, named: set[str]) -> None:
     there = {path.name for path in folder.glob("*.distcp")}
     outside = sorted(name for name in named if Path(name).name != name)
     if outside:
-        raise Refusal(str(folder / METADATA), f"points outside its folder, to {outside[0]!r}", AGAIN, MODEL)
+        raise UserError(str(folder / METADATA), f"points outside its folder, to {outside[0]!r}", AGAIN, MODEL)
     for word, names in (("lacks", named - there), ("also holds", there - named)):
         if names:
             what = f"{word} {', '.join(sorted(names)[:5])} ({len(there)} files found, {METADATA} names {len(named)})"
-            raise Refusal(str(folder), what, AGAIN, MODEL)
+            raise UserError(str(folder), what, AGAIN, MODEL)
 
 
 def _tensor(
@@ -107,14 +107,14 @@ def _tensor(
     name: str,
     described: Mapping[str, Any],
     places: Mapping[tuple[str, tuple[int, ...] | None], Mapping[str, Any]],
-) -> Scattered:
+) -> LazyTensor:
     shape, dtype = tuple(described["size"]), _dtype(described["properties"])
     boxes: list[Box] = []
     for chunk in described["chunks"]:
         offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
         if prod(sizes):
             boxes.append((offsets, sizes, _box(folder, places[key, offsets], sizes, dtype)))
-    return Scattered(name, dtype, shape, tuple(_runs(name, shape, boxes)))
+    return LazyTensor(name, dtype, shape, tuple(_runs(name, shape, boxes)))
 
 
 def _dtype(properties: Record) -> torch.dtype:
@@ -127,14 +127,14 @@ def _dtype(properties: Record) -> torch.dtype:
 def _box(folder: Path, place: Mapping[str, Any], sizes: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
     path = folder / place["relative_path"]
     if place.get("transform_descriptors"):
-        raise Refusal(str(path), "is compressed or encrypted", "save it without extensions", MODEL)
+        raise UserError(str(path), "is compressed or encrypted", "save it without extensions", MODEL)
     stored = read_archive(path, place["offset"], place["length"])
     if not isinstance(stored, StoredTensor) or (stored.shape, stored.dtype) != (sizes, dtype) or not stored.contiguous:
         raise damaged(path, f"at byte {place['offset']} lies something else than {METADATA} says")
     return stored
 
 
-def _runs(name: str, shape: tuple[int, ...], boxes: list[Box]) -> Iterator[Run]:
+def _runs(name: str, shape: tuple[int, ...], boxes: list[Box]) -> Iterator[FileSpan]:
     """Yields the elements of all boxes in the order of the whole tensor; the boxes must tile it."""
     pieces = sorted((piece for box in boxes for piece in _rows(shape, *box)), key=lambda piece: piece[0])
     end = 0
@@ -149,7 +149,7 @@ def _runs(name: str, shape: tuple[int, ...], boxes: list[Box]) -> Iterator[Run]:
 
 def _rows(
     shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], stored: StoredTensor
-) -> Iterator[tuple[int, Run]]:
+) -> Iterator[tuple[int, FileSpan]]:
     """Yields a box's stretches that are one piece in the whole tensor too, each with its place there (elements)."""
     if any(low + size > limit for low, size, limit in zip(offsets, sizes, shape, strict=True)):
         raise ValueError(f"a shard at {list(offsets)} of {list(sizes)} is not inside {list(shape)}")
@@ -159,4 +159,4 @@ def _rows(
     for number, index in enumerate(product(*(range(size) for size in sizes[:cut]))):
         place = sum((low + at) * stride for low, at, stride in zip(offsets[:cut], index, strides[:cut], strict=True))
         place += sum(low * stride for low, stride in zip(offsets[cut:], strides[cut:], strict=True))
-        yield place, Run(stored.path, stored.start + number * length * stored.dtype.itemsize, length)
+        yield place, FileSpan(stored.path, stored.start + number * length * stored.dtype.itemsize, length)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.files import publish_file
 from videox.weights import layouts
 from videox.weights.header import MODEL_CONFIG
 from videox.weights.layouts import Entry, Piece
-from videox.weights.lazy_tensor import Scattered
+from videox.weights.lazy_tensor import LazyTensor
 from videox.weights.reader import LayoutTensors, assembled, open_tensors
 from videox.weights.safetensors_io import CONFIG
 from videox.weights.stream_writer import Planned, check_bytes, check_folder, planned, write_folder
@@ -36,7 +36,7 @@ def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
         layout: "diffusers" | "original" | "comfyui".
 
     Raises:
-        Refusal: (MODEL) it is no transformer of a known family.
+        UserError: (MODEL) it is no transformer of a known family.
     """
     shapes = source.shapes()
     if layout == "diffusers":
@@ -44,13 +44,13 @@ def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
     family = layouts.family_of(shapes)
     if family not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES.values())
-        raise Refusal(str(source.path), f"is no transformer of {known}", "give one", MODEL)
+        raise UserError(str(source.path), f"is no transformer of {known}", "give one", MODEL)
     prefix = COMFYUI_PREFIX if layout == "comfyui" else ""
     return [replace(entry, name=f"{prefix}{entry.name}") for entry in layouts.to_original(family, shapes)]
 
 
-def relaid(source: LayoutTensors, layout: str) -> list[Scattered]:
-    """Returns where the elements of each tensor of laid_out lie. Raises Refusal (MODEL) as it does."""
+def relaid(source: LayoutTensors, layout: str) -> list[LazyTensor]:
+    """Returns where the elements of each tensor of laid_out lie. Raises UserError (MODEL) as it does."""
     tensors = {name: source.scattered(name) for name in source}
     return [assembled(entry, tensors, source.path) for entry in laid_out(source, layout)]
 
@@ -66,8 +66,8 @@ def export_file(folder: Path, target: Path, layout: str, dtype: torch.dtype, met
         metadata: for the header, which also gets the configuration: no shape tells how wide a head is.
 
     Raises:
-        Refusal: (NUMERICS) a value is not finite in this dtype.
-        SaveFailed: the disk refused; nothing is left behind.
+        UserError: (NUMERICS) a value is not finite in this dtype.
+        SaveError: the disk refused; nothing is left behind.
     """
     tensors = planned(relaid(open_tensors(folder), layout), dtype)
     config = json.dumps(json.loads((folder / CONFIG).read_bytes()), sort_keys=True)
@@ -92,8 +92,8 @@ def write_file(
         told: called with the bytes of each block that is written or read back.
 
     Raises:
-        Refusal: (NUMERICS) a value is not finite in its dtype.
-        SaveFailed: the disk refused; nothing is left behind.
+        UserError: (NUMERICS) a value is not finite in its dtype.
+        SaveError: the disk refused; nothing is left behind.
     """
 
     def write(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights.safe_pickle import StoredTensor, damaged
 from videox.weights.safetensors_io import WEIGHTS, StoredTensors
 
@@ -40,7 +40,7 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # read only: what comes o
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FileSpan:
     """Elements that lie one after the other in a file, from byte `start` on."""
 
     path: Path
@@ -49,7 +49,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Scattered:
+class LazyTensor:
     """A tensor whose elements, first to last, are those of its runs, first to last.
 
     Attributes:
@@ -65,7 +65,7 @@ class Scattered:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[FileSpan, ...]
     stride: tuple[int, ...] | None = None
     buffer: bool = False
     scale: float = 1.0
@@ -81,20 +81,20 @@ class Shards:
     """What a checkpoint holds: `kind` in words, its tensors by name, and what the user should hear."""
 
     kind: str
-    tensors: tuple[Scattered, ...]
+    tensors: tuple[LazyTensor, ...]
     notes: tuple[str, ...] = ()
 
 
-def whole(name: str, stored: StoredTensor, *, buffer: bool = False) -> Scattered:
+def whole(name: str, stored: StoredTensor, *, buffer: bool = False) -> LazyTensor:
     """Returns a tensor that lies in one file."""
     if stored.contiguous:
-        runs = (Run(stored.path, stored.start, stored.numel),)
-        return Scattered(name, stored.dtype, stored.shape, runs, buffer=buffer)
-    runs = (Run(stored.path, stored.start, stored.span),)
-    return Scattered(name, stored.dtype, stored.shape, runs, stored.stride, buffer)
+        runs = (FileSpan(stored.path, stored.start, stored.numel),)
+        return LazyTensor(name, stored.dtype, stored.shape, runs, buffer=buffer)
+    runs = (FileSpan(stored.path, stored.start, stored.span),)
+    return LazyTensor(name, stored.dtype, stored.shape, runs, stored.stride, buffer)
 
 
-def renamed(tensor: Scattered, name: str) -> Scattered:
+def renamed(tensor: LazyTensor, name: str) -> LazyTensor:
     """Returns the same elements under another name."""
     return replace(tensor, name=name)
 
@@ -111,7 +111,7 @@ class Vector:
         self._ends = list(accumulate(part.numel for part in parts))
         self.length = self._ends[-1] if parts else 0
 
-    def cut(self, begin: int, count: int) -> Iterator[Run]:
+    def cut(self, begin: int, count: int) -> Iterator[FileSpan]:
         """Yields the runs of `count` elements from element `begin` on. Raises ValueError beyond the end."""
         if begin + count > self.length:
             raise ValueError(f"{begin + count} elements are needed, {self.length} are there")
@@ -121,7 +121,7 @@ class Vector:
             skipped = begin - (self._ends[index] - part.numel)
             taken = min(count, part.numel - skipped)
             if taken:
-                yield Run(part.path, part.start + skipped * part.dtype.itemsize, taken)
+                yield FileSpan(part.path, part.start + skipped * part.dtype.itemsize, taken)
             begin, count, index = begin + taken, count - taken, index + 1
 
 
@@ -145,13 +145,13 @@ class Blocks:
         while self._open:
             self._open.popitem()[1].close()
 
-    def of(self, tensor: Scattered) -> Iterator[Tensor]:
+    def of(self, tensor: LazyTensor) -> Iterator[Tensor]:
         """Yields all elements in order as flat tensors of the stored dtype, each valid until the next is asked for.
 
         8-bit floats come out as float32, multiplied by their scale.
 
         Raises:
-            Refusal: (MODEL) a file has been cut short, or cannot be read.
+            UserError: (MODEL) a file has been cut short, or cannot be read.
         """
         if tensor.dtype in EIGHT_BITS:
             yield from (block.float() * tensor.scale for block in self._blocks(tensor))
@@ -162,7 +162,7 @@ class Blocks:
         span = torch.cat([block.clone() for block in self._blocks(tensor)])
         yield span.as_strided(tensor.shape, tensor.stride).reshape(-1)
 
-    def _blocks(self, tensor: Scattered) -> Iterator[Tensor]:
+    def _blocks(self, tensor: LazyTensor) -> Iterator[Tensor]:
         itemsize, filled, view = tensor.dtype.itemsize, 0, memoryview(self._buffer)
         for run in tensor.runs:
             at, left = run.start, run.count * itemsize
@@ -197,8 +197,8 @@ class Blocks:
         return self._open[path]
 
 
-def first_elements(tensor: Scattered, count: int) -> Tensor:
-    """Returns at most the first `count` elements of a tensor, flat, in memory of their own. Raises Refusal (MODEL)."""
+def first_elements(tensor: LazyTensor, count: int) -> Tensor:
+    """Returns at most the first `count` elements of a tensor, flat, in memory of their own. Raises UserError (MODEL)."""
     runs, left = [], min(count, sum(run.count for run in tensor.runs))
     for run in tensor.runs:
         runs.append(replace(run, count=min(run.count, left)))
@@ -217,23 +217,23 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return entries, 8 + size
 
 
-def read_file(path: Path) -> tuple[Scattered, ...]:
-    """Returns the tensors of a sound safetensors file. Raises Refusal (MODEL) for a dtype that torch does not have."""
+def read_file(path: Path) -> tuple[LazyTensor, ...]:
+    """Returns the tensors of a sound safetensors file. Raises UserError (MODEL) for a dtype that torch does not have."""
     dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
     entries, data = header(path)
     tensors = []
     for name, entry in entries.items():
         if entry["dtype"] not in dtypes:
             what = f"{name} has the dtype {entry['dtype']}"
-            raise Refusal(str(path), what, f"convert weights of {', '.join(dtypes)}", MODEL)
+            raise UserError(str(path), what, f"convert weights of {', '.join(dtypes)}", MODEL)
         shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
-        run = Run(path, data + begin, prod(shape))
-        tensors.append(Scattered(name, dtypes[entry["dtype"]], shape, (run,)))
+        run = FileSpan(path, data + begin, prod(shape))
+        tensors.append(LazyTensor(name, dtypes[entry["dtype"]], shape, (run,)))
     return tuple(tensors)
 
 
-def read_whole(folder: Path) -> tuple[Scattered, ...]:
-    """Returns the tensors of a diffusers folder. Raises Refusal (MODEL): nothing there, or a broken file."""
+def read_whole(folder: Path) -> tuple[LazyTensor, ...]:
+    """Returns the tensors of a diffusers folder. Raises UserError (MODEL): nothing there, or a broken file."""
     StoredTensors(folder)  # refuses what is missing, cut short or points elsewhere
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     files = {f"{WEIGHTS}.safetensors"}
@@ -242,19 +242,19 @@ def read_whole(folder: Path) -> tuple[Scattered, ...]:
     return tuple(tensor for file in sorted(files) for tensor in read_file(folder / file))
 
 
-def cut(tensor: Scattered, begin: int, count: int) -> Iterator[Run]:
+def cut(tensor: LazyTensor, begin: int, count: int) -> Iterator[FileSpan]:
     """Yields the runs of `count` elements from element `begin` on of a tensor that lies contiguous in its files."""
     itemsize = tensor.dtype.itemsize
     for run in tensor.runs:
         skipped = min(begin, run.count)
         taken = min(count, run.count - skipped)
         if taken > 0:
-            yield Run(run.path, run.start + skipped * itemsize, taken)
+            yield FileSpan(run.path, run.start + skipped * itemsize, taken)
         begin, count = begin - skipped, count - max(taken, 0)
 
 
-def read(tensor: Scattered) -> Tensor:
-    """Returns a tensor in memory of its own, in its stored dtype; 8-bit floats as float32. Raises Refusal (MODEL)."""
+def read(tensor: LazyTensor) -> Tensor:
+    """Returns a tensor in memory of its own, in its stored dtype; 8-bit floats as float32. Raises UserError (MODEL)."""
     dtype = torch.float32 if tensor.dtype in EIGHT_BITS else tensor.dtype
     found, at = torch.empty(tensor.numel, dtype=dtype), 0
     with Blocks() as blocks:

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 from videox.weights import layouts
 from videox.weights.layouts import Entry
-from videox.weights.lazy_tensor import EIGHT_BITS, Scattered, cut, read, read_file, renamed, whole
+from videox.weights.lazy_tensor import EIGHT_BITS, LazyTensor, cut, read, read_file, renamed, whole
 from videox.weights.safe_pickle import StoredTensor, read_archive
 from videox.weights.safetensors_io import WEIGHTS, TensorSource, few
 
@@ -43,7 +43,7 @@ class LayoutTensors(TensorSource):
         layout: that these names belong to; None for diffusers' own.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, Scattered], layout: str | None) -> None:
+    def __init__(self, path: Path, stored: Mapping[str, LazyTensor], layout: str | None) -> None:
         self.path, self.folder, self.stored, self.layout = path, path, dict(stored), layout
         self._maps: dict[Path, mmap.mmap] = {}
         shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -58,7 +58,7 @@ class LayoutTensors(TensorSource):
         found = self._mapped(tensor)
         return read(tensor) if found is None else found
 
-    def _mapped(self, tensor: Scattered) -> Tensor | None:
+    def _mapped(self, tensor: LazyTensor) -> Tensor | None:
         """Returns a tensor that lies in one piece as its file's own pages, to be read where they are used, or None.
 
         Whoever writes to it writes to a copy: the mapping is private.
@@ -106,8 +106,8 @@ class LayoutTensors(TensorSource):
         runs = tuple(cut(tensor, begin * row, (end - begin) * row))
         return read(replace(tensor, shape=(end - begin, *tensor.shape[1:]), runs=runs))
 
-    def scattered(self, name: str) -> Scattered:
-        """Returns where a tensor's elements lie. Raises Refusal (MODEL) if they cannot be put together as they are."""
+    def scattered(self, name: str) -> LazyTensor:
+        """Returns where a tensor's elements lie. Raises UserError (MODEL) if they cannot be put together as they are."""
         return assembled(self._entries[name], self.stored, self.path)
 
     def name_in_file(self, name: str) -> str:
@@ -115,11 +115,11 @@ class LayoutTensors(TensorSource):
         return name if self.layout is None else layouts.sources(self.layout, name)[0]
 
 
-def assembled(entry: Entry, stored: Mapping[str, Scattered], path: Path) -> Scattered:
+def assembled(entry: Entry, stored: Mapping[str, LazyTensor], path: Path) -> LazyTensor:
     """Returns a tensor put together of stretches of stored ones; an entry without pieces is the stored one itself.
 
     Raises:
-        Refusal: (MODEL) its parts differ in dtype or scale, or one that is to be cut does not lie contiguous.
+        UserError: (MODEL) its parts differ in dtype or scale, or one that is to be cut does not lie contiguous.
     """
     if not entry.pieces:
         return renamed(stored[entry.name], entry.name)
@@ -129,25 +129,27 @@ def assembled(entry: Entry, stored: Mapping[str, Scattered], path: Path) -> Scat
         return replace(first, name=entry.name, shape=entry.shape)
     if any((part.dtype, part.scale, part.stride) != (first.dtype, first.scale, None) for part in parts):
         what = f"{entry.name} is made of parts of different dtypes, scales or strides"
-        raise Refusal(str(path), what, "save the weights anew in one dtype", MODEL)
+        raise UserError(str(path), what, "save the weights anew in one dtype", MODEL)
     runs = tuple(
         run for piece, part in zip(entry.pieces, parts, strict=True) for run in cut(part, piece.begin, piece.count)
     )
-    return Scattered(entry.name, first.dtype, entry.shape, runs, scale=first.scale)
+    return LazyTensor(entry.name, first.dtype, entry.shape, runs, scale=first.scale)
 
 
 def open_tensors(path: Path) -> LayoutTensors:
     """Returns the tensors of a safetensors file, a file of torch.save, or a folder of either kind's shards.
 
     Raises:
-        Refusal: (MODEL) there are none, a file is broken or missing, or a pickle names more than tensors.
+        UserError: (MODEL) there are none, a file is broken or missing, or a pickle names more than tensors.
     """
     files = weight_files(path)
-    found: dict[str, Scattered] = {}
+    found: dict[str, LazyTensor] = {}
     for file in files:
         for tensor in _archive(file) if file.suffix in ARCHIVES else _safetensors(file):
             if tensor.name in found:
-                raise Refusal(str(path), f"holds {tensor.name} twice", "keep one set of weights in the folder", MODEL)
+                raise UserError(
+                    str(path), f"holds {tensor.name} twice", "keep one set of weights in the folder", MODEL
+                )
             found[tensor.name] = tensor
     found = _unscaled(_unprefixed(found), path)
     layout = layouts.layout_of(found)
@@ -161,10 +163,10 @@ def open_tensors(path: Path) -> LayoutTensors:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that hold a model's tensors: the path itself, or those in the folder. Raises Refusal."""
+    """Returns the files that hold a model's tensors: the path itself, or those in the folder. Raises UserError."""
     if path.is_file():
         if path.suffix not in (".safetensors", *ARCHIVES):
-            raise Refusal(str(path), "is no file of weights", f"give .safetensors or {', '.join(ARCHIVES)}", MODEL)
+            raise UserError(str(path), "is no file of weights", f"give .safetensors or {', '.join(ARCHIVES)}", MODEL)
         return [path]
     found = sorted(path.iterdir()) if path.is_dir() else []
     indices = [file for file in found if file.name.endswith(".safetensors.index.json")]
@@ -176,7 +178,9 @@ def weight_files(path: Path) -> list[Path]:
         names = ", ".join(file.name for file in found[:8]) or (
             "nothing" if path.is_dir() else "no such file or folder"
         )
-        raise Refusal(str(path), f"holds no .safetensors weights (found: {names})", "give safetensors weights", MODEL)
+        raise UserError(
+            str(path), f"holds no .safetensors weights (found: {names})", "give safetensors weights", MODEL
+        )
     return stemmed or weights
 
 
@@ -186,26 +190,26 @@ def _of_index(index: Path) -> list[Path]:
         strays = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"cannot be read ({type(error).__name__}: {error})"
-        raise Refusal(str(index), what, "copy the model anew", MODEL) from error
+        raise UserError(str(index), what, "copy the model anew", MODEL) from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if strays or missing:
         what = f"names {few(strays or missing)}, which is {'outside its folder' if strays else 'missing'}"
-        raise Refusal(str(index), what, "copy the model anew", MODEL)
+        raise UserError(str(index), what, "copy the model anew", MODEL)
     return [index.parent / name for name in names]
 
 
-def _safetensors(path: Path) -> tuple[Scattered, ...]:
+def _safetensors(path: Path) -> tuple[LazyTensor, ...]:
     try:
         with safe_open(path, framework="pt"):
             return read_file(path)
     except (SafetensorError, OSError) as why:
-        raise Refusal(str(path), f"is cut short or damaged ({why})", "copy the model anew", MODEL) from why
+        raise UserError(str(path), f"is cut short or damaged ({why})", "copy the model anew", MODEL) from why
 
 
-def _archive(path: Path) -> list[Scattered]:
+def _archive(path: Path) -> list[LazyTensor]:
     if not zipfile.is_zipfile(path):
         what = "is no file of torch.save, or one from before torch 1.6, or cut short"
-        raise Refusal(str(path), what, "copy it anew, or save its tensors as safetensors", MODEL)
+        raise UserError(str(path), what, "copy it anew, or save its tensors as safetensors", MODEL)
     found: Any = read_archive(path)
     for wrapper in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
@@ -213,17 +217,17 @@ def _archive(path: Path) -> list[Scattered]:
     items = found.items() if isinstance(found, dict) else ()
     tensors = [whole(str(name), value) for name, value in items if isinstance(value, StoredTensor)]
     if not tensors:
-        raise Refusal(str(path), "holds no tensors by name", "give the weights of a model", MODEL)
+        raise UserError(str(path), "holds no tensors by name", "give the weights of a model", MODEL)
     return tensors
 
 
-def _unprefixed(stored: dict[str, Scattered]) -> dict[str, Scattered]:
+def _unprefixed(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     names = [name for name in stored if not name.endswith(MARK)]
     prefix = layouts.shared_prefix(names)
     return {name.removeprefix(prefix): renamed(stored[name], name.removeprefix(prefix)) for name in names}
 
 
-def _unscaled(stored: dict[str, Scattered], path: Path) -> dict[str, Scattered]:
+def _unscaled(stored: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """Returns the weights alone, each 8-bit one with its scale."""
     scales: dict[str, float] = {}
     for name, tensor in stored.items():
@@ -232,10 +236,12 @@ def _unscaled(stored: dict[str, Scattered], path: Path) -> dict[str, Scattered]:
             continue
         if tensor.numel != 1:
             what = f"{name} has {tensor.numel} values; one scale for a whole tensor is read"
-            raise Refusal(str(path), what, "give the bf16 or fp16 weights", MODEL)
+            raise UserError(str(path), what, "give the bf16 or fp16 weights", MODEL)
         scales[f"{name.removesuffix(suffix)}.weight"] = float(read(tensor).float().item())
     kept = {name: tensor for name, tensor in stored.items() if not name.endswith((*SCALES, *MARKS))}
     odd = [name for name in scales if name not in kept or kept[name].dtype not in EIGHT_BITS]
     if odd:
-        raise Refusal(str(path), f"has a scale for {few(odd)}, which is no 8-bit weight", "give other weights", MODEL)
+        raise UserError(
+            str(path), f"has a scale for {few(odd)}, which is no 8-bit weight", "give other weights", MODEL
+        )
     return {name: replace(tensor, scale=scales.get(name, 1.0)) for name, tensor in kept.items()}

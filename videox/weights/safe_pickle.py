@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn, cast
 
 import torch
 
-from videox.errors import MODEL, Refusal
+from videox.errors import MODEL, UserError
 
 PLAIN: Mapping[str, Any] = {
     "builtins.set": set,
@@ -223,19 +223,21 @@ class _Reader(pickle.Unpickler):
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
-    raise Refusal(str(path), what, "use a checkpoint from somebody you trust, or save it again", MODEL)
+    raise UserError(str(path), what, "use a checkpoint from somebody you trust, or save it again", MODEL)
 
 
-def damaged(path: Path, cause: str) -> Refusal:
+def damaged(path: Path, cause: str) -> UserError:
     """Returns the refusal of a file that cannot be read."""
-    return Refusal(str(path), f"is damaged or cut short ({cause})", "copy the file again, or take another save", MODEL)
+    return UserError(
+        str(path), f"is damaged or cut short ({cause})", "copy the file again, or take another save", MODEL
+    )
 
 
 def read_pickle(path: Path) -> Record:
     """Returns the object in a bare pickle, the `.metadata` of torch.distributed.checkpoint.
 
     Raises:
-        Refusal: (MODEL) it names something that is not on the list, or it is no whole pickle.
+        UserError: (MODEL) it names something that is not on the list, or it is no whole pickle.
     """
     try:
         with path.open("rb") as stream:
@@ -304,7 +306,7 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> dict[
         length: bytes of the archive; None: to the file's end.
 
     Raises:
-        Refusal: (MODEL) it names something that is not on the list, is cut short, or is not of torch.save.
+        UserError: (MODEL) it names something that is not on the list, is cut short, or is not of torch.save.
     """
     try:
         with path.open("rb", buffering=0) as file:

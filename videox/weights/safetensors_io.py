@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from videox.errors import MODEL, NUMERICS, Refusal
+from videox.errors import MODEL, NUMERICS, UserError
 from videox.files import publish_folder
 
 WEIGHTS = "diffusion_pytorch_model"  # the stem of diffusers' SAFETENSORS_WEIGHTS_NAME
@@ -186,7 +186,7 @@ class StoredTensors(TensorSource):
         stem: file name without suffix.
 
     Raises:
-        Refusal: (MODEL) there are no such tensors, or a file is missing, cut short or not safetensors.
+        UserError: (MODEL) there are no such tensors, or a file is missing, cut short or not safetensors.
     """
 
     def __init__(self, folder: Path, stem: str = WEIGHTS) -> None:
@@ -213,12 +213,12 @@ class StoredTensors(TensorSource):
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
 
-def _unreadable(path: Path, cause: str) -> Refusal:
-    return Refusal(str(path), f"cannot be read ({cause})", "restore the file, or name another folder", MODEL)
+def _unreadable(path: Path, cause: str) -> UserError:
+    return UserError(str(path), f"cannot be read ({cause})", "restore the file, or name another folder", MODEL)
 
 
 def _files(folder: Path, stem: str) -> list[Path]:
-    """Returns the safetensors files of a stem; those of the index where there is one. Raises Refusal (MODEL)."""
+    """Returns the safetensors files of a stem; those of the index where there is one. Raises UserError (MODEL)."""
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file():
         try:
@@ -232,7 +232,7 @@ def _files(folder: Path, stem: str) -> list[Path]:
     if single.is_file():
         return [single]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise Refusal(
+    raise UserError(
         str(folder), f"has no {stem}.safetensors (found: {found or 'nothing'})", "name a diffusers folder", MODEL
     )
 
@@ -264,7 +264,7 @@ def load_weights(
         The differences that were passed over, one sentence each (none if strict).
 
     Raises:
-        Refusal: (MODEL) names the tensors that are missing, extra or of another shape, or the file that is broken.
+        UserError: (MODEL) names the tensors that are missing, extra or of another shape, or the file that is broken.
         ValueError: a target tensor has no memory to copy into (meta device).
     """
     wanted = target.state_dict() if isinstance(target, nn.Module) else target
@@ -278,8 +278,8 @@ def load_weights(
     ]
     refused = wrong + (differences if strict else [])
     if refused:
-        mend = "use the weights and the config of one and the same model"
-        raise Refusal(str(folder), few(refused), mend, MODEL)
+        hint = "use the weights and the config of one and the same model"
+        raise UserError(str(folder), few(refused), hint, MODEL)
     with torch.no_grad():
         for name in common:
             if wanted[name].is_meta:
@@ -299,7 +299,7 @@ def _cast(tensors: NamedTensors, dtype: torch.dtype, keep_fp32: Sequence[str]) -
             tensor = tensor.detach().to(torch.float32 if kept else dtype)
             if not torch.isfinite(tensor).all():
                 kind = str(tensor.dtype).removeprefix("torch.")
-                raise Refusal(
+                raise UserError(
                     name, f"has values that are not finite in {kind}", "export an earlier checkpoint", NUMERICS
                 )
         yield name, tensor
@@ -327,8 +327,8 @@ def export_transformer(
         metadata: for each file's header.
 
     Raises:
-        Refusal: (NUMERICS) a tensor is not finite in its dtype; nothing is written.
-        SaveFailed: the disk refused; nothing is left behind.
+        UserError: (NUMERICS) a tensor is not finite in its dtype; nothing is written.
+        SaveError: the disk refused; nothing is left behind.
     """
     cast = _cast(state, dtype, keep_fp32)
     publish_folder(

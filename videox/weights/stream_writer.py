@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from videox.errors import MODEL, NUMERICS, Refusal
-from videox.weights.lazy_tensor import BLOCK, EIGHT_BITS, SAFETENSORS_DTYPES, Blocks, Scattered, header
+from videox.errors import MODEL, NUMERICS, UserError
+from videox.weights.lazy_tensor import BLOCK, EIGHT_BITS, SAFETENSORS_DTYPES, Blocks, LazyTensor, header
 from videox.weights.safetensors_io import WEIGHTS, few
 
 
@@ -27,7 +27,7 @@ class Planned:
         added: returns what is added, in float32, to elements `begin` to `begin + count`; None adds nothing.
     """
 
-    tensor: Scattered
+    tensor: LazyTensor
     dtype: torch.dtype
     added: Callable[[int, int], Tensor] | None = None
 
@@ -37,7 +37,7 @@ class Planned:
         return self.tensor.numel * self.dtype.itemsize
 
 
-def planned(tensors: Sequence[Scattered], dtype: torch.dtype | None, keep_fp32: Sequence[str] = ()) -> list[Planned]:
+def planned(tensors: Sequence[LazyTensor], dtype: torch.dtype | None, keep_fp32: Sequence[str] = ()) -> list[Planned]:
     """Returns what is to be written: floating tensors in `dtype` or float32, others as they are.
 
     Args:
@@ -149,7 +149,7 @@ def write_folder(
         The checksum (CRC-32) of each tensor's bytes, by name; 0 without them.
 
     Raises:
-        Refusal: (NUMERICS) names the tensors that are not finite in their new dtype; (MODEL) a file that is
+        UserError: (NUMERICS) names the tensors that are not finite in their new dtype; (MODEL) a file that is
             read from is cut short.
         OSError: the disk refused.
     """
@@ -171,7 +171,7 @@ def write_folder(
             weight_map |= {item.tensor.name: name for item in ordered}
     if faults:
         what = f"{len(faults)} tensor{'s are' if len(faults) > 1 else ' is'} not finite as converted: {few(faults)}"
-        raise Refusal("weights", what, "convert an earlier checkpoint; this one has diverged", NUMERICS)
+        raise UserError("weights", what, "convert an earlier checkpoint; this one has diverged", NUMERICS)
     if len(set(weight_map.values())) > 1:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in tensors)},
@@ -242,7 +242,7 @@ def refuse_other_model(tensors: Sequence[Planned], model: dict[str, tuple[int, .
         origin: of the config, for the message.
 
     Raises:
-        Refusal: (MODEL) names what is missing, extra or of another shape.
+        UserError: (MODEL) names what is missing, extra or of another shape.
     """
     shapes = {item.tensor.name: item.tensor.shape for item in tensors}
     faults = [f"{name} is missing" for name in sorted(model.keys() - shapes.keys())]
@@ -253,4 +253,4 @@ def refuse_other_model(tensors: Sequence[Planned], model: dict[str, tuple[int, .
         if prod(shapes[name]) != prod(model[name]) or tuple(shapes[name]) != tuple(model[name])
     ]
     if faults:
-        raise Refusal(origin, f"describes another model: {few(faults)}", "give the right one by --config", MODEL)
+        raise UserError(origin, f"describes another model: {few(faults)}", "give the right one by --config", MODEL)

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from videox.data.cache import cache as cache_module
-from videox.data.cache.cache import Cache, Facts, Part, key_of, restore_zeros, trim_zeros
+from videox.data.cache.cache import Cache, CacheField, SampleKey, key_of, restore_zeros, trim_zeros
 from videox.data.cache.maintenance import clean, contents, verify
-from videox.errors import STOPPED, STORAGE, Refusal
+from videox.errors import STOPPED, STORAGE, UserError
 from videox.shapes import Bucket
 from videox.training import precompute as cache_fill
 
@@ -89,8 +89,8 @@ def test_what_was_put_in_comes_out(
         assert set(file.keys()) >= {"blob", "key", "place", "notes"}
 
 
-CLIP = Facts("a.mp4", 10, 20, 3, 2, Bucket(9, 64, 96), "first", "a dog")
-PART = Part("moments", "vae", ("clip", "mask", "caption"))
+CLIP = SampleKey("a.mp4", 10, 20, 3, 2, Bucket(9, 64, 96), "first", "a dog")
+PART = CacheField("moments", "vae", ("clip", "mask", "caption"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ PART = Part("moments", "vae", ("clip", "mask", "caption"))
     ],
 )  # fmt: skip
 def test_a_key_depends_on_all_that_a_tensor_is_made_from(changed: dict[str, object]) -> None:
-    assert key_of(PART, CLIP) == key_of(PART, Facts(*CLIP))
+    assert key_of(PART, CLIP) == key_of(PART, SampleKey(*CLIP))
     assert key_of(PART, CLIP) != key_of(PART, CLIP._replace(**changed))
     assert key_of(PART, CLIP) != key_of(PART._replace(encoder="another"), CLIP)
     text, frame = PART._replace(uses=("caption",)), PART._replace(uses=("frame",))
@@ -424,20 +424,20 @@ def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     filled(tmp_path / "cache", range(2))
     filled(tmp_path / "cache", range(2, 4))
     main, given = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
-    with pytest.raises(Refusal, match="--data_dir"):
+    with pytest.raises(UserError, match="--data_dir"):
         main([*given, "--data_dir", str(tmp_path / "nowhere")])
     (tmp_path / "unmounted").mkdir()
-    with pytest.raises(Refusal, match="has none of the 1 files"):
+    with pytest.raises(UserError, match="has none of the 1 files"):
         main([*given, "--data_dir", str(tmp_path / "unmounted")])
     for command in ("list", "verify", "gc"):
-        with pytest.raises(Refusal, match="holds nothing of a cache"):
+        with pytest.raises(UserError, match="holds nothing of a cache"):
             main([command, str(tmp_path / "unmounted")])
-    with pytest.raises(Refusal, match="nothing here was made by other"):
+    with pytest.raises(UserError, match="nothing here was made by other"):
         main([*given, "--drop_encoder", "e", "other"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(Refusal, match="cannot be cleared up"):
+        with pytest.raises(UserError, match="cannot be cleared up"):
             main(given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

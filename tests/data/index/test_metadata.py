@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from videox.data.index.metadata import ROW_PROBLEMS, Metadata, read_metadata
-from videox.errors import DATA, FLAGS, Refusal
+from videox.errors import DATA, FLAGS, UserError
 
 ROWS = [
     {"file_path": "a.mp4", "text": 'a, "quoted"\ncaption', "type": "video", "width": 640, "height": 480, "fps": 25.0},
@@ -50,8 +50,8 @@ def read(path: Path, **options: bool) -> Metadata:
     return read_metadata(path, path.parent, **options)
 
 
-def refusal(path: Path, data_dir: Path | None = None, **options: bool) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refusal(path: Path, data_dir: Path | None = None, **options: bool) -> UserError:
+    with pytest.raises(UserError) as caught:
         read_metadata(path, data_dir or path.parent, **options)
     assert "\n" not in caught.value.line()
     return caught.value
@@ -114,7 +114,7 @@ def test_type_in_any_case_and_an_unknown_one(tmp_path: Path) -> None:
     refused = refusal(write(tmp_path / "m.json", rows))
     assert "row 2" in refused.where
     assert "'movie'" in refused.what
-    assert "image, video" in refused.mend
+    assert "image, video" in refused.hint
     assert refused.exit_code == DATA
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_metadata_is_a_wrong_flag(tmp_path: Path, name: st
 def test_an_unknown_suffix_lists_the_known_and_a_missing_folder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.txt"
     path.write_text("")
-    assert ".json, .jsonl, .csv, .parquet" in refusal(path).mend
+    assert ".json, .jsonl, .csv, .parquet" in refusal(path).hint
     assert "nowhere" in refusal(write(tmp_path / "m.json", ROWS), tmp_path / "nowhere").where
 
 
@@ -263,7 +263,7 @@ def test_a_path_that_leaves_the_data_folder_is_refused(tmp_path: Path, outside: 
     path = write(tmp_path / "m.json", [{"file_path": "fine.mp4", "text": ""}, {"file_path": outside, "text": ""}])
     refused = refusal(path, data)
     assert (refused.where, refused.exit_code) == (f"{path} row 1, key file_path", DATA)
-    assert "--allow_outside_data_dir" in refused.mend
+    assert "--allow_outside_data_dir" in refused.hint
     assert read_metadata(path, data, allow_outside_data_dir=True).file_path[1] == outside
 
 
@@ -336,7 +336,7 @@ def check(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     try:
         metadata = read(path)
-    except Refusal as refused:
+    except UserError as refused:
         assert refused.exit_code == DATA
         assert refused.line().isprintable()
         return

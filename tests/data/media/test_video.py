@@ -22,7 +22,7 @@ from PIL import Image
 from videox.data.media import container as media
 from videox.data.media.image import cover_size, resize_cover
 from videox.data.media.video import READERS, BadMedia, MediaInfo, probe, read_clip, read_image, sniff
-from videox.errors import Refusal
+from videox.errors import UserError
 
 OPEN_GOP = {"bf": "3", "g": "15", "x264-params": "open-gop=1:scenecut=0"}
 B_FRAMES = {"bf": "3", "g": "20"}
@@ -372,7 +372,7 @@ def resident(name):
 def test_decord_not_installed(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", frames=3)
     monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(Refusal, match="pip install decord or use --video_reader pyav"):
+    with pytest.raises(UserError, match="pip install decord or use --video_reader pyav"):
         read_clip(path, [0], 64, 64, "decord")
 
 

@@ -12,8 +12,18 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
 
-from videox.data.plan.balance import balance, balance_and_mix, mix, plan_costs, unplanned
-from videox.data.plan.balancing import BY, CEILING, Dealing, Deck, deal, equal_sums, judge, levelled, straying
+from videox.data.plan.balance import balance, balance_and_mix, plan_costs, step_variance_ratio, unplanned
+from videox.data.plan.balancing import (
+    BY,
+    CEILING,
+    Dealing,
+    SlotCosts,
+    assign_slots,
+    equal_sums,
+    judge,
+    levelled,
+    straying,
+)
 from videox.data.plan.batching import ROOM, UNITS, pack, pack_steps
 from videox.data.plan.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
 from videox.data.plan.settings import BALANCES
@@ -29,12 +39,12 @@ planned = st.builds(
 )  # fmt: skip
 
 
-def lottery(slots: int, seed: int = 0) -> Deck:
+def lottery(slots: int, seed: int = 0) -> SlotCosts:
     """Returns slots of a mixed data set: a third cheap images, clips that differ eightfold."""
     rng = np.random.default_rng(seed)
     logs = np.where(rng.random(slots) < 0.3, rng.normal(6, 0.5, slots), rng.normal(9.4, 0.5, slots))
     deviation = np.rint((logs - logs.mean()) * 4096).astype(np.int64)
-    return Deck(np.rint(np.exp(1.4 * logs)).astype(np.int64), deviation, np.ones(slots, np.int64))
+    return SlotCosts(np.rint(np.exp(1.4 * logs)).astype(np.int64), deviation, np.ones(slots, np.int64))
 
 
 # ----------------------------------------------------------------------------------------------- the two rules
@@ -54,8 +64,8 @@ def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> N
 @pytest.mark.parametrize("barrier", BARRIERS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_slots_of_one_bucket_are_dealt_once(barrier: str, accumulation: int) -> None:
-    alike = Deck(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
-    dealt = deal(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
+    alike = SlotCosts(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
+    dealt = assign_slots(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
     assert dealt.shape == (12 // accumulation, accumulation, 2)
     assert sorted(dealt.flatten()) == list(range(24))
 
@@ -90,7 +100,7 @@ def test_a_few_micro_steps_level_what_the_others_are() -> None:
     images = rng.random(steps * 4 * ranks) < 0.07
     logs = np.where(images, -4.0, rng.normal(0.3, 0.25, len(images)))
     cost = np.rint(1e6 * np.exp(1.4 * logs)).astype(np.int64)
-    deck = Deck(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
+    deck = SlotCosts(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
     whole, spread = deck.at(np.arange(len(logs))[None]), math.sqrt(float((deck.deviation**2).mean()))
     found = []
     by_cost, even, *few = [Dealing(ranks, 4, "micro", stray=stray) for stray in (math.inf, 0.0)] + [
@@ -117,10 +127,10 @@ def test_no_epoch_is_less_varied_than_promised(
     """Whatever the balance costs; slots of several samples are clumped, so that slots at random are so as well."""
     deck = lottery(steps * ranks * accumulation, seed)
     count = 1 + np.random.default_rng(seed).integers(0, together, len(deck.cost))
-    deck = Deck(deck.cost, np.rint(deck.deviation * np.sqrt(count)).astype(np.int64), count)
+    deck = SlotCosts(deck.cost, np.rint(deck.deviation * np.sqrt(count)).astype(np.int64), count)
     deck = replace(deck, deviation=deck.deviation - deck.samples * (deck.deviation.sum() // deck.samples.sum()))
     spread = math.sqrt(float((deck.deviation**2 / deck.samples).mean()))
-    dealt = deal(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
+    dealt = assign_slots(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
     whole = deck.at(np.arange(len(deck.cost))[None])
     assert judge(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= CEILING
 
@@ -248,10 +258,10 @@ def test_balance_by_hand() -> None:
 def test_mix_of_random_steps_is_one_and_of_sorted_ones_their_size() -> None:
     tokens = np.random.default_rng(1).integers(100, 30000, 64 * 400)
     step = np.arange(len(tokens)) // 64
-    assert mix(tokens, step) == pytest.approx(1, abs=0.15)
-    assert mix(np.sort(tokens), step) == pytest.approx(64, rel=0.05)
-    assert mix(np.full(64, 9), np.arange(64) // 8) == 0
-    assert mix(tokens[:64], np.zeros(64, int)) == 1
+    assert step_variance_ratio(tokens, step) == pytest.approx(1, abs=0.15)
+    assert step_variance_ratio(np.sort(tokens), step) == pytest.approx(64, rel=0.05)
+    assert step_variance_ratio(np.full(64, 9), np.arange(64) // 8) == 0
+    assert step_variance_ratio(tokens[:64], np.zeros(64, int)) == 1
 
 
 def test_unplanned_is_a_random_order_of_whole_batches() -> None:

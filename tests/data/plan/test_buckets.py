@@ -29,7 +29,7 @@ from videox.data.plan.buckets import (
     sides,
     static_fates,
 )
-from videox.errors import FLAGS, Refusal
+from videox.errors import FLAGS, UserError
 from videox.rng import Purpose, uniform
 from videox.shapes import GRID, Bucket, token_count
 
@@ -396,18 +396,18 @@ def test_without_buckets_everything_is_square(image: int, video: int) -> None:
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flag: str, changed: dict) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         SizePolicy(**changed)
     assert refused.value.exit_code == FLAGS
     assert refused.value.where == flag
-    assert refused.value.mend
+    assert refused.value.hint
 
 
 @given(st.integers(-5, 500).filter(lambda n: n < 1 or n % 4 != 1))
 def test_a_refused_length_is_told_its_neighbours(n_frames: int) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         SizePolicy(n_frames=n_frames)
-    near = [int(word) for word in refused.value.mend.split() if word.isdigit()]
+    near = [int(word) for word in refused.value.hint.split() if word.isdigit()]
     assert near[1] == near[0] + 4
     assert all(SizePolicy(n_frames=n).n_frames == n for n in near)
     assert near[0] < max(n_frames, 2) < near[1] + 1

@@ -26,7 +26,7 @@ from videox.data.plan.plan import (
     held_out_rows,
     plan_epoch,
 )
-from videox.errors import DATA, FLAGS, Refusal
+from videox.errors import DATA, FLAGS, UserError
 from videox.shapes import token_count
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -159,7 +159,7 @@ def test_quarantined_rows_are_left_out() -> None:
 def test_nothing_to_train_is_refused(excluded: tuple[int, ...]) -> None:
     columns = columns_of(30)
     columns = columns if excluded else replace(columns, usable=np.zeros(30, bool))
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         plan_epoch(columns, SETTINGS, 0, excluded)
     assert refused.value.exit_code == DATA
     assert f"30 {'quarantined' if excluded else 'refused'}" in refused.value.line()
@@ -167,7 +167,7 @@ def test_nothing_to_train_is_refused(excluded: tuple[int, ...]) -> None:
 
 
 def test_an_empty_index_is_refused() -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         plan_epoch(columns_of(0), SETTINGS, 0)
     assert refused.value.exit_code == DATA
 
@@ -274,10 +274,10 @@ def test_only_the_end_of_an_epoch_is_padded_under_fixed_fill() -> None:
 @pytest.mark.parametrize("world_size", [5, 7, 8, 9, 24])
 def test_other_world_sizes_are_refused_with_those_that_fit(world_size: int) -> None:
     plan = plan_epoch(COLUMNS, SETTINGS, 0)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         plan.micro_batches(0, 0, world_size)
     assert refused.value.exit_code == FLAGS
-    assert "1, 2, 3, 4, 6, 12" in refused.value.mend
+    assert "1, 2, 3, 4, 6, 12" in refused.value.hint
     assert str(world_size) in refused.value.what
 
 
@@ -382,11 +382,11 @@ def test_a_weight_is_how_often_a_row_occurs(columns: Columns, seed: int, epoch: 
 
 
 def test_where_no_row_has_weight_the_way_out_is_a_weight() -> None:
-    for weight, mend in ((np.zeros(301, np.float32), "raise the `weight`"), (None, "lower --video_sample_n_frames")):
+    for weight, hint in ((np.zeros(301, np.float32), "raise the `weight`"), (None, "lower --video_sample_n_frames")):
         usable = np.zeros(301, bool) if weight is None else COLUMNS.usable
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             plan_epoch(replace(COLUMNS, weight=weight, usable=usable), SETTINGS, 0)
-        assert mend in refused.value.mend and refused.value.exit_code == DATA
+        assert hint in refused.value.hint and refused.value.exit_code == DATA
 
 
 def test_the_broken_part_of_a_weight_is_a_probability() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from videox.data.cache.shard import KEY_BYTES, SUFFIX, Damaged, Shard, ShardWriter, read_entry, sweep
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 from videox.files import write_json_atomically
 from videox.shapes import Bucket
 
@@ -29,7 +29,7 @@ UNIT_BYTES = 8 * 2**30
 FINGERPRINTS = "fingerprints.json"
 
 
-class Part(NamedTuple):
+class CacheField(NamedTuple):
     """One tensor that an encoder makes of a sample.
 
     name: of the tensor; encoder: fingerprint of weights and settings; uses: which Facts it depends on, of "clip" (all
@@ -46,7 +46,7 @@ class Part(NamedTuple):
         return "clip" in self.uses or "frame" in self.uses
 
 
-class Facts(NamedTuple):
+class SampleKey(NamedTuple):
     """What a sample is made from.
 
     file: relative path; size: bytes, mtime_ns: of the indexed file; start, pace, bucket: the frames and their size;
@@ -63,7 +63,7 @@ class Facts(NamedTuple):
     caption: str
 
 
-def key_of(part: Part, facts: Facts) -> bytes:
+def key_of(part: CacheField, facts: SampleKey) -> bytes:
     """Returns the address of a part of a sample: equal where all that it depends on is equal."""
     file, frames = (facts.file, facts.size, facts.mtime_ns, facts.start), facts.bucket.frames
     used: dict[str, Any] = {
@@ -103,7 +103,7 @@ class Cache:
         folder: of the shards; made if absent.
 
     Raises:
-        Refusal: the folder cannot be made or listed.
+        UserError: the folder cannot be made or listed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,7 +152,7 @@ class Cache:
         """Returns a tensor, None where there is none; what is damaged is noted in `damaged` and not there.
 
         Raises:
-            Refusal: the folder cannot be read.
+            UserError: the folder cannot be read.
         """
         try:
             if self._writer is not None and key in self._writer.entries:
@@ -173,7 +173,7 @@ class Cache:
         """Keeps a tensor; other processes see it when its file is full, or after `publish`.
 
         Raises:
-            Refusal: the disk refused. What was published stands.
+            UserError: the disk refused. What was published stands.
         """
         try:
             if self._writer is None:
@@ -186,7 +186,7 @@ class Cache:
             raise _unusable(self.folder, why) from why
 
     def publish(self) -> None:
-        """Puts what is kept so far in place, for all to see. Raises Refusal."""
+        """Puts what is kept so far in place, for all to see. Raises UserError."""
         if self._writer is None:
             return
         try:
@@ -211,19 +211,19 @@ class Cache:
         return [f"{self.folder}/{name}: {why}; what it held is made anew" for name, why in self.damaged.items()]
 
 
-def _unusable(folder: Path, why: OSError) -> Refusal:
-    mend = "make room, make it writable, or give another folder; what was written before stands"
-    return Refusal("--latent_cache", f"{folder} cannot be used ({why})", mend, STORAGE)
+def _unusable(folder: Path, why: OSError) -> UserError:
+    hint = "make room, make it writable, or give another folder; what was written before stands"
+    return UserError("--latent_cache", f"{folder} cannot be used ({why})", hint, STORAGE)
 
 
-class Shelf(NamedTuple):
+class CacheView(NamedTuple):
     """A cache and what is looked for in it, as the data's workers need it; mode: of known_mask, names the masks."""
 
     cache: Cache
-    parts: tuple[Part, ...]
+    parts: tuple[CacheField, ...]
     mode: str
 
-    def find(self, facts: Facts) -> dict[str, torch.Tensor]:
+    def find(self, facts: SampleKey) -> dict[str, torch.Tensor]:
         """Returns the parts of a sample that are there, by name."""
         tensors = {part.name: self.cache.read(key_of(part, facts)) for part in self.parts}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from videox.files import aside, flush
+from videox.files import flush, temp_path
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 16
@@ -162,7 +162,7 @@ def _write(handle: int, content: memoryview, offset: int) -> int:
 def _locked_file(path: Path) -> tuple[Path, int]:
     """Returns a new file beside a path, locked; made anew where a sweep came between making and locking."""
     while True:
-        temporary = aside(path)
+        temporary = temp_path(path)
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         fcntl.flock(handle, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from videox.errors import DATA, FLAGS, Refusal
+from videox.errors import DATA, FLAGS, UserError
 
 FIELDS = ("file_path", "text", "type", "width", "height", "num_frames", "fps", "weight")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
@@ -36,7 +36,7 @@ def folder_listing(folder: Path) -> list[tuple[str, str]]:
     Hidden files and folders are passed over; links to folders are not followed.
 
     Raises:
-        Refusal: exit code 2 for a folder that cannot be listed.
+        UserError: exit code 2 for a folder that cannot be listed.
     """
     found = []
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
@@ -52,7 +52,7 @@ def folder_listing(folder: Path) -> list[tuple[str, str]]:
 def _read_json(path: Path) -> Columns:
     top = _parse_json(_read_text(path), path, line=0)
     if not isinstance(top, list):
-        raise Refusal(f"{path} 1:1", f"the top level is {_json_name(top)}", "make it a list of objects", DATA)
+        raise UserError(f"{path} 1:1", f"the top level is {_json_name(top)}", "make it a list of objects", DATA)
     return _columns_of(top, path)
 
 
@@ -78,7 +78,7 @@ def _parse_json(text: str, path: Path, line: int) -> object:
         where, what = f"{path} {line + 1}:1", "not readable JSON (nested too deeply)"
     except ValueError:  # the only other one: Python's limit on the digits of a whole number
         where, what = f"{path} {line + 1}:1", "not readable JSON (a number with thousands of digits)"
-    raise Refusal(where, what, "correct the file there", DATA)
+    raise UserError(where, what, "correct the file there", DATA)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
@@ -99,7 +99,7 @@ def _columns_of(rows: Sequence[object], path: Path) -> Columns:
     objects: list[dict[Any, Any]] = []
     for row, value in enumerate(rows):
         if not isinstance(value, dict):
-            raise Refusal(f"{path} row {row}", f"the row is {_json_name(value)}", "make it an object", DATA)
+            raise UserError(f"{path} row {row}", f"the row is {_json_name(value)}", "make it an object", DATA)
         if _REPEATED in value:
             refuse_row(path, row, value[_REPEATED], "the key stands twice", "keep one of them")
         objects.append(value)
@@ -125,12 +125,12 @@ def _read_csv(path: Path) -> Columns:
         for row, values in enumerate(filter(None, reader)):
             if len(values) != len(header):
                 what = f"line {reader.line_num} has {len(values)} columns, the header has {len(header)}"
-                raise Refusal(f"{path} row {row}", what, "quote captions that hold commas or line breaks", DATA)
+                raise UserError(f"{path} row {row}", what, "quote captions that hold commas or line breaks", DATA)
             for column, place in places:
                 column.append(values[place])
     except csv.Error as error:
         where = f"{path} line {reader.line_num}"
-        raise Refusal(where, f"not valid CSV ({error})", "correct the quotes there", DATA) from error
+        raise UserError(where, f"not valid CSV ({error})", "correct the quotes there", DATA) from error
     finally:
         csv.field_size_limit(limit)
     return picked
@@ -145,7 +145,7 @@ def _read_parquet(path: Path) -> Columns:
             return {name: _plain(table.column(name)) for name in table.column_names}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Refusal(str(path), f"not readable as parquet ({reason})", "write the file again", DATA) from error
+        raise UserError(str(path), f"not readable as parquet ({reason})", "write the file again", DATA) from error
 
 
 def _plain(column: pa.ChunkedArray) -> list[Any]:
@@ -193,20 +193,22 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Refusal(str(path), f"cannot be read ({error.strerror})", "check its permissions and its disk") from error
+        raise UserError(
+            str(path), f"cannot be read ({error.strerror})", "check its permissions and its disk"
+        ) from error
 
 
 def _read_text(path: Path) -> str:
     content = _read_bytes(path)
-    mend = "save the file as UTF-8"
+    hint = "save the file as UTF-8"
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         at = 0 if content[0] > 0x7F else content.index(b"\0")
-        raise Refusal(str(path), f"byte {at} is not UTF-8 text, it looks like UTF-16 or UTF-32", mend, DATA)
+        raise UserError(str(path), f"byte {at} is not UTF-8 text, it looks like UTF-16 or UTF-32", hint, DATA)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8, perhaps the file is Latin-1"
-        raise Refusal(str(path), what, mend, DATA) from error
+        raise UserError(str(path), what, hint, DATA) from error
 
 
 def _require_columns(found: Iterable[object], path: Path) -> None:
@@ -215,25 +217,25 @@ def _require_columns(found: Iterable[object], path: Path) -> None:
         Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
     )  # '' ends many exported lines
     if times > 1:
-        raise Refusal(str(path), f"column {name!r} stands {times} times in the header", "keep one of them", DATA)
+        raise UserError(str(path), f"column {name!r} stands {times} times in the header", "keep one of them", DATA)
     missing = [name for name in ("file_path", "text") if name not in names]
     if missing:
         what = f"no row has {' nor '.join(missing)}; columns found: {', '.join(map(repr, names[:20])) or 'none'}"
-        raise Refusal(str(path), what, "name the columns file_path and text, separated by commas in a csv", DATA)
+        raise UserError(str(path), what, "name the columns file_path and text, separated by commas in a csv", DATA)
 
 
-def refuse_row(path: Path, row: int, key: str, what: str, mend: str) -> NoReturn:
-    """Raises the Refusal (exit code 3) of one row, counted from 0, and one of its keys."""
-    raise Refusal(f"{path} row {row}, key {key}", what, mend, DATA)
+def refuse_row(path: Path, row: int, key: str, what: str, hint: str) -> NoReturn:
+    """Raises the UserError (exit code 3) of one row, counted from 0, and one of its keys."""
+    raise UserError(f"{path} row {row}, key {key}", what, hint, DATA)
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
-    raise Refusal(str(error.filename), f"cannot be listed ({error.strerror})", "check its permissions", FLAGS)
+    raise UserError(str(error.filename), f"cannot be listed ({error.strerror})", "check its permissions", FLAGS)
 
 
-def no_samples(path: Path) -> Refusal:
-    """Returns the Refusal (exit code 3) of metadata that lists nothing."""
-    return Refusal(str(path), "0 samples", "add one object or row per image or video", DATA)
+def no_samples(path: Path) -> UserError:
+    """Returns the UserError (exit code 3) of metadata that lists nothing."""
+    return UserError(str(path), "0 samples", "add one object or row per image or video", DATA)
 
 
 def _json_name(value: object) -> str:

@@ -42,7 +42,7 @@ from videox.data.index.table import (
     usable_of,
     write_table,
 )
-from videox.errors import STORAGE, Refusal
+from videox.errors import STORAGE, UserError
 
 _SETTLED_NS = 2_000_000_000  # a file this young may change again without a new modification time
 
@@ -199,7 +199,7 @@ def build_index(
         announce: told, where files are looked at, how many they are and how many seconds that should take.
 
     Raises:
-        Refusal: as `read_metadata`; exit code 3 where not one file is there, 5 where the index cannot be written.
+        UserError: as `read_metadata`; exit code 3 where not one file is there, 5 where the index cannot be written.
     """
     options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": allow_outside_data_dir}
     saved = load_table(index_path)
@@ -238,11 +238,11 @@ def load_index(index_path: Path, data_dir: Path) -> Index:
     """Maps a saved index without a look at metadata or media.
 
     Raises:
-        Refusal: exit code 5 where there is none, or it is not whole.
+        UserError: exit code 5 where there is none, or it is not whole.
     """
     table = load_table(index_path)
     if table is None:
-        raise Refusal(str(index_path), "is not a whole index", "delete it, the next start builds it again", STORAGE)
+        raise UserError(str(index_path), "is not a whole index", "delete it, the next start builds it again", STORAGE)
     return _index_of(table, data_dir, index_path)
 
 
@@ -291,7 +291,9 @@ def _reopen(path: Path, data_dir: Path, fingerprint: str) -> Index:
     index = load_index(path, data_dir)
     if index.fingerprint() != fingerprint:
         what = "the index was built anew, from other metadata, while this run uses it"
-        raise Refusal(str(path), what, "start again, and let no two runs share a metadata file that changes", STORAGE)
+        raise UserError(
+            str(path), what, "start again, and let no two runs share a metadata file that changes", STORAGE
+        )
     return index
 
 

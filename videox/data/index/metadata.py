@@ -1,6 +1,6 @@
 """Serves the user's list of samples: json, jsonl, csv, parquet or a folder becomes columns, and every fault is named.
 
-A fault of the whole file stops the run with a Refusal; a fault of one row becomes that row's `problem`, so that the
+A fault of the whole file stops the run with a UserError; a fault of one row becomes that row's `problem`, so that the
 row keeps its number and has one fate in the ledger. Light imports only: the index reads this before torch is loaded.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from videox.data.index.formats import FIELDS, READERS, Columns, no_samples, read_folder, refuse_row
-from videox.errors import Refusal
+from videox.errors import UserError
 
 KINDS = ("image", "video")
 ROW_PROBLEMS = {
@@ -74,10 +74,10 @@ def read_metadata(path: Path, data_dir: Path, *, allow_outside_data_dir: bool = 
         allow_outside_data_dir: lets a path leave data_dir (absolute, "..", symbolic links).
 
     Raises:
-        Refusal: exit code 2 for a file that is missing, unreadable or of an unknown kind; 3 for its content.
+        UserError: exit code 2 for a file that is missing, unreadable or of an unknown kind; 3 for its content.
     """
     if not stat.S_ISDIR(_mode(data_dir)):
-        raise Refusal(str(data_dir), "is not a folder", "give the folder of the media as train_data_dir")
+        raise UserError(str(data_dir), "is not a folder", "give the folder of the media as train_data_dir")
     notes: list[str] = []
     mode, suffix = _mode(path), path.suffix.lower()
     if stat.S_ISDIR(mode) and suffix not in READERS:
@@ -103,7 +103,7 @@ def confine(paths: Sequence[str], data_dir: Path, source: Path, *, allow_outside
         allow_outside_data_dir: only the names are checked, not where they lead.
 
     Raises:
-        Refusal: exit code 3, with the row.
+        UserError: exit code 3, with the row.
     """
     root = os.path.realpath(data_dir)
     links_of: dict[str, frozenset[str]] = {}
@@ -227,19 +227,19 @@ def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError as error:
-        raise Refusal(str(path), "there is no such file or folder", "correct the path") from error
+        raise UserError(str(path), "there is no such file or folder", "correct the path") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Refusal(str(path), f"cannot be opened ({reason})", "correct the path or its permissions") from error
+        raise UserError(str(path), f"cannot be opened ({reason})", "correct the path or its permissions") from error
 
 
 def _reader_of(path: Path, mode: int, suffix: str) -> Callable[[Path], Columns]:
     if suffix not in READERS:
         known = ", ".join(READERS)
-        raise Refusal(str(path), f"unknown suffix {suffix!r}", f"use one of {known}, or a folder of x.mp4 + x.txt")
+        raise UserError(str(path), f"unknown suffix {suffix!r}", f"use one of {known}, or a folder of x.mp4 + x.txt")
     if not stat.S_ISREG(mode):
         what = "is a folder with the name of a file" if stat.S_ISDIR(mode) else "is not a regular file"
-        raise Refusal(str(path), what, "give the metadata file")
+        raise UserError(str(path), what, "give the metadata file")
     return READERS[suffix]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from videox.data.media.container import BadMedia, MediaInfo
-from videox.errors import BUG, Refusal
+from videox.errors import BUG, UserError
 
 DEADLINE = 60.0  # seconds that one file may take
 _GRACE = 5.0  # seconds after which a child that even the kernel could not end (a dead network disk) is abandoned
@@ -45,7 +45,7 @@ def probe_each(paths: Sequence[str], *, workers: int, deadline: float = DEADLINE
         What probe returned or raised; BadMedia "timeout" and "crashed" where the child did not live to tell.
 
     Raises:
-        Refusal: exit code 70 where a child cannot start.
+        UserError: exit code 70 where a child cannot start.
     """
     answers: queue.SimpleQueue[tuple[int, Answer] | int] = queue.SimpleQueue()
     positions = iter(range(len(paths)))  # shared by the threads: one next() is one step of the interpreter
@@ -144,8 +144,8 @@ def _start(deadline: float) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     if _answer(process, None) != b"ready\n":
         process.kill()
-        mend = "see the lines above this one; `pip install -r requirements.txt` brings the decoders"
-        raise Refusal("the look at the media files", f"a child process ended with {process.wait()}", mend, BUG)
+        hint = "see the lines above this one; `pip install -r requirements.txt` brings the decoders"
+        raise UserError("the look at the media files", f"a child process ended with {process.wait()}", hint, BUG)
     return process
 
 

@@ -33,7 +33,7 @@ from videox.data.index.table import (
     write_table,
 )
 from videox.data.media.container import MAX_PIXELS, BadMedia, too_large
-from videox.errors import DATA, Refusal
+from videox.errors import DATA, UserError
 
 _KINDS = {"image": IMAGE, "video": VIDEO, "": UNKNOWN}
 _LOOK_AGAIN = ("timeout", "crashed", "unreadable")  # mended, they may keep their size and time
@@ -83,12 +83,12 @@ class Files:
         """Refuses a data folder that holds none of the files, before what is saved of them is given up.
 
         Raises:
-            Refusal: exit code 3.
+            UserError: exit code 3.
         """
         named = [number for number, path in enumerate(self.paths) if path]
         if named and all(self.problem[number] == "missing" for number in named):
             what = f"none of its {len(named)} files is there (first: {self.full_path(named[0])!r})"
-            raise Refusal(str(metadata_path), what, "check train_data_dir, and that its disk is mounted", DATA)
+            raise UserError(str(metadata_path), what, "check train_data_dir, and that its disk is mounted", DATA)
 
     def unseen(self) -> np.ndarray:
         """Returns the numbers of the files that must be looked at."""

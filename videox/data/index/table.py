@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from videox.errors import STORAGE, Refusal
-from videox.files import replacing
+from videox.errors import STORAGE, UserError
+from videox.files import atomic_write
 
 IMAGE, VIDEO, UNKNOWN = 0, 1, 2  # the values of kind; UNKNOWN only where metadata does not say it
 VERSION = 2
@@ -69,11 +69,15 @@ def write_table(table: pa.Table, header: dict[str, Any], path: Path) -> None:
         for left in path.parent.glob(f".tmp-{path.name}-*"):  # by a build that was killed
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
-        with replacing(path) as temporary, temporary.open("xb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with (
+            atomic_write(path) as temporary,
+            temporary.open("xb") as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
             writer.write_table(table)
     except OSError as error:
         what = f"the index cannot be written ({error.strerror})"
-        raise Refusal(str(path), what, "make room there, or make the folder writable", STORAGE) from error
+        raise UserError(str(path), what, "make room there, or make the folder writable", STORAGE) from error
 
 
 def names_of(table: pa.Table) -> Any:  # noqa: ANN401 - a hash object of hashlib

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from videox.data.media.container import BadMedia
-from videox.errors import Refusal
+from videox.errors import UserError
 
 _FORMATS = ("mov", "matroska", "flv")
 _CODECS = ("h264", "vp8", "vp9", "mjpeg")
@@ -38,13 +38,13 @@ def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], N
 
     Raises:
         BadMedia: undecodable.
-        Refusal: decord is not installed.
+        UserError: decord is not installed.
     """
     try:
         import decord  # here, since only those who ask for it need it installed
     except ImportError as error:
-        mend = "pip install decord or use --video_reader pyav"
-        raise Refusal("--video_reader decord", "decord is not installed", mend) from error
+        hint = "pip install decord or use --video_reader pyav"
+        raise UserError("--video_reader decord", "decord is not installed", hint) from error
     try:
         video = decord.VideoReader(str(path.absolute()), num_threads=1)
         for index in sorted(set(indices)):

@@ -90,7 +90,7 @@ def read_clip(
     Raises:
         BadMedia: the classes of `open_container`, no_video_stream, too_large, too_small (a strip too thin to
             cover height x width), out_of_range, or undecodable.
-        Refusal: decord is wanted and not installed.
+        UserError: decord is wanted and not installed.
     """
     if not frame_indices or list(frame_indices) != sorted(frame_indices):
         raise ValueError("frame_indices must be ascending, with at least one of them")

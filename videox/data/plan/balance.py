@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from videox.data.plan.plan import BARRIERS, Columns, EpochPlan, PlanSettings, check_world_size, plan_epoch, sample_cost
-from videox.rng import Purpose
-from videox.rng import mix as mixed
+from videox.rng import Purpose, hash_key
 from videox.shapes import token_count
 
 
 @dataclass(frozen=True)
-class Load:
+class PlanBalance:
     """How an epoch loads so many processes.
 
     Attributes:
@@ -31,13 +30,15 @@ class Load:
 
     balance: float
     unplanned: float | None
-    mix: float
+    step_variance_ratio: float
     steps: int
     padded: float
 
 
-def loads(columns: Columns, settings: PlanSettings, accumulation: int, worlds: Sequence[int]) -> dict[int, Load]:
-    """Returns a Load for each number of processes, of the plan that a run has which begins with so many."""
+def loads(
+    columns: Columns, settings: PlanSettings, accumulation: int, worlds: Sequence[int]
+) -> dict[int, PlanBalance]:
+    """Returns a PlanBalance for each number of processes, of the plan that a run has which begins with so many."""
     found = {}
     for world in worlds:
         own = replace(settings, slots=world * accumulation)
@@ -50,7 +51,7 @@ def loads(columns: Columns, settings: PlanSettings, accumulation: int, worlds: S
         filled = (len(plan.slot_first) - 1) / (plan.n_steps * plan.slots)
         without = balance(costs, own.barrier) if len(costs) else None
         planned, mixed_so = balance_and_mix(plan, own, world)
-        found[world] = Load(planned, without, mixed_so, plan.n_steps, 1 - filled)
+        found[world] = PlanBalance(planned, without, mixed_so, plan.n_steps, 1 - filled)
     return found
 
 
@@ -60,7 +61,7 @@ def balance_and_mix(
     """Returns balance efficiency and mix of an epoch as world_size processes run it; barrier: None = the plan's own.
 
     Raises:
-        Refusal: world_size does not divide the slots of a step.
+        UserError: world_size does not divide the slots of a step.
     """
     costs, padding = plan_costs(plan, settings, world_size)
     steps = np.arange(len(plan.slot_first) - 1) // plan.slots
@@ -68,7 +69,7 @@ def balance_and_mix(
     tokens = np.array([token_count(bucket) for bucket in plan.buckets])[plan.micro_bucket]
     return (
         balance(costs, barrier or settings.barrier, padding),
-        mix(np.repeat(tokens, np.diff(plan.micro_first)), np.repeat(steps, counts)),
+        step_variance_ratio(np.repeat(tokens, np.diff(plan.micro_first)), np.repeat(steps, counts)),
     )
 
 
@@ -79,7 +80,7 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tupl
     takes as many micro-batches as the fullest, where need be of weight 0.
 
     Raises:
-        Refusal: world_size does not divide the slots of a step.
+        UserError: world_size does not divide the slots of a step.
     """
     check_world_size(plan.slots, world_size)
     unit = sample_cost(settings, plan.buckets)
@@ -120,7 +121,7 @@ def balance(costs: np.ndarray, barrier: str, padding: np.ndarray | float = 0.0) 
     return float(costs.sum() / (costs.shape[2] * slowest))
 
 
-def mix(tokens: np.ndarray, step: np.ndarray) -> float:
+def step_variance_ratio(tokens: np.ndarray, step: np.ndarray) -> float:
     """Returns the variance of the step mean of log tokens over that of random steps of the same size; 1 is random.
 
     Each step's squared deviation is taken over what it would be on average if as many samples were drawn from the
@@ -164,12 +165,12 @@ def unplanned(
     Returns:
         float64 [steps, accumulation, ranks], as `balance` takes it; no steps where the epoch does not fill one.
     """
-    order = np.argsort(mixed(seed, Purpose.ORDER, np.arange(len(cost))), kind="stable")
+    order = np.argsort(hash_key(seed, Purpose.ORDER, np.arange(len(cost))), kind="stable")
     order = order[np.argsort(bucket[order], kind="stable")]
     counts = np.bincount(bucket)
     within = np.arange(len(cost)) - np.repeat(np.cumsum(counts) - counts, counts)
     batch = np.cumsum(within % batch_size == 0) - 1
     costs = np.bincount(batch, weights=cost[order])
-    costs = costs[np.argsort(mixed(seed, Purpose.MICRO_BATCH, np.arange(len(costs))), kind="stable")]
+    costs = costs[np.argsort(hash_key(seed, Purpose.MICRO_BATCH, np.arange(len(costs))), kind="stable")]
     steps = len(costs) // (ranks * accumulation)
     return costs[: steps * ranks * accumulation].reshape(steps, accumulation, ranks)

@@ -41,7 +41,7 @@ PASSES = 4  # over pairs of sums that are split anew
 
 
 @dataclass(frozen=True)
-class Deck:
+class SlotCosts:
     """The slots of an epoch, to be dealt: int64 columns, one entry per slot.
 
     cost: of the slot's samples; deviation: sum over them of log tokens less their mean; samples: their number.
@@ -51,9 +51,9 @@ class Deck:
     deviation: np.ndarray
     samples: np.ndarray
 
-    def at(self, slots: np.ndarray) -> Deck:
+    def at(self, slots: np.ndarray) -> SlotCosts:
         """Returns the slots chosen, in the shape of `slots`."""
-        return Deck(self.cost[slots], self.deviation[slots], self.samples[slots])
+        return SlotCosts(self.cost[slots], self.deviation[slots], self.samples[slots])
 
 
 def take(values: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -183,7 +183,7 @@ class Dealing:
     by: str = "cost"
     shuffled: bool = False
 
-    def steps(self, deck: Deck, spread: float) -> np.ndarray:
+    def steps(self, deck: SlotCosts, spread: float) -> np.ndarray:
         """Returns positions int64 [n, steps, accumulation, ranks] in a deck of columns [n, m].
 
         Args:
@@ -207,7 +207,7 @@ class Dealing:
         dealt = np.take_along_axis(bins, rows.reshape(n, -1)[:, :, None], 1)
         return dealt.reshape(n, -1, self.ranks, self.accumulation).transpose(0, 1, 3, 2)
 
-    def _by_few(self, deck: Deck, shape: tuple[int, int, int, int]) -> np.ndarray:
+    def _by_few(self, deck: SlotCosts, shape: tuple[int, int, int, int]) -> np.ndarray:
         """Returns steps whose micro-steps are sorted by cost, but for a few that make up for what the others are."""
         n, steps, accumulation, ranks = shape
         worth = getattr(deck, self.by)
@@ -234,7 +234,7 @@ class Dealing:
         return straying(cost, deviation, self.ranks, self.stray * spread * math.sqrt(self.ranks))
 
 
-def judge(deck: Deck, steps: np.ndarray, barrier: str, spread: float) -> tuple[float, float]:
+def judge(deck: SlotCosts, steps: np.ndarray, barrier: str, spread: float) -> tuple[float, float]:
     """Returns (balance, mix) of steps [n, steps, accumulation, ranks]: balance.py's numbers, in whole numbers.
 
     Args:
@@ -251,7 +251,9 @@ def judge(deck: Deck, steps: np.ndarray, barrier: str, spread: float) -> tuple[f
     return balance, mixed
 
 
-def choose(windows: Deck, dealing: partial[Dealing], spread: float, per_slot: float, strict: bool) -> list[Dealing]:
+def choose(
+    windows: SlotCosts, dealing: partial[Dealing], spread: float, per_slot: float, strict: bool
+) -> list[Dealing]:
     """Returns how to deal an epoch, by what the candidates give on some windows of it, and what else if that fails.
 
     Strict takes the best balance. Otherwise steps are kept about as varied as the data: where ranks have several slots
@@ -280,7 +282,9 @@ def choose(windows: Deck, dealing: partial[Dealing], spread: float, per_slot: fl
     return [*(way for *_, way in by_mix[-1:]), ways[-1]]
 
 
-def deal(deck: Deck, *, ranks: int, accumulation: int, barrier: str, spread: float, strict: bool) -> np.ndarray:
+def assign_slots(
+    deck: SlotCosts, *, ranks: int, accumulation: int, barrier: str, spread: float, strict: bool
+) -> np.ndarray:
     """Returns the slots of an epoch's full steps, int64 [steps, accumulation, ranks]; steps are in no order.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from videox.errors import Refusal
+from videox.errors import UserError
 from videox.shapes import GRID, TEMPORAL_RATIO, frames_that_fit, snap_frames, token_limited_frames
 
 LADDER_STEP = 128  # pixels between two target sizes
@@ -64,7 +64,7 @@ class SizePolicy:
     the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides.
 
     Raises:
-        Refusal: flags that contradict each other or are out of range.
+        UserError: flags that contradict each other or are out of range.
     """
 
     video_sample_size: int = 512
@@ -85,28 +85,30 @@ class SizePolicy:
     def __post_init__(self) -> None:
         for name in ("video_sample_size", "image_sample_size", "token_sample_size"):
             if not 2 * GRID <= getattr(self, name) <= 8192:
-                raise Refusal(f"--{name}", f"{getattr(self, name)} is outside 32..8192", "give a side in pixels")
+                raise UserError(f"--{name}", f"{getattr(self, name)} is outside 32..8192", "give a side in pixels")
         if self.n_frames < 1 or snap_frames(self.n_frames) != self.n_frames:
             near = snap_frames(max(1, self.n_frames))
-            mend = f"use {near} or {near + TEMPORAL_RATIO}"
-            raise Refusal("--video_sample_n_frames", f"{self.n_frames} is not 4k+1", mend)
+            hint = f"use {near} or {near + TEMPORAL_RATIO}"
+            raise UserError("--video_sample_n_frames", f"{self.n_frames} is not 4k+1", hint)
         if self.stride < 1:
-            raise Refusal("--video_sample_stride", f"{self.stride} is below 1", "use 1 for every frame")
+            raise UserError("--video_sample_stride", f"{self.stride} is below 1", "use 1 for every frame")
         if not self.enable_bucket:
             for name in ("random_hw_adapt", "token_length", "random_frame_crop", "random_ratio_crop"):
                 if getattr(self, name):
                     flag = "training_with_video_token_length" if name == "token_length" else name
-                    raise Refusal(f"--{flag}", "has no meaning without buckets", "add --enable_bucket")
+                    raise UserError(f"--{flag}", "has no meaning without buckets", "add --enable_bucket")
             if self.grid != GRIDS[0]:
-                raise Refusal(f"--bucket_grid {self.grid}", "has no meaning without buckets", "add --enable_bucket")
+                raise UserError(f"--bucket_grid {self.grid}", "has no meaning without buckets", "add --enable_bucket")
             if self.fix_sample_size:
-                raise Refusal("--fix_sample_size", "has no meaning without buckets", "add --enable_bucket")
+                raise UserError("--fix_sample_size", "has no meaning without buckets", "add --enable_bucket")
         if self.n_frames < self.min_frames or not self.video_sizes():
             what = f"{self.n_frames} frames at --token_sample_size {self.token_sample_size} leave no clip of {self.min_frames}"
-            mend = "raise one of them; the given first frame alone teaches nothing"
-            raise Refusal("--video_sample_n_frames", what, mend)
+            hint = "raise one of them; the given first frame alone teaches nothing"
+            raise UserError("--video_sample_n_frames", what, hint)
         if self.fix_sample_size and min(self.fix_sample_size) < 2 * GRID:
-            raise Refusal("--fix_sample_size", f"{self.fix_sample_size} has a side below 32", "give height and width")
+            raise UserError(
+                "--fix_sample_size", f"{self.fix_sample_size} has a side below 32", "give height and width"
+            )
 
     @property
     def low(self) -> int:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from videox.data.plan.buckets import Fate
-from videox.errors import Refusal
-from videox.rng import Purpose, mix, uniform
+from videox.errors import UserError
+from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import GRID, Bucket, token_count
 
 PADDING = -1  # the row number of a sample that only keeps ranks in step
@@ -130,7 +130,7 @@ class EpochPlan:
         """
         first, last = self._sample_range(step)
         count = last - first
-        order = mix(self.seed, self.epoch, step, Purpose.STRATUM, np.arange(count))
+        order = hash_key(self.seed, self.epoch, step, Purpose.STRATUM, np.arange(count))
         place = np.empty(count, np.int64)
         place[np.argsort(order, kind="stable")] = np.arange(count)
         return (place + uniform(self.key[first:last], Purpose.TIMESTEP)) / count
@@ -142,7 +142,7 @@ class EpochPlan:
         fullest one, and missing slots of the epoch's last step, are padded with weight 0 (padding_buckets).
 
         Raises:
-            Refusal: world_size does not divide the number of slots.
+            UserError: world_size does not divide the number of slots.
         """
         check_world_size(self.slots, world_size)
         slots = self._slot_range(step)
@@ -172,7 +172,7 @@ class EpochPlan:
         """Yields every real sample of the epoch as world_size processes run it: by step, rank and micro-batch.
 
         Raises:
-            Refusal: world_size does not divide the number of slots.
+            UserError: world_size does not divide the number of slots.
         """
         for step in range(self.n_steps):
             for rank in range(world_size):
@@ -218,10 +218,10 @@ def padding(step: int, slot: int, bucket: Bucket) -> MicroBatch:
 
 
 def check_world_size(slots: int, world_size: int) -> None:
-    """Raises Refusal unless world_size divides the slots of a step."""
+    """Raises UserError unless world_size divides the slots of a step."""
     if slots % world_size:
         fits = [str(w) for w in range(1, slots + 1) if slots % w == 0]
-        raise Refusal(
+        raise UserError(
             "number of processes",
             f"{world_size} does not divide the {slots} slots of an optimizer step",
             f"start one of {', '.join(fits)} processes, or begin a new run in another --output_dir",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from videox.data.plan.balancing import Deck, deal
+from videox.data.plan.balancing import SlotCosts, assign_slots
 from videox.data.plan.batching import Filling, fill_slots
 from videox.data.plan.buckets import (
     Fate,
@@ -28,8 +28,8 @@ from videox.data.plan.buckets import (
 )
 from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch, check_world_size
 from videox.data.plan.settings import BARRIERS, Columns, PlanSettings, sample_cost
-from videox.errors import DATA, Refusal
-from videox.rng import Purpose, mix, uniform
+from videox.errors import DATA, UserError
+from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import Bucket, token_count
 
 __all__ = [
@@ -42,7 +42,7 @@ def held_out_rows(columns: Columns, settings: PlanSettings) -> np.ndarray:
     """Returns the rows (int64, ascending) kept for validation: a keyed choice among those that could be trained."""
     fates = _static(columns, settings)
     rows = np.flatnonzero(fates == Fate.TRAINED)
-    order = mix(settings.seed, Purpose.HELD_OUT, rows)
+    order = hash_key(settings.seed, Purpose.HELD_OUT, rows)
     return np.sort(rows[np.argsort(order, kind="stable")[: settings.held_out]])
 
 
@@ -112,7 +112,7 @@ def _draw_buckets(
     columns: Columns, settings: PlanSettings, epoch: int, rows: np.ndarray, copies: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, tuple[Bucket, ...], np.ndarray]:
     """Returns (variant uint64 [N], bucket number int64 [N], buckets, sample frames int32 [N])."""
-    variant = mix(settings.seed, turn_of(settings, epoch), rows, copies, Purpose.SAMPLE)
+    variant = hash_key(settings.seed, turn_of(settings, epoch), rows, copies, Purpose.SAMPLE)
     frames, height, width, _ = assign(
         settings.policy,
         columns.kind[rows],
@@ -155,7 +155,7 @@ def draw_epoch(columns: Columns, settings: PlanSettings, epoch: int, fates: np.n
     else:
         room, length = room_of(columns.frames[rows], frames, pace), frame_offsets(frames - 1, pace) + 1
         starts = planned_starts(room, length, clip, clips, settings.clip_sampling)
-    keys = mix(settings.seed, epoch, rows, copies, Purpose.SAMPLE)
+    keys = hash_key(settings.seed, epoch, rows, copies, Purpose.SAMPLE)
     return Drawn(rows, copies, starts, keys, variants, number, buckets)
 
 
@@ -171,21 +171,21 @@ def plan_epoch(
         excluded: metadata rows that all processes agreed to leave out from this epoch on.
 
     Raises:
-        Refusal: nothing is left to train.
+        UserError: nothing is left to train.
     """
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
     rows, copies, starts, key, variants, number, buckets = draw_epoch(columns, settings, epoch, fates)
     if not len(rows):
         met = ", ".join(f"{np.count_nonzero(fates == f)} {f.name.lower()}" for f in Fate if np.any(fates == f))
-        mend = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
+        hint = "look at the rows' problems above, or lower --video_sample_n_frames or --video_sample_stride"
         if np.any(fates == Fate.HELD_OUT):  # they could be trained
-            mend = "lower --validation_rows"
+            hint = "lower --validation_rows"
         if np.any(fates == Fate.NOT_DRAWN):  # a row that could be trained, and would be at weight 1
-            mend = "raise the `weight` of some rows: 1 is once in an epoch"
-        raise Refusal("--train_data_meta", f"no row of {len(columns)} can be trained ({met})", mend, DATA)
+            hint = "raise the `weight` of some rows: 1 is once in an epoch"
+        raise UserError("--train_data_meta", f"no row of {len(columns)} can be trained ({met})", hint, DATA)
 
     # shuffle the samples, then bring each bucket's together: a random order within every bucket
-    order = np.argsort(mix(key, Purpose.ORDER), kind="stable")
+    order = np.argsort(hash_key(key, Purpose.ORDER), kind="stable")
     order = order[np.argsort(number[order], kind="stable")]
     counts = np.bincount(number, minlength=len(buckets))
     filling = fill_slots(settings, buckets, counts)
@@ -223,7 +223,7 @@ def slot_order(
     Costs and log tokens are rounded to whole numbers first, of which every machine makes the same order. What does
     not fill a step comes last.
     """
-    shuffled = np.argsort(mix(settings.seed, epoch, Purpose.MICRO_BATCH, np.arange(filling.slots)), kind="stable")
+    shuffled = np.argsort(hash_key(settings.seed, epoch, Purpose.MICRO_BATCH, np.arange(filling.slots)), kind="stable")
     ranks, accumulation = settings.slots // settings.accumulation, settings.accumulation
     if ranks == 1:  # one process has nobody to wait for: its plan is that of a process for each slot
         ranks, accumulation = settings.slots, 1
@@ -237,8 +237,8 @@ def slot_order(
         np.bincount(filling.slot, weights=column * filling.samples).astype(np.int64)
         for column in (unit[filling.bucket], logs[filling.bucket], np.ones(len(filling.slot)))
     )
-    deck = Deck(*(column[shuffled] for column in sums))
-    dealt = deal(
+    deck = SlotCosts(*(column[shuffled] for column in sums))
+    dealt = assign_slots(
         deck,
         ranks=ranks,
         accumulation=accumulation,
@@ -250,7 +250,7 @@ def slot_order(
     steps = np.arange(len(dealt))
     by_rank = uniform(settings.seed, epoch, Purpose.STEP, steps[:, None], np.arange(ranks)).argsort(1, kind="stable")
     dealt = np.take_along_axis(dealt, by_rank[:, None, :], 2)
-    dealt = dealt[np.argsort(mix(settings.seed, epoch, Purpose.STEP, steps), kind="stable")]
+    dealt = dealt[np.argsort(hash_key(settings.seed, epoch, Purpose.STEP, steps), kind="stable")]
     rest = np.arange(dealt.size, filling.slots)
     rest = rest[np.argsort(-deck.cost[rest], kind="stable")]
     return shuffled[np.concatenate([dealt.ravel(), rest])]
