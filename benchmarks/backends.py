@@ -1,10 +1,10 @@
-"""Serves whoever asks whether a launch recipe trains as one process does: each family under each, and a table.
+"""Trains each family under each launch recipe, compares it with one process, and writes a table.
 
     python benchmarks/backends.py [--kinds "hunyuanvideo i2v" ...] [--output benchmarks/backends.md]
 
-Each cell is the users' launch command on a small model of the real classes, ten steps with the clip binding: it is
-compared with one process at an equal global batch, saved, resumed from the middle, converted by the published command,
-resumed again beside what that wrote, and loaded by diffusers.
+Each cell runs the published launch command on a small model of the real classes for ten steps, with gradient clipping
+active in each step. The run is compared with one process at an equal global batch, resumed from the middle, converted
+by `scripts/zero_to_bf16.py`, resumed once more with the converted folder present, and loaded by diffusers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import diffusers
 import forkserver
+import launch_checks
+import launches
 import runs
-import test_backends as backends
 import tiny
 import torch
 from machine import machine_line
@@ -39,105 +40,108 @@ PROMPT = "a red fox"
 
 @dataclass
 class Found:
-    """What a cell showed: distances from one process, and what went wrong, by column."""
+    """Outcome of a cell: distances from the one-process run, and the failed checks by column."""
 
     loss_distance: float = float("nan")
     cosine: float = float("nan")
     wrong: dict[str, str] = field(default_factory=dict)
 
     def note(self, column: str, check: Callable[..., object], *arguments: object, **settings: object) -> None:
-        """Runs a check and keeps what it has against the run."""
+        """Run a check and record its assertion error under `column`."""
         try:
             check(*arguments, **settings)
         except AssertionError as why:
             self.wrong[column] = self.wrong.get(column, "") + f"{check.__name__}: {why}"
 
 
-def ground_of(kind: str, folder: Path) -> backends.Ground:
-    """Returns a kind of model with a data set, trained by one process with two micro-batches a step."""
-    ground = backends.Ground(folder, kind, STEPS, **SETTINGS)
-    norms = [line["grad_norm"] for line in forkserver.steps(ground.alone)]
-    assert min(norms) > SETTINGS["max_grad_norm"], f"the clip does not bind: {norms}"
+def ground_of(kind: str, folder: Path) -> launches.BackendRuns:
+    """Build a model and a data set, and train the baseline: one process with two micro-batches per step."""
+    ground = launches.BackendRuns(folder, kind, STEPS, **SETTINGS)
+    norms = [line["grad_norm"] for line in forkserver.read_steps(ground.baseline)]
+    assert min(norms) > SETTINGS["max_grad_norm"], f"gradient clipping is not active in each step: {norms}"
     return ground
 
 
-def run_cell(ground: backends.Ground, recipe: str, folder: Path) -> Found:
-    """Trains, resumes, converts and resumes again; the run is left in `folder`."""
+def run_cell(ground: launches.BackendRuns, recipe: str, folder: Path) -> Found:
+    """Train, resume, convert and resume again; the run is written to `folder`."""
     found, world_size = Found(), 1 if recipe == "plain" else 2
     changes: dict[str, object] = {"gradient_accumulation_steps": 2 // world_size}
     if ground.mode == "normal":
         changes["validation_prompts"] = [PROMPT]
-    found.note("trained", backends.check_launched, ground, recipe, folder, world_size, **changes)
+    found.note("trained", launch_checks.check_launch, ground, recipe, folder, world_size, **changes)
     if found.wrong:
         found.wrong |= dict.fromkeys(("resumed", "converted"), "not tried")
         return found
-    losses = [[line["loss"] for line in forkserver.steps(run)] for run in (folder, ground.alone)]
+    losses = [[line["loss"] for line in forkserver.read_steps(run)] for run in (folder, ground.baseline)]
     found.loss_distance = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    moved = [backends.movement(ground.model, run / "transformer") for run in (folder, ground.alone)]
+    moved = [launch_checks.weight_change(ground.model, run / "transformer") for run in (folder, ground.baseline)]
     found.cosine = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
-    for check in (backends.check_like_alone, backends.check_export):
+    for check in (launch_checks.check_matches_baseline, launch_checks.check_export):
         found.note("trained", check, ground, folder)
-    found.note("trained", backends.check_checkpoint, ground, recipe, folder, world_size)
-    found.note("resumed", backends.check_gone_on, ground, recipe, folder, world_size, **changes)
+    found.note("trained", launch_checks.check_checkpoint, ground, recipe, folder, world_size)
+    found.note("resumed", launch_checks.check_resume, ground, recipe, folder, world_size, **changes)
     found.note("converted", check_converted, ground, recipe, folder)
     found.note("resumed", check_goes_on_beside_outputs, ground, recipe, folder, world_size, **changes)
     return found
 
 
-def check_converted(ground: backends.Ground, recipe: str, folder: Path) -> None:
-    """Checks that the published command makes the trained weights, cast, which diffusers loads."""
-    converted = backends.convert(folder, STEPS)
-    if "transformer" in backends.STORED[recipe]:
+def check_converted(ground: launches.BackendRuns, recipe: str, folder: Path) -> None:
+    """Check that the published command writes the trained weights cast to bfloat16, and that diffusers loads them."""
+    converted = launch_checks.convert_checkpoint(folder, STEPS)
+    if "transformer" in launch_checks.CHECKPOINT_FILES[recipe]:
         assert "already holds the weights whole, in float32" in converted.stdout, converted.stdout
     weights, trained = (runs.read_weights(place) for place in (converted.folder, folder / "transformer"))
     assert weights.keys() == trained.keys()
-    assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in trained.items()), "other weights"
-    kind = getattr(diffusers, backends.CLASSES[ground.family])
+    assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in trained.items()), "different weights"
+    kind = getattr(diffusers, launches.TRANSFORMER_CLASSES[ground.family])
     loaded = kind.from_pretrained(converted.folder, torch_dtype=torch.bfloat16)
     assert all(torch.equal(weights[name], value.bfloat16()) for name, value in loaded.state_dict().items())
 
 
 def check_goes_on_beside_outputs(
-    ground: backends.Ground, recipe: str, folder: Path, world_size: int, **changes: object
+    ground: launches.BackendRuns, recipe: str, folder: Path, world_size: int, **changes: object
 ) -> None:
-    """Checks that `latest` is the newest checkpoint, not what a conversion wrote beside it."""
+    """Check that `latest` selects the newest checkpoint, not the folder that the conversion wrote next to it."""
     more = {**changes, "max_train_steps": STEPS + 1, "resume_from_checkpoint": "latest"}
-    ranks = ground.ranks(recipe, folder, world_size, **more)
-    assert backends.codes(ranks) == [0] * world_size, backends.said(ranks)
-    assert [line["step"] for line in forkserver.steps(folder)] == list(range(1, STEPS + 2))
+    ranks = ground.run_ranks(recipe, folder, world_size, **more)
+    assert launches.exit_codes(ranks) == [0] * world_size, launches.output_of(ranks)
+    assert [line["step"] for line in forkserver.read_steps(folder)] == list(range(1, STEPS + 2))
     assert (folder / f"checkpoint-{STEPS}-outputs").is_dir()
 
 
 def lines_of(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Returns the lines of a table written before, by family, mode and recipe."""
+    """Return the rows of an existing table, by family, mode and recipe."""
     split = (tuple(line.strip("| ").split(" | ")) for line in file.read_text(encoding="utf-8").splitlines())
-    return {line[:3]: line for line in split if len(line) == len(HEADER) and " ".join(line[:2]) in backends.BUILD}
+    return {
+        line[:3]: line for line in split if len(line) == len(HEADER) and " ".join(line[:2]) in launches.MODEL_BUILDERS
+    }
 
 
 def row(kind: str, recipe: str, found: Found) -> tuple[str, ...]:
-    """Returns one line of the table."""
+    """Return one row of the table."""
     words = ["NO" if column in found.wrong else "yes" for column in ("trained", "resumed", "converted")]
     return (*kind.split(), recipe, f"{found.loss_distance:.4f}", f"{found.cosine:.4f}", *words)
 
 
 def page(lines: list[tuple[str, ...]]) -> str:
-    """Returns the report as Markdown."""
+    """Return the report as Markdown."""
     table = [HEADER, ("---",) * len(HEADER), *lines]
     return "\n".join(
         [
             "# Each family under each launch recipe",
             "",
-            f"`python benchmarks/backends.py`: the users' launch commands on small models of the real classes, {STEPS} steps in",
-            "bf16 at learning rate 1e-3 with max_grad_norm 0.05, which every step exceeds; plain is one process with two",
-            "micro-batches a step, the others are two processes over gloo.",
+            "Measured by `python benchmarks/backends.py`: the published launch commands on small models of the real classes,",
+            f"{STEPS} steps in bf16 at learning rate 1e-3 and `max_grad_norm` 0.05, which the gradient norm exceeds in every step.",
+            "`plain` is one process with two micro-batches per step, the others are two processes over gloo.",
             "",
             *("| " + " | ".join(line) + " |" for line in table),
             "",
-            "Loss distance: the largest difference of a step's loss from one process's. Cosine: between the movements of all",
-            "parameters. Trained: samples, learning rates, losses within 0.02, gradient norms within 2 %, backend, number of",
-            "processes and checkpoint as expected, export loaded by diffusers. Resumed: from the middle, the second half equal to",
-            "the bit; and once more by `latest` after the conversion. Converted: by `scripts/zero_to_bf16.py`, equal to the trained",
-            "weights cast to bfloat16, loaded by diffusers.",
+            "- Loss distance: the largest difference of a step's loss from the loss of one process.",
+            "- Cosine: similarity of the changes of all parameters to those of one process.",
+            "- Trained: the same samples and learning rates, losses within 0.02, gradient norms within 2 %; backend, number of",
+            "  processes and checkpoint as expected; diffusers loads the export.",
+            "- Resumed: from the middle, the second half is bit-identical; resumed once more by `latest` after the conversion.",
+            "- Converted by `scripts/zero_to_bf16.py`: equal to the trained weights cast to bfloat16, loaded by diffusers.",
             "",
             f"{machine_line('torch', 'diffusers')}.",
             "",
@@ -148,10 +152,16 @@ def page(lines: list[tuple[str, ...]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kinds", nargs="+", choices=backends.BUILD, default=list(backends.BUILD), help="families and modes"
+        "--kinds",
+        nargs="+",
+        choices=launches.MODEL_BUILDERS,
+        default=list(launches.MODEL_BUILDERS),
+        help="families and modes",
     )
     parser.add_argument(
-        "--output", type=Path, help="Markdown file to write, where lines of other kinds stay (none = print)"
+        "--output",
+        type=Path,
+        help="Markdown file to update: rows of other families and modes are kept (default: print only)",
     )
     args = parser.parse_args()
     lines = lines_of(args.output) if args.output and args.output.exists() else {}
@@ -166,7 +176,7 @@ def main() -> int:
                 wrong += [f"{kind} {recipe}: {column}: {why}" for column, why in found.wrong.items()]
                 print(*lines[*kind.split(), recipe], f"{time.monotonic() - begin:.0f} s", sep="\t", flush=True)
     print("\n".join(wrong), file=sys.stderr)
-    cells = [(*kind.split(), recipe) for kind in backends.BUILD for recipe in RECIPES]
+    cells = [(*kind.split(), recipe) for kind in launches.MODEL_BUILDERS for recipe in RECIPES]
     text = page([lines[cell] for cell in cells if cell in lines])
     print(text)
     if args.output:

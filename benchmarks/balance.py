@@ -1,14 +1,19 @@
-"""Serves who trains on several GPUs: how evenly a plan loads them, and how varied its steps stay, side by side.
+"""Balance and mix of the plan: how evenly it loads several GPUs, and how varied its steps remain.
 
     python benchmarks/balance.py [--samples N] [--models NAME...] [--ranks N...] [--write benchmarks/balance.md]
 
-Plans an epoch of simulated data sets (eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, 24 to 60 frames per
-second; with images or without) by the package's own planner, for both slot fills, one and four slots per rank and
-step, ranks that meet once a step (DDP, ZeRO-2) and in each micro-batch (ZeRO-3, FSDP), and both values of --balance.
-Beside them, in the same run over the same samples: the original's scheme, in which every rank takes the next batch,
-whatever the others take; strat4, whose micro-steps are 32 steps' samples sorted by cost, a step's four from its four
-quarters; and winpack1R, which packs 32 steps' samples into sequences of equal cost, one per rank and step, and deals
-them at random. Costs are a*S + b*S^2 from the models' dimensions. No clip is opened and no model is loaded.
+Plans one epoch of simulated data sets (eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, 24 to 60 frames per
+second; with and without images) with the planner of `videox.data.plan`: both values of --slot_fill, one and four slots
+per rank and step, ranks that synchronize once per step (DDP, ZeRO-2) or in each micro-batch (ZeRO-3, FSDP), and two
+values of --balance. A slot is the work of one rank in one micro-batch.
+
+Three other schemes are computed in the same run over the same samples:
+
+- original: every rank takes the next batch, regardless of what the other ranks take (no plan);
+- strat4: the samples of 32 steps are sorted by cost; each of a step's four micro-steps comes from one quarter;
+- winpack1R: the samples of 32 steps are packed into sequences of equal cost, one per rank and step, in random order.
+
+The cost of a sample of S tokens is a*S + b*S^2, from the models' dimensions. No clip is opened and no model is loaded.
 """
 
 from __future__ import annotations
@@ -25,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from cost import cost_coefficients, joint_cost_coefficients
 
-from videox.data.plan.balance import balance, balance_and_mix, unplanned
+from videox.data.plan.balance import balance, balance_and_variance_ratio, unplanned_costs
 from videox.data.plan.buckets import SizePolicy
-from videox.data.plan.plan import BARRIERS, Columns, PlanSettings, plan_epoch, sample_cost
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import BARRIERS, PlanColumns, PlanSettings, sample_cost
 from videox.shapes import token_count
 
 MIXES = {
@@ -45,8 +51,8 @@ WINDOW = 32  # steps, of strat4 and winpack1R
 WHERE = {"step": "DDP", "micro": "sharded"}
 
 
-def data_set(samples: int, images: float, seed: int = 0) -> Columns:
-    """Returns columns of a mixed data set: log-normal durations with a median of 5.5 s, common sizes and rates."""
+def data_set(samples: int, images: float, seed: int = 0) -> PlanColumns:
+    """Return the columns of a mixed data set: log-normal durations with a median of 5.5 s, common sizes and rates."""
     rng = np.random.default_rng(seed)
     image = rng.random(samples) < images
     shares = [0.52, 0.2, 0.08, 0.07, 0.04, 0.04, 0.03, 0.02]
@@ -58,15 +64,16 @@ def data_set(samples: int, images: float, seed: int = 0) -> Columns:
     height = np.where(ratio >= 1, short, short / ratio).astype(np.int32)
     width = np.where(ratio >= 1, short * ratio, short).astype(np.int32)
     kind = (~image).astype(np.uint8)
-    return Columns(kind, width, height, np.where(image, 1, frames).astype(np.int32), np.ones(samples, bool))
+    return PlanColumns(kind, width, height, np.where(image, 1, frames).astype(np.int32), np.ones(samples, bool))
 
 
 def strat4(cost: np.ndarray, logs: np.ndarray, ranks: int) -> tuple[float, float]:
-    """Returns (balance, mix) of four sorted micro-steps per step, one from each quarter of a window's.
+    """Return (balance, mix) of strat4: four sorted micro-steps per step, one from each quarter of a window.
 
     Args:
-        cost, logs: of the samples' log tokens, in random order.
-        ranks: that meet in each micro-step.
+        cost: cost of each sample, in random order.
+        logs: logarithm of each sample's token count, in the same order.
+        ranks: number of ranks, which synchronize in each micro-step.
     """
     windows = [order.reshape(4, WINDOW // 4, ranks) for order in _sorted_windows(cost, ranks)]
     steps = np.concatenate(windows, axis=1)  # [4, steps, ranks]
@@ -80,18 +87,21 @@ def _sorted_windows(cost: np.ndarray, ranks: int) -> list[np.ndarray]:
 
 
 def winpack1r(cost: np.ndarray, logs: np.ndarray, ranks: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Returns (balance, mix) of sequences of equal cost, the dearest sample's or the mean's, dealt at random.
+    """Return (balance, mix) of winpack1R: sequences of about equal cost in random order.
+
+    The number of sequences is chosen so that their mean cost is at least the cost of the most expensive sample.
 
     Args:
-        cost, logs: of the samples' log tokens, in random order.
-        ranks: that meet once a step, each with one sequence.
-        rng: deals the sequences.
+        cost: cost of each sample, in random order.
+        logs: logarithm of each sample's token count, in the same order.
+        ranks: number of ranks, which synchronize once per step, each with one sequence.
+        rng: draws the order of the sequences.
     """
     busy, paid, means, counts = 0.0, 0.0, [], []
     for window in _sorted_windows(cost, ranks):
         bins = max(int(cost[window].sum() / cost[window].max()) // ranks, 1) * ranks
         least, load, total, count = [(0.0, i) for i in range(bins)], np.zeros(bins), np.zeros(bins), np.zeros(bins)
-        for sample in window[::-1].tolist():  # dearest first, each to the sequence that costs least
+        for sample in window[::-1].tolist():  # most expensive first, each into the sequence with the lowest cost
             _, into = least[0]
             load[into] += cost[sample]
             total[into] += logs[sample]
@@ -105,16 +115,18 @@ def winpack1r(cost: np.ndarray, logs: np.ndarray, ranks: int, rng: np.random.Gen
     return busy / paid, np.var(means) / (logs.var() / np.mean(counts))
 
 
-def figures(columns: Columns, settings: PlanSettings, ranks: int) -> dict[str, str]:
-    """Returns balance / mix of the default and of strict, of strat4 or winpack1R, and the original's balance."""
+def figures(columns: PlanColumns, settings: PlanSettings, ranks: int) -> dict[str, str]:
+    """Return "balance / mix" of mixed, strict and strat4 or winpack1R, and the balance of the original scheme."""
     found: dict[str, str] = {}
     for kind in ("mixed", "strict"):
         one = PlanSettings(**{**vars(settings), "balance": kind})
         plan = plan_epoch(columns, one, 0)
-        found[kind] = "{:.3f} / {:.2f}".format(*balance_and_mix(plan, one, ranks))
+        found[kind] = "{:.3f} / {:.2f}".format(*balance_and_variance_ratio(plan, one, ranks))
     bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
     cost, rng = sample_cost(settings, plan.buckets)[bucket], np.random.default_rng(0)
-    scheme = unplanned(cost, bucket, batch_size=settings.batch_size, ranks=ranks, accumulation=settings.accumulation)
+    scheme = unplanned_costs(
+        cost, bucket, batch_size=settings.batch_size, ranks=ranks, accumulation=settings.accumulation
+    )
     found["original"] = f"{balance(scheme, settings.barrier):.3f}"
     order = rng.permutation(len(cost))
     logs = np.log([token_count(bucket) for bucket in plan.buckets])[bucket][order]
@@ -128,9 +140,9 @@ def figures(columns: Columns, settings: PlanSettings, ranks: int) -> dict[str, s
 
 
 def lines(samples: int, models: list[str], ranks: list[int]) -> Iterator[str]:
-    """Yields the table, row by row."""
+    """Yield the rows of the table."""
     cases = [(fill, accumulation, barrier) for fill in ("fixed", "cost") for accumulation in ACCUMULATIONS for barrier in BARRIERS]  # fmt: skip
-    yield "| data (video/image/token size) | model | ranks | slots per rank | meets | original | other schemes | fixed, mixed | fixed, strict | cost, mixed | cost, strict |"
+    yield "| data (video/image/token size) | model | ranks | slots per rank | launch | original | other schemes | fixed, mixed | fixed, strict | cost, mixed | cost, strict |"
     yield "|" + "---|" * 11
     for name, (images, low, high, stride) in MIXES.items():
         columns = data_set(samples, images)
@@ -156,7 +168,7 @@ def lines(samples: int, models: list[str], ranks: list[int]) -> Iterator[str]:
 
 
 def goals(table: list[str]) -> list[str]:
-    """Returns what is asked of the figures, and which of them miss it; table: as `lines` yields it."""
+    """Return the goals with the number of cells that reach them and the cells that do not; table: see `lines`."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
     names = ("fixed, mixed", "fixed, strict", "cost, mixed", "cost, strict")
     cells = [
@@ -169,32 +181,34 @@ def goals(table: list[str]) -> list[str]:
     def asked(words: str, found: list[tuple], met: Callable[[tuple], bool]) -> str:
         missed = [cell for cell in found if not met(cell)]
         which = "; ".join(f"{', '.join(row[:3])} ranks, {name}: {b:.3f} / {m:.2f}" for row, name, b, m in missed)
-        return f"- {words}: {len(found) - len(missed)} of {len(found)} cells{f'; not {which}' if missed else ''}"
+        return f"- {words}: {len(found) - len(missed)} of {len(found)} cells{f'; missed by {which}' if missed else ''}"
 
     def other(cell: tuple) -> tuple[float, float]:
-        """Returns balance and mix of the scheme beside it."""
+        """Return balance and mix of strat4 or winpack1R in the cell's row."""
         balanced, _, mixed = cell[0][6].split()[1:]
         return float(balanced), float(mixed)
 
     default, strict = ("fixed, mixed", "cost, mixed"), ("fixed, strict", "cost, strict")
     return [
-        asked("the default's mix is at most 4", [c for c in cells if c[1] in default], lambda c: c[3] <= 4),
-        asked("nowhere below the original's balance", cells, lambda c: c[2] >= float(c[0][5])),
+        asked("default: mix of at most 4", [c for c in cells if c[1] in default], lambda c: c[3] <= 4),
+        asked("balance of at least the original scheme's", cells, lambda c: c[2] >= float(c[0][5])),
         asked(
-            "4 slots per rank, DDP: at least 0.95 at a mix of at most 2",
+            "4 slots per rank, DDP, default: balance of at least 0.95 and mix of at most 2",
             [c for c in ddp if c[1] in default],
             lambda c: c[2] >= 0.95 and c[3] <= 2,
         ),
         asked(
-            "4 slots per rank, DDP, strict: at least 0.98", [c for c in ddp if c[1] in strict], lambda c: c[2] >= 0.98
+            "4 slots per rank, DDP, strict: balance of at least 0.98",
+            [c for c in ddp if c[1] in strict],
+            lambda c: c[2] >= 0.98,
         ),
         asked(
-            "4 slots per rank, sharded: at least 0.96 at a mix of at most 4",
+            "4 slots per rank, sharded, default: balance of at least 0.96 and mix of at most 4",
             [c for c in sharded if c[1] in default],
             lambda c: c[2] >= 0.96 and c[3] <= 4,
         ),
         asked(
-            "4 slots per rank, sharded: at least 0.96 at a mix of at most strat4's, by the default or strict",
+            "4 slots per rank, sharded, default or strict: balance of at least 0.96 and mix of at most strat4's",
             [
                 max(pair, key=lambda c: (c[3] <= other(c)[1], c[2]))
                 for pair in zip(sharded[::2], sharded[1::2], strict=True)
@@ -202,12 +216,12 @@ def goals(table: list[str]) -> list[str]:
             lambda c: c[2] >= 0.96 and c[3] <= other(c)[1],
         ),
         asked(
-            "1 slot per rank, DDP, cost fill: at least winpack1R at a mix of at most 4",
+            "1 slot per rank, DDP, cost fill, default: balance of at least winpack1R's and mix of at most 4",
             [c for c in one if c[0][4] == "DDP" and c[1] == "cost, mixed"],
             lambda c: c[2] >= other(c)[0] and c[3] <= 4,
         ),
         asked(
-            "1 slot per rank, DDP, cost fill, strict: at least winpack1R",
+            "1 slot per rank, DDP, cost fill, strict: balance of at least winpack1R's",
             [c for c in one if c[0][4] == "DDP" and c[1] == "cost, strict"],
             lambda c: c[2] >= other(c)[0],
         ),
@@ -215,33 +229,45 @@ def goals(table: list[str]) -> list[str]:
 
 
 def page(table: list[str], samples: int) -> str:
-    """Returns the table with what it means and what it misses."""
+    """Return the page: description, definitions, goals and the table."""
     about = __doc__.split("\n\n", 2)[2].strip()
     means = (
-        "Each cell is balance / mix. Balance: sum of cost / (ranks x sum of the largest rank's cost wherever ranks "
-        "meet), 1 = nobody waits. Mix: variance of a step's mean of log tokens over that of random steps of the "
-        "same size, 1 = random; the default's is at most 4. `original` has no plan and no mix but the random one."
+        "Each cell is balance / mix.\n\n"
+        "- Balance: sum of all costs / (ranks x sum of the largest rank's cost at each synchronization); 1 = no rank waits.\n"
+        "- Mix: variance of a step's mean log token count, divided by that of random steps of the same size; 1 = as varied "
+        "as random steps; the larger, the more alike are the samples of a step. The default is at most 4.\n"
+        "- `mixed` is the default of --balance. `original` has no plan, its steps are random (mix 1)."
     )
     why = (
-        "Where a cell misses, its default and its strict figure are the two ends of what can be had. With cost fill a "
-        "slot is at most 2 % above the cost of the largest clip, which nothing can divide: clips of more than half of "
-        "that leave room that no other fits into, and the mean slot is 0.96 to 0.99 of the fullest. Among many "
-        "ranks one of the fullest is in every step that is as varied as the data. Sharded ranks meet in each "
-        "micro-batch, and wait there for the largest one; more slots per rank are what helps. The last step, of which a "
-        "part is padding, counts too: where an epoch has some fifty steps it is what a figure of 0.958 lacks of 0.961."
+        "Why some cells miss a goal: with cost fill a slot costs at most 2 % more than the most expensive clip, which "
+        "cannot be split. A clip of more than half that cost leaves space that no other clip fills, so the mean slot has "
+        "0.96 to 0.99 of the cost of the fullest one. With many ranks, each step that is as varied as the data contains one "
+        "of the fullest slots. Sharded ranks synchronize in each micro-batch and wait there for the largest one; more slots "
+        "per rank help. The last step, which is partly padding, counts too: in an epoch of about fifty steps it is the "
+        "difference between 0.958 and 0.961. In these cells, mixed and strict are the two ends of the trade-off between "
+        "balance and mix."
     )
     command = f"    python benchmarks/balance.py --samples {samples} --write benchmarks/balance.md"
-    where = f"Python {platform.python_version()}, numpy {np.__version__}; no number here depends on the machine."
-    parts = ["# Balance and mix of the plan", about, means, command, where, "\n".join(goals(table)), why]
+    where = f"Python {platform.python_version()}, numpy {np.__version__}; the figures do not depend on the machine."
+    reached = "Goals, and how many cells reach them:\n\n" + "\n".join(goals(table))
+    parts = ["# Balance and mix of the plan", about, means, command, where, reached, why]
     return "\n\n".join([*parts, "\n".join(table)]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=131072, help="of the simulated data set (default 131072)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="default: 8 64 512")
-    parser.add_argument("--write", type=Path, help="also write the table to this file, with what it means")
+    parser.add_argument(
+        "--samples", type=int, default=131072, help="samples of the simulated data set (default: 131072)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="models whose costs are used (default: all)"
+    )
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=list(RANKS), help="numbers of ranks (default: 8 64 512)"
+    )
+    parser.add_argument(
+        "--write", type=Path, help="also write the page to this Markdown file (default: print the table only)"
+    )
     options = parser.parse_args()
     table = []
     for line in lines(options.samples, options.models, options.ranks):

@@ -1,12 +1,12 @@
-"""Serves whoever asks what the latent cache saves: steps, whole runs and lookups, side by side on one machine.
+"""Measures what the latent cache costs and saves: single steps, whole runs, memory and lookups.
 
     python benchmarks/cache.py [--rounds 15] [--entries 100000] [--output benchmarks/cache.md]
 
-A cached step is the loop's own: the next batch of the loader, noise, target, forward, backward, optimizer. The bare
-step is the transformer alone, over the very tensors of the step before it: forward, loss, backward, optimizer. Both
-alternate, so that a busy machine slows both. Whole runs are the users' command with the cache and without it, and a
-plain loop of the same samples that decodes by decord and encodes in every step; they take turns. Memory is read from
-the kernel while one and two processes train.
+A cached step is a step of the training loop: next batch of the loader, noise, target, forward, backward, optimizer.
+A bare step runs only the transformer on the tensors of the preceding cached step: forward, loss, backward, optimizer.
+The two alternate, so that a busy machine slows both. Whole runs are the published command with and without the cache,
+and a plain loop over the same samples that decodes with decord and encodes in every step; they run in turn. Memory is
+read from /proc while one and two processes train.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from videox.data.cache.cache import Cache
 from videox.diffusion.flow_matching import velocity_losses
 
 NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
-STEPS, TURNS = 12, 3  # of a whole run; runs of each way
-MODELS: dict[str, tuple[dict[str, int], int, int]] = {  # sizes, pixels of a side, frames
+STEPS, TURNS = 12, 3  # steps of a whole run; runs of each kind
+MODELS: dict[str, tuple[dict[str, int], int, int]] = {  # transformer sizes, pixels per side, frames
     "tiny": ({"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 512}, 128, 13),
     "small": ({"heads": 4, "head_dim": 64, "layers": 4, "ffn_dim": 1024}, 256, 17),
     "medium": ({"heads": 8, "head_dim": 48, "layers": 8, "ffn_dim": 1536}, 256, 17),
@@ -50,49 +50,49 @@ FLAGS: dict[str, object] = {
 
 
 def flags_of(name: str) -> dict[str, object]:
-    """Returns the flags of a model's runs."""
+    """Return the flags of the runs of a model."""
     _, side, frames = MODELS[name]
     sizes = dict.fromkeys(("video_sample_size", "image_sample_size", "token_sample_size"), side)
     return {**FLAGS, **sizes, "video_sample_n_frames": frames}
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Returns how long a call takes."""
+    """Return the duration of a call in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 class Times(NamedTuple):
-    """Seconds by the clock, and of the processor, which a busy machine does not lengthen by waiting."""
+    """Wall-clock and CPU seconds; the latter do not include time in which other programs use the core."""
 
     clock: float
     processor: float
 
 
 def now() -> Times:
-    """Returns what both say."""
+    """Return the current values of both clocks."""
     return Times(time.perf_counter(), time.process_time())
 
 
 def since(before: Times) -> Times:
-    """Returns what has gone by."""
+    """Return the time that has passed since `before`."""
     return Times(*(one - other for one, other in zip(now(), before, strict=True)))
 
 
 def step_times(name: str, folder: Path, rounds: int) -> list[float]:
-    """Returns tokens, parameters, median seconds of a cached and a bare step, and their ratios: by clock, processor.
+    """Return tokens, parameters, median seconds of a cached and of a bare step, and their ratios (wall clock, CPU).
 
-    The cached run is a real one; each of its steps is followed by the same step of a copy of the transformer alone.
+    The cached run is a real one; after each of its steps a copy of the transformer alone repeats the step.
     """
     model = tiny.build_wan_t2v(folder / f"model-{name}", **MODELS[name][0])
     clips = tuple((f"{number}.mp4", 320, 192, 41, 24.0) for number in range(6))
     metadata = tiny.make_dataset(folder / f"data-{name}", clips)
-    argv = partial(runs.wan_plain, model, metadata, **{**flags_of(name), "max_train_steps": 2 + rounds})
+    argv = partial(runs.wan_flags, model, metadata, **{**flags_of(name), "max_train_steps": 2 + rounds})
     filled = runs.train(argv(folder / f"fill-{name}", latent_cache=folder / f"cache-{name}", cache_only=True))
     if filled.code:
         raise SystemExit(filled.stderr)
-    script, wiring = runs.script(), runs.script().wiring
+    script, wiring = runs.train_script(), runs.train_script().wiring
     cached, bare, marks = list[Times](), list[Times](), list[Times]()
     inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.finish_step
     seen: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
         script.transformer_inputs, wiring.open_engine, script.finish_step = inner, open_engine, close
     if done.code:
         raise SystemExit(done.stderr)
-    pairs = list(zip(cached, bare, strict=True))[1:-1]  # without the first, which warms up
+    pairs = list(zip(cached, bare, strict=True))[1:-1]  # the first pair is warm-up
     found = [
         (one.clock, other.clock, one.clock / other.clock, one.processor / other.processor) for one, other in pairs
     ]
@@ -145,15 +145,15 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
 
 
 def whole_runs(folder: Path) -> dict[str, float]:
-    """Returns median seconds of a step, end to end, by how its data comes; the ways take turns, run by run.
+    """Return the median seconds of a step, end to end, for each way to get its data; their runs alternate.
 
-    Each is over the same samples, frames and sizes: the users' command with the cache and without it, and a plain loop
-    that decodes by decord and encodes in every step. The first two steps of a run warm up and do not count.
+    All use the same samples, frames and sizes: the published command with and without the cache, and a plain loop that
+    decodes with decord and encodes in every step. The first two steps of a run are warm-up and are not counted.
     """
     model, metadata, cache = folder / "model-tiny", folder / "data-tiny/metadata.json", folder / "cache-tiny"
 
     def run(name: str, **flags: object) -> runs.Outcome:
-        outcome = runs.train(runs.wan_plain(model, metadata, folder / f"run-{name}", **{**flags_of("tiny"), **flags}))
+        outcome = runs.train(runs.wan_flags(model, metadata, folder / f"run-{name}", **{**flags_of("tiny"), **flags}))
         if outcome.code:
             raise SystemExit(outcome.stderr)
         return outcome
@@ -171,7 +171,7 @@ def whole_runs(folder: Path) -> dict[str, float]:
 
 
 def memory(folder: Path) -> list[str]:
-    """Returns the table of what runs hold in memory, with a text encoder that outweighs all else."""
+    """Return the table of memory use, with a text encoder that is much larger than everything else."""
     model, size = build_model(folder / "model-memory")
     metadata = tiny.make_dataset(folder / "data-memory", copies=2)
     lines = []
@@ -183,7 +183,7 @@ def memory(folder: Path) -> list[str]:
                 "max_train_steps": 6, "cache_variants": 1, "tokenizer_max_length": 64, "num_train_epochs": None,
                 "gradient_accumulation_steps": 4 // world_size, **flags,
             }  # fmt: skip
-            argv = runs.wan_plain(model, metadata, output_dir, **asked)
+            argv = runs.wan_flags(model, metadata, output_dir, **asked)
             found = memory_of(argv, output_dir, [model / "vae", model / "text_encoder"], world_size)
             peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in found.peaks)
             resident = f"{found.resident / 1e6:.0f}" if found.resident else "-"
@@ -194,13 +194,13 @@ def memory(folder: Path) -> list[str]:
         "| --- | --- | --- | --- | --- |",
         *lines,
         "",
-        f"Memory that no file backs; the text encoder is {size / 1e6:.0f} MB in bfloat16, the VAE stays in its file.",
-        "Two processes of a machine that cast the same encoder hold it once (`/memfd:videox`).",
+        f"Anonymous and shared memory, without mapped files. The text encoder has {size / 1e6:.0f} MB in bfloat16; the VAE is",
+        "mapped from its file. Processes of one machine share a single copy of an encoder that was cast (`/memfd:videox`).",
     ]
 
 
 def lookups(folder: Path, entries: int) -> dict[str, float]:
-    """Returns seconds to open a cache of many entries of 16 KiB and to read one (median, p99), and its files."""
+    """Return the seconds to open a cache of many 16 KiB entries and to read one (median, p99), and its file count."""
     tensor, cache = torch.randn(4096), Cache(folder / "many")
     keys = [number.to_bytes(16, "big") for number in range(entries)]
     for key in keys:
@@ -209,7 +209,7 @@ def lookups(folder: Path, entries: int) -> dict[str, float]:
     opened = seconds(lambda: Cache(folder / "many"))
     reader, drawn = Cache(folder / "many"), np.random.default_rng(0).integers(0, entries, 4000)
     for number in drawn:
-        reader.read(keys[number])  # into the page cache
+        reader.read(keys[number])  # fills the page cache
     reads = [seconds(partial(reader.read, keys[number])) for number in drawn]
     return {
         "open": opened,
@@ -220,11 +220,11 @@ def lookups(folder: Path, entries: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measures all of it and writes the table."""
+    """Run all measurements and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="steps that are compared, per model")
+    parser.add_argument("--rounds", type=int, default=15, help="compared steps per model")
     parser.add_argument("--entries", type=int, default=100_000, help="entries of the large cache, 16 KiB each")
-    parser.add_argument("--output", type=Path, help="markdown file (none = the terminal)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -236,19 +236,19 @@ def main() -> int:
     lines = [
         "# What the latent cache costs and saves",
         "",
-        "`python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32, one",
-        f"sample a step, one thread, load {os.getloadavg()[0]:.0f}; {machine_line('torch', 'diffusers', 'decord')}.",
+        "Measured by `python benchmarks/cache.py`: Wan2.1 text-to-video of the real classes with random weights in float32,",
+        f"one sample per step, one thread, load average {os.getloadavg()[0]:.0f}; {machine_line('torch', 'diffusers', 'decord')}.",
         "",
-        "| model | tokens | million parameters | cached step | bare transformer step | ratio (median of pairs) | of processor time |",
+        "| model | tokens | million parameters | cached step | bare transformer step | ratio (median of pairs) | ratio of CPU time |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {m} | {n:,.0f} | {w / 1e6:.1f} | {1e3 * a:.1f} ms | {1e3 * b:.1f} ms | {r:.3f} | {p:.3f} |"
             for m, (n, w, a, b, r, p) in steps.items()
         ),
         "",
-        "What a cached step does beside the transformer's (lookup, posterior, noise, loader, records) hardly grows with it.",
+        "The work of a cached step outside the transformer (lookup, posterior, noise, loader, metrics) hardly grows with the model.",
         "",
-        "| tiny model, whole run | step | to the cached one |",
+        "| tiny model, whole run | step | relative to the cached run |",
         "| --- | --- | --- |",
         *(f"| {way} | {1e3 * t:.1f} ms | {t / ways['with the cache']:.2f} |" for way, t in ways.items()),
         "",
@@ -261,8 +261,8 @@ def main() -> int:
         f"| read, 99th percentile | {1e3 * found['p99']:.3f} ms |",
         f"| files | {found['files']:.0f} |",
         "",
-        "A random VAE of this size is far smaller beside its transformer than a published one: what a run saves there is",
-        "larger.",
+        "Compared with its transformer, the random VAE used here is far smaller than a published one: with published weights",
+        "a run saves more.",
     ]
     text = "\n".join(lines) + "\n"
     if args.output:

@@ -1,4 +1,4 @@
-"""Serves benchmarks/cache.py: a plain loop that decodes by decord and encodes in every step, over given samples."""
+"""A plain training loop for cache.py: decodes with decord and encodes in every step, over given samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHIFT = 5.0
 
 
 def clip_of(path: Path, frames: Sequence[int], height: int, width: int) -> torch.Tensor:
-    """Returns frames of a clip as plain decord reads them, stretched to a size: [3, T, height, width] in [-1, 1]."""
+    """Return frames of a clip, read by decord and resized without cropping: [3, T, height, width] in [-1, 1]."""
     read = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1).get_batch(list(frames)).asnumpy()
     pixels = torch.from_numpy(read).permute(0, 3, 1, 2).float() / 127.5 - 1
     sized = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
@@ -27,12 +27,12 @@ def clip_of(path: Path, frames: Sequence[int], height: int, width: int) -> torch
 
 
 class PlainLoop:
-    """The step that a script without a plan, a cache or a trainer's care would take; float32, AdamW.
+    """Training steps of a minimal script without plan and cache; float32, AdamW.
 
     Args:
-        model: folder of a Wan2.1 text-to-video.
-        metadata: of the data.
-        text_tokens: that a caption is padded to.
+        model: folder of a Wan2.1 text-to-video model.
+        metadata: metadata.json of the data set.
+        text_tokens: token count that a caption is padded to.
     """
 
     def __init__(self, model: Path, metadata: Path, text_tokens: int) -> None:
@@ -48,7 +48,7 @@ class PlainLoop:
         )
 
     def step(self, dumps: Sequence[runs.Dump]) -> float:
-        """Takes an optimizer step over the micro-batches that a run has dumped; returns the seconds that it took."""
+        """Run one optimizer step over the micro-batches that a run has dumped; return its duration in seconds."""
         begin = time.perf_counter()
         for dump in dumps:
             _, height, width = dump.bucket

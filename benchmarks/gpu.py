@@ -1,10 +1,10 @@
-"""Serves whoever has a GPU for ten minutes: what its kernels, blocks, encoders and memory give, and a table.
+"""Measures one GPU in under ten minutes: kernels, transformer blocks, encoders, transfers and memory.
 
     python benchmarks/gpu.py [--output gpu.json] [--markdown benchmarks/gpu.md] [--small] [--only attention blocks]
 
-Published widths with random weights made on the device; nothing is downloaded. Where there is no GPU everything is run
-at small size, which shows that the command works and measures nothing that matters. Measurements are made in a process
-of their own, which is replaced when one of them takes longer than its budget, or ends it.
+Layers have the published widths and random weights created on the device; nothing is downloaded. Without a GPU
+everything runs at small size on the CPU, which only shows that the command works. Measurements run in a separate
+process, which is restarted when a measurement exceeds its time budget or ends the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MINUTES = 9.5
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a case. seconds: it took in all, making of weights and warm-up included."""
+    """Result of a case. seconds: total duration, with creation of the weights and warm-up."""
 
     section: str
     words: tuple[str, ...]
@@ -49,7 +49,7 @@ class Row:
 
 
 def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> Iterator[Row]:
-    """Yields a row for each case; what is left after so many minutes is not begun."""
+    """Yield a row for each case; cases that remain after `minutes` are not started."""
     end = time.monotonic() + 60 * minutes
     with Measurer(scale, device) as measurer:
         for number, case in enumerate(cases(scale, PARTS)):
@@ -59,7 +59,7 @@ def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> I
             if begun < end:
                 values, reason = measurer.measure(number, min(case.budget, end - begun))
             else:
-                values, reason = {}, f"not begun in the {minutes:g} min of the whole"
+                values, reason = {}, f"not started within the limit of {minutes:g} min"
             predicted = case.predict()
             taken = values.get("forward + backward ms", values.get("ms"))
             if taken and "TFLOP" in predicted:
@@ -67,15 +67,15 @@ def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> I
             yield Row(case.section, case.words, predicted, values, reason, time.monotonic() - begun)
 
 
-# ------------------------------------------------------------------------------------------------------ what it means
+# ------------------------------------------------------------------------------------------------ the whole model
 
 
 def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the memory of full fine-tuning of the whole largest model, by size of the clip.
+    """Return the memory of full fine-tuning of the largest model with all its layers, by clip size.
 
-    extrapolated GiB is on the line through the two truncated models; the rest follows from it, or else from what is
-    predicted. zero3 GPUs is
-    the least power of two of 80 GB GPUs on which ZeRO-3 is predicted to fit, with everything recomputed.
+    "extrapolated GiB" is on the line through the two truncated models; the verdicts use it, or the predicted memory if
+    there is none. "zero3 GPUs" is the smallest power of two of 80 GB GPUs on which ZeRO-3 is predicted to fit, with
+    every block recomputed.
     """
     config = scale.wan[LARGEST]
     trained = [row for row in rows if row.section == "memory"]
@@ -100,7 +100,7 @@ def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Returns what the figures depend on."""
+    """Return the device and the versions that the figures depend on."""
     known: dict[str, Any] = {"device": "none", "cores": os.cpu_count(), "processor": processor()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -114,7 +114,7 @@ def machine(device: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- table
 
 SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "ceilings": ("What bounds the rest", ("operation",), ("TFLOP",), ("ms", "TFLOP/s", "TB/s")),
+    "ceilings": ("Upper bounds: matrix products and copies", ("operation",), ("TFLOP",), ("ms", "TFLOP/s", "TB/s")),
     "memory": (
         "Full fine-tuning: peak memory of a step",
         ("model", "clip", "layers"),
@@ -123,12 +123,12 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]
     ),
     "blocks": (
         "One block, forward and backward",
-        ("block", "clip", "tokens", "way", "attention"),
+        ("block", "clip", "tokens", "mode", "attention"),
         ("TFLOP", "kept GiB"),
         ("forward ms", "forward + backward ms", "TFLOP/s", "peak GiB", "first call s"),
     ),
     "attention": (
-        "Self-attention by each backend",
+        "Self-attention by backend",
         ("model", "heads", "tokens", "mask", "backend"),
         ("forward TFLOP",),
         ("forward ms", "TFLOP/s", "backward ms", "backward TFLOP/s"),
@@ -139,31 +139,34 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]
         ("TFLOP", "predicted GiB"),
         ("ms", "TFLOP/s", "peak GiB"),
     ),
-    "transfers": ("Host to device", ("what",), ("GB",), ("s", "GB/s", "once s")),
+    "transfers": ("Host to device", ("transfer",), ("GB",), ("s", "GB/s", "once s")),
 }
 NOTES = {
     "memory": "Float32 weights, gradients and moments, bf16 autocast, every block recomputed, fused AdamW, three steps. Predicted\n"
-    "by `videox/memory.py`, without the CUDA context and fragments, which the allocator's peak does not count either.",
-    "blocks": "Float32 weights under autocast to bf16. TFLOP: three times the forward pass, whatever is recomputed. Kept GiB:\n"
-    "predicted between the two passes; peak GiB: all that there is, weights (float32) and gradients included.",
-    "attention": "bf16, strides as the models give them; backward TFLOP/s counts twice the forward pass.",
-    "encoders": "TFLOP and GiB predicted on tensors without data. float32 is what train.py encodes in.",
-    "transfers": "The text encoder is UMT5-XXL in bf16. Pinning is done once a run (once s), each use is a copy.",
+    "by `videox/estimate/memory.py`, without CUDA context and fragmentation, which the allocator's peak does not include.",
+    "blocks": "Float32 weights under autocast to bf16. TFLOP: three times the forward pass, without recomputation. Kept GiB:\n"
+    "predicted for the time between the two passes. Peak GiB: everything, with float32 weights and gradients.",
+    "attention": "bf16, with the strides of the models' tensors; backward TFLOP/s counts twice the operations of the forward pass.",
+    "encoders": "TFLOP and GiB are predicted on tensors without data. train.py encodes in float32.",
+    "transfers": "The text encoder is UMT5-XXL in bf16. Memory is pinned once per run (once s), each use is a copy.",
 }
 
 
 def figure(value: float) -> str:
-    """Returns a number in three digits."""
+    """Return a number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a Markdown table."""
+    """Return a Markdown table."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
 def section_table(name: str, rows: Sequence[Row], absent: str = "") -> list[str]:
-    """Returns a section: what was predicted and measured, or the reason. absent: stands for all that is measured."""
+    """Return the table of a section: predicted and measured values, or the reason why none was measured.
+
+    absent: text in place of all measured values ("" = use them).
+    """
     _, words, predicted, columns = SECTIONS[name]
     lines = []
     for row in rows:
@@ -177,7 +180,7 @@ def section_table(name: str, rows: Sequence[Row], absent: str = "") -> list[str]
 
 
 def whole_table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the memory of the whole model."""
+    """Return the table of the memory of the whole model."""
     words = {True: "yes", False: "no"}
     cells = [
         [
@@ -201,15 +204,17 @@ def whole_table(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
-    """Returns the report: at published widths what was measured, or what would be; the run at small size after it."""
+    """Return the report: the published widths, measured or only predicted; after it the run at small size, if any."""
     shown = [Row(c.section, c.words, c.predict(), {}, "", 0.0) for c in cases(REAL, PARTS)] if small else list(rows)
     device = (
-        known["device"] if not small else "No GPU was at hand: its columns say so, and what is predicted stands beside"
+        known["device"]
+        if not small
+        else 'No GPU was available: measured columns say "not measured", predicted columns are filled'
     )
     text = [
-        "# What a GPU gives",
+        "# Measurements of one GPU",
         "",
-        "`python benchmarks/gpu.py --markdown benchmarks/gpu.md`, under ten minutes on one GPU.",
+        "Written by `python benchmarks/gpu.py --markdown benchmarks/gpu.md`, which takes under ten minutes on one GPU.",
         f"{device}.",
     ]
     for name, (title, *_) in SECTIONS.items():
@@ -219,14 +224,14 @@ def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
         text += ["", f"## {title}", "", *section_table(name, chosen, "not measured" if small else "")]
         if name == "memory":
             text += ["", *whole_table(whole_model(REAL, chosen))]
-            text += ["", "80 GB GPUs: the least power of two on which ZeRO-3 is predicted to fit."]
+            text += ["", "80 GB GPUs: the smallest power of two on which ZeRO-3 is predicted to fit."]
         text += ["", NOTES[name]] if name in NOTES else []
     if small:
-        text += ["", "# The same command at small size, on the processor", ""]
+        text += ["", "# The same command at small size, on the CPU", ""]
         text += [
-            "It shows that every measurement runs, or names why not; its figures say nothing of a GPU. The names stand for"
+            "It shows that every measurement runs, or the reason why not; the figures say nothing about a GPU. The models have the"
         ]
-        text += ["models of the same classes, a few channels wide and a few layers deep.", ""]
+        text += ["classes of the named ones, with a few channels and a few layers.", ""]
         for name, (title, *_) in SECTIONS.items():
             chosen = [row for row in rows if row.section == name]
             text += [f"## {title}, small", "", *section_table(name, chosen), ""] if chosen else []
@@ -237,11 +242,15 @@ def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write (none = print only)")
-    parser.add_argument("--markdown", type=Path, help="Markdown file to write (none = print only)")
-    parser.add_argument("--small", action="store_true", help="narrow models on the processor (chosen without a GPU)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=tuple(PARTS), help="sections (none = all)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing more is begun")
+    parser.add_argument("--output", type=Path, help="JSON file to write (default: print only)")
+    parser.add_argument("--markdown", type=Path, help="Markdown file to write (default: print only)")
+    parser.add_argument("--small", action="store_true", help="narrow models on the CPU (the default without a GPU)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=tuple(PARTS), help="sections to measure (default: all)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="minutes after which no further measurement is started"
+    )
     args = parser.parse_args(argv)
     small = args.small or not torch.cuda.is_available()
     scale, device = (SMALL, "cpu") if small else (REAL, "cuda")

@@ -1,4 +1,4 @@
-"""Serves gpu.py: a device's ceilings, attention by each backend, and single blocks of the transformers."""
+"""Cases of gpu.py: upper bounds of the device, attention by backend, and single blocks of the transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from videox.shapes import Bucket, latent_shape, token_count
 
 CUDNN = "_native_cudnn"
 NATIVE = ("native", "_native_flash", CUDNN, "_native_efficient")  # kernels that come with torch
-INSTALLED = ("_flash_3", "flash", "xformers")  # packages of their own
+INSTALLED = ("_flash_3", "flash", "xformers")  # separate packages
 
 
 # -------------------------------------------------------------------------------------------------------- ceilings
 
 
 def matrix_product(shape: tuple[int, int, int], seconds: float, device: torch.device) -> Values:
-    """Measures a product of bfloat16 matrices [m, k] x [k, n]."""
+    """Measure the product of bfloat16 matrices [m, k] x [k, n]."""
     m, k, n = shape
     left, right = (torch.randn(size, device=device, dtype=HALF) for size in ((m, k), (k, n)))
     taken = timed(lambda: left @ right, device, seconds)
@@ -34,7 +34,7 @@ def matrix_product(shape: tuple[int, int, int], seconds: float, device: torch.de
 
 
 def copy(size: int, seconds: float, device: torch.device) -> Values:
-    """Measures a copy within the device's memory; the rate counts what is read and what is written."""
+    """Measure a copy within the device's memory; TB/s counts bytes read and bytes written."""
     source = torch.empty(size, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     taken = timed(lambda: target.copy_(source), device, seconds)
@@ -42,7 +42,7 @@ def copy(size: int, seconds: float, device: torch.device) -> Values:
 
 
 def ceilings(scale: Scale) -> Iterator[Case]:
-    """Yields what bounds all the rest."""
+    """Yield matrix products and a copy, the upper bounds for everything else."""
     for shape in scale.matrices:
         m, k, n = shape
         words = (f"bf16 matrix product, {m} x {k} x {n}",)
@@ -58,9 +58,9 @@ def ceilings(scale: Scale) -> Iterator[Case]:
 def attend(
     heads: int, head_dim: int, tokens: int, masked: int, backend: str, seconds: float, device: torch.device
 ) -> Values:
-    """Measures self-attention as the models call it, forward and backward, in bfloat16.
+    """Measure self-attention as the models call it, forward and backward, in bfloat16.
 
-    masked: last tokens that a boolean mask hides; 0 for no mask at all.
+    masked: number of last tokens that a boolean mask hides; 0: no mask.
     """
     shape = (1, tokens, heads, head_dim)
     inputs = [torch.randn(shape, device=device, dtype=HALF, requires_grad=True) for _ in range(3)]
@@ -83,7 +83,7 @@ def attend(
 
 
 def attention(scale: Scale) -> Iterator[Case]:
-    """Yields every backend at every width and size; HunyuanVideo's with its mask too."""
+    """Yield every backend at every width and size; for HunyuanVideo with and without its mask."""
     kinds = [(name, config, 0, 0) for name, config in scale.wan.items()]
     kinds += [("HunyuanVideo", scale.hunyuan, JOINT_TEXT, masked) for masked in (0, JOINT_TEXT // 2)]
     for name, config, text, masked in kinds:
@@ -103,7 +103,7 @@ def attention(scale: Scale) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A block of a real class with what it is given; trained: the tensors that a backward pass gives gradients to."""
+    """A block of a real class with its inputs; trained: the tensors that the backward pass computes gradients for."""
 
     module: torch.nn.Module
     inputs: tuple[Any, ...]
@@ -111,7 +111,7 @@ class Repeated:
 
 
 def wan_block(config: Mapping[str, Any], bucket: Bucket, device: torch.device) -> Repeated:
-    """Returns a block of Wan2.1, with float32 weights as they are trained."""
+    """Return a block of Wan2.1 with float32 weights, as in training."""
     with torch.device(device):
         model = WanTransformer3DModel(**{**config, "num_layers": 1})
     dim, tokens = config["num_attention_heads"] * config["attention_head_dim"], token_count(bucket)
@@ -126,7 +126,7 @@ def wan_block(config: Mapping[str, Any], bucket: Bucket, device: torch.device) -
 def hunyuan_block(
     config: Mapping[str, Any], single: bool, masked: bool, bucket: Bucket, device: torch.device
 ) -> Repeated:
-    """Returns a block of HunyuanVideo, of two streams or a single one, with or without a mask over padded text."""
+    """Return a block of HunyuanVideo, with two streams or one, with or without a mask over padded text."""
     with torch.device(device):
         model = HunyuanVideoTransformer3DModel(
             **{**config, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
@@ -145,16 +145,16 @@ def hunyuan_block(
 def run_block(
     make: Callable[[torch.device], Repeated], how: str, backend: str, seconds: float, device: torch.device
 ) -> Values:
-    """Measures a block's forward and backward pass under autocast to bfloat16, as train.py computes.
+    """Measure a block's forward and backward pass under autocast to bfloat16, as in train.py.
 
-    how: eager | recomputed | compiled; backend: of attention, by diffusers' names.
+    how: eager | recomputed | compiled; backend: attention backend, named as in diffusers.
     """
     with attention_backend(backend):
         return run_as(make, how, seconds, device)
 
 
 def run_as(make: Callable[[torch.device], Repeated], how: str, seconds: float, device: torch.device) -> Values:
-    """As run_block, with the attention that is set."""
+    """Like run_block, with the current attention backend."""
     made = make(device)
     module = torch.compile(made.module) if how == "compiled" else made.module
     if how == "recomputed":
@@ -170,7 +170,7 @@ def run_as(make: Callable[[torch.device], Repeated], how: str, seconds: float, d
         gradients = [torch.ones_like(output) for output in outputs]
         torch.autograd.grad(outputs, made.trained, gradients, allow_unused=True)
 
-    def anew() -> None:
+    def fresh_pass() -> None:
         nonlocal made, module
         made = make(device)
         module = partial(checkpoint, made.module, use_reentrant=False) if how == "recomputed" else made.module
@@ -182,25 +182,25 @@ def run_as(make: Callable[[torch.device], Repeated], how: str, seconds: float, d
     values = {"first call s": time.perf_counter() - begun} if how == "compiled" else {}
     values["forward ms"] = timed(forward, device, seconds) * 1e3
     values["forward + backward ms"] = timed(both, device, seconds) * 1e3
-    if device.type == "cuda" or how != "compiled":  # off a GPU, tensors inside compiled code are not seen
+    if device.type == "cuda" or how != "compiled":  # on the CPU, tensors inside compiled code cannot be tracked
         made = None
-        values["peak GiB"] = peak_of(anew, device)
+        values["peak GiB"] = peak_of(fresh_pass, device)
     return values
 
 
 def wan_network(config: Mapping[str, Any], layers: int) -> Network:
-    """Returns what is predicted of a Wan2.1 of so many layers."""
+    """Return the estimate of a Wan2.1 with `layers` layers."""
     return cross_attention_network({**config, "num_layers": layers}, text_tokens=TEXT, image_tokens=0, half=True)
 
 
 def of_block(network: Network, number: int, bucket: Bucket) -> Values:
-    """Returns what is predicted of a network's block: operations of both passes, and what is kept between them."""
+    """Return the predictions for a block: operations of both passes, and the memory kept between them."""
     block, tokens = network.blocks[number], token_count(bucket)
     return {"TFLOP": 3 * block.forward(tokens) / TERA, "kept GiB": block.kept(tokens) / GIB}
 
 
 def blocks(scale: Scale) -> Iterator[Case]:
-    """Yields each kind of block: eager at every size; recomputed, with cuDNN's attention and compiled at one."""
+    """Yield each kind of block: eager at every size; recomputed, with cuDNN's attention, and compiled at one size."""
     kinds: list[tuple[str, Callable[..., Repeated], Network, int]] = [
         (name, partial(wan_block, config), wan_network(config, 1), 0) for name, config in scale.wan.items()
     ]

@@ -1,4 +1,4 @@
-"""Serves gpu.py: the frozen encoders, their way to the device, and the memory of full fine-tuning."""
+"""Cases of gpu.py: frozen encoders, transfers to the device, and the memory of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from videox.shapes import Bucket, latent_shape, token_count
 
 @cache
 def counted(vae_class: Any, config: tuple[tuple[str, Any], ...], bucket: Bucket) -> tuple[float, float]:  # noqa: ANN401
-    """Returns the operations of a VAE's encoder and the bytes it holds in float32, by tensors without data."""
+    """Return the operations of a VAE's encoder and its peak bytes in float32, from tensors without data."""
     with torch.device("meta"):
         vae, pixels = vae_class(**dict(config)).eval(), torch.empty(1, 3, *bucket)
     with FlopCounterMode(display=False) as counter:
@@ -36,29 +36,29 @@ def counted(vae_class: Any, config: tuple[tuple[str, Any], ...], bucket: Bucket)
 
 
 def predict_encode(vae_class: Any, config: Mapping[str, Any], size: int, bucket: Bucket) -> Values:  # noqa: ANN401
-    """Predicts operations and memory of a VAE's encoder, for elements of `size` bytes."""
+    """Predict operations and memory of a VAE's encoder, for elements of `size` bytes."""
     operations, held = counted(vae_class, tuple(config.items()), bucket)
     return {"TFLOP": operations / TERA, "predicted GiB": held * size / 4 / GIB}
 
 
 def encode_clip(
-    vae_class: Any,  # noqa: ANN401 - of diffusers
+    vae_class: Any,  # noqa: ANN401 - a class of diffusers
     config: Mapping[str, Any],
     dtype: torch.dtype,
     bucket: Bucket,
     seconds: float,
     device: torch.device,
 ) -> Values:
-    """Measures the encoding of one clip, as train.py calls it."""
+    """Measure the encoding of one clip, as train.py calls it."""
     with torch.device(device):
-        vae = OffloadedModule(vae_class(**config).to(dtype), device, rests=False)
+        vae = OffloadedModule(vae_class(**config).to(dtype), device, offload=False)
         pixels = torch.rand(1, 3, *bucket, dtype=dtype) * 2 - 1
     run = partial(encode_moments, vae, pixels, mini_batch=1)
     return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
 
 
 def encoders(scale: Scale) -> Iterator[Case]:
-    """Yields both families' VAE, in float32 as they are trained with, and in bfloat16."""
+    """Yield the VAE of both families, in float32 as in training, and in bfloat16."""
     kinds = (
         ("Wan2.1", AutoencoderKLWan, scale.wan_vae),
         ("HunyuanVideo", AutoencoderKLHunyuanVideo, scale.hunyuan_vae),
@@ -76,13 +76,13 @@ def encoders(scale: Scale) -> Iterator[Case]:
 
 
 def text_encoder(config: Mapping[str, Any]) -> UMT5EncoderModel:
-    """Returns a UMT5 in bfloat16 without data."""
+    """Return a UMT5 in bfloat16 on the meta device."""
     with torch.device("meta"):
         return UMT5EncoderModel(UMT5Config(**config)).to(HALF).eval()
 
 
 def in_host_memory(config: Mapping[str, Any]) -> UMT5EncoderModel:
-    """Returns a UMT5 with its weights in pageable host memory, all of whose pages are there."""
+    """Return a UMT5 with its weights in pageable host memory; all pages are allocated."""
     module = text_encoder(config).to_empty(device="cpu")
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data.zero_()
@@ -90,12 +90,12 @@ def in_host_memory(config: Mapping[str, Any]) -> UMT5EncoderModel:
 
 
 def rated(size: float, taken: float, device: torch.device) -> Values:
-    """Returns the columns of a transfer of so many bytes; the host itself is no way off, and has no rate."""
+    """Return the columns of a transfer of `size` bytes; on the CPU there is no transfer and therefore no GB/s."""
     return {"s": taken} if device.type == "cpu" else {"s": taken, "GB/s": size / 1e9 / taken}
 
 
 def move_pageable(config: Mapping[str, Any], back: bool, device: torch.device) -> Values:
-    """Measures module.to(device), or the way back."""
+    """Measure module.to(device), or with `back` module.to("cpu")."""
     module, size = in_host_memory(config), module_bytes(text_encoder(config), 2)
     if back:
         module.to(device)
@@ -107,21 +107,21 @@ def move_pageable(config: Mapping[str, Any], back: bool, device: torch.device) -
 
 
 def move_pinned(config: Mapping[str, Any], seconds: float, device: torch.device) -> Values:
-    """Measures what --low_vram does for each use: all weights copied from pinned memory; the copies are dropped."""
+    """Measure what --low_vram does for each use: copy all weights from pinned memory, then drop the copies."""
     size = module_bytes(text_encoder(config), 2)
     begun = time.perf_counter()
-    resting = OffloadedModule(in_host_memory(config), device, rests=True)
+    offloaded = OffloadedModule(in_host_memory(config), device, offload=True)
     once = time.perf_counter() - begun
 
-    def wake() -> None:
-        with resting.on_device():
+    def load() -> None:
+        with offloaded.on_device():
             synchronize(device)
 
-    return {**rated(size, timed(wake, device, seconds), device), "once s": once}
+    return {**rated(size, timed(load, device, seconds), device), "once s": once}
 
 
 def encode_text(config: Mapping[str, Any], seconds: float, device: torch.device) -> Values:
-    """Measures the encoding of one prompt of TEXT tokens."""
+    """Measure the encoding of one prompt of TEXT tokens."""
     module = text_encoder(config).to_empty(device=device)
     for tensor in module.parameters():
         torch.nn.init.normal_(tensor, std=0.02)
@@ -131,7 +131,7 @@ def encode_text(config: Mapping[str, Any], seconds: float, device: torch.device)
 
 
 def move_pixels(bucket: Bucket, dtype: torch.dtype, pinned: bool, seconds: float, device: torch.device) -> Values:
-    """Measures the way of one clip's pixels to the device."""
+    """Measure the copy of one clip's pixels to the device."""
     pixels = torch.zeros(1, bucket.frames, bucket.height, bucket.width, 3, dtype=dtype)
     if pinned and device.type == "cuda":
         pixels = pixels.pin_memory()
@@ -140,7 +140,7 @@ def move_pixels(bucket: Bucket, dtype: torch.dtype, pinned: bool, seconds: float
 
 
 def transfers(scale: Scale) -> Iterator[Case]:
-    """Yields the text encoder's ways to the device, its own work, and a clip's pixels."""
+    """Yield transfers of the text encoder, the encoding of a prompt, and transfers of a clip's pixels."""
     config, bucket = scale.umt5, scale.sizes[scale.usual]
 
     def size() -> Values:
@@ -150,7 +150,7 @@ def transfers(scale: Scale) -> Iterator[Case]:
         ("text encoder, pageable, to the device", size, partial(move_pageable, config, False)),
         ("text encoder, pageable, back to the host", size, partial(move_pageable, config, True)),
         ("text encoder, pinned, as --low_vram", size, partial(move_pinned, config, scale.seconds)),
-        (f"text encoder at work, one prompt of {TEXT} tokens", nothing, partial(encode_text, config, scale.seconds)),
+        (f"text encoder, encoding one prompt of {TEXT} tokens", nothing, partial(encode_text, config, scale.seconds)),
     ]
     for dtype, pinned, words in ((torch.uint8, True, "uint8, pinned"), (torch.float32, False, "float32, pageable")):
         known = partial(dict, GB=3 * bucket.frames * bucket.height * bucket.width * dtype.itemsize / 1e9)
@@ -164,7 +164,7 @@ def transfers(scale: Scale) -> Iterator[Case]:
 
 @cache
 def parameters_of(config: tuple[tuple[str, Any], ...], layers: int) -> Parameters:
-    """Counts the parameters of a Wan2.1 of so many layers, all of them trained."""
+    """Count the parameters of a Wan2.1 with `layers` layers, all of them trainable."""
     with torch.device("meta"):
         model = WanTransformer3DModel(**{**dict(config), "num_layers": layers})
     total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
@@ -172,7 +172,7 @@ def parameters_of(config: tuple[tuple[str, Any], ...], layers: int) -> Parameter
 
 
 def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, setup: MemorySetup) -> Memory:
-    """Returns what videox/memory.py says of full fine-tuning with so many layers."""
+    """Return the estimate of videox/estimate/memory.py for full fine-tuning with `layers` layers."""
     parameters = parameters_of(tuple(config.items()), layers)
     network = wan_network(config, layers)
     return memory_of(parameters, network, Encoders({}, 0.0), replace(setup, tokens=token_count(bucket)))
@@ -184,17 +184,17 @@ ONE_GPU = MemorySetup(
 
 
 def of_tensors(memory: Memory) -> float:
-    """Returns the GiB of a prediction that an allocator counts: without the CUDA context and without fragments."""
+    """Return the GiB of an estimate that the allocator counts: without CUDA context and fragmentation."""
     return (sum(memory.states.values()) + max(sum(phase.values()) for phase in memory.phases.values())) / GIB
 
 
 def predict_step(config: Mapping[str, Any], layers: int, bucket: Bucket) -> Values:
-    """Predicts the peak of a training step on one GPU."""
+    """Predict the peak memory of a training step on one GPU."""
     return {"predicted GiB": of_tensors(predicted_memory(config, layers, bucket, ONE_GPU))}
 
 
 def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: torch.device) -> Values:
-    """Measures full fine-tuning: float32 weights, autocast, every block recomputed, AdamW; it times the third step."""
+    """Measure full fine-tuning: float32 weights, autocast, every block recomputed, AdamW; times the third step."""
     taken = 0.0
 
     def train() -> None:
@@ -225,7 +225,7 @@ def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: t
 
 
 def memory(scale: Scale) -> Iterator[Case]:
-    """Yields full fine-tuning of the largest model, cut to a few of its layers."""
+    """Yield full fine-tuning of the largest model, truncated to a few of its layers."""
     config = scale.wan[LARGEST]
     for size in list(scale.sizes)[-2:]:
         for layers in scale.layers:

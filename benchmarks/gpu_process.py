@@ -1,6 +1,6 @@
-"""Serves gpu.py: a process that measures one case at a time, and may be lost without the others.
+"""The process of gpu.py that measures one case at a time; when it ends, it is restarted for the next case.
 
-It is a module of its own so that a process started anew finds it by its name, whoever asked for it.
+This is a separate module so that the child process, which is spawned, can import it by name.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from gpu_models import encoders, memory, transfers
 from gpu_scales import Case, Scale, Values, measured
 
 PARTS = {part.__name__: part for part in (ceilings, memory, blocks, attention, encoders, transfers)}
-START = 300.0  # seconds in which a process has to be ready
+START = 300.0  # seconds until a new process must be ready
 
 
 def cases(scale: Scale, sections: Collection[str]) -> list[Case]:
-    """Returns the cases of some sections, what decides most first."""
+    """Return the cases of some sections, the most important sections first."""
     return [case for name, part in PARTS.items() if name in sections for case in part(scale)]
 
 
 def serve(pipe: Any, scale: Scale, device: str) -> None:  # noqa: ANN401 - a multiprocessing connection
-    """Measures the cases whose numbers come through the pipe, until it is closed."""
+    """Measure the cases whose numbers arrive through the pipe, until it sends None."""
     diffusers.utils.logging.set_verbosity_error()
     known, place = cases(scale, PARTS), torch.device(device)
     pipe.send(None)
@@ -34,13 +34,13 @@ def serve(pipe: Any, scale: Scale, device: str) -> None:  # noqa: ANN401 - a mul
         outcome = measured(known[number], place)
         gc.collect()
         if place.type == "cuda":
-            torch.cuda.synchronize(place)  # an error that this context does not survive ends the process here
+            torch.cuda.synchronize(place)  # an unrecoverable CUDA error ends the process here
             torch.cuda.empty_cache()
         pipe.send(outcome)
 
 
 class Measurer:
-    """A process that measures one case at a time, and is started anew after it was lost."""
+    """A process that measures one case at a time, and is restarted after it has ended."""
 
     def __init__(self, scale: Scale, device: str) -> None:
         self.scale, self.device = scale, device
@@ -57,13 +57,13 @@ class Measurer:
         self._end()
 
     def measure(self, number: int, budget: float) -> tuple[Values, str]:
-        """Returns a case's values, or none and why, after at most `budget` seconds."""
+        """Return the values of a case, or no values and the reason, after at most `budget` seconds."""
         if self._process is None:
             self._start()
         self._pipe.send(number)
         if not self._pipe.poll(budget):
             self._end()
-            return {}, f"not done after the {budget:.0f} s that it is given"
+            return {}, f"not finished within its budget of {budget:.0f} s"
         try:
             return self._pipe.recv()
         except EOFError:
@@ -80,14 +80,14 @@ class Measurer:
         theirs.close()
         if not self._pipe.poll(START):
             self._end()
-            raise TimeoutError(f"no process was ready to measure after {START:.0f} s")
+            raise TimeoutError(f"the measuring process was not ready after {START:.0f} s")
         try:
             self._pipe.recv()
         except EOFError as error:
             self._process.join()
             code = self._process.exitcode
             self._end()
-            raise ChildProcessError(f"the process that measures ended with {code} before it was ready") from error
+            raise ChildProcessError(f"the measuring process ended with {code} before it was ready") from error
 
     def _end(self) -> None:
         if self._process is not None:

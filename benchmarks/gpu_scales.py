@@ -1,7 +1,7 @@
-"""Serves gpu.py: at which widths and sizes is measured, the published ones or narrow ones, and how.
+"""Widths and sizes of the cases of gpu.py, published or small ones, and the functions that measure time and memory.
 
-A case has what is predicted of it and a function that measures it on a device. Units are in the names of the columns:
-ms, s, TFLOP (1e12 operations), GB (1e9 bytes), GiB.
+A case has a function that predicts its values and one that measures them on a device. The names of the columns contain
+their units: ms, s, TFLOP (1e12 operations), GB (1e9 bytes), GiB.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """At which widths and sizes everything is measured; usual is the size of what is measured at one size alone.
+    """Widths and sizes of all cases.
 
-    layers: of the truncated transformer whose memory is measured; seconds: to repeat a measurement for.
+    usual: size of the cases that are measured at one size only.
+    layers: numbers of layers of the truncated transformers whose memory is measured.
+    seconds: duration for which a measurement is repeated.
+    budget: seconds that a case may take.
     """
 
     sizes: Mapping[str, Bucket]
@@ -95,7 +98,7 @@ SMALL = Scale(
 
 @dataclass(frozen=True)
 class Case:
-    """One row. words: what it is; budget: seconds after which it is given up; the functions return columns' values."""
+    """One row. words: its first columns; budget: seconds that it may take; the functions return values by column."""
 
     section: str
     words: tuple[str, ...]
@@ -108,13 +111,13 @@ class Case:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all it was asked for."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Returns the median time of a call in seconds: 2 to 20 calls in about `seconds`, after one that is left out."""
+    """Return the median time of a call in seconds: 2 to 20 calls in about `seconds`, after one warm-up call."""
     taken: list[float] = []
     for _ in range(21):
         synchronize(device)
@@ -128,9 +131,10 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float) -> fl
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the most GiB that a call holds beside what was there: by the allocator on a GPU, else by tensor.
+    """Return the peak GiB of a call, without what was allocated before: from the allocator, on the CPU by tensor.
 
-    Off a GPU a tensor that was there counts as soon as it is changed or viewed; so a call makes what it trains.
+    On the CPU a tensor that existed before counts as soon as it is changed or viewed; therefore a call creates the
+    weights that it trains.
     """
     if device.type != "cuda":
 
@@ -146,26 +150,26 @@ def peak_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def nothing() -> Values:
-    """Predicts nothing."""
+    """Return no predictions."""
     return {}
 
 
 def measured(case: Case, device: torch.device) -> tuple[Values, str]:
-    """Returns a case's values, or none and the reason why there are none: what the library that refused it said.
+    """Return the values of a case, or no values and the reason: the error message of the library.
 
-    torch tells why a kernel is not used by warnings, before an error that only says that none is left.
+    torch reports by warnings why each kernel cannot be used; the error after them only says that no kernel is left.
     """
     torch.manual_seed(0)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             return case.measure(device), ""
         except (RuntimeError, ValueError, ImportError) as error:
-            words = [str(error), *(str(w.message) for w in said if "kernel" in str(error))]
+            words = [str(error), *(str(w.message) for w in caught if "kernel" in str(error))]
     return {}, "; ".join(dict.fromkeys(first_sentence(word) for word in words))
 
 
 def first_sentence(words: str) -> str:
-    """Returns the first sentence of a message, or its first line, if that is shorter."""
+    """Return the first sentence of a message, or its first line if that is shorter."""
     line = next((line.strip() for line in words.splitlines() if line.strip()), "no message")
     return line.split(". ")[0].split(" (Triggered")[0].removesuffix(".")

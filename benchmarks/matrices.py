@@ -1,11 +1,11 @@
-"""Serves whoever asks whether the long tests hold: turns what `make test-all` found into a table, a line a matrix.
+"""Results of `make test-all` as tables: one row per parametrized slow test, one row per file for the others.
 
     make test-all
     python benchmarks/matrices.py --output benchmarks/matrices.md
 
-`make test-all` leaves its results in outputs/test-all.xml (JUnit). A test function with parameters is a matrix, each
-set of parameters a cell; functions that `make test` runs too are counted by file. Of several --results a test that was
-run again counts as the last one found it, and what none of them ran is said.
+`make test-all` writes its results to outputs/test-all.xml (JUnit). A slow test function is a row, each set of its
+parameters a cell; functions that `make test` runs too are counted by file. With several --results, the last result of
+a test counts. Slow tests that are in none of the results are listed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Cell:
-    """One test: where it stands, its parameters ("" = none), how it ended, how many seconds it took."""
+    """One test: file, function, parameters ("" = none), whether it passed, and its duration in seconds."""
 
     file: str
     function: str
@@ -36,7 +36,7 @@ class Cell:
 
 
 def read_results(path: Path) -> list[Cell]:
-    """Returns the tests that a JUnit file names; raises FileNotFoundError."""
+    """Return the tests of a JUnit file; raises FileNotFoundError."""
     found = []
     for case in ElementTree.parse(path).iter("testcase"):
         function, _, parameters = case.get("name", "").partition("[")
@@ -47,7 +47,7 @@ def read_results(path: Path) -> list[Cell]:
 
 
 def slow_functions() -> dict[tuple[str, str], int]:
-    """Returns file and function of the tests that only `make test-all` runs, with how many cells each has."""
+    """Return file and function of the tests that only `make test-all` runs, with the number of cells of each."""
     asked = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "slow", "-p", "no:cacheprovider"]
     lines = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     names = [line.partition("[")[0].split("::") for line in lines if "::" in line]
@@ -55,7 +55,7 @@ def slow_functions() -> dict[tuple[str, str], int]:
 
 
 def grouped(cells: Iterable[Cell], slow: Collection[tuple[str, str]]) -> tuple[dict, dict]:
-    """Returns the cells of each slow function, and of each file the rest."""
+    """Return the cells of each slow function, and the other cells by file."""
     matrices, rest = defaultdict(list), defaultdict(list)
     for cell in cells:
         if (cell.file, cell.function) in slow:
@@ -74,7 +74,7 @@ def counts(cells: list[Cell]) -> tuple[str, str]:
 
 
 def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int, again: int) -> str:
-    """Returns the report as Markdown; again: tests that stand in several results."""
+    """Return the report as Markdown; again: number of tests that are in several results."""
     matrices, rest = grouped(cells, slow)
     failed = [f"{cell.file}::{cell.function}[{cell.parameters}]" for cell in cells if not cell.passed]
     absent = [
@@ -84,21 +84,23 @@ def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int, a
     ]
     return "\n".join(
         [
-            "# What `make test-all` found",
+            "# Results of `make test-all`",
             "",
-            "`make test-all`, then `python benchmarks/matrices.py --output benchmarks/matrices.md`.",
-            f"{counts(cells)[0]} tests passed; {counts(cells)[1]} seconds of tests, {workers} files side by side.",
-            *([f"{again} of them were run again after later changes, and count as they ended then."] if again else []),
+            "Written by `make test-all`, then `python benchmarks/matrices.py --output benchmarks/matrices.md`. Files and functions",
+            "have the names of the tests at the time of the run.",
+            "",
+            f"{counts(cells)[0]} tests passed; {counts(cells)[1]} seconds of tests, {workers} files in parallel.",
+            *([f"{again} of them were run again after later changes; the last result counts."] if again else []),
             f"Not passed: {', '.join(failed) if failed else 'none'}.",
             f"Not run: {', '.join(absent) if absent else 'none'}.",
             "",
-            "## Matrices: functions that only `make test-all` runs whole",
+            "## Slow tests: functions that only `make test-all` runs",
             "",
             line("file", "function", "cells passed", "seconds"),
             line("---", "---", "---", "---"),
             *(line(*name, *counts(found)) for name, found in sorted(matrices.items()) if found),
             "",
-            "## The rest, by file",
+            "## Other tests, by file",
             "",
             line("file", "tests passed", "seconds"),
             line("---", "---", "---"),
@@ -113,8 +115,8 @@ def page(cells: list[Cell], slow: Mapping[tuple[str, str], int], workers: int, a
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[ROOT / "outputs" / "test-all.xml"])
-    parser.add_argument("--workers", type=int, default=2, help="files that ran side by side (WORKERS of the Makefile)")
-    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    parser.add_argument("--workers", type=int, default=2, help="test files run in parallel (WORKERS of the Makefile)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args()
     read = [c for path in args.results for c in read_results(path)]
     cells = list({(c.file, c.function, c.parameters): c for c in read}.values())

@@ -1,11 +1,11 @@
-"""Serves who plans a large data set: times an epoch's schedule of a million rows from a saved index, and weighs it.
+"""Time and memory of planning an epoch of a million rows from a saved index.
 
     python benchmarks/plan.py [--json OUT] [--rows N] [--runs N]
 
 A fresh process maps an index file of N rows (four fifths videos, common sizes, 1 to 900 frames), plans epoch 0 of the
-published Wan2.1 command (256 to 1024 pixels, 81 frames at stride 3, 512 as token budget), and reaches the
-micro-batches of a position nine tenths in. Once for each slot fill. Memory is the process's peak; pages of the mapped
-index, which the system may take back, are part of it and are also given alone.
+published Wan2.1 command (256 to 1024 pixels, 81 frames at stride 3, token size 512), and computes the micro-batches of
+the step at nine tenths of the epoch; once for each value of --slot_fill. Memory is the process's peak; it includes
+pages of the mapped index, which the system can drop and which are also listed separately.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import pyarrow as pa
 from cost import cost_coefficients
 from machine import machine_line
 
-from videox.data.index.index import Index, load_index
+from videox.data.index.index import Index, MediaColumns, load_index
 from videox.data.index.table import DECLARED, MEASURED, SCHEMA, VERSION, fingerprint_of, write_table
 from videox.data.plan.buckets import SizePolicy
-from videox.data.plan.plan import Columns, PlanSettings, count_steps, plan_epoch
+from videox.data.plan.plan import count_steps, plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings
 
 POLICY = SizePolicy(
     video_sample_size=256, image_sample_size=1024, token_sample_size=512, n_frames=81, stride=3,
@@ -41,16 +42,18 @@ SLOTS, RANK = 64, 3
 
 
 def save_index(path: Path, rows: int) -> None:
-    """Writes an index file as a finished survey would leave it, of files that need not exist."""
+    """Write an index file as a finished scan writes it; the media files need not exist."""
     rng = np.random.default_rng(0)
     kind = (rng.random(rows) < 0.8).astype(np.uint8)
     size = np.array(SIZES)[rng.integers(0, len(SIZES), rows)]
     index = Index.from_columns(
-        kind=kind,
-        width=size[:, 0],
-        height=size[:, 1],
-        frames=np.where(kind == 1, rng.integers(1, 900, rows), 1),
-        fps=np.where(kind == 1, 24.0, 0.0),
+        MediaColumns(
+            kind=kind,
+            width=size[:, 0],
+            height=size[:, 1],
+            frames=np.where(kind == 1, rng.integers(1, 900, rows), 1),
+            fps=np.where(kind == 1, 24.0, 0.0),
+        ),
         usable=rng.random(rows) < 0.99,
         file_path=[f"clips/{row // 1000:04d}/{row:07d}.mp4" for row in range(rows)],
         text=[f"clip {row} of a bright square that moves over a dark background" for row in range(rows)],
@@ -62,16 +65,16 @@ def save_index(path: Path, rows: int) -> None:
 
 
 def resident(name: str) -> float:
-    """Returns a figure of /proc/self/status in MiB; unlike getrusage's it does not begin with the parent's."""
+    """Return a value of /proc/self/status in MiB; unlike getrusage's it does not include the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def plan_once(path: Path, slot_fill: str) -> dict[str, float]:
-    """Maps, plans, reaches a position and counts, each timed in seconds; to be called in a fresh process."""
+    """Map, plan, compute the micro-batches of a late step and count steps, each timed; run it in a fresh process."""
     begin = time.perf_counter()
     index = load_index(path, Path())
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    columns = PlanColumns(index.kind, index.width, index.height, index.frames, index.usable)
     settings = PlanSettings(POLICY, 1, SLOTS, 42, slot_fill=slot_fill, cost_linear=COST[0], cost_quadratic=COST[1])
     mapped = time.perf_counter()
     plan = plan_epoch(columns, settings, 0)
@@ -89,7 +92,7 @@ def plan_once(path: Path, slot_fill: str) -> dict[str, float]:
 
 
 def measure(path: Path, slot_fill: str, runs: int) -> dict[str, object]:
-    """Returns the medians over fresh processes; the peak is the largest."""
+    """Return the medians over fresh processes, for memory the maximum."""
     command = [sys.executable, __file__, "--only", slot_fill, "--index", str(path)]
     found = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(runs)
@@ -104,9 +107,9 @@ def measure(path: Path, slot_fill: str, runs: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default 1,000,000)")
-    parser.add_argument("--runs", type=int, default=5, help="fresh processes for each slot fill (default 5)")
-    parser.add_argument("--only", choices=("fixed", "cost"), help="plan once, print the figures as JSON, and stop")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default: 1,000,000)")
+    parser.add_argument("--runs", type=int, default=5, help="fresh processes for each slot fill (default: 5)")
+    parser.add_argument("--only", choices=("fixed", "cost"), help="plan once, print the figures as JSON, and exit")
     parser.add_argument("--index", type=Path, help="the index file for --only")
     options = parser.parse_args()
     if options.only:

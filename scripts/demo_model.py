@@ -1,4 +1,4 @@
-"""Serves the demo and the tests: small Wan2.1 of the real diffusers classes, with random weights and no download."""
+"""Small Wan2.1 models for the demo and the tests: the real diffusers classes with random weights, no download."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -28,13 +30,13 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2: where UMT5's tokenizer has its padding and end
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a word's beginning
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in UMT5's tokenizer
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's mark for the beginning of a word
 CHARACTERS = [chr(code) for code in range(33, 127)]
-LOG_VARIANCE = -10.0  # of the autoencoder's posterior
-SPELLED = -20.0  # log-probability of a single character: any whole word is likelier
+LOG_VARIANCE = -10.0  # of the VAE's posterior
+CHARACTER_SCORE = -20.0  # log-probability of a single character, lower than that of every word
 
-# Sizes for a training that shows something in a minute.
+# Fields of WanSizes for a training whose loss falls within a minute.
 WAN_DEMO = {"heads": 4, "head_dim": 24, "layers": 4, "ffn_dim": 256, "text_dim": 64, "vae_dim": 6}
 
 VOCABULARY_TEXT = """
@@ -59,17 +61,17 @@ blurry, low quality, static, worst quality, jpeg artifacts, ugly, still picture,
 
 
 def build_tokenizer() -> T5TokenizerFast:
-    """Returns a T5 tokenizer (Unigram) with a piece for each word of a page of captions; other words are spelled.
+    """Return a T5 tokenizer (Unigram) with one token for each word of VOCABULARY_TEXT; other words become characters.
 
-    A piece's score is the logarithm of the word's share of the page, as a trained Unigram has it, and far less for a
-    single character. The tokenizers library's own trainer sums in an order that changes between runs, so that equal
-    arguments would not give equal files.
+    The score of a token is the logarithm of the word's relative frequency in the text, as in a trained Unigram model,
+    and much lower for a single character. The tokenizers library's own trainer is not used: it sums in an order that
+    changes between runs, so that equal arguments would not give equal files.
     """
     words = Counter(word for line in VOCABULARY_TEXT for word in re.findall(r"\w+", line))
     total = sum(words.values())
     pieces = [(PAD, 0.0), (EOS, 0.0), (UNKNOWN, 0.0)]
     pieces += [(f"{SPACE}{word}", math.log(count / total)) for word, count in sorted(words.items())]
-    pieces += [(character, SPELLED) for character in [SPACE, *CHARACTERS]]
+    pieces += [(character, CHARACTER_SCORE) for character in [SPACE, *CHARACTERS]]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -82,103 +84,134 @@ def build_tokenizer() -> T5TokenizerFast:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random weights made inside depend on the seed alone; torch's global random state is left as it was."""
+    """Seed torch's random numbers inside the context; the global random state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
-def wan_components(
-    *,
-    heads: int = 2,
-    head_dim: int = 12,
-    layers: int = 2,
-    ffn_dim: int = 32,
-    text_dim: int = 32,
-    text_layers: int = 2,
-    vae_dim: int = 3,
-    flow_shift: float = 3.0,
-    seed: int = 0,
-    condition_channels: int = 0,
-    image_dim: int | None = None,
-) -> dict[str, Any]:
-    """Returns what both Wan2.1 pipelines have, with random weights in float32, by the names of their arguments.
+@dataclass(frozen=True)
+class WanSizes:
+    """Sizes of a small Wan2.1. The defaults give about 28 thousand parameters in the transformer.
 
-    The structure is the published one (16 latent channels, 4x8x8 compression, patches of 1x2x2, UMT5 text encoder,
-    flow-matching UniPC scheduler); only widths and depths are small. The defaults give about 28 thousand parameters
-    in the transformer.
-
-    Args:
+    Attributes:
         heads: attention heads of the transformer; its width is heads * head_dim.
-        head_dim: channels per head, even and at least 6 (rotary embeddings split it over time, height and width).
-        layers: transformer blocks.
-        ffn_dim: hidden width of each block's feed-forward part.
+        head_dim: channels per head, even and at least 6 (rotary embeddings split it into time, height and width).
+        layers: number of transformer blocks.
+        ffn_dim: hidden width of the feed-forward part of each block.
         text_dim: width of the text encoder and of the prompt embeddings.
         text_layers: layers of the text encoder.
-        vae_dim: base channels of the video autoencoder.
-        flow_shift: the scheduler's timestep shift.
-        seed: of the random weights; equal arguments give equal files.
-        condition_channels: channels that the transformer takes beside the 16 noisy ones.
-        image_dim: width of the image embeddings that the transformer attends to; None for none.
+        vae_dim: base channels of the video VAE.
+        flow_shift: timestep shift of the scheduler.
+        seed: seed of the random weights; equal arguments give equal files.
+        condition_channels: input channels of the transformer in addition to the 16 noisy ones.
+        image_dim: width of the image embeddings that the transformer attends to; None for no image embeddings.
     """
+
+    heads: int = 2
+    head_dim: int = 12
+    layers: int = 2
+    ffn_dim: int = 32
+    text_dim: int = 32
+    text_layers: int = 2
+    vae_dim: int = 3
+    flow_shift: float = 3.0
+    seed: int = 0
+    condition_channels: int = 0
+    image_dim: int | None = None
+
+
+def wan_components(**sizes: int | float | None) -> dict[str, Any]:
+    """Return the components that both Wan2.1 pipelines share, by argument name, with random float32 weights.
+
+    The architecture is the published one (16 latent channels, 4x8x8 compression, patches of 1x2x2, UMT5 text encoder,
+    flow-matching UniPC scheduler); only widths and depths are small.
+
+    Args:
+        sizes: fields of WanSizes.
+    """
+    size = WanSizes(**sizes)
     tokenizer = build_tokenizer()
-    with seeded(seed):
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=text_dim,
-                d_kv=8,
-                d_ff=2 * text_dim,
-                num_layers=text_layers,
-                num_heads=4,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+    with seeded(size.seed):  # the order of construction determines the weights
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": wan_text_encoder(size, tokenizer),
+            "vae": wan_vae(size),
+            "transformer": wan_transformer(size),
+            "scheduler": UniPCMultistepScheduler(
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                num_train_timesteps=1000,
+                flow_shift=size.flow_shift,
+            ),
+        }
+
+
+def wan_text_encoder(size: WanSizes, tokenizer: T5TokenizerFast) -> UMT5EncoderModel:
+    """Return a UMT5 text encoder for the tokenizer."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=size.text_dim,
+            d_kv=8,
+            d_ff=2 * size.text_dim,
+            num_layers=size.text_layers,
+            num_heads=4,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
-        vae = AutoencoderKLWan(
-            base_dim=vae_dim,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        )
-        with torch.no_grad():  # like a trained one, it is nearly sure of its latents: else they would be mostly noise
-            vae.quant_conv.weight[16:] = 0
-            vae.quant_conv.bias[16:] = LOG_VARIANCE
-        transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=heads,
-            attention_head_dim=head_dim,
-            in_channels=16 + condition_channels,
-            out_channels=16,
-            text_dim=text_dim,
-            freq_dim=256,
-            ffn_dim=ffn_dim,
-            num_layers=layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            image_dim=image_dim,
-            added_kv_proj_dim=None if image_dim is None else heads * head_dim,
-            rope_max_seq_len=1024,
-        )
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "vae": vae,
-        "transformer": transformer,
-        "scheduler": scheduler,
-    }
+
+
+def wan_vae(size: WanSizes) -> AutoencoderKLWan:
+    """Return a video VAE with a small posterior variance."""
+    vae = AutoencoderKLWan(
+        base_dim=size.vae_dim,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    shrink_posterior_variance(vae)
+    return vae
+
+
+def shrink_posterior_variance(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> None:
+    """Set the log-variance of a VAE with 16 latent channels to LOG_VARIANCE.
+
+    A trained VAE has a small variance, too; with the variance of random weights, latents would be mostly noise.
+    """
+    with torch.no_grad():
+        vae.quant_conv.weight[16:] = 0
+        vae.quant_conv.bias[16:] = LOG_VARIANCE
+
+
+def wan_transformer(size: WanSizes) -> WanTransformer3DModel:
+    """Return the transformer."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        in_channels=16 + size.condition_channels,
+        out_channels=16,
+        text_dim=size.text_dim,
+        freq_dim=256,
+        ffn_dim=size.ffn_dim,
+        num_layers=size.layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        image_dim=size.image_dim,
+        added_kv_proj_dim=None if size.image_dim is None else size.heads * size.head_dim,
+        rope_max_seq_len=1024,
+    )
 
 
 def build_wan_t2v(folder: Path, **sizes: int | float) -> Path:
-    """Writes a text-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+    """Write a text-to-video Wan2.1 with random weights in the diffusers folder layout and return the folder.
 
     Args:
-        folder: created if need be; model_index.json and one folder per component are written into it.
-        sizes: keywords of wan_components, the seed among them.
+        folder: created if it does not exist; model_index.json and one folder per component are written into it.
+        sizes: fields of WanSizes, including the seed.
     """
     WanPipeline(**wan_components(**sizes)).save_pretrained(folder)
     return folder
@@ -194,21 +227,21 @@ def build_wan_i2v(
     seed: int = 0,
     **sizes: int | float,
 ) -> Path:
-    """Writes an image-to-video Wan2.1 with random weights in the diffusers folder layout and returns the folder.
+    """Write an image-to-video Wan2.1 with random weights in the diffusers folder layout and return the folder.
 
-    Beside the 16 noisy channels the transformer takes 4 of the mask and 16 of the encoded condition. With an image
-    embedder, as published, it also attends to a CLIP image embedding.
+    The transformer's input has 16 noisy channels, 4 mask channels and 16 channels of the encoded condition. With an
+    image embedder, as published, it also attends to a CLIP image embedding.
 
     Args:
-        folder: created if need be; model_index.json and one folder per component are written into it.
+        folder: created if it does not exist; model_index.json and one folder per component are written into it.
         image_embedder: whether there is a CLIP image encoder. Without one, model_index.json has null for it and for
             its processor, and the transformer has no weights for it.
         image_dim: width of the image encoder and of its embeddings, a multiple of 2.
-        image_layers: layers of the image encoder, at least 2: the embeddings are those before the last layer.
-        image_size: side in pixels of the image that the encoder sees, a multiple of its patches' 14; 224, as
-            published, gives 257 tokens.
-        seed: of the random weights; equal arguments give equal files.
-        sizes: other keywords of wan_components.
+        image_layers: layers of the image encoder, at least 2: the embeddings are taken before the last layer.
+        image_size: side in pixels of the image encoder's input, a multiple of the patch size 14; the published 224
+            gives 257 tokens.
+        seed: seed of the random weights; equal arguments give equal files.
+        sizes: other fields of WanSizes.
     """
     components = wan_components(
         condition_channels=20, image_dim=image_dim if image_embedder else None, seed=seed, **sizes
@@ -224,7 +257,7 @@ def build_wan_i2v(
 
 
 def clip_vision_config(*, width: int, layers: int, image_size: int) -> CLIPVisionConfig:
-    """Returns a CLIP image encoder's configuration: patches of 14 x 14 pixels, as published."""
+    """Return the configuration of a CLIP image encoder with patches of 14 x 14 pixels, as published."""
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=2 * width,
@@ -237,20 +270,20 @@ def clip_vision_config(*, width: int, layers: int, image_size: int) -> CLIPVisio
 
 
 def clip_image_processor(image_size: int) -> CLIPImageProcessor:
-    """Returns CLIP's preprocessing: shortest side to image_size, centre crop, CLIP's mean and deviation."""
+    """Return CLIP's preprocessing: shortest side to image_size, center crop, CLIP's mean and standard deviation."""
     return CLIPImageProcessor(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
 
 
 def calibrate_latents(folder: Path, clips: torch.Tensor) -> None:
-    """Gives the autoencoder of a built model the latents_mean and latents_std that it has on these clips.
+    """Set latents_mean and latents_std in a built model's VAE config to the statistics of these clips.
 
-    The published numbers belong to the published autoencoder; with random weights they would leave latents far from
-    the unit variance that flow matching assumes.
+    The published values belong to the published VAE. With random weights, they would give latents far from the unit
+    variance that flow matching assumes.
 
     Args:
-        folder: as returned by build_wan_t2v or build_wan_i2v; vae/config.json is written anew.
+        folder: as returned by build_wan_t2v or build_wan_i2v; vae/config.json is overwritten.
         clips: [N, 3, T, H, W] float in [-1, 1].
     """
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")

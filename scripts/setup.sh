@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves the Makefile: builds .venv from nothing, or does nothing at all (no pip, no network) while the pins are unchanged.
+# Creates or updates .venv. Does nothing (no pip, no network) if the pinned versions have not changed since the last run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +11,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && .venv/bin/python -c "$in_range"
   exit 0
 fi
 
-# pip repeats one warning per search folder it skips; everything else it says is for the reader.
+# Hides a warning that pip prints once per search folder that it skips.
 pip_install() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2>&1 | sed '/WARNING: Location .* is ignored/d'
 }
@@ -25,19 +25,19 @@ if ! .venv/bin/python -c "$in_range" 2>/dev/null; then
     fi
   done
   if [ -z "$python" ]; then
-    echo "error: set-up: no python3.11, 3.12 or 3.13 with venv and pip on PATH. Fix: install one of them." >&2
+    echo "error: setup: no python3.11, 3.12 or 3.13 with venv and pip found on PATH. Fix: install one of them." >&2
     exit 1
   fi
-  echo "set-up 1/3: .venv with $("$python" --version)"
+  echo "setup 1/3: creating .venv with $("$python" --version)"
   "$python" -m venv --clear .venv
 fi
 
 torch=$(head -n 1 requirements.txt)
-echo "set-up 2/3: $torch (as long as its download takes)"
+echo "setup 2/3: installing $torch (a large download)"
 pip_install "$torch"
-echo "set-up 3/3: the rest of requirements.txt, demo and test tools (about a minute)"
-# torch first and pinned again: no other package may bring another build of it.
+echo "setup 3/3: installing the other requirements, the demo data and the test tools (about a minute)"
+# torch is installed first and pinned again here, so that no other package replaces it by another build.
 pip_install "$torch" -r requirements.txt -e ".[demo,dev,optimizers]"
 mkdir -p .venv/hf_home .venv/torch_extensions
 echo "$key" > "$stamp"
-echo "set-up done in $SECONDS s"
+echo "setup finished in $SECONDS s"

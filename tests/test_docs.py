@@ -65,7 +65,7 @@ class Command:
 
     @property
     def family(self) -> str:
-        return next(family for family, script in runs.TRAINERS.items() if script == self.split[1])
+        return next(family for family, script in runs.TRAIN_SCRIPTS.items() if script == self.split[1])
 
     def __str__(self) -> str:
         return f"{self.page}: {shlex.join(self.words)[:400]}"
@@ -139,7 +139,7 @@ def test_a_command_can_be_typed(command: Command) -> None:
         # what it does with real weights is in test_export.py
         script = tiny.load_script("scripts/export.py")
         flags = script.parse_flags(list(command.words[2:]))
-        script.refuse_output(flags.source, flags.output, flags.layout)
+        script.check_output(flags.source, flags.output, flags.layout)
     else:
         assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
 
@@ -150,7 +150,7 @@ def test_a_launch_is_taken_by_launcher_and_trainer(command: Command) -> None:
     taken = launch_command_parser().parse_args([*launcher, script, *flags])
     assert taken.training_script == script and taken.mixed_precision == "bf16"
     assert (taken.num_processes or 1) > 1 if "--multi_gpu" in launcher else taken.num_processes is None
-    args = runs.script(command.family).parse_args(flags)
+    args = runs.train_script(command.family).parse_args(flags)
     assert args.mixed_precision == "bf16" and args.max_grad_norm == 0.05
     folder = Path(args.pretrained_model_name_or_path)
     assert f"`{folder}`" in text("models/README.md")  # the page on weights says what belongs there
@@ -169,7 +169,7 @@ def test_every_published_flag_is_in_every_launch() -> None:
     places = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
     for command in LAUNCHES:
         given = {word[2:].split("=")[0] for word in command.split[2] if word.startswith("--")}
-        assert given == places | set(runs.PLAIN[command.family]), command
+        assert given == places | set(runs.FAMILY_FLAGS[command.family]), command
 
 
 # What makes a published command small; a flag given twice has its last value, as on any command line.
@@ -190,7 +190,7 @@ MODELS: dict[tuple[str, str], Callable[[Path], Path]] = {
 @pytest.mark.parametrize("command", [c for c in LAUNCHES if "machines" not in name_of(c)], ids=name_of)
 def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Path) -> None:
     launcher, _, flags = command.split
-    mode = runs.script(command.family).parse_args(flags).train_mode
+    mode = runs.train_script(command.family).parse_args(flags).train_mode
     metadata = tiny.make_dataset(tmp_path / "data")
     places = {
         "pretrained_model_name_or_path": MODELS[command.family, mode](tmp_path / "model"),
@@ -212,7 +212,7 @@ def replaced(flags: list[str], values: dict[str, object]) -> list[str]:
         for word in flags
     ]
     given = {word[2:].split("=")[0] for word in flags}
-    return [*runs.words({name: value for name, value in values.items() if name not in given}), *line]
+    return [*runs.to_argv({name: value for name, value in values.items() if name not in given}), *line]
 
 
 # ------------------------------------------------------------------------------------------- snippets

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from crashes import die, fork, names, status_of, strike
+from crashes import file_names, fork, inject_fault, kill_self, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +27,8 @@ def test_json_is_replaced_at_once_or_not_at_all(tmp_path):
         with pytest.raises(OSError, match="File too large"):
             write_json_atomically(path, {"step": 2, "error": "long" * 10})
 
-    assert status_of(fork(full_disk)) == 0
-    assert json.loads(path.read_text()) == {"step": 1} and names(tmp_path) == ["run_status.json"]
+    assert wait_for(fork(full_disk)) == 0
+    assert json.loads(path.read_text()) == {"step": 1} and file_names(tmp_path) == ["run_status.json"]
 
 
 def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -37,10 +37,10 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_pat
     with pytest.raises(KeyError), atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyError("x")
-    assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
+    assert path.read_bytes() == b"old" and file_names(tmp_path) == ["clip.mp4"]
     with pytest.raises(FileNotFoundError), atomic_write(path):
         pass  # nothing was written
-    assert path.read_bytes() == b"old" and names(tmp_path) == ["clip.mp4"]
+    assert path.read_bytes() == b"old" and file_names(tmp_path) == ["clip.mp4"]
 
 
 def test_a_kill_at_every_file_operation_leaves_the_old_file_or_the_new(tmp_path):
@@ -52,10 +52,10 @@ def test_a_kill_at_every_file_operation_leaves_the_old_file_or_the_new(tmp_path)
         write_json_atomically(path, {"step": 1})
 
         def killed(at: int = points, path=path) -> None:
-            strike(path.parent, at, die, reads=True)
+            inject_fault(path.parent, at, kill_self, reads=True)
             write_json_atomically(path, {"step": 2})
 
-        status = status_of(fork(killed))
+        status = wait_for(fork(killed))
         found.append(json.loads(path.read_text())["step"])
     assert status == 0 and found == sorted(found) and set(found) == {1, 2} and points > 3
 

@@ -1,13 +1,13 @@
-"""Serves both train.py scripts: the shared package of the videox trainer."""
+"""videox: a trainer that fine-tunes the video diffusion models Wan2.1 and HunyuanVideo."""
 
 import logging
 import warnings
 
 __version__ = "0.1.0"
 
-# What optional packages say in each process that imports diffusers, and that nobody who trains can act on: kernels for
-# 4-bit weights and for other GPUs, and tensors of quantized checkpoints, none of which the trainer uses.
-NOISE = {
+# Log messages of optional packages, by logger, that every process prints when it imports diffusers. They are about
+# kernels for 4-bit weights or other GPUs and about quantized checkpoints, none of which the trainer uses.
+IGNORED_MESSAGES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "torchao": "Failed to load ",
     "torch.utils._pytree": "<enum '",
@@ -15,12 +15,12 @@ NOISE = {
 }
 
 
-def _is_heard(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NOISE[record.name])
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(IGNORED_MESSAGES[record.name])
 
 
-for _name in NOISE:
-    logging.getLogger(_name).addFilter(_is_heard)
+for _name in IGNORED_MESSAGES:
+    logging.getLogger(_name).addFilter(_is_relevant)
 
-# Weights of norms are float32 masters on purpose; that autocast then takes another kernel is nothing to act on.
+# The weights of norms are float32 masters on purpose; torch warns that autocast then uses another kernel.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)

@@ -8,7 +8,8 @@ go out from pinned memory, and numbers come back by a copy of their own, to be r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -78,3 +79,20 @@ class AsyncScalars:
         """Returns them; waits until they have come, which a step later they have."""
         self.moment.wait()
         return self._here.tolist()
+
+
+@contextmanager
+def memory_phase(name: str) -> Iterator[None]:
+    """Name what runs inside, for the message of an out-of-memory error; the innermost name counts.
+
+    The error keeps its type, so that code which handles torch.OutOfMemoryError goes on to do so;
+    videox.training.memory_check turns one that ends the run into a line with this name.
+
+    Args:
+        name: for example "the VAE" or "the backward pass".
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.phase = getattr(error, "phase", name)  # type: ignore[attr-defined]
+        raise

@@ -1,4 +1,4 @@
-"""Serves the user who has to mend something: one line with what is wrong, the value found and the way out."""
+"""Errors that users can fix: one line with what is wrong, the value found and how to fix it; and the exit codes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ NUMERICS = 6
 PEER_LOST = 7
 BUG = 70
 STOPPED = 75
-# What diffusers, transformers, safetensors and torch raise on a file or configuration that they cannot use.
-UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED_LINE = "interrupted outside a step; nothing was saved"
+# What diffusers, transformers, safetensors and torch raise for a file or configuration that they cannot load.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class UserError(Exception):
-    """A stop that a person can act on; printed as one line, never as a traceback.
+    """An error that the user can fix; printed as one line, never as a traceback.
 
     Args:
         where: the flag, file or row that is at fault.
         what: what is wrong, with the value found.
-        mend: the way out, as an imperative.
+        hint: how to fix it, as an imperative.
         exit_code: one of the constants of this module (2 flags, 3 data, 4 model or checkpoint, 5 storage,
             6 numerics, 7 peer lost).
     """
@@ -33,40 +35,68 @@ class UserError(Exception):
         super().__init__(f"{where}: {what}. Fix: {hint}.")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, int]]:
-        return UserError, (self.where, self.what, self.hint, self.exit_code)  # ranks tell each other their refusals
+        # Ranks exchange their errors by pickle, which by default would call the class with the message alone.
+        return UserError, (self.where, self.what, self.hint, self.exit_code)
 
     def line(self) -> str:
-        """Returns the one line for stderr and run_status.json; control characters are escaped."""
+        """Return the one line for stderr and run_status.json; control characters are escaped."""
         text = f"error: {self}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class PeerFailed(Exception):
-    """What ends a process because another one of the run failed first.
+    """Ends a process because another process of the run failed first.
 
     Args:
-        line: of the process that failed.
-        exit_code: that the run ends with.
-        say: whether this process prints the line: the one that failed could not, or did on another machine.
+        line: the error line of the process that failed.
+        exit_code: exit code of the run.
+        should_print: this process prints the line, because the one that failed could not, or printed it on another
+            machine.
     """
 
-    def __init__(self, line: str, exit_code: int, *, say: bool) -> None:
-        self.line, self.exit_code, self.say = line, exit_code, say
+    def __init__(self, line: str, exit_code: int, *, should_print: bool) -> None:
+        self.line, self.exit_code, self.should_print = line, exit_code, should_print
         super().__init__(line)
 
 
+class SaveError(Exception):
+    """A save that did not reach the disk and was dropped as a whole; the text is the first cause. Older saves stay."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a run that ends with this exception."""
+    if isinstance(error, (UserError, PeerFailed)):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return STORAGE if isinstance(error, SaveError) else BUG
+
+
+def error_line(error: BaseException) -> str:
+    """Return the one line that reports what ended a run."""
+    if isinstance(error, UserError):
+        return error.line()
+    if isinstance(error, PeerFailed):
+        return error.line
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED_LINE
+    if isinstance(error, SaveError):
+        return " ".join(f"error: {error}. Fix: free some disk space, or pass a writable folder".split())
+    return " ".join(f"error: {type(error).__name__}: {error}".split())
+
+
 @contextmanager
-def told_once(environment: Mapping[str, str]) -> Iterator[None]:
-    """Has one process of each machine print what all of its processes find out.
+def print_once_per_machine(environment: Mapping[str, str]) -> Iterator[None]:
+    """Turn a UserError that all processes of a machine raise into a PeerFailed that one of them prints.
 
     Args:
         environment: the launcher's variables.
 
     Raises:
-        PeerFailed: in place of a UserError.
+        PeerFailed: instead of a UserError.
     """
     try:
         yield
-    except UserError as refusal:
+    except UserError as error:
         first = environment.get("LOCAL_RANK", "0") == "0"
-        raise PeerFailed(refusal.line(), refusal.exit_code, say=first) from refusal
+        raise PeerFailed(error.line(), error.exit_code, should_print=first) from error

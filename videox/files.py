@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from videox.errors import SaveError
+
 
 def flush(path: Path) -> None:
     """Forces a file, or the entries of a folder, onto the disk (fsync). Raises OSError."""
@@ -78,10 +80,6 @@ def write_json_atomically(path: Path, content: object) -> None:
 
 
 # --------------------------------------------------------------------------- what users get, whole or absent
-
-
-class SaveError(Exception):
-    """A save that did not reach the disk and was dropped whole; its text is the first cause. Earlier saves stand."""
 
 
 def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -50,14 +50,17 @@ from videox.diffusion.flow_matching import (
     motion_losses,
     velocity_losses,
 )
-from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
+from videox.distributed.accelerator import compute_dtype
+from videox.distributed.backends import Backend
+from videox.distributed.collectives import accumulate, backward
+from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, latents_spec
-from videox.encoders.hunyuan_text import encode_pooled, encode_text, join_text
+from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import draw, encode_moments
+from videox.encoders.vae import encode_moments, sample_latents
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
-from videox.models.component import Component, choose_part
+from videox.models.component import Component, choose_component
 from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_number
 from videox.models.hub import local_folder
 from videox.models.shared_memory import load_frozen
@@ -152,19 +155,19 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     encoders = ("text_encoder", "text_encoder_2")
     names = ("scheduler", "tokenizer", "tokenizer_2", *encoders, "vae", "transformer")
-    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
-    configs = read_model_folder(str(root), pipelines, names, weighted=encoders if weighted else ())
+    root, check_weights = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
+    configs = read_model_folder(str(root), pipelines, names, with_weights=encoders if check_weights else ())
     parts = {name: Component(root / name, configs[name]) for name in names}
     for name, kind in (("transformer", "hunyuan"), ("vae", "hunyuan_vae")):
         given = getattr(args, f"{name}_path")
-        parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
+        parts[name] = choose_component(name, given, root / name, kind, configs[name], check_weights=check_weights)
     condition = parts["transformer"].config.get("image_condition_type")
     made_for = "normal" if condition is None else "i2v"
     if args.train_mode != made_for:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {made_for}"
         raise UserError(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
     if made_for == "i2v":
-        read_component(root / "image_processor", weighted=False)
+        read_component(root / "image_processor", check_weights=False)
     return parts
 
 
@@ -211,7 +214,7 @@ def load_encoders(
     # a caption beyond CLIP's 77 tokens is cut for the pooled embedding alone; once a batch this is no news
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
     check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
-    resting = {name: OffloadedModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    resting = {name: OffloadedModule(part, accelerator.device, offload=args.low_vram) for name, part in encoders.items()}
     return Encoders(**resting, pipeline=pipeline)
 
 
@@ -282,11 +285,11 @@ def encode_batch(
         keys: draw the posterior's noise, one per sample; None takes its mode.
     """
     made = components.encode(batch)
-    given = dict(zip(("prompt_embeds", "prompt_mask"), join_text(made["prompt_embeds"]), strict=True))
+    given = dict(zip(("prompt_embeds", "prompt_mask"), pad_texts(made["prompt_embeds"]), strict=True))
     given["pooled"] = torch.stack(made["pooled"])
     if components.given_frames:
         given["first_frame"] = torch.stack(made["first_frame"]) * components.scaling_factor
-    latents = draw(torch.stack(made["moments"]), LATENT_CHANNELS, keys) * components.scaling_factor
+    latents = sample_latents(torch.stack(made["moments"]), LATENT_CHANNELS, keys) * components.scaling_factor
     return latents, given
 
 
@@ -373,7 +376,7 @@ def sampling_pipeline(
 ) -> Iterator[HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device; it pads and masks its text."""
     components.attention.all_real = False
-    with components.encoders.for_a_while() as parts:
+    with components.encoders.temporary() as parts:
         parts.pipeline.transformer = components.transformer
         with parts.text_encoder.on_device(), parts.text_encoder_2.on_device(), parts.vae.on_device():
             yield parts.pipeline

@@ -46,13 +46,16 @@ from videox.diffusion.flow_matching import (
     motion_losses,
     velocity_losses,
 )
-from videox.distributed.accelerator import Backend, StopRequest, accumulate, backward, compute_dtype
+from videox.distributed.accelerator import compute_dtype
+from videox.distributed.backends import Backend
+from videox.distributed.collectives import accumulate, backward
+from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, latents_spec
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import draw, encode_moments, to_images
+from videox.encoders.vae import encode_moments, sample_latents, to_images
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
-from videox.models.component import Component, choose_part, find_part, original_parts, original_places
+from videox.models.component import Component, choose_component, find_component, original_components, original_paths
 from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
 from videox.models.hub import local_folder
 from videox.models.shared_memory import load_frozen
@@ -120,17 +123,17 @@ class Components:
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Returns the model's parts after every one has been looked at; loads no weight."""
-    root, weighted = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
-    if places := original_places(root, args.config_path):
-        parts = original_parts(places, args.config_path, args.transformer_path, args.vae_path)
+    root, check_weights = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
+    if places := original_paths(root, args.config_path):
+        parts = original_components(places, args.config_path, args.transformer_path, args.vae_path)
     else:
         pipelines = ("WanPipeline", "WanImageToVideoPipeline")
         names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-        configs = read_model_folder(str(root), pipelines, names, weighted=("text_encoder",) if weighted else ())
+        configs = read_model_folder(str(root), pipelines, names, with_weights=("text_encoder",) if check_weights else ())
         parts = {name: Component(root / name, configs[name]) for name in names}
         for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
             given = getattr(args, f"{name}_path")
-            parts[name] = choose_part(name, given, root / name, kind, configs[name], weighted=weighted)
+            parts[name] = choose_component(name, given, root / name, kind, configs[name], check_weights=check_weights)
     config = parts["transformer"].config
     channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
     made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
@@ -146,9 +149,9 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         raise UserError("--tokenizer_max_length", what, "leave the flag out")
     if with_image:
         encoder = places["image_encoder"] if places else root / "image_encoder"
-        parts["image_encoder"] = find_part(encoder, "clip_vision", weighted=weighted)
+        parts["image_encoder"] = find_component(encoder, "clip_vision", check_weights=check_weights)
         if not places:
-            read_component(root / "image_processor", weighted=False)
+            read_component(root / "image_processor", check_weights=False)
     return parts
 
 
@@ -197,7 +200,7 @@ def load_encoders(
     encoders = {name: load(CLASSES[name], parts[name], kind) for name, kind in kinds.items() if name in parts}
     pipeline = open_pipeline(args, parts, shift, encoders)
     check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
-    resting = {name: OffloadedModule(part, accelerator.device, rests=args.low_vram) for name, part in encoders.items()}
+    resting = {name: OffloadedModule(part, accelerator.device, offload=args.low_vram) for name, part in encoders.items()}
     return Encoders(resting["text_encoder"], resting.get("image_encoder"), resting["vae"], pipeline)
 
 
@@ -300,7 +303,7 @@ def encode_batch(
         given["condition"] = torch.cat([pack_mask(mask), normalise(components, made["known"])], 1) * keep
     if "image_embeds" in made:
         given["image_embeds"] = made["image_embeds"]
-    return normalise(components, draw(made["moments"], LATENT_CHANNELS, keys)), given
+    return normalise(components, sample_latents(made["moments"], LATENT_CHANNELS, keys)), given
 
 
 def normalise(components: Components, z: torch.Tensor) -> torch.Tensor:
@@ -373,7 +376,7 @@ def predict_held_out(
 @contextmanager
 def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
     """Yields the pipeline with the transformer in training, its encoders on the device."""
-    with components.encoders.for_a_while() as encoders, ExitStack() as stack:
+    with components.encoders.temporary() as encoders, ExitStack() as stack:
         for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
             if encoder is not None:
                 stack.enter_context(encoder.on_device())

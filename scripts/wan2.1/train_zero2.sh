@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves who trains Wan2.1 text-to-video with DeepSpeed ZeRO-2: flags given to this script are passed on and win.
+# Trains Wan2.1 text-to-video with DeepSpeed ZeRO-2. Flags passed to this script override those below.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -7,7 +7,7 @@ export MODEL_NAME="${MODEL_NAME:-models/Diffusion_Transformer/Wan2.1-T2V-14B}"
 export DATASET_NAME="${DATASET_NAME:-datasets/internal_datasets/}"
 export DATASET_META_NAME="${DATASET_META_NAME:-datasets/internal_datasets/metadata.json}"
 export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
-# For several machines without RDMA only; on a single machine the second turns NVLink off.
+# Only for several machines without RDMA. On a single machine, NCCL_P2P_DISABLE=1 turns NVLink off.
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 

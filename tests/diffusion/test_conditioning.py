@@ -232,7 +232,7 @@ def test_hunyuans_first_frame_stands_in_its_place_or_beside(seed: int, count: in
 
 @pytest.fixture(scope="module")
 def trainer() -> ModuleType:
-    return runs.script()
+    return runs.train_script()
 
 
 @pytest.fixture(scope="module")
@@ -246,17 +246,17 @@ def components(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
         "train_mode": "i2v",
         "mixed_precision": "no",
     }
-    with runs.untouched_process():
+    with runs.restored_process_state():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        args = trainer.parse_args(runs.words(where))
+        args = trainer.parse_args(runs.to_argv(where))
         accelerator, _ = make_accelerator(args.mixed_precision)
-        yield runs.components_of(trainer, args, accelerator)
+        yield runs.load_components(trainer, args, accelerator)
 
 
 def given_of(trainer: ModuleType, components: Any, video: torch.Tensor, mode: str, keys: list[int]) -> dict:
     """Returns what the model is given of a micro-batch's pictures, as training makes it."""
     args, count, bucket = SimpleNamespace(train_mode=mode), len(keys), Bucket(*video.shape[2:])
-    recipes = [recipe for recipe in components.encode.recipes if recipe.name in ("moments", "prompt_embeds")]
+    recipes = [recipe for recipe in components.encode.specs if recipe.name in ("moments", "prompt_embeds")]
     made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in recipes}
     if mode != "normal":
         encoders = components.encoders()

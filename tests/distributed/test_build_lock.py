@@ -12,9 +12,9 @@ import forkserver
 import pytest
 import runs
 import tiny
-from test_backends import variables
+from launches import launcher_environment
 
-from videox.distributed.build_lock import extensions_folder, refuse_dead_locks
+from videox.distributed.build_lock import extensions_folder, refuse_stale_locks
 from videox.errors import FLAGS, UserError
 
 
@@ -32,10 +32,10 @@ def environment(lock: Path, **more: str) -> dict[str, str]:
 
 def test_a_lock_without_an_owner_is_refused_with_the_line_that_removes_it(lock: Path) -> None:
     with pytest.raises(UserError, match="held by no process here") as refused:
-        refuse_dead_locks(environment(lock))
+        refuse_stale_locks(environment(lock))
     assert refused.value.exit_code == FLAGS
     subprocess.run(["bash", "-c", refused.value.hint], check=True)
-    refuse_dead_locks(environment(lock))
+    refuse_stale_locks(environment(lock))
     assert not lock.exists()
 
 
@@ -46,19 +46,19 @@ def test_a_lock_with_a_living_owner_is_not(lock: Path) -> None:
     )
     owner = subprocess.Popen([sys.executable, "-c", held, str(lock)], stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"held\n"
-    refuse_dead_locks(environment(lock))
+    refuse_stale_locks(environment(lock))
     owner.kill()
     owner.wait()
     with pytest.raises(UserError):
-        refuse_dead_locks(environment(lock))
+        refuse_stale_locks(environment(lock))
 
 
 def test_a_young_lock_may_belong_to_another_machine(lock: Path) -> None:
     several = environment(lock, WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
-    refuse_dead_locks(several)
+    refuse_stale_locks(several)
     os.utime(lock, (time.time() - 3600,) * 2)
     with pytest.raises(UserError):
-        refuse_dead_locks(several)
+        refuse_stale_locks(several)
 
 
 def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (built / "lock").touch()
         assert built.is_relative_to(extensions_folder(os.environ))
         with pytest.raises(UserError, match="an_extension/lock"):
-            refuse_dead_locks(os.environ)
+            refuse_stale_locks(os.environ)
         (built / "lock").unlink()
 
 
@@ -83,10 +83,10 @@ def test_a_start_under_deepspeed_names_it_once_and_ends(lock: Path, tmp_path: Pa
     model, metadata = tiny.build_wan_t2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
     ranks = forkserver.shared().start_ranks(
         2,
-        runs.wan_plain(model, metadata, tmp_path / "run"),
+        runs.wan_flags(model, metadata, tmp_path / "run"),
         tmp_path / "log",
-        environment={**variables("zero2", "wan2.1 normal", 2), **environment(lock)},
+        environment={**launcher_environment("zero2", "wan2.1 normal", 2), **environment(lock)},
     )
     assert [rank.wait(60) for rank in ranks] == [FLAGS, FLAGS]
-    assert f"the build lock {lock} is held by no process here" in ranks[0].complaint()
-    assert "error: " not in ranks[1].said()
+    assert f"the build lock {lock} is held by no process on this machine" in ranks[0].error_line()
+    assert "error: " not in ranks[1].output()

@@ -38,7 +38,7 @@ def test_equal_processes_wait_for_nobody() -> None:
 
 
 def test_work_is_done_when_the_last_gradients_have_come() -> None:
-    with runs.untouched_process():
+    with runs.restored_process_state():
         accelerator = Accelerator(cpu=True)
         model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(LAST_TO_COME)))
         assert backward_timer(accelerator, model) is None  # one process waits for nobody
@@ -64,7 +64,7 @@ def test_waiting_for_data_is_no_work() -> None:
     assert step(done, 0.0).busy() == 4
     assert step(done, 1.5).busy() == 2.5
     assert step(None, 1.5).busy() == 0
-    assert step(done, 0.0).took() == 5
+    assert step(done, 0.0).duration() == 5
 
 
 # ------------------------------------------------------------------------------------------------- two processes
@@ -74,22 +74,22 @@ def train_three_times_as_busy() -> int:
     """Runs in each of two processes: trains, and says that the second one works three times as long as the first."""
     measured = PendingStep.busy
 
-    def said(self: PendingStep) -> float:
+    def scaled_busy(self: PendingStep) -> float:
         assert measured(self) > 0
         return 1.0 + 2.0 * (rank == "1")
 
     rank = os.environ["RANK"]
-    PendingStep.busy = said
-    return runs.script().main()
+    PendingStep.busy = scaled_busy
+    return runs.train_script().main()
 
 
 def lines_of(folder: Path, metadata: Path, work: str = "", **changes: object) -> list[dict]:
-    flags = runs.wan_plain(
+    flags = runs.wan_flags(
         tiny.build_wan_t2v(folder / "model"), metadata, folder / "run",
         **{"max_train_steps": STEPS, "checkpointing_steps": STEPS - 1, "mixed_precision": "no", **changes},
     )  # fmt: skip
-    ranks = forkserver.shared().run_ranks(2, flags, folder / "log", work=(work, work) if work else ())
-    assert [rank.code for rank in ranks] == [0, 0], ranks[0].said()[-4000:]
+    ranks = forkserver.shared().run_ranks(2, flags, folder / "log", entry_points=(work, work) if work else ())
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].output()[-4000:]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_bytes().splitlines()]
 
 
@@ -98,7 +98,7 @@ def test_every_line_has_the_share_of_its_own_step(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, metadata, "tests.distributed.test_straggler:train_three_times_as_busy")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["straggler_share"] for line in lines] == pytest.approx([1 / 3] * STEPS)
-    assert "waiting for the slowest 33% (planned " in (tmp_path / "log-rank0").read_text()
+    assert "waiting for the slowest rank 33% (planned " in (tmp_path / "log-rank0").read_text()
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def output(module: nn.Module, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_weights_are_on_the_device_only_while_awake(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, offload=True)
     host = storages(resting.module)
     wanted = output(resting.module, torch.device("cpu"))
     for _ in range(3):
@@ -60,7 +60,7 @@ def test_weights_are_on_the_device_only_while_awake(device: torch.device) -> Non
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_shared_weights_stay_shared(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, offload=True)
     with resting.on_device() as module:
         assert module[0].weight is module[2].weight
     assert resting.module[0].weight is resting.module[2].weight
@@ -68,7 +68,7 @@ def test_shared_weights_stay_shared(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_weights_rest_after_a_failure(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, offload=True)
     host = storages(resting.module)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), resting.on_device() as module:
         module(torch.zeros(2, 5, device=device))
@@ -78,7 +78,7 @@ def test_weights_rest_after_a_failure(device: torch.device) -> None:
 def test_weights_rest_when_waking_fails_half_way() -> None:
     module = frozen()
     module.append(nn.Linear(6, 6, device="meta").requires_grad_(False))  # has no values that could be copied
-    resting = OffloadedModule(module, torch.device("cpu:0"), rests=True)
+    resting = OffloadedModule(module, torch.device("cpu:0"), offload=True)
     host = storages(resting.module)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="meta"), resting.on_device():
@@ -88,7 +88,7 @@ def test_weights_rest_when_waking_fails_half_way() -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_a_use_within_a_use_does_not_end_it(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, offload=True)
     host = storages(resting.module)
     with resting.on_device() as module:
         outer = storages(module)
@@ -102,7 +102,7 @@ def test_a_use_within_a_use_does_not_end_it(device: torch.device) -> None:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_a_module_that_does_not_rest_stays(device: torch.device) -> None:
     module = frozen()
-    staying = OffloadedModule(module, device, rests=False)
+    staying = OffloadedModule(module, device, offload=False)
     there = storages(module)
     assert all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers()))
     with staying.on_device() as on_device:
@@ -113,23 +113,23 @@ def test_a_module_that_does_not_rest_stays(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_what_was_called_is_there_when_it_wakes_and_is_copied_once(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
+    resting = OffloadedModule(frozen(), device, offload=True)
     host, wanted = storages(resting.module), output(resting.module, torch.device("cpu"))
     resting.prefetch()
-    called = [copy.data_ptr() for copy in resting._coming]
+    called = [copy.data_ptr() for copy in resting._prefetched]
     resting.prefetch()
-    assert storages(resting.module) == host and [copy.data_ptr() for copy in resting._coming] == called
+    assert storages(resting.module) == host and [copy.data_ptr() for copy in resting._prefetched] == called
     with resting.on_device() as module:
         resting.prefetch()  # it is there already
         assert storages(module) == called and not set(called) & set(host)
         torch.testing.assert_close(output(module, device), wanted)
-    assert storages(resting.module) == host and not resting._coming
+    assert storages(resting.module) == host and not resting._prefetched
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_nothing_is_copied_back(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, rests=True)
-    tensors = [tensor for _, tensor in resting._resting]
+    resting = OffloadedModule(frozen(), device, offload=True)
+    tensors = [tensor for _, tensor in resting._host_weights]
     before = [(tensor._version, tensor.data_ptr(), tensor.clone()) for tensor in tensors]
     for _ in range(2):
         resting.prefetch()
@@ -148,7 +148,7 @@ def test_a_run_is_the_same_and_each_encoder_is_called_before_the_one_before_it_r
     call, on_device = OffloadedModule.prefetch, OffloadedModule.on_device
 
     def note_call(self: OffloadedModule) -> None:
-        if not self._uses and not self._coming:
+        if not self._uses and not self._prefetched:
             said.append(f"call {type(self.module).__name__}")
         call(self)
 
@@ -159,10 +159,10 @@ def test_a_run_is_the_same_and_each_encoder_is_called_before_the_one_before_it_r
         said.append(f"rest {type(self.module).__name__}")
 
     flags = {"train_mode": "i2v", "max_train_steps": 2, "mixed_precision": "no"}
-    staying = runs.train(runs.wan_plain(model, metadata, tmp_path / "staying", low_vram=None, **flags))
+    staying = runs.train(runs.wan_flags(model, metadata, tmp_path / "staying", low_vram=None, **flags))
     monkeypatch.setattr(OffloadedModule, "call", note_call)
     monkeypatch.setattr(OffloadedModule, "awake", note_awake)
-    resting = runs.train(runs.wan_plain(model, metadata, tmp_path / "resting", low_vram=True, **flags))
+    resting = runs.train(runs.wan_flags(model, metadata, tmp_path / "resting", low_vram=True, **flags))
     assert (staying.code, resting.code) == (0, 0), resting.stderr
     same = ("step", "loss", "grad_norm", "rows")
     assert [[line[key] for key in same] for line in resting.metrics] == [

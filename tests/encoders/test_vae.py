@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import encode, to_video
+from videox.encoders.vae import encode_latents, to_video
 from videox.rng import Purpose, hash_key
 
 COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
@@ -50,7 +50,7 @@ class CountedAutoencoder:
 
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, monkeypatch: pytest.MonkeyPatch) -> None:
         self.vae = vae.requires_grad_(False).eval()
-        self.resting = OffloadedModule(self.vae, torch.device("cpu"), rests=True)
+        self.resting = OffloadedModule(self.vae, torch.device("cpu"), offload=True)
         self.calls: list[int] = []
         encode_batch = self.vae.encode
 
@@ -62,7 +62,7 @@ class CountedAutoencoder:
 
     def precise(self) -> CountedAutoencoder:
         """Computes in float64 from here on: what is left between two batch sizes is then no rounding of float32."""
-        self.resting = OffloadedModule(self.vae.double(), torch.device("cpu"), rests=True)
+        self.resting = OffloadedModule(self.vae.double(), torch.device("cpu"), offload=True)
         return self
 
 
@@ -89,7 +89,7 @@ def video() -> torch.Tensor:
 
 
 def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
-    latents = encode(autoencoder.resting, video, keys=KEYS, mini_batch=32)
+    latents = encode_latents(autoencoder.resting, video, keys=KEYS, mini_batch=32)
     with torch.no_grad():
         posterior = autoencoder.vae.encode(video).latent_dist
     assert latents.shape == (COUNT, 16, 2, 4, 6) and latents.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, v
 
 
 def test_without_keys_it_is_the_posteriors_mode(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
-    latents = encode(autoencoder.resting, video, keys=None, mini_batch=32)
+    latents = encode_latents(autoencoder.resting, video, keys=None, mini_batch=32)
     with torch.no_grad():
         posterior = autoencoder.vae.encode(video).latent_dist
     assert torch.equal(latents, posterior.mode())
@@ -114,7 +114,7 @@ def test_the_mini_batch_changes_the_calls_and_not_the_latents(
     resting, found, calls = autoencoder.precise().resting, {}, {}
     for mini_batch in (1, 2, 32):
         autoencoder.calls.clear()
-        found[mini_batch] = encode(resting, video.double(), keys=keys, mini_batch=mini_batch)
+        found[mini_batch] = encode_latents(resting, video.double(), keys=keys, mini_batch=mini_batch)
         calls[mini_batch] = list(autoencoder.calls)
     assert calls == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 32: [5]}
     assert found[32].std() > 0.01
@@ -124,10 +124,10 @@ def test_the_mini_batch_changes_the_calls_and_not_the_latents(
 
 def test_a_sample_keeps_its_latents_in_any_company(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
     resting, video = autoencoder.precise().resting, video.double()
-    together = encode(resting, video, keys=KEYS, mini_batch=2)
-    turned = encode(resting, video.flip(0), keys=KEYS[::-1], mini_batch=2)
+    together = encode_latents(resting, video, keys=KEYS, mini_batch=2)
+    turned = encode_latents(resting, video.flip(0), keys=KEYS[::-1], mini_batch=2)
     assert torch.allclose(turned.flip(0), together, rtol=0, atol=1e-12)
-    other = encode(resting, video[:1], keys=KEYS[1:2], mini_batch=2)
+    other = encode_latents(resting, video[:1], keys=KEYS[1:2], mini_batch=2)
     assert not torch.allclose(other[0], together[0], rtol=0, atol=0.1)  # another key draws other noise
 
 
@@ -135,6 +135,6 @@ def test_latents_carry_no_gradient_and_draw_from_no_generator(
     autoencoder: CountedAutoencoder, video: torch.Tensor
 ) -> None:
     before = torch.get_rng_state()
-    latents = encode(autoencoder.resting, video.requires_grad_(), keys=KEYS, mini_batch=2)
+    latents = encode_latents(autoencoder.resting, video.requires_grad_(), keys=KEYS, mini_batch=2)
     assert not latents.requires_grad
     assert torch.equal(torch.get_rng_state(), before)

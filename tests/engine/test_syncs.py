@@ -8,7 +8,7 @@ import pytest
 import runs
 import tiny
 import torch
-from syncs import OURS, OnDevice, counted_steps, counting
+from syncs import OWN_CODE, DeviceTensors, record_waits, recording_iterate_steps
 
 from videox.device import AsyncScalars, DeviceEvent, to_device
 from videox.optim.ema import Ema, Fp32Params
@@ -30,8 +30,8 @@ BUILD = {
 
 def waits(work: object) -> list[str]:
     """Returns what the host waits for in a function that is given a tensor of the device and one of the host."""
-    on_device, host = OnDevice(), torch.arange(4.0)
-    with counting(on_device):
+    on_device, host = DeviceTensors(), torch.arange(4.0)
+    with record_waits(on_device):
         there = host.to(DEVICE, non_blocking=True)
         work(there, host)  # type: ignore[operator]
     return [place.split(" ", 1)[1] for place in on_device.places]
@@ -48,7 +48,7 @@ def waits(work: object) -> list[str]:
         (lambda d, h: d.to("cpu"), "to('cpu')"),
         (lambda d, h: h.to(DEVICE), "to(device)"),
         (lambda d, h: d.nonzero(), "aten.nonzero.default"),
-        (lambda d, h: d[d > 1], "aten.index.Tensor by truth values"),
+        (lambda d, h: d[d > 1], "aten.index.Tensor with a mask"),
         (lambda d, h: torch.zeros(4).copy_(d), "copy_"),
         (lambda d, h: torch.zeros(4, device=DEVICE).copy_(h), "copy_"),
         (lambda d, h: h[int(d[0]) :], "aten._local_scalar_dense.default"),
@@ -73,8 +73,8 @@ def test_what_waits_for_nothing_is_not_counted(work: object) -> None:
 
 
 def test_weights_are_on_the_device() -> None:
-    layer, on_device = torch.nn.Linear(4, 4), OnDevice()
-    with counting(on_device):
+    layer, on_device = torch.nn.Linear(4, 4), DeviceTensors()
+    with record_waits(on_device):
         layer(torch.ones(2, 4)).sum().item()
     (place,) = on_device.places
     assert place.startswith(f"{__file__}:")
@@ -99,16 +99,16 @@ def test_a_moment_of_a_device_without_a_queue_is_the_hosts() -> None:
 def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
     weights = {"a": torch.full((3,), 2.0)}
     ema = Ema(Fp32Params(("a",), weights.__getitem__, lambda name, new: None), decay=0.5)
-    on_device = OnDevice()
-    with counting(on_device):
-        on_device.add([weights, ema.parts])
+    on_device = DeviceTensors()
+    with record_waits(on_device):
+        on_device.add([weights, ema.shards])
         there = [torch.tensor(applied).to(DEVICE, non_blocking=True) for applied in (True, False, True)]
         for applied in there:
             weights["a"] += 1
             ema.update(applied)
     assert on_device.places == []
     assert ema.updates == 2
-    assert ema.parts["a"].tolist() == pytest.approx([3 + (5 - 3) * (1 - 2 / 11)] * 3)
+    assert ema.shards["a"].tolist() == pytest.approx([3 + (5 - 3) * (1 - 2 / 11)] * 3)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -117,14 +117,14 @@ def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
 def counted(family: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **asked: object) -> list[list[str]]:
     """Returns where the host waits in each step of a run, the last left out: that one ends in a save."""
     model, metadata = BUILD[family, mode](folder / "model"), tiny.make_dataset(folder / "data")
-    script = runs.script(family)
+    script = runs.train_script(family)
     flags = {"max_train_steps": STEPS, "train_mode": mode, "checkpointing_steps": STEPS, **asked}
     if "latent_cache" in asked:
-        filled = runs.train(runs.plain(family, model, metadata, folder / "fill", cache_only=True, **flags), script)
+        filled = runs.train(runs.train_flags(family, model, metadata, folder / "fill", cache_only=True, **flags), script)
         assert filled.code == 0, filled.stderr
-    walk, steps = counted_steps(script)
-    monkeypatch.setattr(script, "walk", walk)
-    done = runs.train(runs.plain(family, model, metadata, folder / "out", **flags), script)
+    iterate_steps, steps = recording_iterate_steps(script)
+    monkeypatch.setattr(script, "iterate_steps", iterate_steps)
+    done = runs.train(runs.train_flags(family, model, metadata, folder / "out", **flags), script)
     assert done.code == 0, done.stderr
     assert [record["step"] for record in done.metrics] == list(range(1, STEPS + 1))
     assert len(steps) == STEPS and steps[-1]  # the save reads the weights: so waits are seen
@@ -165,10 +165,10 @@ def test_without_a_cache_only_encoders_wait(
     family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {place for step in counted(family, mode, tmp_path, monkeypatch) for place in step}
-    ours = {(Path(place.split(":")[0]).name, place.split(" ", 1)[1]) for place in places if place.startswith(OURS)}
+    ours = {(Path(place.split(":")[0]).name, place.split(" ", 1)[1]) for place in places if place.startswith(OWN_CODE)}
     assert ours <= ENCODING
     theirs = ("/diffusers/pipelines/", "/transformers/")
-    assert all(place.startswith(OURS) or any(part in place for part in theirs) for place in places), places
+    assert all(place.startswith(OWN_CODE) or any(part in place for part in theirs) for place in places), places
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])

@@ -17,17 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.data.plan.buckets import SizePolicy
-from videox.data.plan.plan import Columns, PlanSettings, plan_epoch
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.engine.train_state import (
     STATE_FILE,
+    IndexedData,
     TrainState,
     checkpoint_bytes,
     load_state,
-    name_of,
     plan_inputs,
     read_state,
     refuse_changed_plan,
     resume_or_begin,
+    run_name,
     save_state,
 )
 from videox.errors import FLAGS, MODEL, UserError
@@ -111,7 +113,7 @@ def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
         (replace(SETTINGS, slot_fill="cost"), "same", "slot_fill was fixed, is cost"),
         (replace(SETTINGS, policy=replace(POLICY, video_sample_size=96)), "same", "policy.video_sample_size was 64, is 96"),
         (replace(SETTINGS, policy=replace(POLICY, fix_sample_size=(64, 32))), "same", "policy.fix_sample_size was None, is [64, 32]"),
-        (SETTINGS, "other", "the data's rows, captions or sizes are others"),
+        (SETTINGS, "other", "the data's rows, captions or sizes have changed"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_schedule_is_named(changed: PlanSettings, index: str, named: str) -> None:
@@ -164,11 +166,11 @@ def test_a_resumed_run_keeps_what_its_first_launch_decided(tmp_path: Path) -> No
     assert (settings.cost_linear, settings.cost_quadratic) == (3.0, 0.5)
 
 
-def columns_of(width: int = 64, usable: bool = True) -> Columns:
+def columns_of(width: int = 64, usable: bool = True) -> PlanColumns:
     """Two rows, of which the second one may be lost."""
     sides = {"height": np.array([48, 48], np.int32), "frames": np.array([9, 9], np.int32)}
     kind, widths = np.array([1, 1], np.uint8), np.array([64, width], np.int32)
-    return Columns(kind=kind, width=widths, usable=np.array([True, usable]), **sides)
+    return PlanColumns(kind=kind, width=widths, usable=np.array([True, usable]), **sides)
 
 
 COLUMNS = columns_of()
@@ -178,13 +180,13 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
     state, _ = begin(None)
     write_state(tmp_path / "checkpoint", state)
 
-    def resumed(columns: Columns, names: str = "names") -> TrainState:
+    def resumed(columns: PlanColumns, names: str = "names") -> TrainState:
         def settings_of(**kept: object) -> PlanSettings:
             return replace(SETTINGS, **kept)
 
         return resume_or_begin(
-            tmp_path / "checkpoint", settings_of, seed=7, slots=4, world_size=1, index_fingerprint="another",
-            names=names, columns=columns, run="a run", gather=alone,
+            tmp_path / "checkpoint", settings_of, IndexedData("another", names, columns), seed=7, slots=4,
+            world_size=1, flags_name="a run", gather=alone,
         )[0]  # fmt: skip
 
     assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
@@ -198,8 +200,8 @@ def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, worl
         return replace(SETTINGS, **kept)
 
     return resume_or_begin(
-        checkpoint, settings_of, seed=seed, slots=slots, world_size=world_size, index_fingerprint="same",
-        names="names", columns=COLUMNS, run="a run", gather=alone,
+        checkpoint, settings_of, IndexedData("same", "names", COLUMNS), seed=seed, slots=slots,
+        world_size=world_size, flags_name="a run", gather=alone,
     )  # fmt: skip
 
 
@@ -213,17 +215,17 @@ def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:
 
 def test_runs_of_one_name_train_the_same_order() -> None:
     def name(**changes: object) -> str:
-        return name_of("flags", "data", replace(SETTINGS, slots=4, **changes))
+        return run_name("flags", "data", replace(SETTINGS, slots=4, **changes))
 
     whole = {"accumulation": 1, "barrier": "step"}
     assert name(**whole) == name(**whole) == name(accumulation=4, barrier="step")  # 4 processes; 1 with 4 steps
     others = [{"accumulation": 2}, {"barrier": "micro"}, {"seed": SETTINGS.seed + 1}, {"cost_quadratic": 2.0}]
     names = [name(**{**whole, **other}) for other in others]
-    names += [name_of("other flags", "data", replace(SETTINGS, slots=4, **whole))]
-    names += [name_of("flags", "other data", replace(SETTINGS, slots=4, **whole)), name(**whole)]
+    names += [run_name("other flags", "data", replace(SETTINGS, slots=4, **whole))]
+    names += [run_name("flags", "other data", replace(SETTINGS, slots=4, **whole)), name(**whole)]
     assert len(set(names)) == len(names)
     sides = np.random.default_rng(0).integers(64, 400, (2, 64))
-    columns = Columns(np.zeros(64, np.uint8), *sides.astype(np.int32), np.ones(64, np.int32), np.ones(64, bool))
+    columns = PlanColumns(np.zeros(64, np.uint8), *sides.astype(np.int32), np.ones(64, np.int32), np.ones(64, bool))
     planned = (plan_epoch(columns, replace(SETTINGS, slots=4, accumulation=each), 0) for each in (1, 4))
     orders = dict(zip((1, 4), (plan.row.tolist() for plan in planned), strict=True))
     assert orders[1] == orders[4]

@@ -11,7 +11,8 @@ import pytest
 from test_plan import COLUMNS, SETTINGS
 
 from videox.data.plan.balance import plan_costs
-from videox.data.plan.plan import BARRIERS, plan_epoch, sample_cost
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import BARRIERS, sample_cost
 from videox.errors import FLAGS, UserError
 from videox.estimate.cost_model import COST_MODEL, StepTimes, fit, read_cost_model, step_sizes
 

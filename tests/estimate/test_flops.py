@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.peak_memory import peak_bytes
-from videox.models.activation_checkpoint import chosen_blocks, recompute_blocks
+from videox.models.activation_checkpoint import recompute_blocks, select_blocks
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "transformers.json").read_text(encoding="utf-8"))
 SMALL_WAN = {
@@ -132,7 +132,7 @@ def test_recomputed_operations_are_those_that_torch_counts_more(name: str) -> No
     with torch.device("meta"):
         model: Any = build(config)
     for share in (1.0, 0.5):
-        chosen = chosen_blocks(len(blocks(model)), share)
+        chosen = select_blocks(len(blocks(model)), share)
         recompute_blocks(model, blocks(model), share)
         more = found.model(tokens) + found.recomputed(tokens, chosen)
         assert counted(model.train(), on_meta(given), backward=True) == pytest.approx(more, rel=1e-9)
@@ -197,7 +197,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(name: str, share: float, half:
     config = SMALL[name]
     given, tokens = inputs(config, side=32)
     model: Any = build(config).train()
-    chosen = chosen_blocks(len(blocks(model)), share)
+    chosen = select_blocks(len(blocks(model)), share)
     if share:
         recompute_blocks(model, blocks(model), share)
 
@@ -249,7 +249,7 @@ def test_peak_is_that_of_a_pass_at_published_widths(name: str, share: float, cas
     found = joint_attention_network if is_joint(config) else partial(cross_attention_network, image_tokens=0)
     text = 256 if is_joint(config) else 512
     network = found(config, text_tokens=text, half=True, cast=cast)
-    assert network.peak(tokens, chosen_blocks(len(network.blocks), share)) == pytest.approx(most, rel=0.02)
+    assert network.peak(tokens, select_blocks(len(network.blocks), share)) == pytest.approx(most, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["text", "joint"])

@@ -11,16 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import forkserver
+import launches
 import pytest
-import test_backends
 import test_flops as test_network
 import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videox.distributed.accelerator import accumulate, backward, make_accelerator
-from videox.engine.base import DdpEngine, Engine
+from videox.distributed.accelerator import make_accelerator
+from videox.distributed.collectives import accumulate, backward
+from videox.engine.base import Engine
+from videox.engine.ddp import DdpEngine
 from videox.engine.fsdp import FsdpEngine
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.memory import (
@@ -33,7 +35,7 @@ from videox.estimate.memory import (
     state_bytes,
 )
 from videox.lora.adapters import Lora, adapter_sizes, choose_targets
-from videox.models.transformer import attach
+from videox.models.transformer import attach_adapters
 from videox.optim.build import choose_trainable, make_optimizer, parameter_groups
 from videox.optim.registry import moments_of
 
@@ -81,7 +83,7 @@ def adapt(model: torch.nn.Module, accelerator: Accelerator) -> list[str]:
         values[f"{target}.lora_A.default.weight"] = torch.full((RANK, inputs), 0.01)
         values[f"{target}.lora_B.default.weight"] = torch.zeros(outputs, RANK)
     assert sum(adapter_sizes(shapes, targets, RANK).values()) == sum(value.numel() for value in values.values())
-    return attach(model, Lora(RANK, float(RANK), 0.0, targets), values, accelerator)
+    return attach_adapters(model, Lora(RANK, float(RANK), 0.0, targets), values, accelerator)
 
 
 def measure() -> int:
@@ -103,13 +105,12 @@ def measure() -> int:
     sample, _ = test_network.inputs(SIZES, side=4, frames=1)
     given = [tensor for tensor in sample.values() if isinstance(tensor, torch.Tensor)]
     engine: Engine
-    if backend.kind == "zero":
-        from videox.engine.deepspeed import DeepSpeedEngine
+    if backend.engine == "deepspeed":
+        from videox.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
 
-        engine = DeepSpeedEngine(
-            accelerator, model, optimizer_over, max_grad_norm=1.0, batch_size=1, micro_batches=1, output_dir=Path()
-        )
-    elif backend.kind == "fsdp":
+        settings = DeepSpeedSettings(max_grad_norm=1.0, batch_size=1, micro_batches=1)
+        engine = DeepSpeedEngine(accelerator, model, optimizer_over, settings=settings, output_dir=Path())
+    elif backend.engine == "fsdp":
         engine = FsdpEngine(accelerator, model, test_network.blocks(model), optimizer_over)
     else:
         engine = DdpEngine(accelerator, model, optimizer_over)
@@ -133,12 +134,12 @@ SLOW = [("zero3", "adamw"), ("fsdp1", "adamw"), ("zero2", "lora"), ("fsdp1", "lo
 )
 def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path: Path) -> None:
     ranks = forkserver.shared().start_ranks(
-        2, [], tmp_path / "log", work=["tests.estimate.test_memory:measure"] * 2,
-        environment={**test_backends.variables(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found"), "TRAINED": trained},
+        2, [], tmp_path / "log", entry_points=["tests.estimate.test_memory:measure"] * 2,
+        environment={**launches.launcher_environment(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found"), "TRAINED": trained},
     )  # fmt: skip
     for rank in ranks:
         rank.wait()
-    assert [rank.code for rank in ranks] == [0, 0], test_backends.said(ranks)
+    assert [rank.code for rank in ranks] == [0, 0], launches.output_of(ranks)
     for rank in range(2):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
         setup = MemorySetup(

@@ -14,14 +14,22 @@ import pytest
 import runs
 import tiny
 import torch
+from launches import MODEL_BUILDERS, TRANSFORMER_CLASSES, BackendRuns, exit_codes, output_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_backends import BUILD, CLASSES, Ground, codes, said
 from torch.distributed.checkpoint import FileSystemReader
 
 import videox.lora.adapters
 from videox.errors import UserError
-from videox.lora.adapters import Adapted, Lora, base_name, choose_targets, initial_values, own_name, public_name
+from videox.lora.adapters import (
+    AdaptedTensors,
+    Lora,
+    base_name,
+    choose_targets,
+    initial_values,
+    peft_name,
+    public_name,
+)
 from videox.run.checkpoint import verify
 from videox.weights.deepspeed_reader import read_zero
 from videox.weights.safetensors_io import StoredTensors
@@ -60,12 +68,12 @@ EXPECTED = {  # of two blocks of each kind
 
 
 def family_targets(kind: str) -> dict[str, Sequence[str]]:
-    return runs.script(kind.split()[0]).ADAPTED
+    return runs.train_script(kind.split()[0]).ADAPTED
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_the_defaults_are_attention_and_feed_forward_of_every_block(tmp_path: Path, kind: str) -> None:
-    stored = StoredTensors(BUILD[kind](tmp_path) / "transformer")
+    stored = StoredTensors(MODEL_BUILDERS[kind](tmp_path) / "transformer")
     found = choose_targets(stored.shapes(), family_targets(kind), None)
     assert set(found) == EXPECTED[kind] and len(found) == len(set(found))
     everything = choose_targets(stored.shapes(), family_targets(kind), ["to_q"])
@@ -106,9 +114,9 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_by_key(tmp_path: Path) -> No
     assert torch.equal(model(*inputs).sample, before)
     names = dict(model.named_parameters())
     assert {name for name, parameter in names.items() if parameter.requires_grad} == set(values)
-    adapted = Adapted(stored, values)
+    adapted = AdaptedTensors(stored, values)
     for name, parameter in names.items():
-        assert own_name(public_name(name)) == name and adapted.shape(name) == tuple(parameter.shape)
+        assert peft_name(public_name(name)) == name and adapted.shape(name) == tuple(parameter.shape)
         assert torch.equal(adapted[name], parameter) and (name in values or base_name(name) in stored)
     assert len(list(adapted)) == len(adapted) == len(names)
 
@@ -128,9 +136,9 @@ def changes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {target: ALPHA / RANK * b @ a for target, (b, a) in halves.items()}
 
 
-def loaded(ground: Ground, folder: Path) -> Any:
+def loaded(ground: BackendRuns, folder: Path) -> Any:
     """Returns diffusers' transformer after the family's pipeline has loaded a LoRA into it."""
-    model = getattr(diffusers, CLASSES[ground.family]).from_pretrained(ground.model / "transformer")
+    model = getattr(diffusers, TRANSFORMER_CLASSES[ground.family]).from_pretrained(ground.model / "transformer")
     pipeline_class = PIPELINES[ground.kind]
     others = dict.fromkeys({*pipeline_class._get_signature_keys(pipeline_class)[0]} - {"transformer", "scheduler"})
     pipeline = pipeline_class.from_pretrained(ground.model, **others, transformer=model)
@@ -140,7 +148,7 @@ def loaded(ground: Ground, folder: Path) -> Any:
     return model
 
 
-def check_loads(ground: Ground, folder: Path) -> None:
+def check_loads(ground: BackendRuns, folder: Path) -> None:
     """Checks that diffusers makes W + alpha / rank * B A of a LoRA, and of everything else what the base has."""
     base, change = runs.read_weights(ground.model / "transformer"), changes(adapters(folder / FILE))
     assert set(change) == EXPECTED[ground.kind]
@@ -183,49 +191,49 @@ def kept_elsewhere(checkpoint: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("wan"), "wan2.1 normal", STEPS, **LORA)
+def wan(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
+    return BackendRuns(tmp_path_factory.mktemp("wan"), "wan2.1 normal", STEPS, **LORA)
 
 
-def test_one_process_trains_adapters_alone_and_diffusers_loads_them(wan: Ground) -> None:
-    assert [line["step"] for line in forkserver.steps(wan.alone)] == [1, 2, 3, 4]
-    check_files(wan.alone)
-    check_loads(wan, wan.alone)
-    check_loads(wan, wan.alone / f"checkpoint-{STEPS}")
+def test_one_process_trains_adapters_alone_and_diffusers_loads_them(wan: BackendRuns) -> None:
+    assert [line["step"] for line in forkserver.read_steps(wan.baseline)] == [1, 2, 3, 4]
+    check_files(wan.baseline)
+    check_loads(wan, wan.baseline)
+    check_loads(wan, wan.baseline / f"checkpoint-{STEPS}")
 
 
-def test_a_resumed_lora_repeats_its_dropout_and_its_average(wan: Ground, tmp_path: Path) -> None:
+def test_a_resumed_lora_repeats_its_dropout_and_its_average(wan: BackendRuns, tmp_path: Path) -> None:
     asked = {"lora_dropout": 0.3, "use_ema": True, "gradient_accumulation_steps": 2}
     before = runs.train(wan.flags(tmp_path / "run", **asked))
     assert before.code == 0, before.stderr
     unbroken = shutil.copytree(tmp_path / "run", tmp_path / "unbroken")
     again = runs.train(wan.flags(tmp_path / "run", resume_from_checkpoint=tmp_path / "run" / "checkpoint-2", **asked))
     assert again.code == 0, again.stderr
-    assert forkserver.steps(tmp_path / "run") == forkserver.steps(unbroken)
+    assert forkserver.read_steps(tmp_path / "run") == forkserver.read_steps(unbroken)
     for name in (FILE, f"checkpoint-4/{FILE}", f"checkpoint-4/transformer_ema/{FILE}", f"transformer_ema/{FILE}"):
         assert (tmp_path / "run" / name).read_bytes() == (unbroken / name).read_bytes(), name
-    assert before.losses != [line["loss"] for line in forkserver.steps(wan.alone)]  # dropout is in them
+    assert before.losses != [line["loss"] for line in forkserver.read_steps(wan.baseline)]  # dropout is in them
     average, weights = (adapters(unbroken / "checkpoint-4" / name / FILE) for name in ("transformer_ema", ""))
     assert not all(torch.equal(average[name], weights[name]) for name in weights)
 
 
-def refused(wan: Ground, folder: Path, **changes: object) -> str:
+def refused(wan: BackendRuns, folder: Path, **changes: object) -> str:
     outcome = runs.train(wan.flags(folder, **changes))
     assert outcome.code != 0 and outcome.stderr.count("\n") == 1, outcome.stderr
     return outcome.stderr
 
 
-def test_what_would_change_a_resumed_lora_is_refused(wan: Ground, tmp_path: Path) -> None:
-    folder = shutil.copytree(wan.alone, tmp_path / "run")
+def test_what_would_change_a_resumed_lora_is_refused(wan: BackendRuns, tmp_path: Path) -> None:
+    folder = shutil.copytree(wan.baseline, tmp_path / "run")
     asked = {"resume_from_checkpoint": folder / "checkpoint-2", "gradient_accumulation_steps": 2}
     line = refused(wan, folder, **asked, lora_alpha=8)
     assert "--lora_alpha: 8, checkpoint-2 has 6.0" in line
     line = refused(wan, folder, **asked, optimizer="came")
     assert "--optimizer: came, and checkpoint-2 was saved with adamw" in line
     line = refused(wan, folder, **asked, lora_rank=8)
-    assert "checkpoint-2 is of rank 4, this run is of rank 8. Fix: give --lora_rank 4" in line
+    assert "checkpoint-2 is from a LoRA of rank 4, this run is a LoRA of rank 8. Fix: pass --lora_rank 4" in line
     line = refused(wan, folder, **asked, lora_rank=None, lora_alpha=None)
-    assert "checkpoint-2 is of rank 4, this run is of the whole model" in line
+    assert "checkpoint-2 is from a LoRA of rank 4, this run is full fine-tuning" in line
     line = refused(wan, folder, **asked, lora_target_modules=["attn1"])
     assert "blocks.0.attn2.to_k differs" in line
     other = shutil.copytree(wan.model / "transformer", tmp_path / "other")
@@ -233,33 +241,33 @@ def test_what_would_change_a_resumed_lora_is_refused(wan: Ground, tmp_path: Path
     weights["blocks.1.ffn.net.2.weight"] += 1e-3
     save_file(weights, other / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     line = refused(wan, folder, **asked, transformer_path=other)
-    assert "checkpoint-2 was trained on other frozen weights than these" in line
+    assert "checkpoint-2 was trained on another base model" in line
 
 
-def test_a_lora_begins_with_another_whatever_its_alpha(wan: Ground, tmp_path: Path) -> None:
+def test_a_lora_begins_with_another_whatever_its_alpha(wan: BackendRuns, tmp_path: Path) -> None:
     asked = {"max_train_steps": 1, "lr_warmup_steps": 1, "lora_alpha": 16, "export_dtype": "fp32"}  # a rate of 0
-    for source in (wan.alone / f"checkpoint-{STEPS}", wan.alone / f"checkpoint-{STEPS}" / FILE):
+    for source in (wan.baseline / f"checkpoint-{STEPS}", wan.baseline / f"checkpoint-{STEPS}" / FILE):
         folder = tmp_path / f"from-{source.suffix}"
         outcome = runs.train(wan.flags(folder, init_lora_from=source, **asked))
         assert outcome.code == 0, outcome.stderr
-        assert "begins with the LoRA of" in outcome.stdout
-        wanted, found = changes(adapters(wan.alone / "checkpoint-4" / FILE)), changes(adapters(folder / FILE))
+        assert "starts from the LoRA" in outcome.stdout
+        wanted, found = changes(adapters(wan.baseline / "checkpoint-4" / FILE)), changes(adapters(folder / FILE))
         assert all(torch.allclose(found[n] * (16 / ALPHA), w, rtol=1e-5, atol=1e-7) for n, w in wanted.items())
-    line = refused(wan, tmp_path / "rank", init_lora_from=wan.alone, lora_rank=2)
-    assert "Fix: give --lora_rank 4" in line
-    line = refused(wan, tmp_path / "layers", init_lora_from=wan.alone, lora_target_modules=["attn1"])
+    line = refused(wan, tmp_path / "rank", init_lora_from=wan.baseline, lora_rank=2)
+    assert "Fix: pass --lora_rank 4" in line
+    line = refused(wan, tmp_path / "layers", init_lora_from=wan.baseline, lora_target_modules=["attn1"])
     assert "tensors that this run does not" in line
     (tmp_path / "damaged.safetensors").write_bytes(b"no header of safetensors, and longer than eight bytes")
     (tmp_path / "pickled.pt").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     assert "damaged.safetensors cannot be read" in refused(
         wan, tmp_path / "damaged", init_lora_from=tmp_path / "damaged.safetensors"
     )
-    assert "a pickle may hold code" in refused(wan, tmp_path / "pickled", init_lora_from=tmp_path / "pickled.pt")
+    assert "a pickle may contain code" in refused(wan, tmp_path / "pickled", init_lora_from=tmp_path / "pickled.pt")
     line = refused(wan, tmp_path / "none", init_lora_from=tmp_path)
     assert "cannot be read" in line
 
 
-def test_what_else_comfyui_is_given_changes_the_same(wan: Ground, tmp_path: Path) -> None:
+def test_what_else_comfyui_is_given_changes_the_same(wan: BackendRuns, tmp_path: Path) -> None:
     outcome = runs.train(wan.flags(tmp_path / "run", export_layouts=["comfyui"], export_dtype="fp32"))
     assert outcome.code == 0, outcome.stderr
     theirs = tmp_path / "run" / "pytorch_lora_weights_comfyui.safetensors"
@@ -272,7 +280,7 @@ def test_what_else_comfyui_is_given_changes_the_same(wan: Ground, tmp_path: Path
     assert again.code == 0, again.stderr
 
 
-def test_flags_that_a_lora_has_not_or_needs(wan: Ground, tmp_path: Path) -> None:
+def test_flags_that_a_lora_has_not_or_needs(wan: BackendRuns, tmp_path: Path) -> None:
     for flag, value in (
         ("lora_alpha", 4),
         ("lora_target_modules", ["attn1"]),
@@ -290,22 +298,22 @@ def test_flags_that_a_lora_has_not_or_needs(wan: Ground, tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
-def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("ground"), request.param, STEPS, **LORA)
+def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
+    return BackendRuns(tmp_path_factory.mktemp("ground"), request.param, STEPS, **LORA)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["plain", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"])
-def test_every_backend_trains_keeps_and_resumes_adapters(ground: Ground, tmp_path: Path, backend: str) -> None:
+def test_every_backend_trains_keeps_and_resumes_adapters(ground: BackendRuns, tmp_path: Path, backend: str) -> None:
     folder, processes = tmp_path / "run", 1 if backend == "plain" else 2
     asked = {"gradient_accumulation_steps": 2 // processes}
-    ranks = ground.ranks(backend, folder, processes, lora_dropout=0, **asked)
-    assert codes(ranks) == [0] * processes, said(ranks)
-    found, wanted = forkserver.steps(folder), forkserver.steps(ground.alone)
+    ranks = ground.run_ranks(backend, folder, processes, lora_dropout=0, **asked)
+    assert exit_codes(ranks) == [0] * processes, output_of(ranks)
+    found, wanted = forkserver.read_steps(folder), forkserver.read_steps(ground.baseline)
     assert [line["rows"] for line in found] == [line["rows"] for line in wanted]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], abs=0.02)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in wanted], rel=0.03)
-    moved, alone = (changes(adapters(run / f"checkpoint-{STEPS}" / FILE)) for run in (folder, ground.alone))
+    moved, alone = (changes(adapters(run / f"checkpoint-{STEPS}" / FILE)) for run in (folder, ground.baseline))
     a, b = (torch.cat([change.flatten() for change in part.values()]) for part in (moved, alone))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.97
     assert float(a.norm() / b.norm()) == pytest.approx(1, abs=0.05)
@@ -313,34 +321,34 @@ def test_every_backend_trains_keeps_and_resumes_adapters(ground: Ground, tmp_pat
     check_loads(ground, folder)
     last = (folder / f"checkpoint-{STEPS}" / FILE).read_bytes()
     half = folder / f"checkpoint-{STEPS // 2}"
-    ranks = ground.ranks(backend, folder, processes, resume_from_checkpoint=half, **asked)
-    assert codes(ranks) == [0] * processes, said(ranks)
+    ranks = ground.run_ranks(backend, folder, processes, resume_from_checkpoint=half, **asked)
+    assert exit_codes(ranks) == [0] * processes, output_of(ranks)
     (superseded,) = folder.glob("superseded-*")
-    assert forkserver.steps(superseded) == [line for line in forkserver.steps(folder) if line["step"] > STEPS // 2]
+    assert forkserver.read_steps(superseded) == [line for line in forkserver.read_steps(folder) if line["step"] > STEPS // 2]
     assert (folder / f"checkpoint-{STEPS}" / FILE).read_bytes() == last
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3", "fsdp1", "fsdp2"])
 def test_an_adapter_has_dropout_average_samples_and_another_number_of_processes(
-    wan: Ground, tmp_path: Path, backend: str
+    wan: BackendRuns, tmp_path: Path, backend: str
 ) -> None:
     asked = {"lora_dropout": 0.2, "use_ema": True, "validate_ema": True, "validation_prompts": ["a red fox"]}
     folder = tmp_path / "run"
-    ranks = wan.ranks(backend, folder, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
+    ranks = wan.run_ranks(backend, folder, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     assert len(list((folder / "samples").glob("*.mp4"))) == 2
     name = f"checkpoint-{STEPS}/transformer_ema/{FILE}"
-    average, steps = adapters(folder / name), forkserver.steps(folder)
+    average, steps = adapters(folder / name), forkserver.read_steps(folder)
     half = folder / f"checkpoint-{STEPS // 2}"
-    ranks = wan.ranks(backend, folder, resume_from_checkpoint=half, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
-    assert forkserver.steps(folder) == steps
+    ranks = wan.run_ranks(backend, folder, resume_from_checkpoint=half, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    assert forkserver.read_steps(folder) == steps
     assert all(torch.equal(average[key], tensor) for key, tensor in adapters(folder / name).items())
     # one process alone is not launched as several, and is of the same kind
     recipe = "plain" if backend == "ddp" else backend
-    alone = wan.ranks(recipe, folder, 1, resume_from_checkpoint=half, gradient_accumulation_steps=2, **asked)
-    assert codes(alone) == [0], said(alone)
-    found = [line["loss"] for line in forkserver.steps(folder)]
+    alone = wan.run_ranks(recipe, folder, 1, resume_from_checkpoint=half, gradient_accumulation_steps=2, **asked)
+    assert exit_codes(alone) == [0], output_of(alone)
+    found = [line["loss"] for line in forkserver.read_steps(folder)]
     assert found == pytest.approx([line["loss"] for line in steps], abs=0.02)
     check_loads(wan, folder)

@@ -12,18 +12,17 @@ import pytest
 import runs
 import tiny
 import torch
+from exports import export, header, peak_anonymous, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_export import export, header, refusal
-from test_zero_to_bf16 import peak_anonymous
 from torch import Tensor
 
 from videox.engine.export import earlier
 from videox.lora import merge as merging
-from videox.lora.adapters import Lora, choose_targets, own_name
+from videox.lora.adapters import Lora, choose_targets, peft_name
 from videox.lora.checkpoint import write_adapters
-from videox.lora.merge import LowRank, low_rank
+from videox.lora.merge import LowRankUpdate, lora_updates
 from videox.lora.reader import lora_family, lora_file
 from videox.weights.layouts import Entry, Piece
 from videox.weights.safetensors_io import StoredTensors
@@ -47,7 +46,7 @@ class Trained:
         stored, draw = StoredTensors(self.model / "transformer"), torch.Generator().manual_seed(1)
         self.pipeline = diffusers.WanPipeline if self.family == "wan" else diffusers.HunyuanVideoPipeline
         targets = choose_targets(
-            stored.shapes(), runs.script({"wan": "wan2.1", "hunyuan": "hunyuanvideo"}[self.family]).ADAPTED, None
+            stored.shapes(), runs.train_script({"wan": "wan2.1", "hunyuan": "hunyuanvideo"}[self.family]).ADAPTED, None
         )
         # one layer outside the blocks too: the halves of norm_out are the other way round in the original layout
         self.outside = "norm_out.linear" if self.family == "hunyuan" else "condition_embedder.time_proj"
@@ -58,7 +57,7 @@ class Trained:
             self.adapters[f"{target}.lora_A.weight"] = 0.3 * torch.randn(RANK, inputs, generator=draw)
             self.adapters[f"{target}.lora_B.weight"] = 0.3 * torch.randn(outputs, RANK, generator=draw)
         self.folder = folder / "checkpoint-7"
-        tensors = {own_name(name): tensor for name, tensor in self.adapters.items()}
+        tensors = {peft_name(name): tensor for name, tensor in self.adapters.items()}
         write_adapters(self.folder, tensors, self.lora, self.pipeline.save_lora_weights)
 
     def inputs(self) -> dict[str, Tensor]:
@@ -174,7 +173,7 @@ def test_any_stretch_of_a_change_is_that_of_the_whole(data: st.DataObject) -> No
     """Also to the bit: a file's blocks begin anywhere, and every layout holds the same sums."""
     rows, width, rank = (data.draw(st.integers(1, most)) for most in (40, 7, 3))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    change = LowRank(torch.randn(rank, width, generator=draw), torch.randn(rows, rank, generator=draw), 1.5)
+    change = LowRankUpdate(torch.randn(rank, width, generator=draw), torch.randn(rows, rank, generator=draw), 1.5)
     begin = data.draw(st.integers(0, rows * width - 1))
     count = data.draw(st.integers(1, rows * width - begin))
     with pytest.MonkeyPatch.context() as patch:
@@ -186,23 +185,23 @@ def test_any_stretch_of_a_change_is_that_of_the_whole(data: st.DataObject) -> No
         entry = Entry("x", (rows + 1, width), (*halves, Piece("other", 0, width)))
         turned = torch.cat([whole[rows // 2 * width :], whole[: rows // 2 * width], torch.zeros(width)])
         end = data.draw(st.integers(begin + 1, (rows + 1) * width))
-        assert torch.equal(merging._added(entry, {"w": change}, begin, end - begin), turned[begin:end])
+        assert torch.equal(merging._update_slice(entry, {"w": change}, begin, end - begin), turned[begin:end])
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     wan, hunyuan = (Trained(kind, tmp_path / kind) for kind in ("wan t2v", "hunyuan t2v"))
     new = tmp_path / "new"
     line = refusal(wan.folder, new, "--layout", "diffusers", "--base", hunyuan.model)
-    assert "blocks.0.attn1.to_k.weight is adapted, and is not there" in line
+    assert "blocks.0.attn1.to_k.weight has an adapter but does not exist in the base model" in line
     for base in ("/nope", "Nobody-At/all"):
         line = refusal(wan.folder, new, "--layout", "diffusers", "--base", base)
         assert line.startswith("error: --base: ")
     line = refusal(wan.folder, "/proc/out.safetensors", "--layout", "comfyui")
     assert line.startswith("error: output: ") and "cannot be written" in line
-    assert "lies in" in refusal(wan.folder, wan.folder / "out.safetensors", "--layout", "comfyui")
-    assert "is no LoRA" in refusal(wan.model, new, "--layout", "diffusers", "--base", wan.model)
-    assert "no layout called original" in refusal(wan.folder, new.with_suffix(".safetensors"), "--layout", "original")
-    assert "no name of a .safetensors" in refusal(wan.folder, new, "--layout", "comfyui")
+    assert "is inside" in refusal(wan.folder, wan.folder / "out.safetensors", "--layout", "comfyui")
+    assert "is not a LoRA" in refusal(wan.model, new, "--layout", "diffusers", "--base", wan.model)
+    assert "original is not a layout of a LoRA" in refusal(wan.folder, new.with_suffix(".safetensors"), "--layout", "original")
+    assert "not the name of a .safetensors" in refusal(wan.folder, new, "--layout", "comfyui")
     state = load_file(wan.folder / "pytorch_lora_weights.safetensors")
     lone = next(name for name in state if ".lora_B." in name)
     odd = {**state, lone: torch.ones(7, RANK)}
@@ -211,14 +210,14 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         tmp_path / "odd.safetensors", new, "--layout", "diffusers", "--base", wan.model
     )
     save_file({name: t for name, t in state.items() if name != lone}, tmp_path / "lone.safetensors")
-    assert "half an adapter" in refusal(
+    assert "half of an adapter is missing" in refusal(
         tmp_path / "lone.safetensors", new, "--layout", "diffusers", "--base", wan.model
     )
     save_file({name: 1e30 * t for name, t in state.items()}, tmp_path / "far.safetensors")
     line = refusal(tmp_path / "far.safetensors", new, "--layout", "diffusers", "--base", wan.model)
     assert "not finite" in line
     assert not new.exists() and lora_file(wan.model / "transformer") is None
-    assert low_rank({}, 1.0) == {}
+    assert lora_updates({}, 1.0) == {}
 
 
 def test_a_run_merges_its_lora_and_its_average(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_run_merges_its_lora_and_its_average(tmp_path: Path) -> None:
     asked = {"max_train_steps": 2, "checkpointing_steps": 1, "tokenizer_max_length": 16, "lr_warmup_steps": 0}
     asked |= {"lora_rank": RANK, "lora_alpha": ALPHA, "learning_rate": "1e-2", "use_ema": True, "ema_decay": 0.5}
     asked |= {"export_dtype": "fp32", "export_layouts": ["merged", "comfyui"]}
-    outcome = runs.train(runs.wan_plain(original, metadata, tmp_path / "run", **asked))
+    outcome = runs.train(runs.wan_flags(original, metadata, tmp_path / "run", **asked))
     assert outcome.code == 0, outcome.stderr
     base, seen = originals.weights(model / "transformer"), []
     places = [(tmp_path / "run/checkpoint-2", tmp_path / "run"), *(
@@ -261,7 +260,7 @@ def test_a_run_merges_its_lora_and_its_average(tmp_path: Path) -> None:
     assert earlier(tmp_path / "run", 2) == {}
     del asked["export_layouts"]
     asked |= {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    outcome = runs.train(runs.wan_plain(original, metadata, tmp_path / "run", **asked))
+    outcome = runs.train(runs.wan_flags(original, metadata, tmp_path / "run", **asked))
     assert outcome.code == 0, outcome.stderr
     names = [f"{name} (step 2)" for name in (
         "pytorch_lora_weights_comfyui.safetensors", "transformer_ema/pytorch_lora_weights_comfyui.safetensors",

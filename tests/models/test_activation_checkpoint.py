@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.diffusion.flow_matching import keyed_noise
-from videox.models.activation_checkpoint import chosen_blocks, recompute_blocks
+from videox.models.activation_checkpoint import recompute_blocks, select_blocks
 
 LAYERS = 8
 
@@ -50,7 +50,7 @@ def test_a_share_of_the_blocks_runs_twice(folder: Path, share: float) -> None:
     recompute_blocks(model, model.blocks, share)
     runs = step(model)[2]
     twice = [number for number, count in enumerate(runs) if count == 2]
-    assert twice == chosen_blocks(LAYERS, share)
+    assert twice == select_blocks(LAYERS, share)
     assert len(twice) == math.floor(share * LAYERS + 0.5)
     assert sorted(set(runs) - {2}) in ([], [1])
 
@@ -95,7 +95,7 @@ def test_fewer_activations_are_kept(folder: Path) -> None:
 
 @given(st.integers(1, 60), st.floats(0, 1))
 def test_chosen_blocks_are_evenly_spaced(count: int, share: float) -> None:
-    chosen = chosen_blocks(count, share)
+    chosen = select_blocks(count, share)
     assert all(0 <= block < count for block in chosen)
     assert sorted(set(chosen)) == chosen
     assert abs(len(chosen) - count * share) <= 0.5 + 1e-9
@@ -116,4 +116,4 @@ def wrapped_by_the_original(count: int, share: float) -> list[int]:
 
 @given(st.integers(1, 60), st.integers(0, 16).map(lambda sixteenths: sixteenths / 16))
 def test_chosen_blocks_are_the_originals(count: int, share: float) -> None:
-    assert chosen_blocks(count, share) == wrapped_by_the_original(count, share)
+    assert select_blocks(count, share) == wrapped_by_the_original(count, share)

@@ -16,13 +16,19 @@ import runs
 import tiny
 import torch
 from diffusers import AutoencoderKLWan, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from launches import launcher_flags
 from safetensors.torch import load_file, save_file
-from test_backends import launcher
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, UserError
+from videox.models.component import (
+    choose_component,
+    find_component,
+    load_component,
+    original_components,
+    original_paths,
+)
 from videox.weights.layout_writer import export_file
-from videox.models.component import choose_part, find_part, load_part, original_parts, original_places
 from videox.weights.reader import open_tensors
 
 YAML = str(tiny.ROOT / "config/wan2.1/wan_civitai.yaml")
@@ -50,11 +56,11 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts_of(folder: Path, **paths: str) -> dict[str, Any]:
-    places = original_places(folder, YAML)
+    places = original_paths(folder, YAML)
     assert places is not None
-    parts = original_parts(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    parts = original_components(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
     if parts["transformer"].config["image_dim"]:
-        parts["image_encoder"] = find_part(places["image_encoder"], "clip_vision")
+        parts["image_encoder"] = find_component(places["image_encoder"], "clip_vision")
     return parts
 
 
@@ -87,7 +93,7 @@ def test_the_original_folder_is_the_model_in_diffusers(
     for name, model_class in CLASSES.items():
         if name not in parts:
             continue
-        loaded = load_part(model_class, parts[name], torch.float32)
+        loaded = load_component(model_class, parts[name], torch.float32)
         known = model_class.from_pretrained(model / name)
         assert_equal_models(loaded, known)
         assert not loaded.training and all(not p.is_meta for p in loaded.parameters())
@@ -106,7 +112,7 @@ def test_the_transformer_computes_the_same(i2v: Path, tmp_path: Path) -> None:
         "encoder_hidden_states_image": torch.randn(1, 17, 160),
     }
     with torch.no_grad():
-        ours = load_part(WanTransformer3DModel, part, torch.float32)(**inputs).sample
+        ours = load_component(WanTransformer3DModel, part, torch.float32)(**inputs).sample
         known = WanTransformer3DModel.from_pretrained(i2v / "transformer")(**inputs).sample
     assert torch.equal(ours, known)  # buffers too are as the class makes them
 
@@ -116,20 +122,20 @@ def test_the_text_encoder_computes_what_the_original_defines(t2v: Path, tmp_path
     published = torch.load(folder / originals.T5_FILE, weights_only=True)
     ids = torch.randint(0, len(published["token_embedding.weight"]), (2, 40))
     mask = (torch.arange(40)[None] < torch.tensor([[40], [11]])).long()
-    encoder = load_part(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.float32)
+    encoder = load_component(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.float32)
     with torch.no_grad():
         found = encoder(ids, mask).last_hidden_state
         wanted = originals.t5_encode(published, ids, mask, layers=2)
     assert torch.allclose(found * mask[..., None], wanted * mask[..., None], atol=1e-5)
     assert found.std() > 0.1
-    half = load_part(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.bfloat16)
+    half = load_component(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
 def test_the_image_encoder_computes_what_the_original_defines(i2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", i2v)
     published = torch.load(folder / originals.CLIP_FILE, weights_only=True)
-    encoder = load_part(CLIPVisionModel, parts_of(folder)["image_encoder"], torch.float32)
+    encoder = load_component(CLIPVisionModel, parts_of(folder)["image_encoder"], torch.float32)
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         found = encoder(pixels, output_hidden_states=True).hidden_states[-2]
@@ -138,8 +144,8 @@ def test_the_image_encoder_computes_what_the_original_defines(i2v: Path, tmp_pat
 
 
 def test_a_diffusers_folder_is_no_original(t2v: Path, tmp_path: Path) -> None:
-    assert original_places(t2v, YAML) is None
-    assert original_places(tmp_path, YAML) is None
+    assert original_paths(t2v, YAML) is None
+    assert original_paths(tmp_path, YAML) is None
 
 
 def test_the_yaml_says_where_the_parts_are(t2v: Path, tmp_path: Path) -> None:
@@ -147,8 +153,10 @@ def test_the_yaml_says_where_the_parts_are(t2v: Path, tmp_path: Path) -> None:
     (folder / originals.VAE_FILE).rename(folder / "other_vae.pth")
     yaml = tmp_path / "own.yaml"
     yaml.write_text(Path(YAML).read_text().replace("Wan2.1_VAE.pth", "other_vae.pth"))
-    places = original_places(folder, str(yaml))
-    assert places and load_part(AutoencoderKLWan, original_parts(places, str(yaml), None, None)["vae"], torch.float32)
+    places = original_paths(folder, str(yaml))
+    assert places and load_component(
+        AutoencoderKLWan, original_components(places, str(yaml), None, None)["vae"], torch.float32
+    )
     refusal(lambda: parts_of(folder), "Wan2.1_VAE.pth")
 
 
@@ -164,15 +172,15 @@ def wan_file(t2v: Path, path: Path, prefix: str = "", **more: torch.Tensor) -> P
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_repacked_file_is_the_model(t2v: Path, tmp_path: Path, prefix: str) -> None:
     known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
-    part = find_part(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
-    assert_equal_models(load_part(WanTransformer3DModel, part, torch.float32), known)
+    part = find_component(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
+    assert_equal_models(load_component(WanTransformer3DModel, part, torch.float32), known)
 
 
 def test_diffusers_names_in_one_file_are_the_model(t2v: Path) -> None:
     path = t2v / "transformer/diffusion_pytorch_model.safetensors"
-    part = find_part(path, "wan", {"attention_head_dim": 12})
+    part = find_component(path, "wan", {"attention_head_dim": 12})
     assert_equal_models(
-        load_part(WanTransformer3DModel, part, torch.float32), WanTransformer3DModel.from_pretrained(path.parent)
+        load_component(WanTransformer3DModel, part, torch.float32), WanTransformer3DModel.from_pretrained(path.parent)
     )
 
 
@@ -184,7 +192,7 @@ def test_a_file_that_says_its_configuration_needs_no_other(
     folder = {"wan": t2v, "hunyuan": hunyuan}[family] / "transformer"
     export_file(folder, tmp_path / "own.safetensors", layout, torch.float32, {})
     another = {"attention_head_dim": 4, "rope_theta": 7.0, "rope_axes_dim": (2, 1, 1), "eps": 0.5}  # of another base
-    config = find_part(tmp_path / "own.safetensors", family, another).config
+    config = find_component(tmp_path / "own.safetensors", family, another).config
     stored = json.loads((folder / "config.json").read_bytes())
     for name in another.keys() & stored.keys():
         found = config[name]
@@ -210,8 +218,8 @@ def test_8_bit_weights_are_multiplied_by_their_scales(
         else:
             stored[name] = wanted[name] = tensor.to(torch.float16)
     save_file(stored, tmp_path / "fp8.safetensors")
-    part = find_part(tmp_path / "fp8.safetensors", "wan", {"attention_head_dim": 12})
-    found = load_part(WanTransformer3DModel, part, torch.float32).state_dict()
+    part = find_component(tmp_path / "fp8.safetensors", "wan", {"attention_head_dim": 12})
+    found = load_component(WanTransformer3DModel, part, torch.float32).state_dict()
     for name, tensor in originals.rebuilt(wanted, "wan", back=False).items():
         assert torch.equal(found[name], tensor.float()), name
 
@@ -221,8 +229,8 @@ def test_hunyuans_published_pickle_is_the_model(hunyuan: Path, tmp_path: Path, w
     state = originals.rebuilt(originals.weights(hunyuan / "transformer"), "hunyuan")
     torch.save({wrapped: state} if wrapped else state, tmp_path / "mp_rank_00_model_states.pt")
     known = HunyuanVideoTransformer3DModel.from_pretrained(hunyuan / "transformer")
-    part = find_part(tmp_path / "mp_rank_00_model_states.pt", "hunyuan", dict(known.config))
-    loaded = load_part(HunyuanVideoTransformer3DModel, part, torch.float32)
+    part = find_component(tmp_path / "mp_rank_00_model_states.pt", "hunyuan", dict(known.config))
+    loaded = load_component(HunyuanVideoTransformer3DModel, part, torch.float32)
     assert_equal_models(loaded, known)
     as_stored = json.loads(loaded.to_json_string()), json.loads(known.to_json_string())
     as_stored[1].pop("_name_or_path", None)
@@ -255,7 +263,9 @@ def test_slices_are_read_without_the_rest(hunyuan: Path, tmp_path: Path) -> None
 
 def test_a_missing_and_an_extra_tensor_are_named_as_in_the_file(t2v: Path, tmp_path: Path) -> None:
     def load(path: Path) -> object:
-        return load_part(WanTransformer3DModel, find_part(path, "wan", {"dim": 24, "num_heads": 2}), torch.float32)
+        return load_component(
+            WanTransformer3DModel, find_component(path, "wan", {"dim": 24, "num_heads": 2}), torch.float32
+        )
 
     path = wan_file(t2v, tmp_path / "extra.safetensors", stray=torch.ones(2))
     refusal(lambda: load(path), path, "stray is not in the model")
@@ -277,11 +287,11 @@ def test_a_config_that_contradicts_the_weights(t2v: Path, tmp_path: Path) -> Non
 
 def test_weights_of_another_kind(t2v: Path, hunyuan: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
-    refusal(lambda: find_part(folder / originals.VAE_FILE, "wan"), "wan_vae")
-    refusal(lambda: find_part(next((hunyuan / "transformer").glob("*.safetensors")), "wan"), "hunyuan")
-    refusal(lambda: find_part(tmp_path / "none.safetensors", "wan"), "none.safetensors")
+    refusal(lambda: find_component(folder / originals.VAE_FILE, "wan"), "wan_vae")
+    refusal(lambda: find_component(next((hunyuan / "transformer").glob("*.safetensors")), "wan"), "hunyuan")
+    refusal(lambda: find_component(tmp_path / "none.safetensors", "wan"), "none.safetensors")
     (tmp_path / "text.txt").write_text("")
-    refusal(lambda: find_part(tmp_path / "text.txt", "wan"), "is no file of weights")
+    refusal(lambda: find_component(tmp_path / "text.txt", "wan"), "is not a weights file")
 
 
 def test_a_folder_of_another_class(t2v: Path, hunyuan: Path) -> None:
@@ -292,25 +302,25 @@ def test_a_folder_of_another_class(t2v: Path, hunyuan: Path) -> None:
         ("hunyuan_vae", t2v / "vae", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo"),
         ("wan_vae", t2v / "transformer", "WanTransformer3DModel", "AutoencoderKLWan"),
     ):
-        for weighted in (True, False):
-            refusal(partial(find_part, folder, kind, weighted=weighted), folder, f"is {named}, not {wanted}")
+        for check_weights in (True, False):
+            refusal(partial(find_component, folder, kind, check_weights=check_weights), folder, f"is {named}, not {wanted}")
 
 
 def test_a_class_that_diffusers_has_not_is_no_evidence(t2v: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(t2v / "transformer", tmp_path / "own")
     config = json.loads((folder / "config.json").read_text()) | {"_class_name": "OurOwnWan"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert find_part(folder, "wan").config["_class_name"] == "OurOwnWan"
+    assert find_component(folder, "wan").config["_class_name"] == "OurOwnWan"
 
 
 def test_a_path_that_does_not_exist_is_named_with_its_flag(t2v: Path, tmp_path: Path) -> None:
     for given in (str(tmp_path / "nope"), "Some-Team/some-model"):
         refusal(
-            lambda given=given: choose_part("vae", given, t2v / "vae", "wan_vae", {}),
+            lambda given=given: choose_component("vae", given, t2v / "vae", "wan_vae", {}),
             f"--vae_path: {given} does not exist",
         )
-    assert choose_part("vae", None, t2v / "vae", "wan_vae", {}) == find_part(t2v / "vae", "wan_vae")
-    assert choose_part("vae", str(t2v / "vae"), tmp_path, "wan_vae", {}).path == t2v / "vae"
+    assert choose_component("vae", None, t2v / "vae", "wan_vae", {}) == find_component(t2v / "vae", "wan_vae")
+    assert choose_component("vae", str(t2v / "vae"), tmp_path, "wan_vae", {}).path == t2v / "vae"
 
 
 def test_a_lora_is_no_part(tmp_path: Path) -> None:
@@ -318,7 +328,7 @@ def test_a_lora_is_no_part(tmp_path: Path) -> None:
     halves = {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     save_file(halves, path)
     for given in (path, tmp_path):
-        refusal(partial(find_part, given, "wan"), given, "is a LoRA", "--init_lora_from")
+        refusal(partial(find_component, given, "wan"), given, "is a LoRA", "--init_lora_from")
 
 
 def test_what_the_original_folder_lacks_is_named(t2v: Path, tmp_path: Path) -> None:
@@ -348,7 +358,7 @@ def test_code_in_a_pickle_is_not_run(t2v: Path, tmp_path: Path, monkeypatch: pyt
     folder = originals.build_wan(tmp_path / "original", t2v)
     torch.save({"weight": torch.ones(2), "other": Harmful()}, folder / name)
     given = {"transformer_path": str(folder / name)} if name == "transformer.pt" else {}
-    refusal(lambda: parts_of(folder, **given), name, "nothing of it was run")
+    refusal(lambda: parts_of(folder, **given), name, "no code was run")
     (folder / name).write_bytes(pickle.dumps(Harmful()))
     refusal(lambda: parts_of(folder, **given), name, "no file of torch.save")
     (folder / name).write_bytes((t2v / "model_index.json").read_bytes())
@@ -380,7 +390,7 @@ SHORT = {"max_train_steps": 2, "checkpointing_steps": 2, "tokenizer_max_length":
 
 
 def trained(model: Path, metadata: Path, out: Path, **changes: object) -> runs.Outcome:
-    outcome = runs.train(runs.wan_plain(model, metadata, out, **{**SHORT, **changes}))
+    outcome = runs.train(runs.wan_flags(model, metadata, out, **{**SHORT, **changes}))
     assert outcome.code == 0, outcome.stderr
     return outcome
 
@@ -416,8 +426,8 @@ def test_processes_share_and_divide_foreign_files_alike(
     shutil.copytree(t2v, tmp_path / "diffusers")
     found = []
     for name in ("original", "diffusers"):
-        words = runs.wan_plain(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
-        outcome = runs.launch(words, launcher(backend, "wan2.1 normal", 2))
+        words = runs.wan_flags(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
+        outcome = runs.launch(words, launcher_flags(backend, "wan2.1 normal", 2))
         assert outcome.code == 0, outcome.stderr[-4000:]
         found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))
         saved = load_file(tmp_path / f"{name}-run/checkpoint-2/exports/transformer_original.safetensors")
@@ -439,9 +449,9 @@ def test_hunyuan_trains_from_its_single_file(hunyuan: Path, metadata: Path, tmp_
     torch.save({"state_dict": {f"vae.{key}": tensor for key, tensor in load_file(vae).items()}}, tmp_path / "vae.pt")
     settings = {"max_train_steps": 2, "train_batch_size": 2, "tokenizer_max_length": 16}
     files = {"transformer_path": tmp_path / name, "vae_path": tmp_path / "vae.pt"}
-    trainer = runs.script("hunyuanvideo")
+    trainer = runs.train_script("hunyuanvideo")
     one, other = (
-        runs.train(runs.plain("hunyuanvideo", hunyuan, metadata, tmp_path / out, **settings, **given), trainer)
+        runs.train(runs.train_flags("hunyuanvideo", hunyuan, metadata, tmp_path / out, **settings, **given), trainer)
         for out, given in (("files", files), ("folder", {}))
     )
     assert (one.code, other.code) == (0, 0), one.stderr + other.stderr
@@ -458,6 +468,6 @@ def test_a_folder_of_videox_fun_is_told_by_its_tensors(t2v: Path, metadata: Path
     config = json.loads((folder / "config.json").read_text())
     more = {"_class_name": "WanTransformer3DModel", "in_channels": 16, "hidden_size": 2048}
     (theirs / "config.json").write_text(json.dumps({**config, **more}))
-    part = find_part(theirs, "wan")
+    part = find_component(theirs, "wan")
     known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
-    assert_equal_models(load_part(WanTransformer3DModel, part, torch.float32), known)
+    assert_equal_models(load_component(WanTransformer3DModel, part, torch.float32), known)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from videox.errors import FLAGS, MODEL, UserError
-from videox.models.folder import load_strictly, read_component, read_model_folder, read_shift, refuse_not_finite
+from videox.models.folder import check_finite, load_strictly, read_component, read_model_folder, read_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
@@ -48,7 +48,7 @@ def read(folder: Path) -> dict[str, dict]:
 def load(folder: Path, name: str) -> torch.nn.Module:
     model_class, settings = CLASSES[name]
     model = load_strictly(model_class, folder / name, **settings)
-    refuse_not_finite(model, folder / name)
+    check_finite(model, folder / name)
     return model
 
 
@@ -167,9 +167,9 @@ def test_what_else_may_be_given_is_said(tmp_path: Path) -> None:
 def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"name-{number:02}").write_text("")
-    refused = refusal(lambda: read_component(tmp_path / "vae", weighted=True), "does not exist", "name-07 and 42 more")
+    refused = refusal(lambda: read_component(tmp_path / "vae", check_weights=True), "does not exist", "name-07 and 42 more")
     assert "name-08" not in refused.what
-    refused = refusal(lambda: read_component(tmp_path, weighted=True), "has no config.json", "name-07 and 42 more")
+    refused = refusal(lambda: read_component(tmp_path, check_weights=True), "has no config.json", "name-07 and 42 more")
     assert "name-08" not in refused.what
 
 
@@ -193,7 +193,7 @@ def test_a_component_without_configuration(folder: Path, name: str) -> None:
 
 
 def test_a_component_of_its_own_that_is_not_there(tmp_path: Path) -> None:
-    refusal(lambda: read_component(tmp_path / "none" / "transformer", weighted=True), "none/transformer", "nothing")
+    refusal(lambda: read_component(tmp_path / "none" / "transformer", check_weights=True), "none/transformer", "nothing")
 
 
 BAD_JSON = {
@@ -237,7 +237,7 @@ def test_an_index_without_a_map(folder: Path, weight_map: object) -> None:
 def test_weights_cut_short(folder: Path, name: str, kept: int) -> None:
     path = weights_of(folder, name)
     path.write_bytes(path.read_bytes()[:kept])
-    refusal(lambda: read(folder), path, "cut short or damaged")
+    refusal(lambda: read(folder), path, "truncated or damaged")
 
 
 @pytest.mark.parametrize("name", WEIGHTED)

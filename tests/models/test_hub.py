@@ -12,7 +12,7 @@ import runs
 import tiny
 
 from videox.errors import MODEL, UserError
-from videox.models.hub import NEEDED, local_folder
+from videox.models.hub import ALLOW_PATTERNS, local_folder
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_what_was_fetched_is_used_offline(tmp_path: Path, cache: Path) -> None:
     (kept / "refs/main").write_text(commit)
     assert local_folder("maker/tiny-wan") == kept / "snapshots" / commit
     metadata = tiny.make_dataset(tmp_path / "data")
-    trainer = runs.script()
-    words = runs.wan_plain(Path("maker/tiny-wan"), metadata, tmp_path / "out")
+    trainer = runs.train_script()
+    words = runs.wan_flags(Path("maker/tiny-wan"), metadata, tmp_path / "out")
     parts = trainer.check_model(trainer.parse_args(words))
     assert parts["transformer"].path == kept / "snapshots" / commit / "transformer"
 
@@ -64,4 +64,4 @@ def test_pictures_papers_and_pickles_are_not_fetched() -> None:
         "diffusion_pytorch_model.safetensors.index.json", "image_processor/preprocessor_config.json",
     ]  # fmt: skip
     other = ["README.md", "assets/logo.png", "examples/i2v_input.JPG", "text_encoder/pytorch_model.bin", "LICENSE.txt"]
-    assert list(filter_repo_objects([*wanted, *other], allow_patterns=NEEDED)) == wanted
+    assert list(filter_repo_objects([*wanted, *other], allow_patterns=ALLOW_PATTERNS)) == wanted

@@ -12,12 +12,13 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKLWan
-from test_backends import variables
+from launches import launcher_environment
 from transformers import UMT5Config, UMT5EncoderModel
 
-from videox.distributed.accelerator import gather_objects, make_accelerator
-from videox.models.folder import load_strictly
+from videox.distributed.accelerator import make_accelerator
+from videox.distributed.collectives import gather_objects
 from videox.models.component import Component
+from videox.models.folder import load_strictly
 from videox.models.shared_memory import load_frozen, stored_dtype
 
 CLASSES = {"text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan}
@@ -74,12 +75,12 @@ def examined(folder: Path, out: Path, names: list[str], *, shared: bool = True) 
         WORLD,
         [json.dumps([str(folder), str(out), names, shared])],
         out.with_suffix(".log"),
-        work=["tests.models.test_shared_memory:examine"] * WORLD,
-        environment=variables("ddp", "wan2.1 normal", WORLD),
+        entry_points=["tests.models.test_shared_memory:examine"] * WORLD,
+        environment=launcher_environment("ddp", "wan2.1 normal", WORLD),
     )
     for rank in ranks:
         rank.wait()
-    assert [rank.code for rank in ranks] == [0] * WORLD, "\n".join(rank.said()[-4000:] for rank in ranks)
+    assert [rank.code for rank in ranks] == [0] * WORLD, "\n".join(rank.output()[-4000:] for rank in ranks)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

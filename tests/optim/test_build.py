@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from videox.diffusion.flow_matching import keyed_noise
 from videox.errors import FLAGS, UserError
 from videox.optim.build import (
-    SCHEDULES,
     choose_trainable,
     clip_gradients,
     clip_limit,
     gradient_norm,
+    lr_schedule,
     make_optimizer,
     parameter_groups,
-    schedule,
     set_learning_rate,
 )
+from videox.optim.registry import LR_SCHEDULERS
 
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 3e-2, "epsilon": 1e-10}
 
@@ -176,25 +176,25 @@ def test_the_optimizer_is_torchs_adamw(model: WanTransformer3DModel, folder: Pat
 
 def test_schedules_are_those_that_users_know() -> None:
     known = {"constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"}
-    assert set(SCHEDULES) == known
+    assert set(LR_SCHEDULERS) == known
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
 @pytest.mark.parametrize("warmup", [0, 1, 10, 49, 80])
 def test_schedule_is_diffusers_step_by_step(name: str, warmup: int) -> None:
     parameter = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=50)
-    factor = schedule(name, warmup, 50)
+    factor = lr_schedule(name, warmup, 50)
     for step in range(50):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-15)
         optimizer.step()
         scheduler.step()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
 def test_schedule_is_a_function_of_the_step_alone(name: str) -> None:
-    once, again = schedule(name, 10, 50), schedule(name, 10, 50)
+    once, again = lr_schedule(name, 10, 50), lr_schedule(name, 10, 50)
     forward = [once(step) for step in range(50)]
     backward_order = [again(step) for step in reversed(range(50))]
     assert forward == backward_order[::-1]
@@ -203,7 +203,7 @@ def test_schedule_is_a_function_of_the_step_alone(name: str) -> None:
 
 
 def test_warm_up_is_linear_from_zero() -> None:
-    factor = schedule("constant_with_warmup", 100, 1000)
+    factor = lr_schedule("constant_with_warmup", 100, 1000)
     assert [factor(step) for step in (0, 1, 50, 99, 100, 5000)] == [0.0, 0.01, 0.5, 0.99, 1.0, 1.0]
 
 

@@ -113,7 +113,7 @@ def test_gradients_and_weights_pass_through_memory_of_the_host(
     stages = sum(stage.numel() for stage in optimizer._stages)
     assert stages == 2 * 2 * max(-(-parameter.numel() * 4 // 64) * 64 for parameter in parameters.values())
     # between steps the host has moments alone: the twins have no memory
-    assert [twin.numel() for twin in optimizer._twins.values()] == [0] * len(SHAPES)
+    assert [twin.numel() for twin in optimizer._host_params.values()] == [0] * len(SHAPES)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -190,7 +190,7 @@ class Tried:
         named = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         return Fp32Params(tuple(named), named.__getitem__, lambda name, values: named[name].copy_(values))
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
 
@@ -224,7 +224,7 @@ def test_a_run_that_lacked_memory_goes_on_with_moments_on_the_host_and_back(tmp_
     def run(name: str, optimizer: str, **changes: object) -> runs.Outcome:
         asked = {"optimizer": optimizer, "max_train_steps": 3, "checkpointing_steps": 1, "num_train_epochs": None}
         asked |= {"trainable_modules": ["attn1."], "learning_rate": "1e-3", "mixed_precision": "no"}
-        outcome = runs.train(runs.plain("wan2.1", model, metadata, tmp_path / name, **asked, **changes))
+        outcome = runs.train(runs.train_flags("wan2.1", model, metadata, tmp_path / name, **asked, **changes))
         assert outcome.code == 0, outcome.stderr
         return outcome
 

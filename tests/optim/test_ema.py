@@ -20,8 +20,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import LAUNCH_FLAGS, SHARDED_BACKENDS, BackendRuns, exit_codes, output_of
 from safetensors.torch import load_file, save_file
-from test_backends import DIVIDED, LAUNCHER, Ground, codes, said
 
 import videox.optim.ema
 import videox.weights.format
@@ -49,7 +49,9 @@ def decay_of(update: int, decay: float) -> float:
 
 
 def live(tensors: dict[str, torch.Tensor], publish: Callable[[], object] = lambda: None) -> Fp32Params:
-    return Fp32Params(tuple(tensors), tensors.__getitem__, lambda name, new: tensors[name].copy_(new), publish=publish)
+    return Fp32Params(
+        tuple(tensors), tensors.__getitem__, lambda name, new: tensors[name].copy_(new), after_swap=publish
+    )
 
 
 def weights_at(step: int) -> dict[str, torch.Tensor]:
@@ -69,7 +71,7 @@ def test_the_average_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch, chunk
             parameter.data.copy_(weights[name])
         ours.update(torch.tensor(True))
         theirs.step(parameters)
-        for part, shadow in zip(ours.parts.values(), theirs.shadow_params, strict=True):
+        for part, shadow in zip(ours.shards.values(), theirs.shadow_params, strict=True):
             assert torch.allclose(part, shadow, atol=1e-6)
     assert ours.updates == 11
 
@@ -80,7 +82,9 @@ def test_steps_that_bfloat16_cannot_hold_move_the_average() -> None:
     for _ in range(3000):
         weights["a"] += 1e-6
         ema.update(torch.tensor(True))
-    assert torch.all(ema.parts["a"] > 1.001) and torch.equal(torch.ones(4).bfloat16() + 1e-6, torch.ones(4).bfloat16())
+    assert torch.all(ema.shards["a"] > 1.001) and torch.equal(
+        torch.ones(4).bfloat16() + 1e-6, torch.ones(4).bfloat16()
+    )
 
 
 def test_average_and_weights_change_places_and_back() -> None:
@@ -88,14 +92,14 @@ def test_average_and_weights_change_places_and_back() -> None:
     weights = weights_at(0)
     ema = Ema(live(weights, lambda: published.append(weights["a"].clone())), decay=0.9)
     weights["a"].copy_(weights_at(1)["a"])
-    before, average = weights_at(1)["a"], ema.parts["a"].clone()
-    with ema.in_place():
+    before, average = weights_at(1)["a"], ema.shards["a"].clone()
+    with ema.swapped():
         assert torch.equal(weights["a"], average) and not torch.equal(average, before)
-    assert torch.equal(weights["a"], before) and torch.equal(ema.parts["a"], average)
+    assert torch.equal(weights["a"], before) and torch.equal(ema.shards["a"], average)
     assert torch.equal(published[0], average) and torch.equal(published[1], before)
-    with pytest.raises(ZeroDivisionError), ema.in_place():
+    with pytest.raises(ZeroDivisionError), ema.swapped():
         _ = 1 / 0
-    assert torch.equal(weights["a"], before) and torch.equal(ema.parts["a"], average)
+    assert torch.equal(weights["a"], before) and torch.equal(ema.shards["a"], average)
     assert len(published) == 3  # other processes may wait elsewhere: nothing collective after an exception
 
 
@@ -115,7 +119,7 @@ def train_and_gather() -> int:
         return made
 
     EmaEngine.update = update
-    return runs.script().main()
+    return runs.train_script().main()
 
 
 def expected(begin: dict[str, torch.Tensor], folder: Path, updates: range) -> dict[str, torch.Tensor]:
@@ -146,12 +150,12 @@ def check_loads(folder: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("wan"), "wan2.1 normal", STEPS)
+def wan(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
+    return BackendRuns(tmp_path_factory.mktemp("wan"), "wan2.1 normal", STEPS)
 
 
 @pytest.fixture(scope="module")
-def alone(wan: Ground) -> runs.Outcome:
+def alone(wan: BackendRuns) -> runs.Outcome:
     """A run with everything that a checkpoint per step shows."""
     asked = {**EMA, "checkpointing_steps": 1, "gradient_accumulation_steps": 2, "validate_ema": True}
     outcome = runs.train(wan.flags(wan.folder / "averaged", **asked))
@@ -159,7 +163,7 @@ def alone(wan: Ground) -> runs.Outcome:
     return outcome
 
 
-def test_one_process_averages_its_masters(wan: Ground, alone: runs.Outcome) -> None:
+def test_one_process_averages_its_masters(wan: BackendRuns, alone: runs.Outcome) -> None:
     average = runs.read_weights(wan.model / "transformer")
     for step in range(1, STEPS + 1):
         weights = alone.weights(f"checkpoint-{step}/transformer")
@@ -176,20 +180,20 @@ def test_one_process_averages_its_masters(wan: Ground, alone: runs.Outcome) -> N
     check_loads(alone.folder / "transformer_ema", torch.bfloat16)
 
 
-def test_an_average_changes_nothing_else(wan: Ground, alone: runs.Outcome) -> None:
-    assert forkserver.steps(alone.folder) == forkserver.steps(wan.alone)
-    plain = runs.read_lines(wan.alone / "validation.jsonl")
+def test_an_average_changes_nothing_else(wan: BackendRuns, alone: runs.Outcome) -> None:
+    assert forkserver.read_steps(alone.folder) == forkserver.read_steps(wan.baseline)
+    plain = runs.read_lines(wan.baseline / "validation.jsonl")
     assert [(line["step"], line["loss"]) for line in alone.validation] == [
         (line["step"], line["loss"]) for line in plain
     ]
     assert alone.validation[0]["ema_loss"] == alone.validation[0]["loss"]
     assert alone.validation[-1]["ema_loss"] != alone.validation[-1]["loss"]
-    assert not (wan.alone / "transformer_ema").exists()
-    one, other = (runs.read_weights(run / "transformer") for run in (wan.alone, alone.folder))
+    assert not (wan.baseline / "transformer_ema").exists()
+    one, other = (runs.read_weights(run / "transformer") for run in (wan.baseline, alone.folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_average_is_resumed_begun_late_and_left(wan: Ground, alone: runs.Outcome, tmp_path: Path) -> None:
+def test_an_average_is_resumed_begun_late_and_left(wan: BackendRuns, alone: runs.Outcome, tmp_path: Path) -> None:
     folder = shutil.copytree(alone.folder, tmp_path / "run")
     asked = {"gradient_accumulation_steps": 2, "checkpointing_steps": 1}
 
@@ -205,16 +209,16 @@ def test_an_average_is_resumed_begun_late_and_left(wan: Ground, alone: runs.Outc
         assert files == {path.name: path.read_bytes() for path in (alone.folder / name).iterdir()}
     assert "EMA" not in again.stdout
     left = resume(2)
-    assert "--use_ema is not given: the EMA of checkpoint-2 is not carried on" in left.stdout
+    assert "--use_ema is not set: the EMA of checkpoint-2 is not continued" in left.stdout
     assert not (folder / f"checkpoint-{STEPS}" / "transformer_ema").exists()
     late = resume(3, **EMA)
-    assert "--use_ema: checkpoint-3 holds no EMA, which begins here, as the weights are" in late.stdout
+    assert "--use_ema: checkpoint-3 has no EMA; it starts here from the loaded weights" in late.stdout
     # its first update takes the weights as they are
     check_equal(late.weights("checkpoint-4/transformer_ema"), late.weights("checkpoint-4/transformer"))
     assert late.losses == alone.losses
 
 
-def test_validation_measures_the_average_and_samples_with_it(wan: Ground, tmp_path: Path) -> None:
+def test_validation_measures_the_average_and_samples_with_it(wan: BackendRuns, tmp_path: Path) -> None:
     """A run that begins with the average measures and samples, at its first step, what the average was found to be."""
     asked = {"validation_prompts": ["a red fox"], "max_train_steps": 1, "lr_warmup_steps": 0}
     averaged = {**asked, "use_ema": True, "validate_ema": True, "max_train_steps": 2}
@@ -233,7 +237,7 @@ def test_validation_measures_the_average_and_samples_with_it(wan: Ground, tmp_pa
 
 @pytest.mark.parametrize("place", ["accelerator", "cpu"])
 def test_the_average_is_kept_where_it_was_asked_for(
-    wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    wan: BackendRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     asked: list[torch.device | None] = []
 
@@ -260,21 +264,21 @@ def test_parts_that_are_read_as_copies_are_averaged_and_exchanged_alike() -> Non
             for name, tensor in tensors.items():
                 tensor.copy_(weights_at(step)[name])
             average.update(torch.tensor(True))
-            with average.in_place():
+            with average.swapped():
                 assert not torch.equal(tensors["a"], weights_at(step)["a"]) or step == 1
             assert all(torch.equal(tensor, weights_at(step)[name]) for name, tensor in tensors.items())
-    assert all(torch.equal(averages[0].parts[name], part) for name, part in averages[1].parts.items())
+    assert all(torch.equal(averages[0].shards[name], part) for name, part in averages[1].shards.items())
 
 
 # ----------------------------------------------------------------------------------------------------- many processes
 
 
-def check_backend(ground: Ground, backend: str, tmp_path: Path, **asked: object) -> None:
+def check_backend(ground: BackendRuns, backend: str, tmp_path: Path, **asked: object) -> None:
     """Checks average, files, validation and resume of two processes."""
     work, folder = "tests.optim.test_ema:train_and_gather", tmp_path / "run"
     averaged = {**EMA, "validate_ema": True, **asked}
-    ranks = ground.ranks(backend, folder, work=work, **averaged)
-    assert codes(ranks) == [0, 0], said(ranks)
+    ranks = ground.run_ranks(backend, folder, entry_point=work, **averaged)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     last, half = (f"checkpoint-{step}" for step in (STEPS, STEPS // 2))
     begin = runs.read_weights(ground.model / "transformer")
     average = runs.read_weights(folder / last / "transformer_ema")
@@ -285,83 +289,85 @@ def check_backend(ground: Ground, backend: str, tmp_path: Path, **asked: object)
     assert all(torch.equal(tensor, average[name].to(tensor.dtype)) for name, tensor in exported.items())
 
     # training and its validation are those of a run without an average
-    assert codes(ground.ranks(backend, tmp_path / "plain", **asked)) == [0, 0]
-    assert forkserver.steps(folder) == forkserver.steps(tmp_path / "plain")
+    assert exit_codes(ground.run_ranks(backend, tmp_path / "plain", **asked)) == [0, 0]
+    assert forkserver.read_steps(folder) == forkserver.read_steps(tmp_path / "plain")
     lines, plain = (runs.read_lines(run / "validation.jsonl") for run in (folder, tmp_path / "plain"))
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
     # and what the average was measured to be is what a run that begins with it measures
     other = {**asked, "transformer_path": folder / last / "transformer_ema", "max_train_steps": 1}
-    assert codes(ground.ranks(backend, tmp_path / "other", **other)) == [0, 0]
+    assert exit_codes(ground.run_ranks(backend, tmp_path / "other", **other)) == [0, 0]
     assert lines[-1]["ema_loss"] == runs.read_lines(tmp_path / "other" / "validation.jsonl")[0]["loss"]
     assert lines[-1]["ema_loss"] != lines[-1]["loss"]
 
     shutil.rmtree(folder / "gathered")
-    ranks = ground.ranks(backend, folder, work=work, resume_from_checkpoint=folder / half, **averaged)
-    assert codes(ranks) == [0, 0], said(ranks)
+    ranks = ground.run_ranks(backend, folder, entry_point=work, resume_from_checkpoint=folder / half, **averaged)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     check_equal(runs.read_weights(folder / last / "transformer_ema"), average)
     (superseded,) = folder.glob("superseded-*")
-    assert forkserver.steps(superseded) == [line for line in forkserver.steps(folder) if line["step"] > STEPS // 2]
+    assert forkserver.read_steps(superseded) == [line for line in forkserver.read_steps(folder) if line["step"] > STEPS // 2]
     again = [line for line in runs.read_lines(folder / "validation.jsonl") if line["step"] > STEPS // 2]
     assert again == runs.read_lines(superseded / "validation.jsonl")
     assert not (folder / "transformer_ema-superseded").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", *DIVIDED])
-def test_every_backend_averages_what_it_gathers(wan: Ground, tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED_BACKENDS])
+def test_every_backend_averages_what_it_gathers(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
     check_backend(wan, backend, tmp_path)
 
 
 @pytest.mark.slow
 def test_fsdp1_averages_what_it_keeps_whole_after_a_forward_pass(
-    wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan: BackendRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [flag.replace("FULL_SHARD", "SHARD_GRAD_OP") for flag in LAUNCHER["fsdp1"]]
-    monkeypatch.setitem(LAUNCHER, "fsdp1", flags)
+    flags = [flag.replace("FULL_SHARD", "SHARD_GRAD_OP") for flag in LAUNCH_FLAGS["fsdp1"]]
+    monkeypatch.setitem(LAUNCH_FLAGS, "fsdp1", flags)
     check_backend(wan, "fsdp1", tmp_path)
 
 
 @pytest.mark.slow
-def test_zero3_averages_what_it_keeps_in_pieces(wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero3_averages_what_it_keeps_in_pieces(
+    wan: BackendRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The small models of the tests lie below the size up to which ZeRO-3 keeps weights whole between steps."""
-    used = Path(LAUNCHER["zero3"][-1])
+    used = Path(LAUNCH_FLAGS["zero3"][-1])
     settings = json.loads(used.read_text(encoding="utf-8"))
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     (tmp_path / used.name).write_text(json.dumps(settings), encoding="utf-8")
-    monkeypatch.setitem(LAUNCHER, "zero3", [*LAUNCHER["zero3"][:-1], str(tmp_path / used.name)])
+    monkeypatch.setitem(LAUNCH_FLAGS, "zero3", [*LAUNCH_FLAGS["zero3"][:-1], str(tmp_path / used.name)])
     check_backend(wan, "zero3", tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", *DIVIDED])
-def test_frozen_weights_are_their_own_average(wan: Ground, tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED_BACKENDS])
+def test_frozen_weights_are_their_own_average(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
     work, asked = "tests.optim.test_ema:train_and_gather", {**EMA, "trainable_modules": ["attn1"]}
-    ranks = wan.ranks(backend, tmp_path / "run", work=work, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
+    ranks = wan.run_ranks(backend, tmp_path / "run", entry_point=work, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     begin = runs.read_weights(wan.model / "transformer")
     average = runs.read_weights(tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema")
     check_equal(average, expected(begin, tmp_path / "run", range(1, STEPS + 1)))
     half = tmp_path / "run" / f"checkpoint-{STEPS // 2}"
-    ranks = wan.ranks(backend, tmp_path / "run", resume_from_checkpoint=half, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
+    ranks = wan.run_ranks(backend, tmp_path / "run", resume_from_checkpoint=half, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     check_equal(runs.read_weights(tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema"), average)
     moved = {name for name in begin if not torch.equal(average[name], begin[name])}
     assert moved == {name for name in begin if "attn1" in name}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", DIVIDED)
+@pytest.mark.parametrize("backend", SHARDED_BACKENDS)
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_an_average_goes_on_at_another_number_of_processes(
-    wan: Ground, tmp_path: Path, backend: str, world_size: int
+    wan: BackendRuns, tmp_path: Path, backend: str, world_size: int
 ) -> None:
     work, folder = "tests.optim.test_ema:train_and_gather", tmp_path / "run"
     asked = {**EMA, "gradient_accumulation_steps": 2}
-    assert codes(wan.ranks(backend, folder, work=work, **asked)) == [0, 0]
+    assert exit_codes(wan.run_ranks(backend, folder, entry_point=work, **asked)) == [0, 0]
     half = shutil.copytree(folder / f"checkpoint-{STEPS // 2}", tmp_path / "half" / f"checkpoint-{STEPS // 2}")
     shutil.rmtree(folder / "gathered")
-    ranks = wan.ranks(backend, folder, world_size, work=work, resume_from_checkpoint=half, **asked)
-    assert codes(ranks) == [0] * world_size, said(ranks)
+    ranks = wan.run_ranks(backend, folder, world_size, entry_point=work, resume_from_checkpoint=half, **asked)
+    assert exit_codes(ranks) == [0] * world_size, output_of(ranks)
     begin = runs.read_weights(half / "transformer_ema")
     found = runs.read_weights(folder / f"checkpoint-{STEPS}" / "transformer_ema")
     check_equal(found, expected(begin, folder, range(STEPS // 2 + 1, STEPS + 1)))
@@ -369,10 +375,10 @@ def test_an_average_goes_on_at_another_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "fsdp2"])
-def test_a_step_that_is_left_does_not_move_the_average(wan: Ground, tmp_path: Path, backend: str) -> None:
-    work = "tests.runs.test_backends:train_with_an_infinite_loss"
-    ranks = wan.ranks(backend, tmp_path / "run", work=work, **EMA)
-    assert codes(ranks) == [0, 0], said(ranks)
+def test_a_step_that_is_left_does_not_move_the_average(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
+    work = "launches:train_with_infinite_loss"
+    ranks = wan.run_ranks(backend, tmp_path / "run", entry_point=work, **EMA)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
     text = (tmp_path / "run" / f"checkpoint-{STEPS}" / "transformer_ema" / "ema.json").read_text(encoding="utf-8")
     assert json.loads(text)["updates"] == STEPS - 1
 
@@ -388,18 +394,18 @@ def train_with_a_disk_that_is_full_once() -> int:
         save(folder, weights, config)
 
     videox.weights.format.save_weights = full_once
-    return runs.script().main()
+    return runs.train_script().main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", DIVIDED)
-def test_an_average_that_cannot_be_written_disturbs_nothing(wan: Ground, tmp_path: Path, backend: str) -> None:
-    ranks = wan.ranks(
-        backend, tmp_path / "run", work="tests.optim.test_ema:train_with_a_disk_that_is_full_once", **EMA
+@pytest.mark.parametrize("backend", SHARDED_BACKENDS)
+def test_an_average_that_cannot_be_written_disturbs_nothing(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
+    ranks = wan.run_ranks(
+        backend, tmp_path / "run", entry_point="tests.optim.test_ema:train_with_a_disk_that_is_full_once", **EMA
     )
-    assert codes(ranks) == [0, 0], said(ranks)
-    assert f"no checkpoint at step {STEPS // 2}" in ranks[0].said()
-    assert codes(wan.ranks(backend, tmp_path / "plain", **EMA)) == [0, 0]
-    assert forkserver.steps(tmp_path / "run") == forkserver.steps(tmp_path / "plain")
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    assert f"no checkpoint at step {STEPS // 2}" in ranks[0].output()
+    assert exit_codes(wan.run_ranks(backend, tmp_path / "plain", **EMA)) == [0, 0]
+    assert forkserver.read_steps(tmp_path / "run") == forkserver.read_steps(tmp_path / "plain")
     one, other = (run / f"checkpoint-{STEPS}" / "transformer_ema" for run in (tmp_path / "run", tmp_path / "plain"))
     check_equal(runs.read_weights(one), runs.read_weights(other))

@@ -13,17 +13,17 @@ import pytest
 import runs
 import tiny
 import torch
+from launches import BackendRuns, exit_codes, output_of
 from safetensors.torch import load_file
-from test_backends import Ground, codes, said
 
 import videox.optim.registry
-from videox.distributed.accelerator import BACKENDS
+from videox.distributed.backends import BACKENDS
 from videox.engine.train_state import refuse_other_backend
 from videox.errors import MODEL, UserError
 from videox.optim.build import make_optimizer, set_learning_rate
-from videox.optim.registry import OPTIMIZERS, moments_of, refuse_unfit
+from videox.optim.registry import OPTIMIZERS, check_supported, moments_of
 from videox.optim.state import optimizer_tensors
-from videox.run.checkpoint import publishing
+from videox.run.checkpoint import publish_checkpoint
 from videox.training.args import optimizer_of
 from videox.weights.safetensors_io import save_tensors
 
@@ -34,28 +34,28 @@ WHOLE = [name for name in OPTIMIZERS if name != "adamw"]
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
-def refused(wan: Ground, folder: Path, **changes: object) -> str:
+def refused(wan: BackendRuns, folder: Path, **changes: object) -> str:
     outcome = runs.train(wan.flags(folder, **changes))
     assert outcome.code != 0 and outcome.stderr.count("\n") == 1, outcome.stderr
     return outcome.stderr
 
 
-class Unrun(Ground):
+class Unrun(BackendRuns):
     """A ground without the run of one process, to which nothing here is compared."""
 
     def __init__(self, folder: Path, **sizes: int) -> None:
-        self.folder, self.kind, self.steps, self.asked = folder, "wan2.1 normal", 4, {}
+        self.folder, self.kind, self.steps, self.settings = folder, "wan2.1 normal", 4, {}
         self.family, self.mode = self.kind.split()
         self.model = tiny.build_wan_t2v(folder / "model", **sizes)
         self.metadata = tiny.make_dataset(folder / "data", copies=2)
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def wan(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
     return Unrun(tmp_path_factory.mktemp("wan"))
 
 
-def test_an_unknown_optimizer_and_two_at_once_are_refused(wan: Ground, tmp_path: Path) -> None:
+def test_an_unknown_optimizer_and_two_at_once_are_refused(wan: BackendRuns, tmp_path: Path) -> None:
     line = refused(wan, tmp_path, optimizer="adam")
     assert all(name in line for name in OPTIMIZERS)
     line = refused(wan, tmp_path, use_8bit_adam=True, use_came=True)
@@ -69,14 +69,16 @@ def test_an_unknown_optimizer_and_two_at_once_are_refused(wan: Ground, tmp_path:
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(
-    wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan: BackendRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(videox.optim.registry, "find_spec", lambda module: None)
     line = refused(wan, tmp_path, use_8bit_adam=True)
     assert "adamw8bit needs bitsandbytes, which is not installed. Fix: pip install bitsandbytes==" in line
 
 
-def test_a_missing_compiler_of_the_host_is_named(wan: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_of_the_host_is_named(
+    wan: BackendRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     line = refused(wan, tmp_path / "run", optimizer="adamw_bf16_offload")
@@ -93,11 +95,11 @@ def test_the_packages_are_pinned_as_an_extra() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_backend_has_some_optimizers(name: str, backend: str) -> None:
     if backend in OPTIMIZERS[name].backends:
-        refuse_unfit(name, backend, "bf16", lora=False)
+        check_supported(name, backend, "bf16", lora=False)
         return
     can = " or ".join(other for other in OPTIMIZERS if backend in OPTIMIZERS[other].backends)
-    with pytest.raises(UserError, match=f"{name} does not work under {backend}: .*Fix: give {can} here") as no:
-        refuse_unfit(name, backend, "bf16", lora=False)
+    with pytest.raises(UserError, match=f"{name} does not work under {backend}: .*Fix: use {can} here") as no:
+        check_supported(name, backend, "bf16", lora=False)
     assert no.value.exit_code == 2
 
 
@@ -112,7 +114,7 @@ def test_the_readme_has_the_table(family: str) -> None:
     words = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
     for name, row in found.items():
         can = OPTIMIZERS[name].backends
-        assert f"{row[2]} bytes" == OPTIMIZERS[name].note
+        assert row[2] == str(OPTIMIZERS[name].bytes_per_parameter)
         assert row[3] == ("everywhere" if set(can) == set(BACKENDS) else ", ".join(words[backend] for backend in can))
 
 
@@ -123,7 +125,7 @@ def saved(folder: Path, name: str, description: dict[str, str]) -> Path:
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer([{"params": [weight], "rate_factor": 1.0}], learning_rate=1e-3, name=name, **ADAM)
     optimizer.step()
-    with publishing(folder, 1, is_main=True, gather=lambda value: [value], description=description) as made:
+    with publish_checkpoint(folder, 1, is_main=True, gather=lambda value: [value], description=description) as made:
         assert made is not None
         save_tensors(made / "optimizer", optimizer_tensors(optimizer, {weight: "weight"}), stem="optimizer")
     return folder / "checkpoint-1"
@@ -155,18 +157,18 @@ def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     ("backend", "name", "why"),
     [
-        ("zero2", "adamw8bit", "DeepSpeed and FSDP1 lay weights end to end"),
-        ("zero3", "adamw_bf16", "DeepSpeed and FSDP1 lay weights end to end"),
-        ("fsdp1", "adamw8bit_bf16", "DeepSpeed and FSDP1 lay weights end to end"),
-        ("fsdp2", "came", "rows and columns of whole matrices"),
+        ("zero2", "adamw8bit", "DeepSpeed and FSDP1 flatten weights"),
+        ("zero3", "adamw_bf16", "DeepSpeed and FSDP1 flatten weights"),
+        ("fsdp1", "adamw8bit_bf16", "DeepSpeed and FSDP1 flatten weights"),
+        ("fsdp2", "came", "rows and columns of complete matrices"),
     ],
 )
 def test_a_launch_that_cannot_refuses_before_it_loads(
-    wan: Ground, tmp_path: Path, backend: str, name: str, why: str
+    wan: BackendRuns, tmp_path: Path, backend: str, name: str, why: str
 ) -> None:
-    ranks = wan.ranks(backend, tmp_path / "run", 1, optimizer=name)
-    assert f"--optimizer: {name} does not work under {backend}: " in ranks[0].complaint()
-    assert why in ranks[0].complaint()
+    ranks = wan.run_ranks(backend, tmp_path / "run", 1, optimizer=name)
+    assert f"--optimizer: {name} does not work under {backend}: " in ranks[0].error_line()
+    assert why in ranks[0].error_line()
 
 
 # ------------------------------------------------------------------------------------------------------ how they step
@@ -234,19 +236,19 @@ TWO_NAMES = pytest.mark.parametrize(("flag", "name"), [("use_8bit_adam", "adamw8
 
 
 @TWO_NAMES
-def test_two_names_of_one_optimizer(wan: Ground, tmp_path: Path, flag: str, name: str) -> None:
+def test_two_names_of_one_optimizer(wan: BackendRuns, tmp_path: Path, flag: str, name: str) -> None:
     for asked in ({flag: True}, {"optimizer": name}, {flag: True, "optimizer": name}):
-        assert optimizer_of(runs.script().parse_args(wan.flags(tmp_path, **asked))) == name
-    assert optimizer_of(runs.script().parse_args(wan.flags(tmp_path))) == "adamw"
+        assert optimizer_of(runs.train_script().parse_args(wan.flags(tmp_path, **asked))) == name
+    assert optimizer_of(runs.train_script().parse_args(wan.flags(tmp_path))) == "adamw"
 
 
 @pytest.mark.slow
 @TWO_NAMES
-def test_two_names_of_one_optimizer_train_alike(wan: Ground, tmp_path: Path, flag: str, name: str) -> None:
+def test_two_names_of_one_optimizer_train_alike(wan: BackendRuns, tmp_path: Path, flag: str, name: str) -> None:
     for folder, asked in (("flag", {flag: True}), ("name", {"optimizer": name}), ("other", {})):
         outcome = runs.train(wan.flags(tmp_path / folder, max_train_steps=3, gradient_accumulation_steps=2, **asked))
         assert outcome.code == 0, outcome.stderr
-    one, other, adamw = (forkserver.steps(tmp_path / folder) for folder in ("flag", "name", "other"))
+    one, other, adamw = (forkserver.read_steps(tmp_path / folder) for folder in ("flag", "name", "other"))
     assert one == other != adamw
 
 
@@ -261,14 +263,14 @@ def check_resumed(name: str, folder: Path, metadata: Path, model: Path) -> None:
     asked |= {"trainable_modules": ["attn1.to_q.weight"], "learning_rate": "1e-3"}
 
     def train(**changes: object) -> runs.Outcome:
-        outcome = runs.train(runs.plain("wan2.1", model, metadata, folder / "run", **asked, **changes))
+        outcome = runs.train(runs.train_flags("wan2.1", model, metadata, folder / "run", **asked, **changes))
         assert outcome.code == 0, outcome.stderr
         return outcome
 
     train()
     unbroken = shutil.copytree(folder / "run", folder / "unbroken")
     train(resume_from_checkpoint=folder / "run" / "checkpoint-2")
-    assert forkserver.steps(folder / "run") == forkserver.steps(unbroken)
+    assert forkserver.read_steps(folder / "run") == forkserver.read_steps(unbroken)
     for place in ("checkpoint-4/transformer", "checkpoint-4/optimizer", "transformer"):
         one, other = (runs.read_weights(path / place) for path in (folder / "run", unbroken))
         assert one.keys() == other.keys() and one
@@ -297,10 +299,10 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-def test_processes_stay_alike(wan: Ground, tmp_path: Path, name: str) -> None:
+def test_processes_stay_alike(wan: BackendRuns, tmp_path: Path, name: str) -> None:
     asked = {"optimizer": name, "trainable_modules": ["attn1.to_q.weight"]}
-    ranks = wan.ranks("ddp", tmp_path / "run", work="tests.optim.test_registry:train_and_tell", **asked)
-    assert [rank.code for rank in ranks] == [0, 0], ranks[0].said()[-3000:]
+    ranks = wan.run_ranks("ddp", tmp_path / "run", entry_point="tests.optim.test_registry:train_and_tell", **asked)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     one, other = (torch.load(tmp_path / "run" / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -310,10 +312,10 @@ def train_and_tell() -> int:
     import os
     import sys
 
-    from videox.engine.base import DdpEngine
+    from videox.engine.ddp import DdpEngine
 
     load_weights = DdpEngine.weights
-    script = runs.script()
+    script = runs.train_script()
     made: list[DdpEngine] = []
     begin = DdpEngine.__init__
 
@@ -329,21 +331,21 @@ def train_and_tell() -> int:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
     """Returns a ground whose tensors have moments in eight bits also where two processes divide them."""
     return Unrun(tmp_path_factory.mktemp("wide"), heads=8, head_dim=16, ffn_dim=128)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].by_shard])
-def test_fsdp2_steps_shards_and_resumes_to_the_bit(wide: Ground, tmp_path: Path, name: str) -> None:
+def test_fsdp2_steps_shards_and_resumes_to_the_bit(wide: BackendRuns, tmp_path: Path, name: str) -> None:
     asked = {"optimizer": name, "trainable_modules": ["attn1.to_q.weight"], "learning_rate": "1e-3"}
     folder = tmp_path / "run"
     alone = runs.train(wide.flags(tmp_path / "alone", gradient_accumulation_steps=2, **asked))
     assert alone.code == 0, alone.stderr
-    ranks = wide.ranks("fsdp2", folder, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
-    found, wanted = forkserver.steps(folder), forkserver.steps(tmp_path / "alone")
+    ranks = wide.run_ranks("fsdp2", folder, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    found, wanted = forkserver.read_steps(folder), forkserver.read_steps(tmp_path / "alone")
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], abs=0.02)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in wanted], rel=0.03)
     before = runs.read_weights(wide.model / "transformer")
@@ -358,13 +360,13 @@ def test_fsdp2_steps_shards_and_resumes_to_the_bit(wide: Ground, tmp_path: Path,
         assert (torch.uint8 in {tensor.dtype for tensor in tensors.values()}) is ("8bit" in name)
     last = runs.read_weights(folder / "transformer")
     half = folder / "checkpoint-2"
-    line = wide.ranks("fsdp2", folder, 1, resume_from_checkpoint=half, gradient_accumulation_steps=2, **asked)
-    assert "launch 2 processes, as then" in line[0].complaint()
-    line = wide.ranks("fsdp2", folder, resume_from_checkpoint=half, **{**asked, "optimizer": "adamw"})
-    assert f"adamw, and checkpoint-2 was saved with {name}" in line[0].complaint()
-    ranks = wide.ranks("fsdp2", folder, resume_from_checkpoint=half, **asked)
-    assert codes(ranks) == [0, 0], said(ranks)
-    assert forkserver.steps(folder) == found
+    line = wide.run_ranks("fsdp2", folder, 1, resume_from_checkpoint=half, gradient_accumulation_steps=2, **asked)
+    assert "launch 2 processes" in line[0].error_line()
+    line = wide.run_ranks("fsdp2", folder, resume_from_checkpoint=half, **{**asked, "optimizer": "adamw"})
+    assert f"adamw, and checkpoint-2 was saved with {name}" in line[0].error_line()
+    ranks = wide.run_ranks("fsdp2", folder, resume_from_checkpoint=half, **asked)
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    assert forkserver.read_steps(folder) == found
     again = runs.read_weights(folder / "transformer")
     assert all(torch.equal(again[key], tensor) for key, tensor in last.items())
     for place, tensors in kept.items():

@@ -103,7 +103,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing():
     good = optimizer_tensors(optimizer, names)
     faulty = {
         "no state for 0.bias": {k: v for k, v in good.items() if not k.startswith("0.bias/")},
-        "state for lost.weight, which is not trained": {**good, "lost.weight/exp_avg": torch.zeros(1)},
+        "state for lost.weight, which is not trainable": {**good, "lost.weight/exp_avg": torch.zeros(1)},
         "exp_avg of 0.bias is [3]": {**good, "0.bias/exp_avg": torch.zeros(3)},
     }
     fresh = torch.optim.AdamW(net.parameters())

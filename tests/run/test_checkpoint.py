@@ -13,14 +13,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import alone, die, fail, fill, fork, names, publish, publish_all, status_of, strike
+from crashes import (
+    file_names,
+    fork,
+    gather_single,
+    inject_fault,
+    kill_self,
+    publish,
+    publish_all,
+    raise_disk_full,
+    wait_for,
+    write_checkpoint_files,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from videox.files import SaveError, write_json_atomically
+from videox.errors import SaveError
+from videox.files import write_json_atomically
 from videox.run import checkpoint as checkpoints
-from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
-from videox.run.folder import prune, sweep
+from videox.run.checkpoint import (
+    MANIFEST,
+    find_checkpoints,
+    latest_checkpoint,
+    publish_checkpoint,
+    read_manifest,
+    verify,
+)
+from videox.run.folder import prune, remove_leftovers
 from videox.weights.safetensors_io import save_tensors
 
 # --- publication -----------------------------------------------------------------------------------------------------
@@ -35,17 +54,17 @@ def test_a_published_checkpoint_is_whole_described_and_verified(tmp_path):
     assert manifest["description"] == {"G": 8, "plan": {"hash": "abc"}}
     assert manifest["versions"]["torch"] == torch.__version__
     assert verify(checkpoint, hashes=True) == []
-    assert names(checkpoint.parent) == ["checkpoint-12"]
+    assert file_names(checkpoint.parent) == ["checkpoint-12"]
     assert checkpoint.stat().st_mode & 0o777 == tmp_path.joinpath("new").stat().st_mode & 0o777
 
 
 def test_a_sound_checkpoint_is_not_written_again(tmp_path):
     checkpoint = publish(tmp_path, 3)
     before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
-    with publishing(tmp_path, 3, is_main=True, gather=alone, description={}) as folder:
+    with publish_checkpoint(tmp_path, 3, is_main=True, gather=gather_single, description={}) as folder:
         assert folder is None
     assert {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")} == before
-    assert names(tmp_path) == ["checkpoint-3"]
+    assert file_names(tmp_path) == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("kind", ["broken", "stranger", "file", "dangling link"])
@@ -63,7 +82,7 @@ def test_what_bears_the_name_and_is_not_sound_is_moved_aside(tmp_path, kind):
         target.symlink_to(tmp_path / "nowhere")
     publish(tmp_path, 3)
     assert verify(target, hashes=True) == []
-    assert names(tmp_path) == ["checkpoint-3", "superseded-3"] and names(tmp_path / "superseded-3") == ["checkpoint-3"]
+    assert file_names(tmp_path) == ["checkpoint-3", "superseded-3"] and file_names(tmp_path / "superseded-3") == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SaveError("PytorchStreamWriter failed")])
@@ -71,25 +90,25 @@ def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     publish(tmp_path, 1)
     with (
         pytest.raises(SaveError, match=str(error.args[-1])),
-        publishing(tmp_path, 2, is_main=True, gather=alone, description={}) as folder,
+        publish_checkpoint(tmp_path, 2, is_main=True, gather=gather_single, description={}) as folder,
     ):
-        fill(folder, 2)
+        write_checkpoint_files(folder, 2)
         raise error
-    assert names(tmp_path) == ["checkpoint-1"] and latest(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("out of memory")])
 def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path, error):
-    with pytest.raises(type(error)), publishing(tmp_path, 2, is_main=True, gather=alone, description={}):
+    with pytest.raises(type(error)), publish_checkpoint(tmp_path, 2, is_main=True, gather=gather_single, description={}):
         raise error
-    assert names(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
 def test_an_output_dir_that_cannot_be_made_is_a_failed_save(tmp_path):
     (tmp_path / "run").write_text("a file")
     with (
         pytest.raises(SaveError, match="FileExistsError"),
-        publishing(tmp_path / "run", 2, is_main=True, gather=alone, description={}),
+        publish_checkpoint(tmp_path / "run", 2, is_main=True, gather=gather_single, description={}),
     ):
         pass
 
@@ -103,8 +122,8 @@ def test_a_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
         with pytest.raises(SaveError, match="File too large"):
             publish(tmp_path, 2, padding="x" * 3000)
 
-    assert status_of(fork(full_disk)) == 0
-    assert names(tmp_path) == ["checkpoint-1"] and latest(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
+    assert wait_for(fork(full_disk)) == 0
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------
@@ -127,26 +146,26 @@ def in_ranks(world: int, tmp_path: Path, work: Callable[[int, Callable[[object],
         torch.distributed.destroy_process_group()
 
     children = [fork(lambda rank=rank: rank_main(rank)) for rank in range(world)]
-    return [status_of(child) for child in children]
+    return [wait_for(child) for child in children]
 
 
 def test_two_ranks_publish_one_checkpoint(tmp_path):
     run = tmp_path / "run"
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
-        with publishing(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
+        with publish_checkpoint(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
             save_tensors(folder, {"w": torch.full((100 * (rank + 1),), float(rank))}, stem=f"rank-{rank}")
             time.sleep(0.2 * rank)  # the first to finish must not look before the last has written
             (folder / f"rank-{rank}").mkdir()
             (folder / f"rank-{rank}" / "state.json").write_text("{}")
         assert verify(run / "checkpoint-5", hashes=True) == []  # there for every rank on leaving
-        with publishing(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
+        with publish_checkpoint(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
             assert folder is None
 
     assert in_ranks(2, tmp_path, work) == [0, 0]
     manifest = read_manifest(run / "checkpoint-5")
     assert manifest["world_size"] == 2 and len(manifest["files"]) == 4
-    assert names(run) == ["checkpoint-5"]
+    assert file_names(run) == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize("main", [0, 1])
@@ -156,13 +175,13 @@ def test_when_one_rank_fails_all_drop_the_save_with_its_cause(tmp_path, main):
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
             pytest.raises(SaveError, match=r"^rank 1: OSError: .*No space left"),
-            publishing(run, 5, is_main=rank == main, gather=gather, description={}) as folder,
+            publish_checkpoint(run, 5, is_main=rank == main, gather=gather, description={}) as folder,
         ):
-            fill(folder / str(rank), 5)
+            write_checkpoint_files(folder / str(rank), 5)
             if rank == 1:
                 raise OSError(errno.ENOSPC, "No space left on device")
         gather("the main rank has left")
-        assert names(run) == []
+        assert file_names(run) == []
 
     assert in_ranks(2, tmp_path, work) == [0, 0]
 
@@ -173,13 +192,13 @@ def test_a_rank_that_cannot_see_the_folder_stops_the_save(tmp_path):
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
             pytest.raises(SaveError, match=r"rank 1: .*must be shared by all machines"),
-            publishing(tmp_path / f"machine-{rank}", 5, is_main=rank == 0, gather=gather, description={}) as folder,
+            publish_checkpoint(tmp_path / f"machine-{rank}", 5, is_main=rank == 0, gather=gather, description={}) as folder,
         ):
             if rank == 0:
-                fill(folder, 5)
+                write_checkpoint_files(folder, 5)
 
     assert in_ranks(2, tmp_path, work) == [0, 0]
-    assert names(tmp_path / "machine-0") == []
+    assert file_names(tmp_path / "machine-0") == []
 
 
 def test_a_rank_killed_inside_a_save_stops_the_others_and_publishes_nothing(tmp_path):
@@ -189,15 +208,15 @@ def test_a_rank_killed_inside_a_save_stops_the_others_and_publishes_nothing(tmp_
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
             pytest.raises(RuntimeError),
-            publishing(run, 5, is_main=rank == 0, gather=gather, description={}) as folder,
+            publish_checkpoint(run, 5, is_main=rank == 0, gather=gather, description={}) as folder,
         ):
-            fill(folder / str(rank), 5)
+            write_checkpoint_files(folder / str(rank), 5)
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)
 
     assert in_ranks(2, tmp_path, work) == [0, -signal.SIGKILL]
-    assert names(run) == ["checkpoint-4"] and latest(run, hashes=True) == (run / "checkpoint-4", [])
+    assert file_names(run) == ["checkpoint-4"] and latest_checkpoint(run, hashes=True) == (run / "checkpoint-4", [])
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -223,16 +242,16 @@ def test_a_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_pat
         run = shutil.copytree(third_unsound, tmp_path / str(points))
 
         def killed(run: Path = run, at: int = points) -> None:
-            strike(run, at, die, reads=False)
+            inject_fault(run, at, kill_self, reads=False)
             save_and_prune(run)
 
-        status = status_of(fork(killed))
-        newest, _ = latest(run, hashes=True)
+        status = wait_for(fork(killed))
+        newest, _ = latest_checkpoint(run, hashes=True)
         assert newest in (run / "checkpoint-2", run / "checkpoint-3"), points
-        assert sweep(run) == []
+        assert remove_leftovers(run) == []
         save_and_prune(run)  # the second life ends as if there had been no kill
-        assert latest(run, hashes=True) == (run / "checkpoint-3", [])
-        left = names(run)
+        assert latest_checkpoint(run, hashes=True) == (run / "checkpoint-3", [])
+        left = file_names(run)
         assert left[0] == "checkpoint-3" and set(left[1:]) >= {"superseded-3"}
         assert all(name.startswith("superseded-3") for name in left[1:])
         kept = [path for path in run.glob("superseded-3*/checkpoint-3") if not (path / "trainer_state.json").exists()]
@@ -253,7 +272,7 @@ def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
         run = shutil.copytree(third_unsound, tmp_path / str(points))
 
         def failing(run: Path = run, at: int = points) -> None:
-            struck = strike(run, at, fail, reads=True)
+            struck = inject_fault(run, at, raise_disk_full, reads=True)
             status = 3
             try:
                 publish(run, 3)
@@ -262,15 +281,15 @@ def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
                 status = 4
             os._exit(status if struck else 0)
 
-        status = status_of(fork(failing))
+        status = wait_for(fork(failing))
         reached = status != 0
         assert status in (0, 3, 4)
         failures += status == 4
-        newest, _ = latest(run, hashes=True)
+        newest, _ = latest_checkpoint(run, hashes=True)
         assert (
             newest == run / "checkpoint-3" if status != 4 else newest in (run / "checkpoint-2", run / "checkpoint-3")
         )
-        assert [name for name in names(run) if name.startswith(".")] == []
+        assert [name for name in file_names(run) if name.startswith(".")] == []
         shutil.rmtree(run)
     assert failures > 20
 
@@ -295,8 +314,8 @@ def test_only_exact_names_with_a_manifest_are_checkpoints(tmp_path):
     (tmp_path / "checkpoint-700").write_text("a file")
     (tmp_path / "checkpoint-800").symlink_to(tmp_path / "nowhere")
     assert find_checkpoints(tmp_path) == real[::-1]
-    assert latest(tmp_path, hashes=True) == (real[0], [])
-    assert find_checkpoints(tmp_path / "absent") == [] and latest(tmp_path / "absent") == (None, [])
+    assert latest_checkpoint(tmp_path, hashes=True) == (real[0], [])
+    assert find_checkpoints(tmp_path / "absent") == [] and latest_checkpoint(tmp_path / "absent") == (None, [])
 
 
 FILES = (
@@ -332,7 +351,7 @@ def test_any_damage_to_any_file_is_named_and_the_older_is_used(two_checkpoints, 
         content[at] ^= 1
         changed = {"truncated": content[:-3], "empty": b""}.get(damage, content)
         path.write_bytes(bytes(changed))
-    chosen, warnings = latest(run, hashes=True)
+    chosen, warnings = latest_checkpoint(run, hashes=True)
     assert chosen == run / "checkpoint-1"
     if (name, damage) == (MANIFEST, "missing"):
         assert warnings == []  # without a manifest it is none of ours
@@ -370,7 +389,7 @@ def test_without_hashes_sizes_and_headers_are_still_checked(two_checkpoints, tmp
     assert "optimizer.safetensors cannot be read" in verify(checkpoint)[0]
     tensors.write_bytes(content[:-1])
     assert verify(checkpoint) == [
-        f"optimizer.safetensors has {len(content) - 1} bytes, the manifest says {len(content)}"
+        f"optimizer.safetensors has {len(content) - 1} bytes, the manifest has {len(content)}"
     ]
 
 

@@ -16,11 +16,11 @@ import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backends import Ground, codes, launcher, said, variables
+from launches import BackendRuns, exit_codes, launcher_environment, launcher_flags, output_of
 
 from videox.errors import BUG, FLAGS, PEER_LOST, STORAGE
 from videox.run.checkpoint import find_checkpoints, verify
-from videox.run.failure_hub import Report, first_of
+from videox.run.failure_hub import Report, find_cause
 
 BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
 OUT_IN = 30.0  # seconds in which all processes are gone after one is
@@ -28,8 +28,8 @@ CAUSE = "this process fails"
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("wan"), "wan2.1 normal", 4)
+def wan(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
+    return BackendRuns(tmp_path_factory.mktemp("wan"), "wan2.1 normal", 4)
 
 
 # ----------------------------------------------------------------------------------------- which one was first
@@ -43,7 +43,7 @@ REPORTS = st.lists(
 
 @given(REPORTS)
 def test_the_cause_is_the_first_report_that_is_no_consequence(reports: list[Report]) -> None:
-    found = first_of(reports)
+    found = find_cause(reports)
     assert found in reports
     causes = [report for report in reports if not report.consequence] or reports
     assert found.line == causes[0].line
@@ -125,19 +125,19 @@ FAULTS = {fault.__name__: fault for fault in (at_start, in_a_step, in_a_layer, i
 
 def train() -> int:
     """Trains; in the process that VICTIM names with the fault that FAULT names."""
-    script = runs.script()
+    script = runs.train_script()
     if os.environ["RANK"] == os.environ["VICTIM"]:
         FAULTS[os.environ["FAULT"]](script)
     return script.main()
 
 
-def start(ground: Ground, backend: str, folder: Path, fault: str, victim: int, **changes: object) -> list:
+def start(ground: BackendRuns, backend: str, folder: Path, fault: str, victim: int, **changes: object) -> list:
     return forkserver.shared().start_ranks(
         2,
         ground.flags(folder, checkpointing_steps=1, **changes),
         folder.with_name(f"{folder.name}.log"),
-        work=["tests.run.test_failure:train"] * 2,
-        environment={**variables(backend, ground.kind, 2), "VICTIM": str(victim), "FAULT": fault},
+        entry_points=["tests.run.test_failure:train"] * 2,
+        environment={**launcher_environment(backend, ground.kind, 2), "VICTIM": str(victim), "FAULT": fault},
     )
 
 
@@ -147,11 +147,11 @@ def check_nothing_half(folder: Path, *steps: int) -> None:
     assert all(verify(path, hashes=True) == [] for path in found)
 
 
-def check_resumed(ground: Ground, backend: str, folder: Path) -> None:
-    again = ground.ranks(backend, folder, resume_from_checkpoint="latest")
-    assert codes(again) == [0, 0], said(again)
+def check_resumed(ground: BackendRuns, backend: str, folder: Path) -> None:
+    again = ground.run_ranks(backend, folder, resume_from_checkpoint="latest")
+    assert exit_codes(again) == [0, 0], output_of(again)
     assert not list(folder.glob(".tmp-*"))
-    assert [line["step"] for line in forkserver.steps(folder)] == list(range(1, ground.steps + 1))
+    assert [line["step"] for line in forkserver.read_steps(folder)] == list(range(1, ground.steps + 1))
 
 
 SAVED_BEFORE = {"at_start": 0, "in_a_step": 2, "in_a_layer": 1, "in_a_save": 1}
@@ -162,16 +162,18 @@ CODES = {"at_start": BUG, "in_a_step": BUG, "in_a_layer": FLAGS, "in_a_save": FL
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("fault", SAVED_BEFORE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_process_that_fails_ends_all(wan: Ground, tmp_path: Path, backend: str, fault: str, victim: int) -> None:
+def test_one_process_that_fails_ends_all(
+    wan: BackendRuns, tmp_path: Path, backend: str, fault: str, victim: int
+) -> None:
     folder = tmp_path / "run"
     ranks = start(wan, backend, folder, fault, victim)
     failed, other = ranks[victim], ranks[1 - victim]
     assert failed.wait() != 0
-    assert other.wait(OUT_IN) == CODES[fault], said(ranks)
-    assert failed.said().count(CAUSE) == 1, failed.said()[-3000:]
-    assert CAUSE not in other.said()
-    assert "Traceback" not in other.said(), other.said()[-3000:]
-    status = forkserver.status(folder)
+    assert other.wait(OUT_IN) == CODES[fault], output_of(ranks)
+    assert failed.output().count(CAUSE) == 1, failed.output()[-3000:]
+    assert CAUSE not in other.output()
+    assert "Traceback" not in other.output(), other.output()[-3000:]
+    status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"]) == ("failed", CODES[fault])
     assert CAUSE in status["error"]
     check_nothing_half(folder, *range(1, SAVED_BEFORE[fault] + 1))
@@ -186,20 +188,20 @@ def test_one_process_that_fails_ends_all(wan: Ground, tmp_path: Path, backend: s
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_disk_full_on_one_process_ends_all_by_one_line(
-    wan: Ground, tmp_path: Path, backend: str, victim: int
+    wan: BackendRuns, tmp_path: Path, backend: str, victim: int
 ) -> None:
     folder = tmp_path / "run"
     ranks = start(wan, backend, folder, "with_a_full_disk", victim)
     if backend == "ddp" and victim == 1:  # the first process alone writes
-        assert [rank.wait() for rank in ranks] == [0, 0], said(ranks)
+        assert [rank.wait() for rank in ranks] == [0, 0], output_of(ranks)
         return
-    assert [rank.wait() for rank in ranks] == [STORAGE, STORAGE], said(ranks)
-    lines = [line for rank in ranks for line in rank.said().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, said(ranks)
+    assert [rank.wait() for rank in ranks] == [STORAGE, STORAGE], output_of(ranks)
+    lines = [line for rank in ranks for line in rank.output().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output_of(ranks)
     assert "the save at step 3 failed like the one before" in lines[0]
-    assert "warning: no checkpoint at step 2" in ranks[0].said()
-    assert not any("Traceback" in rank.said() for rank in ranks), said(ranks)
-    status = forkserver.status(folder)
+    assert "warning: no checkpoint at step 2" in ranks[0].output()
+    assert not any("Traceback" in rank.output() for rank in ranks), output_of(ranks)
+    status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", STORAGE, lines[0])
     assert not list(folder.glob(".tmp-*"))
     check_nothing_half(folder, 1)
@@ -212,16 +214,16 @@ def test_a_disk_full_on_one_process_ends_all_by_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_process_is_a_lost_peer(wan: Ground, tmp_path: Path, backend: str, victim: int) -> None:
+def test_a_killed_process_is_a_lost_peer(wan: BackendRuns, tmp_path: Path, backend: str, victim: int) -> None:
     folder = tmp_path / "run"
-    ranks = wan.start(backend, folder, checkpointing_steps=1)
-    ranks[victim].until(lambda: find_checkpoints(folder))
+    ranks = wan.start_ranks(backend, folder, checkpointing_steps=1)
+    ranks[victim].wait_until(lambda: find_checkpoints(folder))
     ranks[victim].kill()
     other = ranks[1 - victim]
-    assert other.wait(OUT_IN) == PEER_LOST, said(ranks)
-    assert f"peer lost: process {victim} on " in other.complaint()
-    status = forkserver.status(folder)
-    assert (status["state"], status["exit_code"], status["error"]) == ("failed", PEER_LOST, other.complaint())
+    assert other.wait(OUT_IN) == PEER_LOST, output_of(ranks)
+    assert f"peer lost: process {victim} on " in other.error_line()
+    status = forkserver.read_status(folder)
+    assert (status["state"], status["exit_code"], status["error"]) == ("failed", PEER_LOST, other.error_line())
     assert all(verify(path, hashes=True) == [] for path in find_checkpoints(folder))
     ranks[victim].wait()
     check_resumed(wan, backend, folder)
@@ -240,10 +242,10 @@ run_script(test_failure.train)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "fault"), [("ddp", "in_a_step"), ("fsdp2", "in_a_save"), ("zero3", "in_a_layer")])
-def test_under_the_launcher_the_cause_is_told_once(wan: Ground, tmp_path: Path, backend: str, fault: str) -> None:
+def test_under_the_launcher_the_cause_is_told_once(wan: BackendRuns, tmp_path: Path, backend: str, fault: str) -> None:
     folder, faulty = tmp_path / "run", tmp_path / "faulty.py"
     faulty.write_text(UNDER_LAUNCHER.format(tests=str(runs.ROOT / "tests/support"), root=str(runs.ROOT)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher(backend, wan.kind, 2)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags(backend, wan.kind, 2)]
     command += ["--main_process_port", "0", str(faulty), *wan.flags(folder, checkpointing_steps=1)]
     found = runs.run_command(command, folder, VICTIM="1", FAULT=fault)
     assert found.code != 0

@@ -14,15 +14,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import alone, die, fork, names, publish, publish_all, status_of, strike
+from crashes import file_names, fork, gather_single, inject_fault, kill_self, publish, publish_all, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videox.errors import FLAGS, MODEL, STORAGE, UserError
 from videox.files import temp_path
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
-from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, publishing, read_manifest, verify
-from videox.run.folder import RECORDS, Resume, hold, prune, resolve_resume, rewind, room_for, sweep
+from videox.run.checkpoint import (
+    MANIFEST,
+    find_checkpoints,
+    latest_checkpoint,
+    publish_checkpoint,
+    read_manifest,
+    verify,
+)
+from videox.run.folder import (
+    RECORDS,
+    ResumePoint,
+    lock_folder,
+    prune,
+    remove_leftovers,
+    require_disk_space,
+    resolve_resume,
+    rewind,
+)
 from videox.weights.safetensors_io import StoredTensors, save_tensors, save_weights
 
 
@@ -34,8 +50,8 @@ def two_checkpoints(tmp_path_factory) -> Path:
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def resume(path: str | None, run: Path, hashes: bool = False) -> Resume:
-    return resolve_resume(path, run, previous_run_died=hashes, verify_hashes=False)
+def resume(path: str | None, run: Path, hashes: bool = False) -> ResumePoint:
+    return resolve_resume(path, run, previous_run_killed=hashes, verify_hashes=False)
 
 
 def refused(path: str | None, run: Path, exit_code: int, hashes: bool = False) -> str:
@@ -47,21 +63,21 @@ def refused(path: str | None, run: Path, exit_code: int, hashes: bool = False) -
 
 def test_latest_with_none_starts_anew_and_says_so(tmp_path):
     found = resume("latest", tmp_path / "absent")
-    assert (found.path, found.step) == (None, 0) and "starts anew" in found.warnings[0]
+    assert (found.path, found.step) == (None, 0) and "a new run starts at step 0" in found.warnings[0]
     (tmp_path / RECORDS[0]).write_text('{"step": 1}\n')  # died before its first checkpoint
     assert resume("latest", tmp_path).path is None
-    assert resume(None, tmp_path / "absent") == Resume(None, 0)
+    assert resume(None, tmp_path / "absent") == ResumePoint(None, 0)
 
 
 def test_latest_takes_the_newest_sound_one(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
-    assert resume("latest", run) == Resume(run / "checkpoint-2", 2)
+    assert resume("latest", run) == ResumePoint(run / "checkpoint-2", 2)
     tensors = run / "checkpoint-2" / "optimizer.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
     assert resume("latest", run).step == 2
     for found in (
         resume("latest", run, hashes=True),
-        resolve_resume("latest", run, previous_run_died=False, verify_hashes=True),
+        resolve_resume("latest", run, previous_run_killed=False, verify_hashes=True),
     ):
         assert found.step == 1 and "checkpoint-2" in found.warnings[0]
     (run / "checkpoint-1" / "trainer_state.json").unlink()
@@ -97,13 +113,13 @@ def test_a_path_is_honoured_wherever_it_points(two_checkpoints, tmp_path, monkey
 def test_a_path_that_is_no_checkpoint_is_refused_with_what_is_there(two_checkpoints, tmp_path):
     run = two_checkpoints
     assert "does not exist" in refused(str(tmp_path / "typo"), run, MODEL)
-    assert f"name {run / 'checkpoint-2'}" in refused(str(tmp_path / "typo"), run, MODEL)
+    assert f"pass {run / 'checkpoint-2'}" in refused(str(tmp_path / "typo"), run, MODEL)
     assert "found: nothing" in refused(str(tmp_path), tmp_path / "empty", MODEL)
     (tmp_path / "notes.txt").write_text("x")
     assert "found: notes.txt" in refused(str(tmp_path), run, MODEL)
     assert "is a file" in refused(str(tmp_path / "notes.txt"), run, MODEL)
     line = refused(str(run), tmp_path / "empty", MODEL)
-    assert "holds checkpoints (checkpoint-1, checkpoint-2)" in line and f"name {run / 'checkpoint-2'}" in line
+    assert "contains checkpoints (checkpoint-1, checkpoint-2)" in line and f"pass {run / 'checkpoint-2'}" in line
 
 
 def test_a_path_that_may_not_be_read_is_refused_in_one_line(tmp_path):
@@ -119,7 +135,7 @@ def test_a_path_that_may_not_be_read_is_refused_in_one_line(tmp_path):
         assert "Permission denied" in refused(None, Path("closed/run"), STORAGE)
 
     tmp_path.chmod(0o755)
-    assert status_of(fork(as_nobody)) == 0
+    assert wait_for(fork(as_nobody)) == 0
 
 
 @pytest.mark.parametrize("marker", ["optimizer.bin", "random_states_0.pkl", "sampler_pos_start.pkl", "pytorch_model/"])
@@ -153,7 +169,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path, name, content, 
         line = refused(None, tmp_path, FLAGS)
         assert name in line and "--resume_from_checkpoint latest" in line and "another --output_dir" in line
     else:
-        assert resume(None, tmp_path) == Resume(None, 0)
+        assert resume(None, tmp_path) == ResumePoint(None, 0)
 
 
 def test_a_folder_with_checkpoints_is_refused_without_resume(two_checkpoints):
@@ -173,12 +189,12 @@ def test_rewind_moves_what_is_later_and_deletes_nothing(two_checkpoints, tmp_pat
         (run / name).write_text("".join(lines_of(range(1, 6))) + '{"step": 6, "lo')
     (run / "checkpoint-9-outputs").mkdir()
     assert rewind(run, 1) == run / "superseded-1"
-    assert names(run) == sorted(["checkpoint-1", "checkpoint-9-outputs", "superseded-1", *RECORDS])
+    assert file_names(run) == sorted(["checkpoint-1", "checkpoint-9-outputs", "superseded-1", *RECORDS])
     for name in RECORDS:
         assert (run / name).read_text() == "".join(lines_of(range(1, 2)))
         assert (run / "superseded-1" / name).read_text() == "".join(lines_of(range(2, 6))) + '{"step": 6, "lo'
     assert verify(run / "superseded-1" / "checkpoint-2", hashes=True) == []
-    assert rewind(run, 1) is None and "superseded-1-2" not in names(run)
+    assert rewind(run, 1) is None and "superseded-1-2" not in file_names(run)
     publish(run, 4)
     assert rewind(run, 1) == run / "superseded-1-2"
     assert rewind(tmp_path / "absent", 0) is None
@@ -239,10 +255,10 @@ def test_a_rewind_killed_at_every_file_operation_is_finished_by_the_next(tmp_pat
             (run / name).write_text("".join(everything))
 
         def killed(run: Path = run, at: int = points) -> None:
-            strike(run, at, die, reads=False)
+            inject_fault(run, at, kill_self, reads=False)
             rewind(run, 10)
 
-        status = status_of(fork(killed))
+        status = wait_for(fork(killed))
         left = [int(path.name[11:]) for path in find_checkpoints(run)]
         newest = left[-1]
         assert left == list(range(10, newest + 1, 10))  # newest first: no gap that a resume would fall into
@@ -250,11 +266,11 @@ def test_a_rewind_killed_at_every_file_operation_is_finished_by_the_next(tmp_pat
             assert (run / name).read_text().startswith("".join(everything[:newest]))
         interrupted += bool(list(run.glob("superseded-*"))) and rewind(run, 10) is not None
         assert rewind(run, 10) is None or not list(run.glob("superseded-*-2"))
-        sweep(run)
+        remove_leftovers(run)
         for name in RECORDS:
             assert (run / name).read_text() == "".join(everything[:10])
             assert "".join(everything[10:]) in [path.read_text() for path in run.glob(f"superseded-*/{name}")]
-        assert names(run) == sorted(["checkpoint-10", *RECORDS, *(path.name for path in run.glob("superseded-*"))])
+        assert file_names(run) == sorted(["checkpoint-10", *RECORDS, *(path.name for path in run.glob("superseded-*"))])
         assert sorted(path.name for path in run.glob("superseded-*/checkpoint-*")) == [
             f"checkpoint-{step}" for step in range(20, 60, 10)
         ]
@@ -272,7 +288,7 @@ def test_a_folder_that_cannot_be_rewound_is_refused(tmp_path):
             rewind(tmp_path, 1)
         assert caught.value.exit_code == STORAGE and "cannot be rewound to step 1" in caught.value.line()
 
-    assert status_of(fork(full_disk)) == 0
+    assert wait_for(fork(full_disk)) == 0
     assert (tmp_path / RECORDS[1]).read_text() == "".join(lines_of(range(1, 400)))
 
 
@@ -289,7 +305,7 @@ def test_prune_keeps_the_newest_sound_ones_and_touches_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-8").mkdir()  # no manifest: not ours
     assert prune(tmp_path, keep=2) == []
-    left = [name for name in names(tmp_path) if name.startswith("checkpoint")]
+    left = [name for name in file_names(tmp_path) if name.startswith("checkpoint")]
     assert left == sorted(
         [
             "checkpoint-0",
@@ -301,9 +317,9 @@ def test_prune_keeps_the_newest_sound_ones_and_touches_nothing_else(tmp_path):
             "checkpoint-8",
         ]
     )
-    assert verify(outside) == [] and not [name for name in names(tmp_path) if name.startswith(".")]
+    assert verify(outside) == [] and not [name for name in file_names(tmp_path) if name.startswith(".")]
     assert prune(tmp_path, keep=0) == []  # never the last one
-    assert latest(tmp_path)[0] == tmp_path / "checkpoint-6"
+    assert latest_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-6"
     assert prune(tmp_path / "absent", keep=1) == []
 
 
@@ -317,7 +333,7 @@ def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path):
         if os.getuid() == 0:
             os.setuid(65534)
         warnings = prune(Path(), keep=1)
-        assert len(warnings) == 1 and "checkpoint-1 could not be removed" in warnings[0]
+        assert len(warnings) == 1 and "checkpoint-1 could not be deleted" in warnings[0]
 
     def without_the_right_to_look() -> None:
         if os.getuid() == 0:
@@ -325,12 +341,12 @@ def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path):
         warnings = prune(tmp_path, keep=1)
         assert len(warnings) == 1 and "could not be pruned" in warnings[0]
 
-    assert status_of(fork(without_the_right_to_write)) == 0
+    assert wait_for(fork(without_the_right_to_write)) == 0
     tmp_path.chmod(0o000)
-    assert status_of(fork(without_the_right_to_look)) == 0
+    assert wait_for(fork(without_the_right_to_look)) == 0
     tmp_path.chmod(0o755)
     assert verify(tmp_path / "checkpoint-1", hashes=True) == []
-    assert prune(tmp_path, keep=1) == [] and names(tmp_path) == ["checkpoint-2"]
+    assert prune(tmp_path, keep=1) == [] and file_names(tmp_path) == ["checkpoint-2"]
 
 
 def test_sweep_removes_leftovers_of_ours_only(tmp_path):
@@ -347,35 +363,35 @@ def test_sweep_removes_leftovers_of_ours_only(tmp_path):
     kept = [".tmp", ".tmp-mine", ".trash-1", ".tmp-notes-0123456789", "precious"]
     for name in kept[:-1]:
         (tmp_path / name).mkdir()
-    assert sweep(tmp_path) == []
-    assert names(tmp_path) == sorted(kept)
-    assert sweep(tmp_path / "absent") == []
+    assert remove_leftovers(tmp_path) == []
+    assert file_names(tmp_path) == sorted(kept)
+    assert remove_leftovers(tmp_path / "absent") == []
 
 
 # --- room and the lock -----------------------------------------------------------------------------------------------
 
 
 def test_room_is_told_in_numbers(tmp_path):
-    room_for(tmp_path / "not" / "yet" / "there", 1)
+    require_disk_space(tmp_path / "not" / "yet" / "there", 1)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(UserError, match=r"needs 1e\+09 GB, the disk has [0-9.e+]+ GB") as caught:
-        room_for(tmp_path / "run", 10**18)
+    with pytest.raises(UserError, match=r"needs 1e\+09 GB of disk space, [0-9.e+]+ GB are free") as caught:
+        require_disk_space(tmp_path / "run", 10**18)
     assert caught.value.exit_code == STORAGE and free < 10**18
 
 
 def test_a_second_run_is_refused_with_the_owner_named(tmp_path):
     run = tmp_path / "new" / "run"
-    with hold(run) as warnings:
+    with lock_folder(run) as warnings:
         assert warnings == []
 
         def second() -> None:
-            with pytest.raises(UserError) as caught, hold(run):
+            with pytest.raises(UserError) as caught, lock_folder(run):
                 pass
             assert caught.value.exit_code == FLAGS
-            assert f"held by pid {os.getppid()} on host " in caught.value.line() and " since 2" in caught.value.line()
+            assert f"in use by pid {os.getppid()} on host " in caught.value.line() and " since 2" in caught.value.line()
 
-        assert status_of(fork(second)) == 0
-    with hold(run):
+        assert wait_for(fork(second)) == 0
+    with lock_folder(run):
         pass
 
 
@@ -387,18 +403,18 @@ def test_the_lock_dies_with_its_owner_and_not_with_its_workers(tmp_path):
         time.sleep(60)
 
     def owner() -> None:
-        with hold(tmp_path):
+        with lock_folder(tmp_path):
             fork(work)
             time.sleep(60)
 
     child = fork(owner)
     worker = int(os.read(reader, 20))
     try:
-        with pytest.raises(UserError), hold(tmp_path):
+        with pytest.raises(UserError), lock_folder(tmp_path):
             pass
         os.kill(child, signal.SIGKILL)
-        status_of(child)
-        with hold(tmp_path):
+        wait_for(child)
+        with lock_folder(tmp_path):
             os.kill(worker, 0)  # it still lives
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -409,14 +425,14 @@ def test_a_file_system_without_locks_costs_a_warning_not_the_run(tmp_path, monke
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # as a mount without its lock service answers
 
     monkeypatch.setattr("videox.run.folder.fcntl.flock", no_locks)
-    with hold(tmp_path) as warnings:
-        assert len(warnings) == 1 and "no file locks here" in warnings[0] and "No locks available" in warnings[0]
+    with lock_folder(tmp_path) as warnings:
+        assert len(warnings) == 1 and "has no file locks" in warnings[0] and "No locks available" in warnings[0]
 
 
 def test_a_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError) as caught, hold(tmp_path):
+    with pytest.raises(UserError) as caught, lock_folder(tmp_path):
         pass
     assert caught.value.exit_code == STORAGE and (tmp_path / "victim").read_text() == "precious"
 
@@ -426,9 +442,9 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
 
 def resume_and_train(run: Path, published: int) -> None:
     """A run in small: resume, train AdamW, record, save and prune until killed; tells each publication on a pipe."""
-    with hold(run):
-        sweep(run)
-        start = resolve_resume("latest", run, previous_run_died=True, verify_hashes=False)
+    with lock_folder(run):
+        remove_leftovers(run)
+        start = resolve_resume("latest", run, previous_run_killed=True, verify_hashes=False)
         rewind(run, start.step)
         weight = torch.nn.Parameter(torch.zeros(300))
         optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -443,7 +459,7 @@ def resume_and_train(run: Path, published: int) -> None:
                 log.write(json.dumps({"step": step, "loss": float(weight.sum())}) + "\n")
             if step % 2:
                 continue
-            with publishing(run, step, is_main=True, gather=alone, description={}) as folder:
+            with publish_checkpoint(run, step, is_main=True, gather=gather_single, description={}) as folder:
                 assert folder is not None
                 save_weights(folder / "transformer", {"w": weight}, "{}", max_shard_size=100)
                 save_tensors(folder, optimizer_tensors(optimizer, {weight: "w"}), stem="optimizer")
@@ -475,19 +491,19 @@ def test_forty_kills_at_random_instants_lose_nothing(tmp_path):
         os.close(writer)
         time.sleep(chance.uniform(0.0, span))
         os.kill(child, signal.SIGKILL)
-        assert status_of(child) == -signal.SIGKILL
+        assert wait_for(child) == -signal.SIGKILL
         with os.fdopen(reader) as lines:
             reached = [int(line) for line in lines]
         span *= 0.9 if reached else 1.2  # a busy machine needs longer for the same work
         announced = max([announced, *reached])
-        newest, warnings = latest(tmp_path, hashes=True)
+        newest, warnings = latest_checkpoint(tmp_path, hashes=True)
         assert warnings == [] and (newest is None) == (announced == 0 and not find_checkpoints(tmp_path))
         if newest is not None:
             assert read_manifest(newest)["step"] >= announced
 
-    with hold(tmp_path):  # the dead left no lock
-        assert sweep(tmp_path) == []
-        newest, _ = latest(tmp_path, hashes=True)
+    with lock_folder(tmp_path):  # the dead left no lock
+        assert remove_leftovers(tmp_path) == []
+        newest, _ = latest_checkpoint(tmp_path, hashes=True)
         step = read_manifest(newest)["step"]
         rewind(tmp_path, step)
     exact = unbroken(step)
@@ -495,5 +511,5 @@ def test_forty_kills_at_random_instants_lose_nothing(tmp_path):
     records = [json.loads(line) for line in (tmp_path / RECORDS[0]).read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, step + 1))
     assert [record["loss"] for record in records] == [float(weight.sum()) for weight in exact]
-    assert not [name for name in names(tmp_path) if name.startswith((".tmp", ".trash"))]
+    assert not [name for name in file_names(tmp_path) if name.startswith((".tmp", ".trash"))]
     assert len(find_checkpoints(tmp_path)) <= 3  # killed between a publication and its pruning

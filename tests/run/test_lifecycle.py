@@ -11,9 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from videox.errors import BUG, DATA, FLAGS, MODEL, NUMERICS, PEER_LOST, STORAGE, UserError
-from videox.files import SaveError
-from videox.run.lifecycle import INTERRUPTED, Run, exit_code, main_first, one_line, open_run, run_script
+from videox.distributed.collectives import run_on_main
+from videox.errors import (
+    BUG,
+    DATA,
+    FLAGS,
+    INTERRUPTED,
+    MODEL,
+    NUMERICS,
+    PEER_LOST,
+    STORAGE,
+    SaveError,
+    UserError,
+    error_line,
+    exit_code,
+)
+from videox.run.lifecycle import Run, open_run, run_script
 from videox.run.status import RunStatus, read_status
 
 
@@ -59,7 +72,7 @@ def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
         assert isinstance(run, Run)
         assert (run.resume.path, run.resume.step, run.notes) == (None, 0, ())
         status = read_status(tmp_path / "deep" / "run")
-        assert (status.state, status.exit_code, status.died) == ("running", None, False)
+        assert (status.state, status.exit_code, status.was_killed) == ("running", None, False)
         run.status.write("finished", step=3, exit_code=0)
     assert read_status(tmp_path / "deep" / "run").state == "finished"
 
@@ -97,7 +110,7 @@ def test_a_worker_that_ends_meanwhile_does_not_keep_the_status_from_being_writte
         (
             SaveError("/run: No space left"),
             STORAGE,
-            "error: /run: No space left. Fix: free some room, or give a folder that takes it",
+            "error: /run: No space left. Fix: free some disk space, or pass a writable folder",
         ),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
     ],
@@ -112,7 +125,7 @@ def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
     assert raised.value is error
     status = read_status(tmp_path)
     assert (status.state, status.exit_code, status.step, status.error) == ("failed", code, 7, line)
-    assert not status.died
+    assert not status.was_killed
 
 
 def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) -> None:
@@ -127,7 +140,7 @@ def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) ->
 def test_a_folder_has_one_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
         run.status.write("running", step=5)
-        with pytest.raises(UserError, match=r"is held by pid \d+ on host \S+ since") as refused, opened(tmp_path):
+        with pytest.raises(UserError, match=r"is in use by pid \d+ on host \S+ since") as refused, opened(tmp_path):
             pass
         assert refused.value.exit_code == FLAGS
         assert read_status(tmp_path).state == "running"  # the intruder has not written over it
@@ -140,12 +153,12 @@ def test_a_run_that_died_is_told_of(tmp_path: Path) -> None:
     text = (tmp_path / "run_status.json").read_text(encoding="utf-8")
     (tmp_path / "run_status.json").write_text(text.replace('"started": "', '"started": "9'), encoding="utf-8")
     with opened(tmp_path, resume="latest") as run:
-        assert "the last run here died without a goodbye at step 41" in run.notes
+        assert "the last run here ended without writing its status (killed?) at step 41" in run.notes
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
-    with pytest.raises(UserError, match="already holds a run") as refused, opened(tmp_path):
+    with pytest.raises(UserError, match="already contains a run") as refused, opened(tmp_path):
         pass
     assert refused.value.exit_code == FLAGS
     assert "--resume_from_checkpoint latest" in refused.value.hint
@@ -181,7 +194,7 @@ def test_main_works_first_and_alone() -> None:
     order = []
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
-        main_first(lambda: order.append(("work", rank)), is_main=rank == 0, gather=gather)
+        run_on_main(lambda: order.append(("work", rank)), is_main=rank == 0, gather=gather)
         order.append(("after", rank))
 
     assert together(work, 3) == [None, None, None]
@@ -194,7 +207,7 @@ def test_a_refusal_of_main_reaches_everyone() -> None:
         raise UserError("data", "is gone", "bring it back", DATA)
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
-        main_first(refuse, is_main=rank == 0, gather=gather)
+        run_on_main(refuse, is_main=rank == 0, gather=gather)
 
     assert [(str(found), found.exit_code) for found in together(work)] == [
         ("data: is gone. Fix: bring it back.", DATA)
@@ -222,7 +235,7 @@ def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> No
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)
     assert exit_code(ZeroDivisionError("division by zero")) == BUG
-    assert one_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
+    assert error_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
 
 
 # The interpreter's lock stays with the main thread, so that gloo's thread still waits for it when the process ends.

@@ -20,15 +20,15 @@ def test_status_reads_back_on_one_line_and_whole(tmp_path):
     status.write("running", step=3)
     mine = read_status(tmp_path)
     assert (mine.state, mine.step, mine.exit_code, mine.pid) == ("running", 3, None, os.getpid())
-    assert not mine.died
+    assert not mine.was_killed
     refusal = UserError("--train_data_meta", "holds\nno rows", "give rows", 3)
     status.write("failed", exit_code=3, error=refusal.line() + "\nmore")
     found = json.loads((tmp_path / "run_status.json").read_text())
     assert (found["state"], found["exit_code"], found["step"]) == ("failed", 3, 3)
     assert "\n" not in found["error"] and found["error"].startswith("error: --train_data_meta: holds")
-    assert not read_status(tmp_path).died
+    assert not read_status(tmp_path).was_killed
     assert [path.name for path in tmp_path.iterdir()] == ["run_status.json"]
-    with pytest.raises(ValueError, match="'done' is none of"):
+    with pytest.raises(ValueError, match="'done' is not one of"):
         status.write("done")
 
 
@@ -52,20 +52,20 @@ def test_a_run_that_was_killed_is_known(tmp_path, ending):
     )
     assert run_python(code, tmp_path, ending).returncode == (-signal.SIGKILL if ending == "kill" else 0)
     status = read_status(tmp_path)
-    assert (status.died, status.step) == (ending == "kill", 7)
+    assert (status.was_killed, status.step) == (ending == "kill", 7)
 
 
 def test_a_reused_process_number_another_host_and_a_torn_file_count_as_dead(tmp_path):
     RunStatus(tmp_path).write("running", step=1)
     path = tmp_path / "run_status.json"
     content = path.read_text()
-    assert not read_status(tmp_path).died
+    assert not read_status(tmp_path).was_killed
     for change in ({"started": "1"}, {"host": "elsewhere"}, {"pid": 2**22 + 1}):
         path.write_text(json.dumps(json.loads(content) | change))
-        assert read_status(tmp_path).died, change
+        assert read_status(tmp_path).was_killed, change
     for torn in (content[:20], "", "[]", '{"state": "running"}'):
         path.write_text(torn)
-        assert read_status(tmp_path).died, torn
+        assert read_status(tmp_path).was_killed, torn
 
 
 def test_a_status_that_cannot_be_written_warns_once(tmp_path, caplog):

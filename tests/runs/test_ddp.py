@@ -1,7 +1,6 @@
-"""Serves whoever trains on several devices: DDP on real processes is one process that accumulates, and stops whole.
+"""Tests of DDP on real processes: equal to gradient accumulation on one process, and all ranks stop and fail together.
 
-The launcher itself is started where the launcher matters; elsewhere its processes are forked with its variables, from
-one that has imported everything (see forkserver.py).
+Tests about the launcher start it. The others fork the ranks with the launcher's environment variables (forkserver.py).
 """
 
 from __future__ import annotations
@@ -19,52 +18,50 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from launches import output_of
 
 from videox.run.checkpoint import find_checkpoints, verify
 
 STEPS = 8
 FLAGS, PEER_LOST, BUG, STOPPED = 2, 7, 70, 75
-OUT_IN = 30.0  # seconds in which all processes are gone after one is
+EXIT_TIMEOUT = 30.0  # seconds within which all ranks must end after one has ended
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no")
 
 
-class Ground:
-    """A model and a data set, and a run of one process with two micro-batches a step."""
+class DdpRuns:
+    """A model and a data set, and a baseline run on one process with two micro-batches per step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = tiny.build_wan_t2v(folder / "model")
         self.metadata = tiny.make_dataset(folder / "data", copies=2)
-        self.alone = folder / "alone"
-        assert forkserver.shared().run(self.flags(self.alone, accumulation=2), self.log("alone")).code == 0
+        self.baseline = folder / "baseline"
+        assert forkserver.shared().run(self.flags(self.baseline, accumulation=2), self.log("baseline")).code == 0
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}-{time.monotonic_ns()}.log"
 
     def flags(self, output_dir: Path, *, accumulation: int = 1, **changes: object) -> list[str]:
-        asked = {"max_train_steps": STEPS, "checkpointing_steps": 4, "mixed_precision": "no"}
-        # Sums in another order differ in the last bit, and Adam with a tiny epsilon makes whole steps out of gradients
-        # that are nothing but such bits.
-        asked |= {"gradient_accumulation_steps": accumulation, "adam_epsilon": "1e-6"}
-        return runs.wan_plain(self.model, self.metadata, output_dir, **{**asked, **changes})
+        settings = {"max_train_steps": STEPS, "checkpointing_steps": 4, "mixed_precision": "no"}
+        # Sums in another order differ in the last bit. Adam with a tiny epsilon would turn gradients that consist of
+        # such rounding errors only into full steps.
+        settings |= {"gradient_accumulation_steps": accumulation, "adam_epsilon": "1e-6"}
+        return runs.wan_flags(self.model, self.metadata, output_dir, **{**settings, **changes})
 
-    def ranks(self, world_size: int, output_dir: Path, **changes: object) -> list[forkserver.Trainer]:
+    def start_ranks(self, world_size: int, output_dir: Path, **changes: object) -> list[forkserver.TrainerProcess]:
         return forkserver.shared().start_ranks(
             world_size, self.flags(output_dir, **changes), self.log(output_dir.name)
         )
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("ground"))
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> DdpRuns:
+    return DdpRuns(tmp_path_factory.mktemp("ddp"))
 
 
-def codes(ranks: list[forkserver.Trainer], limit: float = forkserver.LIMIT) -> list[int]:
-    return [rank.wait(limit) for rank in ranks]
-
-
-def said(ranks: list[forkserver.Trainer]) -> str:
-    return "\n".join(rank.said()[-3000:] for rank in ranks)
+def wait_for_all(ranks: list[forkserver.TrainerProcess], timeout: float = forkserver.TIMEOUT) -> list[int]:
+    """Wait for all ranks and return their exit codes."""
+    return [rank.wait(timeout) for rank in ranks]
 
 
 def written_steps(output_dir: Path) -> int:
@@ -73,14 +70,14 @@ def written_steps(output_dir: Path) -> int:
 
 
 def assert_equal_runs(output_dir: Path, expected: Path, tolerance: float, last: int = STEPS) -> None:
-    """Checks that two runs took the same samples, with equal losses, and ended with equal weights."""
-    found, wanted = forkserver.steps(output_dir), forkserver.steps(expected)
+    """Check that two runs used the same samples, with equal losses, and ended with equal weights."""
+    found, expected_steps = forkserver.read_steps(output_dir), forkserver.read_steps(expected)
     assert [line["step"] for line in found] == list(range(1, last + 1))
     for name in ("rows", "buckets", "lr", "tokens"):
-        assert [line[name] for line in found] == [line[name] for line in wanted], name
+        assert [line[name] for line in found] == [line[name] for line in expected_steps], name
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(
-            [line[name] for line in found], [line[name] for line in wanted], rtol=tolerance, err_msg=name
+            [line[name] for line in found], [line[name] for line in expected_steps], rtol=tolerance, err_msg=name
         )
     a, b = (runs.read_weights(folder / f"checkpoint-{last}" / "transformer") for folder in (output_dir, expected))
     assert a.keys() == b.keys()
@@ -88,205 +85,204 @@ def assert_equal_runs(output_dir: Path, expected: Path, tolerance: float, last: 
         np.testing.assert_allclose(a[name].numpy(), b[name].numpy(), rtol=0, atol=1e-5, err_msg=name)
 
 
-# ------------------------------------------------------------------------------ the same run, divided
+# -------------------------------------------------------------------------------------- the same run on more processes
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(ground: Ground, tmp_path: Path) -> None:
-    ranks = ground.ranks(2, tmp_path / "run", dataloader_num_workers=1)
-    assert codes(ranks) == [0, 0], said(ranks)
-    assert "backend     ddp" in ranks[0].said()
-    assert "processes   2" in ranks[0].said()
-    assert "processes" not in ranks[1].said()
-    assert_equal_runs(tmp_path / "run", ground.alone, 1e-5)
+def test_two_ranks_equal_one_with_twice_the_accumulation(ddp: DdpRuns, tmp_path: Path) -> None:
+    ranks = ddp.start_ranks(2, tmp_path / "run", dataloader_num_workers=1)
+    assert wait_for_all(ranks) == [0, 0], output_of(ranks)
+    assert "backend     ddp" in ranks[0].output()
+    assert "processes   2" in ranks[0].output()
+    assert "processes" not in ranks[1].output()
+    assert_equal_runs(tmp_path / "run", ddp.baseline, 1e-5)
 
 
-def test_two_processes_go_on_as_one(ground: Ground, tmp_path: Path) -> None:
+def test_a_run_on_two_ranks_resumes_on_one(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = ground.ranks(2, folder, max_train_steps=4)
-    assert codes(ranks) == [0, 0], said(ranks)
-    alone = forkserver.shared().run(ground.flags(folder, resume_from_checkpoint="latest"), ground.log("go-on"))
-    assert alone.code == 0, alone.said()[-4000:]
-    assert_equal_runs(folder, ground.alone, 1e-6)
+    ranks = ddp.start_ranks(2, folder, max_train_steps=4)
+    assert wait_for_all(ranks) == [0, 0], output_of(ranks)
+    resumed = forkserver.shared().run(ddp.flags(folder, resume_from_checkpoint="latest"), ddp.log("resumed"))
+    assert resumed.code == 0, resumed.output()[-4000:]
+    assert_equal_runs(folder, ddp.baseline, 1e-6)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_as_two_and_as_four(ground: Ground, tmp_path: Path) -> None:
+def test_a_run_on_one_rank_resumes_on_four_two_and_one(ddp: DdpRuns, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     server = forkserver.shared()
-    assert server.run(ground.flags(whole, accumulation=4), ground.log("whole")).code == 0
-    assert server.run(ground.flags(folder, accumulation=4, max_train_steps=4), ground.log("begin")).code == 0
+    assert server.run(ddp.flags(whole, accumulation=4), ddp.log("whole")).code == 0
+    assert server.run(ddp.flags(folder, accumulation=4, max_train_steps=4), ddp.log("begin")).code == 0
     for world_size, last in ((4, 5), (2, 7), (1, STEPS)):
-        ranks = ground.ranks(world_size, folder, max_train_steps=last, resume_from_checkpoint="latest")
-        assert codes(ranks) == [0] * world_size, said(ranks)
+        ranks = ddp.start_ranks(world_size, folder, max_train_steps=last, resume_from_checkpoint="latest")
+        assert wait_for_all(ranks) == [0] * world_size, output_of(ranks)
     assert_equal_runs(folder, whole, 1e-5)
 
 
 @pytest.mark.slow
-def test_a_resumed_pair_is_equal_to_the_bit(ground: Ground, tmp_path: Path) -> None:
+def test_resume_on_two_ranks_is_bit_identical(ddp: DdpRuns, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert codes(ground.ranks(2, whole, mixed_precision="bf16")) == [0, 0]
-    ranks = ground.ranks(2, folder, mixed_precision="bf16")
-    ranks[0].until(lambda: written_steps(folder) >= 5)
+    assert wait_for_all(ddp.start_ranks(2, whole, mixed_precision="bf16")) == [0, 0]
+    ranks = ddp.start_ranks(2, folder, mixed_precision="bf16")
+    ranks[0].wait_until(lambda: written_steps(folder) >= 5)
     for rank in ranks:
         rank.kill()
-    codes(ranks)
-    assert codes(ground.ranks(2, folder, mixed_precision="bf16", resume_from_checkpoint="latest")) == [0, 0]
+    wait_for_all(ranks)
+    assert wait_for_all(ddp.start_ranks(2, folder, mixed_precision="bf16", resume_from_checkpoint="latest")) == [0, 0]
     assert forkserver.differences(folder, whole, STEPS) == []
 
 
-def test_a_number_of_processes_that_does_not_divide_is_refused(ground: Ground, tmp_path: Path) -> None:
-    folder = shutil.copytree(ground.alone, tmp_path / "run")
-    ranks = ground.ranks(3, folder, resume_from_checkpoint="latest")
-    assert codes(ranks) == [FLAGS] * 3, said(ranks)
-    assert "3 does not divide the 2 slots of an optimizer step" in ranks[0].complaint()
-    assert "start one of 1, 2 processes" in ranks[0].complaint()
-    assert not any("error: " in rank.said() for rank in ranks[1:])  # once is enough
+def test_a_world_size_that_does_not_divide_the_step_is_refused(ddp: DdpRuns, tmp_path: Path) -> None:
+    folder = shutil.copytree(ddp.baseline, tmp_path / "run")
+    ranks = ddp.start_ranks(3, folder, resume_from_checkpoint="latest")
+    assert wait_for_all(ranks) == [FLAGS] * 3, output_of(ranks)
+    assert "3 does not divide the 2 slots of an optimizer step" in ranks[0].error_line()
+    assert "launch one of 1, 2 processes" in ranks[0].error_line()
+    assert not any("error: " in rank.output() for rank in ranks[1:])  # printed once
 
 
-# -------------------------------------------------------------------------------------- ended together
+# ---------------------------------------------------------------------------------------------- all ranks end together
 
 
-def check_stopped(ground: Ground, folder: Path) -> None:
-    """Checks that a run was saved where it stopped, and goes on to the end."""
-    status, step = forkserver.status(folder), written_steps(folder)
+def check_stopped(ddp: DdpRuns, folder: Path) -> None:
+    """Check that a run was saved at the step where it stopped, and that it can be resumed to the end."""
+    status, step = forkserver.read_status(folder), written_steps(folder)
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", STOPPED, step)
     assert 0 < step < STEPS
     assert verify(folder / f"checkpoint-{step}", hashes=True) == []
-    alone = forkserver.shared().run(ground.flags(folder, resume_from_checkpoint="latest"), ground.log("go-on"))
-    assert alone.code == 0, alone.said()[-4000:]
-    assert_equal_runs(folder, ground.alone, 1e-5)
+    resumed = forkserver.shared().run(ddp.flags(folder, resume_from_checkpoint="latest"), ddp.log("resumed"))
+    assert resumed.code == 0, resumed.output()[-4000:]
+    assert_equal_runs(folder, ddp.baseline, 1e-5)
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(ground: Ground, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = ground.ranks(2, folder)
-    ranks[0].until(lambda: written_steps(folder) >= 2)
+    ranks = ddp.start_ranks(2, folder)
+    ranks[0].wait_until(lambda: written_steps(folder) >= 2)
     ranks[1].signal(signal.SIGTERM)
-    assert codes(ranks, OUT_IN) == [STOPPED, STOPPED], said(ranks)
-    assert "stopped by another process at step" in ranks[0].said()
-    check_stopped(ground, folder)
+    assert wait_for_all(ranks, EXIT_TIMEOUT) == [STOPPED, STOPPED], output_of(ranks)
+    assert "stopped by another process at step" in ranks[0].output()
+    check_stopped(ddp, folder)
 
 
-def check_ended(ground: Ground, folder: Path, ranks: list[forkserver.Trainer], newest: int) -> None:
-    """Checks that no process goes on alone, that nothing half stands there, and that the run goes on."""
-    assert all(code != 0 for code in codes(ranks, OUT_IN)), said(ranks)
-    assert forkserver.status(folder)["state"] == "failed"
+def check_failed(ddp: DdpRuns, folder: Path, ranks: list[forkserver.TrainerProcess], newest: int) -> None:
+    """Check that all ranks ended, that no partial checkpoint is left, and that the run can be resumed."""
+    assert all(code != 0 for code in wait_for_all(ranks, EXIT_TIMEOUT)), output_of(ranks)
+    assert forkserver.read_status(folder)["state"] == "failed"
     assert not list(folder.glob(".tmp-checkpoint-*"))
     assert [path.name for path in find_checkpoints(folder)] == ([f"checkpoint-{newest}"] if newest else [])
     assert all(verify(path, hashes=True) == [] for path in find_checkpoints(folder))
-    again = ground.ranks(2, folder, resume_from_checkpoint="latest")
-    assert codes(again) == [0, 0], said(again)
-    assert_equal_runs(folder, ground.alone, 1e-5)
+    resumed = ddp.start_ranks(2, folder, resume_from_checkpoint="latest")
+    assert wait_for_all(resumed) == [0, 0], output_of(resumed)
+    assert_equal_runs(folder, ddp.baseline, 1e-5)
 
 
 def fail_in_sixth_batch() -> int:
-    """Trains in a process whose sixth micro-batch raises; forked by the tests below."""
+    """Entry point of a forked rank: train, and raise in the sixth micro-batch."""
     script, batches = tiny.load_script(forkserver.SCRIPT), iter(range(1, 6))
     compute = script.accumulate_gradients
 
-    def computed_five_times(*arguments: object) -> object:
+    def fail_after_five(*arguments: object) -> object:
         if next(batches, None) is None:
-            raise RuntimeError("this process fails")
+            raise RuntimeError("injected failure")
         return compute(*arguments)
 
-    script.accumulate_gradients = computed_five_times
+    script.accumulate_gradients = fail_after_five
     return script.main()
 
 
-def test_one_process_that_fails_ends_all(ground: Ground, tmp_path: Path) -> None:
+def test_one_process_that_fails_ends_all(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ranks = forkserver.shared().start_ranks(
-        2, ground.flags(folder), ground.log("fails"), work=("", "tests.runs.test_ddp:fail_in_sixth_batch")
+        2, ddp.flags(folder), ddp.log("fails"), entry_points=("", "tests.runs.test_ddp:fail_in_sixth_batch")
     )
-    assert codes(ranks, OUT_IN)[0] == BUG, said(ranks)
-    assert (
-        "".join(rank.said() for rank in ranks).count("RuntimeError: this process fails") == 1
-    )  # by the one that does
-    status = forkserver.status(folder)
-    assert (status["exit_code"], status["error"]) == (BUG, "error: process 1: RuntimeError: this process fails")
-    check_ended(ground, folder, ranks, newest=4)
+    assert wait_for_all(ranks, EXIT_TIMEOUT)[0] == BUG, output_of(ranks)
+    # printed by the failing rank only
+    assert "".join(rank.output() for rank in ranks).count("RuntimeError: injected failure") == 1
+    status = forkserver.read_status(folder)
+    assert (status["exit_code"], status["error"]) == (BUG, "error: process 1: RuntimeError: injected failure")
+    check_failed(ddp, folder, ranks, newest=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_inside_a_save_leaves_nothing_half(ground: Ground, tmp_path: Path, victim: int) -> None:
+def test_a_rank_killed_during_a_save_leaves_no_partial_checkpoint(ddp: DdpRuns, tmp_path: Path, victim: int) -> None:
     folder = tmp_path / "run"
-    ranks = ground.ranks(2, folder, checkpointing_steps=2)
-    while ranks[0].until(lambda: list(folder.glob(".tmp-checkpoint-*"))):
+    ranks = ddp.start_ranks(2, folder, checkpointing_steps=2)
+    while ranks[0].wait_until(lambda: list(folder.glob(".tmp-checkpoint-*"))):
         ranks[victim].signal(signal.SIGSTOP)
         if list(folder.glob(".tmp-checkpoint-*")):
             break
         ranks[victim].signal(signal.SIGCONT)
     saved = [path.name for path in find_checkpoints(folder)]
     ranks[victim].kill()
-    assert codes(ranks, OUT_IN)[1 - victim] == PEER_LOST, said(ranks)
-    assert forkserver.status(folder)["exit_code"] == PEER_LOST
+    assert wait_for_all(ranks, EXIT_TIMEOUT)[1 - victim] == PEER_LOST, output_of(ranks)
+    assert forkserver.read_status(folder)["exit_code"] == PEER_LOST
     assert [path.name for path in find_checkpoints(folder)] == saved
     assert all(verify(path, hashes=True) == [] for path in find_checkpoints(folder))
-    again = ground.ranks(2, folder, resume_from_checkpoint="latest")
-    assert codes(again) == [0, 0], said(again)
+    resumed = ddp.start_ranks(2, folder, resume_from_checkpoint="latest")
+    assert wait_for_all(resumed) == [0, 0], output_of(resumed)
     assert not list(folder.glob(".tmp-checkpoint-*"))
-    assert_equal_runs(folder, ground.alone, 1e-5)
+    assert_equal_runs(folder, ddp.baseline, 1e-5)
 
 
-def test_processes_with_other_flags_are_found_out_at_the_first_step(ground: Ground, tmp_path: Path) -> None:
+def test_ranks_with_different_flags_fail_at_the_first_step(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = forkserver.shared().run_ranks(
-        2, [ground.flags(folder), ground.flags(folder, seed=43)], ground.log("seeds")
-    )
-    assert codes(ranks) == [PEER_LOST, PEER_LOST], said(ranks)
-    assert "ranks [1] are not at the step of rank 0" in ranks[0].complaint()
+    ranks = forkserver.shared().run_ranks(2, [ddp.flags(folder), ddp.flags(folder, seed=43)], ddp.log("seeds"))
+    assert wait_for_all(ranks) == [PEER_LOST, PEER_LOST], output_of(ranks)
+    assert "ranks [1] are not at the step of rank 0" in ranks[0].error_line()
     assert find_checkpoints(folder) == []
 
 
-# ------------------------------------------------------------------------------------ the launcher itself
+# --------------------------------------------------------------------------------------------------- the real launcher
 
 
-def launched(
-    ground: Ground, output_dir: Path, *launcher: str, cpu: bool = True, **changes: object
+def start_launcher(
+    ddp: DdpRuns, output_dir: Path, *launcher: str, cpu: bool = True, **changes: object
 ) -> subprocess.Popen:
-    environment = {name: value for name, value in runs.environment().items() if cpu or name != "ACCELERATE_USE_CPU"}
+    environment = {
+        name: value for name, value in runs.child_environment().items() if cpu or name != "ACCELERATE_USE_CPU"
+    }
     with output_dir.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [*LAUNCH, *launcher, runs.WAN, *ground.flags(output_dir, **changes)],
+            [*LAUNCH, *launcher, runs.WAN_SCRIPT, *ddp.flags(output_dir, **changes)],
             cwd=tiny.ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
 
-def output(output_dir: Path) -> str:
+def launcher_output(output_dir: Path) -> str:
     return output_dir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
 
 
-def test_a_signal_to_the_launcher_stops_and_saves(ground: Ground, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_stops_and_saves(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launcher = launched(ground, folder, "--multi_gpu", "--num_processes", "2", dataloader_num_workers=2)
-    deadline = time.monotonic() + forkserver.LIMIT
+    launcher = start_launcher(ddp, folder, "--multi_gpu", "--num_processes", "2", dataloader_num_workers=2)
+    deadline = time.monotonic() + forkserver.TIMEOUT
     while written_steps(folder) < 2:
-        assert launcher.poll() is None, output(folder)
-        assert time.monotonic() < deadline, output(folder)
+        assert launcher.poll() is None, launcher_output(folder)
+        assert time.monotonic() < deadline, launcher_output(folder)
         time.sleep(0.002)
     os.kill(launcher.pid, signal.SIGTERM)
-    assert launcher.wait(OUT_IN) != 0
-    assert "backend     ddp" in output(folder)
-    assert "processes   2" in output(folder)
-    check_stopped(ground, folder)
+    assert launcher.wait(EXIT_TIMEOUT) != 0
+    assert "backend     ddp" in launcher_output(folder)
+    assert "processes   2" in launcher_output(folder)
+    check_stopped(ddp, folder)
 
 
 @pytest.mark.slow
-def test_the_launcher_without_the_cpu_variable_is_refused(ground: Ground, tmp_path: Path) -> None:
-    # Without it accelerate would let each of the two processes train by itself, and both would write.
+def test_the_launcher_without_the_cpu_variable_is_refused(ddp: DdpRuns, tmp_path: Path) -> None:
+    # Without the variable accelerate would make each of the two processes train on its own, and both would write.
     folder = tmp_path / "run"
-    assert launched(ground, folder, "--multi_gpu", "--num_processes", "2", cpu=False).wait(forkserver.LIMIT) != 0
-    assert "2 processes asked for, 1 joined" in output(folder)
-    assert "ACCELERATE_USE_CPU=true" in output(folder)
+    assert start_launcher(ddp, folder, "--multi_gpu", "--num_processes", "2", cpu=False).wait(forkserver.TIMEOUT) != 0
+    assert "2 processes were requested, 1 joined" in launcher_output(folder)
+    assert "ACCELERATE_USE_CPU=true" in launcher_output(folder)
     assert not (folder / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_the_launcher_without_multi_gpu_trains_one_process_and_says_so(ground: Ground, tmp_path: Path) -> None:
-    # Without a GPU accelerate starts one process whatever --num_processes says, and tells it nothing of the others.
+def test_the_launcher_without_multi_gpu_trains_and_reports_one_process(ddp: DdpRuns, tmp_path: Path) -> None:
+    # Without a GPU accelerate ignores --num_processes: it starts one process, which knows nothing of a larger launch.
     folder = tmp_path / "run"
-    assert launched(ground, folder, "--num_processes", "2", max_train_steps=2).wait(forkserver.LIMIT) == 0
-    assert "backend     single" in output(folder)
-    assert "processes   1" in output(folder)
-    assert forkserver.status(folder)["state"] == "finished"
+    assert start_launcher(ddp, folder, "--num_processes", "2", max_train_steps=2).wait(forkserver.TIMEOUT) == 0
+    assert "backend     single" in launcher_output(folder)
+    assert "processes   1" in launcher_output(folder)
+    assert forkserver.read_status(folder)["state"] == "finished"

@@ -23,15 +23,15 @@ KINDS = [(family, mode) for family, modes in demo.MODES.items() for mode in mode
 
 def test_both_families_have_both_modes() -> None:
     assert {family: set(modes) for family, modes in demo.MODES.items()} == {
-        family: {"normal", "i2v"} for family in runs.TRAINERS
+        family: {"normal", "i2v"} for family in runs.TRAIN_SCRIPTS
     }
 
 
 @pytest.mark.parametrize(("family", "mode"), KINDS)
 def test_the_trainer_takes_the_demos_flags(family: str, mode: str, tmp_path: Path) -> None:
     command = demo.train_command(family, mode, tmp_path / "model", tmp_path / "data", tmp_path / "run")
-    flags = command[command.index(runs.TRAINERS[family]) + 1 :]
-    args = runs.script(family).parse_args(flags)
+    flags = command[command.index(runs.TRAIN_SCRIPTS[family]) + 1 :]
+    args = runs.train_script(family).parse_args(flags)
     assert (args.train_mode, args.max_train_steps) == (mode, demo.STEPS)
     assert [Path(path).name for path in args.validation_paths] == ([demo.HELD_PHOTO] if mode == "i2v" else [])
     assert demo.CHECKPOINT_EVERY < demo.STOP_AT < demo.STEPS  # it is stopped with a checkpoint behind it
@@ -44,8 +44,8 @@ def test_the_command_to_type_next_is_one(
     demo.report(family, mode, tmp_path, [{"step": 0, "loss": 2.0}, {"step": 60, "loss": 1.0}], 1.0)
     printed = capsys.readouterr().out
     words = shlex.split(printed[printed.index("accelerate launch") :].replace("\\\n", " "))
-    assert words[3] == runs.TRAINERS[family]
-    assert runs.script(family).parse_args(words[4:]).train_mode == mode
+    assert words[3] == runs.TRAIN_SCRIPTS[family]
+    assert runs.train_script(family).parse_args(words[4:]).train_mode == mode
     kind = demo.MODES[family][mode]
     assert f"models/Diffusion_Transformer/{kind.weights}" in (tiny.ROOT / "models/README.md").read_text("utf-8")
     assert issubclass(getattr(diffusers, kind.pipeline), diffusers.DiffusionPipeline)

@@ -1,4 +1,4 @@
-"""Serves --dry_run, --explain and the first minute: what they say is what a run does, and they do nothing else."""
+"""Tests of --dry_run, --explain and --try_largest_first: they report what a run does, and change nothing else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from videox.data.extent import largest_bucket
-from videox.data.index.index import Index
+from videox.data.index.index import Index, MediaColumns
 from videox.data.plan.balance import PlanBalance
-from videox.data.plan.buckets import CROP_RATIOS, SizePolicy, cut_share, exact_sides
-from videox.data.plan.plan import plan_epoch
-from videox.data.plan.settings import Columns, PlanSettings
+from videox.data.plan.buckets import CROP_RATIOS, SizePolicy, crop_share, exact_sides
+from videox.data.plan.plan import largest_bucket, plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import FLAGS, STORAGE
 from videox.estimate.data_report import cut_lines
 from videox.estimate.mfu import PEAKS, peak_of
@@ -43,15 +42,15 @@ WORLDS = {"1", "8", "64", "512"}
 QUICK = {"mixed_precision": "no", "gradient_checkpointing": None, "tokenizer_max_length": 16, "max_train_steps": 3}
 
 
-def described(metadata: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a data set with the columns that tell all of their files."""
-    known = {name: {"width": w, "height": h, "num_frames": n, "fps": fps} for name, w, h, n, fps in tiny.DATASET}
+def rows_with_sizes(metadata: Path) -> list[dict[str, Any]]:
+    """Return the rows of a data set with width, height, num_frames and fps added, so that no file must be probed."""
+    columns = {name: {"width": w, "height": h, "num_frames": n, "fps": fps} for name, w, h, n, fps in tiny.DATASET}
     rows = json.loads(metadata.read_text(encoding="utf-8"))
-    return [{**row, **known[row["file_path"]]} for row in rows]
+    return [{**row, **columns[row["file_path"]]} for row in rows]
 
 
-class Ground:
-    """A tiny model, clips, and a model folder and metadata without anything but what planning needs."""
+class PlanSetup:
+    """A tiny model and clips; and a model folder without weights and metadata without clips, enough for planning."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,31 +58,32 @@ class Ground:
         self.metadata = tiny.make_dataset(folder / "data", copies=2)
         self.bare = folder / "bare"
         shutil.copytree(self.model, self.bare, ignore=shutil.ignore_patterns("*.safetensors"))
-        self.table = folder / "alone" / "metadata.json"
+        self.table = folder / "metadata_only" / "metadata.json"
         self.table.parent.mkdir()
-        self.table.write_text(json.dumps(described(self.metadata)), encoding="utf-8")
+        self.table.write_text(json.dumps(rows_with_sizes(self.metadata)), encoding="utf-8")
 
-    def plan(self, name: str, **changes: object) -> tuple[runs.Outcome, dict[str, Any]]:
+    def dry_run(self, name: str, **changes: object) -> tuple[runs.Outcome, dict[str, Any]]:
+        """Run --dry_run; return the outcome and plan_report.json."""
         flags = {"dry_run": True, "dry_run_backend": "ddp", "dry_run_processes": 2, **changes}
-        outcome = runs.train(runs.wan_plain(self.bare, self.table, self.folder / name, **flags))
+        outcome = runs.train(runs.wan_flags(self.bare, self.table, self.folder / name, **flags))
         assert outcome.code == 0, outcome.stderr
         path = outcome.folder / "plan_report.json"
         return outcome, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("dry"))
+def setup(tmp_path_factory: pytest.TempPathFactory) -> PlanSetup:
+    return PlanSetup(tmp_path_factory.mktemp("dry"))
 
 
-# ------------------------------------------------------------------------------------------------------- dry run
+# ------------------------------------------------------------------------------------------------------------- dry run
 
 
-def test_a_dry_run_needs_neither_weights_nor_media(ground: Ground) -> None:
-    assert not list(ground.bare.rglob("*.safetensors")) and len(list(ground.table.parent.iterdir())) == 1
-    outcome, report = ground.plan("bare-plan")
+def test_a_dry_run_needs_neither_weights_nor_media(setup: PlanSetup) -> None:
+    assert not list(setup.bare.rglob("*.safetensors")) and len(list(setup.table.parent.iterdir())) == 1
+    outcome, report = setup.dry_run("bare-plan")
     assert set(report) == KEYS
-    assert sum(report["fates"].values()) == report["rows"] == len(json.loads(ground.table.read_text()))
+    assert sum(report["fates"].values()) == report["rows"] == len(json.loads(setup.table.read_text()))
     assert set(report["attributes"]) == ATTRIBUTES
     assert all(set(report[name]) == WORLDS for name in ("balance", "balance_unplanned", "mix"))
     assert 0 <= report["cropped"]["median"] <= report["cropped"]["p95"] <= report["cropped"]["max"] < 1
@@ -97,95 +97,99 @@ def test_a_dry_run_needs_neither_weights_nor_media(ground: Ground) -> None:
         assert word in outcome.stdout
 
 
-def test_a_plan_file_is_what_a_run_trains(ground: Ground) -> None:
+def test_a_plan_file_is_what_a_run_trains(setup: PlanSetup) -> None:
     steps = {**QUICK, "gradient_accumulation_steps": 2, "dry_run_processes": 1}
-    outcome, report = ground.plan("plan-1", **steps, dry_run_plan=[1, 2])
+    outcome, report = setup.dry_run("plan-1", **steps, dry_run_plan=[1, 2])
     flags = {name: value for name, value in steps.items() if not name.startswith("dry_run")}
-    trained = runs.train(runs.wan_plain(ground.model, ground.metadata, ground.folder / "trained", **flags))
+    trained = runs.train(runs.wan_flags(setup.model, setup.metadata, setup.folder / "trained", **flags))
     assert trained.code == 0, trained.stderr
     planned = read_lines(outcome.folder / "plan-1.jsonl")
     assert report["steps_per_epoch"] == planned[-1]["step"]
     for record in trained.metrics:
-        mine = [line for line in planned if line["step"] == record["step"]]
-        assert [line["row"] for line in mine] == record["rows"]
-        assert [[line["frames"], line["height"], line["width"]] for line in mine] == record["buckets"]
+        of_step = [line for line in planned if line["step"] == record["step"]]
+        assert [line["row"] for line in of_step] == record["rows"]
+        assert [[line["frames"], line["height"], line["width"]] for line in of_step] == record["buckets"]
     two = read_lines(outcome.folder / "plan-2.jsonl")
     assert sorted(line["row"] for line in two) == sorted(line["row"] for line in planned)
     assert {line["rank"] for line in two} == {0, 1}
 
 
-def test_a_running_folder_is_left_alone(ground: Ground) -> None:
-    folder = ground.folder / "someones"
+def test_a_dry_run_does_not_touch_a_running_folder(setup: PlanSetup) -> None:
+    folder = setup.folder / "running"
     folder.mkdir()
     (folder / "run_status.json").write_text('{"state": "running"}', encoding="utf-8")
     (folder / "run.lock").write_text("held", encoding="utf-8")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    ground.plan("someones")
+    setup.dry_run("running")
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_only_files_that_the_metadata_does_not_describe_are_looked_at(ground: Ground, tmp_path: Path) -> None:
-    table = described(ground.metadata)
-    del table[0]["width"]
-    metadata = ground.metadata.parent / "one_incomplete.json"
-    metadata.write_text(json.dumps(table[:3]), encoding="utf-8")
-    flags = runs.wan_plain(ground.bare, metadata, tmp_path / "out", dry_run=True)
+def test_only_files_without_sizes_in_the_metadata_are_probed(setup: PlanSetup, tmp_path: Path) -> None:
+    rows = rows_with_sizes(setup.metadata)
+    del rows[0]["width"]
+    metadata = setup.metadata.parent / "one_incomplete.json"
+    metadata.write_text(json.dumps(rows[:3]), encoding="utf-8")
+    flags = runs.wan_flags(setup.bare, metadata, tmp_path / "out", dry_run=True)
     outcome = runs.train(flags)
     assert outcome.code == 0 and "1 files are not described" in outcome.stdout, outcome.stderr
 
 
-def test_the_verdict_names_the_nearest_setting_that_fits(ground: Ground) -> None:
-    outcome, report = ground.plan("tight", gpu_memory=1.0)
+def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
+    outcome, report = setup.dry_run("tight", gpu_memory=1.0)
     assert "does not fit into 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
-    fast, _ = ground.plan("fast", assumed_mfu=0.5, peak_tflops=100)
+    fast, _ = setup.dry_run("fast", assumed_mfu=0.5, peak_tflops=100)
     assert "50% of 100 TFLOP/s" in fast.stdout
 
 
-def test_the_backend_decides_what_memory_holds(ground: Ground) -> None:
-    two, three = (ground.plan(name, dry_run_backend=name)[1]["memory"] for name in ("zero2", "zero3"))
+def test_estimated_memory_depends_on_the_backend(setup: PlanSetup) -> None:
+    two, three = (setup.dry_run(name, dry_run_backend=name)[1]["memory"] for name in ("zero2", "zero3"))
     assert three["weights"] == two["weights"] // 2 and three["masters"] == two["masters"]
     assert three["checkpoint"] < two["checkpoint"]
 
 
-def test_a_lora_and_an_optimizer_take_less_than_all_that_trains(ground: Ground) -> None:
-    whole, lora, rounded = (
-        ground.plan(name, mixed_precision="bf16", **flags)[1]
-        for name, flags in (("whole", {}), ("lora", {"lora_rank": 4}), ("rounded", {"optimizer": "adamw_bf16"}))
+def test_a_lora_and_a_bf16_optimizer_need_less_memory_than_full_training(setup: PlanSetup) -> None:
+    full, lora, bf16_optimizer = (
+        setup.dry_run(name, mixed_precision="bf16", **flags)[1]
+        for name, flags in (("full", {}), ("lora", {"lora_rank": 4}), ("bf16_optimizer", {"optimizer": "adamw_bf16"}))
     )
     outcome = runs.train(
-        runs.wan_plain(ground.model, ground.metadata, ground.folder / "adapted", lora_rank=4, max_train_steps=2)
+        runs.wan_flags(setup.model, setup.metadata, setup.folder / "adapted", lora_rank=4, max_train_steps=2)
     )
     assert outcome.code == 0, outcome.stderr
     adapters = next((outcome.folder / "checkpoint-2").rglob("pytorch_lora_weights.safetensors"))
     trained = sum(tensor.numel() for tensor in load_file(adapters).values())
-    everything = whole["memory"]["gradients"] // 4
+    parameters = full["memory"]["gradients"] // 4
     found = lora["memory"]
     assert (found["gradients"], found["optimizer"]) == (4 * trained, 8 * trained)
-    assert found["weights"] == 2 * everything + 4 * trained and found["checkpoint"] == 12 * trained
-    assert lora["flops_per_step"] < 0.85 * whole["flops_per_step"]
-    assert [rounded["memory"][name] // everything for name in ("weights", "gradients", "optimizer")] == [2, 2, 8]
-    refused = runs.train(runs.wan_plain(ground.bare, ground.table, ground.folder / "no", dry_run=True, optimizer="came",
+    assert found["weights"] == 2 * parameters + 4 * trained and found["checkpoint"] == 12 * trained
+    assert lora["flops_per_step"] < 0.85 * full["flops_per_step"]
+    assert [bf16_optimizer["memory"][name] // parameters for name in ("weights", "gradients", "optimizer")] == [
+        2,
+        2,
+        8,
+    ]
+    refused = runs.train(runs.wan_flags(setup.bare, setup.table, setup.folder / "no", dry_run=True, optimizer="came",
                                         dry_run_backend="fsdp2", dry_run_processes=2))  # fmt: skip
     assert refused.code == FLAGS and "came does not work under fsdp2" in refused.stderr
 
 
-def test_videos_of_which_one_frame_is_left_are_named(ground: Ground, tmp_path: Path) -> None:
-    rows = described(ground.metadata)
+def test_videos_trained_as_one_frame_are_named(setup: PlanSetup, tmp_path: Path) -> None:
+    rows = rows_with_sizes(setup.metadata)
     shortest = min(row["num_frames"] for row in rows if row.get("type") == "video" or row["file_path"].endswith("mp4"))
-    outcome, _ = ground.plan("stills", video_sample_stride=shortest)
+    outcome, _ = setup.dry_run("stills", video_sample_stride=shortest)
     assert "videos are trained as one frame, too short for more at this stride or rate: rows " in outcome.stdout
-    assert "as one frame" not in ground.plan("moving")[0].stdout
-    refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "out", dry_run=True, validation_rows=99))
+    assert "as one frame" not in setup.dry_run("moving")[0].stdout
+    refused = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "out", dry_run=True, validation_rows=99))
     assert "lower --validation_rows" in refused.stderr
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_a_one_line_error(setup: PlanSetup, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    refused = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "file" / "out", dry_run=True))
+    refused = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "file" / "out", dry_run=True))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, limits[1]))  # a full disk, to whoever writes a picture
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, limits[1]))  # plotting fails as on a full disk
     try:
-        full = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "full", dry_run=True))
+        full = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "full", dry_run=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for outcome, folder in ((refused, "file/out"), (full, "full")):
@@ -195,9 +199,9 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(ground: Ground, tmp
     assert [path.name for path in full.folder.iterdir()] == ["plan_report.json"]
 
 
-def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) -> None:
+def test_impossible_launches_are_refused(setup: PlanSetup, tmp_path: Path) -> None:
     def refused(**flags: object) -> str:
-        outcome = runs.train(runs.wan_plain(ground.bare, ground.table, tmp_path / "out", dry_run=True, **flags))
+        outcome = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "out", dry_run=True, **flags))
         assert outcome.code == FLAGS, outcome.stderr
         return outcome.stderr
 
@@ -206,8 +210,8 @@ def test_what_cannot_be_launched_is_not_planned(ground: Ground, tmp_path: Path) 
     assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
 
 
-def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground) -> None:
-    outcome, report = ground.plan("few", dry_run_processes=4)
+def test_the_unplanned_balance_needs_a_full_step(setup: PlanSetup) -> None:
+    outcome, report = setup.dry_run("few", dry_run_processes=4)
     samples = sum(bucket["rows"] for bucket in report["buckets"])
     table = outcome.stdout.partition("how evenly processes are loaded:")[2]
     lines = [line.split() for line in table.splitlines()]
@@ -221,15 +225,15 @@ def test_what_is_compared_with_a_plan_is_a_whole_step_or_nothing(ground: Ground)
     assert f"{padded:.0%} on 512" in outcome.stdout
 
 
-def test_a_mix_above_its_bound_is_explained() -> None:
+def test_a_step_variance_ratio_above_its_bound_is_explained() -> None:
     settings = PlanSettings(SizePolicy(video_sample_size=64, image_sample_size=64), batch_size=1, slots=4, seed=0)
     few = {8: PlanBalance(0.5, None, 4.57, 7, 0.01), 64: PlanBalance(0.9, 0.5, 3.9, 70, 0.0)}
     assert "too few steps for a mix below 4: 7 on 8;" in "\n".join(balance_lines(few, settings))
     assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
 
 
-def test_a_step_filled_by_cost_is_told_by_its_mean(ground: Ground) -> None:
-    fixed, filled = (ground.plan(fill, slot_fill=fill) for fill in ("fixed", "cost"))
+def test_a_cost_filled_step_is_reported_by_its_mean_batch(setup: PlanSetup) -> None:
+    fixed, filled = (setup.dry_run(fill, slot_fill=fill) for fill in ("fixed", "cost"))
     for _, report in (fixed, filled):
         samples = sum(bucket["rows"] for bucket in report["buckets"])
         assert abs(report["global_batch"] * report["steps_per_epoch"] - samples) <= report["steps_per_epoch"]
@@ -237,43 +241,43 @@ def test_a_step_filled_by_cost_is_told_by_its_mean(ground: Ground) -> None:
     assert "global batch 2, " in fixed[0].stdout
 
 
-# ------------------------------------------------------------------------------------------------------- explain
+# ------------------------------------------------------------------------------------------------------------- explain
 
 
-def test_a_row_is_explained_as_it_is_trained(ground: Ground) -> None:
-    outcome, report = ground.plan("explained", explain=0, num_train_epochs=3)
+def test_explain_shows_a_row_as_it_is_trained(setup: PlanSetup) -> None:
+    outcome, report = setup.dry_run("explained", explain=0, num_train_epochs=3)
     assert not report and "wide_long" in outcome.stdout and not list(outcome.folder.iterdir())
-    plan, _ = ground.plan("whole", dry_run_plan=[2])
+    plan, _ = setup.dry_run("whole", dry_run_plan=[2])
     line = next(line for line in read_lines(plan.folder / "plan-2.jsonl") if line["row"] == 0)
-    said = next(text for text in outcome.stdout.splitlines() if text.split()[:1] == ["0"])
-    assert f"{line['frames']} x {line['height']} x {line['width']}" in said
-    assert f" {line['clip_start']} " in said
-    short, _ = ground.plan("short", explain=2, enable_bucket=None, random_hw_adapt=None, video_sample_n_frames=41,
+    explained = next(text for text in outcome.stdout.splitlines() if text.split()[:1] == ["0"])
+    assert f"{line['frames']} x {line['height']} x {line['width']}" in explained
+    assert f" {line['clip_start']} " in explained
+    short, _ = setup.dry_run("short", explain=2, enable_bucket=None, random_hw_adapt=None, video_sample_n_frames=41,
                            training_with_video_token_length=None)  # fmt: skip
     assert "too_short" in short.stdout and "--video_sample_stride 2" in short.stdout
-    table = described(ground.metadata)
+    table = rows_with_sizes(setup.metadata)
     del table[0]["text"]
     table[1] |= {"width": 10**9, "height": 720}
-    ground.table.with_name("refused.json").write_text(json.dumps(table), encoding="utf-8")
-    for row, words in ((0, "kind and size is not known"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
-        flags = runs.wan_plain(ground.bare, ground.table.with_name("refused.json"), ground.folder / "no", explain=row)
-        assert words in runs.train(flags).stdout
-    far = runs.train(runs.wan_plain(ground.bare, ground.table, ground.folder / "far", explain=999))
-    assert far.code == FLAGS and "rows 0 to" in far.stderr
+    setup.table.with_name("refused.json").write_text(json.dumps(table), encoding="utf-8")
+    for row, message in ((0, "kind and size is not known"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
+        flags = runs.wan_flags(setup.bare, setup.table.with_name("refused.json"), setup.folder / "no", explain=row)
+        assert message in runs.train(flags).stdout
+    missing = runs.train(runs.wan_flags(setup.bare, setup.table, setup.folder / "missing", explain=999))
+    assert missing.code == FLAGS and "rows 0 to" in missing.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- rules of sizes
+# ---------------------------------------------------------------------------------------------------------- size rules
 
 
 @given(
     st.integers(64, 4096), st.integers(64, 4096), st.sampled_from([256, 512, 640, 960, 1024]),
 )  # fmt: skip
-def test_the_exact_grid_cuts_little_and_stays_in_its_budget(height: int, width: int, target: int) -> None:
+def test_the_exact_grid_crops_little_and_keeps_the_pixel_budget(height: int, width: int, target: int) -> None:
     high, wide = (int(side[0]) for side in exact_sides(np.array([height]), np.array([width]), np.array([target])))
     assert high % 16 == wide % 16 == 0 and min(high, wide) >= 16
     assert high * wide <= max(target, 256) ** 2
     if target >= 512 and max(height, width) <= 8 * min(height, width):
-        assert cut_share(height, width, high, wide) <= (0.013 if target > 512 else 1 - (31 / 32) ** 0.5 + 1e-9)
+        assert crop_share(height, width, high, wide) <= (0.013 if target > 512 else 1 - (31 / 32) ** 0.5 + 1e-9)
         assert high * wide >= 0.5 * target**2
 
 
@@ -284,7 +288,7 @@ columns_of = st.lists(
 
 @settings(max_examples=30)
 @given(columns_of, st.booleans(), st.booleans(), st.booleans(), st.booleans())
-def test_no_epoch_brings_a_larger_bucket(
+def test_no_epoch_has_a_larger_bucket_than_largest_bucket(
     rows: list[tuple[bool, int, int, int]], token_length: bool, adapt: bool, crop: bool, ratio: bool
 ) -> None:
     policy = SizePolicy(
@@ -292,7 +296,7 @@ def test_no_epoch_brings_a_larger_bucket(
         random_hw_adapt=adapt, token_length=token_length, random_frame_crop=crop, random_ratio_crop=ratio,
     )  # fmt: skip
     kind, height, width, frames = (np.array(column) for column in zip(*rows, strict=True))
-    columns = Columns(kind.astype(np.uint8), width, height, np.where(kind, frames, 1), np.ones(len(rows), bool))
+    columns = PlanColumns(kind.astype(np.uint8), width, height, np.where(kind, frames, 1), np.ones(len(rows), bool))
     run = PlanSettings(policy, batch_size=1, slots=1, seed=0)
     largest = largest_bucket(columns, run)
     for epoch in range(12):
@@ -301,7 +305,7 @@ def test_no_epoch_brings_a_larger_bucket(
     assert len(CROP_RATIOS) == 15
 
 
-def test_without_data_as_many_bytes_are_held_as_with() -> None:
+def test_peak_bytes_on_meta_equal_those_with_data() -> None:
     vae = AutoencoderKLWan(base_dim=8).eval()
     with torch.device("meta"):
         empty = AutoencoderKLWan(base_dim=8).eval()
@@ -310,19 +314,19 @@ def test_without_data_as_many_bytes_are_held_as_with() -> None:
     assert peak_bytes(lambda: empty.encode(clip.to("meta")).latent_dist.mode()) == pytest.approx(real, rel=0.02)
 
 
-def test_a_gpu_is_known_by_its_name() -> None:
+def test_peak_flops_are_found_by_gpu_name() -> None:
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12, "Some GPU": None}
     assert {name: peak_of(name) for name in names} == names
     assert peak_of("NVIDIA H100 PCIe") == PEAKS["H100 PCIe"]
 
 
-# -------------------------------------------------------------------------------------------------- the first minute
+# ------------------------------------------------------------------ trying the largest micro-batch, out of memory, MFU
 
 
-def test_trying_the_largest_first_changes_nothing(ground: Ground) -> None:
+def test_trying_the_largest_first_changes_nothing(setup: PlanSetup) -> None:
     def run(name: str, **changes: object) -> runs.Outcome:
         flags = {**QUICK, "checkpointing_steps": 3, **changes}
-        outcome = runs.train(runs.wan_plain(ground.model, ground.metadata, ground.folder / name, **flags))
+        outcome = runs.train(runs.wan_flags(setup.model, setup.metadata, setup.folder / name, **flags))
         assert outcome.code == 0, outcome.stderr
         return outcome
 
@@ -330,21 +334,23 @@ def test_trying_the_largest_first_changes_nothing(ground: Ground) -> None:
     assert "the largest micro-batch, 1 x" in on.stdout and "the largest micro-batch" not in off.stdout
     assert on.losses == off.losses
     for folder in ("transformer", "optimizer"):
-        mine, theirs = (outcome.weights(f"checkpoint-3/{folder}") for outcome in (on, off))
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        weights, expected = (outcome.weights(f"checkpoint-3/{folder}") for outcome in (on, off))
+        assert weights.keys() == expected.keys() and all(
+            torch.equal(weights[name], expected[name]) for name in weights
+        )
 
 
-def test_a_lack_of_memory_names_bucket_phase_and_way_out(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_of_memory_error_names_bucket_phase_and_fix(setup: PlanSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
     forward = WanTransformer3DModel.forward
 
-    def exhausted(self: Any, *given: Any, **by_name: Any) -> Any:
+    def out_of_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, *given, **by_name)
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(WanTransformer3DModel, "forward", exhausted)
-    outcome = runs.train(runs.wan_plain(ground.model, ground.metadata, ground.folder / "out", **QUICK))
+    monkeypatch.setattr(WanTransformer3DModel, "forward", out_of_memory)
+    outcome = runs.train(runs.wan_flags(setup.model, setup.metadata, setup.folder / "out", **QUICK))
     bucket = read_lines(outcome.folder / "metrics.jsonl")
     assert outcome.code == outcome.status["exit_code"] == FLAGS and len(bucket) == 2
     line = outcome.stderr.strip().splitlines()[-1]
@@ -352,35 +358,35 @@ def test_a_lack_of_memory_names_bucket_phase_and_way_out(ground: Ground, monkeyp
     assert outcome.status["error"] == line
 
 
-def test_a_run_says_which_share_of_the_peak_it_reaches(ground: Ground) -> None:
+def test_a_run_logs_its_mfu(setup: PlanSetup) -> None:
     def run(peak: float | None) -> list[Mapping[str, Any]]:
         flags = {**QUICK, "max_train_steps": 2, "peak_tflops": peak}
-        outcome = runs.train(runs.wan_plain(ground.model, ground.metadata, ground.folder / f"peak-{peak}", **flags))
+        outcome = runs.train(runs.wan_flags(setup.model, setup.metadata, setup.folder / f"peak-{peak}", **flags))
         assert outcome.code == 0, outcome.stderr
         return outcome.metrics
 
-    slow, fast, silent = run(0.001), run(0.002), run(None)
+    slow, fast, unknown_gpu = run(0.001), run(0.002), run(None)
     for record in (*slow, *fast):
         assert record["mfu"] > 0 and record["planned_balance"] == 1
-    assert all("mfu" not in record and record["planned_balance"] == 1 for record in silent)
+    assert all("mfu" not in record and record["planned_balance"] == 1 for record in unknown_gpu)
 
 
-def test_a_row_that_loses_much_is_named_once() -> None:
+def test_a_row_that_is_cropped_much_is_named_once() -> None:
     policy = SizePolicy(video_sample_size=64, image_sample_size=64, enable_bucket=False, n_frames=5)
-    sides = {"width": np.array([640, 480]), "height": np.array([80, 120])}
-    index = Index.from_columns(kind=np.ones(2), frames=np.array([99, 99]), **sides)
-    columns = Columns(index.kind, index.width, index.height, index.frames, index.usable)
+    media = MediaColumns(np.ones(2), np.array([640, 480]), np.array([80, 120]), np.array([99, 99]))
+    index = Index.from_columns(media)
+    columns = PlanColumns(index.kind, index.width, index.height, index.frames, index.usable)
     plan = plan_epoch(columns, PlanSettings(policy, batch_size=1, slots=1, seed=0, video_repeat=3), 0)
     assert len(plan.row) == 6
     assert [line.split()[1] for line in cut_lines(index, columns, plan)[1:]] == ["0", "1"]
 
 
-def test_policies_differ_by_their_grid() -> None:
+def test_the_exact_grid_crops_less_than_the_ratio_grid() -> None:
     policy = SizePolicy(video_sample_size=512, image_sample_size=512, enable_bucket=True, n_frames=1)
-    columns = Columns(*(np.array([value]) for value in (0, 1000, 700, 1, True)))
+    columns = PlanColumns(*(np.array([value]) for value in (0, 1000, 700, 1, True)))
     run = PlanSettings(policy, batch_size=1, slots=1, seed=0)
     ratios, exact = (
         plan_epoch(columns, replace(run, policy=replace(policy, grid=grid)), 0) for grid in ("ratios", "exact")
     )
-    losses = [float(cut_share(700, 1000, plan.buckets[0].height, plan.buckets[0].width)) for plan in (ratios, exact)]
+    losses = [float(crop_share(700, 1000, plan.buckets[0].height, plan.buckets[0].width)) for plan in (ratios, exact)]
     assert losses[1] < losses[0] and losses[1] < 0.016

@@ -1,7 +1,7 @@
-"""Serves whoever comes back with more or fewer devices: a run that changes its number of processes stays the same run.
+"""Tests of elastic resume: a run that is resumed with another world size stays the same run.
 
-Every backend goes on at another number of processes with the same rows, noise, timesteps and learning rates, and with
-the losses of a run that was never stopped; at the same number, to the last bit.
+Every backend resumes with another world size using the same rows, noise, timesteps and learning rates, and with the
+losses of an uninterrupted run. With the same world size the resume is bit-identical.
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import forkserver
+import launches
 import numpy as np
 import pytest
 import runs
-import test_backends
 import tiny
 import torch
 from safetensors.torch import save_file
 
-from videox.engine.deepspeed_universal import TAG, announce_conversion, bytes_needed, converted
+from videox.engine.deepspeed_universal import TAG, announce_conversion, conversion_bytes, converted_checkpoint
 from videox.engine.train_state import read_state
 from videox.errors import FLAGS, MODEL, STORAGE, UserError
 from videox.run.checkpoint import verify
 from videox.weights.deepspeed_reader import read_zero
-from videox.weights.lazy_tensor import Blocks
+from videox.weights.lazy_tensor import BlockReader
 
 STEPS = 6
 BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
 ZERO = ("zero2", "zero3")
 PRECISIONS = ("no", "bf16")
 HALFWAY = 2
-TOLERANCE = {"no": 1e-6, "bf16": 1e-3}  # of a loss; ten times as much, relative, of a gradient norm
+TOLERANCE = {"no": 1e-6, "bf16": 1e-3}  # absolute, of a loss; times ten, it is the relative one of a gradient norm
 SLOTS = 4
-# Two learning rates and frozen parts at once, as DeepSpeed keeps each group by itself.
-PARTS = {"trainable_modules": ["attn1"], "trainable_modules_low_learning_rate": ["ffn"]}
+# Two learning rates and frozen parameters at once, because DeepSpeed stores each parameter group separately.
+MODULES = {"trainable_modules": ["attn1"], "trainable_modules_low_learning_rate": ["ffn"]}
 
 
 @dataclass(frozen=True)
-class Ground:
-    """A model and a data set for runs of a step's four micro-batches, whatever the number of processes."""
+class ElasticRuns:
+    """A model and a data set, and runs with four micro-batches per step at any world size."""
 
     folder: Path
     model: Path
     metadata: Path
-    unbroken: dict[tuple[str, str, int], Path] = field(default_factory=dict)
+    references: dict[tuple[str, str, int], Path] = field(default_factory=dict)
 
     def flags(self, output_dir: Path, precision: str, world_size: int, **changes: object) -> list[str]:
-        asked = {
+        settings = {
             "mixed_precision": precision, "max_train_steps": STEPS, "num_train_epochs": None, "lr_warmup_steps": 4,
             "gradient_accumulation_steps": max(SLOTS // world_size, 1), "dump_steps": list(range(1, STEPS + 1)),
-            # Adam with a tiny epsilon makes whole steps of gradients that are nothing but the last bit of a sum
-            "adam_epsilon": "1e-6", **PARTS,
+            # Adam with a tiny epsilon would turn gradients that are only rounding errors into full steps
+            "adam_epsilon": "1e-6", **MODULES,
         }  # fmt: skip
-        return runs.wan_plain(self.model, self.metadata, output_dir, **{**asked, **changes})
+        return runs.wan_flags(self.model, self.metadata, output_dir, **{**settings, **changes})
 
-    def variables(self, backend: str, precision: str, world_size: int) -> dict[str, str]:
+    def environment(self, backend: str, precision: str, world_size: int) -> dict[str, str]:
         if backend == "single" or (backend, world_size) == ("ddp", 1):
             return {}
-        found = test_backends.variables(backend, "wan2.1 normal", world_size)
+        environment = launches.launcher_environment(backend, "wan2.1 normal", world_size)
         if backend.startswith("zero") and precision == "no":
-            settings = json.loads((tiny.ROOT / found["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_bytes())
+            settings = json.loads((tiny.ROOT / environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_bytes())
             del settings["bf16"], settings["data_types"]
             file = self.folder / f"{backend}-float32.json"
             file.write_text(json.dumps(settings))
-            found |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "ACCELERATE_MIXED_PRECISION": "no"}
-        return found
+            environment |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "ACCELERATE_MIXED_PRECISION": "no"}
+        return environment
 
     def start(
         self,
@@ -79,218 +79,233 @@ class Ground:
         output_dir: Path,
         largest_file: int = 0,
         **changes: object,
-    ) -> list[forkserver.Trainer]:
+    ) -> list[forkserver.TrainerProcess]:
         return forkserver.shared().start_ranks(
             world_size,
             self.flags(output_dir, precision, world_size, **changes),
             output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.log"),
-            environment=self.variables(backend, precision, world_size),
+            environment=self.environment(backend, precision, world_size),
             largest_file=largest_file,
         )
 
     def train(self, backend: str, precision: str, world_size: int, output_dir: Path, **changes: object) -> str:
-        """Trains to the end and returns what the first process said."""
+        """Train to the end and return the output of rank 0."""
         ranks = self.start(backend, precision, world_size, output_dir, **changes)
         codes = [rank.wait() for rank in ranks]
-        assert codes == [0] * world_size, "\n".join(rank.said()[-3000:] for rank in ranks)
-        return ranks[0].said()
+        assert codes == [0] * world_size, launches.output_of(ranks)
+        return ranks[0].output()
 
-    def whole(self, backend: str, precision: str, world_size: int) -> Path:
-        """Returns a run that was never stopped, saved at every second step."""
+    def reference(self, backend: str, precision: str, world_size: int) -> Path:
+        """Return the folder of an uninterrupted run that saves every second step."""
         key = (backend, precision, world_size)
-        if key not in self.unbroken:
+        if key not in self.references:
             folder = self.folder / "-".join(map(str, key))
             self.train(backend, precision, world_size, folder, checkpointing_steps=2)
-            self.unbroken[key] = folder
-        return self.unbroken[key]
+            self.references[key] = folder
+        return self.references[key]
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    folder = tmp_path_factory.mktemp("ground")
-    return Ground(folder, tiny.build_wan_t2v(folder / "model"), tiny.make_dataset(folder / "data", copies=8))
+def setup(tmp_path_factory: pytest.TempPathFactory) -> ElasticRuns:
+    folder = tmp_path_factory.mktemp("setup")
+    return ElasticRuns(folder, tiny.build_wan_t2v(folder / "model"), tiny.make_dataset(folder / "data", copies=8))
 
 
-def drawn(output_dir: Path) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
-    """Returns what each sample was given, by (step, row)."""
-    found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+def dumped_inputs(output_dir: Path) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """Return the dumped inputs of every sample, by (step, row)."""
+    inputs: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for path in sorted((output_dir / "dump").glob("step-*/*.safetensors")):
         dump = runs.read_dump(path)
         for number, row in enumerate(dump.rows):
             key = (int(path.parent.name.removeprefix("step-")), row)
-            assert key not in found
-            found[key] = {name: dump[name][number] for name in ("latents", "noise", "sigma", "timestep", "weight")}
-    return found
+            assert key not in inputs
+            inputs[key] = {name: dump[name][number] for name in ("latents", "noise", "sigma", "timestep", "weight")}
+    return inputs
 
 
-def assert_same_run(output_dir: Path, whole: Path, precision: str, since: int = 0, last: int = STEPS) -> None:
-    """Checks that two runs were given the same to the bit, and learned the same within the precision.
+def assert_same_run(output_dir: Path, reference: Path, precision: str, since: int = 0, last: int = STEPS) -> None:
+    """Check that two runs had bit-identical inputs, and learned the same within the tolerance of the precision.
 
     Args:
-        since: step from which on output_dir has dumps.
+        since: last step before the dumps of output_dir begin.
+        last: last step of output_dir.
     """
-    found, wanted = forkserver.steps(output_dir), forkserver.steps(whole)[:last]
+    found, wanted = forkserver.read_steps(output_dir), forkserver.read_steps(reference)[:last]
     for name in ("step", "rows", "buckets", "lr", "tokens"):
         assert [line[name] for line in found] == [line[name] for line in wanted], name
     assert [line["step"] for line in found] == list(range(1, last + 1))
     losses, norms = ([[line[name] for line in lines] for lines in (found, wanted)] for name in ("loss", "grad_norm"))
     np.testing.assert_allclose(*losses, rtol=0, atol=TOLERANCE[precision])
     np.testing.assert_allclose(*norms, rtol=10 * TOLERANCE[precision])
-    given = drawn(output_dir)
-    expected = {key: value for key, value in drawn(whole).items() if since < key[0] <= last}
-    assert given.keys() == expected.keys()
+    inputs = dumped_inputs(output_dir)
+    expected = {key: value for key, value in dumped_inputs(reference).items() if since < key[0] <= last}
+    assert inputs.keys() == expected.keys()
     for key, tensors in expected.items():
         for name, tensor in tensors.items():
-            assert torch.equal(given[key][name], tensor), (key, name)
+            assert torch.equal(inputs[key][name], tensor), (key, name)
 
 
-def copy_of(whole: Path, target: Path) -> Path:
-    """Returns a copy of a run without its dumps."""
-    return Path(shutil.copytree(whole, target, ignore=shutil.ignore_patterns("dump")))
+def copy_of(run: Path, target: Path) -> Path:
+    """Copy a run without its dumps and return the copy."""
+    return Path(shutil.copytree(run, target, ignore=shutil.ignore_patterns("dump")))
 
 
-def go_on(
-    ground: Ground, backend: str, precision: str, folder: Path, worlds: Sequence[tuple[int, int]], **changes: object
+def resume_each(
+    setup: ElasticRuns,
+    backend: str,
+    precision: str,
+    folder: Path,
+    worlds: Sequence[tuple[int, int]],
+    **changes: object,
 ) -> None:
-    """Goes on with each number of processes up to a step, which lies in the middle of an epoch."""
+    """Train or resume with each (world size, last step) in turn; every last step is inside the first epoch."""
     for world_size, last in worlds:
         resume = "latest" if (folder / "metrics.jsonl").exists() else None
-        asked = {"max_train_steps": last, "resume_from_checkpoint": resume, **changes}
-        ground.train(backend, precision, world_size, folder, **asked)
+        settings = {"max_train_steps": last, "resume_from_checkpoint": resume, **changes}
+        setup.train(backend, precision, world_size, folder, **settings)
         state = read_state(folder / f"checkpoint-{last}")
         assert (state.epoch, state.epoch_step) == (0, last)
 
 
-# ---------------------------------------------------------------------------------- another number of processes
+# -------------------------------------------------------------------------------------------------- another world size
 
 
-def test_a_deepspeed_run_goes_on_alone(ground: Ground, tmp_path: Path) -> None:
-    whole, folder = tmp_path / "whole", tmp_path / "c++ [1] (a)*"  # DeepSpeed takes a path for a pattern
-    ground.train("zero3", "no", 2, whole, max_train_steps=3, checkpointing_steps=HALFWAY)
-    copy_of(whole, folder)
+def test_a_deepspeed_run_resumes_on_one_rank(setup: ElasticRuns, tmp_path: Path) -> None:
+    reference, folder = tmp_path / "reference", tmp_path / "c++ [1] (a)*"  # DeepSpeed uses the path as a glob pattern
+    setup.train("zero3", "no", 2, reference, max_train_steps=3, checkpointing_steps=HALFWAY)
+    copy_of(reference, folder)
     resumed = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}", "max_train_steps": 3}
-    said = ground.train("zero3", "no", 1, folder, **resumed)
-    assert "checkpoint-2 was saved by 2 processes, here are 1: it is converted aside" in said
-    assert_same_run(folder, whole, "no", since=HALFWAY, last=3)
+    output = setup.train("zero3", "no", 1, folder, **resumed)
+    assert "checkpoint-2 was saved by 2 processes, this launch has 1: converting it needs" in output
+    assert_same_run(folder, reference, "no", since=HALFWAY, last=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_processes_go_on_as_one_and_as_four(ground: Ground, tmp_path: Path, backend: str, precision: str) -> None:
-    whole = ground.whole(backend, precision, 2)
+def test_a_run_on_two_ranks_resumes_on_one_and_on_four(
+    setup: ElasticRuns, tmp_path: Path, backend: str, precision: str
+) -> None:
+    reference = setup.reference(backend, precision, 2)
     for world_size in (1, 4):
-        folder = copy_of(whole, tmp_path / f"{world_size}")
-        asked = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}"}
-        ground.train(backend, precision, world_size, folder, **asked)
-        assert_same_run(folder, whole, precision, since=HALFWAY)
+        folder = copy_of(reference, tmp_path / f"{world_size}")
+        settings = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}"}
+        setup.train(backend, precision, world_size, folder, **settings)
+        assert_same_run(folder, reference, precision, since=HALFWAY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_four_two_one_and_four_again(ground: Ground, tmp_path: Path, backend: str, precision: str) -> None:
-    go_on(ground, backend, precision, tmp_path / "run", [(4, 2), (2, 3), (1, 4), (4, STEPS)])
-    assert_same_run(tmp_path / "run", ground.whole(backend, precision, 4), precision)
+def test_a_run_resumes_on_four_two_one_and_four_ranks(
+    setup: ElasticRuns, tmp_path: Path, backend: str, precision: str
+) -> None:
+    resume_each(setup, backend, precision, tmp_path / "run", [(4, 2), (2, 3), (1, 4), (4, STEPS)])
+    assert_same_run(tmp_path / "run", setup.reference(backend, precision, 4), precision)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_three_processes_where_they_divide_the_step(ground: Ground, tmp_path: Path, backend: str) -> None:
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    ground.train(backend, "no", 3, whole, gradient_accumulation_steps=2, max_train_steps=4)
-    go_on(ground, backend, "no", folder, [(3, 2)], gradient_accumulation_steps=2)
-    go_on(ground, backend, "no", folder, [(2, 3), (3, 4)])
-    assert_same_run(folder, whole, "no", last=4)
+def test_a_run_on_three_ranks_resumes_on_two_and_three(setup: ElasticRuns, tmp_path: Path, backend: str) -> None:
+    reference, folder = tmp_path / "reference", tmp_path / "run"
+    setup.train(backend, "no", 3, reference, gradient_accumulation_steps=2, max_train_steps=4)
+    resume_each(setup, backend, "no", folder, [(3, 2)], gradient_accumulation_steps=2)
+    resume_each(setup, backend, "no", folder, [(2, 3), (3, 4)])
+    assert_same_run(folder, reference, "no", last=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_number_that_does_not_divide_the_step_is_refused(ground: Ground, tmp_path: Path, backend: str) -> None:
-    folder = copy_of(ground.whole(backend, "no", 2), tmp_path / "run")
-    ranks = ground.start(backend, "no", 3, folder, resume_from_checkpoint=folder / f"checkpoint-{HALFWAY}")
+def test_a_world_size_that_does_not_divide_the_slots_is_refused(
+    setup: ElasticRuns, tmp_path: Path, backend: str
+) -> None:
+    folder = copy_of(setup.reference(backend, "no", 2), tmp_path / "run")
+    ranks = setup.start(backend, "no", 3, folder, resume_from_checkpoint=folder / f"checkpoint-{HALFWAY}")
     assert [rank.wait() for rank in ranks] == [FLAGS] * 3
-    assert "3 does not divide the 4 slots of an optimizer step" in ranks[0].complaint()
-    assert "start one of 1, 2, 4 processes" in ranks[0].complaint()
+    assert "3 does not divide the 4 slots of an optimizer step" in ranks[0].error_line()
+    assert "launch one of 1, 2, 4 processes" in ranks[0].error_line()
 
 
-# ---------------------------------------------------------------------------------------------- the same number
+# ------------------------------------------------------------------------------------------------- the same world size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", ["single", *BACKENDS])
-def test_the_same_number_goes_on_to_the_bit(ground: Ground, tmp_path: Path, backend: str, precision: str) -> None:
+def test_resume_with_the_same_world_size_is_bit_identical(
+    setup: ElasticRuns, tmp_path: Path, backend: str, precision: str
+) -> None:
     world_size = 1 if backend == "single" else 2
-    whole = ground.whole(backend, precision, world_size)
-    folder = copy_of(whole, tmp_path / "run")
-    ground.train(backend, precision, world_size, folder, resume_from_checkpoint=folder / f"checkpoint-{HALFWAY}")
-    assert_bit_equal(folder, whole)
+    reference = setup.reference(backend, precision, world_size)
+    folder = copy_of(reference, tmp_path / "run")
+    setup.train(backend, precision, world_size, folder, resume_from_checkpoint=folder / f"checkpoint-{HALFWAY}")
+    assert_bit_equal(folder, reference)
 
 
-def assert_bit_equal(folder: Path, whole: Path) -> None:
-    """Checks that two runs are equal in every loss and gradient norm, in weights and in the optimizer's moments."""
-    assert forkserver.steps(folder) == forkserver.steps(whole)
-    found, wanted = (contents(run / f"checkpoint-{STEPS}") for run in (folder, whole))
+def assert_bit_equal(folder: Path, reference: Path) -> None:
+    """Check that two runs have bit-identical losses, gradient norms, weights and optimizer moments."""
+    assert forkserver.read_steps(folder) == forkserver.read_steps(reference)
+    found, wanted = (contents(run / f"checkpoint-{STEPS}") for run in (folder, reference))
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
-    trained = sum(t.numel() for name, t in runs.read_weights(whole / "transformer").items() if is_trained(name))
-    assert sum(map(len, wanted.values())) > 12 * trained  # bytes: float32 masters and two moments
+    trained = sum(t.numel() for name, t in runs.read_weights(reference / "transformer").items() if is_trained(name))
+    assert sum(map(len, wanted.values())) > 12 * trained  # bytes: float32 parameters and two moments
 
 
 def is_trained(name: str) -> bool:
-    return any(part in name for parts in PARTS.values() for part in parts)
+    return any(pattern in name for patterns in MODULES.values() for pattern in patterns)
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
-    """Returns every file of a checkpoint but its manifest and torch's list of pieces, which come in any order."""
-    left_out = ("manifest.json", ".metadata")
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in left_out)
+    """Return the files of a checkpoint by path, without the manifest and torch's .metadata, whose order varies."""
+    excluded = ("manifest.json", ".metadata")
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in excluded)
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 
-# ------------------------------------------------------------------------------------- DeepSpeed's conversion
+# ---------------------------------------------------------------------------------------------- DeepSpeed's conversion
 
 
-def read(entries: Sequence, blocks: Blocks) -> dict[str, torch.Tensor]:
-    return {entry.name: torch.cat([part.clone() for part in blocks.of(entry)]).view(entry.shape) for entry in entries}
+def read(entries: Sequence, blocks: BlockReader) -> dict[str, torch.Tensor]:
+    return {
+        entry.name: torch.cat([part.clone() for part in blocks.read_blocks(entry)]).view(entry.shape)
+        for entry in entries
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ZERO)
-def test_a_conversion_holds_the_masters_and_the_space_that_was_told(
-    ground: Ground, tmp_path: Path, backend: str
+def test_a_conversion_has_the_fp32_params_and_the_announced_size(
+    setup: ElasticRuns, tmp_path: Path, backend: str
 ) -> None:
-    checkpoint = ground.whole(backend, "bf16", 2) / f"checkpoint-{HALFWAY}"
+    checkpoint = setup.reference(backend, "bf16", 2) / f"checkpoint-{HALFWAY}"
     before = contents(checkpoint)
-    with Blocks() as blocks:
+    with BlockReader() as blocks:
         wanted = read(read_zero(checkpoint / TAG, exclude_frozen=True).tensors, blocks)
-    with converted(checkpoint, TAG, tmp_path, is_main=True, gather=lambda mine: [mine]) as folder:
+    with converted_checkpoint(checkpoint, TAG, tmp_path, is_main=True, gather=lambda value: [value]) as folder:
         for name, tensor in wanted.items():
             found = torch.load(folder / TAG / "zero" / name / "fp32.pt")
             found = found["param"] if isinstance(found, dict) else found
             assert torch.equal(found.flatten(), tensor.flatten()), name
-        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        assert 0.3 * bytes_needed(checkpoint / TAG) < taken < bytes_needed(checkpoint / TAG)
+        used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        assert 0.3 * conversion_bytes(checkpoint / TAG) < used < conversion_bytes(checkpoint / TAG)
     assert contents(checkpoint) == before
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ZERO)
-def test_what_is_saved_after_a_conversion_is_a_checkpoint_like_any(
-    ground: Ground, tmp_path: Path, backend: str
-) -> None:
-    whole = ground.whole(backend, "bf16", 2)
-    # The frozen weights are the checkpoint's, whatever the model's folder holds by now.
-    model = Path(shutil.copytree(ground.model / "transformer", tmp_path / "model"))
+def test_checkpoints_after_a_conversion_are_regular(setup: ElasticRuns, tmp_path: Path, backend: str) -> None:
+    reference = setup.reference(backend, "bf16", 2)
+    # Frozen weights are read from the checkpoint, even if the model folder contains other values by now.
+    model = Path(shutil.copytree(setup.model / "transformer", tmp_path / "model"))
     weights = runs.read_weights(model)
     frozen = [name for name in weights if not is_trained(name)]
     save_file({name: 2 * t if name in frozen else t for name, t in weights.items()}, next(model.glob("*.safetensors")))
     other = {"transformer_path": model}
-    first = copy_of(whole, tmp_path / "first")
+    first = copy_of(reference, tmp_path / "first")
     before = contents(first / f"checkpoint-{HALFWAY}")
-    ground.train(
+    setup.train(
         backend,
         "bf16",
         1,
@@ -299,12 +314,12 @@ def test_what_is_saved_after_a_conversion_is_a_checkpoint_like_any(
         checkpointing_steps=2,
         **other,
     )
-    assert_same_run(first, whole, "bf16", since=HALFWAY)
+    assert_same_run(first, reference, "bf16", since=HALFWAY)
     assert contents(first / f"checkpoint-{HALFWAY}") == before
     assert not list(first.glob(".tmp-*"))
 
     again = copy_of(first, tmp_path / "again")
-    ground.train(backend, "bf16", 1, again, resume_from_checkpoint=again / "checkpoint-4", **other)
+    setup.train(backend, "bf16", 1, again, resume_from_checkpoint=again / "checkpoint-4", **other)
     assert_bit_equal(again, first)
 
     assert (
@@ -319,59 +334,59 @@ def test_what_is_saved_after_a_conversion_is_a_checkpoint_like_any(
         assert torch.equal(found[name], weights[name].bfloat16()), name
 
 
-def users_of(folder: Path) -> list[str]:
-    """Returns the processes that work inside a folder."""
-    found = []
+def processes_in(folder: Path) -> list[str]:
+    """Return the pids of processes whose working directory is inside a folder."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            place = (process / "cwd").readlink()
+            directory = (process / "cwd").readlink()
         except OSError:
             continue
-        found += [process.name] if place.is_relative_to(folder) else []
-    return found
+        pids += [process.name] if directory.is_relative_to(folder) else []
+    return pids
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_leaves_nothing_that_stays(ground: Ground, tmp_path: Path) -> None:
-    whole = ground.whole("zero2", "no", 2)
-    folder = copy_of(whole, tmp_path / "run")
+def test_the_files_of_a_killed_conversion_are_removed_later(setup: ElasticRuns, tmp_path: Path) -> None:
+    reference = setup.reference("zero2", "no", 2)
+    folder = copy_of(reference, tmp_path / "run")
     resumed = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}"}
-    (rank,) = ground.start("zero2", "no", 1, folder, **resumed)
-    assert rank.until(lambda: users_of(folder))
+    (rank,) = setup.start("zero2", "no", 1, folder, **resumed)
+    assert rank.wait_until(lambda: processes_in(folder))
     rank.signal(signal.SIGKILL)
     assert rank.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 20
-    while users_of(folder):
+    while processes_in(folder):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert list(folder.glob(".tmp-universal-*"))
     assert verify(folder / f"checkpoint-{HALFWAY}", hashes=True) == []
-    ground.train("zero2", "no", 1, folder, **resumed)
+    setup.train("zero2", "no", 1, folder, **resumed)
     assert not list(folder.glob(".tmp-*"))
-    assert_same_run(folder, whole, "no", since=HALFWAY)
+    assert_same_run(folder, reference, "no", since=HALFWAY)
 
 
 @pytest.mark.slow
-def test_a_conversion_that_fails_is_told_and_gone(ground: Ground, tmp_path: Path) -> None:
-    folder = copy_of(ground.whole("zero3", "no", 2), tmp_path / "run")
+def test_a_failed_conversion_is_reported_and_removed(setup: ElasticRuns, tmp_path: Path) -> None:
+    folder = copy_of(setup.reference("zero3", "no", 2), tmp_path / "run")
     checkpoint = folder / f"checkpoint-{HALFWAY}"
-    ranks = ground.start("zero3", "no", 4, folder, largest_file=16 * 1024, resume_from_checkpoint=checkpoint)
-    assert [rank.wait() for rank in ranks] == [MODEL] * 4, ranks[0].said()[-3000:]
-    assert "DeepSpeed cannot convert it (" in ranks[0].complaint()
-    assert "Fix: look for room on the disk and launch again, or launch 2 processes." in ranks[0].complaint()
+    ranks = setup.start("zero3", "no", 4, folder, largest_file=16 * 1024, resume_from_checkpoint=checkpoint)
+    assert [rank.wait() for rank in ranks] == [MODEL] * 4, ranks[0].output()[-3000:]
+    assert "DeepSpeed cannot convert it (" in ranks[0].error_line()
+    assert "Fix: free some disk space and launch again, or launch 2 processes." in ranks[0].error_line()
     assert verify(checkpoint, hashes=True) == []
     assert not list(folder.glob(".tmp-*"))
 
 
 @pytest.mark.slow
-def test_a_conversion_without_room_is_refused_before_it_begins(ground: Ground, tmp_path: Path) -> None:
-    checkpoint = copy_of(ground.whole("zero2", "no", 2), tmp_path / "run") / f"checkpoint-{HALFWAY}"
+def test_a_conversion_without_enough_disk_space_is_refused(setup: ElasticRuns, tmp_path: Path) -> None:
+    checkpoint = copy_of(setup.reference("zero2", "no", 2), tmp_path / "run") / f"checkpoint-{HALFWAY}"
     assert announce_conversion(checkpoint, tmp_path, 2) == []
     (line,) = announce_conversion(checkpoint, tmp_path, 4)
-    assert "was saved by 2 processes, here are 4: it is converted aside" in line
+    assert "was saved by 2 processes, this launch has 4: converting it needs" in line
     with next((checkpoint / TAG).glob("*_optim_states.pt")).open("r+b") as file:
-        file.truncate(10**13)  # of holes
-    needs = r"to convert checkpoint-2 from 2 to 4 processes needs 3e\+04 GB, the disk has [0-9.e+]+ GB"
+        file.truncate(10**13)  # a sparse file
+    needs = r"to convert checkpoint-2 from 2 to 4 processes needs 3e\+04 GB of disk space, [0-9.e+]+ GB are free"
     with pytest.raises(UserError, match=needs) as no:
         announce_conversion(checkpoint, tmp_path, 4)
     assert no.value.exit_code == STORAGE
@@ -379,17 +394,15 @@ def test_a_conversion_without_room_is_refused_before_it_begins(ground: Ground, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ZERO)
-def test_a_limit_given_at_a_resume_holds(ground: Ground, tmp_path: Path, backend: str) -> None:
-    other = {"zero2": "ddp", "zero3": "fsdp2"}[
-        backend
-    ]  # whose steps are made of the same rows, and which clips itself
+def test_a_new_max_grad_norm_is_used_after_a_resume(setup: ElasticRuns, tmp_path: Path, backend: str) -> None:
+    other = {"zero2": "ddp", "zero3": "fsdp2"}[backend]  # same rows per step, and it clips by itself
     losses = {}
     for name, world_size in ((other, 2), (backend, 2), (backend, 1)):
-        folder = copy_of(ground.whole(name, "no", 2), tmp_path / f"{name}-{world_size}")
-        asked = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}", "max_grad_norm": 1e-6}
-        ground.train(name, "no", world_size, folder, adam_epsilon="1e-3", **asked)
-        losses[name, world_size] = [line["loss"] for line in forkserver.steps(folder)]
-    unlimited = [line["loss"] for line in forkserver.steps(ground.whole(other, "no", 2))]
+        folder = copy_of(setup.reference(name, "no", 2), tmp_path / f"{name}-{world_size}")
+        settings = {"resume_from_checkpoint": folder / f"checkpoint-{HALFWAY}", "max_grad_norm": 1e-6}
+        setup.train(name, "no", world_size, folder, adam_epsilon="1e-3", **settings)
+        losses[name, world_size] = [line["loss"] for line in forkserver.read_steps(folder)]
+    unlimited = [line["loss"] for line in forkserver.read_steps(setup.reference(other, "no", 2))]
     assert abs(losses[other, 2][-1] - unlimited[-1]) > 1e-4
     for world_size in (1, 2):
         np.testing.assert_allclose(losses[backend, world_size], losses[other, 2], rtol=0, atol=1e-6)

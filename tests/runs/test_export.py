@@ -1,4 +1,4 @@
-"""Serves scripts/export.py and a run's own exports: every layout comes back as it went, and computes the same."""
+"""Tests of scripts/export.py and of a run's own exports: round trips are bit-identical and compute the same."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import runs
 import tiny
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from safetensors import safe_open
+from exports import export, header, refusal
 from safetensors.torch import load_file, save_file
 
-from videox.errors import UserError
-from videox.models.component import find_part, load_part
+from videox.models.component import find_component, load_component
 from videox.run.checkpoint import verify
 
 MODELS: dict[str, tuple[Callable[..., Path], type]] = {
@@ -27,17 +26,6 @@ MODELS: dict[str, tuple[Callable[..., Path], type]] = {
 }
 
 
-def export(*words: object) -> int:
-    return tiny.load_script("scripts/export.py").main([str(word) for word in words])
-
-
-def refusal(*words: object) -> str:
-    with pytest.raises(UserError) as refused:
-        export(*words)
-    assert refused.value.hint and "\n" not in refused.value.line()
-    return refused.value.line()
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, type]:
     build, model_class = MODELS[request.param]
@@ -45,7 +33,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("layout", ["original", "comfyui"])
-def test_there_and_back_is_bit_equal(model: tuple[str, Path, type], tmp_path: Path, layout: str) -> None:
+def test_round_trip_is_bit_identical(model: tuple[str, Path, type], tmp_path: Path, layout: str) -> None:
     name, folder, model_class = model
     state = originals.weights(folder)
     assert export(folder, tmp_path / "out.safetensors", "--layout", layout, "--verify") == 0
@@ -61,14 +49,15 @@ def test_there_and_back_is_bit_equal(model: tuple[str, Path, type], tmp_path: Pa
     assert bare.keys() == wanted.keys() and all(torch.equal(bare[key], tensor) for key, tensor in wanted.items())
     assert export(tmp_path / "out.safetensors", tmp_path / "back", "--layout", "diffusers", *config) == 0
     again = model_class.from_pretrained(tmp_path / "back")
-    known = model_class.from_pretrained(folder)
-    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in known.state_dict().items())
-    plain = [{k: v for k, v in json.loads(m.to_json_string()).items() if k != "_name_or_path"} for m in (again, known)]
-    assert plain[0] == plain[1]
+    original = model_class.from_pretrained(folder)
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in original.state_dict().items())
+    configs = [json.loads(loaded.to_json_string()) for loaded in (again, original)]
+    configs = [{key: value for key, value in config.items() if key != "_name_or_path"} for config in configs]
+    assert configs[0] == configs[1]
 
 
-def test_the_fused_model_computes_what_the_split_one_does() -> None:
-    """The original's one product for q, k, v and mlp, and its shift before scale, by its own definition."""
+def test_fused_single_block_computes_the_same_as_the_split_one() -> None:
+    """The original has one matmul for q, k, v and mlp, and shift before scale; both are computed by its definition."""
     components = tiny.load_script("scripts/demo_hunyuan.py").hunyuan_components()
     transformer = components["transformer"]
     fused = originals.rebuilt(transformer.state_dict(), "hunyuan")
@@ -90,8 +79,8 @@ def test_the_fused_model_computes_what_the_split_one_does() -> None:
     assert torch.allclose(transformer.norm_out(x, x[:, 0]), normed, atol=1e-5)
 
 
-def test_fused_attention_is_split_as_it_computes() -> None:
-    """A double block's q, k and v of image and prompt, by the published product and by diffusers' own projections."""
+def test_fused_double_block_attention_is_split_correctly() -> None:
+    """Compare q, k and v of image and text, from the published fused weight and from diffusers' projections."""
     transformer = tiny.load_script("scripts/demo_hunyuan.py").hunyuan_components()["transformer"]
     with torch.no_grad():
         for parameter in transformer.parameters():  # norms and biases too
@@ -115,8 +104,8 @@ def test_fused_attention_is_split_as_it_computes() -> None:
 
 
 @pytest.mark.parametrize("image_dim", [None, 32])
-def test_the_published_names_compute_what_the_model_does(image_dim: int | None) -> None:
-    """Wan from its own weights, by the definition of its modules: any two names exchanged would show."""
+def test_published_names_compute_the_same_as_the_model(image_dim: int | None) -> None:
+    """Wan computed from published weights by its modules' definitions: exchanging any two names changes the output."""
     sizes = {"image_dim": image_dim, "condition_channels": 20} if image_dim else {}
     transformer = tiny.load_script("scripts/demo_model.py").wan_components(**sizes)["transformer"]
     draw = torch.Generator().manual_seed(0)
@@ -131,13 +120,14 @@ def test_the_published_names_compute_what_the_model_does(image_dim: int | None) 
     with torch.no_grad():
         wanted = transformer(x, t, text, image).sample
         assert torch.allclose(originals.wan_forward(w, x, t, text, image, **sizes), wanted, rtol=1e-4, atol=1e-3)
-        for name in (name for name in w if not name.startswith("blocks.0.")):  # of the blocks, those of the last
+        # Of the blocks only the last one is changed.
+        for name in (name for name in w if not name.startswith("blocks.0.")):
             moved = {**w, name: w[name] + torch.randn(w[name].shape, generator=draw)}
             found = originals.wan_forward(moved, x, t, text, image, **sizes)
             assert (found - wanted).abs().max() > 0.01, name
 
 
-def test_a_dtype_and_what_stays_float32(model: tuple[str, Path, type], tmp_path: Path) -> None:
+def test_dtype_and_float32_modules_match_from_pretrained(model: tuple[str, Path, type], tmp_path: Path) -> None:
     _, folder, model_class = model
     export(folder, tmp_path / "half", "--layout", "diffusers", "--dtype", "bf16")
     half = model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
@@ -147,7 +137,7 @@ def test_a_dtype_and_what_stays_float32(model: tuple[str, Path, type], tmp_path:
     assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
 
 
-def test_8_bit_becomes_bf16(tmp_path: Path) -> None:
+def test_8_bit_weights_are_exported_as_bf16(tmp_path: Path) -> None:
     folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
     state = originals.rebuilt(originals.weights(folder), "wan")
     stored = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t.to(torch.bfloat16) for name, t in state.items()}
@@ -158,13 +148,13 @@ def test_8_bit_becomes_bf16(tmp_path: Path) -> None:
     assert torch.equal(found["blocks.0.ffn.net.0.proj.weight"], 2 * stored["blocks.0.ffn.0.weight"].bfloat16())
 
 
-def test_nothing_is_overwritten_and_nothing_left(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_and_failures_leave_nothing(tmp_path: Path) -> None:
     folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
     (tmp_path / "there.safetensors").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("")
     assert "exists" in refusal(folder, tmp_path / "there.safetensors", "--layout", "original")
-    assert "no name of a .safetensors" in refusal(folder, tmp_path / "name", "--layout", "original")
+    assert "not the name of a .safetensors" in refusal(folder, tmp_path / "name", "--layout", "original")
     assert "not empty" in refusal(folder, tmp_path / "full", "--layout", "diffusers")
     state = load_file(next(folder.glob("*.safetensors")))
     key = "blocks.0.ffn.net.0.proj.weight"
@@ -173,7 +163,7 @@ def test_nothing_is_overwritten_and_nothing_left(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"there.safetensors", "full", "model"}
 
 
-def test_the_source_stays_as_it_is(run: runs.Outcome, tmp_path: Path) -> None:
+def test_output_inside_the_source_or_a_checkpoint_is_refused(run: runs.Outcome, tmp_path: Path) -> None:
     checkpoint = run.folder / "checkpoint-1"
     for source, place in (
         (checkpoint, checkpoint / "transformer"),
@@ -181,24 +171,24 @@ def test_the_source_stays_as_it_is(run: runs.Outcome, tmp_path: Path) -> None:
         (run.folder / "transformer_original.safetensors", checkpoint / "new"),
         (run.folder / "transformer", run.folder / "transformer"),
     ):
-        assert "lies in" in refusal(source, place / "out.safetensors", "--layout", "original")
+        assert "is inside" in refusal(source, place / "out.safetensors", "--layout", "original")
     line = refusal(checkpoint, tmp_path / "q.safetensors", "--layout", "diffusers")
-    assert line.startswith("error: output: ") and "name a folder" in line
+    assert line.startswith("error: output: ") and "pass a folder" in line
     assert refusal(checkpoint, checkpoint / "new", "--layout", "diffusers").startswith("error: output: ")
     assert verify(checkpoint, hashes=True) == [] and not list(tmp_path.iterdir())
 
 
-def test_flags_are_called_by_their_names(tmp_path: Path) -> None:
+def test_wrong_flags_are_named(tmp_path: Path) -> None:
     folder, out = tiny.build_wan_t2v(tmp_path / "model") / "transformer", tmp_path / "out.safetensors"
     assert refusal(folder, out, "--layut", "comfyui") == (
         "error: --layut: is not a flag of this script. Fix: did you mean --layout."
     )
     assert refusal(folder, out, "--layout", "comfy").startswith("error: --layout: invalid choice")
     line = refusal(folder, out, "--layout", "original", "--config", tmp_path / "nope")
-    assert line.startswith("error: --config: ") and "is no file" in line
+    assert line.startswith("error: --config: ") and "is not a file" in line
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_unwritable_output_is_reported(tmp_path: Path) -> None:
     folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
     (tmp_path / "file").write_text("")
     line = refusal(folder, tmp_path / "file/out.safetensors", "--layout", "original")
@@ -206,10 +196,10 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert refusal(folder, "/proc/out.safetensors", "--layout", "original").startswith("error: output: ")
 
 
-def test_what_is_no_transformer_is_said(tmp_path: Path) -> None:
+def test_sources_without_a_transformer_are_refused(tmp_path: Path) -> None:
     model = tiny.build_wan_t2v(tmp_path / "model")
     assert "wan_vae" in refusal(model / "vae", tmp_path / "out.safetensors", "--layout", "original")
-    assert "not there" in refusal(tmp_path / "none", tmp_path / "out.safetensors", "--layout", "original")
+    assert "does not exist" in refusal(tmp_path / "none", tmp_path / "out.safetensors", "--layout", "original")
     shards = tmp_path / "checkpoint-1"
     (shards / "global_step1").mkdir(parents=True)
     (shards / "latest").write_text("global_step1")
@@ -219,19 +209,19 @@ def test_what_is_no_transformer_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Outcome:
-    """Returns a run from Wan's original folder that trained a step and wrote every layout."""
+    """A run from Wan's original folder that trained one step and exported every layout."""
     folder = tmp_path_factory.mktemp("run")
     original = originals.build_wan(folder / "original", tiny.build_wan_t2v(folder / "model"))
     settings = {"max_train_steps": 1, "tokenizer_max_length": 16, "train_batch_size": 2, "export_dtype": "fp32"}
-    settings["lr_warmup_steps"] = 0  # else the first step has a learning rate of 0
+    settings["lr_warmup_steps"] = 0  # otherwise the learning rate of the first step is 0
     layouts = ["diffusers", "original", "comfyui"]
     metadata = tiny.make_dataset(folder / "data")
-    outcome = runs.train(runs.wan_plain(original, metadata, folder / "out", export_layouts=layouts, **settings))
+    outcome = runs.train(runs.wan_flags(original, metadata, folder / "out", export_layouts=layouts, **settings))
     assert outcome.code == 0, outcome.stderr
     return outcome
 
 
-def test_a_run_writes_the_layouts_that_were_asked_for(run: runs.Outcome) -> None:
+def test_a_run_writes_the_requested_layouts(run: runs.Outcome) -> None:
     wanted = originals.rebuilt(run.weights(), "wan")
     for layout, prefix in (("original", ""), ("comfyui", "model.diffusion_model.")):
         stored = load_file(run.folder / f"transformer_{layout}.safetensors")
@@ -242,20 +232,20 @@ def test_a_run_writes_the_layouts_that_were_asked_for(run: runs.Outcome) -> None
     assert trained.keys() == start.keys() and not torch.equal(trained["head.head.weight"], start["head.head.weight"])
 
 
-def test_what_was_trained_computes_the_same_from_every_export(run: runs.Outcome) -> None:
-    """Wan's original layout in, a step, and out: by the strict loader, by diffusers' own converter, by definition."""
+def test_trained_weights_compute_the_same_from_every_export(run: runs.Outcome) -> None:
+    """Load the exports with the strict loader and diffusers' own converter, and compute them by definition."""
     folder, path = run.folder / "transformer", run.folder / "transformer_original.safetensors"
     model = WanTransformer3DModel.from_pretrained(folder)
     draw, config = torch.Generator().manual_seed(3), model.config
     x, t = torch.randn(1, config.in_channels, 2, 8, 8, generator=draw), torch.tensor([420.0])
     text = torch.randn(1, 16, config.text_dim, generator=draw)
-    part = find_part(path, "wan", {"attention_head_dim": config.attention_head_dim})
+    component = find_component(path, "wan", {"attention_head_dim": config.attention_head_dim})
     theirs = WanTransformer3DModel.from_single_file(path, config=str(folder), local_files_only=True)
     comfyui = run.folder / "transformer_comfyui.safetensors"
     comfyui = WanTransformer3DModel.from_single_file(comfyui, config=str(folder), local_files_only=True)
     with torch.no_grad():
         wanted = model(x, t, text).sample
-        for other in (load_part(WanTransformer3DModel, part, torch.float32), theirs, comfyui):
+        for other in (load_component(WanTransformer3DModel, component, torch.float32), theirs, comfyui):
             known = other.state_dict()
             assert all(torch.equal(known[name], tensor) for name, tensor in model.state_dict().items())
             assert torch.allclose(other(x, t, text).sample, wanted, rtol=0, atol=1e-5)
@@ -267,34 +257,29 @@ def test_what_was_trained_computes_the_same_from_every_export(run: runs.Outcome)
         assert not torch.allclose(before, wanted, atol=1e-4)
 
 
-def test_a_checkpoint_has_the_layouts_in_it(run: runs.Outcome) -> None:
+def test_checkpoint_contains_the_layouts(run: runs.Outcome) -> None:
     exports = run.folder / "checkpoint-1/exports"
     assert verify(run.folder / "checkpoint-1", hashes=True) == []
     names = {f"transformer_{layout}.safetensors" for layout in ("original", "comfyui")}
     assert {path.name for path in exports.iterdir()} == names
-    for name in names:  # of the last step, as at the end; the headers say the same
+    for name in names:  # this is the last step, so they equal the final exports, headers included
         assert (exports / name).read_bytes() == (run.folder / name).read_bytes()
 
 
-def test_a_file_says_what_it_is(run: runs.Outcome) -> None:
+def test_headers_describe_the_training(run: runs.Outcome) -> None:
     for path in (
         next((run.folder / "transformer").glob("*.safetensors")),
         run.folder / "transformer_original.safetensors",
     ):
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata()
-        assert said["format"] == "pt" and said["trainer"].startswith("videox ")
-        assert said["base_model"] == "original" and said["task"] == "wan2.1 normal" and said["steps"] == "1"
-        assert said["shift"] == "5.0" and said["seed"] == "42" and said["video_sample_n_frames"] == "13"
+        metadata = header(path)
+        assert metadata["format"] == "pt" and metadata["trainer"].startswith("videox ")
+        assert metadata["base_model"] == "original" and metadata["task"] == "wan2.1 normal"
+        assert metadata["steps"] == "1" and metadata["seed"] == "42"
+        assert metadata["shift"] == "5.0" and metadata["video_sample_n_frames"] == "13"
 
 
-def header(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def test_what_is_known_goes_along(run: runs.Outcome, tmp_path: Path) -> None:
-    """From the run's own file, from its checkpoint's records, and from what was made of either."""
+def test_training_facts_are_kept_across_exports(run: runs.Outcome, tmp_path: Path) -> None:
+    """From the run's own file, from its checkpoint's records, and from files exported from either."""
     names = ("base_model", "task", "steps", "seed", "shift", "video_sample_n_frames", "video_sample_size", "trainer")
     wanted = {name: header(run.folder / "transformer_original.safetensors")[name] for name in names}
     assert wanted["base_model"] == "original"
@@ -307,19 +292,19 @@ def test_what_is_known_goes_along(run: runs.Outcome, tmp_path: Path) -> None:
         tmp_path / "three.safetensors",
     ]
     for path, layout in zip(files, ("comfyui", "diffusers", "original"), strict=True):
-        said = header(path)
-        assert {name: said[name] for name in names} == wanted and said["layout"] == layout
-        assert said["modelspec.title"] == "original fine-tuned"
+        metadata = header(path)
+        assert {name: metadata[name] for name in names} == wanted and metadata["layout"] == layout
+        assert metadata["modelspec.title"] == "original fine-tuned"
     state = originals.weights(run.folder.parent / "model/transformer")
     save_file(originals.rebuilt(state, "wan"), tmp_path / "theirs.safetensors", metadata={"task": "unknown"})
     config = ["--config", run.folder.parent / "model/transformer/config.json"]
     export(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "--layout", "comfyui", *config)
-    said = header(tmp_path / "ours.safetensors")
-    assert said["modelspec.title"] == "theirs" and not {"base_model", "task"} & said.keys()
+    metadata = header(tmp_path / "ours.safetensors")
+    assert metadata["modelspec.title"] == "theirs" and not {"base_model", "task"} & metadata.keys()
 
 
-def test_a_file_has_its_own_configuration(model: tuple[str, Path, type], tmp_path: Path) -> None:
-    """A head's width shows in no shape of Wan: what was written here is read back without a word about it."""
+def test_single_file_contains_its_configuration(model: tuple[str, Path, type], tmp_path: Path) -> None:
+    """The head width of Wan is in no shape: exported files are read back without --config."""
     _, folder, model_class = model
     export(folder, tmp_path / "one.safetensors", "--layout", "original")
     export(tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--layout", "comfyui")
@@ -334,23 +319,24 @@ def test_a_file_has_its_own_configuration(model: tuple[str, Path, type], tmp_pat
     assert line.startswith("error: --config: ") and f"the weights are of a {model_class.__name__}" in line
 
 
-def test_a_runs_own_file_needs_no_config(run: runs.Outcome, tmp_path: Path) -> None:
+def test_file_of_a_run_needs_no_config(run: runs.Outcome, tmp_path: Path) -> None:
     export(run.folder / "transformer_comfyui.safetensors", tmp_path / "back", "--layout", "diffusers")
-    kept, found = run.weights(), originals.weights(tmp_path / "back")
-    assert kept.keys() == found.keys() and all(torch.equal(kept[name], found[name]) for name in kept)
+    trained, exported = run.weights(), originals.weights(tmp_path / "back")
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[name], exported[name]) for name in trained)
 
 
-def test_a_checkpoint_is_exported_and_trained_on(run: runs.Outcome, tmp_path: Path) -> None:
+def test_exported_checkpoint_can_be_trained_on(run: runs.Outcome, tmp_path: Path) -> None:
     export(run.folder / "checkpoint-1", tmp_path / "one.safetensors", "--layout", "original")
     known = load_file(run.folder / "transformer_original.safetensors")
     stored = load_file(tmp_path / "one.safetensors")
     assert stored.keys() == known.keys() and all(torch.equal(stored[name], known[name]) for name in known)
     model, metadata = run.folder.parent / "original", run.folder.parent / "data/metadata.json"
-    still = {"learning_rate": 0, "max_train_steps": 1, "tokenizer_max_length": 16, "train_batch_size": 2}
-    words = runs.wan_plain(
-        model, metadata, tmp_path / "out", transformer_path=tmp_path / "one.safetensors", export_dtype="fp32", **still
+    frozen = {"learning_rate": 0, "max_train_steps": 1, "tokenizer_max_length": 16, "train_batch_size": 2}
+    words = runs.wan_flags(
+        model, metadata, tmp_path / "out", transformer_path=tmp_path / "one.safetensors", export_dtype="fp32", **frozen
     )
     outcome = runs.train(words)
     assert outcome.code == 0, outcome.stderr
-    kept, before = outcome.weights(), run.weights()
-    assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in kept)
+    after, before = outcome.weights(), run.weights()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)

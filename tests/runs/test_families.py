@@ -1,4 +1,4 @@
-"""Serves whoever trains any family in any mode: it resumes to the bit, loads in its pipeline, and uses pictures."""
+"""Tests of every family and mode: bit-identical resume, export into the pipeline, image conditions, refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from videox.encoders import hunyuan_text as text
 families = tiny.load_script("benchmarks/families.py")
 
 CELLS = {cell.name: cell for cell in families.cells()}
-# One of each family and mode; the others differ from one of these by the model alone.
+# One cell of each family and mode; the other cells differ from one of these in the model only.
 QUICK = {
     "wan2.1 normal", "wan2.1 i2v with image embedder", "wan2.1 inpaint without image embedder", "hunyuanvideo normal",
     "hunyuanvideo i2v token_replace",
@@ -32,7 +32,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_mode_of_every_trainer_has_a_quick_cell() -> None:
     quick = {(CELLS[name].family, CELLS[name].mode) for name in QUICK}
-    assert quick == {(family, mode) for family in runs.TRAINERS for mode in runs.script(family).TASKS}
+    assert quick == {(family, mode) for family in runs.TRAIN_SCRIPTS for mode in runs.train_script(family).TASKS}
 
 
 @pytest.mark.parametrize(
@@ -44,24 +44,24 @@ def test_a_family_and_mode_resumes_loads_and_samples(name: str, metadata: Path, 
     assert found.losses[-1] < 0.95 * found.losses[0]
 
 
-def test_runs_that_are_not_equal_are_told_apart(metadata: Path, tmp_path: Path) -> None:
+def test_differences_of_runs_with_different_seeds_are_found(metadata: Path, tmp_path: Path) -> None:
     model = tiny.build_wan_t2v(tmp_path / "model")
-    asked = {"max_train_steps": families.STEPS, "validation_rows": 2}
+    settings = {"max_train_steps": families.STEPS, "validation_rows": 2}
     one, other = (
-        runs.train(runs.wan_plain(model, metadata, tmp_path / str(seed), seed=seed, **asked)) for seed in (42, 43)
+        runs.train(runs.wan_flags(model, metadata, tmp_path / str(seed), seed=seed, **settings)) for seed in (42, 43)
     )
     assert families.differences(one, one) == []
     assert families.differences(one, other) == [
         "metrics.jsonl", "validation.jsonl", "transformer", "checkpoint-4/transformer", "checkpoint-4/optimizer",
         "trainer_state.json",
     ]  # fmt: skip
-    idle = runs.train(runs.wan_plain(model, metadata, tmp_path / "idle", learning_rate=0, max_train_steps=1))
+    idle = runs.train(runs.wan_flags(model, metadata, tmp_path / "idle", learning_rate=0, max_train_steps=1))
     unloaded, exported = families.load(CELLS["wan2.1 normal"], idle.folder / "transformer")
     wrong = families.sample(CELLS["wan2.1 normal"], model, exported)
     assert (unloaded, wrong) == ([], ["the exported weights sample what the base model samples"])
 
 
-# ------------------------------------------------------------------------------------- is the picture made use of?
+# ----------------------------------------------------------------------------------------- the image condition is used
 
 CLIPS, HELD_OUT, FRAMES, SIDE, TILE = 64, 8, 5, 64, 16
 LEARN = {
@@ -72,15 +72,15 @@ LEARN = {
     "video_sample_n_frames": FRAMES, "checkpointing_steps": 10**6, "train_batch_size": 4, "vae_mini_batch": 4,
 }  # fmt: skip
 
-SHORT_PROMPT = {"tokenizer_max_length": 16, "image_embed_interleave": 5}  # the fewest tokens of caption and picture
+SHORT_PROMPT = {"tokenizer_max_length": 16, "image_embed_interleave": 5}  # the minimum number of text and image tokens
 
 
-def tiles(folder: Path) -> tuple[Path, torch.Tensor]:
-    """Writes clips that stand still, each a wall of 4 x 4 tiles in random colours, all with one caption.
+def write_tile_clips(folder: Path) -> tuple[Path, torch.Tensor]:
+    """Write static clips, each of 4 x 4 tiles in random colours, all with the same caption.
 
-    The first frame tells everything, and nothing else does: the caption is the same, every wall occurs in one clip
-    only, and eight walls are held out, so that no memory of the training helps with them. Sixteen colours of a wall
-    that has never been seen come from the picture, or, as far as the noise lets them through, from the noisy latents.
+    The first frame determines the clip, and nothing else does: the caption is always the same, every pattern occurs in
+    one clip only, and eight patterns are held out, so that memorizing the training set does not help. The sixteen
+    colours of a new pattern can come only from the image condition, or partly from the noisy latents.
 
     Returns:
         metadata.json and the clips, float32 [N, 3, T, H, W] in [-1, 1].
@@ -115,15 +115,18 @@ def hunyuan(folder: Path, clips: torch.Tensor, *, image_condition_type: str) -> 
 
 
 def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known: mask channels and image embeddings are zero, condition latents those of a grey clip."""
-    script = runs.script("wan2.1")
+    """Hide the image condition: mask channels and image embeddings are zero, condition latents are of a grey clip."""
+    script = runs.train_script("wan2.1")
     known_mask = script.known_mask
-    monkeypatch.setattr(script, "known_mask", lambda *given, **where: torch.zeros_like(known_mask(*given, **where)))
+    monkeypatch.setattr(script, "known_mask", lambda *args, **kwargs: torch.zeros_like(known_mask(*args, **kwargs)))
 
 
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first frame's latents, which alone are encoded from one frame, are zero; Llava is shown a black picture."""
-    script = runs.script("hunyuanvideo")
+    """Hide the image condition: latents encoded from one frame are zero, and Llava gets a black image.
+
+    Only the latents of the first frame are encoded from one frame.
+    """
+    script = runs.train_script("hunyuanvideo")
     encode_moments, to_images = script.encode_moments, text.to_images
 
     def without_first_frame(vae: object, video: torch.Tensor, **settings: object) -> torch.Tensor:
@@ -146,7 +149,7 @@ def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["wan2.1", "wan2.1-image-embedder", "wan2.1-inpaint", "token_replace", "latent_concat"],
 )
-def test_a_new_clip_is_made_from_its_first_frame(
+def test_the_image_condition_lowers_the_held_out_loss(
     family: str,
     build: Callable[..., Path],
     kind: dict[str, object],
@@ -155,30 +158,30 @@ def test_a_new_clip_is_made_from_its_first_frame(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the picture the loss on clips never trained on falls far below that of the same run without it.
+    """The held-out loss with the image condition falls far below that of the same run without it.
 
-    Without it the same model still learns to remove noise from walls of tiles: what it then reaches is what can be
-    had from the noisy latents alone. Hiding is a change of what the script's own functions return, in training and
-    validation alike; model, data, noise and timesteps are the same in both runs.
+    Without the condition the model still learns to denoise tile patterns, from the noisy latents alone. The condition
+    is hidden by patching functions of the train script, in training and in validation; model, data, noise and
+    timesteps are the same in both runs.
     """
-    metadata, clips = tiles(tmp_path / "data")
+    metadata, clips = write_tile_clips(tmp_path / "data")
     model = build(tmp_path / "model", clips, **kind)
     losses = {}
     for hidden in (False, True):
         if hidden:
             hide(monkeypatch)
-        argv = runs.plain(family, model, metadata, tmp_path / f"hidden-{hidden}", **LEARN | text)
-        outcome = runs.train(argv, runs.script(family))
+        argv = runs.train_flags(family, model, metadata, tmp_path / f"hidden-{hidden}", **LEARN | text)
+        outcome = runs.train(argv, runs.train_script(family))
         assert outcome.code == 0, outcome.stderr
         first, last = outcome.validation
         losses[hidden] = last["loss"]
         assert last["loss"] < 0.5 * first["loss"]
-    print(f"{family} {kind}: held-out loss {losses[False]:.4f} with the picture, {losses[True]:.4f} without")
-    # inpainting hides all of one clip in ten, and in others most of what there is to see
+    print(f"{family} {kind}: held-out loss {losses[False]:.4f} with the image condition, {losses[True]:.4f} without")
+    # inpainting masks one clip in ten completely, and most of the others
     assert losses[False] < (0.8 if text is INPAINT else 0.6) * losses[True]
 
 
-# ------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 T2V = {
     "wan2.1": (tiny.build_wan_t2v, ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")),
@@ -196,7 +199,7 @@ KINDS = {"normal": T2V, "i2v": I2V}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Returns a function from family and mode to a model made for it, built once."""
+    """Return a function that builds the model of a family and mode once, and returns its folder."""
     folder = tmp_path_factory.mktemp("built")
 
     def model(family: str, mode: str) -> Path:
@@ -206,9 +209,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
     return model
 
 
-def refused(family: str, model: Path, metadata: Path, folder: Path, code: int, **changes: object) -> str:
-    """Returns the one line of a run that was refused, after checking that its status has it too."""
-    outcome = runs.train(runs.plain(family, model, metadata, folder, **changes), runs.script(family))
+def error_line(family: str, model: Path, metadata: Path, folder: Path, code: int, **changes: object) -> str:
+    """Return the one error line of a refused run, after checking that run_status.json contains it too."""
+    outcome = runs.train(runs.train_flags(family, model, metadata, folder, **changes), runs.train_script(family))
     assert outcome.code == code, outcome.stderr
     (line,) = outcome.stderr.splitlines()
     status = outcome.status
@@ -218,7 +221,7 @@ def refused(family: str, model: Path, metadata: Path, folder: Path, code: int, *
 
 
 @pytest.mark.parametrize(("family", "mode"), [(family, mode) for mode in KINDS for family in KINDS[mode]])
-def test_components_are_all_that_the_pipeline_has(family: str, mode: str, built: Callable[[str, str], Path]) -> None:
+def test_component_lists_match_the_pipeline(family: str, mode: str, built: Callable[[str, str], Path]) -> None:
     index = json.loads((built(family, mode) / "model_index.json").read_text(encoding="utf-8"))
     components = {name for name, parts in index.items() if isinstance(parts, list) and parts[0] is not None}
     assert components == set(KINDS[mode][family][1])
@@ -228,17 +231,17 @@ def test_components_are_all_that_the_pipeline_has(family: str, mode: str, built:
     ("family", "mode", "missing"),
     [(family, mode, name) for mode in KINDS for family in KINDS[mode] for name in KINDS[mode][family][1]],
 )
-def test_a_model_without_one_of_its_parts_is_refused(
+def test_a_model_without_one_component_is_refused(
     family: str, mode: str, missing: str, built: Callable[[str, str], Path], metadata: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(built(family, mode), tmp_path / "model")
     shutil.rmtree(model / missing)
-    line = refused(family, model, metadata, tmp_path / "out", 4, train_mode=mode)
+    line = error_line(family, model, metadata, tmp_path / "out", 4, train_mode=mode)
     assert f"{model / missing}: does not exist " in line and "complete the model folder" in line
 
 
 @pytest.mark.parametrize(
-    ("family", "made_for", "mode", "told"),
+    ("family", "made_for", "mode", "message"),
     [
         ("wan2.1", "normal", "i2v", "the transformer takes 16 channels: it is made for --train_mode normal"),
         ("wan2.1", "normal", "inpaint", "the transformer takes 16 channels: it is made for --train_mode normal"),
@@ -248,25 +251,31 @@ def test_a_model_without_one_of_its_parts_is_refused(
     ],
 )
 def test_weights_of_another_mode_are_refused(
-    family: str, made_for: str, mode: str, told: str, built: Callable[[str, str], Path], metadata: Path, tmp_path: Path
+    family: str,
+    made_for: str,
+    mode: str,
+    message: str,
+    built: Callable[[str, str], Path],
+    metadata: Path,
+    tmp_path: Path,
 ) -> None:
-    line = refused(family, built(family, made_for), metadata, tmp_path / "out", 4, train_mode=mode)
-    assert line.startswith(f"error: --train_mode {mode}: ") and told in line
+    line = error_line(family, built(family, made_for), metadata, tmp_path / "out", 4, train_mode=mode)
+    assert line.startswith(f"error: --train_mode {mode}: ") and message in line
 
 
 @pytest.mark.parametrize(("family", "other"), [("wan2.1", "hunyuanvideo"), ("hunyuanvideo", "wan2.1")])
-def test_the_other_familys_model_is_refused(
+def test_a_model_of_another_family_is_refused(
     family: str, other: str, built: Callable[[str, str], Path], metadata: Path, tmp_path: Path
 ) -> None:
-    line = refused(family, built(other, "normal"), metadata, tmp_path / "out", 4)
+    line = error_line(family, built(other, "normal"), metadata, tmp_path / "out", 4)
     assert "Pipeline model. Fix: give a model of" in line
 
 
 def test_hunyuanvideo_has_no_inpainting(built: Callable[[str, str], Path], metadata: Path, tmp_path: Path) -> None:
     model = built("hunyuanvideo", "i2v")
-    argv = runs.plain("hunyuanvideo", model, metadata, tmp_path / "out", train_mode="inpaint")
-    outcome = runs.train(argv, runs.script("hunyuanvideo"))
+    argv = runs.train_flags("hunyuanvideo", model, metadata, tmp_path / "out", train_mode="inpaint")
+    outcome = runs.train(argv, runs.train_script("hunyuanvideo"))
     (line,) = outcome.stderr.splitlines()
     assert outcome.code == 2 and line.startswith("error: --train_mode: invalid choice: 'inpaint'")
     assert "normal" in line and "i2v" in line
-    assert not outcome.folder.exists()  # flags are read before any folder is made
+    assert not outcome.folder.exists()  # flags are checked before any folder is created

@@ -30,27 +30,27 @@ from torch.overrides import TorchFunctionMode
 from videox.data.index.index import load_index
 from videox.data.media import decord as decord_reader
 from videox.data.plan.buckets import SizePolicy
-from videox.data.plan.plan import PlanSettings, plan_epoch
-from videox.data.plan.settings import columns_of
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import PlanSettings, columns_of
 from videox.engine.train_state import DEALING
 
 SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
 # flag -> the test elsewhere that does
 SHOWN_ELSEWHERE = {
-    "assumed_mfu": "test_dry_run.test_the_verdict_names_the_nearest_setting_that_fits",
-    "bucket_grid": "test_dry_run.test_policies_differ_by_their_grid",
+    "assumed_mfu": "test_dry_run.test_a_memory_limit_that_is_too_small_is_reported",
+    "bucket_grid": "test_dry_run.test_the_exact_grid_crops_less_than_the_ratio_grid",
     "dry_run": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",
-    "dry_run_backend": "test_dry_run.test_the_backend_decides_what_memory_holds",
+    "dry_run_backend": "test_dry_run.test_estimated_memory_depends_on_the_backend",
     "dry_run_plan": "test_dry_run.test_a_plan_file_is_what_a_run_trains",
     "dry_run_processes": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",
-    "explain": "test_dry_run.test_a_row_is_explained_as_it_is_trained",
-    "gpu_memory": "test_dry_run.test_the_verdict_names_the_nearest_setting_that_fits",
-    "peak_tflops": "test_dry_run.test_a_run_says_which_share_of_the_peak_it_reaches",
+    "explain": "test_dry_run.test_explain_shows_a_row_as_it_is_trained",
+    "gpu_memory": "test_dry_run.test_a_memory_limit_that_is_too_small_is_reported",
+    "peak_tflops": "test_dry_run.test_a_run_logs_its_mfu",
     "try_largest_first": "test_dry_run.test_trying_the_largest_first_changes_nothing",
-    "cache_only": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
+    "cache_only": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
     "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
-    "latent_cache": "test_cache.test_a_full_cache_needs_no_encoder_and_changes_nothing",
-    "export_layouts": "test_export.test_a_run_writes_the_layouts_that_were_asked_for",
+    "latent_cache": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
+    "export_layouts": "test_export.test_a_run_writes_the_requested_layouts",
     "ema_decay": "test_ema.test_one_process_averages_its_masters",
     "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
     "use_ema": "test_ema.test_one_process_averages_its_masters",
@@ -65,7 +65,7 @@ SHOWN_ELSEWHERE = {
     "use_8bit_adam": "test_registry.test_two_names_of_one_optimizer",
     "use_came": "test_registry.test_two_names_of_one_optimizer",
     "max_bad_fraction": "test_train.test_more_bad_rows_than_allowed_end_the_run",
-    "save_whole_weights": "test_backends.test_sharded_checkpoints_hold_whole_weights_when_asked",
+    "save_whole_weights": "test_backends.test_save_whole_weights_adds_full_weights_to_sharded_checkpoints",
     "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_accounts_for_the_rest",
     "trainable_modules_low_learning_rate": "test_train.test_the_low_rate_list_gets_half",
     "use_deepspeed": "test_train.test_a_refusal_is_one_line_before_any_weight_is_loaded",
@@ -119,7 +119,7 @@ class Bench:
         """Runs at once, in a folder of its own."""
         model, metadata = settings.pop("model", self.model), settings.pop("metadata", self.metadata)
         output_dir = settings.pop("output_dir", self.folder / f"run-{len(list(self.folder.iterdir()))}")
-        outcome = runs.train(runs.wan_plain(model, metadata, output_dir, **settings))
+        outcome = runs.train(runs.wan_flags(model, metadata, output_dir, **settings))
         assert outcome.code == 0, outcome.stderr
         return outcome
 
@@ -194,8 +194,8 @@ def test_files_are_looked_for_below_the_data_folder(bench: Bench, tmp_path: Path
     assert sorted(rows(outcome)) == [0, 1]
     captions = {caption for dump in dumps(outcome, 1, 2)[0] for caption in dump.captions}
     assert captions == {bench.table[1]["text"], bench.table[5]["text"]}
-    lost = runs.train(runs.wan_plain(bench.model, metadata, tmp_path / "out", train_data_dir=None))
-    assert lost.code == 3 and "none of its 2 files is there" in lost.stderr
+    lost = runs.train(runs.wan_flags(bench.model, metadata, tmp_path / "out", train_data_dir=None))
+    assert lost.code == 3 and "none of its 2 files exists" in lost.stderr
 
 
 @shows("allow_outside_data_dir")
@@ -204,7 +204,7 @@ def test_a_path_may_lead_outside_only_when_allowed(bench: Bench, tmp_path: Path)
     shutil.copy(bench.metadata.parent / "wide.png", tmp_path / "wide.png")
     metadata = tmp_path / "data" / "metadata.json"
     metadata.write_text(json.dumps([{"file_path": "../wide.png", "text": "outside"}]), encoding="utf-8")
-    refused = runs.train(runs.wan_plain(bench.model, metadata, tmp_path / "out"))
+    refused = runs.train(runs.wan_flags(bench.model, metadata, tmp_path / "out"))
     assert refused.code == 3 and "../wide.png" in refused.stderr and not refused.metrics
     assert rows(bench(STEPS, metadata=metadata, max_train_steps=1, allow_outside_data_dir=True)) == [0]
 
@@ -230,7 +230,7 @@ def test_dropped_captions_are_trained_as_empty(bench: Bench) -> None:
 @shows("dataloader_num_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_so_many_processes_decode(bench: Bench, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    trainer, seen = runs.script(), []
+    trainer, seen = runs.train_script(), []
     step = trainer.accumulate_gradients
 
     def count_processes(*arguments, **settings) -> torch.Tensor:
@@ -350,7 +350,7 @@ def test_what_runs_is_what_was_planned(bench: Bench) -> None:
         for dump in [outcome.dump(step + 1, micro)]
         for row, frames in zip(dump.rows, dump.frame_indices, strict=True)
     ]
-    assert ran == [sample for sample in plan.executed(1) if sample.step < 2]
+    assert ran == [sample for sample in plan.executed_samples(1) if sample.step < 2]
 
 
 @shows("cost_model")
@@ -465,7 +465,7 @@ def test_the_mode_decides_what_the_model_is_given_and_must_fit_it(
     assert torch.equal(known["i2v"], first_frame.expand(8, 4, 4))
     assert len({tuple(shares.flatten().tolist()) for shares in known["inpaint"]}) > 2
     for model, mode, fits in ((bench.model, "i2v", "normal"), (image_model, "normal", "i2v or inpaint")):
-        outcome = runs.train(runs.wan_plain(model, bench.metadata, tmp_path / mode, train_mode=mode))
+        outcome = runs.train(runs.wan_flags(model, bench.metadata, tmp_path / mode, train_mode=mode))
         assert outcome.code == 4 and f"made for --train_mode {fits}" in outcome.stderr
 
 
@@ -614,7 +614,7 @@ def test_bf16_computes_and_float32_stays_in_the_weights(bench: Bench) -> None:
 
 @shows("allow_tf32")
 def test_tf32_is_on_while_training_when_allowed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, seen = runs.script(), []
+    trainer, seen = runs.train_script(), []
     step = trainer.accumulate_gradients
 
     def note(*arguments, **settings) -> torch.Tensor:
@@ -639,8 +639,8 @@ def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) ->
             return moved.clone() if function is torch.Tensor.to else moved
 
     alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
-    trainer, accelerator = runs.script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
-    argv = runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
+    trainer, accelerator = runs.train_script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
+    argv = runs.wan_flags(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
 
     def places(module: torch.nn.Module) -> list[int]:
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
@@ -799,7 +799,7 @@ def test_hashes_are_checked_when_asked_for(bench: Bench, tmp_path: Path) -> None
     content[-2] ^= 1  # one bit of one weight: size and header stay
     path.write_bytes(content)
     shutil.rmtree(first.folder / "checkpoint-1")
-    argv = runs.wan_plain(
+    argv = runs.wan_flags(
         bench.model, bench.metadata, first.folder, **STEPS, resume_from_checkpoint=first.folder / "checkpoint-2"
     )
     refused = runs.train([*argv, "--verify"])
@@ -840,7 +840,7 @@ def test_sample_clips_start_from_the_images_that_were_named(bench: Bench, image_
     one, other = samples(images[0]), samples(images[1])
     assert len(one) == len(other) == 1 and one != other
     assert samples(images[0], images[1])[0] == one[0]
-    argv = runs.wan_plain(bench.model, bench.metadata, tmp_path / "out", validation_paths=images)
+    argv = runs.wan_flags(bench.model, bench.metadata, tmp_path / "out", validation_paths=images)
     assert runs.train(argv).code == 2  # text-to-video has no use for them
 
 
@@ -857,7 +857,7 @@ def test_validation_comes_after_so_many_epochs(bench: Bench) -> None:
 
 
 def test_every_flag_of_the_parser_has_an_effect_that_a_test_shows(bench: Bench) -> None:
-    flags = set(vars(runs.script().parse_args(runs.wan_plain(bench.model, bench.metadata, bench.folder / "unused"))))
+    flags = set(vars(runs.train_script().parse_args(runs.wan_flags(bench.model, bench.metadata, bench.folder / "unused"))))
     assert not SHOWN.keys() & SHOWN_ELSEWHERE.keys()
     assert SHOWN.keys() | SHOWN_ELSEWHERE.keys() == flags
     for place in SHOWN_ELSEWHERE.values():
@@ -868,4 +868,4 @@ def test_every_flag_of_the_parser_has_an_effect_that_a_test_shows(bench: Bench) 
 
 def test_the_users_command_is_shown_here() -> None:
     paths = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
-    assert paths | runs.WAN_PLAIN.keys() <= SHOWN.keys()
+    assert paths | runs.WAN_FLAGS.keys() <= SHOWN.keys()

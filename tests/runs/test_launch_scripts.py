@@ -18,10 +18,10 @@ import pytest
 import runs
 import tiny
 import torch
-from bounded import end_all, family_of, run_bounded
+from bounded import kill_tree, process_tree, run_bounded
 
 from videox.distributed.accelerator import make_accelerator
-from videox.distributed.rendezvous import Participant, machine_of, meeting_limit
+from videox.distributed.rendezvous import Participant, read_machine, timeout_seconds
 from videox.errors import FLAGS, PEER_LOST, STOPPED, UserError
 
 SCRIPTS = sorted(path.relative_to(runs.ROOT).as_posix() for path in runs.ROOT.glob("scripts/*/train_*.sh"))
@@ -74,8 +74,8 @@ class Recipe:
 
     def start(self, output_dir: Path, variables: Mapping[str, str], log: Path, **changes: object) -> subprocess.Popen:
         """Starts the script as a shell would on one machine."""
-        command = ["bash", self.script, *runs.words({**SMALL, "output_dir": output_dir, **changes})]
-        asked = runs.environment(GLOO_SOCKET_IFNAME="lo", **self.names, **variables)
+        command = ["bash", self.script, *runs.to_argv({**SMALL, "output_dir": output_dir, **changes})]
+        asked = runs.child_environment(GLOO_SOCKET_IFNAME="lo", **self.names, **variables)
         with log.open("wb") as out:
             return subprocess.Popen(command, cwd=runs.ROOT, env=asked, stdout=out, stderr=out, start_new_session=True)
 
@@ -88,14 +88,14 @@ class Recipe:
         finally:
             for launch in started:
                 if launch.poll() is None:
-                    end_all(launch.pid)
+                    kill_tree(launch.pid)
         return found, [log.read_text(encoding="utf-8", errors="replace") for log in logs]
 
 
 def check_trained(script: str, folder: Path, said: str) -> None:
     assert f"backend     {backend(script)} (" in said
     assert f"processes   {PROCESSES}" in said
-    assert [line["step"] for line in forkserver.steps(folder)] == [1, 2]
+    assert [line["step"] for line in forkserver.read_steps(folder)] == [1, 2]
     assert (folder / "transformer" / "config.json").is_file()
 
 
@@ -114,7 +114,7 @@ def test_a_launch_script_trains_on_one_machine_and_on_two(script: str, tmp_path:
     for machine in said:
         check_trained(script, two, machine)
     assert ["step 2/2" in machine for machine in said] == [False, True]  # machine 0 alone tells of the steps
-    assert forkserver.steps(two) == forkserver.steps(one)
+    assert forkserver.read_steps(two) == forkserver.read_steps(one)
     here, there = (runs.read_weights(run / "transformer") for run in (one, two))
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
@@ -137,7 +137,7 @@ def test_a_launch_script_can_be_run_and_passes_flags_on(script: str) -> None:
 
 
 def is_launcher(pid: int) -> bool:
-    return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(family_of(pid)) > 1
+    return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes() and len(process_tree(pid)) > 1
 
 
 @pytest.mark.slow
@@ -149,10 +149,10 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
     machines = [recipe.start(folder, cluster(2, rank, port), logs[rank], **long) for rank in (0, 1)]
     try:
         deadline = time.monotonic() + runs.TIME_LIMIT
-        while not (folder / "metrics.jsonl").exists() or len(forkserver.steps(folder)) < 2:
+        while not (folder / "metrics.jsonl").exists() or len(forkserver.read_steps(folder)) < 2:
             assert time.monotonic() < deadline and machines[0].poll() is None, logs[0].read_text()[-3000:]
             time.sleep(0.1)
-        victims = family_of(machines[1].pid)
+        victims = process_tree(machines[1].pid)
         for victim in victims if lost == "machine" else filter(is_launcher, victims):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
@@ -160,8 +160,8 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
     finally:
         for machine in machines:
             if machine.poll() is None:
-                end_all(machine.pid)
-    status = forkserver.status(folder)
+                kill_tree(machine.pid)
+    status = forkserver.read_status(folder)
     if lost == "machine":
         assert (status["state"], status["exit_code"]) == ("failed", PEER_LOST)
         assert "peer lost: process 1 on " in status["error"]
@@ -178,7 +178,7 @@ def test_a_lost_machine_ends_the_other_and_a_lost_launcher_saves(tmp_path: Path,
 def failed(script: str, tmp_path: Path, **variables: str) -> tuple[int, str, float]:
     """Returns exit code, the one line, and the seconds that a start took; no model is looked at."""
     asked = {**cluster(2, 0, free_port()), **variables}
-    environment = {name: value for name, value in runs.environment(**asked).items() if value != "unset"}
+    environment = {name: value for name, value in runs.child_environment(**asked).items() if value != "unset"}
     begin = time.monotonic()
     command = ["bash", script, "--output_dir", str(tmp_path / "run")]
     done = run_bounded(command, LIMIT, cwd=runs.ROOT, env=environment)
@@ -191,17 +191,17 @@ def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
     port = str(free_port())
     code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, VIDEOX_MEETING_SECONDS="1")
     assert code == PEER_LOST
-    assert f"error: 127.0.0.1:{port}: machine 1 of 2 has not come within 1 s" in line
+    assert f"error: 127.0.0.1:{port}: machine 1 of 2 has not joined within 1 s" in line
     code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, RANK="1", VIDEOX_MEETING_SECONDS="1")
     assert code == PEER_LOST
-    assert f"error: 127.0.0.1:{port}: machine 0 does not answer there" in line
+    assert f"error: 127.0.0.1:{port}: machine 0 does not answer at this address" in line
     assert "VIDEOX_MEETING_SECONDS=600 waits for ten minutes" in line
 
 
 @pytest.mark.slow
 def test_without_a_word_on_it_a_missing_machine_is_named_within_a_minute(tmp_path: Path) -> None:
     _, line, seconds = failed(PLAIN, tmp_path, WORLD_SIZE="3", NUM_PROCESS="3")
-    assert "machine 1, 2 of 3 has not come within 45 s" in line
+    assert "machine 1, 2 of 3 has not joined within 45 s" in line
     assert seconds < LIMIT
 
 
@@ -214,27 +214,27 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     # without a launcher that keeps the store; torch would wait for an hour
     port = str(free_port())
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "VIDEOX_MEETING_SECONDS": "1"}
-    for rank, who in (("0", "process 1 of 2 has not come within 1 s"), ("1", "machine 0 does not answer there")):
+    for rank, who in (("0", "process 1 of 2 has not joined within 1 s"), ("1", "machine 0 does not answer at this address")):
         alone = {**names, "RANK": rank, "LOCAL_RANK": "0"}
         found = forkserver.shared().run(
-            [], tmp_path / f"log-{rank}", environment=alone, work="tests.runs.test_launch_scripts:join"
+            [], tmp_path / f"log-{rank}", environment=alone, entry_point="tests.runs.test_launch_scripts:join"
         )
         assert found.code == PEER_LOST
-        assert f"error: 127.0.0.1:{port}: {who}" in found.complaint()
+        assert f"error: 127.0.0.1:{port}: {who}" in found.error_line()
 
 
 def test_a_busy_port_is_named(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
         code, line, _ = failed(PLAIN, tmp_path, MASTER_PORT=port, VIDEOX_MEETING_SECONDS="5")
-        assert (code, f"error: 127.0.0.1:{port}: port {port} is taken here by another program" in line) == (7, True)
+        assert (code, f"error: 127.0.0.1:{port}: port {port} is used here by another program" in line) == (7, True)
 
 
 @pytest.mark.slow
 def test_an_address_that_is_not_machine_0_is_named(tmp_path: Path) -> None:
     for rank, host, said in (
         ("0", "203.0.113.1", "this machine cannot be reached there"),
-        ("1", "machine-0.invalid", "machine 0 does not answer there"),
+        ("1", "machine-0.invalid", "machine 0 does not answer at this address"),
     ):
         where = {"MASTER_ADDR": host, "MASTER_PORT": "10086", "RANK": rank, "VIDEOX_MEETING_SECONDS": "4"}
         code, line, _ = failed(PLAIN, tmp_path, **where)
@@ -242,7 +242,7 @@ def test_an_address_that_is_not_machine_0_is_named(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as other:  # listens, and is no store
         where = {"MASTER_PORT": str(other.getsockname()[1]), "RANK": "1", "VIDEOX_MEETING_SECONDS": "4"}
         code, line, _ = failed(PLAIN, tmp_path, **where)
-        assert (code, "something answers there, but not machine 0" in line) == (PEER_LOST, True)
+        assert (code, "another program than machine 0 answers there" in line) == (PEER_LOST, True)
 
 
 ASKED = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "NUM_PROCESS": "16", "RANK": "1"}
@@ -255,21 +255,21 @@ ASKED = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "
         ({"NUM_PROCESS": "", "RANK": ""}, "NUM_PROCESS and RANK not set"),
         ({"RANK": "2"}, "RANK=2 with WORLD_SIZE=2"),
         ({"NUM_PROCESS": "15"}, "NUM_PROCESS=15 processes on WORLD_SIZE=2 machines"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a number"),
     ],
 )
 def test_variables_that_do_not_fit_are_refused(changes: dict[str, str], said: str) -> None:
-    assert machine_of(ASKED) == ("10.0.0.1", 10086, Participant("machine", 1, 2))
+    assert read_machine(ASKED) == ("10.0.0.1", 10086, Participant("machine", 1, 2))
     with pytest.raises(UserError, match=said) as refused:
-        machine_of({**ASKED, **changes})
+        read_machine({**ASKED, **changes})
     assert refused.value.exit_code == FLAGS
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "soon", "nan"])
 def test_a_time_that_is_none_is_refused(text: str) -> None:
-    assert meeting_limit({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
+    assert timeout_seconds({"VIDEOX_MEETING_SECONDS": "2.5"}) == 2.5
     with pytest.raises(UserError, match="VIDEOX_MEETING_SECONDS"):
-        meeting_limit({"VIDEOX_MEETING_SECONDS": text})
+        timeout_seconds({"VIDEOX_MEETING_SECONDS": text})
 
 
 # --------------------------------------------------------------------------------------------------- a test that hangs
@@ -281,13 +281,13 @@ def hang() -> int:
 
 
 def test_a_rank_that_hangs_is_ended_with_the_others(tmp_path: Path) -> None:
-    ranks = forkserver.shared().start_ranks(3, [], tmp_path / "log", work=["tests.runs.test_launch_scripts:hang"] * 3)
+    ranks = forkserver.shared().start_ranks(3, [], tmp_path / "log", entry_points=["tests.runs.test_launch_scripts:hang"] * 3)
     with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
         ranks[1].wait(0.2)
     assert 0 not in [rank.wait(10) for rank in ranks]
-    late = forkserver.shared().start([], tmp_path / "late", work="tests.runs.test_launch_scripts:hang")
+    late = forkserver.shared().start([], tmp_path / "late", entry_point="tests.runs.test_launch_scripts:hang")
     with pytest.raises(AssertionError, match=r"nothing after 0\.2 s"):
-        late.until(lambda: False, limit=0.2)
+        late.wait_until(lambda: False, timeout=0.2)
     assert late.wait(10) != 0
 
 

@@ -35,12 +35,14 @@ from PIL import Image
 import videox.training.schedule as scheduling
 from videox.data.dataset import Batch
 from videox.data.plan.buckets import Fate
-from videox.data.plan.plan import Columns, EpochPlan, plan_epoch
+from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import PlanColumns
 from videox.diffusion.conditioning import CLIP_MASKS, draw_family, pack_mask
 from videox.distributed.accelerator import make_accelerator
 from videox.encoders.encode import EncoderInput
-from videox.encoders.hunyuan_text import join_text, trim_text
-from videox.encoders.vae import encode, to_images
+from videox.encoders.hunyuan_text import pad_texts, trim_text
+from videox.encoders.vae import encode_latents, to_images
 from videox.rng import hash_key
 from videox.shapes import Bucket
 
@@ -81,13 +83,13 @@ class Kind:
         return tiny.load_script(self.script)
 
 
-WAN_T2V = Kind(tiny.build_wan_t2v, runs.WAN, "normal", WanPipeline, WanTransformer3DModel, {"guidance_scale": 1.0})
+WAN_T2V = Kind(tiny.build_wan_t2v, runs.WAN_SCRIPT, "normal", WanPipeline, WanTransformer3DModel, {"guidance_scale": 1.0})
 HUNYUAN_T2V = Kind(tiny.build_hunyuan_t2v, HUNYUAN, "normal", HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, {})
 
 
 def wan_i2v(image_embedder: bool) -> Kind:
     build = partial(tiny.build_wan_i2v, image_embedder=image_embedder)
-    return Kind(build, runs.WAN, "i2v", WanImageToVideoPipeline, WanTransformer3DModel, {"guidance_scale": 1.0})
+    return Kind(build, runs.WAN_SCRIPT, "i2v", WanImageToVideoPipeline, WanTransformer3DModel, {"guidance_scale": 1.0})
 
 
 def hunyuan_i2v(condition: str, guidance_scale: float) -> Kind:
@@ -133,7 +135,7 @@ def command(kind: Kind, model: Path, metadata: Path, output_dir: Path, **changes
         "output_dir": output_dir,
         "train_mode": kind.mode,
     }
-    return runs.words({**where, **SETTINGS, **changes})
+    return runs.to_argv({**where, **SETTINGS, **changes})
 
 
 # ------------------------------------------------------------------------- a step and the pipeline, side by side
@@ -365,7 +367,7 @@ def test_first_and_last_are_given_as_the_pipeline_gives_them(models: Callable[[s
     with opened(kind, models("wan-i2v"), tmp_path) as (_, _, components, _):
         video = 2 * (pixels.permute(0, 4, 1, 2, 3).float() / 255) - 1
         known, mask = kind.trainer.known_pixels("inpaint", EncoderInput(video, [""], [key]))
-        latents = encode(components.encoders().vae, known, keys=None, mini_batch=1)
+        latents = encode_latents(components.encoders().vae, known, keys=None, mini_batch=1)
         ours = torch.cat([pack_mask(mask), kind.trainer.normalise(components, latents)], 1)
         pipeline = components.encoders().pipeline
         first, last = (
@@ -389,11 +391,11 @@ def opened(
 ) -> Iterator[tuple[Any, Accelerator, Any, torch.nn.Module]]:
     """Yields flags, accelerator, components and prepared model, as a run has them before its first step."""
     argv = command(kind, model, tmp_path / "metadata.json", tmp_path / "out", **changes)
-    with runs.untouched_process():
+    with runs.restored_process_state():
         os.environ["ACCELERATE_USE_CPU"] = "true"
         args = kind.trainer.parse_args(argv)
         accelerator, _ = make_accelerator(args.mixed_precision)
-        components = runs.components_of(kind.trainer, args, accelerator)
+        components = runs.load_components(kind.trainer, args, accelerator)
         yield args, accelerator, components, accelerator.prepare_model(components.transformer.train())
 
 
@@ -405,8 +407,8 @@ def batch_of(captions: Sequence[str], frames: int = FRAMES, height: int = 32, wi
         pixels=torch.from_numpy(np.stack(clips)),
         decoded=list(range(count)),
         real=[True] * count,
-        found=[{}] * count,
-        facts=[None] * count,
+        cached=[{}] * count,
+        sample_keys=[None] * count,
         captions=list(captions),
         weights=np.full(count, 1 / count),
         strata=(np.arange(count) + 0.6) / count,
@@ -426,8 +428,8 @@ def prompts_of(
     kind: Kind, args: Any, components: Any, captions: list[str], video: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Returns what HunyuanVideo is given of captions and the frames that they go with, as training makes it."""
-    raw, recipes = EncoderInput(video, captions, [0] * len(captions)), {r.name: r for r in components.encode.recipes}
-    embeds, mask = join_text(recipes["prompt_embeds"].encode(raw))
+    raw, recipes = EncoderInput(video, captions, [0] * len(captions)), {r.name: r for r in components.encode.specs}
+    embeds, mask = pad_texts(recipes["prompt_embeds"].encode(raw))
     return {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": recipes["pooled"].encode(raw)}
 
 
@@ -544,7 +546,7 @@ def plans(kind: Kind, tmp_path: Path, min_frames: int, **changes: object) -> Ite
     )
     settings = scheduling.plan_settings(args, seed=5, slots=1, min_frames=min_frames)
     side, frames = np.full(4, 1024, np.int32), np.array([60, 5, 4, 1], np.int32)
-    columns = Columns(np.array([1, 1, 1, 0], np.uint8), side, side, frames, np.ones(4, bool))
+    columns = PlanColumns(np.array([1, 1, 1, 0], np.uint8), side, side, frames, np.ones(4, bool))
     return (plan_epoch(columns, settings, epoch) for epoch in range(30))
 
 

@@ -60,7 +60,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def launched(model: Path, metadata: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Outcome:
     """Returns the users' command as they launch it, with two decoding processes, over an epoch's end."""
-    argv = runs.wan_plain(
+    argv = runs.wan_flags(
         model, metadata, tmp_path_factory.mktemp("runs") / "out",
         dataloader_num_workers=2, num_train_epochs=2, checkpointing_steps=10, report_to=None,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_diffusers_samples_from_what_the_users_command_made(launched: runs.Outco
 def test_a_launch_and_a_run_in_this_process_are_the_same_run(
     launched: runs.Outcome, model: Path, metadata: Path, tmp_path: Path
 ) -> None:
-    argv = runs.wan_plain(model, metadata, tmp_path / "out", num_train_epochs=2, checkpointing_steps=10)
+    argv = runs.wan_flags(model, metadata, tmp_path / "out", num_train_epochs=2, checkpointing_steps=10)
     here = runs.train(argv)  # decodes in the loop, where the launched one has two workers
     assert numbers(here) == numbers(launched)
     assert equal(here.weights(), launched.weights())
@@ -123,7 +123,7 @@ def stepwise(model: Path, metadata: Path, output_dir: Path, **changes: object) -
         **FLOAT32, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 4,
         "checkpointing_steps": 4, "vae_sample_mode": "mode", "dump_steps": [1, 2, 3, 4], **changes,
     }  # fmt: skip
-    outcome = runs.train(runs.wan_plain(model, metadata, output_dir, **settings))
+    outcome = runs.train(runs.wan_flags(model, metadata, output_dir, **settings))
     assert outcome.code == 0, outcome.stderr
     return outcome
 
@@ -319,7 +319,7 @@ def test_a_dot_trains_everything_the_top_level_table_too(stepped: runs.Outcome, 
 
 
 def test_chosen_modules_leave_the_rest_alone(model: Path, metadata: Path, tmp_path: Path) -> None:
-    argv = runs.wan_plain(model, metadata, tmp_path / "out", **FLOAT32, max_train_steps=3, trainable_modules=["attn1"])
+    argv = runs.wan_flags(model, metadata, tmp_path / "out", **FLOAT32, max_train_steps=3, trainable_modules=["attn1"])
     names = set(runs.read_weights(model / "transformer"))
     assert changed(runs.train(argv), model, 3) == {name for name in names if "attn1" in name}
 
@@ -330,7 +330,7 @@ def test_the_low_rate_list_gets_half(model: Path, metadata: Path, tmp_path: Path
         **FLOAT32, "max_train_steps": 1, "lr_warmup_steps": 0, "learning_rate": rate, "adam_weight_decay": 0,
         "trainable_modules": ["attn1"], "trainable_modules_low_learning_rate": ["ffn", "attn1.to_q"],
     }  # fmt: skip
-    outcome = runs.train(runs.wan_plain(model, metadata, tmp_path / "out", **settings))
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
     base, now = runs.read_weights(model / "transformer"), outcome.weights("checkpoint-1/transformer")
     assert changed(outcome, model, 1) == {name for name in base if "attn1" in name or "ffn" in name}
     for name in base:  # Adam's first step is the rate itself, whatever the gradient
@@ -365,7 +365,7 @@ def mixed_data(folder: Path) -> Path:
 @pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
 def test_an_epoch_trains_each_row_once_and_accounts_for_the_rest(model: Path, tmp_path: Path, slot_fill: str) -> None:
     metadata = mixed_data(tmp_path / "data")
-    argv = runs.wan_plain(
+    argv = runs.wan_flags(
         model, metadata, tmp_path / "out", train_batch_size=2, gradient_accumulation_steps=2, slot_fill=slot_fill
     )
     outcome = runs.train(argv)
@@ -385,7 +385,7 @@ def test_an_epoch_trains_each_row_once_and_accounts_for_the_rest(model: Path, tm
 
 def test_validation_repeats_to_the_bit_while_nothing_trains(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"learning_rate": 0, "validation_rows": 2, "validation_steps": 2, "num_train_epochs": 2}
-    outcome = runs.train(runs.wan_plain(model, metadata, tmp_path / "out", **settings))
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
     assert outcome.code == 0, outcome.stderr
     records = outcome.validation
     assert [record["step"] for record in records] == [0, *range(2, 21, 2)]
@@ -397,9 +397,9 @@ def test_validation_repeats_to_the_bit_while_nothing_trains(model: Path, metadat
 
 def test_a_validation_changes_nothing(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"validation_rows": 2, "max_train_steps": 4}
-    rarely = runs.train(runs.wan_plain(model, metadata, tmp_path / "rarely", **settings))
+    rarely = runs.train(runs.wan_flags(model, metadata, tmp_path / "rarely", **settings))
     prompts = {"validation_prompts": ["a rabbit walks"], "validation_steps": 2}
-    often = runs.train(runs.wan_plain(model, metadata, tmp_path / "often", **settings, **prompts))
+    often = runs.train(runs.wan_flags(model, metadata, tmp_path / "often", **settings, **prompts))
     assert numbers(rarely) == numbers(often) and equal(rarely.weights(), often.weights())
     assert [record["step"] for record in rarely.validation] == [0, 4]
     assert [record["step"] for record in often.validation] == [0, 2, 4]
@@ -411,7 +411,7 @@ def test_sample_clips_play_as_fast_as_the_data(model: Path, tmp_path: Path) -> N
     metadata = tiny.make_dataset(tmp_path / "data", tuple(clips))
     settings = {"validation_prompts": ["a rabbit walks", "a red ball"], "max_train_steps": 2, "validation_steps": 1}
     outcome = runs.train(
-        runs.wan_plain(model, metadata, tmp_path / "out", video_sample_stride=3, image_sample_size=64, **settings)
+        runs.wan_flags(model, metadata, tmp_path / "out", video_sample_stride=3, image_sample_size=64, **settings)
     )
     assert outcome.code == 0, outcome.stderr
     samples = outcome.folder / "samples"
@@ -459,7 +459,7 @@ def one_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def loss_ratio(one_clip: tuple[Path, Path], folder: Path) -> float:
     """Returns what 300 steps make of the held-out loss, at fixed noise, as a share of the loss before them."""
-    outcome = runs.train(runs.wan_plain(*one_clip, folder, **OVERFIT))
+    outcome = runs.train(runs.wan_flags(*one_clip, folder, **OVERFIT))
     assert outcome.code == 0, outcome.stderr
     first, last = outcome.validation
     assert (first["step"], last["step"]) == (0, 300)
@@ -482,14 +482,14 @@ def test_shuffled_targets_teach_nothing(
     Pairing with another noise would not do: the clip is the same in every sample, so minus the clip would still be
     learnt. After the shuffle a target's size and spread are as before, and nothing in the input tells any of it.
     """
-    real_losses, order = runs.script().velocity_losses, torch.Generator().manual_seed(0)
+    real_losses, order = runs.train_script().velocity_losses, torch.Generator().manual_seed(0)
 
     def shuffled(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         elements = target.flatten(1)
         elements = elements[:, torch.randperm(elements.shape[1], generator=order)]
         return real_losses(prediction, elements.view_as(target), weights)
 
-    monkeypatch.setattr(runs.script(), "velocity_losses", shuffled)
+    monkeypatch.setattr(runs.train_script(), "velocity_losses", shuffled)
     ratio = loss_ratio(one_clip, tmp_path / "out")
     print(f"shuffled targets: the held-out loss is {ratio:.3f} of step 0's")
     assert ratio > 0.9
@@ -515,7 +515,7 @@ def damaged_run(
         return loader
 
     monkeypatch.setattr(wiring, "build_loader", build_then_damage)
-    return runs.train(runs.wan_plain(model, metadata, output_dir, **changes))
+    return runs.train(runs.wan_flags(model, metadata, output_dir, **changes))
 
 
 def spoil(path: Path) -> None:
@@ -578,7 +578,7 @@ def test_a_bad_sample_is_as_if_it_weighed_nothing(
         "vae_mini_batch": 4,
     }  # fmt: skip
     metadata = tiny.make_dataset(tmp_path / "data", tuple(media))
-    good = runs.train(runs.wan_plain(model, metadata, tmp_path / "good", **settings))
+    good = runs.train(runs.wan_flags(model, metadata, tmp_path / "good", **settings))
     lost = (metadata.parent / "three.mp4").unlink
     bad = damaged_run(model, metadata, tmp_path / "bad", monkeypatch, lost, **settings)
     (before, after), position = (good.dump(1), bad.dump(1)), good.dump(1).rows.index(2)
@@ -650,7 +650,7 @@ def unloadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_that_are_not_finite_are_found_when_they_are_loaded(
     unloadable: Path, metadata: Path, tmp_path: Path
 ) -> None:
-    outcome = runs.train(runs.wan_plain(unloadable, metadata, tmp_path / "out"))
+    outcome = runs.train(runs.wan_flags(unloadable, metadata, tmp_path / "out"))
     assert outcome.code == 4 and "values that are not finite" in outcome.status["error"]
 
 
@@ -696,7 +696,7 @@ REFUSALS = {
     "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a folder here", True),
     "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Fix: give a model of WanPipeline", True),
     "incomplete model": (no_text_encoder, 4, "text_encoder: does not exist", True),
-    "cut weights": (cut_weights, 4, "is cut short or damaged", True),
+    "cut weights": (cut_weights, 4, "is truncated or damaged", True),
     "image-to-video model": (image_to_video, 4, "--train_mode normal: the transformer takes 36 channels: it is made for --train_mode i2v", True),
     "no metadata": (lambda _: {"train_data_meta": "no/such.json"}, 2, "no/such.json", True),
     "rows without a file": (nameless_rows, 3, "nameless.json: no row has file_path; columns found: 'text'", True),
@@ -719,7 +719,7 @@ def test_a_refusal_is_one_line_before_any_weight_is_loaded(
 ) -> None:
     prepare, code, told, folder_open = REFUSALS[wrong]
     model = shutil.copytree(unloadable, tmp_path / "model")
-    outcome = runs.train(runs.wan_plain(model, metadata, tmp_path / "out", **prepare(model)))
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **prepare(model)))
     assert outcome.code == code
     lines = outcome.stderr.splitlines()
     assert len(lines) == 1, outcome.stderr
@@ -737,11 +737,11 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(unloadable: Path, m
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step":1,"loss":0.5}\n', encoding="utf-8")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    outcome = runs.train(runs.wan_plain(unloadable, metadata, out))
+    outcome = runs.train(runs.wan_flags(unloadable, metadata, out))
     assert outcome.code == 2
     (line,) = outcome.stderr.splitlines()
     assert (
-        "already holds a run" in line and "--resume_from_checkpoint latest" in line and "another --output_dir" in line
+        "already contains a run" in line and "--resume_from_checkpoint latest" in line and "another --output_dir" in line
     )
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {name: after.get(name) for name in before} == before and "run_status.json" not in after
@@ -751,7 +751,7 @@ def test_a_row_without_a_file_is_refused_alone(model: Path, metadata: Path, tmp_
     data = shutil.copytree(metadata.parent, tmp_path / "data", ignore=shutil.ignore_patterns("*.arrow"))
     rows = json.loads((data / metadata.name).read_text(encoding="utf-8"))[:4]
     (data / metadata.name).write_text(json.dumps([{"text": "no file"}, *rows]), encoding="utf-8")
-    outcome = runs.train(runs.wan_plain(model, data / metadata.name, tmp_path / "out"))
+    outcome = runs.train(runs.wan_flags(model, data / metadata.name, tmp_path / "out"))
     assert outcome.code == 0, outcome.stderr
     assert "rows: 5 = 4 trained + 1 refused" in outcome.stdout
     assert "1 rows cannot be used: no_file_path (first: row 0" in outcome.stdout
@@ -760,7 +760,7 @@ def test_a_row_without_a_file_is_refused_alone(model: Path, metadata: Path, tmp_
 
 @pytest.mark.slow
 def test_a_refusal_of_a_real_process_is_one_line(unloadable: Path, metadata: Path, tmp_path: Path) -> None:
-    argv = runs.wan_plain(unloadable, metadata, tmp_path / "out", pretrained_model_name_or_path="no/such/folder")
-    outcome = runs.run_command([sys.executable, runs.WAN, *argv], tmp_path / "out")
+    argv = runs.wan_flags(unloadable, metadata, tmp_path / "out", pretrained_model_name_or_path="no/such/folder")
+    outcome = runs.run_command([sys.executable, runs.WAN_SCRIPT, *argv], tmp_path / "out")
     assert outcome.code == 4
     assert outcome.stderr.splitlines() == [outcome.status["error"]]

@@ -1,7 +1,7 @@
-"""Serves whoever trained on many devices: the converted folder holds DeepSpeed's own values, and loads.
+"""Tests of scripts/zero_to_bf16.py: the converted folder has DeepSpeed's own values, and diffusers loads it.
 
-Two ways must agree: DeepSpeed's zero_to_fp32, cast to bfloat16, and this script; on checkpoints of real engines, and
-on files written by hand for sizes and ranks that a test cannot train.
+The script is compared with DeepSpeed's zero_to_fp32 cast to bfloat16, on checkpoints of real engines and on synthetic
+files with sizes and numbers of ranks that a test cannot train.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,13 +28,13 @@ import tiny
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from diffusers import WanTransformer3DModel
+from exports import peak_anonymous
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, UserError
-from videox.files import SaveError
-from videox.run.checkpoint import find_checkpoints, latest
+from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, SaveError, UserError
+from videox.run.checkpoint import find_checkpoints, latest_checkpoint
 from videox.weights.safetensors_io import save_weights
 
 SCRIPT = "scripts/zero_to_bf16.py"
@@ -49,7 +48,7 @@ def convert(checkpoint: Path, output: Path, *flags: str) -> Path:
 
 
 def refusal(checkpoint: Path, output: Path, *flags: str) -> UserError:
-    """Returns how the script refuses; it then leaves everything as it was."""
+    """Return the error with which the script ends; it must not have changed any file."""
     before = {path: path.lstat().st_mtime_ns for path in output.parent.rglob("*")}
     with pytest.raises(UserError) as refused:
         convert(checkpoint, output, *flags)
@@ -59,8 +58,8 @@ def refusal(checkpoint: Path, output: Path, *flags: str) -> UserError:
     return refused.value
 
 
-def deepspeed_says(checkpoint: Path, **options: bool) -> dict[str, torch.Tensor]:
-    """Returns DeepSpeed's own float32 state dict, floating tensors cast to bfloat16."""
+def deepspeed_reference(checkpoint: Path, **options: bool) -> dict[str, torch.Tensor]:
+    """DeepSpeed's own float32 state dict, with floating-point tensors cast to bfloat16."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), **options)
@@ -80,7 +79,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints that two processes trained and saved: zero2, zero3, fsdp1, fsdp2."""
+    """Checkpoints that two ranks trained and saved: zero2, zero3, fsdp1, fsdp2."""
     folder = tmp_path_factory.mktemp("trained")
     shard_maker.make_real(folder)
     return folder
@@ -88,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Returns a function that gives a checkpoint of its own to damage."""
+    """A function that copies a checkpoint, so that a test can damage it."""
     return lambda name: Path(shutil.copytree(trained / name, tmp_path / name.replace("/", "-")))
 
 
@@ -99,7 +98,7 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
 def test_equals_deepspeed_on_its_own_checkpoint(trained: Path, tmp_path: Path, stage: int) -> None:
     checkpoint = trained / f"zero{stage}" / "checkpoint-2"
     output = convert(checkpoint, tmp_path / "out", "--max_shard_size", "80GB", "--safe_serialization")
-    found, wanted = runs.read_weights(output), deepspeed_says(checkpoint)
+    found, wanted = runs.read_weights(output), deepspeed_reference(checkpoint)
     assert_equal(found, wanted)
     assert found["count"].dtype == torch.int64 and found["flag"].dtype == torch.bool
     assert torch.equal(found["twin.weight"], found["blocks.1.attn1.to_q.weight"])
@@ -112,7 +111,7 @@ def test_equals_deepspeed_on_its_own_checkpoint(trained: Path, tmp_path: Path, s
 def test_frozen_parameters_can_be_left_out(trained: Path, tmp_path: Path, stage: int) -> None:
     checkpoint = trained / f"zero{stage}" / "checkpoint-2"
     found = runs.read_weights(convert(checkpoint, tmp_path / "out", "--exclude_frozen_parameters"))
-    assert_equal(found, deepspeed_says(checkpoint, exclude_frozen_parameters=True))
+    assert_equal(found, deepspeed_reference(checkpoint, exclude_frozen_parameters=True))
     assert not [name for name in found if shard_maker.FROZEN in name]
 
 
@@ -125,31 +124,31 @@ def test_from_pretrained_loads_it(trained: Path, tmp_path: Path, size: str) -> N
     assert len(files) == 1 or files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     model, info = WanTransformer3DModel.from_pretrained(output, torch_dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
-    wanted = deepspeed_says(checkpoint)
+    wanted = deepspeed_reference(checkpoint)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.bfloat16(), wanted[name]), name
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_fsdp_shards(trained: Path, tmp_path: Path, version: int) -> None:
+def test_fsdp_shards_equal_the_reference(trained: Path, tmp_path: Path, version: int) -> None:
     folder = trained / f"fsdp{version}"
     wanted = {name: bf16(tensor) for name, tensor in torch.load(folder / "reference.pt").items()}
     assert_equal(runs.read_weights(convert(folder / "checkpoint-2", tmp_path / "a")), wanted)
-    shards = folder / "checkpoint-2" / "pytorch_model_fsdp_0"  # the shards' own folder does as well
+    shards = folder / "checkpoint-2" / "pytorch_model_fsdp_0"  # the folder of the shards is accepted too
     config = ("--config", str(folder / "checkpoint-2" / "config.json"))
     assert_equal(runs.read_weights(convert(shards, tmp_path / "b", *config)), wanted)
     tagged = convert(folder / "checkpoint-2", tmp_path / "c", "--tag", "pytorch_model_fsdp_0")
     assert_equal(runs.read_weights(tagged), wanted)
 
 
-def test_a_bare_state_dict_of_dcp(trained: Path, tmp_path: Path) -> None:
+def test_dcp_state_dict_without_model_key_is_converted(trained: Path, tmp_path: Path) -> None:
     folder = trained / "fsdp2"
     config = ("--config", str(folder / "checkpoint-2"))
     wanted = {name: bf16(tensor) for name, tensor in torch.load(folder / "reference.pt").items()}
     assert_equal(runs.read_weights(convert(folder / "bare", tmp_path / "out", *config)), wanted)
 
 
-def test_verify_reads_back_and_compares_with_the_model(trained: Path, tmp_path: Path) -> None:
+def test_verify_compares_names_and_shapes_with_the_model(trained: Path, tmp_path: Path) -> None:
     model = WanTransformer3DModel(**shard_maker.TINY)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     checkpoint = shard_maker.write_zero(tmp_path / "a", [state], stage=2, world=3)
@@ -162,17 +161,17 @@ def test_verify_reads_back_and_compares_with_the_model(trained: Path, tmp_path: 
     assert "describes another model" in str(found) and "[33, 24], the model has [44, 24]" in str(found)
 
 
-def test_keep_fp32_modules(trained: Path, tmp_path: Path) -> None:
+def test_keep_fp32_modules_stay_float32(trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "zero2" / "checkpoint-2"
     output = convert(checkpoint, tmp_path / "a", "--keep_fp32_modules")
     found = runs.read_weights(output)
-    kept = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    in_fp32 = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
     names = WanTransformer3DModel._keep_in_fp32_modules
-    assert kept == {name for name in found if set(names) & set(name.split("."))} and len(kept) > 3
+    assert in_fp32 == {name for name in found if set(names) & set(name.split("."))} and len(in_fp32) > 3
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     fp32_params = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-    assert_equal(found, {n: t.detach() if n in kept else bf16(t) for n, t in fp32_params.items()})
+    assert_equal(found, {n: t.detach() if n in in_fp32 else bf16(t) for n, t in fp32_params.items()})
     loaded = WanTransformer3DModel.from_pretrained(output, torch_dtype=torch.bfloat16).state_dict()
     assert all(
         torch.equal(tensor, found[name]) and tensor.dtype == found[name].dtype for name, tensor in loaded.items()
@@ -183,7 +182,7 @@ def test_keep_fp32_modules(trained: Path, tmp_path: Path) -> None:
     }
 
 
-# --------------------------------------------------------------------------------------------- files by hand
+# -------------------------------------------------------------------------------------------- synthetic files
 
 
 @st.composite
@@ -206,7 +205,7 @@ def layouts(draw: st.DrawFn) -> dict:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(layout=layouts(), size=st.sampled_from(["80GB", "100", "1KB"]))
-def test_any_sizes_and_ranks(tmp_path_factory: pytest.TempPathFactory, layout: dict, size: str) -> None:
+def test_any_sizes_and_numbers_of_ranks(tmp_path_factory: pytest.TempPathFactory, layout: dict, size: str) -> None:
     folder = tmp_path_factory.mktemp("any")
     checkpoint = shard_maker.write_zero(folder / "checkpoint-7", **layout)
     found = runs.read_weights(convert(checkpoint, folder / "out", "--max_shard_size", size))
@@ -214,11 +213,11 @@ def test_any_sizes_and_ranks(tmp_path_factory: pytest.TempPathFactory, layout: d
     plain |= layout["frozen"] | layout["buffers"]
     plain |= {name: plain[source] for name, source in layout["shared"].items()}
     assert_equal(found, {name: bf16(tensor) for name, tensor in plain.items()})
-    assert_equal(found, deepspeed_says(checkpoint))
+    assert_equal(found, deepspeed_reference(checkpoint))
 
 
 class ByName:
-    """A member of an enumeration, pickled as Python 3.11.0 to 3.11.3 do it."""
+    """An enum member that is pickled by name, as Python 3.11.0 to 3.11.3 do."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -228,21 +227,21 @@ class ByName:
 
 
 @pytest.mark.parametrize(("stage", "name"), [(1, "optimizer_states"), (2, "gradients"), (3, "weights")])
-def test_a_stage_may_stand_there_by_its_name(tmp_path: Path, stage: int, name: str) -> None:
+def test_zero_stage_can_be_pickled_by_name(tmp_path: Path, stage: int, name: str) -> None:
     groups = [{"w": torch.randn(10)}]
     checkpoint = shard_maker.write_zero(tmp_path / "a", groups, stage=stage, world=2, spelled=ByName(name))
     assert_equal(runs.read_weights(convert(checkpoint, tmp_path / "out")), {"w": bf16(groups[0]["w"])})
 
 
-def test_a_shared_name_that_was_left_out_stays_out(tmp_path: Path) -> None:
+def test_shared_name_of_an_excluded_parameter_is_excluded(tmp_path: Path) -> None:
     layout = {"frozen": {"f": torch.ones(4)}, "shared": {"twin": "f"}}
     checkpoint = shard_maker.write_zero(tmp_path / "a", [{"w": torch.ones(3)}], stage=3, world=2, **layout)
     found = runs.read_weights(convert(checkpoint, tmp_path / "out", "--exclude_frozen_parameters"))
-    assert_equal(found, deepspeed_says(checkpoint, exclude_frozen_parameters=True))
+    assert_equal(found, deepspeed_reference(checkpoint, exclude_frozen_parameters=True))
     assert found.keys() == {"w"}
 
 
-def test_strided_frozen_weights_and_many_files(tmp_path: Path) -> None:
+def test_strided_frozen_weights_and_more_files_than_can_be_open(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     frozen = {"f": torch.randn(7, 5).t(), "wide": torch.randn(3, 1).expand(3, 4)}
     groups = [{"w": torch.randn(1000), "v": torch.randn(3)}]
@@ -258,10 +257,10 @@ def test_strided_frozen_weights_and_many_files(tmp_path: Path) -> None:
     assert_equal(found, {name: bf16(tensor) for name, tensor in (groups[0] | frozen).items()})
 
 
-# --------------------------------------------------------------------------------------------- whole weights
+# ---------------------------------------------------------------------------------------------- full weights
 
 
-def test_whole_float32_weights_are_converted(tmp_path: Path) -> None:
+def test_full_float32_weights_are_converted(tmp_path: Path) -> None:
     model = WanTransformer3DModel(**shard_maker.TINY)
     save_weights(
         tmp_path / "checkpoint-5" / "transformer", model.state_dict(), model.to_json_string(), max_shard_size=30000
@@ -271,17 +270,17 @@ def test_whole_float32_weights_are_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["transformer", "top"])
-def test_says_so_when_16_bit_weights_are_there(
+def test_existing_16_bit_weights_are_reported(
     copied: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     checkpoint = copied("zero3/checkpoint-2")
     folder = checkpoint / "transformer" if place == "transformer" else checkpoint
-    ready = {name: tensor.contiguous().clone() for name, tensor in deepspeed_says(checkpoint).items()}
-    ready["gain"].fill_(1.0)  # nothing in this file tells a buffer from a parameter, and a parameter must be finite
+    ready = {name: tensor.contiguous().clone() for name, tensor in deepspeed_reference(checkpoint).items()}
+    ready["gain"].fill_(1.0)  # this file does not mark buffers, and parameters must be finite
     save_file(ready, folder / "diffusion_pytorch_model.safetensors")
     convert(checkpoint, tmp_path / "a")
-    said = capsys.readouterr().out
-    assert f"{folder} already holds the 16-bit weights" in said and "ZeRO-3 of 2 ranks" in said
+    output = capsys.readouterr().out
+    assert f"{folder} already contains the full 16-bit weights" in output and "ZeRO-3 of 2 ranks" in output
     weights = folder / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
@@ -292,50 +291,52 @@ def test_says_so_when_16_bit_weights_are_there(
     shutil.rmtree(checkpoint / "pytorch_model")
     (checkpoint / "latest").unlink()
     convert(checkpoint, tmp_path / "b")
-    assert f"{folder} already holds 16-bit weights and loads as it is" in capsys.readouterr().out
+    assert f"{folder} already contains 16-bit weights and can be loaded directly" in capsys.readouterr().out
     assert_equal(runs.read_weights(tmp_path / "b"), ready)
 
 
-def test_our_own_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    from videox.run.checkpoint import publishing
+def test_damaged_checkpoint_with_manifest_is_refused(tmp_path: Path) -> None:
+    from videox.run.checkpoint import publish_checkpoint
 
     model = WanTransformer3DModel(**shard_maker.TINY)
-    with publishing(tmp_path, 3, is_main=True, gather=lambda mine: [mine], description={}) as folder:
+    with publish_checkpoint(tmp_path, 3, is_main=True, gather=lambda value: [value], description={}) as folder:
         save_weights(folder / "transformer", model.state_dict(), model.to_json_string())
         (folder / "trainer_state.json").write_text("{}")
     checkpoint = tmp_path / "checkpoint-3"
     convert(checkpoint, tmp_path / "checkpoint-3-outputs", "--verify")
-    assert find_checkpoints(tmp_path) == [checkpoint] and latest(tmp_path) == (checkpoint, [])
+    assert find_checkpoints(tmp_path) == [checkpoint] and latest_checkpoint(tmp_path) == (checkpoint, [])
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    convert(checkpoint, tmp_path / "unseen")  # of the same size
-    assert "other content than was saved" in str(refusal(checkpoint, tmp_path / "out", "--verify"))
+    convert(checkpoint, tmp_path / "unseen")  # the size is unchanged, so only --verify detects it
+    assert "differs from what was saved" in str(refusal(checkpoint, tmp_path / "out", "--verify"))
     (checkpoint / "trainer_state.json").write_text("{ }")
     assert "trainer_state.json has 3 bytes" in str(refusal(checkpoint, tmp_path / "out"))
 
 
-# -------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_ranks_missing_extra_or_twice(copied: Callable[[str], Path], tmp_path: Path, stage: int) -> None:
+def test_missing_extra_and_duplicate_ranks_are_refused(
+    copied: Callable[[str], Path], tmp_path: Path, stage: int
+) -> None:
     checkpoint, output = copied(f"zero{stage}/checkpoint-2"), tmp_path / "out"
     tag = checkpoint / "pytorch_model"
     name = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
     shutil.copy(tag / name.format(0), tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    assert "rank 0 is there twice" in str(refusal(checkpoint, output))
+    assert "has two files of rank 0" in str(refusal(checkpoint, output))
     (tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").rename(tag / name.format(2))
-    assert "has 3 of *_optim_states.pt where 2 were saved: 1 too many" in str(refusal(checkpoint, output))
+    assert "contains 3 files *_optim_states.pt, 2 were saved: 1 too many" in str(refusal(checkpoint, output))
     (tag / name.format(2)).unlink()
     (tag / name.format(1)).rename(tag / "kept")
-    assert "has 1 of *_optim_states.pt where 2 were saved: 1 missing" in str(refusal(checkpoint, output))
+    assert "contains 1 files *_optim_states.pt, 2 were saved: 1 missing" in str(refusal(checkpoint, output))
     (tag / name.format(0)).rename(tag / name.format(1))
-    assert "rank 0 is missing (found 1)" in str(refusal(checkpoint, output))
+    assert "is missing *_optim_states.pt of rank 0 (found 1)" in str(refusal(checkpoint, output))
     (tag / name.format(1)).rename(tag / name.format(0))
     (tag / "kept").rename(tag / "expert_states_optim_states.pt")
-    assert "is of no data-parallel rank" in str(refusal(checkpoint, output))
+    assert "has no data-parallel rank in its name" in str(refusal(checkpoint, output))
     (tag / "expert_states_optim_states.pt").rename(tag / name.format(1))
     next(tag.glob("*_model_states.pt")).unlink()
     found = refusal(checkpoint, output)
@@ -363,7 +364,7 @@ def test_files_of_another_step_are_refused(
 
 
 @pytest.mark.parametrize("folder", ["zero2/checkpoint-2", "zero3/checkpoint-2", "fsdp2/checkpoint-2"])
-def test_files_that_are_cut_short(copied: Callable[[str], Path], tmp_path: Path, folder: str) -> None:
+def test_truncated_files_are_refused(copied: Callable[[str], Path], tmp_path: Path, folder: str) -> None:
     checkpoint = copied(folder)
     files = [path for path in checkpoint.glob("pytorch_model*/*") if path.is_file()]
     assert len(files) >= 3
@@ -378,7 +379,7 @@ def test_files_that_are_cut_short(copied: Callable[[str], Path], tmp_path: Path,
 
 
 class Canary:
-    """Makes a file when a library unpickles it."""
+    """Creates a file when it is unpickled by a reader that runs code."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -388,47 +389,47 @@ class Canary:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_no_file_of_deepspeed_runs_code(copied: Callable[[str], Path], tmp_path: Path, stage: int) -> None:
+def test_no_deepspeed_file_runs_code(copied: Callable[[str], Path], tmp_path: Path, stage: int) -> None:
     checkpoint = copied(f"zero{stage}/checkpoint-2")
     for path in sorted((checkpoint / "pytorch_model").iterdir()):
         content = path.read_bytes()
         torch.save({"evil": Canary(tmp_path / "ran"), **torch.load(path, weights_only=False)}, path)
         found = refusal(checkpoint, tmp_path / "out")
-        assert found.exit_code == MODEL and "nothing of it was run" in str(found) and path.name in str(found)
+        assert found.exit_code == MODEL and "no code was run" in str(found) and path.name in str(found)
         assert not (tmp_path / "ran").exists()
         path.write_bytes(content)
 
 
-def test_no_file_of_dcp_runs_code(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_no_dcp_file_runs_code(copied: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = copied("fsdp2/checkpoint-2")
     shards, canary = checkpoint / "pytorch_model_fsdp_0", Canary(tmp_path / "ran")
     with (shards / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
     torch.save(canary, tmp_path / "evil")
     evil = (tmp_path / "evil").read_bytes()
-    place = next(iter(metadata.storage_data.values()))
-    record = shards / place.relative_path
-    place.offset, place.length = record.stat().st_size, len(evil)
-    with record.open("ab") as file:
+    info = next(iter(metadata.storage_data.values()))
+    shard = shards / info.relative_path
+    info.offset, info.length = shard.stat().st_size, len(evil)
+    with shard.open("ab") as file:
         file.write(evil)
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
     found = refusal(checkpoint, tmp_path / "out")
-    assert record.name in str(found) and "nothing of it was run" in str(found)
+    assert shard.name in str(found) and "no code was run" in str(found)
     metadata.planner_data = canary
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
     assert ".metadata" in str(refusal(checkpoint, tmp_path / "out"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_shards_of_fsdp_that_do_not_fit(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_inconsistent_fsdp_shards_are_refused(copied: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, output = copied("fsdp2/checkpoint-2"), tmp_path / "out"
     shards = checkpoint / "pytorch_model_fsdp_0"
     shutil.copy(shards / "__1_0.distcp", shards / "__2_0.distcp")
-    assert "also holds __2_0.distcp (3 files found, .metadata names 2)" in str(refusal(checkpoint, output))
+    assert "has the extra files __2_0.distcp (3 files found, .metadata lists 2)" in str(refusal(checkpoint, output))
     (shards / "__2_0.distcp").unlink()
     (shards / "__1_0.distcp").rename(tmp_path / "kept")
-    assert "lacks __1_0.distcp (1 files found, .metadata names 2)" in str(refusal(checkpoint, output))
-    shutil.copy(shards / "__0_0.distcp", shards / "__1_0.distcp")  # of another rank
+    assert "is missing __1_0.distcp (1 files found, .metadata lists 2)" in str(refusal(checkpoint, output))
+    shutil.copy(shards / "__0_0.distcp", shards / "__1_0.distcp")  # the file of another rank
     found = refusal(checkpoint, output)
     assert found.exit_code == MODEL and "__1_0.distcp" in str(found)
     (tmp_path / "kept").replace(shards / "__1_0.distcp")
@@ -449,27 +450,27 @@ def test_shards_of_fsdp_that_do_not_fit(copied: Callable[[str], Path], tmp_path:
     (shards / ".metadata").unlink()
     assert "has no .metadata" in str(refusal(checkpoint, output))
     shutil.rmtree(shards)
-    assert "holds no ZeRO or FSDP shards and no weights" in str(refusal(checkpoint, output))
-    assert "only ZeRO's shards do" in str(refusal(checkpoint, output, "--exclude_frozen_parameters"))
+    assert "contains no ZeRO or FSDP shards and no weights" in str(refusal(checkpoint, output))
+    assert "only ZeRO shards do" in str(refusal(checkpoint, output, "--exclude_frozen_parameters"))
     assert "'model' (found: optimizer)" in str(refusal(checkpoint, output, "--tag", "optimizer_0"))
 
 
-def test_tags(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tag_is_checked(copied: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, output = copied("zero2/checkpoint-2"), tmp_path / "out"
     (checkpoint / "latest").write_text("global_step9")
     found = refusal(checkpoint, output)
     assert "'global_step9', which has no *_optim_states.pt (found: pytorch_model)" in str(found)
-    assert found.hint == "give --tag pytorch_model"
+    assert found.hint == "pass --tag pytorch_model"
     (checkpoint / "latest").write_text("../zero2-checkpoint-2/pytorch_model")
     assert "names the tag '../zero2" in str(refusal(checkpoint, output))
     (checkpoint / "latest").unlink()
     assert "has no file 'latest'" in str(refusal(checkpoint, output))
     assert "names the tag 'x'" in str(refusal(checkpoint, output, "--tag", "x"))
-    assert refusal(checkpoint / "pytorch_model", output).hint == "name the folder above it, with --tag pytorch_model"
+    assert refusal(checkpoint / "pytorch_model", output).hint == "pass its parent folder, with --tag pytorch_model"
     convert(checkpoint, output, "-t", "pytorch_model")
 
 
-def test_config(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_config_is_found_and_checked(copied: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, output = copied("zero3/checkpoint-2"), tmp_path / "out"
     config = checkpoint / "transformer" / "config.json"
     text = config.read_bytes()
@@ -480,29 +481,29 @@ def test_config(copied: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "given.json").write_bytes(text)
     assert (convert(checkpoint, output, "--config", str(tmp_path / "given.json")) / "config.json").read_bytes() == text
     (checkpoint / "config.json").write_text('{"_class_name": "Wan')
-    assert "is no JSON of a model" in str(refusal(checkpoint, tmp_path / "out2"))
+    assert "is not the JSON of a model" in str(refusal(checkpoint, tmp_path / "out2"))
     for name in ("NoSuchModel", "WanPipeline", "_LazyModule", None):
         (checkpoint / "config.json").write_text(json.dumps({"_class_name": name}))
         assert "which diffusers does not have" in str(refusal(checkpoint, tmp_path / "out2", "--keep_fp32_modules"))
 
 
-def test_places_that_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_output_folders_that_are_refused(trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "zero2" / "checkpoint-2"
     before = sorted(path for path in trained.rglob("*"))
     (tmp_path / "link").symlink_to(checkpoint)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "diffusion_pytorch_model-00003-of-00003.safetensors").touch()
     (tmp_path / "file").touch()
-    for output, why in (
+    for output, reason in (
         (checkpoint, "one is inside the other"),
         (checkpoint / "out", "one is inside the other"),
         (tmp_path / "link" / "out", "one is inside the other"),
         (trained, "one is inside the other"),
         (tmp_path / "taken", "is not empty"),
-        (tmp_path / "file", "is no folder"),
+        (tmp_path / "file", "is not a folder"),
     ):
         found = refusal(checkpoint, output)
-        assert found.exit_code == FLAGS and why in str(found), output
+        assert found.exit_code == FLAGS and reason in str(found), output
     assert refusal(tmp_path / "absent", tmp_path / "out").exit_code == MODEL
     assert sorted(path for path in trained.rglob("*")) == before
     (tmp_path / "empty").mkdir()
@@ -512,27 +513,30 @@ def test_places_that_are_refused(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [3.4e38, -3.4e38, math.inf, math.nan])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_does_not_fit_into_bf16_is_named(tmp_path: Path, value: float, stage: int) -> None:
+def test_tensors_that_overflow_bf16_are_named(tmp_path: Path, value: float, stage: int) -> None:
     good, bad = torch.ones(50), torch.ones(5, 10)
     bad[4, 3] = value
-    buffers = {"mask": torch.tensor([0.0, -math.inf]), "limit": torch.tensor([3.389e38])}  # both fit
+    buffers = {
+        "mask": torch.tensor([0.0, -math.inf]),
+        "limit": torch.tensor([3.389e38]),
+    }  # both are allowed: infinities in buffers, and a value below the bf16 maximum
     layout = {"stage": stage, "world": 2, "buffers": buffers}
     checkpoint = shard_maker.write_zero(tmp_path / "a", [{"good": good, "bad.weight": bad}], **layout)
     found = refusal(checkpoint, tmp_path / "out")
-    assert found.exit_code == NUMERICS and "1 tensor is not finite as converted: bad.weight" in str(found)
+    assert found.exit_code == NUMERICS and "1 tensor is not finite after conversion: bad.weight" in str(found)
     bad[4, 3] = 3.389e38
     checkpoint = shard_maker.write_zero(tmp_path / "b", [{"good": good, "bad.weight": bad}], **layout)
-    assert_equal(runs.read_weights(convert(checkpoint, tmp_path / "out")), deepspeed_says(checkpoint))
+    assert_equal(runs.read_weights(convert(checkpoint, tmp_path / "out")), deepspeed_reference(checkpoint))
 
 
-def test_an_overflow_that_float32_holds(tmp_path: Path) -> None:
+def test_keep_fp32_modules_avoids_an_overflow(tmp_path: Path) -> None:
     checkpoint = shard_maker.write_zero(tmp_path / "a", [{"proj.weight": torch.tensor([3.4e38])}], stage=3, world=1)
     assert refusal(checkpoint, tmp_path / "out").exit_code == NUMERICS
     found = runs.read_weights(convert(checkpoint, tmp_path / "out", "--keep_fp32_modules", "proj"))
     assert torch.equal(found["proj.weight"], torch.tensor([3.4e38]))
 
 
-def test_zero_files_that_do_not_add_up(tmp_path: Path) -> None:
+def test_inconsistent_zero_files_are_refused(tmp_path: Path) -> None:
     for number, change in enumerate(("short", "long", "stage", "half")):
         layout = {"stage": 3 if number % 2 else 2, "world": 2}
         checkpoint = shard_maker.write_zero(tmp_path / change, [{"w": torch.ones(40)}], **layout)
@@ -551,7 +555,7 @@ def test_zero_files_that_do_not_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["", "0", "-1GB", "GB", "1XB", "1e3"])
-def test_sizes_that_are_none(tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         convert(tmp_path / "a", tmp_path / "b", "--max_shard_size", size)
     assert ended.value.code == FLAGS and "max_shard_size" in capsys.readouterr().err
@@ -564,7 +568,7 @@ def command(checkpoint: Path, output: Path, *flags: str) -> list[str]:
     return [sys.executable, SCRIPT, str(checkpoint), str(output), *flags]
 
 
-def test_the_published_command(trained: Path, tmp_path: Path) -> None:
+def test_published_command_works(trained: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(trained / "zero2" / "checkpoint-2", tmp_path / "checkpoint-2"))
     output = tmp_path / "checkpoint-2-outputs"
     flags = ("--max_shard_size", "80GB", "--safe_serialization")
@@ -575,7 +579,7 @@ def test_the_published_command(trained: Path, tmp_path: Path) -> None:
     assert again.code == FLAGS and again.stderr.startswith("error: output_dir: ") and again.stderr.count("\n") == 1
 
 
-def test_a_full_disk_is_told_before_the_first_byte(
+def test_full_disk_is_reported_before_the_first_write(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -586,7 +590,7 @@ def test_a_full_disk_is_told_before_the_first_byte(
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes: the disk of the moment is full."""
+    """Limit the size of files that this process writes, which simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -597,14 +601,14 @@ def file_size_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_fills_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+def test_disk_that_fills_up_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     with file_size_limit(20_000), pytest.raises(SaveError, match="File too large"):
         convert(trained / "zero2" / "checkpoint-2", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("cut", "flags"), [(1, ()), (0, ("--verify",))])
-def test_what_the_disk_gives_back_is_compared(
+def test_written_files_are_read_back_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, flags: tuple[str, ...]
 ) -> None:
     script = tiny.load_script(SCRIPT)
@@ -621,13 +625,13 @@ def test_what_the_disk_gives_back_is_compared(
     monkeypatch.setattr(script, "write_folder", lossy)
     model = WanTransformer3DModel(**shard_maker.TINY)
     save_weights(tmp_path / "a" / "transformer", model.state_dict(), model.to_json_string())
-    with pytest.raises(SaveError, match="out: .*" + ("incomplete" if cut else "reads back otherwise")):
+    with pytest.raises(SaveError, match="out: .*" + ("incomplete" if cut else "differs from what was written")):
         convert(tmp_path / "a", tmp_path / "out", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def big_checkpoint(folder: Path, millions: int) -> Path:
-    """Writes a ZeRO-3 checkpoint of 8 ranks; a tensor has at most 4 million elements."""
+    """Write a ZeRO-3 checkpoint of 8 ranks; a tensor has at most 4 million elements."""
     torch.manual_seed(0)
     group = {f"blocks.{i}.weight": torch.randn(2000, 2000) for i in range(millions // 4)}
     return shard_maker.write_zero(folder, [group], stage=3, world=8)
@@ -637,7 +641,7 @@ def big_checkpoint(folder: Path, millions: int) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_kill_leaves_no_output(tmp_path: Path, number: signal.Signals) -> None:
     checkpoint, output = big_checkpoint(tmp_path / "a", 40), tmp_path / "out"
-    env = runs.environment()
+    env = runs.child_environment()
     process = subprocess.Popen(command(checkpoint, output), cwd=tiny.ROOT, env=env, stderr=subprocess.DEVNULL)
     while not (begun := list(tmp_path.glob(".converting-out-*/*"))) and process.poll() is None:
         time.sleep(0.001)
@@ -650,39 +654,16 @@ def test_a_kill_leaves_no_output(tmp_path: Path, number: signal.Signals) -> None
     assert not list(tmp_path.glob(".converting-*"))
 
 
-def test_a_living_conversion_is_left_alone(trained: Path, tmp_path: Path) -> None:
+def test_folder_of_a_running_conversion_is_not_removed(trained: Path, tmp_path: Path) -> None:
     script = tiny.load_script(SCRIPT)
-    with script.published(tmp_path / "out") as folder:
+    with script.atomic_folder(tmp_path / "out") as folder:
         (folder / "x").touch()
         convert(trained / "zero2" / "checkpoint-2", tmp_path / "out2")
-        with script.published(tmp_path / "out") as other:
+        with script.atomic_folder(tmp_path / "out") as other:
             assert other != folder
             (other / "y").touch()
         assert (folder / "x").exists() and (tmp_path / "out" / "y").exists()
         shutil.rmtree(tmp_path / "out")
-
-
-def peak_anonymous(arguments: list[str]) -> int:
-    """Runs a command and returns the most bytes of anonymous memory that it has had, seen each millisecond."""
-    process = subprocess.Popen(arguments, cwd=tiny.ROOT, env=runs.environment(), stdout=subprocess.DEVNULL)
-    status, peak = Path(f"/proc/{process.pid}/status"), 0
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            with contextlib.suppress(OSError):
-                if found := re.search(r"RssAnon:\s+(\d+) kB", status.read_text()):
-                    peak = max(peak, int(found[1]) * 1024)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    code = process.wait(120)
-    done.set()
-    watcher.join()
-    assert code == 0
-    return peak
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Serves the tests that start commands with children of their own: none outlives its limit."""
+"""Commands with a time limit for the tests: a command that exceeds it is killed with all its descendants."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 import psutil
 
 
-def family_of(pid: int) -> list[int]:
-    """Returns a process and all that descend from it."""
+def process_tree(pid: int) -> list[int]:
+    """Return the pid and those of all descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     return [pid]
 
 
-def end_all(pid: int) -> None:
-    """Kills a process and all that descend from it: a launcher starts each rank in a session of its own."""
-    for found in family_of(pid):
+def kill_tree(pid: int) -> None:
+    """Kill a process and all descendants, not only its session: a launcher starts each rank in a new one."""
+    for member in process_tree(pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(found, signal.SIGKILL)
+            os.kill(member, signal.SIGKILL)
 
 
 def run_bounded(
     command: Sequence[str], limit: float, *, cwd: Path, env: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command; what has not ended within `limit` seconds is killed with all that it started.
+    """Run a command; after `limit` seconds it is killed with all processes that it started.
 
-    subprocess.run would end the command alone and then wait, without a limit, for the children that hold its output.
+    subprocess.run would kill the command only and then wait without limit for children that keep its output open.
     """
     with subprocess.Popen(
         list(command), cwd=cwd, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -39,7 +39,7 @@ def run_bounded(
         try:
             out, err = started.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            end_all(started.pid)
+            kill_tree(started.pid)
             out, err = started.communicate()
             raise AssertionError(f"still running after {limit} s: {command}\n{out[-2000:]}\n{err[-4000:]}") from None
     return subprocess.CompletedProcess(command, started.returncode, out, err)

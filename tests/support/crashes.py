@@ -1,4 +1,4 @@
-"""Serves the tests of crashes: forked children, a blow at any file operation, and small checkpoints to lose."""
+"""Crash injection for the tests: forked children, a crash or an error at any file operation, small checkpoints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from pathlib import Path
 import torch
 
 from videox.files import write_json_atomically
-from videox.run.checkpoint import publishing
+from videox.run.checkpoint import publish_checkpoint
 from videox.weights.safetensors_io import save_tensors, save_weights
 
 
-def alone(mine: object) -> list[object]:
-    return [mine]
+def gather_single(value: object) -> list[object]:
+    """The gather function of a run on one process."""
+    return [value]
 
 
-def fork(work: Callable[[], None]) -> int:
-    """Starts `work` in a forked child, which ends with status 0, or 1 after an exception; returns its id."""
+def fork(function: Callable[[], None]) -> int:
+    """Call a function in a forked child, which exits with 0, or with 1 after an exception; return its pid."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        work()
+        function()
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -37,12 +38,13 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def status_of(child: int) -> int:
+def wait_for(child: int) -> int:
+    """Wait for a child and return its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def fill(folder: Path, step: int) -> None:
-    """What a small run keeps: sharded weights, optimizer state, a JSON state; all a function of the step."""
+def write_checkpoint_files(folder: Path, step: int) -> None:
+    """Write the files of a small checkpoint: sharded weights, optimizer state, JSON state; all depend on the step."""
     save_weights(
         folder / "transformer", {"w": torch.full((500,), float(step)), "b": torch.ones(3)}, "{}", max_shard_size=1000
     )
@@ -51,9 +53,9 @@ def fill(folder: Path, step: int) -> None:
 
 
 def publish(output_dir: Path, step: int, **description: object) -> Path:
-    with publishing(output_dir, step, is_main=True, gather=alone, description=description) as folder:
+    with publish_checkpoint(output_dir, step, is_main=True, gather=gather_single, description=description) as folder:
         if folder is not None:
-            fill(folder, step)
+            write_checkpoint_files(folder, step)
     return output_dir / f"checkpoint-{step}"
 
 
@@ -63,21 +65,22 @@ def publish_all(output_dir: Path, *steps: int) -> Path:
     return output_dir
 
 
-def names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.utime", "os.truncate"}
 
 
-def strike(folder: Path, at: int, blow: Callable[[], None], *, reads: bool) -> list[str]:
-    """Deals a blow just before the `at`-th file operation (from 1) of this process below `folder`.
+def inject_fault(folder: Path, at: int, fault: Callable[[], None], *, reads: bool) -> list[str]:
+    """Call `fault` just before the `at`-th file operation (from 1) of this process below `folder`.
 
-    An audit hook cannot be taken back: only for forked children. With `reads`, openings to read count too (a death
-    there leaves the disk as the operation before it did). Returns a list that holds the operation once it was struck.
+    Only for forked children, because an audit hook cannot be removed. With `reads`, opening a file to read counts too
+    (a crash there leaves the disk as the previous operation did). Returns a list that contains the name of the
+    operation once `fault` was called.
     """
     count = 0
-    struck: list[str] = []
+    injected: list[str] = []
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -87,16 +90,16 @@ def strike(folder: Path, at: int, blow: Callable[[], None], *, reads: bool) -> l
         if reads or event != "open" or arguments[2] & writing:
             count += 1
             if count == at:
-                struck.append(event)
-                blow()
+                injected.append(event)
+                fault()
 
     sys.addaudithook(hook)
-    return struck
+    return injected
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail() -> None:
+def raise_disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Serves the tests of what a run writes: the record of one step, and Python in a process of its own."""
+"""Helpers for the tests of metrics and trackers: a step record, and Python code in a separate process."""
 
 from __future__ import annotations
 

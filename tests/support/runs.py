@@ -1,4 +1,4 @@
-"""Serves the tests of the trainers: a run of the script in this process, a real launch, and what either left."""
+"""Helpers to start training runs in this process or through a real launch, and to read what they wrote."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from videox.run.lifecycle import run_script
 from videox.tracking.jsonl import read_lines
 
 ROOT = tiny.ROOT
-WAN = "scripts/wan2.1/train.py"
-TRAINERS = {"wan2.1": WAN, "hunyuanvideo": "scripts/hunyuanvideo/train.py"}
-TIME_LIMIT = 240  # seconds for a launch; one that takes longer hangs
+WAN_SCRIPT = "scripts/wan2.1/train.py"
+TRAIN_SCRIPTS = {"wan2.1": WAN_SCRIPT, "hunyuanvideo": "scripts/hunyuanvideo/train.py"}
+TIME_LIMIT = 240  # seconds for a launch; one that takes longer counts as hanging
 
-# The users' own Wan2.1 command, every flag in their order, at sizes that a processor core trains in a blink.
-WAN_PLAIN: Mapping[str, object] = {
+# The published Wan2.1 command with every flag in its order, at sizes that one CPU core trains in a moment.
+WAN_FLAGS: Mapping[str, object] = {
     "image_sample_size": 96,
     "video_sample_size": 64,
     "token_sample_size": 64,
@@ -71,49 +71,52 @@ WAN_PLAIN: Mapping[str, object] = {
     "train_mode": "normal",
     "trainable_modules": ["."],
 }
-# The published HunyuanVideo command has the same flags; its three sizes are one.
-PLAIN: Mapping[str, Mapping[str, object]] = {
-    "wan2.1": WAN_PLAIN,
-    "hunyuanvideo": {**WAN_PLAIN, "image_sample_size": 64},
+# The published HunyuanVideo command has the same flags; its three sample sizes are equal.
+FAMILY_FLAGS: Mapping[str, Mapping[str, object]] = {
+    "wan2.1": WAN_FLAGS,
+    "hunyuanvideo": {**WAN_FLAGS, "image_sample_size": 64},
 }
 
 
-def script(family: str = "wan2.1") -> ModuleType:
-    """Returns a family's trainer as a module; its imports are paid once."""
-    return tiny.load_script(TRAINERS[family])
+def train_script(family: str = "wan2.1") -> ModuleType:
+    """Return the train script of a family as a module; it is imported once."""
+    return tiny.load_script(TRAIN_SCRIPTS[family])
 
 
-def words(settings: Mapping[str, object]) -> list[str]:
-    """Returns flags as a command line: True is the bare flag, a list several words; None and False leave it out."""
-    line: list[str] = []
+def to_argv(settings: Mapping[str, object]) -> list[str]:
+    """Return settings as command-line words: True is a bare flag, a list several values, None and False no flag."""
+    argv: list[str] = []
     for name, value in settings.items():
         if value is None or value is False:
             continue
-        line.append(f"--{name}")
+        argv.append(f"--{name}")
         if value is not True:
-            line += [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
-    return line
+            argv += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return argv
 
 
-def wan_plain(model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
-    """Returns the users' Wan2.1 command over a model and a data set; keywords change, add or (None) drop flags."""
-    return plain("wan2.1", model, metadata, output_dir, **changes)
+def wan_flags(model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
+    """Return the flags of the published Wan2.1 command for a model and a data set.
+
+    Keywords change, add or (None) drop flags.
+    """
+    return train_flags("wan2.1", model, metadata, output_dir, **changes)
 
 
-def plain(family: str, model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
-    """Returns the users' command of a family, as wan_plain."""
-    where = {
+def train_flags(family: str, model: Path, metadata: Path, output_dir: Path, **changes: object) -> list[str]:
+    """Return the flags of the published command of a family, as `wan_flags`."""
+    paths = {
         "pretrained_model_name_or_path": model,
         "train_data_dir": metadata.parent,
         "train_data_meta": metadata,
         "output_dir": output_dir,
     }
-    return words({**where, **PLAIN[family], "report_to": "none", **changes})
+    return to_argv({**paths, **FAMILY_FLAGS[family], "report_to": "none", **changes})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit code, what it printed, its folder, and how long it took in seconds."""
+    """Result of a run: exit code, stdout and stderr, output folder, and duration in seconds."""
 
     code: int
     stdout: str
@@ -142,17 +145,17 @@ class Outcome:
         return read_lines(self.folder / "bad_samples.jsonl")
 
     def weights(self, folder: str = "transformer") -> dict[str, torch.Tensor]:
-        """Returns the exported weights, or those of another folder of the run ("checkpoint-4/transformer")."""
+        """Return the exported weights, or those in another folder of the run ("checkpoint-4/transformer")."""
         return read_weights(self.folder / folder)
 
     def dump(self, step: int, micro: int = 0) -> Dump:
-        """Returns what --dump_steps wrote for a micro-batch of the first process."""
+        """Return what --dump_steps wrote for a micro-batch of rank 0."""
         return read_dump(self.folder / "dump" / f"step-{step}" / f"rank-0-micro-{micro}.safetensors")
 
 
 @dataclass(frozen=True)
 class Dump:
-    """One dumped micro-batch: its tensors by name, and the header's rows, frame_indices, captions, bucket."""
+    """One dumped micro-batch: tensors by name, and rows, frame_indices, captions and bucket from the header."""
 
     tensors: dict[str, torch.Tensor]
     rows: list[int]
@@ -164,10 +167,10 @@ class Dump:
         return self.tensors[name]
 
 
-def components_of(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
-    """Returns a family's components as a run without a cache has them."""
+def load_components(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
+    """Return the components of a family as a run without a latent cache loads them."""
     parts = trainer.check_model(args)
-    shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan makes its own scheduler
+    shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan builds its own scheduler
     encoders = LazyEncoders(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
     encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
     model_class = next(kind for name, kind in vars(trainer).items() if name.endswith("Transformer3DModel"))
@@ -200,22 +203,24 @@ def replay(
     epsilon: float = 1e-10,
     warm_up: int = 0,
 ) -> tuple[WanTransformer3DModel, list[float], list[float]]:
-    """Trains an untouched transformer on dumped tensors by torch and diffusers alone, at the published settings.
+    """Train a freshly loaded transformer on dumped tensors with torch and diffusers only, at the published settings.
+
+    This is the reference that runs of the train script are compared with.
 
     Args:
-        model: folder of the model that the run began with.
+        model: folder of the base model of the run.
         steps: the dumped micro-batches of each optimizer step.
-        limits: gradient norm that each step may have (None = 0.05 in all of them).
-        warm_up: steps.
+        limits: maximum gradient norm of each step (None = 0.05 in all steps).
+        warm_up: number of LR warmup steps.
 
     Returns:
-        The transformer, the loss and the gradient norm before clipping of each step.
+        The transformer, the loss of each step, and the gradient norm before clipping of each step.
     """
     transformer = WanTransformer3DModel.from_pretrained(model / "transformer").train()
     parameters = list(transformer.parameters())
     adam = {"betas": betas, "weight_decay": weight_decay, "eps": epsilon}
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True, **adam)
-    rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warm_up)
+    lr_scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warm_up)
     losses, norms = [], []
     for limit, step in zip(limits or [0.05] * len(steps), steps, strict=True):
         losses.append(0.0)
@@ -228,43 +233,48 @@ def replay(
             losses[-1] += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
         optimizer.step()
-        rate.step()
+        lr_scheduler.step()
         optimizer.zero_grad()
     return transformer, losses, norms
 
 
 @contextlib.contextmanager
-def untouched_process() -> Iterator[None]:
-    """Puts back what a run leaves in a process: accelerate's shared state, environment, generators, switches, bars."""
+def restored_process_state() -> Iterator[None]:
+    """Restore what a run changes in its process: accelerate's state, environment, RNG, TF32 flags, progress bars."""
     environment = dict(os.environ)
     bars = [(library, library._tqdm_active) for library in (diffusers_logging, transformers_logging)]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - kept, not drawn from
+    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - saved, not drawn from
     try:
         yield
     finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-        for library, shown in bars:
-            (library.enable_progress_bar if shown else library.disable_progress_bar)()
+        for library, enabled in bars:
+            (library.enable_progress_bar if enabled else library.disable_progress_bar)()
         os.environ.clear()
         os.environ.update(environment)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)
         if multiprocessing.active_children():
-            gc.collect()  # the loader's workers end with their loader
+            gc.collect()  # ends the data loader workers, which end with their loader
 
 
 def train(argv: Sequence[str], trainer: ModuleType | None = None) -> Outcome:
-    """Runs the trainer in this process as the shell would, from the repository's root, on the CPU.
+    """Run a train script in this process, with the repository root as working directory, on the CPU.
 
-    A UserError becomes its line and exit code, as in a real run; any other exception is the caller's.
+    A UserError becomes its line and exit code, as in a real run; any other exception is raised to the caller.
     """
-    trainer = trainer or script()
+    trainer = trainer or train_script()
     out, err = io.StringIO(), io.StringIO()
     begin = time.monotonic()
-    with untouched_process(), contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        restored_process_state(),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         os.environ["ACCELERATE_USE_CPU"] = "true"
         try:
             run_script(partial(trainer.main, list(argv)))
@@ -277,8 +287,8 @@ def output_dir_of(argv: Sequence[str]) -> Path:
     return Path(argv[list(argv).index("--output_dir") + 1]) if "--output_dir" in argv else Path()
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """Returns the environment of a child: no GPU, no network, one thread, the interpreter's own folder first."""
+def child_environment(**changes: str) -> dict[str, str]:
+    """Return environment variables for a child: no GPU, no network, one thread, this interpreter first in PATH."""
     return {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -292,13 +302,15 @@ def environment(**changes: str) -> dict[str, str]:
 def launch(
     argv: Sequence[str], launcher: Sequence[str] = (), *, family: str = "wan2.1", **environment_changes: str
 ) -> Outcome:
-    """Runs a trainer through a real `accelerate launch`, as users do, from the repository's root."""
+    """Run a train script through a real `accelerate launch`, from the repository root."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    return run_command([*accelerate, *launcher, TRAINERS[family], *argv], output_dir_of(argv), **environment_changes)
+    return run_command(
+        [*accelerate, *launcher, TRAIN_SCRIPTS[family], *argv], output_dir_of(argv), **environment_changes
+    )
 
 
 def run_command(command: Sequence[str], folder: Path, **environment_changes: str) -> Outcome:
-    """Runs a command to its end from the repository's root."""
+    """Run a command to its end from the repository root."""
     begin = time.monotonic()
-    done = run_bounded(command, TIME_LIMIT, cwd=ROOT, env=environment(**environment_changes))
+    done = run_bounded(command, TIME_LIMIT, cwd=ROOT, env=child_environment(**environment_changes))
     return Outcome(done.returncode, done.stdout, done.stderr, folder, time.monotonic() - begin)

@@ -1,4 +1,4 @@
-"""Serves whoever converts a stranger's checkpoint: nothing in a pickle is run, and a damaged one is a sentence."""
+"""Tests of videox.weights.safe_pickle: no pickle runs code, and a damaged file is a one-line error."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from videox.errors import MODEL, UserError
-from videox.weights.lazy_tensor import Blocks, whole
-from videox.weights.safe_pickle import Record, StoredTensor, read_archive, read_pickle
+from videox.weights.lazy_tensor import BlockReader, from_stored
+from videox.weights.safe_pickle import OpaqueObject, StoredTensor, read_archive, read_pickle
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -27,7 +27,7 @@ DTYPES = [
 
 
 class Canary:
-    """Makes a file when it is unpickled by whoever trusts it."""
+    """Creates a file when it is unpickled by a reader that runs code."""
 
     def __init__(self, call: object, *arguments: object) -> None:
         self.call, self.arguments = call, arguments
@@ -37,14 +37,14 @@ class Canary:
 
 
 def read_back(stored: StoredTensor) -> torch.Tensor:
-    with Blocks() as blocks:
-        parts = [block.clone() for block in blocks.of(whole("x", stored))]
+    with BlockReader() as reader:
+        parts = [block.clone() for block in reader.read_blocks(from_stored("x", stored))]
     flat = torch.cat(parts) if parts else torch.empty(0, dtype=stored.dtype)
     return flat.reshape(stored.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_are_read_back_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
     base = torch.randint(0, 2, (6, 10, 4)).to(dtype)
     tensors = {
         "plain": base,
@@ -64,7 +64,7 @@ def test_tensors_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> Non
         assert torch.equal(read_back(found[name]), tensor), name
 
 
-def test_what_lies_beside_the_tensors(tmp_path: Path) -> None:
+def test_non_tensor_content_is_read_without_its_classes(tmp_path: Path) -> None:
     content = {
         "step": 7,
         "names": ["a", "b"],
@@ -81,21 +81,21 @@ def test_what_lies_beside_the_tensors(tmp_path: Path) -> None:
     found = read_archive(tmp_path / "a.pt")
     plain = ("step", "names", "shape", "order", "set")
     assert {name: found[name] for name in plain} == {name: content[name] for name in plain}
-    assert isinstance(found["args"], Record) and found["args"].state == {"lr": 1}
-    assert all(isinstance(found[name], Record) for name in ("array", "number", "device", "folder"))
+    assert isinstance(found["args"], OpaqueObject) and found["args"].state == {"lr": 1}
+    assert all(isinstance(found[name], OpaqueObject) for name in ("array", "number", "device", "folder"))
 
 
-@pytest.mark.parametrize("module", ["builtins", "__builtin__"])  # as protocol 4 and 2 spell it
-def test_members_of_enumerations_are_read_as_python_3_11_2_writes_them(tmp_path: Path, module: str) -> None:
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])  # protocol 4 and 2
+def test_enum_members_pickled_by_python_3_11_2_are_read(tmp_path: Path, module: str) -> None:
     program = f"(dVkind\nc{module}\ngetattr\n(cdeepspeed.runtime.zero.config\nZeroStageEnum\nVweights\ntRs.".encode()
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/data.pkl", program)
     found = read_archive(tmp_path / "a.pt")["kind"]
-    assert isinstance(found, Record) and found.arguments == ("weights",)
+    assert isinstance(found, OpaqueObject) and found.arguments == ("weights",)
     assert found.name == "deepspeed.runtime.zero.config.ZeroStageEnum"
 
 
-def calls(target: Path) -> dict[str, Canary]:
+def malicious_objects(target: Path) -> dict[str, Canary]:
     command = f"touch {target}"
     return {
         "system": Canary(os.system, command),
@@ -109,19 +109,19 @@ def calls(target: Path) -> dict[str, Canary]:
     }
 
 
-@pytest.mark.parametrize("name", calls(Path("x")))
+@pytest.mark.parametrize("name", malicious_objects(Path("x")))
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_no_pickle_runs_anything(tmp_path: Path, name: str, protocol: int) -> None:
+def test_no_pickle_runs_code(tmp_path: Path, name: str, protocol: int) -> None:
     target = tmp_path / "ran"
-    evil = calls(target)[name]
+    evil = malicious_objects(target)[name]
     torch.save({"optimizer_state_dict": evil}, tmp_path / "a.pt", pickle_protocol=max(protocol, 2))
     (tmp_path / "b").write_bytes(pickle.dumps(evil, protocol=protocol))
     for read, path in ((read_archive, tmp_path / "a.pt"), (read_pickle, tmp_path / "b")):
-        with pytest.raises(UserError, match=r"names .*nothing of it was run") as refused:
+        with pytest.raises(UserError, match=r"names .*no code was run") as refused:
             read(path)
         assert refused.value.exit_code == MODEL and str(path) in str(refused.value)
     assert not target.exists()
-    if name == "system":  # the canary sings where it is trusted
+    if name == "system":  # control: a reader that trusts the file does run it
         torch.load(tmp_path / "a.pt", weights_only=False)
         assert target.exists()
 
@@ -140,7 +140,7 @@ def test_no_pickle_runs_anything(tmp_path: Path, name: str, protocol: int) -> No
     ],
     ids=["inst", "global", "obj", "dotted", "newobj", "ext", "persid", "build"],
 )
-def test_no_opcode_runs_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes) -> None:
+def test_no_opcode_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").write_bytes(program)
     with pytest.raises(UserError):
@@ -148,36 +148,36 @@ def test_no_opcode_runs_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_one_pickle_does_not_change_what_the_next_finds(tmp_path: Path) -> None:
+def test_one_pickle_does_not_change_the_next_read(tmp_path: Path) -> None:
     program = b"\x80\x02cargparse\nNamespace\n}(X\x05\x00\x00\x00stateK\x05u\x86b."  # sets attributes on the class
     (tmp_path / "a").write_bytes(program)
     with pytest.raises(UserError):
         read_pickle(tmp_path / "a")
-    assert Record.state is None and Record.arguments == ()
+    assert OpaqueObject.state is None and OpaqueObject.arguments == ()
     (tmp_path / "b").write_bytes(pickle.dumps(argparse.Namespace()))
     assert not read_pickle(tmp_path / "b").state
 
 
 @settings(max_examples=150, deadline=None)
 @given(cut=st.floats(0, 1), at=st.floats(0, 1), byte=st.integers(0, 255))
-@example(cut=0.0, at=0.23870197876013105, byte=4)  # the length of a name, so that a storage would begin later
-def test_damage_is_a_sentence_or_harmless(tmp_path_factory: pytest.TempPathFactory, cut, at, byte) -> None:
+@example(cut=0.0, at=0.23870197876013105, byte=4)  # the length of a name, which would move the start of a storage
+def test_damage_is_an_error_or_harmless(tmp_path_factory: pytest.TempPathFactory, cut, at, byte) -> None:
     folder = tmp_path_factory.mktemp("damage")
     torch.save({"x": torch.arange(300.0), "y": [argparse.Namespace(z=1)]}, folder / "a.pt")
     whole_file = (folder / "a.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole_file[: int(cut * (len(whole_file) - 1))])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         read_archive(folder / "cut.pt")
     changed = bytearray(whole_file)
     changed[int(at * (len(changed) - 1))] = byte
     (folder / "changed.pt").write_bytes(changed)
     try:
         found = read_archive(folder / "changed.pt")
-    except UserError as refusal:
-        assert "\n" not in refusal.line()
-    else:  # in a value, or in what nobody reads
+    except UserError as error:
+        assert "\n" not in error.line()
+    else:  # the byte is in a value, or in a part that is not read
         stored = found.get("x")
-        assert stored is None or stored.start + stored.span * 4 <= len(changed)
+        assert stored is None or stored.start + stored.extent * 4 <= len(changed)
 
 
 def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["compressed", "big-endian", "two", "text", "moved"])
-def test_archives_that_are_not_of_torch(tmp_path: Path, change: str) -> None:
+def test_archives_not_written_by_torch_save_are_refused(tmp_path: Path, change: str) -> None:
     torch.save({"x": torch.zeros(4)}, tmp_path / "a.pt")
     path = tmp_path / "b.pt"
     mode = zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED
@@ -209,14 +209,14 @@ def test_archives_that_are_not_of_torch(tmp_path: Path, change: str) -> None:
         content = bytearray(path.read_bytes())
         content[content.rindex(b"PK\3\4", 0, content.index(b"/data/0"))] = 0
         path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         read_archive(path)
 
 
-def test_an_archive_inside_a_file(tmp_path: Path) -> None:
+def test_an_archive_inside_a_larger_file_is_read(tmp_path: Path) -> None:
     torch.save(torch.arange(9.0).reshape(3, 3), tmp_path / "a")
     inner = (tmp_path / "a").read_bytes()
-    (tmp_path / "b").write_bytes(struct.pack("5x") + inner + inner)  # at an odd byte
+    (tmp_path / "b").write_bytes(struct.pack("5x") + inner + inner)  # at an unaligned offset
     for start in (5, 5 + len(inner)):
         stored = read_archive(tmp_path / "b", start, len(inner))
         assert torch.equal(read_back(stored), torch.arange(9.0).reshape(3, 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import fork, status_of
+from crashes import fork, wait_for
 from diffusers import WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tensors import same
 
-from videox.errors import MODEL, NUMERICS, UserError
-from videox.files import SaveError, publish_folder
+from videox.errors import MODEL, NUMERICS, SaveError, UserError
+from videox.files import publish_folder
 from videox.weights.safetensors_io import (
     CONFIG,
     WEIGHTS,
@@ -135,7 +135,7 @@ def test_views_transposes_and_tied_tensors_are_written_whole(tmp_path):
 
 def test_a_stale_shard_is_never_mixed_in(wan, tmp_path):
     save_weights(tmp_path, wan.state_dict(), wan.to_json_string(), max_shard_size=30_000)
-    with pytest.raises(FileExistsError, match="already holds diffusion_pytorch_model"):
+    with pytest.raises(FileExistsError, match="already contains diffusion_pytorch_model"):
         save_weights(tmp_path, wan.state_dict(), wan.to_json_string())
 
 
@@ -162,7 +162,7 @@ def test_a_full_disk_is_reported_and_the_gathering_goes_on_to_its_end(tmp_path):
             save_tensors(tmp_path, gathered(), stem="x", max_shard_size=4000)
         assert asked == [0, 1, 2, 3, 4]
 
-    assert status_of(fork(full_disk)) == 0
+    assert wait_for(fork(full_disk)) == 0
 
 
 # --- weights that cannot be loaded -----------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_failed_export_leaves_the_old_one_in_place(tmp_path):
         with pytest.raises(SaveError, match="File too large"):
             export_transformer({"w": torch.zeros(4000)}, "{}", tmp_path / "out", torch.float32)
 
-    assert status_of(fork(full_disk)) == 0
+    assert wait_for(fork(full_disk)) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert StoredTensors(tmp_path / "out")["w"].tolist() == [1.0, 1.0]
 

@@ -1,1 +1,4 @@
-"""Serves both train.py scripts: metadata to batches; imports go only leftwards, from loader to metadata."""
+"""Data pipeline, from metadata to batches: index, media decoding, cache, plan, dataset, sampler and loader.
+
+Imports go in one direction: loader > bucket_sampler > dataset > plan > index > media. The cache imports none of them.
+"""

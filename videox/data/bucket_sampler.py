@@ -1,4 +1,4 @@
-"""Serves the loader: this process's micro-batches of the plan, in order, from any step."""
+"""Batch sampler: yields this rank's micro-batches of the plan in order, starting at any step."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from videox.data.dataset import PlannedSample
-from videox.data.plan.plan import EpochPlan, MicroBatch, check_world_size
+from videox.data.plan.epoch import EpochPlan, MicroBatch, PlannedSample, check_world_size
 
 
 class BucketBatchSampler(Sampler[list[PlannedSample]]):
-    """Yields micro-batches as lists of planned samples; one instance serves every epoch, so that workers can persist.
+    """Yields micro-batches as lists of planned samples; used for all epochs, because persistent workers keep it.
 
     Args:
-        rank: of this process.
-        world_size: number of processes; must divide the plan's slots.
+        rank: rank of this process.
+        world_size: number of processes; must divide the number of slots of the plan.
     """
 
     def __init__(self, *, rank: int, world_size: int) -> None:
@@ -24,8 +23,8 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
         self._plan: EpochPlan | None = None
         self._start = 0
 
-    def begin(self, plan: EpochPlan, start: int = 0) -> None:
-        """Sets the epoch that the next iteration yields, from step `start` (0-based); nothing is replayed."""
+    def set_plan(self, plan: EpochPlan, start: int = 0) -> None:
+        """Set the epoch of the next iteration and its first step (0-based); earlier steps are skipped at no cost."""
         check_world_size(plan.slots, self.world_size)
         self._plan, self._start = plan, start
 
@@ -38,12 +37,18 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
 
     def _current(self) -> EpochPlan:
         if self._plan is None:
-            raise ValueError("begin() gives the sampler its plan before it is iterated")
+            raise ValueError("call set_plan() before iterating over the sampler")
         return self._plan
 
 
 def planned_samples(batch: MicroBatch, number: int, last: bool) -> list[PlannedSample]:
-    """Returns a micro-batch, the number-th of its process in the step, as plain numbers that are cheap to send."""
+    """Convert a micro-batch to plain numbers, which are cheap to send to a worker.
+
+    Args:
+        batch: the micro-batch.
+        number: its number among this rank's micro-batches of the step, from 0.
+        last: whether it is the last of them.
+    """
     return [
         PlannedSample(
             int(row), int(start), int(key), int(variant), float(weight), float(stratum), batch.bucket, batch.step,
@@ -56,7 +61,7 @@ def planned_samples(batch: MicroBatch, number: int, last: bool) -> list[PlannedS
 
 
 def held_out_samples(plan: EpochPlan | None) -> Iterator[PlannedSample]:
-    """Yields each held-out row as a sample whose masks are drawn by its number, from 0; plan: of held_out_plan."""
+    """Yield each held-out row of `held_out_plan`; its number (from 0) is the key of its random draws."""
     for step in range(plan.n_steps if plan else 0):
         assert plan is not None
         (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)

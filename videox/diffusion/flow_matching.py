@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-NUM_TRAIN_TIMESTEPS = 1000
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
+
 
 
 def keyed_noise(key: int, shape: Sequence[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Serves who starts under DeepSpeed after a crash: a build lock that nobody holds is named, not waited for.
+"""DeepSpeed build locks: a lock that no process holds is reported at startup instead of waited for.
 
-torch builds DeepSpeed's C++ parts at their first use and keeps others away by a file `lock`, whose owner has it open.
-One whose owner was killed stays, and every later start would wait at it for ever, in silence.
+torch compiles DeepSpeed's C++ extensions at their first use and keeps other processes out by a file `lock`, which its
+owner has open. The lock of a killed owner stays, and every later start would wait for it forever without a message.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ from torch._appdirs import user_cache_dir
 
 from videox.errors import FLAGS, UserError
 
-ELSEWHERE = 600.0  # seconds in which a lock may belong to a machine that shares the folder and builds at this moment
+# Seconds: a younger lock may belong to another machine that shares the folder and is building now; the processes of
+# another machine are not visible in /proc.
+BUILD_SECONDS = 600.0
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Returns where torch builds: TORCH_EXTENSIONS_DIR, or its own default."""
+    """Return the folder where torch builds extensions: TORCH_EXTENSIONS_DIR, or torch's default."""
     return Path(environment.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions"))
 
 
-def held(lock: Path) -> bool:
-    """Returns whether a living process of this machine has a file open (Linux)."""
+def is_open(lock: Path) -> bool:
+    """Return whether a living process of this machine has a file open (Linux)."""
     wanted = os.path.realpath(lock)
     for opened in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # gone by now, or another user's
-            if os.readlink(opened) == wanted:  # noqa: PTH115 - a file that is deleted by now still has its old name
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            if os.readlink(opened) == wanted:  # noqa: PTH115 - compared as strings
                 return True
     return False
 
 
-def refuse_dead_locks(environment: Mapping[str, str]) -> None:
-    """Refuses to start where a build lock is left over.
+def refuse_stale_locks(environment: Mapping[str, str]) -> None:
+    """Raise UserError if a build lock was left behind by a killed process.
 
     Args:
         environment: with TORCH_EXTENSIONS_DIR, and the launcher's WORLD_SIZE and LOCAL_WORLD_SIZE.
 
     Raises:
-        UserError: with the line that removes it.
+        UserError: with the command that removes it.
     """
     if sys.platform != "linux":
         return
@@ -55,7 +57,7 @@ def refuse_dead_locks(environment: Mapping[str, str]) -> None:
             age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:
             continue
-        if held(lock) or not lock.exists() or (shared and age < ELSEWHERE):
+        if is_open(lock) or not lock.exists() or (shared and age < BUILD_SECONDS):
             continue
-        what = f"the build lock {lock} is held by no process here: its owner was killed"
+        what = f"the build lock {lock} is held by no process on this machine: its owner was killed"
         raise UserError("DeepSpeed", what, f"rm {shlex.quote(str(lock))}", FLAGS)

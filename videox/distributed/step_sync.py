@@ -1,4 +1,4 @@
-"""Serves the training loop on several processes: they agree on every step, and no device waits for that."""
+"""Per-step agreement of all ranks by one small all-reduce on the host, for which no device waits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from videox.distributed.accelerator import PATIENCE
+from videox.distributed.accelerator import COLLECTIVE_TIMEOUT
 from videox.errors import PEER_LOST, UserError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
-SIOCGIFADDR = 0x8915  # of linux/sockios.h: the address of an interface
+SIOCGIFADDR = 0x8915  # from linux/sockios.h: the ioctl that returns an interface's address
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What all processes agree on after a step's micro-batches.
+    """What all ranks agree on after a step's micro-batches.
 
-    stop: one was asked to; bad_samples: over all of them; data_wait: the longest, seconds; busy: seconds of an earlier
-    step in which each process, by rank, worked and did not wait; 0 where that is not known.
+    Attributes:
+        stop: at least one rank was asked to stop.
+        bad_samples: number of bad samples of the step, over all ranks.
+        data_wait: longest time that a rank waited for data, in seconds.
+        busy: time that each rank, by rank, worked in an earlier step instead of waiting, in seconds; 0 if not known.
     """
 
     stop: bool
@@ -34,22 +37,25 @@ class StepReport:
     busy: tuple[float, ...] = ()
 
 
-def agree(
+def sync_step(
     accelerator: Accelerator, *, stop: bool, bad_samples: int, data_wait: float, stamp: int, busy: float = 0.0
 ) -> StepReport:
-    """Combines one step's small numbers of the host over all processes by a single all-reduce between hosts.
+    """Combine a step's host values over all ranks by a single all-reduce between hosts.
 
     Args:
-        stop: this process was asked to stop.
-        bad_samples: samples found bad in this step here.
-        data_wait: seconds this process waited for data.
-        stamp: a hash of (step, plan), below 2^53; it must be equal everywhere.
-        busy: seconds of an earlier step that this process worked; 0 = not known.
+        accelerator: of the run.
+        stop: this rank was asked to stop.
+        bad_samples: bad samples that this rank found in this step.
+        data_wait: seconds that this rank waited for data.
+        stamp: a hash of (step, plan), below 2^53; it must be equal on all ranks.
+        busy: seconds of an earlier step that this rank worked; 0 = not known.
 
     Raises:
-        UserError: a process is at another step or holds another plan, so that collectives would pair wrongly.
+        UserError: a rank is at another step or has another plan, so that collectives would be paired wrongly.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
+    # A sum is the only reduction needed: each rank writes data_wait, busy and stamp into a slot of its own, all others
+    # leave it 0. float64 holds a stamp below 2^53 exactly.
     numbers = torch.zeros(2 + 3 * world, dtype=torch.float64)
     numbers[0], numbers[1] = float(stop), float(bad_samples)
     numbers[2 + rank], numbers[2 + world + rank], numbers[2 + 2 * world + rank] = data_wait, busy, float(stamp)
@@ -69,24 +75,25 @@ def agree(
 
 @functools.cache
 def host_group() -> dist.ProcessGroup | None:
-    """Returns the group for tensors of the host: the processes' own (None) where that takes them, else one over gloo.
+    """Return the process group for CPU tensors: None (the default group) if it is gloo, else a new group over gloo.
 
-    All processes call it together the first time.
+    All ranks must make the first call together.
     """
     if "gloo" in dist.get_backend():
         return None
     if INTERFACE not in os.environ and os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
-        # gloo would take the address that this machine's name has, which on many is that of the loopback
+        # gloo would use the address that this machine's host name resolves to, often the loopback address, which other
+        # machines cannot reach.
         name = _interface_to(os.environ["MASTER_ADDR"])
         os.environ |= {INTERFACE: name} if name else {}
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def _interface_to(address: str) -> str:
-    """Returns the network interface by which this machine reaches another (IPv4, Linux); "" where none is found."""
+    """Return the network interface by which this machine reaches another one (IPv4, Linux); "" if none is found."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # sends nothing
+            probe.connect((address, 9))  # UDP: selects the route and the own address, and sends nothing
         except OSError:
             return ""
         own = socket.inet_aton(probe.getsockname()[0])
@@ -94,7 +101,7 @@ def _interface_to(address: str) -> str:
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
-                continue  # it has no address
-            if answer[20:24] == own:
+                continue  # the interface has no IPv4 address
+            if answer[20:24] == own:  # the address field of struct ifreq
                 return name
     return ""

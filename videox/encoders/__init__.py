@@ -1,1 +1,1 @@
-"""Frozen encoders: pixels and prompts to the tensors that a training step takes."""
+"""Frozen encoders: pixels and captions to the tensors that a training step uses."""

@@ -1,8 +1,8 @@
-"""Serves both train.py scripts: what frozen encoders make of a micro-batch, made once and kept where a cache is given.
+"""Encodes micro-batches with the frozen encoders, through a cache of encoder outputs if there is one.
 
-Each tensor has a recipe. Without a cache all samples of a micro-batch are encoded together, in parts of
---vae_mini_batch; with one each is encoded alone, so that an entry never depends on a sample's neighbours. Encoders are
-loaded by the first recipe that runs: a run whose every tensor is in the cache loads none.
+An EncodingSpec describes each tensor. Without a cache all samples of a micro-batch are encoded together, in chunks of
+--vae_mini_batch. With a cache each sample is encoded alone, so that an entry never depends on the other samples of its
+micro-batch. Encoders are loaded when the first spec needs them: a run that finds every tensor in the cache loads none.
 """
 
 from __future__ import annotations
@@ -16,39 +16,44 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from videox.data.cache.cache import CacheField, CacheView, fingerprint, key_of, restore_zeros, trim_zeros
+from videox.data.cache.cache import CacheField, CacheView, cache_key, fingerprint, restore_zeros, trim_zeros
 from videox.data.dataset import Batch
-from videox.device import to_device
+from videox.device import memory_phase, to_device
 from videox.encoders.vae import to_video
 from videox.shapes import Bucket, latent_shape
 
-Kind = TypeVar("Kind")
+Encoders = TypeVar("Encoders")
 Gather = Callable[[Any], list[Any]]
 
 
-class LazyEncoders(Generic[Kind]):
-    """The frozen encoders, loaded when they are first asked for.
+# Encoders by module name, as error messages call them.
+ENCODER_NAMES = {"vae": "VAE", "text_encoder_2": "text encoder"}
+
+
+class LazyEncoders(Generic[Encoders]):
+    """The frozen encoders, loaded on first use.
 
     Args:
-        load: loads them, from a collective by which the processes of a machine share them in its memory.
+        load: loads the encoders; its argument is a collective that gathers a value from every process, through which
+            the processes of a machine share the encoders' memory.
     """
 
-    def __init__(self, load: Callable[[Gather], Kind]) -> None:
+    def __init__(self, load: Callable[[Gather], Encoders]) -> None:
         self._load = load
-        self._loaded: list[Kind] = []
+        self._loaded: list[Encoders] = []
 
-    def load(self, gather: Gather) -> Kind:
-        """Loads them on all processes together, which share the memory."""
+    def load(self, gather: Gather) -> Encoders:
+        """Load the encoders on all processes together, which share the memory. A collective."""
         self._loaded = [self._load(gather)]
         return self._loaded[0]
 
-    def __call__(self) -> Kind:
-        """Returns them, loaded by this process alone if they were not there."""
-        return self._loaded[0] if self._loaded else self.load(lambda mine: [mine])
+    def __call__(self) -> Encoders:
+        """Return the encoders; if they are not loaded yet, this process loads them alone."""
+        return self._loaded[0] if self._loaded else self.load(lambda value: [value])
 
     @contextmanager
-    def for_a_while(self) -> Iterator[Kind]:
-        """Yields them; if they were not there before, they are gone again afterwards."""
+    def temporary(self) -> Iterator[Encoders]:
+        """Yield the encoders; if they were not loaded before, they are dropped again afterwards."""
         before = list(self._loaded)
         try:
             yield self()
@@ -57,7 +62,10 @@ class LazyEncoders(Generic[Kind]):
 
 
 class EncoderInput(NamedTuple):
-    """What encoders see of some samples: video [n, 3, T, H, W] in [-1, 1]; captions; keys of their masks."""
+    """The encoders' input for n samples: video [n, 3, T, H, W] in [-1, 1]; captions; keys of their masks.
+
+    The video is empty if no pixels were read (text encoders only).
+    """
 
     video: torch.Tensor
     captions: Sequence[str]
@@ -66,12 +74,21 @@ class EncoderInput(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingSpec:
-    """How a tensor of a sample is made.
+    """How one tensor of a sample is encoded and cached.
 
-    name: of the tensor; uses: what it depends on, as Part's; encode: makes one tensor for each sample; shape: of such
-    a tensor, by bucket, and its dtype; weights: files and folders of the encoder; settings: what else its numbers
-    depend on; padded: zero rows at its end are not kept; trimmed: its first side may be shorter than `shape` says;
-    module: the encoder, as its family names it among its encoders ("" = not known).
+    Attributes:
+        name: the tensor's name.
+        uses: the parts of a SampleKey that the tensor depends on, as CacheField.uses.
+        encode: a plain callable that encodes an EncoderInput of n samples, with gradients disabled. It returns n
+            tensors,
+            in the order of the samples: a sequence of tensors, or one tensor whose first dimension is n.
+        shape: the shape of a sample's tensor, as a function of the bucket.
+        dtype: the dtype of a sample's tensor.
+        weights: the encoder's files and folders, hashed into the cache key.
+        settings: everything else that the values depend on, hashed into the cache key.
+        padded: zero rows at the tensor's end are not stored in the cache.
+        trimmed: the first dimension may be smaller than `shape` returns.
+        module: the encoder's attribute name among the family's encoders, "" if not known.
     """
 
     name: str
@@ -85,26 +102,41 @@ class EncodingSpec:
     trimmed: bool = False
     module: str = ""
 
-    def part(self, memo: dict[str, Any]) -> CacheField:
-        """Returns its address; memo: as fingerprint's."""
+    def cache_field(self, memo: dict[str, Any]) -> CacheField:
+        """Return the tensor's address in the cache; memo: as for fingerprint."""
         return CacheField(self.name, fingerprint(self.weights, f"{self.settings} {self.dtype}", memo), self.uses)
 
-    def size(self, bucket: Bucket) -> int:
-        """Returns the bytes of a sample's tensor, at most."""
+    def run(self, inputs: EncoderInput) -> Sequence[torch.Tensor] | torch.Tensor:
+        """Call `encode`; an out-of-memory error inside names the encoder."""
+        with memory_phase(f"the {ENCODER_NAMES.get(self.module, self.module.replace('_', ' ') or 'encoder')}"):
+            return self.encode(inputs)
+
+    def max_bytes(self, bucket: Bucket) -> int:
+        """Return the maximum bytes of a sample's tensor."""
         return int(torch.Size(self.shape(bucket)).numel()) * self.dtype.itemsize
 
-    def nothing(self, bucket: Bucket) -> torch.Tensor:
-        """Returns what stands for a sample that counts nothing: zeros, for which no encoder is needed."""
+    def placeholder(self, bucket: Bucket) -> torch.Tensor:
+        """Return zeros in place of a sample that does not count in the loss; no encoder is needed for them."""
         first, *rest = self.shape(bucket)
         return torch.zeros(1 if self.trimmed else first, *rest, dtype=self.dtype)
 
-    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns what is kept of a sample's tensor."""
+    def to_cache(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the form of a sample's tensor that is stored in the cache."""
         return trim_zeros(tensor) if self.padded else tensor
 
-    def restored(self, tensor: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        """Returns a sample's tensor of what was kept."""
+    def from_cache(self, tensor: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+        """Return a sample's tensor from the form that is stored in the cache."""
         return restore_zeros(tensor, self.shape(bucket)[0]) if self.padded else tensor
+
+
+def fixed_shape(*sides: int) -> Callable[[Bucket], tuple[int, ...]]:
+    """Return EncodingSpec.shape of a tensor whose shape does not depend on the bucket."""
+
+    def shape(bucket: Bucket) -> tuple[int, ...]:
+        del bucket
+        return sides
+
+    return shape
 
 
 def latents_spec(
@@ -115,127 +147,137 @@ def latents_spec(
     weights: tuple[Path, ...],
     first_only: bool = False,
 ) -> EncodingSpec:
-    """Returns the Recipe of what a VAE makes of a sample: the first `channels` of [n, C, t, h, w], float32.
+    """Return the EncodingSpec of a VAE's output: the first `channels` channels of [n, C, t, h, w], float32.
 
-    first_only: of the first latent frame alone.
+    Args:
+        name: the tensor's name.
+        uses: as EncodingSpec.uses.
+        encode: returns the VAE's output [n, C, t, h, w] for n samples.
+        channels: how many channels to keep.
+        weights: the VAE's files and folders.
+        first_only: the output has only the first latent frame.
     """
 
     def shape(bucket: Bucket) -> tuple[int, ...]:
         frames, height, width = latent_shape(bucket)
         return channels, 1 if first_only else frames, height, width
 
+    def encode_channels(inputs: EncoderInput) -> torch.Tensor:
+        return encode(inputs)[:, :channels]
+
     settings = f"{channels} channels"
-    return EncodingSpec(
-        name, uses, lambda raw: encode(raw)[:, :channels], shape, torch.float32, weights, settings, module="vae"
-    )
+    return EncodingSpec(name, uses, encode_channels, shape, torch.float32, weights, settings, module="vae")
 
 
 class Encoder:
-    """Makes, finds and keeps the tensors of micro-batches.
+    """Encodes micro-batches, reads tensors from the cache and writes new ones to it.
 
     Args:
-        recipes: of the family and task, in any order.
-        device: where tensors are wanted.
-        shelf: where they are kept, with a part for each recipe; None encodes everything each time.
-        encoders: with the modules that recipes name; each is then called while the one before it computes.
+        specs: the tensors of the family and task, in any order.
+        device: the device of the returned tensors.
+        cache_view: the cache, with a CacheField for each spec; None encodes everything each time.
+        encoders: the encoders with the modules that the specs name; each module is prefetched to the device while the
+            previous one computes.
     """
 
     def __init__(
         self,
-        recipes: Sequence[EncodingSpec],
+        specs: Sequence[EncodingSpec],
         device: torch.device,
-        shelf: CacheView | None = None,
+        cache_view: CacheView | None = None,
         encoders: LazyEncoders[Any] | None = None,
     ) -> None:
-        # The VAE comes last, whose work takes the most memory: no other encoder is there then, or on its way.
-        self.recipes, self.encoders = tuple(sorted(recipes, key=lambda recipe: recipe.module == "vae")), encoders
+        # The VAE is last because its activations take the most memory: by then no other encoder is on the device, and
+        # none is being prefetched.
+        self.specs, self.encoders = tuple(sorted(specs, key=lambda spec: spec.module == "vae")), encoders
         self.device = device
-        self.shelf = shelf
-        self.cache = shelf.cache if shelf is not None else None
-        self._told = len(self.cache.damaged) if self.cache is not None else 0
-        self.parts = {part.name: part for part in shelf.parts} if shelf is not None else {}
+        self.cache_view = cache_view
+        self.cache = cache_view.cache if cache_view is not None else None
+        self._reported = len(self.cache.corrupted) if self.cache is not None else 0
+        self.cache_fields = {field.name: field for field in cache_view.fields} if cache_view is not None else {}
 
     def __enter__(self) -> Encoder:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Publishes what was made, also when the block failed."""
+        """Publish the entries that were made, also if the block failed."""
         if self.cache is not None:
             self.cache.publish()
 
     def __call__(self, batch: Batch, only: Collection[bytes] | None = None) -> dict[str, list[torch.Tensor]]:
-        """Returns each recipe's tensor of each sample, on the device.
+        """Return each spec's tensor of each sample, on the device.
 
         Args:
-            batch: as the dataset reads it.
-            only: the keys that may be made and kept (None = all); others are left empty, for who wants to fill only.
+            batch: as the dataset returns it.
+            only: the cache keys that may be encoded and stored (None = all). Other tensors are zeros; for filling a
+                cache.
         """
-        video, made = _Video(batch, self.device), {}
-        for recipe, following in zip(self.recipes, (*self.recipes[1:], None), strict=True):
+        video, encoded = _LazyVideo(batch, self.device), {}
+        for spec, following in zip(self.specs, (*self.specs[1:], None), strict=True):
             if self.cache is None and any(batch["real"]):
-                self._call(recipe, following)
-            made[recipe.name] = self._tensors(recipe, batch, video, only)
-        return made
+                self._prefetch(spec, following)
+            encoded[spec.name] = self._encode(spec, batch, video, only)
+        return encoded
 
-    def _call(self, *recipes: EncodingSpec | None) -> None:
-        """Has the modules of these recipes come to the device, in this order."""
-        for recipe in recipes:
-            if self.encoders is not None and recipe is not None and recipe.module:
-                getattr(self.encoders(), recipe.module).prefetch()
+    def _prefetch(self, *specs: EncodingSpec | None) -> None:
+        """Start copying the modules of these specs to the device, in this order."""
+        for spec in specs:
+            if self.encoders is not None and spec is not None and spec.module:
+                getattr(self.encoders(), spec.module).prefetch()
 
-    def _tensors(
-        self, recipe: EncodingSpec, batch: Batch, video: _Video, only: Collection[bytes] | None
+    def _encode(
+        self, spec: EncodingSpec, batch: Batch, video: _LazyVideo, only: Collection[bytes] | None
     ) -> list[torch.Tensor]:
-        name, bucket = recipe.name, batch["bucket"]
-        made: dict[int, torch.Tensor] = {}
+        name, bucket = spec.name, batch["bucket"]
+        tensors: dict[int, torch.Tensor] = {}
         for place, real in enumerate(batch["real"]):
             if not real:
-                made[place] = recipe.nothing(bucket)
-            elif name in batch["found"][place]:
-                made[place] = recipe.restored(batch["found"][place][name], bucket)
+                tensors[place] = spec.placeholder(bucket)
+            elif name in batch["cached"][place]:
+                tensors[place] = spec.from_cache(batch["cached"][place][name], bucket)
             elif self.cache is not None:
-                made |= self._from_cache(recipe, batch, place, video, only)
-        missing = [place for place in range(len(batch["real"])) if place not in made]
+                tensors |= self._from_cache(spec, batch, place, video, only)
+        missing = [place for place in range(len(batch["real"])) if place not in tensors]
         if missing:
-            made |= dict(zip(missing, recipe.encode(video.of(missing)), strict=True))
-        return [to_device(made[place], self.device) for place in range(len(made))]
+            tensors |= dict(zip(missing, spec.run(video.select(missing)), strict=True))
+        return [to_device(tensors[place], self.device) for place in range(len(tensors))]
 
     def _from_cache(
-        self, recipe: EncodingSpec, batch: Batch, place: int, video: _Video, only: Collection[bytes] | None
+        self, spec: EncodingSpec, batch: Batch, place: int, video: _LazyVideo, only: Collection[bytes] | None
     ) -> dict[int, torch.Tensor]:
-        """Returns one sample's tensor: kept meanwhile by this process or another, else made alone, and kept."""
-        facts = batch["facts"][place]
-        assert self.cache is not None and facts is not None
-        part = self.parts[recipe.name]
-        key = key_of(part, facts)
+        """Return one sample's tensor: read if any process stored it meanwhile, otherwise encoded alone and stored."""
+        sample = batch["sample_keys"][place]
+        assert self.cache is not None and sample is not None
+        field = self.cache_fields[spec.name]
+        key = cache_key(field, sample)
         if only is not None and key not in only:
-            return {place: recipe.nothing(batch["bucket"])}
-        found = self.cache.read(key)
-        for line in self.cache.damage()[self._told :]:
+            return {place: spec.placeholder(batch["bucket"])}
+        stored = self.cache.read(key)
+        for line in self.cache.corruption_messages()[self._reported :]:
             sys.stderr.write(f"warning: {line}\n")
-            self._told += 1
-        if found is None:
-            tensor = recipe.encode(video.of([place]))[0]
-            found = recipe.stored(tensor).cpu()
-            note = {"part": part.name, "encoder": part.encoder, "file": facts.file if part.sees_pixels else None}
-            self.cache.put(key, found, {**note, "size": facts.size, "mtime_ns": facts.mtime_ns})
-        return {place: recipe.restored(found, batch["bucket"])}
+            self._reported += 1
+        if stored is None:
+            tensor = spec.run(video.select([place]))[0]
+            stored = spec.to_cache(tensor).cpu()
+            note = {"part": field.name, "encoder": field.encoder, "file": sample.file if field.needs_pixels else None}
+            self.cache.put(key, stored, {**note, "size": sample.size, "mtime_ns": sample.mtime_ns})
+        return {place: spec.from_cache(stored, batch["bucket"])}
 
 
-class _Video:
-    """The pixels of a micro-batch, brought to the device only when somebody wants to see them."""
+class _LazyVideo:
+    """The pixels of a micro-batch, copied to the device only when an encoder needs them."""
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
         self._batch, self._device = batch, device
         self._video: torch.Tensor | None = None
 
-    def of(self, places: Sequence[int]) -> EncoderInput:
-        """Returns what encoders see of the samples in these places."""
+    def select(self, places: Sequence[int]) -> EncoderInput:
+        """Return the encoders' input for the samples at these places of the micro-batch."""
         batch = self._batch
-        read = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
-        if self._video is None and read:
+        rows = [batch["decoded"].index(place) for place in places if place in batch["decoded"]]
+        if self._video is None and rows:
             self._video = to_video(to_device(batch["pixels"], self._device))
-        video = torch.empty(0)  # of text alone
+        video = torch.empty(0)  # no pixels were read: text encoders only
         if self._video is not None:
-            video = self._video if read == list(range(len(self._video))) else self._video[read]
+            video = self._video if rows == list(range(len(self._video))) else self._video[rows]  # indexing copies
         return EncoderInput(video, [batch["captions"][p] for p in places], [batch["variants"][p] for p in places])

@@ -1,4 +1,4 @@
-"""Serves the HunyuanVideo script: text without its padding, so that attention needs no mask where all is real."""
+"""HunyuanVideo's text encoders, with padding removed, so that attention needs no mask if all tokens are real."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from videox.encoders.vae import to_images
 
 
 def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns embeddings and mask cut to the batch's longest text; the model's output stays what it was.
+    """Return embeddings and mask cut to the batch's longest text; the model's output does not change.
 
-    A text without any real token keeps its first one: a mask that is zero everywhere would make the model's mean over
-    the text a division by zero.
+    A text without any real token keeps its first one: with a mask of zeros the model's mean over the text would divide
+    by zero.
 
     Args:
         embeds: [B, L, D].
@@ -28,49 +28,50 @@ def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     Returns:
         [B, longest, D] and [B, longest] float32.
     """
-    kept = mask.clone().float()
-    kept[:, 0] = 1
-    longest = int(kept.sum(1).max())
-    return embeds[:, :longest], kept[:, :longest]
+    mask = mask.clone().float()
+    mask[:, 0] = 1
+    longest = int(mask.sum(1).max())
+    return embeds[:, :longest], mask[:, :longest]
 
 
 @torch.no_grad()
 def encode_text(
     encoder: OffloadedModule,
     pipeline: Any,  # noqa: ANN401 - of diffusers
-    raw: EncoderInput,
+    inputs: EncoderInput,
     settings: Mapping[str, int],
 ) -> list[torch.Tensor]:
-    """Returns the text encoder's embeddings [L, D] of each caption, without padding, as the pipeline makes them.
+    """Return the text encoder's embeddings [L, D] of each caption, without padding, as the pipeline computes them.
 
-    Each is encoded alone: its embedding must not depend on its neighbours, to the last bit.
+    Each caption is encoded alone: its embedding must be bit-identical whatever the other captions are.
 
     Args:
-        encoder: part of the pipeline.
-        pipeline: of HunyuanVideo.
-        raw: captions, and the video whose first frame an image-to-video prompt shows to the encoder.
-        settings: keywords of the pipeline's function; with `image_embed_interleave` it is image-to-video.
+        encoder: the pipeline's text encoder.
+        pipeline: a HunyuanVideo pipeline of diffusers.
+        inputs: captions, and the video whose first frame is part of an image-to-video prompt.
+        settings: keyword arguments of the pipeline's function; with `image_embed_interleave` it is image-to-video.
     """
-    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE  # each pipeline has its own
+    # Each pipeline's module has its own template: image-to-video prompts have a place for the image.
+    template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE
     encode = partial(pipeline._get_llama_prompt_embeds, device=encoder.device, **settings)
-    shown: list[list[Any]] = [[] for _ in raw.captions]
+    images: list[list[Any]] = [[] for _ in inputs.captions]
     if "image_embed_interleave" in settings:
-        shown = [[[image]] for image in to_images(raw.video[:, :, 0])]
+        images = [[[image]] for image in to_images(inputs.video[:, :, 0])]
     with encoder.on_device():
-        made = [encode(*image, [text], template) for image, text in zip(shown, raw.captions, strict=True)]
-    return [trim_text(embeds, mask)[0][0] for embeds, mask in made]
+        encoded = [encode(*image, [text], template) for image, text in zip(images, inputs.captions, strict=True)]
+    return [trim_text(embeds, mask)[0][0] for embeds, mask in encoded]
 
 
 @torch.no_grad()
-def encode_pooled(encoder: OffloadedModule, pipeline: Any, raw: EncoderInput) -> torch.Tensor:  # noqa: ANN401 - of diffusers
-    """Returns CLIP's pooled embeddings [B, P], each caption encoded alone; as encode_text."""
+def encode_pooled(encoder: OffloadedModule, pipeline: Any, inputs: EncoderInput) -> torch.Tensor:  # noqa: ANN401 - of diffusers
+    """Return CLIP's pooled embeddings [B, P], each caption encoded alone; see encode_text."""
     with encoder.on_device():
-        pooled = [pipeline._get_clip_prompt_embeds([text], device=encoder.device) for text in raw.captions]
+        pooled = [pipeline._get_clip_prompt_embeds([text], device=encoder.device) for text in inputs.captions]
     return torch.cat(pooled)
 
 
-def join_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns embeddings [B, longest, D], zeros past each text's end, and their float32 mask [B, longest] on the host.
+def pad_texts(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings [B, longest, D], zeros after each text's end, and their float32 mask [B, longest] on the CPU.
 
     Args:
         texts: embeddings [L, D] of each text, all of whose tokens are real.

@@ -1,4 +1,4 @@
-"""Serves --low_vram: frozen encoders that occupy the accelerator only while they are used."""
+"""CPU offload of frozen encoders (--low_vram): their weights are on the GPU only while they are used."""
 
 from __future__ import annotations
 
@@ -9,65 +9,71 @@ import torch
 
 
 class OffloadedModule:
-    """A frozen module whose weights rest in host memory and are copied to the device for each use.
+    """A frozen module whose weights are stored in host memory and copied to the device for each use.
 
-    Frozen weights never change, so nothing is copied back: the device's copies are dropped and the module points at
-    the resting weights again. With a GPU the resting weights are pinned, for copies at the bus's full rate, and are
-    copied in a stream of their own: one that is called while another module computes comes beside that computation.
+    Frozen weights never change, so nothing is copied back: the device copies are dropped, and the module's tensors
+    point at the host weights again. With a GPU the host weights are pinned, for copies at the full bandwidth of the
+    bus, and
+    copied in a separate stream: a module that is prefetched while another one computes is copied during that
+    computation.
 
     Args:
-        module: on the CPU; it is frozen.
-        device: where it computes.
-        rests: False keeps it on the device for good.
+        module: a module on the CPU; it is frozen.
+        device: the device that it computes on.
+        offload: False keeps it on the device permanently.
     """
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, rests: bool) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device, offload: bool) -> None:
         self.module = module.requires_grad_(False).eval()
         self.device = device
-        self.rests = rests
+        self.offload = offload
         self._uses = 0
-        self._coming: list[torch.Tensor] = []
-        self._stream = torch.cuda.Stream(device) if rests and device.type == "cuda" else None
-        if not rests:
+        self._prefetched: list[torch.Tensor] = []
+        self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
+        if not offload:
             module.to(device)
             return
         if device.type == "cuda":
             for tensor in (*module.parameters(), *module.buffers()):
-                if not tensor.is_pinned():  # what the machine's processes share is pinned where it lies
+                # Weights shared by the machine's processes are pinned already (load_frozen); pin_memory would copy
+                # them, and each process would have its own.
+                if not tensor.is_pinned():
                     tensor.data = tensor.data.pin_memory()
-        self._resting = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+        self._host_weights = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
 
     def prefetch(self) -> None:
-        """Begins to copy the weights to the device, for `awake` to find them there; a second call changes nothing."""
-        if not self.rests or self._uses or self._coming:
+        """Start copying the weights to the device, for on_device to find them there; a second call does nothing."""
+        if not self.offload or self._uses or self._prefetched:
             return
         if self._stream is None:
-            self._coming = [resting.to(self.device, non_blocking=True) for _, resting in self._resting]
+            self._prefetched = [weight.to(self.device, non_blocking=True) for _, weight in self._host_weights]
             return
-        # Their memory is the computation's own, so that what it has given back can be used: the copy waits for that.
-        there = [torch.empty_like(resting, device=self.device) for _, resting in self._resting]
+        # Allocated in the compute stream's memory pool, so that memory which the computation freed can be reused. Its
+        # last kernels may still use that memory: the copy stream waits for them.
+        copies = [torch.empty_like(weight, device=self.device) for _, weight in self._host_weights]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for copy, (_, resting) in zip(there, self._resting, strict=True):
-                copy.copy_(resting, non_blocking=True)
-                copy.record_stream(self._stream)  # should nobody wake the module
-        self._coming = there
+            for copy, (_, weight) in zip(copies, self._host_weights, strict=True):
+                copy.copy_(weight, non_blocking=True)
+                # If the module is never used, the copy is freed while the copy stream may still write to it.
+                copy.record_stream(self._stream)
+        self._prefetched = copies
 
     @contextmanager
     def on_device(self) -> Iterator[torch.nn.Module]:
-        """Yields the module on its device; after the outermost use a resting module holds no device memory."""
+        """Yield the module on its device; after the outermost use an offloaded module occupies no device memory."""
         self.prefetch()
         self._uses += 1
         try:
-            if self._coming:
+            if self._prefetched:
                 if self._stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self._stream)
-                for (tensor, _), copy in zip(self._resting, self._coming, strict=True):
+                for (tensor, _), copy in zip(self._host_weights, self._prefetched, strict=True):
                     tensor.data = copy
-                self._coming = []
+                self._prefetched = []
             yield self.module
         finally:
             self._uses -= 1
-            if self.rests and not self._uses:
-                for tensor, resting in self._resting:
-                    tensor.data = resting
+            if self.offload and not self._uses:
+                for tensor, weight in self._host_weights:
+                    tensor.data = weight

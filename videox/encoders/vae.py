@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: pixels to the VAE's own latents, drawn by key; each family then scales them."""
+"""VAE encoding: pixels to posterior moments, and latents drawn from them by each sample's key; not yet scaled."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from videox.rng import Purpose, hash_key
 
 
 def to_video(pixels: torch.Tensor) -> torch.Tensor:
-    """Returns float32 [B, 3, T, H, W] in [-1, 1] of uint8 pixels [B, T, H, W, 3], to the bit as diffusers does."""
+    """Return float32 [B, 3, T, H, W] in [-1, 1] of uint8 pixels [B, T, H, W, 3], bitwise equal to diffusers'."""
     return 2 * (rearrange(pixels, "b t h w c -> b c t h w").float() / 255) - 1
 
 
 @torch.no_grad()
 def encode_moments(vae: OffloadedModule, video: torch.Tensor, *, mini_batch: int) -> torch.Tensor:
-    """Returns mean and log-variance of the VAE's posterior one after the other, float32 [B, 2 C, t, h, w].
+    """Return the mean and log-variance of the VAE's posterior, concatenated: float32 [B, 2 C, t, h, w].
 
     Args:
-        vae: of diffusers, whose encode gives a latent_dist.
+        vae: a VAE of diffusers, whose encode returns an object with a latent_dist.
         video: float32 [B, 3, T, H, W] in [-1, 1], on the device.
-        mini_batch: samples per call.
+        mini_batch: samples per call of the VAE.
     """
     with vae.on_device() as module:
-        parts = [module.encode(part).latent_dist.parameters for part in video.split(mini_batch)]  # type: ignore[operator]
-    return torch.cat(parts).contiguous()
+        moments = [module.encode(chunk).latent_dist.parameters for chunk in video.split(mini_batch)]  # type: ignore[operator]
+    return torch.cat(moments).contiguous()
 
 
-def draw(moments: torch.Tensor, channels: int, keys: Sequence[int] | None) -> torch.Tensor:
-    """Returns latents z, float32 [B, C, t, h, w], not yet scaled, of encode_moments, or of its first C channels alone.
+def sample_latents(moments: torch.Tensor, channels: int, keys: Sequence[int] | None) -> torch.Tensor:
+    """Return latents z, float32 [B, C, t, h, w], not yet scaled, from the result of encode_moments.
 
     Args:
-        moments: [B, 2 C, t, h, w]; without the log-variance only the mode can be taken.
+        moments: [B, 2 C, t, h, w], or [B, C, t, h, w] without the log-variance if only the mode is needed.
         channels: C.
-        keys: one per sample for the posterior's noise; None takes the posterior's mode.
+        keys: one key per sample for the posterior's noise; None returns the posterior's mode.
     """
     if keys is None:
         return moments[:, :channels]
     posterior = DiagonalGaussianDistribution(moments)
-    drawn = [int(hash_key(key, Purpose.POSTERIOR)) for key in keys]
-    return posterior.mean + posterior.std * to_device(batch_noise(drawn, posterior.mean.shape[1:]), moments.device)
+    noise_keys = [int(hash_key(key, Purpose.POSTERIOR)) for key in keys]
+    noise = batch_noise(noise_keys, posterior.mean.shape[1:])
+    return posterior.mean + posterior.std * to_device(noise, moments.device)
 
 
-def encode(vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:
-    """Returns the VAE's latents z, float32 [B, C, t, h, w], not yet scaled; as encode_moments and draw."""
+def encode_latents(vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:
+    """Return the VAE's latents z, float32 [B, C, t, h, w], not yet scaled; see encode_moments and sample_latents."""
     moments = encode_moments(vae, video, mini_batch=mini_batch)
-    return draw(moments, moments.shape[1] // 2, keys)
+    return sample_latents(moments, moments.shape[1] // 2, keys)
 
 
 def to_images(frames: torch.Tensor) -> list[Image.Image]:
-    """Returns pictures of frames [B, 3, H, W] in [-1, 1], as image encoders take them."""
+    """Return PIL images of frames [B, 3, H, W] in [-1, 1], the input of image encoders."""
     pixels = ((frames + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in pixels]

@@ -1,1 +1,1 @@
-"""The model in training under each backend: optimizer step, checkpoint save and load, export."""
+"""Model in training under each backend: optimizer step, checkpoint save and load, export."""

@@ -1,120 +1,80 @@
-"""Serves both training loops: what a run gives away of its weights, in each checkpoint and at its end."""
+"""Export of the weights in training for use by other programs, in each checkpoint and at the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from videox.engine.base import Engine
-from videox.engine.ema import export_weights
-from videox.engine.train_state import TrainState
-from videox.errors import UserError
+from videox.engine.base import Engine, write_on_main
+from videox.engine.ema import EMA_FOLDER, EmaEngine
+from videox.errors import SaveError, UserError
 from videox.lora.reader import STEM
-from videox.weights.format import TRANSFORMER
-from videox.weights.header import describe, header_of, name_of
-from videox.weights.layout_writer import MERGED
+from videox.weights.format import TRANSFORMER, ExportOptions
+from videox.weights.header import read_metadata
+from videox.weights.layout_tables import MERGED
 
 FOLDER = "exports"  # in a checkpoint
 
 
-@dataclass(frozen=True)
-class Exports:
-    """Writes the weights in training for use; all processes call its methods together.
-
-    Attributes:
-        engine: with the weights.
-        state: tells the steps and the seed when the weights are written.
-        output_dir: of the run.
-        dtype: of the floating tensors.
-        keep_fp32: parts of names that stay float32.
-        layouts: beside diffusers'.
-        base_model: that is trained, as the user named it.
-        facts: for the files' headers.
-        is_main: on the one process that writes; the others take part in gathering.
-        warn: tells the user of an export that cannot be.
-    """
-
-    engine: Engine
-    state: TrainState
-    output_dir: Path
-    dtype: torch.dtype
-    keep_fp32: Sequence[str]
-    layouts: Sequence[str]
-    base_model: str
-    facts: Mapping[str, object]
-    is_main: bool
-    warn: Callable[[str], None]
-
-    def about(self) -> dict[str, object]:
-        """Returns what a checkpoint's manifest says of the run, for who exports it later."""
-        return {**self.facts, "base_model": name_of(self.base_model)}
-
-    def __call__(self) -> None:
-        """Writes output_dir/transformer and the other layouts. Raises UserError, SaveError as export_weights does."""
-        self._write(self.output_dir, only_layouts=False)
-        if self.is_main and (stale := earlier(self.output_dir, self.state.step)):
-            what = ", ".join(f"{name} (step {step})" for name, step in stale.items())
-            self.warn(
-                f"warning: {what} in {self.output_dir} were exported earlier and are not of step {self.state.step}: "
-                f"this run's --export_layouts does not ask for them"
-            )
-
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint's files, and the other layouts in its exports/; what cannot be exported is told.
-
-        Raises:
-            OSError, SafetensorError, SaveError: a write failed, after every collective is through.
-        """
-        self.engine.save(folder, self.state)
-        if not self.layouts:
-            return
-        try:
-            self._write(folder / FOLDER, only_layouts=True)
-        except UserError as why:  # on the one process that writes, with every collective through
-            self.warn(f"warning: checkpoint-{self.state.step} has not all exports: {why.where} {why.what}")
-
-    def _write(self, folder: Path, *, only_layouts: bool) -> None:
-        metadata = describe(self.base_model, {**self.facts, "steps": self.state.step, "seed": self.state.seed})
-        export_weights(
-            self.engine,
-            folder,
-            self.dtype,
-            self.keep_fp32,
-            layouts=self.layouts,
-            metadata=metadata,
-            only_layouts=only_layouts,
-            is_main=self.is_main,
-        )
-
-
-def earlier(output_dir: Path, step: int) -> dict[str, int]:
-    """Returns the exports in a run's folder whose headers tell of a step before this one, each with that step."""
-    found = {}
-    for path in sorted([*output_dir.glob("*.safetensors"), *output_dir.glob(f"{TRANSFORMER}*/*.safetensors")]):
-        ours = path.name.startswith((TRANSFORMER, STEM)) or path.parent != output_dir
-        if not ours or "-superseded" in str(path.relative_to(output_dir)):
-            continue
-        steps = header_of(path).get("steps", "")
-        if steps.isdecimal() and int(steps) < step:
-            folder = path.parent != output_dir and not path.name.startswith(STEM)
-            name = f"{path.parent.name}/" if folder else str(path.relative_to(output_dir))
-            found[name] = int(steps)
-    return found
-
-
-def export_bytes(numbers: int, layouts: Sequence[str], dtype: torch.dtype, *, lora: bool, averaged: bool) -> int:
-    """Returns what exports take of the disk while a checkpoint is written.
+def export_weights(engine: Engine, output_dir: Path, options: ExportOptions, *, is_main: bool) -> None:
+    """Write output_dir/transformer for use, and transformer_ema if the engine has an EMA; called on all ranks.
 
     Args:
-        numbers: of the whole model.
-        layouts: beside diffusers'.
-        dtype: of the tensors.
-        lora: only what is merged has the size of the model.
-        averaged: an average is exported too.
+        engine: the engine, between two steps.
+        output_dir: of the run, or another folder.
+        options: dtype, layouts and headers of the files.
+        is_main: true on the one rank that writes; the others take part in gathering.
+
+    Raises:
+        UserError: (NUMERICS) a tensor is not finite in its dtype; that folder is not written.
+        SaveError: a file could not be written.
     """
-    # a whole model's layouts are made of a folder in diffusers'
+    sources: dict[str, Callable[[], AbstractContextManager[None]]] = {TRANSFORMER: nullcontext}
+    if isinstance(engine, EmaEngine):
+        sources[EMA_FOLDER] = engine.ema_weights
+    failures = []
+    for name, in_place in sources.items():
+
+        def write(weights: Iterator[tuple[str, Tensor]], name: str = name) -> None:
+            engine.weight_format.export(output_dir, name, weights, engine.config, options)
+
+        with in_place():
+            failures.append(write_on_main(engine.weights(), write, (UserError, SaveError), is_main=is_main))
+    # Raised after the last collective: an exception before it would leave the other ranks waiting.
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def earlier_exports(output_dir: Path, step: int) -> dict[str, int]:
+    """Return the exports in a run's folder whose headers have an earlier step than this one, each with its step."""
+    steps_of_exports = {}
+    for path in sorted([*output_dir.glob("*.safetensors"), *output_dir.glob(f"{TRANSFORMER}*/*.safetensors")]):
+        is_export = path.name.startswith((TRANSFORMER, STEM)) or path.parent != output_dir
+        if not is_export or "-superseded" in str(path.relative_to(output_dir)):
+            continue
+        steps = read_metadata(path).get("steps", "")
+        if steps.isdecimal() and int(steps) < step:
+            in_folder = path.parent != output_dir and not path.name.startswith(STEM)
+            name = f"{path.parent.name}/" if in_folder else str(path.relative_to(output_dir))
+            steps_of_exports[name] = int(steps)
+    return steps_of_exports
+
+
+def export_bytes(numbers: int, layouts: Sequence[str], dtype: torch.dtype, *, lora: bool, ema: bool) -> int:
+    """Return the disk space that exports need while a checkpoint is written, in bytes.
+
+    Args:
+        numbers: parameters of the full model.
+        layouts: layouts to write in addition to diffusers'.
+        dtype: of the exported tensors.
+        lora: the run trains adapters, so only the merged model has the size of the full model.
+        ema: an EMA is exported, too.
+    """
+    # Other layouts of a full model are made from a diffusers folder, which is written first and deleted afterwards.
     models = int(MERGED in layouts) if lora else len(layouts) + bool(layouts)
-    return models * (1 + averaged) * numbers * dtype.itemsize
+    return models * (1 + ema) * numbers * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Serves FSDP2 with optimizers that know no divided tensors: each process steps and keeps the shards that it has."""
+"""Optimizers that do not support DTensor, under FSDP2: each rank steps and saves its own shards."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ STEM = "rank-{:05d}-of-{:05d}"
 
 
 class LocalShards:
-    """Plain parameters over the memory of divided ones, for optimizers that work number by number or in blocks.
+    """Plain parameters that share memory with the local shards of DTensors, for elementwise and blockwise optimizers.
 
-    Blocks of eight-bit moments begin anew in each shard, so that what is kept of them fits this number of processes.
+    Blocks of 8-bit moments start anew in each shard, so saved moments fit only the world size that saved them.
 
     Args:
-        parameters: divided ones by name, where they lie.
+        parameters: sharded ones by name, already on their device.
         rank: of this process.
-        world_size: processes that divide them.
+        world_size: number of ranks that they are sharded across.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, rank: int, world_size: int) -> None:
-        self._divided = dict(parameters)
+        self._sharded = dict(parameters)
         self.rank, self.world_size = rank, world_size
         self.parameters = {
             name: nn.Parameter(_shard(parameter.detach()), requires_grad=parameter.requires_grad)
@@ -37,18 +37,18 @@ class LocalShards:
         }
 
     def take_gradients(self) -> None:
-        """Hands the gradients of the shards on; a process without a piece of a tensor has none of it."""
-        for name, parameter in self._divided.items():
-            own = self.parameters[name]
-            own.grad = _shard(parameter.grad) if parameter.grad is not None and own.numel() else None
+        """Pass the gradients of the shards on; a rank without a piece of a tensor has no gradient of it."""
+        for name, parameter in self._sharded.items():
+            local = self.parameters[name]
+            local.grad = _shard(parameter.grad) if parameter.grad is not None and local.numel() else None
 
     def save(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Writes what this process keeps into a folder that all share. Raises OSError, SafetensorError."""
+        """Write this rank's optimizer state into a folder that all ranks share. Raises OSError, SafetensorError."""
         tensors = {name: tensor.contiguous() for name, tensor in optimizer_tensors(optimizer, self._names()).items()}
         save_tensors(folder, tensors, stem=STEM.format(self.rank, self.world_size))
 
     def load(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Puts back, to the bit, what save wrote. Raises UserError where it does not fit."""
+        """Load what save wrote, bit-identical. Raises UserError if it does not fit."""
         stored = StoredTensors(folder, STEM.format(self.rank, self.world_size))
         load_optimizer_tensors(optimizer, self._names(), stored)
 
@@ -60,24 +60,26 @@ def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def refuse_other_moments(folder: Path, name: str, world_size: int) -> None:
-    """Refuses moments that FSDP2 saved of another kind of optimizer, or of shards of other sizes.
+def refuse_other_optimizer_state(folder: Path, name: str, world_size: int) -> None:
+    """Raise UserError for FSDP2 optimizer state of another kind of optimizer, or of shards of other sizes.
 
     Args:
         folder: of a checkpoint, with the optimizer's files.
         name: of videox.optim.registry.OPTIMIZERS.
-        world_size: processes of this launch.
+        world_size: of this launch.
 
     Raises:
-        UserError: (MODEL) with the way out.
+        UserError: (MODEL) with the optimizers or the world size that can resume it.
     """
     found = sorted(path.name for path in folder.glob("rank-00000-of-*.safetensors"))
-    where = f"{folder.parent.name} was saved"
+    saved = f"{folder.parent.name} was saved"
     if bool(found) is not OPTIMIZERS[name].by_shard:
-        alike = [other for other, kind in OPTIMIZERS.items() if kind.by_shard is bool(found)]
-        what = f"{name}, and {where} with another optimizer"
-        raise UserError("--optimizer", what, f"resume with the one it began with ({' or '.join(alike)})", MODEL)
+        compatible = [other for other, kind in OPTIMIZERS.items() if kind.by_shard is bool(found)]
+        what = f"{name}, but {saved} with another optimizer"
+        raise UserError(
+            "--optimizer", what, f"resume with the optimizer it began with ({' or '.join(compatible)})", MODEL
+        )
     if found and found != [f"{STEM.format(0, world_size)}.safetensors"]:
         processes = int(found[0].removesuffix(".safetensors").rpartition("-")[2])
-        what = f"{where} by {processes} processes, and {name} keeps its moments by their shards"
-        raise UserError("--resume_from_checkpoint", what, f"launch {processes} processes, as then", MODEL)
+        what = f"{saved} by {processes} processes, and {name} stores its moments per shard"
+        raise UserError("--resume_from_checkpoint", what, f"launch {processes} processes", MODEL)

@@ -1,4 +1,4 @@
-"""Serves resume: the few numbers that a run is, and how they, weights and optimizer go to disk and come back."""
+"""TrainState: the values that define where a run is, and how they, weights and optimizer are saved and resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from videox.data.plan.plan import Columns, PlanSettings, check_world_size
-from videox.distributed.accelerator import BACKENDS, Backend
+from videox.data.plan.epoch import check_world_size
+from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.distributed.backends import BACKENDS, Backend
 from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.optim.registry import OPTIMIZERS, moments_of
@@ -27,24 +28,37 @@ from videox.weights.safetensors_io import StoredTensors, save_tensors
 
 STATE_FILE = "trainer_state.json"
 COLUMNS_FILE = "columns.safetensors"
-# What a run's first launch decides for all of it; and what an older checkpoint, which lacks it, was planned with.
-LAUNCHED = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
-OLDER = {"barrier": "step", "accumulation": 1, "balance": "none"}
-LATER = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}  # flags that it did not know
-DEALING = 3  # rises when slots of equal settings are dealt in another order than before
+# Settings that a run's first launch decides for all later ones.
+FIRST_LAUNCH = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
+# Values of settings that older checkpoints do not have: what their runs were planned with, by default or by flags that
+# did not exist yet.
+OLD_DEFAULTS = {"barrier": "step", "accumulation": 1, "balance": "none"}
+OLD_FLAGS = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}
+ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
-OWN_MOMENTS = {"RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}  # keys that one alone has
+# Names of moments that only one optimizer has.
+UNIQUE_MOMENTS = {"RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. Order, noise, timesteps and learning rate are functions of these numbers.
+    """Where a run is. Order, noise, timesteps and learning rate are functions of these values.
 
-    step: optimizer steps done; epoch, epoch_step: the same within the epoch; seed; slots: G of the plan; index: the
-    index's fingerprint; settings: of the plan; run: its name, shared by equal runs only; quarantined: rows that this
-    epoch's plan leaves out; bad: rows found bad since; skipped: steps without an update; skipped_in_row: the last ones
-    of them without pause; names: of the rows, a fingerprint; columns: what the plan reads of them, in a file of its
-    own.
+    Attributes:
+        seed: of the run.
+        slots: micro-batches of a step over all ranks (G of the plan).
+        index: fingerprint of the index.
+        settings: of the plan, as JSON values.
+        run: name of the run; only runs with equal numbers share it, see run_name.
+        step: optimizer steps done.
+        epoch: current epoch.
+        epoch_step: steps done within the epoch.
+        quarantined: rows that this epoch's plan leaves out.
+        bad: rows found unreadable since the epoch began.
+        skipped: steps without an update of the weights.
+        skipped_in_row: number of consecutive skipped steps up to now.
+        names: fingerprint of the rows' names.
+        columns: what the plan reads of the rows; saved in a separate file.
     """
 
     seed: int
@@ -60,10 +74,13 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     names: str = ""
-    columns: Columns | None = field(default=None, repr=False, compare=False)
+    columns: PlanColumns | None = field(default=None, repr=False, compare=False)
 
     def advance(self, steps_of_epoch: int) -> bool:
-        """Counts one step; returns whether it ended its epoch. The next epoch leaves out what was found bad."""
+        """Count one step; return whether it ended its epoch.
+
+        The next epoch leaves out the rows that were found bad.
+        """
         self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
         if self.epoch_step < steps_of_epoch:
             return False
@@ -73,35 +90,35 @@ class TrainState:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Returns the state that a checkpoint holds.
+    """Return the state stored in a checkpoint.
 
     Raises:
         UserError: the file is missing or of another version.
     """
     path = checkpoint / STATE_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        state = TrainState(**{name.name: found[name.name] for name in fields(TrainState) if name.name != "columns"})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [each.name for each in fields(TrainState) if each.name != "columns"]
+        state = TrainState(**{name: content[name] for name in names})
         if (checkpoint / COLUMNS_FILE).is_file():
-            state.columns = Columns(**load_file(checkpoint / COLUMNS_FILE))
+            state.columns = PlanColumns(**load_file(checkpoint / COLUMNS_FILE))
         return state
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as why:
-        raise UserError(
-            str(path), f"is not a readable trainer state ({why})", "resume from another checkpoint", MODEL
-        ) from why
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        what = f"is not a readable trainer state ({error})"
+        raise UserError(str(path), what, "resume from another checkpoint", MODEL) from error
 
 
 def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
-    """Returns the plan's settings as plain JSON values, for storing and comparing."""
-    dealing = {} if settings.balance == "none" else {"dealing": DEALING}
-    return json.loads(json.dumps(asdict(settings) | dealing))
+    """Return the plan's settings as plain JSON values, for storing and comparing."""
+    version = {} if settings.balance == "none" else {"dealing": ASSIGNMENT_VERSION}
+    return json.loads(json.dumps(asdict(settings) | version))
 
 
-def name_of(flags: str, index: str, settings: PlanSettings) -> str:
-    """Returns a run's name, which runs share whose every number is equal, whatever launched them.
+def run_name(flags: str, index: str, settings: PlanSettings) -> str:
+    """Return a run's name. Runs with the same name train with equal numbers, whatever launched them.
 
-    Its order follows from how a step is divided among processes: 4 processes train another than 2 with 2 accumulation
-    steps. One process trains that of a process for each slot.
+    The order of samples depends on how a step is split across processes: 4 processes train another order than 2 with 2
+    accumulation steps. A single process trains the order of one process per slot.
 
     Args:
         flags: a name of those flags that change numbers.
@@ -109,169 +126,192 @@ def name_of(flags: str, index: str, settings: PlanSettings) -> str:
         settings: of the plan.
     """
     inputs = plan_inputs(settings)
-    if settings.accumulation == settings.slots:
+    if settings.accumulation == settings.slots:  # a single process
         inputs["accumulation"] = 1
     return hashlib.sha256(json.dumps([flags, index, inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: PlanSettings) -> None:
-    """Refuses to resume when data or settings would give another schedule than the one that was interrupted.
+    """Raise UserError if data or settings would give another schedule than that of the interrupted run.
 
     Raises:
-        UserError: naming what changed, with both values.
+        UserError: with each changed setting, its old and its new value.
     """
-    now, then = _flat(plan_inputs(settings)), OLDER | LATER | _flat(state.settings)
+    now, then = _flatten(plan_inputs(settings)), OLD_DEFAULTS | OLD_FLAGS | _flatten(state.settings)
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if now.get(name) != then.get(name)]
     if index_fingerprint != state.index:
-        changed.append("the data's rows, captions or sizes are others")
+        changed.append("the data's rows, captions or sizes have changed")
     if changed:
-        hint = "resume with what the run began with, or start a new one in another --output_dir from its weights (--transformer_path)"
+        hint = "resume with the original data and flags, or start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), hint, MODEL)
 
 
-def launched(state: TrainState) -> dict[str, Any]:
-    """Returns those of the plan's settings that a run keeps from its first launch, whatever runs it now.
+def first_launch_settings(state: TrainState) -> dict[str, Any]:
+    """Return those of the plan's settings that a run keeps from its first launch, whatever backend runs it now.
 
     Raises:
         UserError: an older version filled the slots by cost in a way that this one cannot repeat.
     """
-    kept = {**state.settings, "slots": state.slots}
-    if "barrier" in kept:
-        return {name: kept[name] for name in LAUNCHED}
-    if kept.get("slot_fill") == "cost":
-        what = "the run was begun by an older version, which filled slots by cost otherwise"
+    settings = {**state.settings, "slots": state.slots}
+    if "barrier" in settings:
+        return {name: settings[name] for name in FIRST_LAUNCH}
+    if settings.get("slot_fill") == "cost":
+        what = "the run was started by an older version, which filled slots by cost in another way"
         hint = "start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", what, hint, MODEL)
-    return {**OLDER, **{name: kept[name] for name in LAUNCHED if name in kept}}
+    return {**OLD_DEFAULTS, **{name: settings[name] for name in FIRST_LAUNCH if name in settings}}
 
 
 def refuse_other_run(output_dir: Path, state: TrainState) -> None:
-    """Refuses to go on with one run in the folder of another, whose records and checkpoints would become its own.
+    """Raise UserError if a run would continue in the folder of another, and mix records and checkpoints of both.
 
     Raises:
-        UserError: output_dir holds another run than the checkpoint's.
+        UserError: output_dir contains another run than the checkpoint's.
     """
     try:
-        there = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["resolved"]["run"]
+        run_in_folder = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["resolved"]["run"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # none, or one that never began
-    if there != state.run:
-        what = f"{output_dir} holds another run than the checkpoint's"
-        hint = "give the checkpoint's own folder, or a new one, as --output_dir"
+        return  # no run, or one that ended before its first step
+    if run_in_folder != state.run:
+        what = f"{output_dir} contains another run than the checkpoint's"
+        hint = "pass the checkpoint's own folder, or a new one, as --output_dir"
         raise UserError("--resume_from_checkpoint", what, hint, MODEL)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with names joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat
+
+
+@dataclass(frozen=True)
+class IndexedData:
+    """The data of this launch, as the plan sees it.
+
+    Attributes:
+        fingerprint: of the index, over everything that the plan reads.
+        names: fingerprint of the rows' names alone.
+        columns: the values that the plan reads, one per row.
+    """
+
+    fingerprint: str
+    names: str
+    columns: PlanColumns
 
 
 def resume_or_begin(
     checkpoint: Path | None,
     settings_of: Callable[..., PlanSettings],
+    data: IndexedData,
     *,
     seed: int | None,
     slots: int,
     world_size: int,
-    index_fingerprint: str,
-    names: str,
-    columns: Columns,
-    run: str,
+    flags_name: str,
     gather: Callable[[Any], list[Any]],
 ) -> tuple[TrainState, PlanSettings]:
-    """Returns the state of a checkpoint, or of a new run, and the plan's settings that go with it.
+    """Return the state of a checkpoint, or of a new run, and the settings of its plan.
 
-    Its columns are those that the run began with: a file that has gone bad since keeps its place in the schedule,
-    where it is found, named and counted like any other.
+    A resumed run keeps the columns that it began with: a file that became unreadable since then keeps its place in
+    the schedule, where it is found, reported and counted like any other bad sample.
 
     Args:
         checkpoint: None for a new run.
-        settings_of: makes the plan's settings from `seed` and `slots`, and at a resume from what launched() returns.
-        seed: asked for; None takes the checkpoint's, or draws one that all processes share.
-        slots: processes x accumulation of this launch; a checkpoint's own number wins, accumulation adapts to it.
+        settings_of: makes the plan's settings from `seed` and `slots`, and on resume from first_launch_settings().
+        data: the data of this launch.
+        seed: the requested seed; None uses the checkpoint's, or draws one that all ranks share.
+        slots: processes x gradient accumulation of this launch. A checkpoint's own number takes precedence, and the
+            accumulation adapts to it.
         world_size: processes of this launch; it must divide the slots.
-        index_fingerprint: of the data; names: of its rows alone; columns: what the plan reads of it.
-        run: name of the flags that a new run begins with.
-        gather: collective that returns every process's value.
+        flags_name: name of the flags that a new run begins with, see run_name.
+        gather: collective that returns every rank's value.
 
     Raises:
         UserError: the schedule would change, or world_size does not divide the slots.
     """
     state = read_state(checkpoint) if checkpoint else None
     drawn = gather(secrets.randbits(32))[0] if seed is None and state is None else seed
-    chosen = state.seed if state and drawn is None else int(drawn or 0)
-    settings = settings_of(seed=chosen, **(launched(state) if state else {"slots": slots}))
+    chosen_seed = state.seed if state and drawn is None else int(drawn or 0)
+    settings = settings_of(seed=chosen_seed, **(first_launch_settings(state) if state else {"slots": slots}))
     check_world_size(settings.slots, world_size)
     if state:
+        # Rows that can no longer be read change the fingerprint, and must not end the run: it goes on with the
+        # columns it began with. Any other difference is refused.
         only_lost = (
-            state.names == names and state.columns is not None and lost_rows(state.columns, columns) is not None
+            state.names == data.names
+            and state.columns is not None
+            and lost_rows(state.columns, data.columns) is not None
         )
-        refuse_changed_plan(state, state.index if only_lost else index_fingerprint, settings)
-        state.columns = state.columns if only_lost else columns
+        refuse_changed_plan(state, state.index if only_lost else data.fingerprint, settings)
+        state.columns = state.columns if only_lost else data.columns
         return state, settings
-    begun = name_of(run, index_fingerprint, settings)
-    state = TrainState(chosen, slots, index_fingerprint, plan_inputs(settings), begun, names=names, columns=columns)
+    name = run_name(flags_name, data.fingerprint, settings)
+    inputs = plan_inputs(settings)
+    state = TrainState(chosen_seed, slots, data.fingerprint, inputs, name, names=data.names, columns=data.columns)
     return state, settings
 
 
-def lost_rows(then: Columns, now: Columns) -> np.ndarray | None:
-    """Returns the rows that could be read then and cannot now, if nothing else has changed; otherwise None."""
+def lost_rows(then: PlanColumns, now: PlanColumns) -> np.ndarray | None:
+    """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None."""
     both = then.usable & now.usable
+    # A lost row's other columns are not known any more, so only rows that are readable in both are compared.
     pairs = [
         (getattr(then, name), getattr(now, name)) for name in ("kind", "width", "height", "frames", "fps", "weight")
     ]
     same = [a is b if a is None or b is None else np.array_equal(a[both], b[both]) for a, b in pairs]
-    return np.flatnonzero(then.usable & ~now.usable) if all(same) and not np.any(now.usable & ~then.usable) else None
+    only_lost = all(same) and not np.any(now.usable & ~then.usable)
+    return np.flatnonzero(then.usable & ~now.usable) if only_lost else None
 
 
 def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: str) -> None:
-    """Refuses a checkpoint that another kind of backend saved, or that holds the moments of another optimizer.
+    """Raise UserError for a checkpoint of another kind of backend, or with the moments of another optimizer.
 
     Args:
         checkpoint: None for a new run.
-        backend: that runs.
-        optimizer: that was asked for, of videox.optim.registry.OPTIMIZERS.
+        backend: of this launch.
+        optimizer: of this launch, a name of videox.optim.registry.OPTIMIZERS.
 
     Raises:
-        UserError: naming both, with the way to start from its weights.
+        UserError: with both names, and how to start from the checkpoint's weights.
     """
     if checkpoint is None:
         return
-    described = read_manifest(checkpoint)["description"]
-    saved = BACKENDS[described.get("backend", "single")]
-    same = saved.kind == backend.kind if backend.kind == "whole" else saved.name == backend.name
+    description = read_manifest(checkpoint)["description"]
+    saved = BACKENDS[description.get("backend", "single")]
+    # Single process and DDP save the same files; ZeRO-2, ZeRO-3, FSDP1 and FSDP2 each have a format of their own.
+    same = saved.engine == backend.engine if backend.engine == "replicated" else saved.name == backend.name
     if not same:
         hint = f"launch it under {saved.name}, or start a new run from its weights (--transformer_path)"
         raise UserError(str(checkpoint), f"was saved under {saved.name}, this launch is {backend.name}", hint, MODEL)
-    known = {described["optimizer"]} if "optimizer" in described else _optimizers_of_moments(checkpoint)
+    known = {description["optimizer"]} if "optimizer" in description else _possible_optimizers(checkpoint)
     if moments_of(optimizer) not in map(moments_of, known):
         names = " or ".join(sorted(known))
-        hint = f"resume with --optimizer {names}, or begin a run in another --output_dir from these weights"
-        what = f"{optimizer}, and {checkpoint.name} was saved with {names}, whose moments it cannot use"
+        hint = f"resume with --optimizer {names}, or start a run in another --output_dir from these weights"
+        what = f"{optimizer}, but {checkpoint.name} was saved with {names}, whose moments it cannot use"
         raise UserError("--optimizer", what, hint, MODEL)
 
 
-def _optimizers_of_moments(checkpoint: Path) -> set[str]:
-    """Returns who may have kept the moments of a checkpoint from before its manifest said so, by their names."""
-    own = {name for name in OPTIMIZERS if moments_of(name) == name}
+def _possible_optimizers(checkpoint: Path) -> set[str]:
+    """Return the names of the optimizers that may have saved a checkpoint whose manifest has no optimizer yet."""
+    candidates = {name for name in OPTIMIZERS if moments_of(name) == name}
     if not (checkpoint / OPTIMIZER_STEM).is_dir():
-        return own  # divided ones, which their engine checks
+        return candidates  # sharded moments, which their engine checks when it loads them
     keys = {name.rpartition("/")[2] for name in StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM)}
-    for key, name in OWN_MOMENTS.items():
+    for key, name in UNIQUE_MOMENTS.items():
         if key in keys:
             return {name}
-    return own - {"came", "adamw8bit"} if "exp_avg" in keys else own
+    return candidates - {"came", "adamw8bit"} if "exp_avg" in keys else candidates
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:
-    """Returns the size of one checkpoint.
+    """Return the size of one checkpoint, in bytes.
 
     Args:
-        model: its parameters, whole, without memory, or divided by DeepSpeed as they were made.
-        trained: bytes for each number of a trained parameter: float32 weight and two moments.
-        frozen: the same of a frozen one.
+        model: with full parameters, on any device (also meta), or sharded by DeepSpeed when it was created.
+        trained: bytes per trainable parameter: float32 weight and two moments.
+        frozen: bytes per frozen parameter.
     """
     return sum(
         getattr(p, "ds_numel", p.numel()) * (trained if p.requires_grad else frozen) for p in model.parameters()
@@ -285,26 +325,30 @@ def save_state(
     model: torch.nn.Module,
     config: str,
     optimizer: torch.optim.Optimizer,
-    kept: WeightFormat | None = None,
+    weight_format: WeightFormat | None = None,
 ) -> None:
-    """Writes transformer/ (float32 masters, diffusers layout), optimizer tensors and trainer_state.json into a folder.
+    """Write transformer/ (fp32 weights, diffusers layout), optimizer tensors and trainer_state.json into a folder.
 
     Args:
+        folder: of the checkpoint.
+        state: of the run.
+        model: in training, unwrapped.
         config: the model's configuration as diffusers writes it (JSON text).
-        kept: what to write of the weights (None = all of them).
+        optimizer: whose moments are saved.
+        weight_format: what to write of the weights (None = all of them).
     """
-    kept = kept or FullWeights()
+    weight_format = weight_format or FullWeights()
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept.save(folder, TRANSFORMER, trained if kept.trained_alone else model.state_dict(), config)
+    weight_format.save(folder, TRANSFORMER, trained if weight_format.trainable_only else model.state_dict(), config)
     save_tensors(folder / OPTIMIZER_STEM, optimizer_tensors(optimizer, names), stem=OPTIMIZER_STEM)
     write_state(folder, state)
 
 
 def write_state(folder: Path, state: TrainState) -> None:
-    """Writes trainer_state.json into a folder, and the columns that the plan reads beside it."""
-    numbers = {name.name: getattr(state, name.name) for name in fields(state) if name.name != "columns"}
-    write_json_atomically(folder / STATE_FILE, numbers)
+    """Write trainer_state.json into a folder, and in a separate file the columns that the plan reads."""
+    values = {each.name: getattr(state, each.name) for each in fields(state) if each.name != "columns"}
+    write_json_atomically(folder / STATE_FILE, values)
     if state.columns is not None:
         columns = {
             name: np.ascontiguousarray(column) for name, column in vars(state.columns).items() if column is not None
@@ -313,13 +357,16 @@ def write_state(folder: Path, state: TrainState) -> None:
 
 
 def load_state(
-    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: WeightFormat | None = None
+    checkpoint: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weight_format: WeightFormat | None = None,
 ) -> None:
-    """Puts a checkpoint's weights and optimizer state back, in place and to the bit.
+    """Load a checkpoint's weights and optimizer state, in place and bit-identical.
 
     Raises:
         UserError: a tensor is missing, extra or of another shape.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    (kept or FullWeights()).load(checkpoint, model)
+    (weight_format or FullWeights()).load(checkpoint, model)
     load_optimizer_tensors(optimizer, names, StoredTensors(checkpoint / OPTIMIZER_STEM, OPTIMIZER_STEM))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
-from videox.distributed.accelerator import backend_of
+from videox.distributed.backends import backend_of
 from videox.errors import UserError
 from videox.files import write_json_atomically
 

@@ -10,10 +10,11 @@ import numpy as np
 from accelerate import Accelerator
 
 from videox.data.index.index import Index, index_summary
-from videox.data.plan.balance import balance_and_mix
-from videox.data.plan.buckets import Fate, cut_share
-from videox.data.plan.plan import Columns, EpochPlan, PlanSettings
-from videox.distributed.accelerator import Backend
+from videox.data.plan.balance import balance_and_variance_ratio
+from videox.data.plan.buckets import Fate, crop_share
+from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.distributed.backends import Backend
 from videox.shapes import token_count
 
 MUCH_CUT = 0.12  # of a sample's area; rows that lose more are named
@@ -33,7 +34,7 @@ DIFFERENCES = (
 def start_facts(accelerator: Accelerator, backend: Backend, *, task: str, output_dir: Path) -> dict[str, object]:
     """Returns what a person should see first: what runs, on what, and where it writes."""
     return {
-        "backend": f"{backend.name} ({backend.processes})",
+        "backend": f"{backend.name} ({backend.description})",
         "processes": accelerator.num_processes,
         "task": task,
         "device": accelerator.device,
@@ -52,12 +53,12 @@ def start_lines(facts: Mapping[str, object]) -> list[str]:
     ]
 
 
-def data_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 20) -> list[str]:
+def data_lines(index: Index, columns: PlanColumns, plan: EpochPlan, most: int = 20) -> list[str]:
     """Returns the ledger of the rows, what is cut of them, and the table of buckets with their share of tokens."""
     return [*ledger_lines(index, columns, plan), *bucket_lines(plan, most)]
 
 
-def ledger_lines(index: Index, columns: Columns, plan: EpochPlan) -> list[str]:
+def ledger_lines(index: Index, columns: PlanColumns, plan: EpochPlan) -> list[str]:
     """Returns what the data is, what becomes of its rows, and what is cut of them."""
     fates = {name: count for name, count in plan.fate_counts().items() if count}
     lines = [
@@ -67,7 +68,7 @@ def ledger_lines(index: Index, columns: Columns, plan: EpochPlan) -> list[str]:
     return [*lines, *still_lines(columns, plan), *cut_lines(index, columns, plan)]
 
 
-def still_lines(columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:
+def still_lines(columns: PlanColumns, plan: EpochPlan, most: int = 5) -> list[str]:
     """Returns a line on the videos of which a single frame is all that is trained, if there are any."""
     frames = np.array([bucket.frames for bucket in plan.buckets])[plan.micro_bucket]
     rows = plan.row[np.repeat(frames, np.diff(plan.micro_first)) == 1]
@@ -78,11 +79,11 @@ def still_lines(columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:
     return [f"{len(stills)} videos are trained as one frame, too short for more at this stride or rate: rows {named}"]
 
 
-def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) -> list[str]:
+def cut_lines(index: Index, columns: PlanColumns, plan: EpochPlan, most: int = 5) -> list[str]:
     """Returns what share of the samples' areas sticks out of their buckets, and the rows that lose the most."""
     bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
     heights, widths = (np.array([getattr(b, side) for b in plan.buckets])[bucket] for side in ("height", "width"))
-    cut = cut_share(columns.height[plan.row], columns.width[plan.row], heights, widths)
+    cut = crop_share(columns.height[plan.row], columns.width[plan.row], heights, widths)
     lines = [
         f"cut at the borders: median {np.median(cut):.1%}, p95 {np.quantile(cut, 0.95):.1%}, most {cut.max():.1%}"
     ]
@@ -99,7 +100,7 @@ def cut_lines(index: Index, columns: Columns, plan: EpochPlan, most: int = 5) ->
 
 def balance_line(plan: EpochPlan, settings: PlanSettings, processes: int) -> str:
     """Returns how evenly the ranks are loaded, and how much more steps differ than random ones would."""
-    balance, mix = balance_and_mix(plan, settings, processes)
+    balance, mix = balance_and_variance_ratio(plan, settings, processes)
     where = {"step": "optimizer step", "micro": "micro-batch"}[settings.barrier]
     return (
         f"balance {balance:.3f} on {processes} processes that meet in every {where} (1 = nobody waits), mix {mix:.2f} "
@@ -107,7 +108,7 @@ def balance_line(plan: EpochPlan, settings: PlanSettings, processes: int) -> str
     )
 
 
-def lost_lines(index: Index, then: Columns, now: Columns) -> list[str]:
+def lost_lines(index: Index, then: PlanColumns, now: PlanColumns) -> list[str]:
     """Returns a line on the rows that a resumed run could read once and cannot any more, if there are any."""
     lost = np.flatnonzero(then.usable & ~now.usable)
     named = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in lost[:5])

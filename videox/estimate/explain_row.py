@@ -8,14 +8,14 @@ import numpy as np
 
 from videox.data.index.index import Index
 from videox.data.index.table import IMAGE
-from videox.data.plan.buckets import Fate, cut_share, frame_offsets, frames_at_pace, pace_of
+from videox.data.plan.buckets import Fate, crop_share, frame_offsets, frames_at_pace, pace_of
 from videox.data.plan.plan import draw_samples, plan_epoch, row_fates
-from videox.data.plan.settings import Columns, PlanSettings
+from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import UserError
 from videox.shapes import GRID, token_count
 
 
-def explain_row(index: Index, columns: Columns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
+def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
     """Returns lines about one metadata row: its file, and its size, start and cut in each epoch, or why it has none.
 
     Args:
@@ -40,7 +40,7 @@ def explain_row(index: Index, columns: Columns, settings: PlanSettings, row: int
     return [*lines, *_epoch_lines(columns, settings, row, epochs)]
 
 
-def _file_words(index: Index, columns: Columns, row: int) -> str:
+def _file_words(index: Index, columns: PlanColumns, row: int) -> str:
     """Returns what is known of a row's file, which is nothing where the row itself or the look at it failed."""
     if not (columns.width[row] > 0 and columns.height[row] > 0):
         return "of which kind and size is not known, since the row is refused"
@@ -51,7 +51,7 @@ def _file_words(index: Index, columns: Columns, row: int) -> str:
     return f"video, {size}, {columns.frames[row]} frames{rate}"
 
 
-def _reason(index: Index, columns: Columns, settings: PlanSettings, row: int, fate: Fate) -> str:
+def _reason(index: Index, columns: PlanColumns, settings: PlanSettings, row: int, fate: Fate) -> str:
     policy = settings.policy
     if fate is Fate.REFUSED:
         problems = {number: f"{kind} ({detail})" for number, _, kind, detail in index.problems()}
@@ -68,11 +68,11 @@ def _reason(index: Index, columns: Columns, settings: PlanSettings, row: int, fa
     return f"{fit} frames fit at {by}, {needed} are needed"
 
 
-def _pace(columns: Columns, settings: PlanSettings, row: int) -> np.ndarray | int:
+def _pace(columns: PlanColumns, settings: PlanSettings, row: int) -> np.ndarray | int:
     return pace_of(settings.policy, None if columns.fps is None else columns.fps[[row]])
 
 
-def _epoch_lines(columns: Columns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
+def _epoch_lines(columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
     """Draws depend on the row alone, so that a plan without the other rows tells its bucket and start."""
     usable = np.zeros(len(columns), bool)
     usable[row] = True
@@ -95,7 +95,7 @@ def _epoch_lines(columns: Columns, settings: PlanSettings, row: int, epochs: int
             bucket = plan.buckets[plan.micro_bucket[micro]]
             start = int(plan.start[micro])
             last = start + int(np.ravel(frame_offsets(bucket.frames - 1, pace))[0])
-            cut = cut_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
+            cut = crop_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
             name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
             again = f"  (time {copy + 1})" if copy else ""
             lines.append(f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cut:>6.1%}{again}")

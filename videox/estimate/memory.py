@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from videox.estimate.flops import Network
-from videox.models.activation_checkpoint import chosen_blocks
+from videox.models.activation_checkpoint import select_blocks
 from videox.optim.registry import OPTIMIZERS, moments_of
 
 GB = 1e9
@@ -134,10 +134,10 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     everything, trained, share = parameters.total, parameters.trained, 1 / setup.processes
     if setup.backend in WHOLE or setup.backend.startswith("fsdp"):
         optimizer, part = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in WHOLE else share
-        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight * trained, "masters": 0}
+        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight_bytes * trained, "masters": 0}
         # FSDP1 lays a block end to end, and the gradient of all of it is held if a part of it trains
         learning = everything - parameters.outside if setup.backend == "fsdp1" and trained < everything else trained
-        sizes |= {"gradients": optimizer.weight * learning, "optimizer": optimizer.moments * trained}
+        sizes |= {"gradients": optimizer.weight_bytes * learning, "optimizer": optimizer.moment_bytes * trained}
         return {name: part * size for name, size in sizes.items()}
     weights = (2.0 if setup.half else 4.0) * everything * (share if setup.backend == "zero3" else 1)
     divided = {"masters": 4.0 * trained, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
@@ -153,7 +153,7 @@ def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
     """Returns what a backend sets aside, beside the states, to compute and to exchange: gathers, buckets, casts."""
     size = 2 if setup.half else 4
     if setup.backend in WHOLE:
-        weight = OPTIMIZERS[setup.optimizer].weight
+        weight = OPTIMIZERS[setup.optimizer].weight_bytes
         cast = parameters.trained * (weight == 4) + (parameters.total - parameters.trained) * (setup.frozen == 4)
         copies = 2 * cast if setup.half else 0  # autocast's, for the length of a forward pass
         buckets = weight * parameters.trained if setup.backend == "ddp" else 0  # the reducer's
@@ -184,7 +184,7 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     kept = float(encoders.total())
     if not setup.rest:
         states["encoders"] = kept
-    chosen = chosen_blocks(len(network.blocks), setup.recomputed) if setup.recomputed else []
+    chosen = select_blocks(len(network.blocks), setup.recomputed) if setup.recomputed else []
     training = {
         "activations": setup.batch * network.peak(setup.tokens, chosen),
         "communication": communication_bytes(parameters, setup),
@@ -223,7 +223,7 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     if setup.offloads("optimizer"):
         training["offloaded optimizer"] = count * 16 * trained / setup.processes
     if OPTIMIZERS[setup.optimizer].on_host:
-        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moments * trained
+        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moment_bytes * trained
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.average == "cpu":
@@ -238,7 +238,7 @@ def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:
     base nothing is kept.
     """
     optimizer = OPTIMIZERS[moments_of(setup.optimizer)]
-    usual = (optimizer.weight + optimizer.moments, setup.frozen)
+    usual = (optimizer.weight_bytes + optimizer.moment_bytes, setup.frozen)
     trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, usual)
     kept = parameters.trained if setup.adapters else parameters.total
     copies = int(bool(setup.average)) + int(setup.whole and setup.backend in ("zero3", "fsdp1", "fsdp2"))

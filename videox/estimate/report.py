@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from videox.data.plan.balance import PlanBalance
-from videox.data.plan.balancing import CEILING
-from videox.data.plan.buckets import Fate, SizePolicy, cut_share, frames_at_pace, pace_of
+from videox.data.plan.balancing import MAX_VARIANCE_RATIO
+from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import PADDING, EpochPlan
-from videox.data.plan.settings import Columns, PlanSettings
+from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.estimate.flops import Network
 from videox.estimate.memory import CLOSE, Memory, MemorySetup
 from videox.shapes import token_count
@@ -53,14 +53,14 @@ def samples_of(plan: EpochPlan) -> tuple[np.ndarray, np.ndarray]:
     return plan.row, np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
 
 
-def cut_of(columns: Columns, plan: EpochPlan) -> np.ndarray:
+def cut_of(columns: PlanColumns, plan: EpochPlan) -> np.ndarray:
     """Returns the share of its source's area that each sample loses."""
     rows, bucket = samples_of(plan)
     heights, widths = (np.array([getattr(b, side) for b in plan.buckets])[bucket] for side in ("height", "width"))
-    return cut_share(columns.height[rows], columns.width[rows], heights, widths)
+    return crop_share(columns.height[rows], columns.width[rows], heights, widths)
 
 
-def attributes(columns: Columns, plan: EpochPlan, policy: SizePolicy) -> dict[str, int]:
+def attributes(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy) -> dict[str, int]:
     """Returns how many trained rows are repeated, clipped (frames left over), cropped or upscaled in this epoch."""
     rows, bucket = samples_of(plan)
     frames, heights, widths = (np.array([b[side] for b in plan.buckets])[bucket] for side in range(3))
@@ -99,7 +99,7 @@ def samples_per_step(plan: EpochPlan, settings: PlanSettings) -> int:
 
 
 def plan_report(
-    columns: Columns,
+    columns: PlanColumns,
     plan: EpochPlan,
     settings: PlanSettings,
     *,
@@ -240,12 +240,12 @@ def balance_lines(found: Mapping[int, PlanBalance], settings: PlanSettings) -> l
     above = [
         (world, load)
         for world, load in found.items()
-        if load.step_variance_ratio > CEILING and settings.balance == "mixed"
+        if load.step_variance_ratio > MAX_VARIANCE_RATIO and settings.balance == "mixed"
     ]
     if above:
         steps = ", ".join(f"{load.steps:,} on {world}" for world, load in above)
         lines.append(
-            f"  (too few steps for a mix below {CEILING:g}: {steps}; what is left for the last one weighs too much)"
+            f"  (too few steps for a mix below {MAX_VARIANCE_RATIO:g}: {steps}; what is left for the last one weighs too much)"
         )
     return lines
 

@@ -1,1 +1,1 @@
-"""LoRA adapters: on the model, in files of several layouts, merged into a base."""
+"""LoRA: adapters in the model, adapter files, and merging adapters into the base model."""

@@ -1,4 +1,4 @@
-"""Serves who wants one model of a LoRA and its base: their sum in float32, a block of one tensor at a time."""
+"""Merges a LoRA into its base model: the sum in float32, computed block by block of each tensor."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from videox.errors import MODEL, UserError
-from videox.weights.layout_writer import laid_out, relaid
+from videox.weights.layout_writer import layout_entries, to_layout
 from videox.weights.layouts import Entry
 from videox.weights.reader import LayoutTensors
-from videox.weights.safetensors_io import few
-from videox.weights.stream_writer import Planned, planned
+from videox.weights.safetensors_io import join_first
+from videox.weights.stream_writer import TensorToWrite, plan_tensors
 
-ROWS = 512  # of a product made at a time, counted from the first: a sum is then the same to the bit in every layout
+# Rows of B A that are computed at a time. Blocks always start at a multiple of it, whichever elements are requested:
+# the matrix products then have the same shapes, and the sums are bit-identical in every layout.
+ROWS = 512
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """What a LoRA adds to a weight: scale * B A.
+class LowRankUpdate:
+    """A LoRA's update of one weight: scale * B A.
 
     Attributes:
         a: float32 [rank, inputs].
@@ -34,83 +36,87 @@ class LowRank:
     scale: float
 
     def elements(self, begin: int, count: int) -> Tensor:
-        """Returns elements `begin` to `begin + count` of scale * B A, in memory order, float32."""
+        """Return elements `begin` to `begin + count` of scale * B A, in memory order, float32."""
         width = self.a.shape[1]
         first = begin // width // ROWS * ROWS
         last = -(-(begin + count) // width)
-        made = [self.scale * (self.b[row : row + ROWS] @ self.a) for row in range(first, last, ROWS)]
-        return torch.cat(made).reshape(-1)[begin - first * width :][:count]
+        blocks = [self.scale * (self.b[row : row + ROWS] @ self.a) for row in range(first, last, ROWS)]
+        return torch.cat(blocks).reshape(-1)[begin - first * width :][:count]
 
 
-def low_rank(adapters: Mapping[str, Tensor], scale: float) -> dict[str, LowRank]:
-    """Returns what adapters add, by the name of the weight in diffusers.
+def lora_updates(adapters: Mapping[str, Tensor], scale: float) -> dict[str, LowRankUpdate]:
+    """Return the updates of a LoRA, by the name of the weight in diffusers.
 
     Args:
-        adapters: `blocks.0.attn1.to_q.lora_A.weight` and the like.
+        adapters: tensors by names such as `blocks.0.attn1.to_q.lora_A.weight`.
         scale: alpha / rank.
 
     Raises:
-        UserError: (MODEL) something else than the two halves of adapters.
+        UserError: (MODEL) a tensor that is not A or B of an adapter, or a missing half.
     """
     halves = {f"{name.split('.lora_')[0]}.lora_{half}.weight" for name in adapters for half in "AB"}
     if stray := sorted(halves ^ adapters.keys()):
-        hint = "give a LoRA of A and B alone"
-        raise UserError("LoRA", f"{few(stray)}: half an adapter, or something else", hint, MODEL)
+        what = f"{join_first(stray)}: half of an adapter is missing, or it is another kind of tensor"
+        raise UserError("LoRA", what, "pass a LoRA that has only lora_A and lora_B tensors", MODEL)
     modules = sorted({name.split(".lora_")[0] for name in adapters})
     pairs = {name: [adapters[f"{name}.lora_{half}.weight"].float() for half in "AB"] for name in modules}
-    return {f"{name}.weight": LowRank(a, b, scale) for name, (a, b) in pairs.items()}
+    return {f"{name}.weight": LowRankUpdate(a, b, scale) for name, (a, b) in pairs.items()}
 
 
-def merged(
+def merge_lora(
     base: LayoutTensors,
-    changes: Mapping[str, LowRank],
+    updates: Mapping[str, LowRankUpdate],
     layout: str,
     dtype: torch.dtype | None,
     keep_fp32: Sequence[str] = (),
-) -> list[Planned]:
-    """Returns a base with a LoRA in it, to be written in a layout: each sum in float32, rounded once.
+) -> list[TensorToWrite]:
+    """Return the tensors of a base model with a LoRA merged in, to be written in a layout.
+
+    Each sum is computed in float32 and rounded once.
 
     Args:
         base: a transformer in any layout.
-        changes: of low_rank.
+        updates: the result of lora_updates.
         layout: "diffusers" | "original" | "comfyui".
-        dtype: of the floating tensors; None as the base stores them, 8-bit ones as bfloat16.
+        dtype: dtype of the floating-point tensors; None keeps the base's, 8-bit ones become bfloat16.
         keep_fp32: parts of names that stay float32.
 
     Raises:
-        UserError: (MODEL) an adapter has no weight in the base, or one of another shape.
+        UserError: (MODEL) an adapted weight does not exist in the base, or has another shape.
     """
-    refuse_strangers(base, changes)
-    tensors = relaid(base, layout)
-    plan = planned(tensors, dtype, keep_fp32)
-    return list(_with(changes, zip(plan, laid_out(base, layout), strict=True)))
+    check_base(base, updates)
+    tensors = to_layout(base, layout)
+    plan = plan_tensors(tensors, dtype, keep_fp32)
+    return list(_with_updates(updates, zip(plan, layout_entries(base, layout), strict=True)))
 
 
-def _with(changes: Mapping[str, LowRank], plan: Iterable[tuple[Planned, Entry]]) -> Iterable[Planned]:
+def _with_updates(
+    updates: Mapping[str, LowRankUpdate], plan: Iterable[tuple[TensorToWrite, Entry]]
+) -> Iterable[TensorToWrite]:
     for item, entry in plan:
-        touched = any(piece.name in changes for piece in entry.pieces)
-        yield replace(item, added=partial(_added, entry, changes)) if touched else item
+        is_adapted = any(piece.name in updates for piece in entry.pieces)
+        yield replace(item, delta=partial(_update_slice, entry, updates)) if is_adapted else item
 
 
-def _added(entry: Entry, changes: Mapping[str, LowRank], begin: int, count: int) -> Tensor:
-    """Returns what is added to elements `begin` to `begin + count` of a tensor that is made of diffusers' tensors."""
-    found, at = torch.zeros(count), 0  # at: where the piece begins in the tensor
+def _update_slice(entry: Entry, updates: Mapping[str, LowRankUpdate], begin: int, count: int) -> Tensor:
+    """Return the update of elements `begin` to `begin + count` of a tensor made of pieces of diffusers' tensors."""
+    update, offset = torch.zeros(count), 0  # offset: where the piece begins in the tensor
     for piece in entry.pieces:
-        low, high = max(begin, at), min(begin + count, at + piece.count)
-        if low < high and piece.name in changes:
-            found[low - begin : high - begin] = changes[piece.name].elements(piece.begin + low - at, high - low)
-        at += piece.count
-    return found
+        low, high = max(begin, offset), min(begin + count, offset + piece.count)
+        if low < high and piece.name in updates:
+            update[low - begin : high - begin] = updates[piece.name].elements(piece.begin + low - offset, high - low)
+        offset += piece.count
+    return update
 
 
-def refuse_strangers(base: LayoutTensors, changes: Mapping[str, LowRank]) -> None:
-    """Raises UserError (MODEL) where an adapter has no weight in the base, or one of another shape."""
+def check_base(base: LayoutTensors, updates: Mapping[str, LowRankUpdate]) -> None:
+    """Raise UserError (MODEL) if an adapted weight does not exist in the base model, or has another shape."""
     shapes, faults = base.shapes(), []
-    for name, change in changes.items():
-        adapted = (change.b.shape[0], *change.a.shape[1:])
+    for name, update in updates.items():
+        adapted = (update.b.shape[0], *update.a.shape[1:])
         if name not in shapes:
-            faults.append(f"{name} is adapted, and is not there")
+            faults.append(f"{name} has an adapter but does not exist in the base model")
         elif shapes[name] != adapted:
             faults.append(f"{name} is {list(shapes[name])}, its adapter {list(adapted)}")
     if faults:
-        raise UserError(str(base.path), few(faults), "give the model that the LoRA was trained on", MODEL)
+        raise UserError(str(base.path), join_first(faults), "pass the base model that the LoRA was trained on", MODEL)

@@ -1,1 +1,1 @@
-"""From a model folder to loaded components; knows no model family by its class."""
+"""Model folders and files: checks them and loads components. Names no model family's classes."""

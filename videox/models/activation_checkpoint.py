@@ -1,4 +1,4 @@
-"""Serves --selective_ac: activations of some blocks are recomputed in the backward pass instead of kept."""
+"""Selective activation checkpointing (--selective_ac): a share of the blocks recomputes its activations."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def chosen_blocks(count: int, share: float) -> list[int]:
-    """Returns which of `count` blocks to recompute: a share (0 to 1) of them, evenly spaced.
+def select_blocks(count: int, share: float) -> list[int]:
+    """Return which of `count` blocks to recompute: a share (0 to 1) of them, evenly spaced.
 
-    Block i is chosen when i * share passes the next half, as the original's selective_ac does.
+    Block i is selected when (i + 1) * share reaches the next half, as in the original trainer's selective_ac.
     """
-    chosen: list[int] = []
+    selected: list[int] = []
     for block in range(count):
-        if (block + 1) * share >= len(chosen) + 0.5:
-            chosen.append(block)
-    return chosen
+        if (block + 1) * share >= len(selected) + 0.5:
+            selected.append(block)
+    return selected
 
 
 def recompute_blocks(model: Any, blocks: Sequence[torch.nn.Module], share: float) -> None:  # noqa: ANN401 - a diffusers model
-    """Makes a diffusers model recompute a share of its repeated blocks; the others keep their activations.
+    """Make a diffusers model recompute a share of its repeated blocks; the other blocks store their activations.
 
     Args:
-        model: with diffusers' enable_gradient_checkpointing.
-        blocks: its repeated blocks, in order.
-        share: 0 to 1.
+        model: a diffusers model with enable_gradient_checkpointing.
+        blocks: the model's repeated blocks, in order.
+        share: the share of blocks to recompute, 0 to 1.
     """
-    chosen = {id(blocks[number]) for number in chosen_blocks(len(blocks), share)}
+    selected = {id(blocks[number]) for number in select_blocks(len(blocks), share)}
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
-        return checkpoint(block, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False) if id(block) in selected else block(*inputs)
 
     model.enable_gradient_checkpointing(run)

@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: a part of a model, found by what its files hold, and loaded whole or refused."""
+"""Model components: identified by the tensor names in their files, loaded with every weight or rejected."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from omegaconf import DictConfig, OmegaConf
 
-from videox.models import infer_config as model_configs
-from videox.errors import UNLOADABLE, MODEL, UserError
-from videox.weights.layouts import family_of
+from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.reader import lora_file
-from videox.models.folder import load_strictly, read_component, read_json, read_yaml, refuse_not_finite
-from videox.weights.header import stored_config
+from videox.models import infer_config
+from videox.models.folder import check_finite, load_strictly, read_component, read_json, read_yaml
+from videox.weights.header import header_config
+from videox.weights.layouts import family_of
 from videox.weights.reader import LayoutTensors, open_tensors
-from videox.weights.safetensors_io import StoredTensors, TensorSource, few
+from videox.weights.safetensors_io import StoredTensors, TensorSource, join_first
 
-# diffusers' class of each kind that a flag can give.
-CLASS_OF = {
+# The diffusers class of each kind of component that a flag can point to.
+CLASS_NAMES = {
     "wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel",
     "wan_vae": "AutoencoderKLWan", "hunyuan_vae": "AutoencoderKLHunyuanVideo",
 }  # fmt: skip
-ALIGNED = 64  # bytes, as torch aligns what it allocates
+ALIGNED = 64  # bytes: the alignment of memory that torch allocates
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of a model that has been looked at; no weight of it has been read.
+    """A component of a model whose files were checked; none of its weights has been read.
 
     Attributes:
-        path: its folder or file.
-        config: in the words of its class in diffusers or transformers.
-        tensors: where each tensor lies; None for a folder that the class's from_pretrained reads by itself.
+        path: the component's folder or file.
+        config: its configuration, with the keys of its class in diffusers or transformers.
+        tensors: where each tensor is stored; None for a folder that the class's from_pretrained reads by itself.
     """
 
     path: Path
@@ -46,117 +46,133 @@ class Component:
     tensors: LayoutTensors | None = None
 
     def source(self) -> TensorSource:
-        """Returns its tensors by diffusers' names, mapped, for who reads slices of them. Raises UserError (MODEL)."""
+        """Return the tensors by diffusers' names, memory-mapped, for reading slices. Raises UserError (MODEL)."""
         return StoredTensors(self.path) if self.tensors is None else self.tensors
 
-    def own_config(self) -> dict[str, Any] | None:
-        """Returns its configuration where its folder has none in diffusers' words."""
+    def inferred_config(self) -> dict[str, Any] | None:
+        """Return the configuration inferred from the weights; None if the folder has diffusers' config.json."""
         return None if self.tensors is None else self.config
 
-    def stored(self) -> LayoutTensors:
-        """Returns its tensors by diffusers' names, each read when asked for, whole or in slices. Raises UserError."""
-        return open_tensors(self.path) if self.tensors is None else self.tensors
 
 
-def find_part(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, weighted: bool = True) -> Component:
-    """Returns a part of a model in whatever layout it is: told by its tensors' names, not by the name of its file.
+def find_component(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, check_weights: bool = True) -> Component:
+    """Return a component in any supported layout, identified by its tensors' names and not by its file name.
 
     Args:
-        path: a folder with config.json and weights, in diffusers' or the original layout, or one file of weights.
-        kind: a layout of videox.weights.layouts.TABLES, or the name of a part that has diffusers' names everywhere.
-        known: the nearest configuration, for what neither a single file's weights nor its header tell.
-        weighted: False takes a folder's word for what its weights would be; a single file is looked at in any case.
+        path: a folder with config.json and weights, in diffusers' or the original layout, or a single weight file.
+        kind: a layout of videox.weights.layouts.TABLES, or the kind of a component that has diffusers' names
+            everywhere.
+        known: the closest known configuration, for values that neither a single file's weights nor its header define.
+        check_weights: False trusts a folder's config.json and does not open its weight files; a single file is always
+            opened.
 
     Raises:
-        UserError: (MODEL) nothing there, weights of another kind, a broken file, a configuration that contradicts them.
+        UserError: (MODEL) the path does not exist, the weights are of another kind, a file is damaged, or the
+            configuration contradicts the weights.
     """
     if lora_file(path) is not None:
-        what, hint = "is a LoRA, which has no weights but its own", "begin with it by --init_lora_from"
-        raise UserError(str(path), what, f"{hint}, or merge it into its base by scripts/export.py", MODEL)
-    own = stored_config(path) if path.is_file() else read_component(path, weighted=weighted)
-    refuse_other_class(path, kind, own)
-    if own and not weighted and not path.is_file():
+        what, hint = "is a LoRA, which contains adapters only", "start from it with --init_lora_from"
+        raise UserError(str(path), what, f"{hint}, or merge it into its base model with scripts/export.py", MODEL)
+    own = header_config(path) if path.is_file() else read_component(path, check_weights=check_weights)
+    check_class(path, kind, own)
+    if own and not check_weights and not path.is_file():
         return Component(path, own)
     tensors = open_tensors(path)
     if tensors.layout is None and not path.is_file():
         return Component(path, own)
     known = {**(known or {}), **own}
-    found = tensors.layout or family_of(tensors)
-    if found not in (kind, None):
-        raise UserError(str(path), f"holds weights of the kind {found}, not {kind}", "give the right file", MODEL)
-    if found is None:
+    detected = tensors.layout or family_of(tensors)
+    if detected not in (kind, None):
+        what = f"contains weights of the kind {detected}, not {kind}"
+        raise UserError(str(path), what, f"pass weights of the kind {kind}", MODEL)
+    if detected is None:
         return Component(path, known, tensors)
     try:
-        config = model_configs.CONFIGS[found](tensors.shapes(), known)
+        config = infer_config.CONFIGS[detected](tensors.shapes(), known)
     except KeyError as missing:
         name = str(missing.args[0])
-        what = f"has no {tensors.name_in_file(name)}, which every model of the kind {found} has"
-        raise UserError(str(path), what, "copy the model anew", MODEL) from missing
-    except (ValueError, ZeroDivisionError, TypeError, IndexError) as why:
-        raise UserError(str(path), f"has tensors of odd shapes ({why})", "copy the model anew", MODEL) from why
-    if tensors.layout == "wan" and (faults := model_configs.contradictions(config, own)):
-        raise UserError(str(path), f"its config.json says otherwise: {few(faults)}", "copy the model anew", MODEL)
+        what = f"has no {tensors.name_in_file(name)}, which every model of the kind {detected} has"
+        raise UserError(str(path), what, "download the model again", MODEL) from missing
+    except (ValueError, ZeroDivisionError, TypeError, IndexError) as error:
+        what = f"has tensors of unexpected shapes ({error})"
+        raise UserError(str(path), what, "download the model again", MODEL) from error
+    if tensors.layout == "wan" and (faults := infer_config.contradictions(config, own)):
+        what = f"its config.json contradicts its weights: {join_first(faults)}"
+        raise UserError(str(path), what, "download the model again", MODEL)
     return Component(path, {**known, **config} if tensors.layout is None else config, tensors)
 
 
-def refuse_other_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
-    """Refuses a folder whose configuration names another class of diffusers than that of the kind asked for.
+def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Check that a folder's configuration does not name another diffusers class than that of the expected kind.
 
-    Names that diffusers does not have are no evidence: the original layout and other trainers have their own.
+    A class name that diffusers does not have is ignored: the original layout and other trainers write names of their
+    own.
 
     Raises:
-        UserError: (MODEL) with both classes.
+        UserError: (MODEL) naming both classes.
     """
-    named, wanted = config.get("_class_name"), CLASS_OF.get(kind)
-    if wanted and named != wanted and named in dir(diffusers):
-        raise UserError(str(path), f"is {named}, not {wanted}", f"give weights of {wanted}", MODEL)
+    found, expected = config.get("_class_name"), CLASS_NAMES.get(kind)
+    if expected and found != expected and found in dir(diffusers):
+        raise UserError(str(path), f"is {found}, not {expected}", f"pass weights of {expected}", MODEL)
 
 
-def choose_part(
-    name: str, given: str | None, place: Path, kind: str, known: Mapping[str, Any], *, weighted: bool = True
+def choose_component(
+    name: str, flag_value: str | None, default: Path, kind: str, known: Mapping[str, Any], *, check_weights: bool = True
 ) -> Component:
-    """Returns what --<name>_path gives, or the model's own part at its place; else as find_part.
-
-    Raises:
-        UserError: (MODEL) the flag's path does not exist, or as find_part.
-    """
-    if given and not Path(given).exists():
-        hint = "give a folder or file of weights; an id of the hub goes to --pretrained_model_name_or_path alone"
-        raise UserError(f"--{name}_path", f"{given} does not exist", hint, MODEL)
-    return find_part(Path(given) if given else place, kind, known, weighted=weighted)
-
-
-def load_part(model_class: Any, part: Component, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
-    """Returns the model with every weight of the part in it, in eval mode, one tensor in memory beside it at a time.
+    """Return the component that --<name>_path points to, or the model's own at its default path; see find_component.
 
     Args:
-        model_class: of diffusers or transformers.
-        dtype: of the floating tensors; None for the one that each is stored in.
+        name: the component's name in the flag.
+        flag_value: the flag's value, None if it was not passed.
+        default: the component's path inside the model.
+        kind: as for find_component.
+        known: as for find_component.
+        check_weights: as for find_component.
 
     Raises:
-        UserError: (MODEL) weights are missing, extra, or of another shape than the configuration says, each by name.
+        UserError: (MODEL) the flag's path does not exist, or any error of find_component.
+    """
+    if flag_value and not Path(flag_value).exists():
+        hint = "pass a folder or file of weights; only --pretrained_model_name_or_path accepts a Hugging Face Hub id"
+        raise UserError(f"--{name}_path", f"{flag_value} does not exist", hint, MODEL)
+    return find_component(Path(flag_value) if flag_value else default, kind, known, check_weights=check_weights)
+
+
+def load_component(model_class: Any, component: Component, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
+    """Return the model with every weight loaded, in eval mode; at most one more tensor is in memory at a time.
+
+    Args:
+        model_class: a class of diffusers or transformers.
+        component: the component to load.
+        dtype: the dtype of the floating-point tensors; None keeps the stored dtype of each.
+
+    Raises:
+        UserError: (MODEL) weights are missing, unexpected, or differ in shape from the configuration; each is named.
     """
     from_diffusers = hasattr(model_class, "load_config")
-    if part.tensors is None:
-        return load_strictly(model_class, part.path, dtype=dtype)
+    if component.tensors is None:
+        return load_strictly(model_class, component.path, dtype=dtype)
     try:
         with init_empty_weights():
             if from_diffusers:
-                model = model_class.from_config(part.config)
+                model = model_class.from_config(component.config)
             else:
-                model = model_class(model_class.config_class(**part.config))
-    except UNLOADABLE as why:
-        cause = " ".join(str(why).split())[:300]
-        raise UserError(str(part.path), f"does not make a {model_class.__name__} ({cause})", "check it", MODEL) from why
-    wanted = model.state_dict()
+                model = model_class(model_class.config_class(**component.config))
+    except LOAD_ERRORS as error:
+        cause = " ".join(str(error).split())[:300]
+        what = f"its configuration does not build a {model_class.__name__} ({cause})"
+        raise UserError(str(component.path), what, "check the configuration", MODEL) from error
+    expected = model.state_dict()
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
-        wanted.pop(tied, None)
-    passed_over = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
-    refuse_misfit(part.tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, passed_over)
-    for name in wanted:
-        value = part.tensors[name]
+        expected.pop(tied, None)
+    ignored = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    check_shapes(component.tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, ignored)
+    for name in expected:
+        value = component.tensors[name]
         value = value.to(dtype) if value.is_floating_point() and dtype else value
-        if value.data_ptr() % ALIGNED:  # kernels sum in another order where memory begins askew
+        # A memory-mapped tensor may start at any byte, and CPU kernels sum unaligned memory in another order: without
+        # the copy, results would differ from those of the same weights loaded by from_pretrained.
+        if value.data_ptr() % ALIGNED:
             value = value.clone()
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
     if hasattr(model, "tie_weights"):
@@ -164,46 +180,46 @@ def load_part(model_class: Any, part: Component, dtype: torch.dtype | None) -> t
     return model.eval()
 
 
-def load_whole(
+def load_checked(
     model_class: Any,  # noqa: ANN401 - of diffusers
-    part: Component,
+    component: Component,
     dtype: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
-    """Returns a model in a dtype whose weights all found their place and are finite; raises UserError otherwise."""
-    model = load_part(model_class, part, dtype)
-    refuse_not_finite(model, part.path)
+    """Return a model in a dtype, with every weight loaded and finite; raises UserError otherwise."""
+    model = load_component(model_class, component, dtype)
+    check_finite(model, component.path)
     return model
 
 
-def refuse_misfit(
-    tensors: LayoutTensors, wanted: Mapping[str, tuple[int, ...]], passed_over: Sequence[str] = ()
+def check_shapes(
+    tensors: LayoutTensors, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()
 ) -> None:
-    """Raises UserError (MODEL) naming what is missing, extra or of another shape, as the file calls it.
+    """Raise UserError (MODEL) naming missing, unexpected and wrongly shaped tensors by their names in the file.
 
     Args:
-        tensors: that are to be loaded.
-        wanted: the shapes of the model's.
-        passed_over: patterns of names that may be left over, as the model's class says.
+        tensors: the tensors to load.
+        expected: the shapes of the model's tensors, by name.
+        ignored: patterns of names that the model's class allows to be left over.
     """
-    said = tensors.name_in_file
-    faults = [f"{said(name)} is missing" for name in sorted(wanted.keys() - tensors.keys())]
-    left = [
-        name for name in sorted(tensors.keys() - wanted.keys()) if not any(re.search(p, name) for p in passed_over)
+    in_file = tensors.name_in_file
+    faults = [f"{in_file(name)} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    unexpected = [
+        name for name in sorted(tensors.keys() - expected.keys()) if not any(re.search(p, name) for p in ignored)
     ]
-    faults += [f"{said(name)} is not in the model" for name in left]
+    faults += [f"{in_file(name)} is not in the model" for name in unexpected]
     faults += [
-        f"{said(name)} is {list(tensors.shape(name))}, the model has {list(shape)}"
-        for name, shape in wanted.items()
+        f"{in_file(name)} is {list(tensors.shape(name))}, the model has {list(shape)}"
+        for name, shape in expected.items()
         if name in tensors and tensors.shape(name) != shape
     ]
     if faults:
-        raise UserError(str(tensors.path), few(faults), "give the weights of one and the same model, whole", MODEL)
+        raise UserError(str(tensors.path), join_first(faults), "pass the complete weights of a single model", MODEL)
 
 
-# ------------------------------------------------------------------------- Wan2.1's original folder, by its yaml
+# ------------------------------------------------------------------ Wan2.1's original folder, described by its yaml
 
-# The key of the yaml under which a part's place is given, and the place as published.
-PLACES = {
+# The yaml key that defines each component's path inside the model folder, and the path in the published folders.
+ORIGINAL_PATHS = {
     "transformer": ("transformer_additional_kwargs.transformer_subpath", "./"),
     "vae": ("vae_kwargs.vae_subpath", "Wan2.1_VAE.pth"),
     "text_encoder": ("text_encoder_kwargs.text_encoder_subpath", "models_t5_umt5-xxl-enc-bf16.pth"),
@@ -213,39 +229,48 @@ PLACES = {
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     ),
 }
-KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5"}
+ORIGINAL_KINDS = {"transformer": "wan", "vae": "wan_vae", "text_encoder": "umt5"}
 
 
-def original_places(root: Path, config_path: str) -> dict[str, Path] | None:
-    """Returns where the parts of a model in Wan's original layout lie, or None if the folder is not in that layout.
+def original_paths(root: Path, config_path: str) -> dict[str, Path] | None:
+    """Return the path of each component of a model in Wan's original layout, or None if the folder has another layout.
 
     Args:
-        root: of the model.
-        config_path: the yaml that names the places.
+        root: the model folder.
+        config_path: the yaml that defines the components' paths.
     """
     if (root / "model_index.json").is_file():
         return None
     yaml: DictConfig = read_yaml(config_path)
-    places = {part: root / str(OmegaConf.select(yaml, key, default=place)) for part, (key, place) in PLACES.items()}
-    return places if any(places[part].exists() for part in ("vae", "text_encoder")) else None
+    paths = {
+        name: root / str(OmegaConf.select(yaml, key, default=published))
+        for name, (key, published) in ORIGINAL_PATHS.items()
+    }
+    return paths if any(paths[name].exists() for name in ("vae", "text_encoder")) else None
 
 
-def original_parts(
-    places: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
+def original_components(
+    paths: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
 ) -> dict[str, Component]:
-    """Returns the parts of a model in Wan's original layout that every task needs.
+    """Return the components of a model in Wan's original layout that every task needs.
+
+    Args:
+        paths: the result of original_paths.
+        config_path: the yaml with the components' settings.
+        transformer_path: value of --transformer_path, None if not passed.
+        vae_path: value of --vae_path, None if not passed.
 
     Raises:
-        UserError: (MODEL) as find_part, and for a tokenizer that is not there.
+        UserError: (MODEL) any error of find_component, or the tokenizer does not exist.
     """
     yaml = read_yaml(config_path)
-    given = {"transformer": transformer_path, "vae": vae_path}
-    parts: dict[str, Component] = {}
+    flag_values = {"transformer": transformer_path, "vae": vae_path}
+    components: dict[str, Component] = {}
     for name in ("transformer", "vae", "text_encoder"):
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
-        if name == "transformer" and transformer_path and (places[name] / "config.json").is_file():
-            known = read_json(places[name] / "config.json")
+        if name == "transformer" and transformer_path and (paths[name] / "config.json").is_file():
+            known = read_json(paths[name] / "config.json")
         known = known if isinstance(known, dict) else {}
-        parts[name] = choose_part(name, given.get(name), places[name], KINDS[name], known)
-    parts["tokenizer"] = Component(places["tokenizer"], read_component(places["tokenizer"], weighted=False))
-    return parts
+        components[name] = choose_component(name, flag_values.get(name), paths[name], ORIGINAL_KINDS[name], known)
+    components["tokenizer"] = Component(paths["tokenizer"], read_component(paths["tokenizer"], check_weights=False))
+    return components

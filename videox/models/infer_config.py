@@ -1,7 +1,8 @@
-"""Serves weights that come without diffusers' config.json: what a model is like, read from the shapes of its tensors.
+"""Infers a model's configuration from the shapes of its tensors, for weights without diffusers' config.json.
 
-All shapes are those of diffusers' names. What no shape tells (a head's width, for instance) is taken from `known`, the
-nearest configuration there is, in diffusers' words or the original's, and else is what was published.
+All shapes are those of diffusers' names. Values that no shape shows (the width of an attention head, for instance)
+come from `known`, the closest configuration available, with diffusers' or the original's keys. If it does not have
+them either, they are those of the published models.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from typing import Any
 
 from videox.weights.layouts import Shapes
 
-HEAD_DIM = 128  # channels of an attention head in every published Wan2.1 and HunyuanVideo
+HEAD_DIM = 128  # channels of an attention head in every published Wan2.1 and HunyuanVideo model model
 CLIP_HEAD_DIM = 80  # in the published CLIP ViT-H
 Config = dict[str, Any]
 
 
-def count(shapes: Shapes, prefix: str) -> int:
-    """Returns how many numbered modules there are under a prefix."""
+def count_modules(shapes: Shapes, prefix: str) -> int:
+    """Return the number of numbered modules under a prefix."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return 1 + max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=-1)
 
 
-def wan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a Wan2.1 transformer. Raises KeyError naming a tensor that is missing."""
+def wan_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of a Wan2.1 transformer. Raises KeyError naming a tensor that is missing."""
     width, channels, *patch = shapes["patch_embedding.weight"]
     embedder = "condition_embedder"
     image = shapes.get(f"{embedder}.image_embedder.norm1.weight")
@@ -41,7 +42,7 @@ def wan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
         "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
         "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        "num_layers": count(shapes, "blocks"),
+        "num_layers": count_modules(shapes, "blocks"),
         "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
         "qk_norm": "rms_norm_across_heads" if "blocks.0.attn1.norm_q.weight" in shapes else None,
         "eps": known.get("eps", 1e-6),
@@ -52,8 +53,10 @@ def wan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     }
 
 
-def hunyuan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a HunyuanVideo transformer; token_replace shows in no shape and is as `known` says.
+def hunyuan_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of a HunyuanVideo transformer.
+
+    No shape shows the image condition type token_replace: it is taken from `known`.
 
     Raises:
         KeyError: naming a tensor that is missing.
@@ -62,6 +65,8 @@ def hunyuan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     latent = shapes["proj_out.weight"][0] // (patch_t * patch * patch)
     condition = known.get("image_condition_type")
+    # With latent_concat the input has the image's latents and a mask as additional channels. The weights decide; a
+    # known configuration may be that of another base model.
     if channels != latent:
         condition = "latent_concat"
     elif condition == "latent_concat":
@@ -71,9 +76,9 @@ def hunyuan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
         "out_channels": latent,
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
-        "num_layers": count(shapes, "transformer_blocks"),
-        "num_single_layers": count(shapes, "single_transformer_blocks"),
-        "num_refiner_layers": count(shapes, "context_embedder.token_refiner.refiner_blocks"),
+        "num_layers": count_modules(shapes, "transformer_blocks"),
+        "num_single_layers": count_modules(shapes, "single_transformer_blocks"),
+        "num_refiner_layers": count_modules(shapes, "context_embedder.token_refiner.refiner_blocks"),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / width,
         "patch_size": patch,
         "patch_size_t": patch_t,
@@ -87,10 +92,12 @@ def hunyuan(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     }
 
 
-def wan_vae(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of Wan2.1's autoencoder. Raises KeyError naming a tensor that is missing."""
+def wan_vae_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of Wan2.1's autoencoder. Raises KeyError naming a tensor that is missing."""
     base, stages, downsample = shapes["encoder.conv_in.weight"][0], [], []
-    blocks = count(shapes, "encoder.down_blocks")
+    blocks = count_modules(shapes, "encoder.down_blocks")
+    # diffusers numbers residual blocks and downsamplers in one list: each downsampler ends a stage.
+    # diffusers numbers residual blocks and downsamplers in one list: each downsampler ends a stage.
     ends = [i for i in range(blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
     for end in [*ends, blocks]:
         stages.append(shapes[f"encoder.down_blocks.{end - 1}.conv2.weight"][0] // base)
@@ -107,8 +114,8 @@ def wan_vae(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     }
 
 
-def umt5(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of a UMT5 encoder. Raises KeyError naming a tensor that is missing."""
+def umt5_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of a UMT5 encoder. Raises KeyError naming a tensor that is missing."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
     vocabulary, width = shapes["shared.weight"]
@@ -117,7 +124,7 @@ def umt5(shapes: Shapes, known: Mapping[str, Any]) -> Config:
         "d_model": width,
         "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
         "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": count(shapes, "encoder.block"),
+        "num_layers": count_modules(shapes, "encoder.block"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": known.get("max_dist", 128),
@@ -130,21 +137,21 @@ def umt5(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     }
 
 
-def clip_vision(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Returns the configuration of CLIP's image encoder.
+def clip_vision_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of CLIP's image encoder.
 
     Raises:
         KeyError: naming a tensor that is missing.
-        ValueError: its width is not that of whole heads.
+        ValueError: its width is not a multiple of the head width.
     """
     positions, width = shapes["embeddings.position_embedding.weight"]
     if not known.get("num_heads") and width % CLIP_HEAD_DIM:
-        raise ValueError(f"a width of {width} is not divided by the {CLIP_HEAD_DIM} channels of CLIP's heads")
+        raise ValueError(f"its width {width} is not a multiple of the {CLIP_HEAD_DIM} channels of a CLIP head")
     patch = shapes["embeddings.patch_embedding.weight"][-1]
     return {
         "hidden_size": width,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": count(shapes, "encoder.layers"),
+        "num_hidden_layers": count_modules(shapes, "encoder.layers"),
         "num_attention_heads": known.get("num_heads") or width // CLIP_HEAD_DIM,
         "image_size": patch * round((positions - 1) ** 0.5),
         "patch_size": patch,
@@ -154,16 +161,16 @@ def clip_vision(shapes: Shapes, known: Mapping[str, Any]) -> Config:
 
 
 CONFIGS: Mapping[str, Callable[[Shapes, Mapping[str, Any]], Config]] = {
-    "wan": wan, "hunyuan": hunyuan, "wan_vae": wan_vae, "umt5": umt5, "clip_vision": clip_vision,
+    "wan": wan_config, "hunyuan": hunyuan_config, "wan_vae": wan_vae_config, "umt5": umt5_config, "clip_vision": clip_vision_config,
 }  # fmt: skip
-# What an original config.json says of the same, where it says it: it must not contradict the weights.
-SAID = {"in_dim": "in_channels", "out_dim": "out_channels", "ffn_dim": "ffn_dim", "num_layers": "num_layers"}
+# Keys of an original config.json -> diffusers' keys of the same values, which must not contradict the weights.
+ORIGINAL_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "ffn_dim": "ffn_dim", "num_layers": "num_layers"}
 
 
 def contradictions(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """Returns in words where an original config.json says something else than the weights."""
+    """Return a description of each value of an original config.json that differs from the weights."""
     return [
-        f"{theirs} is {known[theirs]}, the weights have {config[ours]}"
-        for theirs, ours in SAID.items()
-        if theirs in known and ours in config and known[theirs] != config[ours]
+        f"{original} is {known[original]}, the weights have {config[key]}"
+        for original, key in ORIGINAL_KEYS.items()
+        if original in known and key in config and known[original] != config[key]
     ]

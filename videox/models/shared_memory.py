@@ -1,4 +1,4 @@
-"""Serves machines with several processes: what never changes, such as a text encoder, lies in host memory once."""
+"""Loads frozen models so that all processes of a machine share one copy of the weights in host memory."""
 
 from __future__ import annotations
 
@@ -14,77 +14,82 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from videox.models.component import Component, load_part
+from videox.models.component import Component, load_component
 
-ALIGNED = 64  # bytes; each tensor begins at a multiple
+ALIGNED = 64  # bytes; the offset of each tensor is a multiple, as in memory that torch allocates
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in shared memory: first byte, dtype, shape."""
+class TensorSlot(NamedTuple):
+    """A tensor's position in shared memory: offset of its first byte, dtype, shape."""
 
-    begin: int
+    offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-class Offer(NamedTuple):
-    """Shared memory that another process can open: who holds it, under which descriptor, its bytes and tensors."""
+class SharedBlock(NamedTuple):
+    """A block of shared memory that other processes can open: owner, its file descriptor, size in bytes, tensors."""
 
     pid: int
     descriptor: int
     size: int
-    places: Mapping[str, Place]
+    slots: Mapping[str, TensorSlot]
 
 
 def load_frozen(
     model_class: Any,  # noqa: ANN401 - of diffusers or transformers
-    part: Component,
+    component: Component,
     dtype: torch.dtype,
     *,
     pinned: bool,
     gather: Callable[[Any], list[Any]],
 ) -> nn.Module:
-    """Returns load_part(model_class, part, dtype), its weights once in the memory of each machine.
+    """Return load_component(model_class, component, dtype) with one copy of its weights per machine.
 
-    Weights that are used as they are stored need nothing: loading maps their files, and every process sees the
-    same pages. Weights to be cast, or to be pinned, would be copies in each process: there the first process of a
-    machine loads them and moves them, tensor by tensor, into anonymous shared memory that the others open. It has no
-    name and goes with the last process, however that ends. A collective; nobody may write to the weights.
+    Weights that are used in their stored dtype need no sharing: loading maps their files, and all processes use the
+    same pages of the page cache. Weights that are cast or pinned would be a copy in each process. For these, the first
+    process of a machine loads the model and moves it, tensor by tensor, into anonymous shared memory that the others
+    open. The memory has no name in the file system and is freed when the last process ends, even if it is killed. A
+    collective; the weights must not be written to.
 
     Args:
-        model_class: of diffusers or transformers.
-        part: of the model.
-        dtype: of its weights.
-        pinned: page-locked for the GPU.
-        gather: returns every process's value.
+        model_class: a class of diffusers or transformers.
+        component: the model's files.
+        dtype: the dtype of the weights.
+        pinned: page-lock the weights for copies to the GPU.
+        gather: a collective that returns every process's value.
 
     Raises:
-        UserError: as load_part.
+        UserError: as load_component.
     """
-    stored = stored_dtype(part.path) if part.tensors is None else part.tensors.dtype()
+    stored = stored_dtype(component.path) if component.tensors is None else component.tensors.dtype()
     mapped = stored == dtype and not pinned
-    everybody = gather((_machine(), os.getpid(), mapped))
-    together = Counter(machine for machine, _, _ in everybody)
-    if max(together.values()) == 1 or all(mapped for _, _, mapped in everybody):
-        return load_part(model_class, part, dtype)
-    leader = next(pid for machine, pid, _ in everybody if machine == _machine())
-    leads, alone = leader == os.getpid(), together[_machine()] == 1
-    model = load_part(model_class, part, dtype if leads else stored)
-    memory, offer = _move(model) if leads and not alone else (None, None)
-    offers = [offer for offer in gather(offer) if offer is not None and offer.pid == leader]
-    if not leads:
-        memory = _open(offers[0])
-        _point(model, memory, offers[0].places)
-    gather(None)  # from here on everybody has it open
-    if offer is not None:
-        os.close(offer.descriptor)
+    processes = gather((_machine_id(), os.getpid(), mapped))
+    count = Counter(machine for machine, _, _ in processes)
+    # The decision must be the same in all processes, since the gathers below are collectives.
+    if max(count.values()) == 1 or all(mapped for _, _, mapped in processes):
+        return load_component(model_class, component, dtype)
+    leader = next(pid for machine, pid, _ in processes if machine == _machine_id())
+    is_leader, alone = leader == os.getpid(), count[_machine_id()] == 1
+    # The other processes load in the stored dtype: that maps the files and allocates nothing, and the weights are
+    # replaced by the shared ones below.
+    model = load_component(model_class, component, dtype if is_leader else stored)
+    memory, block = _move_to_shared(model) if is_leader and not alone else (None, None)
+    blocks = [block for block in gather(block) if block is not None and block.pid == leader]
+    if not is_leader:
+        memory = _open_shared(blocks[0])
+        _rebind(model, memory, blocks[0].slots)
+    # The descriptor may be closed only after all processes have opened it: it is the memory's only name.
+    gather(None)
+    if block is not None:
+        os.close(block.descriptor)
     if pinned and memory is not None:
-        _pin(memory)
+        _pin_memory(memory)
     return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """Returns the dtype of most bytes of a folder's safetensors files; None where there are none."""
+    """Return the dtype of most bytes of a folder's safetensors files; None if there are none."""
     sizes: Counter[torch.dtype] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -94,56 +99,58 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _machine() -> str:
-    """Returns what processes share exactly if they can open each other's memory: boot and process namespace."""
+def _machine_id() -> str:
+    """Return an id that is equal for processes that can open each other's memory: boot id and PID namespace."""
     if sys.platform != "linux":
         return str(os.getpid())
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name, one that has several names under its first."""
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; a tensor with several names is listed under the first."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _move(model: nn.Module) -> tuple[Tensor, Offer]:
-    """Moves a model's tensors into new shared memory; returns it, uint8, and what the others need to open it."""
-    places, size = {}, 0
-    for name, tensor in _tensors(model).items():
-        places[name] = Place(size, tensor.dtype, tuple(tensor.shape))
+def _move_to_shared(model: nn.Module) -> tuple[Tensor, SharedBlock]:
+    """Move a model's tensors into new shared memory; return it (uint8) and the block that other processes open."""
+    slots, size = {}, 0
+    for name, tensor in _named_tensors(model).items():
+        slots[name] = TensorSlot(size, tensor.dtype, tuple(tensor.shape))
         size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    # Unlike a file in /dev/shm, a memfd needs no cleanup after a kill, and a container's limit of /dev/shm does not
+    # apply to it.
     descriptor = os.memfd_create("videox")
     os.ftruncate(descriptor, size)
-    memory = _map(descriptor, size)
-    _point(model, memory, places, copy=True)
-    return memory, Offer(os.getpid(), descriptor, size, places)
+    memory = _mmap(descriptor, size)
+    _rebind(model, memory, slots, copy=True)
+    return memory, SharedBlock(os.getpid(), descriptor, size, slots)
 
 
-def _open(offer: Offer) -> Tensor:
-    """Returns another process's shared memory, uint8."""
-    descriptor = os.open(f"/proc/{offer.pid}/fd/{offer.descriptor}", os.O_RDWR)
+def _open_shared(block: SharedBlock) -> Tensor:
+    """Return another process's shared memory, uint8."""
+    descriptor = os.open(f"/proc/{block.pid}/fd/{block.descriptor}", os.O_RDWR)
     try:
-        return _map(descriptor, offer.size)
+        return _mmap(descriptor, block.size)
     finally:
         os.close(descriptor)
 
 
-def _map(descriptor: int, size: int) -> Tensor:
+def _mmap(descriptor: int, size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
 
 
-def _point(model: nn.Module, memory: Tensor, places: Mapping[str, Place], *, copy: bool = False) -> None:
-    """Has a model's tensors lie in shared memory; `copy` puts their values there, else they take what is there."""
-    for name, tensor in _tensors(model).items():
-        begin, dtype, shape = places[name]
-        there = memory[begin : begin + dtype.itemsize * torch.Size(shape).numel()].view(dtype).reshape(shape)
+def _rebind(model: nn.Module, memory: Tensor, slots: Mapping[str, TensorSlot], *, copy: bool = False) -> None:
+    """Make a model's tensors views of shared memory; `copy` writes their values there first."""
+    for name, tensor in _named_tensors(model).items():
+        offset, dtype, shape = slots[name]
+        view = memory[offset : offset + dtype.itemsize * torch.Size(shape).numel()].view(dtype).reshape(shape)
         if copy:
-            there.copy_(tensor.detach())
-        tensor.data = there
+            view.copy_(tensor.detach())
+        tensor.data = view
 
 
-def _pin(memory: Tensor) -> None:
-    """Page-locks shared memory where it lies, for this process's GPU; torch's own pinning would make a copy."""
+def _pin_memory(memory: Tensor) -> None:
+    """Page-lock shared memory in place for this process's GPU; torch's own pin_memory would make a copy."""
     cudart = torch.cuda.cudart()
     torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))

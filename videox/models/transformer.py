@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: the transformer as its backend is to train it, from whatever layout it is in."""
+"""Loads the transformer to train in the form that its backend needs, and adds LoRA adapters to it."""
 
 from __future__ import annotations
 
@@ -9,65 +9,70 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from videox.models.meta_init import is_divided, skeleton
-from videox.distributed.accelerator import resolved
-from videox.lora.adapters import Lora, add_adapters, store_base
-from videox.models.component import Component, load_whole
+from videox.distributed.backends import backend_name
+from videox.lora.adapters import Lora, add_adapters, cast_base
+from videox.models.component import Component, load_checked
+from videox.models.meta_init import build_meta_model, is_sharded
 
 
 def load_transformer(
     model_class: Any,  # noqa: ANN401 - of diffusers
-    part: Component,
+    component: Component,
     accelerator: Accelerator,
     *,
     fp32_params: bool = True,
 ) -> Any:  # noqa: ANN401 - as above
-    """Returns the transformer to train; under ZeRO-3 and FSDP2 nothing of it is ever whole in a process.
+    """Return the transformer to train; under ZeRO-3 and FSDP2 no rank ever holds all of its weights.
 
-    ZeRO-3's is divided already; FSDP2's has no memory until its engine gives each process that of its own shards.
+    Under ZeRO-3 it is already sharded. Under FSDP2 its parameters are on the meta device until the engine allocates
+    each rank's own shards.
 
     Args:
-        model_class: of diffusers.
-        part: to load.
-        accelerator: of the run.
-        masters: in float32; else in the dtype of computation, except under FSDP1.
+        model_class: a class of diffusers.
+        component: the transformer's files.
+        accelerator: the run's accelerator.
+        fp32_params: True loads float32 weights, which the optimizer steps; False loads the dtype of computation,
+            except under FSDP1.
 
     Raises:
-        UserError: its weights are not those of its configuration, or (FSDP2: when its engine reads them) not finite.
+        UserError: the weights do not match the configuration, or are not finite (FSDP2: raised when the engine reads
+            them).
     """
-    backend = resolved(accelerator)
-    # FSDP1 lays a block's tensors end to end, in one dtype: that of the float32 adapters beside the frozen ones.
+    backend = backend_name(accelerator)
+    # FSDP1 flattens a block's tensors into one tensor of one dtype. The adapters in it are float32, so the frozen
+    # weights have to be float32, too.
     half = not fp32_params and accelerator.mixed_precision == "bf16" and backend != "fsdp1"
     dtype = torch.bfloat16 if half else torch.float32
     if backend == "fsdp2":
-        made = skeleton(model_class, part.source(), part.own_config())
-        store_base(made, dtype)
-        return made
+        model = build_meta_model(model_class, component.source(), component.inferred_config())
+        cast_base(model, dtype)
+        return model
     if backend == "zero3":
-        from videox.models.zero_init import create, keeps_more  # DeepSpeed is installed on Linux only
+        from videox.models.zero_init import build_sharded, stores_extra_copies  # DeepSpeed is installed on Linux only
 
-        if not keeps_more(accelerator):
-            return create(model_class, part.source(), part.own_config(), accelerator)
-    return load_whole(model_class, part, dtype)
+        if not stores_extra_copies(accelerator):
+            return build_sharded(model_class, component.source(), component.inferred_config(), accelerator)
+    return load_checked(model_class, component, dtype)
 
 
 def frozen_notes(accelerator: Accelerator) -> list[str]:
-    """Returns a line where the backend keeps frozen weights in more memory than another would."""
-    if resolved(accelerator) != "fsdp1" or accelerator.mixed_precision != "bf16":
+    """Return a note for the user where the backend stores frozen weights in more memory than another backend would."""
+    if backend_name(accelerator) != "fsdp1" or accelerator.mixed_precision != "bf16":
         return []
-    return ["FSDP1 keeps the frozen weights in float32; with --fsdp_version 2 they take half of that"]
+    return ["FSDP1 stores the frozen weights in float32; --fsdp_version 2 stores them in bfloat16, half the memory"]
 
 
-def attach(transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], accelerator: Accelerator) -> list[str]:
-    """Adds adapters to a transformer of load_transformer, in the form that its backend takes, and freezes the rest.
+def attach_adapters(transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], accelerator: Accelerator) -> list[str]:
+    """Add adapters to a transformer of load_transformer, as its backend needs them, and freeze all other weights.
 
     Returns:
-        The names of the adapters' parameters, which alone are to train.
+        The names of the adapters' parameters, the only trainable ones.
     """
     device, dtype = torch.device("cpu"), torch.float32
     if any(parameter.is_meta for parameter in transformer.parameters()):
         device = torch.device("meta")
-    elif is_divided(transformer):  # DeepSpeed divides what it finds whole, in the one dtype that it computes in
+    elif is_sharded(transformer):
+        # deepspeed.initialize shards parameters that are not sharded yet, which need its compute dtype and device.
         device = accelerator.device
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     add_adapters(transformer, lora, values, device=device, dtype=dtype)

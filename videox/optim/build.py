@@ -1,4 +1,4 @@
-"""Serves the training loop: which parameters train at which rate, the schedule as a function of the step, clipping."""
+"""Builds the optimizer: trainable parameters and their groups, learning-rate schedule, gradient clipping."""
 
 from __future__ import annotations
 
@@ -8,60 +8,64 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 
 from videox.errors import UserError
 from videox.optim.cpu_offload import CpuOffloadOptimizer
 from videox.optim.registry import OPTIMIZERS, moments_of, optimizer_class
 
-SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
-ABNORMAL_RATIO = 5.0  # a norm this many times the limit counts as abnormal ...
-ABNORMAL_SQUEEZE = 10.0  # ... and is clipped below the limit by its own ratio, at most by this
+ABNORMAL_RATIO = 5.0  # a gradient norm above this multiple of the limit is abnormal ...
+ABNORMAL_SQUEEZE = 10.0  # ... and is clipped to the limit divided by norm / limit, at most by this
 
 
 def choose_trainable(
-    module: torch.nn.Module, trainable: Sequence[str], low_rate: Sequence[str]
+    module: torch.nn.Module, trainable: Sequence[str], half_lr: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Freezes everything but the chosen parameters and returns (names at the full rate, names at half of it).
+    """Freeze all parameters that are not selected; return (names at the full learning rate, names at half of it).
 
-    A parameter is chosen when its name contains one of the strings; "." means all, also those at the top level whose
-    names have no dot. Names that match both lists train at the full rate.
+    A parameter is selected if its name contains one of the strings; "." selects all, also names without a dot. Names
+    that match both lists train at the full learning rate.
+
+    Args:
+        module: the model.
+        trainable: strings that select parameters at the full learning rate.
+        half_lr: strings that select parameters at half the learning rate.
 
     Raises:
-        UserError: a string matches nothing, or nothing is left to train.
+        UserError: a string matches nothing, or no parameter is selected.
     """
     names = [name for name, _ in module.named_parameters()]
-    for flag, patterns in (("trainable_modules", trainable), ("trainable_modules_low_learning_rate", low_rate)):
+    for flag, patterns in (("trainable_modules", trainable), ("trainable_modules_low_learning_rate", half_lr)):
         for pattern in patterns:
             if pattern != "." and not any(pattern in name for name in names):
                 parts = sorted({part for name in names for part in name.split(".")})
-                near = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
-                raise UserError(
-                    f"--{flag}", f"{pattern!r} matches no parameter", f"try {', '.join(near)}, or '.' for all"
-                )
+                similar = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
+                hint = f"try {', '.join(similar)}, or '.' for all"
+                raise UserError(f"--{flag}", f"{pattern!r} matches no parameter", hint)
     full = [name for name in names if matches(name, trainable)]
-    half = [name for name in names if matches(name, low_rate) and not matches(name, trainable)]
+    half = [name for name in names if matches(name, half_lr) and not matches(name, trainable)]
     if not full and not half:
-        raise UserError("--trainable_modules", "nothing is left to train", "give '.' for all")
-    chosen = {*full, *half}
+        raise UserError("--trainable_modules", "no parameter is trainable", "pass '.' to train all")
+    selected = {*full, *half}
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in selected)
     return full, half
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether a parameter's name is chosen by one of the strings ("." chooses all)."""
+    """Return whether a parameter's name is selected by one of the strings ("." selects all)."""
     return any(pattern == "." or pattern in name for pattern in patterns)
 
 
 def parameter_groups(
     parameters: torch.nn.Module | Mapping[str, torch.nn.Parameter], full: Sequence[str], half: Sequence[str]
 ) -> list[dict]:
-    """Returns the optimizer's groups, each with its `rate_factor` (1.0 and 0.5); an empty group is left out.
+    """Return the optimizer's groups, each with its `rate_factor` (1.0 and 0.5); an empty group is left out.
 
     Args:
-        parameters: by name, or the module that has them.
-        full: names at the full rate; half: at half of it.
+        parameters: parameters by name, or the module that has them.
+        full: names at the full learning rate.
+        half: names at half the learning rate.
     """
     if isinstance(parameters, torch.nn.Module):
         parameters = dict(parameters.named_parameters())
@@ -78,10 +82,15 @@ def make_optimizer(
     epsilon: float,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """Returns an optimizer over the groups; AdamW is fused, which takes no temporaries and can be left (see step_if).
+    """Return an optimizer over the groups; AdamW is fused, which allocates no temporaries and can skip steps (step_if).
 
     Args:
-        name: of videox.optim.registry.OPTIMIZERS.
+        groups: parameter groups of parameter_groups.
+        learning_rate: initial learning rate, until set_learning_rate.
+        betas: decays of the moments.
+        weight_decay: per unit of learning rate.
+        epsilon: added to the root of the second moment.
+        name: a name in videox.optim.registry.OPTIMIZERS.
     """
     kind = moments_of(name)
     make = optimizer_class(kind, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
@@ -94,54 +103,56 @@ def make_optimizer(
     )
 
 
-def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Returns the learning rate's factor as a function of the optimizer step, counted from 0.
+def lr_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Return the learning-rate factor as a function of the optimizer step, counted from 0.
 
-    The formulas are diffusers'; only their scheduler object is left out, since accelerate would step it once per
-    process, and a resumed run would have to restore it. With warm-up, step 0 has the factor 0. The end of "polynomial"
-    is a share, 1e-7, of the learning rate: a rate below diffusers' own end would be an error there.
+    The formulas are diffusers'. Its scheduler object is not used: accelerate would step it once per process, and a
+    resumed run would have to restore it. With warm-up, step 0 has the factor 0. "polynomial" ends at the factor 1e-7:
+    in diffusers the end is an absolute learning rate of 1e-7, and a lower learning rate would be an error.
     """
-    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-    lambdas = get_scheduler(name, nothing, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas
+    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)  # an argument of get_scheduler
+    lambdas = get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas
     return lambda step: float(lambdas[0](step))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets each group to rate times its rate_factor."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set each group's learning rate to lr times its rate_factor."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao's compiled step reads it there
-            group["lr"].fill_(rate * group["rate_factor"])
+        if isinstance(group["lr"], torch.Tensor):  # torchao's compiled step reads this tensor: write into it
+            group["lr"].fill_(lr * group["rate_factor"])
         else:
-            group["lr"] = rate * group["rate_factor"]
+            group["lr"] = lr * group["rate_factor"]
 
 
 def clip_limit(
     norm: torch.Tensor, step: int, *, max_grad_norm: float, initial_ratio: float, ramp_steps: int
 ) -> torch.Tensor:
-    """Returns the gradient norm that a step may have: float64 scalar, on the norm's device.
+    """Return the maximum gradient norm of a step: float64 scalar, on the norm's device.
 
     It falls linearly from max_grad_norm * initial_ratio at step 0 to max_grad_norm at step ramp_steps. After a ramp, a
     norm of more than 5 times the limit is clipped below it, to limit / min(norm / limit, 10).
 
     Args:
-        norm: of this step, before clipping.
-        step: optimizer steps done.
-        initial_ratio: 1 = no ramp, the limit is max_grad_norm.
-        ramp_steps: at least 1.
+        norm: the gradient norm of this step, before clipping.
+        step: optimizer steps already done.
+        max_grad_norm: the limit after the ramp.
+        initial_ratio: the limit at step 0 divided by max_grad_norm; 1 = no ramp, the limit is max_grad_norm.
+        ramp_steps: steps of the ramp, at least 1.
     """
     progress = min(step / ramp_steps, 1.0)
     limit = max_grad_norm * (initial_ratio + (1 - initial_ratio) * progress)
-    usual = torch.full_like(norm, limit, dtype=torch.float64)
+    normal = torch.full_like(norm, limit, dtype=torch.float64)
     if initial_ratio <= 1 or step <= ramp_steps:
-        return usual
+        return normal
     excess = norm.double() / limit
-    return torch.where(excess > ABNORMAL_RATIO, usual / excess.clamp(max=ABNORMAL_SQUEEZE), usual)
+    return torch.where(excess > ABNORMAL_RATIO, normal / excess.clamp(max=ABNORMAL_SQUEEZE), normal)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, limit: torch.Tensor) -> None:
-    """Scales the gradients, in place, so that their global 2-norm, given as `norm`, is at most `limit`.
+    """Scale the gradients in place so that their global 2-norm, passed as `norm`, is at most `limit`.
 
-    To the bit as torch.nn.utils.clip_grads_with_norm_, which takes the limit as a number of the host.
+    Bitwise equal to torch.nn.utils.clip_grads_with_norm_, which takes the limit as a Python number: reading it here
+    would make the host wait for the device.
     """
     scale = ((norm + 1e-6).reciprocal() * limit.to(norm.dtype)).clamp(max=1.0)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -150,26 +161,28 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor,
 
 
 def step_if(optimizer: torch.optim.Optimizer, applied: torch.Tensor) -> None:
-    """Steps the optimizer, or leaves weights and moments to the bit as they are.
+    """Step the optimizer if `applied` is true; otherwise weights and moments stay bitwise unchanged.
 
-    torch's fused kernels look at `applied` on the device, as they do for torch.amp.GradScaler. Other optimizers have
-    no such thing: for them the host reads it, and waits.
+    torch's fused kernels read `applied` on the device, as they do for torch.amp.GradScaler. Other optimizers cannot:
+    for them the host waits for the device and reads it.
 
     Args:
+        optimizer: the optimizer to step.
         applied: boolean scalar on the device.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         if applied:
             optimizer.step()
         return
-    scaled: Any = optimizer
-    scaled.grad_scale, scaled.found_inf = None, applied.logical_not().float()
+    # The protocol of GradScaler: a fused optimizer skips the step on the device where found_inf is 1.
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = None, applied.logical_not().float()
     try:
         optimizer.step()
     finally:
-        del scaled.grad_scale, scaled.found_inf
+        del fused.grad_scale, fused.found_inf
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Returns the global 2-norm of all gradients: a scalar on the parameters' device."""
+    """Return the global 2-norm of all gradients: a scalar on the parameters' device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,7 +1,7 @@
-"""Serves who has memory to spare on the host and none on the GPU: an optimizer whose moments and steps are there.
+"""CPU offload of the optimizer: moments are stored and steps computed in host memory, to save GPU memory.
 
-Not torchao's CPUOffloadOptimizer: its hooks send each gradient to the host in the backward pass, before gradients are
-clipped and before a step that is not finite is left out, and of several micro-batches the last one's alone.
+Not torchao's CPUOffloadOptimizer: its hooks copy each gradient to the host in the backward pass, before gradients are
+clipped and before a step that is not finite is skipped, and of several micro-batches only the last one's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from videox.device import DeviceEvent
 
-STAGE_BYTES = 2**27  # of weights and gradients on the host at once, if no single parameter needs more; two such stages
+STAGE_BYTES = 2**27  # weights and gradients in one of the two staging buffers, if no single parameter needs more
 ALIGNED = 64  # bytes
 
 
 @dataclass(frozen=True)
-class _Landed:
-    """A parameter whose weight and gradient are on their way to the host."""
+class _HostCopy:
+    """A parameter whose weight and gradient are being copied to the host."""
 
     parameter: nn.Parameter
     weight: Tensor
@@ -29,20 +29,21 @@ class _Landed:
 
 
 class CpuOffloadOptimizer(torch.optim.Optimizer):
-    """Steps parameters by an optimizer of their twins in host memory.
+    """Optimizer that steps the parameters through copies of them in host memory.
 
-    A step brings weights and gradients to the host, some parameters at a time, while those before them are stepped
-    there, and the weights back. The twins have no memory of their own beyond that: a weight is what the model has,
-    also after a resume or a change of weights from outside, and the host keeps moments alone. With a GPU the two
-    stages through which all passes are pinned.
+    A step copies weights and gradients to the host, a batch of parameters at a time, while the previous batch is
+    stepped there, and copies the weights back. Only the moments stay on the host: between steps the copies have no
+    memory, and a step always starts from the model's current weights, also after a resume or after other code changed
+    them. With a GPU the two staging buffers are pinned.
 
-    `state` holds the moments by the model's own parameters, as other optimizers do. It lies on state_device.
+    `state` contains the moments by the model's own parameters, as in other optimizers. The moments are on
+    state_device.
 
     Args:
-        groups: of the model's parameters, all on one device; further keys, such as rate_factor, stay.
-        make: makes the inner optimizer from groups of the twins and lr.
-        lr: learning rate, until the groups' own is changed.
-        stage_bytes: of a stage; it is as large as the largest parameter's weight and gradient at least.
+        groups: groups of the model's parameters, all on one device; other keys, such as rate_factor, are kept.
+        make: creates the inner optimizer from groups of the host copies and lr.
+        lr: initial learning rate, until the groups' own is changed.
+        stage_bytes: size of a staging buffer; it is at least the largest parameter's weight and gradient.
     """
 
     state_device = torch.device("cpu")
@@ -56,17 +57,17 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         stage_bytes: int = STAGE_BYTES,
     ) -> None:
         groups = list(groups)
-        self._twins = {p: nn.Parameter(torch.empty(0, dtype=p.dtype)) for group in groups for p in group["params"]}
-        inner_groups = [{**group, "params": [self._twins[p] for p in group["params"]]} for group in groups]
+        self._host_params = {p: nn.Parameter(torch.empty(0, dtype=p.dtype)) for group in groups for p in group["params"]}
+        inner_groups = [{**group, "params": [self._host_params[p] for p in group["params"]]} for group in groups]
         self._inner = make(inner_groups, lr=lr)
         super().__init__(groups, dict(self._inner.defaults))
-        self._device = next(iter(self._twins)).device
-        self._stage_bytes = max(stage_bytes, *(_staged_bytes(p) for p in self._twins))
+        self._device = next(iter(self._host_params)).device
+        self._stage_bytes = max(stage_bytes, *(_staged_bytes(p) for p in self._host_params))
         self._stages: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401 - torch's
-        """Steps the parameters that have gradients; the host waits for these, and not for the weights to be back."""
+        """Step the parameters that have gradients; the host does not wait for the weights to be copied back."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,68 +77,71 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
             pinned = self._device.type == "cuda"
             size = self._stage_bytes
             self._stages = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        before: tuple[list[_Landed], DeviceEvent] | None = None
-        # Copies to a stage follow those from it in the device's one stream of work: no event is needed between them.
-        for number, parameters in enumerate(self._shares()):
-            coming = self._fetch(parameters, self._stages[number % 2]), DeviceEvent(self._device)
-            if before is not None:
-                self._step_share(*before)
-            before = coming
-        if before is not None:
-            self._step_share(*before)
+        previous: tuple[list[_HostCopy], DeviceEvent] | None = None
+        # A buffer is overwritten by the batch after next. No event protects its previous content: both copies are in
+        # the device's single stream, in this order.
+        for number, parameters in enumerate(self._batches()):
+            current = self._copy_to_host(parameters, self._stages[number % 2]), DeviceEvent(self._device)
+            if previous is not None:
+                self._step_batch(*previous)
+            previous = current
+        if previous is not None:
+            self._step_batch(*previous)
         return loss
 
     def _set_hyperparameters(self) -> None:
-        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            for key, value in mine.items():
+        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            for key, value in outer.items():
                 if key == "params":
                     continue
-                if isinstance(inner.get(key), Tensor):  # torchao's compiled step reads its rate there
+                if isinstance(inner.get(key), Tensor):  # the tensor from which torchao's compiled step reads lr
                     inner[key].fill_(value)
                 else:
                     inner[key] = value
 
-    def _shares(self) -> Iterator[list[nn.Parameter]]:
-        """Yields the parameters that have gradients, in order, as many at a time as a stage has room for."""
-        share: list[nn.Parameter] = []
-        taken = 0
-        for parameter in self._twins:
+    def _batches(self) -> Iterator[list[nn.Parameter]]:
+        """Yield the parameters that have gradients, in order, in batches that fit into a staging buffer."""
+        batch: list[nn.Parameter] = []
+        used = 0
+        for parameter in self._host_params:
             if parameter.grad is None:
                 continue
             size = _staged_bytes(parameter)
-            if share and taken + size > self._stage_bytes:
-                yield share
-                share, taken = [], 0
-            share.append(parameter)
-            taken += size
-        if share:
-            yield share
+            if batch and used + size > self._stage_bytes:
+                yield batch
+                batch, used = [], 0
+            batch.append(parameter)
+            used += size
+        if batch:
+            yield batch
 
-    def _fetch(self, parameters: Iterable[nn.Parameter], stage: Tensor) -> list[_Landed]:
-        landed, start = [], 0
+    def _copy_to_host(self, parameters: Iterable[nn.Parameter], stage: Tensor) -> list[_HostCopy]:
+        host_copies, start = [], 0
         for parameter in parameters:
             assert parameter.grad is not None
             copies = []
             for tensor in (parameter, parameter.grad):
                 size = tensor.numel() * tensor.element_size()
-                # .data, since torch's compiler takes what is known to be part of another tensor for another case
+                # .data: torch.compile would treat a view of another tensor as a case of its own and recompile.
                 copy = stage[start : start + size].view(tensor.dtype).view(tensor.shape).data
                 copies.append(copy.copy_(tensor, non_blocking=self._device.type == "cuda"))
                 start += _aligned(size)
-            landed.append(_Landed(parameter, *copies))
-        return landed
+            host_copies.append(_HostCopy(parameter, *copies))
+        return host_copies
 
-    def _step_share(self, share: Iterable[_Landed], there: DeviceEvent) -> None:
-        there.wait()
-        for one in share:
-            twin = self._twins[one.parameter]
-            twin.data, twin.grad = one.weight, one.gradient
-            self._inner.state[twin] = self.state[one.parameter]
+    def _step_batch(self, batch: Iterable[_HostCopy], copied: DeviceEvent) -> None:
+        copied.wait()
+        for entry in batch:
+            host_param = self._host_params[entry.parameter]
+            host_param.data, host_param.grad = entry.weight, entry.gradient
+            # The same dict: the inner optimizer fills it in, and the moments are found under the model's parameter.
+            self._inner.state[host_param] = self.state[entry.parameter]
+        # Parameters of other batches have no gradient, and the inner optimizer skips them.
         self._inner.step()
-        for one in share:
-            twin = self._twins[one.parameter]
-            twin.grad, twin.data = None, torch.empty(0, dtype=twin.dtype)
-            one.parameter.copy_(one.weight, non_blocking=self._device.type == "cuda")
+        for entry in batch:
+            host_param = self._host_params[entry.parameter]
+            host_param.grad, host_param.data = None, torch.empty(0, dtype=host_param.dtype)
+            entry.parameter.copy_(entry.weight, non_blocking=self._device.type == "cuda")
 
 
 def _staged_bytes(parameter: nn.Parameter) -> int:
@@ -149,16 +153,16 @@ def _aligned(size: int) -> int:
 
 
 def thread_notes(name: str, threads: int, cores: int, environment: Mapping[str, str]) -> list[str]:
-    """Returns a line where most of the machine's cores would not step.
+    """Return a note for the user if most of the machine's cores would not take part in the steps.
 
     Args:
-        name: of the optimizer.
-        threads: of this process; launchers set 1 unless told otherwise.
-        cores: of the machine.
-        environment: with LOCAL_WORLD_SIZE, as a launcher of several processes sets it.
+        name: the optimizer's name.
+        threads: threads of this process; launchers set 1 unless configured otherwise.
+        cores: cores of the machine.
+        environment: environment variables, with LOCAL_WORLD_SIZE if a launcher started several processes.
     """
-    share = max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
-    if 2 * threads > share:
+    available = max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
+    if 2 * threads > available:
         return []
-    told = f"accelerate launch --num_cpu_threads_per_process {share}"
-    return [f"{name} steps on the host with {threads} of {share} cores for each process: {told} is faster"]
+    faster = f"accelerate launch --num_cpu_threads_per_process {available}"
+    return [f"{name} steps on the host with {threads} of {available} cores per process: {faster} is faster"]

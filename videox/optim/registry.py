@@ -1,4 +1,4 @@
-"""Serves both training loops: the optimizers by name, what each needs, where it works, and what it costs."""
+"""The optimizers by name: packages, supported backends, memory per parameter, and checks before a run starts."""
 
 from __future__ import annotations
 
@@ -8,120 +8,126 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from videox.errors import UserError
 
-CAME_INSTABILITY = 0.9999  # its third decay; with its own epsilons, 1e-30 and 1e-16
+if TYPE_CHECKING:  # the table is read by the flags, which are parsed before torch is imported
+    from torch import Tensor
+
+# Values of diffusers' SchedulerType without piecewise_constant, whose steps no flag here can state.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+CAME_INSTABILITY = 0.9999  # CAME's third decay; its epsilons are its defaults, 1e-30 and 1e-16
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer that can be asked for.
+    """An optimizer that --optimizer can select.
 
     Attributes:
-        package: that has it, as pip and as Python call it, with its version; "" for torch's own.
-        module: of the package.
-        backends: under which it steps and resumes to the bit (names of videox.distributed.accelerator.BACKENDS).
-        instead: why not under the others.
-        masters: what trains is float32; else it is bfloat16, rounded at random, so that small steps count on average.
-        note: bytes of a trained number that it keeps, gradient and weight included.
-        by_shard: under FSDP2 each process steps its own shards, and resumes at the same number of processes.
-        moments_of: the one whose arithmetic and moments it has: each resumes what the other saved; "" = its own.
-        on_host: moments and arithmetic are in host memory (videox.optim.cpu_offload), and not in `note`.
+        package: its pip requirement with the version; "" for torch's own.
+        module: the Python module of the package.
+        backends: backends under which it steps and resumes bit-identically (names of
+            videox.distributed.backends.BACKENDS).
+        reason: why it does not work under the others.
+        fp32_params: trainable parameters are float32. Otherwise they are bfloat16 with stochastic rounding, so that
+            small updates are kept on average.
+        bytes_per_parameter: bytes per trainable parameter on the GPU: weight, gradient and moments.
+        by_shard: under FSDP2 each rank steps its own shards, and a resume needs the same number of ranks.
+        moments_of: the optimizer with the same arithmetic and moments: each can resume from the other's checkpoints;
+            "" = none.
+        on_host: moments and arithmetic are in host memory (videox.optim.cpu_offload), not in `bytes_per_parameter`.
     """
 
     package: str
     module: str
     backends: tuple[str, ...]
-    instead: str
+    reason: str
     fp32_params: bool
-    note: str
+    bytes_per_parameter: int
     by_shard: bool = False
     moments_of: str = ""
     on_host: bool = False
 
     @property
-    def weight(self) -> int:
-        """Bytes of a trained weight, and of its gradient."""
+    def weight_bytes(self) -> int:
+        """Bytes per trainable parameter of the weight; the same again for its gradient."""
         return 4 if self.fp32_params else 2
 
     @property
-    def moments(self) -> int:
-        """Bytes of a trained number's moments on the GPU."""
-        return int(self.note.split()[0]) - 2 * self.weight
+    def moment_bytes(self) -> int:
+        """Bytes per trainable parameter of the moments on the GPU."""
+        return self.bytes_per_parameter - 2 * self.weight_bytes
 
 
-WHOLE = ("single", "ddp")
-SHARDS = (*WHOLE, "fsdp2")
-FLAT = "DeepSpeed and FSDP1 lay weights end to end and keep moments by the names and sizes of AdamW's"
-MATRICES = "its moments are rows and columns of whole matrices, and this launch divides them"
-DIVIDED = "ZeRO and FSDP, which divide moments, bring them to the host by a CPU offload of their own"
+REPLICATED = ("single", "ddp")
+SHARDED = (*REPLICATED, "fsdp2")
+FLAT = "DeepSpeed and FSDP1 flatten weights and store moments by the names and sizes of AdamW's"
+MATRICES = "its moments are rows and columns of complete matrices, and this backend shards them"
+OWN_OFFLOAD = "ZeRO and FSDP shard moments and have a CPU offload of their own"
 TORCHAO = "torchao==0.18.0"
 OPTIMIZERS = {
-    "adamw": Optimizer("", "torch", (*SHARDS, "zero2", "zero3", "fsdp1"), "", True, "16 bytes"),
-    "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDS, FLAT, True, "10 bytes", by_shard=True),
-    "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", WHOLE, MATRICES, True, "12 bytes"),
-    "adamw_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "12 bytes", by_shard=True),
-    "adamw8bit_bf16": Optimizer(TORCHAO, "torchao", SHARDS, FLAT, False, "6 bytes", by_shard=True),
-    "adamw_offload": Optimizer("", "torch", WHOLE, DIVIDED, True, "8 bytes", moments_of="adamw", on_host=True),
+    "adamw": Optimizer("", "torch", (*SHARDED, "zero2", "zero3", "fsdp1"), "", True, 16),
+    "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDED, FLAT, True, 10, by_shard=True),
+    "came": Optimizer("came-pytorch==0.1.3", "came_pytorch", REPLICATED, MATRICES, True, 12),
+    "adamw_bf16": Optimizer(TORCHAO, "torchao", SHARDED, FLAT, False, 12, by_shard=True),
+    "adamw8bit_bf16": Optimizer(TORCHAO, "torchao", SHARDED, FLAT, False, 6, by_shard=True),
+    "adamw_offload": Optimizer("", "torch", REPLICATED, OWN_OFFLOAD, True, 8, moments_of="adamw", on_host=True),
     "adamw_bf16_offload": Optimizer(
-        TORCHAO, "torchao", WHOLE, DIVIDED, False, "4 bytes", moments_of="adamw_bf16", on_host=True
+        TORCHAO, "torchao", REPLICATED, OWN_OFFLOAD, False, 4, moments_of="adamw_bf16", on_host=True
     ),
 }
 
 
 def moments_of(name: str) -> str:
-    """Returns the optimizer whose moments the named one keeps: its own name, or that of the one that it stands for."""
+    """Return the name of the optimizer whose moments the named one has (Optimizer.moments_of), or the name itself."""
     return (name in OPTIMIZERS and OPTIMIZERS[name].moments_of) or name
 
 
-def refuse_absent(name: str) -> None:
-    """Refuses an optimizer whose package, or the compiler that it needs, is absent; raises UserError with the mend."""
-    asked = OPTIMIZERS[name]
-    if find_spec(asked.module) is None:
-        what = f"{name} needs {asked.package.split('=')[0]}, which is not installed"
-        raise UserError("--optimizer", what, f"pip install {asked.package}")
-    compiler = os.environ.get("CXX", "g++")  # as torch's own compiler looks for it
-    if asked.on_host and asked.package == TORCHAO and shutil.which(compiler) is None:
+def check_installed(name: str) -> None:
+    """Raise UserError if an optimizer's package, or the compiler that it needs, is not installed."""
+    optimizer = OPTIMIZERS[name]
+    if find_spec(optimizer.module) is None:
+        what = f"{name} needs {optimizer.package.split('=')[0]}, which is not installed"
+        raise UserError("--optimizer", what, f"pip install {optimizer.package}")
+    compiler = os.environ.get("CXX", "g++")  # torch.compile selects its C++ compiler in the same way
+    if optimizer.on_host and optimizer.package == TORCHAO and shutil.which(compiler) is None:
         what = f"{name}'s step is compiled for the host, which has no {compiler}"
-        raise UserError("--optimizer", what, "install a C++ compiler, or give adamw_offload")
+        raise UserError("--optimizer", what, "install a C++ compiler, or use adamw_offload")
 
 
-def refuse_unfit(name: str, backend: str, precision: str, *, lora: bool) -> None:
-    """Refuses an optimizer that this launch cannot step or resume.
+def check_supported(name: str, backend: str, precision: str, *, lora: bool) -> None:
+    """Raise UserError if the optimizer cannot step or resume under this backend and precision.
 
     Args:
-        name: of OPTIMIZERS.
-        backend: its name.
-        precision: of computation, "bf16" | "no".
-        lora: adapters are trained.
+        name: a name in OPTIMIZERS.
+        backend: the backend's name.
+        precision: the mixed precision, "bf16" | "no".
+        lora: LoRA adapters are trained.
 
     Raises:
-        UserError: with the way out.
+        UserError: with the optimizers and backends that work.
     """
-    asked = OPTIMIZERS[name]
-    if backend not in asked.backends:
-        can = [other for other, optimizer in OPTIMIZERS.items() if backend in optimizer.backends]
-        hint = f"give {' or '.join(can)} here, or launch one of {', '.join(asked.backends)}"
-        raise UserError("--optimizer", f"{name} does not work under {backend}: {asked.instead}", hint)
-    if not asked.fp32_params and lora:
-        what = f"{name} rounds bfloat16 weights, and a LoRA's are float32"
-        raise UserError("--optimizer", what, "give adamw, adamw_offload or adamw8bit")
-    if not asked.fp32_params and precision != "bf16":
-        raise UserError("--optimizer", f"{name} trains bfloat16 weights", "compute in them: --mixed_precision bf16")
+    optimizer = OPTIMIZERS[name]
+    if backend not in optimizer.backends:
+        supported = [other for other, entry in OPTIMIZERS.items() if backend in entry.backends]
+        hint = f"use {' or '.join(supported)} here, or launch with {', '.join(optimizer.backends)}"
+        raise UserError("--optimizer", f"{name} does not work under {backend}: {optimizer.reason}", hint)
+    if not optimizer.fp32_params and lora:
+        what = f"{name} trains bfloat16 parameters, and a LoRA's are float32"
+        raise UserError("--optimizer", what, "use adamw, adamw_offload or adamw8bit")
+    if not optimizer.fp32_params and precision != "bf16":
+        raise UserError("--optimizer", f"{name} trains bfloat16 parameters", "pass --mixed_precision bf16")
 
 
 def optimizer_class(
     name: str, *, betas: tuple[float, float], weight_decay: float, epsilon: float
 ) -> Callable[..., Any]:
-    """Returns what makes an optimizer from parameter groups and lr.
+    """Return a callable that makes an optimizer from parameter groups and lr.
 
     Args:
-        name: of OPTIMIZERS, and moments_of itself; its package is imported here.
+        name: a name in OPTIMIZERS that is its own moments_of; its package is imported here.
         betas: decays of the moments.
         weight_decay: per unit of learning rate.
         epsilon: added to the root of the second moment; CAME has its own.
@@ -141,15 +147,19 @@ def optimizer_class(
         from torchao.optim import AdamW8bit as RoundedAdamW8bit
 
         return partial(RoundedAdamW8bit, bf16_stochastic_round=True, **adam)
+    import torch
+
     return partial(torch.optim.AdamW, **adam)
 
 
 def _rounded_adamw() -> type:
-    """Returns torchao's AdamW with moments in float32.
+    """Return torchao's AdamW with moments in float32.
 
-    In bfloat16, as it keeps them, the second moment stops at about a quarter of its value, where a thousandth of the
-    rest is below half of its last digit: every step would be nearly twice as long as Adam's.
+    With torchao's bfloat16 moments the second moment stops growing at about a quarter of its true value: there its
+    update, a thousandth of the difference, is less than half of the last digit. Every step would be nearly twice as
+    long as Adam's.
     """
+    import torch
     from torchao.optim import _AdamW
 
     class RoundedAdamW(_AdamW):

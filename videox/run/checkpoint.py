@@ -1,4 +1,4 @@
-"""Serves the run that must survive a kill: checkpoints are published whole or not at all, found and verified."""
+"""Checkpoints that survive a kill: published as a whole or not at all, found again and verified."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from videox import __version__
-from videox.errors import MODEL, UserError
-from videox.files import SaveError, flush, flush_tree, temp_path, unique_path, write_json_atomically
+from videox.errors import MODEL, SaveError, UserError
+from videox.files import flush, flush_tree, temp_path, unique_path, write_json_atomically
 
-FORMAT = 1  # of manifest.json; raised when an older videox could no longer resume what this one writes
+FORMAT = 1  # of manifest.json; increased when an older videox could not resume what this one writes
 MANIFEST = "manifest.json"
 NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-HASHING_THREADS = 4  # hashing leaves the interpreter lock, and one thread is slower than a disk
+HASHING_THREADS = 4  # hashing releases the GIL, and a single thread is slower than a disk
 
-# What a save may meet: the disk (OSError; safetensors' own class for the same). Anything else, above all a
-# RuntimeError out of a collective or for want of memory, is no full disk: this process is not where the others are.
+# Failures of the disk, after which all ranks can continue: OSError, and safetensors' own class for the same. Anything
+# else must end the run: after a RuntimeError in a collective or an OOM this rank is not where the others are.
 SAVE_ERRORS = (OSError, SafetensorError, SaveError)
 
-Report = tuple[str, Any]  # what a rank tells the others: its error ("" if none) and its result
+Report = tuple[str, Any]  # what a rank sends to the others: its error ("" if none) and its result
 
 
 # ------------------------------------------------------------------------------------------ publishing
 
 
 def _attempt(work: Callable[..., Any], *arguments: object) -> Report:
-    """Returns what `work` returns, or its storage error, in the form in which ranks exchange it."""
+    """Return the result of `work`, or its storage error, in the form in which ranks exchange it."""
     try:
         return "", work(*arguments)
     except SAVE_ERRORS as error:
@@ -45,7 +45,7 @@ def _attempt(work: Callable[..., Any], *arguments: object) -> Report:
 
 
 def _agree(gather: Callable[[object], list[Any]], report: Report) -> list[Any]:
-    """Returns the results of all ranks; raises SaveError with the first cause on every rank if one has failed."""
+    """Return the results of all ranks; if one has failed, raise SaveError with the first cause on every rank."""
     reports: list[Report] = gather(report)
     for rank, (error, _) in enumerate(reports):
         if error:
@@ -53,8 +53,8 @@ def _agree(gather: Callable[[object], list[Any]], report: Report) -> list[Any]:
     return [result for _, result in reports]
 
 
-def _open_aside(output_dir: Path, step: int) -> str:
-    """Returns the name of a new temporary folder, "" if the checkpoint is already there and sound."""
+def _open_temporary(output_dir: Path, step: int) -> str:
+    """Return the name of a new temporary folder, "" if the checkpoint already exists and is sound."""
     target = output_dir / f"checkpoint-{step}"
     if target.is_dir() and not verify(target):
         return ""
@@ -65,7 +65,7 @@ def _open_aside(output_dir: Path, step: int) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Returns the size in bytes of each file below `folder`, by its path inside it."""
+    """Return the size in bytes of each file below `folder`, by its path inside it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not visible to this process; output_dir must be shared by all machines")
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -76,13 +76,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _secure(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Flushes the files to the disk and returns their entries for the manifest, hashed from what is read back."""
+def _flush_and_hash(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Flush the files to the disk and return their manifest entries, hashed from what is read back."""
 
     def entry(name: str) -> dict[str, Any]:
         flush(folder / name)
         size = (folder / name).stat().st_size
         if size != sizes[name]:
+            # A shared file system may show a rank an older state of a file that another rank wrote.
             raise OSError(f"{name} has {size} bytes here, {sizes[name]} where it was written")
         return {"size": size, "sha256": _digest(folder / name)}
 
@@ -91,7 +92,7 @@ def _secure(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]
 
 
 def _seal(body: Mapping[str, Any]) -> str:
-    """Returns the hash of a manifest's content, whatever its layout as text."""
+    """Return the hash of a manifest's content, independent of its layout as text."""
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -105,7 +106,7 @@ def _installed(package: str) -> str:
 def _publish(
     folder: Path, step: int, files: Mapping[str, Any], world_size: int, description: Mapping[str, Any]
 ) -> None:
-    """Writes the manifest, then gives the folder its name. What stood there and was not sound is moved aside."""
+    """Write the manifest and rename the folder to its final name. A broken folder of that name is moved away first."""
     packages = {name: _installed(name) for name in ("torch", "diffusers", "accelerate", "deepspeed", "safetensors")}
     body = {
         "format": FORMAT,
@@ -127,7 +128,7 @@ def _publish(
 
 
 @contextmanager
-def publishing(
+def publish_checkpoint(
     output_dir: Path,
     step: int,
     *,
@@ -135,34 +136,34 @@ def publishing(
     gather: Callable[[object], list[Any]],
     description: Mapping[str, Any],
 ) -> Iterator[Path | None]:
-    """Makes `output_dir/checkpoint-step` out of what all ranks write into the folder given, whole or not at all.
+    """Create `output_dir/checkpoint-step` from what all ranks write into the yielded folder, completely or not at all.
 
-    The folder is a temporary one. On leaving, all ranks share out its files, flush and hash them, and tell each other;
-    when all went well the main rank writes the manifest, flushes the folder and renames it. Every rank must enter with
-    the same step. Collectives inside the block must not depend on whether a write has failed.
+    The yielded folder is temporary. On exit each rank flushes and hashes a share of its files, and the ranks exchange
+    the results; if all succeeded, the main rank writes the manifest, flushes the folder and renames it. Every rank
+    must enter with the same step. Collectives inside the block must not depend on whether a write has failed.
 
     Args:
-        output_dir: shared by all ranks; made if absent.
+        output_dir: shared by all ranks; created if missing.
         step: optimizer steps done.
         is_main: true on exactly one rank.
-        gather: the object of every rank, in rank order, on every rank, e.g. torch.distributed.all_gather_object;
-            `lambda mine: [mine]` for a single process.
-        description: JSON-able facts about the run, kept in the manifest (see read_manifest).
+        gather: returns the object of every rank, in rank order, on every rank, e.g.
+            torch.distributed.all_gather_object; `lambda value: [value]` for a single process.
+        description: JSON-able facts about the run, stored in the manifest (see read_manifest).
 
     Yields:
-        The folder to write into; None on all ranks if checkpoint-step is already there and sound, which then stays.
+        The folder to write into; None on all ranks if checkpoint-step already exists and is sound: it is kept.
 
     Raises:
-        SaveError: on every rank, with the first cause; the temporary folder is gone, earlier checkpoints stand.
+        SaveError: on every rank, with the first cause; the temporary folder is deleted, earlier checkpoints remain.
         TypeError: the description is not JSON-able.
     """
-    described = json.loads(json.dumps(dict(description)))
+    described = json.loads(json.dumps(dict(description)))  # raises TypeError before anything is written
     token = secrets.token_hex(8)
-    opened = _attempt(_open_aside, output_dir, step) if is_main else ("", None)
-    # The random token tells a rank its own place in the gathered list.
-    said = _agree(gather, (opened[0], (token, opened[1])))
-    rank, world_size = [mark for mark, _ in said].index(token), len(said)
-    name = next(name for _, name in said if name is not None)
+    opened = _attempt(_open_temporary, output_dir, step) if is_main else ("", None)
+    # A rank finds its own position in the gathered list by its random token.
+    gathered = _agree(gather, (opened[0], (token, opened[1])))
+    rank, world_size = [other for other, _ in gathered].index(token), len(gathered)
+    name = next(name for _, name in gathered if name is not None)
     if not name:
         yield None
         return
@@ -173,44 +174,44 @@ def publishing(
             yield folder
         except SAVE_ERRORS as error:
             written = (f"{type(error).__name__}: {error}", None)
-        _agree(gather, written)  # nobody looks at the files before everybody has written
+        _agree(gather, written)  # files are listed only after all ranks have written
         seen = _agree(gather, _attempt(_sizes, folder))
-        sizes = {file: max(part.get(file, 0) for part in seen) for file in set().union(*seen)}
+        sizes = {file: max(listing.get(file, 0) for listing in seen) for file in set().union(*seen)}
         largest_first = sorted(sizes, key=lambda file: (-sizes[file], file))
-        mine = {file: sizes[file] for file in largest_first[rank::world_size]}
-        entries = _agree(gather, _attempt(_secure, folder, mine))
-        files = {file: entry for part in entries for file, entry in part.items()}
+        own = {file: sizes[file] for file in largest_first[rank::world_size]}
+        entries = _agree(gather, _attempt(_flush_and_hash, folder, own))
+        files = {file: entry for share in entries for file, entry in share.items()}
         done = _attempt(_publish, folder, step, files, world_size, described) if is_main else ("", None)
         _agree(gather, done)
     finally:
         if is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # renamed by now if all went well
+            shutil.rmtree(folder, ignore_errors=True)  # already renamed if the save succeeded
 
 
 # ------------------------------------------------------------------------------- finding and verifying
 
 
-def numbered(output_dir: Path) -> list[Path]:
-    """Returns the folders that carry a checkpoint's name, oldest step first."""
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name, oldest step first."""
     found = [path for path in output_dir.iterdir() if NUMBERED.fullmatch(path.name)] if output_dir.is_dir() else []
     return sorted((path for path in found if path.is_dir()), key=step_in_name)
 
 
 def step_in_name(checkpoint: Path) -> int:
-    """Returns the step of a folder with a checkpoint's name; the manifest may say another (see latest)."""
+    """Return the step in a checkpoint folder's name; its manifest may have another one (see latest_checkpoint)."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the folders named exactly `checkpoint-<step>` that hold a manifest, oldest step first (not verified)."""
-    return [path for path in numbered(output_dir) if (path / MANIFEST).is_file()]
+    """Return the folders named exactly `checkpoint-<step>` with a manifest, oldest step first (not verified)."""
+    return [path for path in checkpoint_folders(output_dir) if (path / MANIFEST).is_file()]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest: `format`, `step`, `world_size`, `description`, `versions`, `files`.
+    """Return a checkpoint's manifest: `format`, `step`, `world_size`, `description`, `versions`, `files`.
 
     Raises:
-        UserError: (MODEL) it is absent, damaged or of a newer format.
+        UserError: (MODEL) it is missing, damaged or of a newer format.
     """
     hint = "resume from another checkpoint"
     try:
@@ -222,7 +223,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         what = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         raise UserError(str(checkpoint), what, hint, MODEL) from error
     if newer:
-        what = f"{MANIFEST} has format {manifest['format']}, this videox reads up to {FORMAT}"
+        what = f"{MANIFEST} has format {manifest['format']}, this videox reads formats up to {FORMAT}"
         raise UserError(str(checkpoint), what, f"update videox, or {hint}", MODEL)
     if not sealed:
         raise UserError(str(checkpoint), f"{MANIFEST} is damaged: its seal does not match", hint, MODEL)
@@ -230,15 +231,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _file_problem(path: Path, name: str, entry: Mapping[str, Any], hashes: bool) -> str:
-    """Returns what is wrong with one file of a manifest, "" if nothing."""
+    """Return what is wrong with one file of a manifest, "" if nothing."""
     try:
         size = path.stat().st_size
         if size != entry["size"]:
-            return f"{name} has {size} bytes, the manifest says {entry['size']}"
+            return f"{name} has {size} bytes, the manifest has {entry['size']}"
         if name.endswith(".safetensors"):
             safe_open(path, framework="pt")
         if hashes and _digest(path) != entry["sha256"]:
-            return f"{name} has other content than was saved (sha256)"
+            return f"{name} differs from what was saved (sha256)"
     except FileNotFoundError:
         return f"{name} is missing"
     except (OSError, SafetensorError) as error:
@@ -247,16 +248,16 @@ def _file_problem(path: Path, name: str, entry: Mapping[str, Any], hashes: bool)
 
 
 def verify(checkpoint: Path, hashes: bool = False) -> list[str]:
-    """Returns what is wrong with a checkpoint, one sentence for each file; empty if it is sound.
+    """Return what is wrong with a checkpoint, one sentence per file; empty if it is sound.
 
     Args:
-        checkpoint: a published folder, wherever it lies and whatever its name.
-        hashes: compare every byte (sha256); otherwise the manifest, sizes and safetensors headers only.
+        checkpoint: a published folder, at any place and with any name.
+        hashes: compare every byte (sha256); otherwise only the manifest, sizes and safetensors headers.
     """
     try:
         files: dict[str, dict[str, Any]] = read_manifest(checkpoint)["files"]
-    except UserError as refusal:
-        return [refusal.what]
+    except UserError as error:
+        return [error.what]
     strays = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if strays:
         return [f"{MANIFEST} points outside the checkpoint, to {strays[0]!r}"]
@@ -265,11 +266,11 @@ def verify(checkpoint: Path, hashes: bool = False) -> list[str]:
         return [problem for problem in problems if problem]
 
 
-def latest(output_dir: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
-    """Returns the newest sound checkpoint (None without one) and a warning for each newer one that is not.
+def latest_checkpoint(output_dir: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
+    """Return the newest sound checkpoint (None if there is none) and a warning for each newer one that is not sound.
 
     Args:
-        output_dir: of a run; may be absent.
+        output_dir: of a run; may be missing.
         hashes: as for verify.
     """
     warnings: list[str] = []

@@ -1,7 +1,8 @@
-"""Serves videox.run.failure: the connections between the processes of a run, and who of them hears all and decides.
+"""Connections between the ranks of a run, by which rank 0 hears of every failure and decides which one was first.
 
-Every process has a line to the first one, where the Hub listens. What ends a process is reported over its line; the
-end of a line without a word is a process that was killed; TCP's own probes find a machine that is gone.
+Every rank has a connection to rank 0, where the FailureServer listens. A rank that fails reports it over its
+connection; a connection that closes without a message is a process that was killed; TCP keepalive probes detect a
+machine that is gone.
 """
 
 from __future__ import annotations
@@ -21,16 +22,23 @@ import torch.distributed as dist
 
 from videox.errors import PEER_LOST, UserError
 
-CONNECTING = 30.0  # seconds that the connections may take
-TOGETHER = 0.5  # seconds in which reports of one cause come in; agreed refusals come from every process
-CONSEQUENCE = 3.0  # seconds in which the cause of a broken connection must be heard of
-PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 9}  # a silent machine counts as gone after 60 s
+CONNECT_SECONDS = 30.0  # timeout for establishing the connections
+# How long to collect reports before the verdict. An error that all ranks agreed on is reported by every rank.
+REPORT_SECONDS = 0.5
+# The same after a report of a broken connection: its cause may be reported later than the consequence.
+CONSEQUENCE_SECONDS = 3.0
+PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 9}  # a silent machine counts as lost after 60 s
 
 
 class Report(NamedTuple):
-    """What ended a process: its rank, the line for people, the exit code.
+    """What ended a process.
 
-    consequence: a connection broke, so the cause may be elsewhere; lost: the process could not say anything.
+    Attributes:
+        rank: of the process.
+        line: the error line for the user.
+        exit_code: of the run, if this is its cause.
+        consequence: a connection broke, so the cause may be at another rank.
+        lost: the process ended without reporting anything.
     """
 
     rank: int
@@ -40,26 +48,26 @@ class Report(NamedTuple):
     lost: bool = False
 
 
-def lost_connection(error: BaseException) -> bool:
-    """Returns whether an exception says no more than that a collective found another process gone."""
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an exception only means that a collective lost its connection to another process."""
     return isinstance(error, dist.DistError) or any(
         name in str(error) for name in ("gloo/", "NCCL", "ncclRemoteError")
     )
 
 
-def first_of(reports: Sequence[Report]) -> Report:
-    """Returns the cause among reports in the order of their arrival; of equal ones that of the lowest rank.
+def find_cause(reports: Sequence[Report]) -> Report:
+    """Return the cause among reports in order of arrival; of reports with equal lines the one of the lowest rank.
 
-    A broken connection is the cause only where nothing else is.
+    A broken connection is the cause only if there is no other report.
     """
     cause = next((report for report in reports if not report.consequence), reports[0])
     return min((report for report in reports if report.line == cause.line), key=lambda report: report.rank)
 
 
-def lost_line(rank: int, host: str) -> str:
-    """Returns the line about a process that ended without a word."""
-    what = f"process {rank} on {host} is gone: killed, out of memory, or its machine or network is down"
-    hint = "look into that machine's own log, then start again with --resume_from_checkpoint latest"
+def lost_peer_line(rank: int, host: str) -> str:
+    """Return the error line for a process that ended without reporting anything."""
+    what = f"process {rank} on {host} ended without a report: killed, out of memory, or its machine or network is down"
+    hint = "check the log of that machine, then start again with --resume_from_checkpoint latest"
     return UserError("peer lost", what, hint, PEER_LOST).line()
 
 
@@ -67,7 +75,7 @@ def lost_line(rank: int, host: str) -> str:
 
 
 class Connection:
-    """One connection: messages are JSON lines, and the end of the stream is None."""
+    """A connection on which messages are JSON lines; the end of the stream is received as None."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(True)
@@ -75,88 +83,96 @@ class Connection:
         for name, value in PROBES.items():
             if connection.family != socket.AF_UNIX and hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.connection, self._rest = connection, b""
+        self.connection, self._incomplete = connection, b""
 
     def fileno(self) -> int:
-        """Returns the descriptor, by which select can wait for the line."""
+        """Return the file descriptor, so that select can wait for the connection."""
         return self.connection.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message; a broken line is no error here, since reading finds it."""
+        """Send a message. A broken connection is ignored here, since receive() reports it."""
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any] | None]:
-        """Waits for bytes and returns the messages that they complete; None, at last, for the end."""
+        """Wait for bytes and return the messages that they complete; the last one is None at the end of the stream."""
         try:
-            found = self.connection.recv(1 << 16)
-        except OSError:  # reset, or found dead by TCP's probes
-            found = b""
-        *lines, self._rest = (self._rest + found).split(b"\n")
-        return [*(json.loads(line) for line in lines), *([] if found else [None])]
+            received = self.connection.recv(1 << 16)
+        except OSError:  # reset, or closed by TCP's keepalive probes
+            received = b""
+        *lines, self._incomplete = (self._incomplete + received).split(b"\n")
+        return [*(json.loads(line) for line in lines), *([] if received else [None])]
 
 
 def open_listener(environment: Mapping[str, str]) -> socket.socket:
-    """Returns a listening socket: on the loopback where all processes run on this machine."""
+    """Return a listening socket, on the loopback interface if all processes run on this machine."""
     world = environment.get("WORLD_SIZE", "1")
     alone = environment.get("LOCAL_WORLD_SIZE", world) == world
     return socket.create_server(("127.0.0.1" if alone else "", 0), backlog=int(world))
 
 
-def accept(listener: socket.socket, token: str, wanted: int) -> dict[int, Connection]:
-    """Returns the connections by rank of those that name the token, as many as come in time."""
-    lines: dict[int, Connection] = {}
-    deadline = time.monotonic() + CONNECTING
-    while len(lines) < wanted and (left := deadline - time.monotonic()) > 0:
-        listener.settimeout(left)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # late, or none of ours
+def accept_connections(listener: socket.socket, token: str, expected: int) -> dict[int, Connection]:
+    """Return, by rank, the connections of the processes that send the token, as many as arrive in time."""
+    connections: dict[int, Connection] = {}
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while len(connections) < expected and (remaining := deadline - time.monotonic()) > 0:
+        listener.settimeout(remaining)
+        # Too late, or another program (a port scanner): its connection is ignored.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             connection = listener.accept()[0]
             connection.settimeout(1.0)
-            said = json.loads(connection.recv(256))
-            if secrets.compare_digest(said["token"], token):
-                lines[int(said["rank"])] = Connection(connection)
+            greeting = json.loads(connection.recv(256))
+            if secrets.compare_digest(greeting["token"], token):
+                connections[int(greeting["rank"])] = Connection(connection)
     listener.close()
-    return lines
+    return connections
 
 
 class FailureServer(threading.Thread):
-    """On the first process: hears every process, decides which failure came first, and tells all."""
+    """Runs on rank 0: hears every rank, decides which failure came first, and sends the verdict to all."""
 
-    def __init__(self, lines: Mapping[int, Connection], hosts: Sequence[str]) -> None:
+    def __init__(self, connections: Mapping[int, Connection], hosts: Sequence[str]) -> None:
         super().__init__(name="videox-peers", daemon=True)
-        self.lines, self.hosts = dict(lines), hosts
+        self.connections, self.hosts = dict(connections), hosts
         self.reports: list[Report] = []
         self.deadline, self.decided = math.inf, False
 
     def run(self) -> None:
-        """Hears until nobody is left: what comes after the verdict is read, or its sender might not get to read it."""
-        while self.lines:
-            left = None if self.decided or self.deadline == math.inf else max(self.deadline - time.monotonic(), 0)
-            ready = select.select(list(self.lines.values()), [], [], left)[0]
-            for rank in [rank for rank, line in self.lines.items() if line in ready]:
-                self._hear(rank)
+        """Receive until all connections are closed.
+
+        Messages after the verdict are read, too: with unread data the connection would be reset, and its rank might
+        not get to read the verdict.
+        """
+        while self.connections:
+            waiting = self.decided or self.deadline == math.inf
+            timeout = None if waiting else max(self.deadline - time.monotonic(), 0)
+            ready = select.select(list(self.connections.values()), [], [], timeout)[0]
+            for rank in [rank for rank, connection in self.connections.items() if connection in ready]:
+                self._handle_messages(rank)
             if not self.decided and time.monotonic() >= self.deadline:
                 self.decided = True
-                verdict = {"verdict": first_of(self.reports)._asdict()}
-                for _, line in sorted(self.lines.items(), reverse=True):  # this very process last
-                    line.send(verdict)
+                verdict = {"verdict": find_cause(self.reports)._asdict()}
+                # Rank 0, this process, last: its verdict may end the process, and this thread with it.
+                for _, connection in sorted(self.connections.items(), reverse=True):
+                    connection.send(verdict)
 
-    def _hear(self, rank: int) -> None:
-        for message in self.lines[rank].receive():
+    def _handle_messages(self, rank: int) -> None:
+        for message in self.connections[rank].receive():
             if message is None:
-                del self.lines[rank]
-                self._note(Report(rank, lost_line(rank, self.hosts[rank]), PEER_LOST, lost=True))
+                del self.connections[rank]
+                self._add_report(Report(rank, lost_peer_line(rank, self.hosts[rank]), PEER_LOST, lost=True))
             elif "report" in message:
-                self._note(Report(**message["report"]))
-            elif rank == 0:  # this process leaves, all went well: nobody watches from here on
-                for line in self.lines.values():
-                    line.send({"bye": True})
-                self.lines.clear()
+                self._add_report(Report(**message["report"]))
+            elif rank == 0:  # this process leaves without a failure: the monitoring of all ranks ends
+                for connection in self.connections.values():
+                    connection.send({"bye": True})
+                self.connections.clear()
                 return
             else:
-                del self.lines[rank]
+                del self.connections[rank]
                 return
 
-    def _note(self, report: Report) -> None:
+    def _add_report(self, report: Report) -> None:
         self.reports.append(report)
-        self.deadline = min(self.deadline, time.monotonic() + (CONSEQUENCE if report.consequence else TOGETHER))
+        seconds = CONSEQUENCE_SECONDS if report.consequence else REPORT_SECONDS
+        self.deadline = min(self.deadline, time.monotonic() + seconds)

@@ -1,4 +1,4 @@
-"""Serves whoever goes on with a run: its folder has one owner, is resumed from, rewound, swept and pruned."""
+"""The run folder: locked by one process, resumed, rewound, pruned, and cleaned of leftovers."""
 
 from __future__ import annotations
 
@@ -16,30 +16,45 @@ from pathlib import Path
 
 from videox.errors import FLAGS, MODEL, STORAGE, UserError
 from videox.files import atomic_write, flush, temp_path, unique_path
-from videox.run.checkpoint import MANIFEST, find_checkpoints, latest, numbered, read_manifest, step_in_name, verify
+from videox.run.checkpoint import (
+    MANIFEST,
+    checkpoint_folders,
+    find_checkpoints,
+    latest_checkpoint,
+    read_manifest,
+    step_in_name,
+    verify,
+)
 
 RECORDS = ("metrics.jsonl", "validation.jsonl", "bad_samples.jsonl")  # one object per line, with its `step`
 LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{12}")
 FOREIGN = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "sampler_pos_start.pkl", "pytorch_model")
 
-# -------------------------------------------------------------------------------------------- where to go on
+# ----------------------------------------------------------------------------------------------- where to resume
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
-    """Where a run goes on: the checkpoint (None = start anew), the optimizer steps behind it, and what to tell."""
+class ResumePoint:
+    """Where a run continues.
+
+    Attributes:
+        path: the checkpoint, None = start a new run.
+        step: optimizer steps done at that point.
+        warnings: lines to print for the user.
+    """
 
     path: Path | None
     step: int
     warnings: tuple[str, ...] = ()
 
 
-def _foreign(folder: Path) -> list[str]:
-    """Returns the file names by which a folder shows that another trainer saved it."""
+def _foreign_files(folder: Path) -> list[str]:
+    """Return the names of files that show that another trainer saved a folder."""
     return [] if (folder / MANIFEST).exists() else [name for name in FOREIGN if (folder / name).exists()]
 
 
-def _refuse_foreign(folder: Path, found: list[str]) -> UserError:
+def _foreign_error(folder: Path, found: list[str]) -> UserError:
+    """Return the error for a checkpoint of another trainer."""
     hint = "convert its weights to a diffusers folder and start from that with --transformer_path"
     if (folder / "transformer").is_dir():
         hint = f"start from its weights with --transformer_path {folder / 'transformer'} and another --output_dir"
@@ -47,50 +62,52 @@ def _refuse_foreign(folder: Path, found: list[str]) -> UserError:
     return UserError(str(folder), what, hint, MODEL)
 
 
-def _refuse_stranger(folder: Path, output_dir: Path) -> UserError:
-    """Returns the refusal of a path that is no checkpoint: with what is there, and what could have been meant."""
-    found = _foreign(folder)
+def _not_a_checkpoint_error(folder: Path, output_dir: Path) -> UserError:
+    """Return the error for a path that is no checkpoint, with what is there and what may have been meant."""
+    found = _foreign_files(folder)
     if found:
-        return _refuse_foreign(folder, found)
+        return _foreign_error(folder, found)
     inside = find_checkpoints(folder)
-    near = inside or find_checkpoints(output_dir)
+    candidates = inside or find_checkpoints(output_dir)
     if inside:
-        what = f"holds checkpoints ({', '.join(path.name for path in inside[-3:])}) but is none itself"
+        what = f"contains checkpoints ({', '.join(path.name for path in inside[-3:])}) but is not one itself"
     elif folder.is_dir():
         names = sorted(path.name for path in folder.iterdir())
-        what = f"is no checkpoint: no {MANIFEST} (found: {', '.join(names[:8]) or 'nothing'})"
+        what = f"is not a checkpoint: no {MANIFEST} (found: {', '.join(names[:8]) or 'nothing'})"
     else:
         what = "is a file, not a checkpoint folder" if folder.exists() else "does not exist"
-    return UserError(str(folder), what, f"name {near[-1]}" if near else "name a checkpoint-<step> folder", MODEL)
+    return UserError(
+        str(folder), what, f"pass {candidates[-1]}" if candidates else "pass a checkpoint-<step> folder", MODEL
+    )
 
 
-def refuse_taken(output_dir: str, *, model: str, data: Path, parts: Mapping[str, str | None]) -> None:
-    """Refuses an output folder that is a file, or where a run would write among what it is made from.
+def refuse_output_dir_conflicts(output_dir: str, *, model: str, data: Path, parts: Mapping[str, str | None]) -> None:
+    """Raise UserError if the output folder is a file, or the run would write into its own model or data.
 
     Args:
         output_dir: of the run.
-        model: folder of the model; neither it nor a folder inside or around it will do.
-        data: folder of the data; a folder inside will do.
-        parts: paths to other parts of the model by flag, None where there is none; a folder around them will do.
+        model: folder of the model; output_dir must not be it, inside it or around it.
+        data: folder of the data; output_dir may be inside it.
+        parts: paths to other parts of the model, by flag, None where not given; output_dir may contain them.
 
     Raises:
-        UserError: (FLAGS) naming the flag that has the folder.
+        UserError: (FLAGS) with the flag that has the folder.
     """
-    output, hint = Path(output_dir).resolve(), "give a folder of its own"
+    output, hint = Path(output_dir).resolve(), "pass a separate folder"
     given = {"pretrained_model_name_or_path": model, "train_data_dir": data, **parts}
     for flag, path in ((flag, path) for flag, path in given.items() if path):
-        taken = Path(path).resolve()
-        if output == taken or (output in taken.parents and flag not in parts):
+        source = Path(path).resolve()
+        if output == source or (output in source.parents and flag not in parts):
             raise UserError("--output_dir", f"{output_dir} is or contains --{flag}", hint, FLAGS)
-        if taken in output.parents and flag != "train_data_dir":
+        if source in output.parents and flag != "train_data_dir":
             raise UserError("--output_dir", f"{output_dir} is inside --{flag} {path}", hint, FLAGS)
     if output.exists() and not output.is_dir():
-        raise UserError("--output_dir", f"{output_dir} is a file", "give a folder", FLAGS)
+        raise UserError("--output_dir", f"{output_dir} is a file", "pass a folder", FLAGS)
 
 
-def _holds_a_run(output_dir: Path) -> str:
-    """Returns the name of what shows that a run has trained here, "" if nothing does."""
-    checkpoints = numbered(output_dir)
+def _run_marker(output_dir: Path) -> str:
+    """Return the name of the file or folder that shows that a run has trained here, "" if there is none."""
+    checkpoints = checkpoint_folders(output_dir)
     if checkpoints:
         return checkpoints[-1].name
     metrics, status = output_dir / RECORDS[0], output_dir / "run_status.json"
@@ -102,71 +119,74 @@ def _holds_a_run(output_dir: Path) -> str:
         step = json.loads(status.read_bytes())["step"]
     except (ValueError, KeyError, TypeError):
         return status.name
-    # A run that failed before its first step (a mistyped flag) leaves a status and nothing to lose.
+    # A run that failed before its first step (e.g. because of a mistyped flag) left a status and nothing of value.
     return status.name if step else ""
 
 
-def resolve_resume(resume: str | None, output_dir: Path, *, previous_run_died: bool, verify_hashes: bool) -> Resume:
-    """Returns where to resume; the step comes from the manifest, so that a renamed or moved folder is honoured.
+def resolve_resume(
+    resume: str | None, output_dir: Path, *, previous_run_killed: bool, verify_hashes: bool
+) -> ResumePoint:
+    """Return where to resume. The step comes from the manifest, so renamed and moved folders work.
 
     Args:
         resume: "latest", a checkpoint's path (relative to the working directory or absolute), or None.
         output_dir: of this run.
-        previous_run_died: the last run here ended without a goodbye, so that hashes are verified.
-        verify_hashes: verify them in any case.
+        previous_run_killed: the last run here ended without writing its status, so hashes are verified.
+        verify_hashes: verify hashes in any case.
 
     Raises:
-        UserError: (FLAGS) `resume` is None and the folder already holds a run; (MODEL) the path is no sound checkpoint
-            of ours, or `latest` finds checkpoints and none of them can be resumed; (STORAGE) a folder is unreadable.
+        UserError: (FLAGS) `resume` is None and the folder already contains a run; (MODEL) the path is no sound
+            checkpoint of this trainer, or `latest` finds checkpoints and none can be resumed; (STORAGE) a folder is
+            unreadable.
     """
-    hashes = previous_run_died or verify_hashes
+    hashes = previous_run_killed or verify_hashes
     try:
         if resume is None:
             return _start_anew(output_dir)
         return _resume_latest(output_dir, hashes) if resume == "latest" else _resume_path(resume, output_dir, hashes)
     except OSError as error:
-        hint = "give a path that this process may read"
+        hint = "pass a path that this process may read"
         raise UserError(
             str(error.filename or output_dir), f"cannot be read ({error.strerror})", hint, STORAGE
         ) from error
 
 
-def _start_anew(output_dir: Path) -> Resume:
-    found = _holds_a_run(output_dir)
+def _start_anew(output_dir: Path) -> ResumePoint:
+    found = _run_marker(output_dir)
     if found:
-        hint = "add --resume_from_checkpoint latest to go on with it, or give another --output_dir"
-        raise UserError("--output_dir", f"{output_dir} already holds a run (it has {found})", hint, FLAGS)
-    return Resume(None, 0)
+        hint = "add --resume_from_checkpoint latest to continue it, or pass another --output_dir"
+        raise UserError("--output_dir", f"{output_dir} already contains a run (it has {found})", hint, FLAGS)
+    return ResumePoint(None, 0)
 
 
-def _resume_path(path: str, output_dir: Path, hashes: bool) -> Resume:
+def _resume_path(path: str, output_dir: Path, hashes: bool) -> ResumePoint:
     checkpoint = Path(path)
     if not checkpoint.exists() and (output_dir / path / MANIFEST).is_file():
-        checkpoint = output_dir / path  # a bare name, as users of other trainers give it
+        checkpoint = output_dir / path  # a bare name, as other trainers accept it
     if not (checkpoint / MANIFEST).is_file():
-        raise _refuse_stranger(checkpoint, output_dir)
+        raise _not_a_checkpoint_error(checkpoint, output_dir)
     problems = verify(checkpoint, hashes)
     if problems:
-        raise UserError(str(checkpoint), "; ".join(problems), "name another checkpoint, or latest", MODEL)
-    return Resume(checkpoint, read_manifest(checkpoint)["step"])
+        raise UserError(str(checkpoint), "; ".join(problems), "pass another checkpoint, or latest", MODEL)
+    return ResumePoint(checkpoint, read_manifest(checkpoint)["step"])
 
 
-def _resume_latest(output_dir: Path, hashes: bool) -> Resume:
-    newest, warnings = latest(output_dir, hashes)
+def _resume_latest(output_dir: Path, hashes: bool) -> ResumePoint:
+    newest, warnings = latest_checkpoint(output_dir, hashes)
     if newest is not None:
-        return Resume(newest, read_manifest(newest)["step"], tuple(warnings))
+        return ResumePoint(newest, read_manifest(newest)["step"], tuple(warnings))
     if warnings:
-        hint = "restore one of them, or give another --output_dir to start anew"
+        hint = "restore one of them, or pass another --output_dir to start a new run"
         raise UserError(str(output_dir), f"has no sound checkpoint: {'. '.join(warnings)}", hint, MODEL)
-    for folder in reversed(numbered(output_dir)):
-        found = _foreign(folder)
+    for folder in reversed(checkpoint_folders(output_dir)):
+        found = _foreign_files(folder)
         if found:
-            raise _refuse_foreign(folder, found)
-    return Resume(None, 0, (f"there is no checkpoint in {output_dir}: the run starts anew, at step 0",))
+            raise _foreign_error(folder, found)
+    return ResumePoint(None, 0, (f"there is no checkpoint in {output_dir}: a new run starts at step 0",))
 
 
 def _is_later(line: bytes, step: int) -> bool:
-    """Tells whether a line belongs to a step after `step`, or is torn."""
+    """Return whether a line belongs to a later step than `step`, or is incomplete."""
     try:
         record = json.loads(line)
         return bool((record.get("step") or 0) > step)
@@ -175,27 +195,27 @@ def _is_later(line: bytes, step: int) -> bool:
 
 
 def _split_records(log: Path, moved: Path, step: int) -> None:
-    """Moves the later lines of a log to another file; the log is replaced at once, after the moved lines are safe."""
-    with atomic_write(log) as kept:
-        with log.open("rb") as lines, kept.open("xb") as keep, moved.open("xb") as move:
+    """Move the later lines of a log to another file; the log is replaced only after the moved lines are on disk."""
+    with atomic_write(log) as remaining:
+        with log.open("rb") as lines, remaining.open("xb") as earlier, moved.open("xb") as later:
             for line in lines:
                 if _is_later(line, step):
-                    move.write(line)
+                    later.write(line)
                 else:
-                    keep.write(line if line.endswith(b"\n") else line + b"\n")
-        shutil.copymode(log, kept)
+                    earlier.write(line if line.endswith(b"\n") else line + b"\n")
+        shutil.copymode(log, remaining)
         flush(moved)
         flush(moved.parent)
 
 
 def rewind(output_dir: Path, step: int) -> Path | None:
-    """Moves what came after `step` out of the way: later checkpoints, later lines of RECORDS, and torn lines.
+    """Move what came after `step` to another folder: later checkpoints, later lines of RECORDS, incomplete lines.
 
-    Nothing is deleted. Killed at any instant, a second call finishes the work (in a further folder).
+    Nothing is deleted. If the process is killed at any point, a second call completes it (in a further folder).
 
     Args:
         output_dir: of a run that holds its lock and has no open record file.
-        step: where the run goes on.
+        step: where the run continues.
 
     Returns:
         The folder `superseded-<step>` (`-2`, ... if that exists) with what was moved; None if nothing was later.
@@ -203,7 +223,8 @@ def rewind(output_dir: Path, step: int) -> Path | None:
     Raises:
         UserError: (STORAGE) the folder cannot be written.
     """
-    # Newest checkpoint first and the records last: at any instant the newest one left has all its records.
+    # Newest checkpoint first and the records last: at any moment the newest remaining checkpoint has all its records,
+    # so a kill in between leaves a folder that can be resumed.
     later = [path for path in reversed(find_checkpoints(output_dir)) if step_in_name(path) > step]
     logs = [output_dir / name for name in RECORDS if (output_dir / name).is_file()]
     try:
@@ -219,13 +240,13 @@ def rewind(output_dir: Path, step: int) -> Path | None:
         flush(superseded)
         flush(output_dir)
     except OSError as error:
-        hint = "make the folder writable, or give another --output_dir"
+        hint = "make the folder writable, or pass another --output_dir"
         raise UserError(str(output_dir), f"cannot be rewound to step {step} ({error})", hint, STORAGE) from error
     return superseded
 
 
 def _has_later(log: Path, step: int) -> bool:
-    """Tells whether a log holds later lines; a whole last line that only lacks its newline is given one."""
+    """Return whether a log has later lines. A complete last line that only lacks its newline gets one."""
     line = b"\n"
     with log.open("rb") as lines:
         for line in lines:
@@ -237,18 +258,18 @@ def _has_later(log: Path, step: int) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------- room, order, one owner
+# ------------------------------------------------------------------------------------------ disk space, cleanup, lock
 
 
 def _remove(folder: Path) -> list[str]:
-    """Deletes a folder or file that is no longer anyone's; returns a warning if it cannot be."""
+    """Delete a folder or file that no run uses; return a warning if that fails."""
     try:
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
         else:
             folder.unlink()
     except OSError as error:
-        return [f"{folder} could not be removed ({error}); the next save tries again"]
+        return [f"{folder} could not be deleted ({error}); the next save tries again"]
     return []
 
 
@@ -257,22 +278,22 @@ def _leftovers(output_dir: Path, kinds: tuple[str, ...]) -> list[Path]:
     return [path for path in found if (match := LEFTOVER.fullmatch(path.name)) and match[1] in kinds]
 
 
-def sweep(output_dir: Path) -> list[str]:
-    """Removes what dead runs left behind: their temporary and discarded files. Only under the run's lock (see hold).
+def remove_leftovers(output_dir: Path) -> list[str]:
+    """Delete temporary and discarded files of runs that were killed. Requires the run's lock (see lock_folder).
 
     Returns:
-        A warning for each that could not be removed.
+        A warning for each that could not be deleted.
     """
     return [warning for path in _leftovers(output_dir, ("tmp", "trash")) for warning in _remove(path)]
 
 
 def prune(output_dir: Path, keep: int) -> list[str]:
-    """Removes the oldest sound checkpoints beyond the newest `keep` (at least 1); call it after a publication.
+    """Delete the oldest sound checkpoints beyond the newest `keep` (at least 1); to be called after a publication.
 
     Broken checkpoints, links and everything that is not a published `checkpoint-<step>` stay untouched.
 
     Returns:
-        A warning for each that could not be removed; never raises for it.
+        A warning for each that could not be deleted; a failure never raises.
     """
     try:
         warnings = [warning for path in _leftovers(output_dir, ("trash",)) for warning in _remove(path)]
@@ -280,55 +301,58 @@ def prune(output_dir: Path, keep: int) -> list[str]:
     except OSError as error:
         return [f"{output_dir} could not be pruned ({error}); the next save tries again"]
     for checkpoint in sound[: -max(keep, 1)]:
-        # Renamed first: what is half removed no longer bears a checkpoint's name.
+        # Renamed first: a folder that is only partly deleted must not have a checkpoint's name.
         trash = temp_path(checkpoint, "trash")
         try:
             checkpoint.rename(trash)
         except OSError as error:
-            warnings.append(f"{checkpoint} could not be removed ({error}); the next save tries again")
+            warnings.append(f"{checkpoint} could not be deleted ({error}); the next save tries again")
             continue
         warnings += _remove(trash)
     return warnings
 
 
-def room_for(output_dir: Path, bytes_needed: int, what: str = "a checkpoint") -> None:
-    """Checks that the disk of `output_dir` (which may not exist yet) has room. Raises UserError (STORAGE).
+def require_disk_space(output_dir: Path, bytes_needed: int, what: str = "a checkpoint") -> None:
+    """Raise UserError (STORAGE) if the disk of `output_dir` (which may not exist yet) lacks free space.
 
     Args:
         output_dir: of a run.
-        bytes_needed: at most.
-        what: needs it, for the message.
+        bytes_needed: upper limit.
+        what: what needs the space, for the message.
     """
     place = output_dir.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        found = f"{what} needs {bytes_needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB"
-        raise UserError(str(output_dir), found, "free some room, or give an --output_dir on another disk", STORAGE)
+        found = f"{what} needs {bytes_needed / 1e9:.3g} GB of disk space, {free / 1e9:.3g} GB are free"
+        raise UserError(
+            str(output_dir), found, "free some disk space, or pass an --output_dir on another disk", STORAGE
+        )
 
 
-# Descriptors of locks; a forked worker closes its copies, or it would outlive its owner's lock.
-_held: set[int] = set()
+# File descriptors of locks. A lock lasts as long as any copy of its descriptor, so a forked worker closes its copies:
+# one that outlives the trainer would keep the folder locked.
+_lock_descriptors: set[int] = set()
 
 
 def _forget_locks() -> None:
-    while _held:
-        os.close(_held.pop())
+    while _lock_descriptors:
+        os.close(_lock_descriptors.pop())
 
 
 os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager
-def hold(output_dir: Path) -> Iterator[list[str]]:
-    """Holds the run's lock, `output_dir/.lock`, which ends with the process however that ends.
+def lock_folder(output_dir: Path) -> Iterator[list[str]]:
+    """Hold the run's lock, `output_dir/.lock`, within the block. The kernel releases it however the process ends.
 
     Yields:
-        Warnings: one if the file system knows no locks.
+        Warnings: one if the file system does not support locks.
 
     Raises:
-        UserError: (FLAGS) another process holds it, named by pid, host and time; (STORAGE) the folder cannot be written.
+        UserError: (FLAGS) another process holds it, named by pid, host and time; (STORAGE) the folder is not writable.
     """
     path = output_dir / ".lock"
     try:
@@ -336,26 +360,26 @@ def hold(output_dir: Path) -> Iterator[list[str]]:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UserError(
-            str(path), f"cannot be opened ({error})", "give an --output_dir you can write", STORAGE
+            str(path), f"cannot be opened ({error})", "pass an --output_dir you can write", STORAGE
         ) from error
-    _held.add(lock)
+    _lock_descriptors.add(lock)
     warnings: list[str] = []
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "another process"
-            hint = "wait for that run or stop it, or give another --output_dir"
-            raise UserError("--output_dir", f"{output_dir} is held by {owner}", hint, FLAGS) from error
+            hint = "wait for that run or stop it, or pass another --output_dir"
+            raise UserError("--output_dir", f"{output_dir} is in use by {owner}", hint, FLAGS) from error
         except OSError as error:
             warnings.append(
-                f"{path}: no file locks here ({error}); see to it that no second run writes to this folder"
+                f"{path}: this file system has no file locks ({error}); make sure that no second run writes to this folder"
             )
         since = datetime.now(UTC).isoformat(timespec="seconds")
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"pid {os.getpid()} on host {socket.gethostname()} since {since}\n".encode(), 0)
         yield warnings
     finally:
-        if lock in _held:  # else this is a forked child that runs out of its copy of the block
-            _held.discard(lock)
+        if lock in _lock_descriptors:  # false in a forked child that leaves its copy of this block
+            _lock_descriptors.discard(lock)
             os.close(lock)

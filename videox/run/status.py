@@ -1,4 +1,4 @@
-"""Serves whoever looks in on a run: run_status.json says how it stands, and whether it died without a goodbye."""
+"""run_status.json: the state of a run, and whether the run ended without writing its status (was killed)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STATES = ("running", "finished", "stopped", "failed")
 
 
 def _process_start(pid: int) -> str:
-    """Returns when a process started, in the kernel's ticks, or "" where it is gone or the system does not tell.
+    """Return when a process started, in the kernel's clock ticks; "" if it is gone or the system does not report it.
 
-    A number of a dead process is soon given to another one (in a container every trainer may be process 7), so the
-    number alone does not say who lives.
+    The PID of a dead process is soon reused (in a container every trainer may be PID 7), so the PID alone does not
+    identify a process.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -44,7 +44,7 @@ def _alive(pid: int, started: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What run_status.json said; see `RunStatus` for the fields."""
+    """Content of run_status.json; see `RunStatus` for the fields."""
 
     state: str
     exit_code: int | None
@@ -56,23 +56,23 @@ class Status:
     updated: float
 
     @property
-    def died(self) -> bool:
-        """True if the run said "running" and its process is gone, so it ended without a goodbye (kill -9, power cut).
+    def was_killed(self) -> bool:
+        """True if the state is "running" and the process is gone: it ended without writing its status (kill -9).
 
-        Of a process on another host nothing can be seen; it counts as gone, since the lock of output_dir is what tells
-        two living trainers apart, and a needless look at the hashes costs less than a missed one.
+        A process on another host cannot be checked and counts as gone: the lock of output_dir is what keeps two living
+        trainers apart, and an unnecessary check of the hashes costs less than a missing one.
         """
         return self.state == "running" and not (self.host == socket.gethostname() and _alive(self.pid, self.started))
 
 
 def read_status(output_dir: Path) -> Status | None:
-    """Returns what the last run in `output_dir` left in run_status.json, or None if there is no file.
+    """Return what the last run in `output_dir` left in run_status.json, or None if there is no file.
 
-    A file that cannot be understood counts as a run that died while it wrote: state "running", process 0.
+    A file that cannot be parsed counts as a run that was killed while it wrote: state "running", PID 0.
     """
     try:
-        found = json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))
-        return Status(**{name: found[name] for name in Status.__dataclass_fields__})
+        content = json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))
+        return Status(**{name: content[name] for name in Status.__dataclass_fields__})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -80,15 +80,15 @@ def read_status(output_dir: Path) -> Status | None:
 
 
 class RunStatus:
-    """Keeps output_dir/run_status.json: `state`, `exit_code`, `step`, `error` (one line), and `pid`, `host`, `started`
-    (the process's start), `updated` (seconds since 1970).
+    """Writer of output_dir/run_status.json: `state`, `exit_code`, `step`, `error` (one line), and `pid`, `host`,
+    `started` (start time of the process), `updated` (seconds since 1970).
 
-    Every write replaces the whole file by a rename, so a reader never sees half of one. A write that fails is a
-    warning, once: the status must neither end a run nor hide the error that did.
+    Every write replaces the whole file by a rename, so a reader never sees an incomplete one. A failed write is logged
+    as a warning, once: the status must neither end a run nor hide the error that did.
 
     Args:
-        output_dir: the run's folder; made if it is not there.
-        enabled: False on every process but the main one; then nothing is written.
+        output_dir: the run's folder; created if missing.
+        enabled: False on every rank but the main one; then nothing is written.
         interval: seconds between two writes of `heartbeat`.
     """
 
@@ -96,14 +96,14 @@ class RunStatus:
         self.path = output_dir / "run_status.json"
         self.enabled, self.interval = enabled, interval
         self.step = 0
-        self._last, self._warned = -math.inf, False
+        self._last_write, self._warned = -math.inf, False
 
     def write(self, state: str, *, step: int | None = None, exit_code: int | None = None, error: str = "") -> None:
-        """Writes the state at once.
+        """Write the state at once.
 
         Args:
             state: one of STATES.
-            step: optimizer steps done; None keeps the last one told.
+            step: optimizer steps done; None keeps the last value.
             exit_code: as in videox.errors, 0 for a finished run, None while it runs.
             error: the line of `UserError.line`, empty without an error; line breaks become spaces.
 
@@ -111,9 +111,9 @@ class RunStatus:
             ValueError: for an unknown state.
         """
         if state not in STATES:
-            raise ValueError(f"state {state!r} is none of {STATES}")
+            raise ValueError(f"state {state!r} is not one of {STATES}")
         self.step = self.step if step is None else step
-        self._last = time.monotonic()
+        self._last_write = time.monotonic()
         if not self.enabled:
             return
         pid = os.getpid()
@@ -132,11 +132,11 @@ class RunStatus:
             write_json_atomically(self.path, asdict(status))
         except OSError as error_:
             if not self._warned:
-                logger.warning("%s cannot be written (%s); the run goes on without it", self.path, error_)
+                logger.warning("%s cannot be written (%s); training continues without it", self.path, error_)
             self._warned = True
 
     def heartbeat(self, step: int) -> None:
-        """Notes that `step` optimizer steps are done; writes "running" if the last write is `interval` seconds old."""
+        """Record that `step` optimizer steps are done; write "running" if the last write is `interval` seconds old."""
         self.step = step
-        if time.monotonic() - self._last >= self.interval:
+        if time.monotonic() - self._last_write >= self.interval:
             self.write("running")

@@ -1,1 +1,1 @@
-"""What a run records and shows: metrics, trackers, progress bar, previews."""
+"""Records and displays of a run: metrics.jsonl, trackers, progress bar, preview pictures."""

@@ -1,4 +1,4 @@
-"""Serves whoever checks a step by hand: --dump_steps writes every tensor of a micro-batch, and changes nothing."""
+"""Tensor dumps for --dump_steps: write every tensor of a micro-batch to a file, without changing the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from videox.data.dataset import Batch
 
 
 def dump_folder(output_dir: Path, step: int, dump_steps: Sequence[int]) -> Path | None:
-    """Returns where the tensors of an optimizer step (from 1) go, None if it was not asked for."""
+    """Return the folder for the tensors of an optimizer step (from 1), None if the step is not in dump_steps."""
     return output_dir / "dump" / f"step-{step}" if step in dump_steps else None
 
 
@@ -25,18 +25,20 @@ def write_dump(
     tensors: Mapping[str, torch.Tensor],
     model_inputs: Mapping[str, object],
 ) -> Path:
-    """Writes rank-R-micro-M.safetensors into a folder, which is made, and returns its path.
+    """Write rank-R-micro-M.safetensors and return its path.
 
     Args:
-        folder: output_dir/dump/step-N, N counted from 1.
-        rank: of this process.
-        batch: its pixels and, as JSON strings in the header, rows, frame_indices, captions (after dropout), bucket.
+        folder: output_dir/dump/step-N, N counted from 1; created if it does not exist.
+        rank: rank of this process.
+        batch: the micro-batch. Its pixels are stored as a tensor; its rows, frame_indices, captions (after dropout)
+            and bucket are stored as JSON strings in the file's metadata.
         tensors: latents, noise, sigma, timestep, weight, target, prediction, loss.
-        model_inputs: keywords given to the transformer; tensors among them are stored as model.<name>.
+        model_inputs: keyword arguments of the transformer's forward; tensors among them are stored as model.<name>.
     """
     path = folder / f"rank-{rank}-micro-{batch['micro']}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {f"model.{name}": value for name, value in model_inputs.items() if isinstance(value, torch.Tensor)}
+    # copy: safetensors rejects tensors that share memory, and views must not be written as they are
     stored = {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in {"pixels": batch["pixels"], **tensors, **inputs}.items()

@@ -1,4 +1,4 @@
-"""Serves the run's records: JSON lines, appended so that a kill tears at most the last one, and read back."""
+"""JSON Lines files: append records so that a killed process truncates at most the last line, and read them back."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from videox.errors import STORAGE, UserError
 
 
 def json_line(record: Mapping[str, object]) -> bytes:
-    """Returns one line of standard JSON, with its line break.
+    """Return a record as one line of standard JSON, line break included.
 
-    Finite floats are written in the shortest form that reads back exactly. JSON has no NaN or infinity: such a number,
-    at any depth, becomes null, and the key "non_finite": true is added.
+    Finite floats are written in the shortest form that reads back exactly. JSON has no NaN or infinity: such a number
+    becomes null at any depth of nesting, and the key "non_finite": true is added.
     """
-    found: list[float] = []
-    clean = {name: _finite(value, found) for name, value in record.items()}
-    if found:
-        clean["non_finite"] = True
-    return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    non_finite: list[float] = []
+    cleaned = {name: _null_non_finite(value, non_finite) for name, value in record.items()}
+    if non_finite:
+        cleaned["non_finite"] = True
+    return json.dumps(cleaned, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def _finite(value: object, found: list[float]) -> object:
+def _null_non_finite(value: object, non_finite: list[float]) -> object:
+    """Return a value with None for every NaN or infinity, which are appended to `non_finite`."""
     if isinstance(value, (list, tuple)):
-        return [_finite(item, found) for item in value]
+        return [_null_non_finite(item, non_finite) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        found.append(value)
+        non_finite.append(value)
         return None
     return value
 
 
 def append_line(path: Path, record: Mapping[str, object]) -> None:
-    """Appends a record to a file of JSON lines by a single write, so that a kill leaves at most one torn line.
+    """Append a record to a JSON Lines file by a single write, so that a kill leaves at most one truncated line.
 
-    What a failed write left behind is taken away again.
+    If the write fails, the file is cut back to its previous length.
 
     Raises:
         UserError: (exit code 5) if the file cannot be written, e.g. because the disk is full.
@@ -49,7 +50,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
             end = os.fstat(descriptor).st_size
             try:
                 written = os.write(descriptor, line)
-                while written < len(line):  # a nearly full disk takes a part, and refuses the rest
+                while written < len(line):  # a nearly full disk accepts part of the line; the next write then fails
                     written += os.write(descriptor, line[written:])
             except OSError:
                 os.ftruncate(descriptor, end)
@@ -58,17 +59,17 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
             os.close(descriptor)
     except OSError as error:
         raise UserError(
-            str(path), f"cannot be written ({error.strerror})", "make room or rights there", STORAGE
+            str(path), f"cannot be written ({error.strerror})", "free disk space or fix the permissions", STORAGE
         ) from error
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Returns the records of a file of JSON lines in order; none if there is no file.
+    """Return the records of a JSON Lines file in order; an empty list if there is no file.
 
-    A last line without its line break is what a kill tore off; it is left out.
+    A last line without a line break was truncated by a kill and is ignored.
 
     Raises:
-        UserError: (exit code 5) for a whole line that is not a JSON object.
+        UserError: (exit code 5) for a complete line that is not a JSON object.
     """
     if not path.exists():
         return []
@@ -86,10 +87,10 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cuts off a last line without its line break, which a kill has torn. Raises OSError."""
+def drop_truncated_line(path: Path) -> None:
+    """Remove a last line without a line break, which was truncated by a kill. Raises OSError."""
     if path.exists():
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.truncate(path, complete)

@@ -1,4 +1,4 @@
-"""Serves whoever asks what a run did: metrics.jsonl, one line for each optimizer step, none missing, none twice."""
+"""metrics.jsonl: one line for each optimizer step, with no step missing and none repeated."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from videox.files import flush
-from videox.tracking.jsonl import append_line, drop_torn_line, read_lines
+from videox.tracking.jsonl import append_line, drop_truncated_line, read_lines
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step, as metrics.jsonl holds it.
+    """One optimizer step as it is stored in metrics.jsonl.
 
     Attributes:
-        step: from 1.
-        loss: mean over the real samples of the global batch.
+        step: number of the optimizer step, from 1.
+        loss: mean over the real (not padding) samples of the global batch.
         lr: learning rate of this step.
         grad_norm: global gradient norm before clipping.
         tokens: sequence length summed over the real samples of the global batch.
-        tokens_per_second: `tokens` by the seconds of this step.
-        data_wait: seconds waited for data, the largest over the ranks.
+        tokens_per_second: `tokens` divided by the seconds of this step.
+        data_wait: seconds waited for data, maximum over the ranks.
         rows: metadata row numbers of the global batch in schedule order.
-        buckets: (frames, height, width) in pixels, parallel to rows.
-        measured: further numbers of the step by name, see videox.estimate.mfu.
+        buckets: (frames, height, width) of each row, height and width in pixels.
+        measured: additional metrics of the step by name, see videox.estimate.mfu.
     """
 
     step: int
@@ -39,7 +39,7 @@ class StepRecord:
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
-        """Returns the object of metrics.jsonl; numbers of numpy or torch become Python's."""
+        """Return the JSON object for metrics.jsonl; numpy and torch numbers are converted to Python's."""
         if len(self.rows) != len(self.buckets):
             raise ValueError(f"{len(self.rows)} rows but {len(self.buckets)} buckets in step {self.step}")
         return {
@@ -57,15 +57,16 @@ class StepRecord:
 
 
 class MetricsLog:
-    """Appends to output_dir/metrics.jsonl, one line per optimizer step, each in the file when `append` returns.
+    """Writer of output_dir/metrics.jsonl: one line per optimizer step, written to the file when `append` returns.
 
     Args:
-        output_dir: the run's folder.
-        enabled: False on every process but the main one; then nothing is written.
-        after: the step behind the first line of a new file, for a run that goes on from another folder's checkpoint.
+        output_dir: the run folder.
+        enabled: False on every process except the main one; nothing is written then.
+        after: for a new file, the step before its first line; not 0 when a run resumes from another folder's
+            checkpoint.
 
     Raises:
-        UserError: (exit code 5) if the file holds a broken line or cannot be written.
+        UserError: (exit code 5) if the file contains a broken line or cannot be written.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool = True, after: int = 0) -> None:
@@ -73,13 +74,13 @@ class MetricsLog:
         lines = read_lines(self.path) if enabled else []
         self.last_step = lines[-1]["step"] if lines else after
         if enabled:
-            drop_torn_line(self.path)
+            drop_truncated_line(self.path)
 
     def append(self, record: StepRecord) -> None:
-        """Writes one line.
+        """Append the line of one step.
 
         Raises:
-            ValueError: if the step is not the one after the last line's, so that no step is repeated or missing.
+            ValueError: if the step does not directly follow the last line's step.
             UserError: (exit code 5) if the file cannot be written.
         """
         if record.step != self.last_step + 1 and self.enabled:
@@ -89,6 +90,10 @@ class MetricsLog:
         self.last_step = record.step
 
     def sync(self) -> None:
-        """Forces the lines to the disk; before a checkpoint is published, which must not outlive its own lines."""
+        """Flush the lines to disk.
+
+        Called before a checkpoint is published: after a power loss there must be no checkpoint without the lines of
+        its steps.
+        """
         if self.enabled and self.path.exists():
             flush(self.path)

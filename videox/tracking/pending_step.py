@@ -1,4 +1,4 @@
-"""Serves the run's records: an optimizer step whose loss and norm are still on their way from the device."""
+"""An optimizer step that is not recorded yet: its loss and gradient norm are still being copied from the device."""
 
 from __future__ import annotations
 
@@ -6,50 +6,56 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from videox.data.plan.plan import EpochPlan
+from videox.data.plan.epoch import EpochPlan
 from videox.device import AsyncScalars, DeviceEvent
 from videox.distributed.step_sync import StepReport
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that is done as far as the host is concerned. It is recorded while the device works at the next one.
+    """A step whose work the host has queued. It is recorded one step later, while the device runs the next step.
 
     Attributes:
-        step: its number, from 1; plan, epoch_step: its place in the plan, from 0.
-        report: what the processes agreed on in it.
-        rate: learning rate of the full-rate group.
-        empty: none of its samples could be read.
-        numbers: loss, gradient norm before clipping, and whether the weights were stepped.
-        seconds: by the host's clock.
-        waited: seconds of it that this process waited for data.
-        begin: when the device began it; work_done: when this process's own part was done, None = not measured.
+        step: number of the optimizer step, from 1.
+        plan: the epoch plan that the step belongs to.
+        epoch_step: index of the step in the plan, from 0.
+        report: what the ranks agreed on in this step.
+        lr: learning rate of the parameters that train at the full LR (the others train at half of it).
+        empty: whether none of its samples could be read.
+        scalars: loss, gradient norm before clipping, and whether the optimizer step was applied.
+        host_seconds: duration by the host's clock.
+        data_wait: seconds of it that this rank waited for data.
+        begin: when the device began the step.
+        work_done: when this rank's own work of the step was done, None = not measured.
     """
 
     step: int
     plan: EpochPlan
     epoch_step: int
     report: StepReport
-    rate: float
+    lr: float
     empty: bool
-    numbers: AsyncScalars
-    seconds: float
-    waited: float
+    scalars: AsyncScalars
+    host_seconds: float
+    data_wait: float
     begin: DeviceEvent
     work_done: DeviceEvent | None
 
-    def took(self) -> float:
-        """Returns the seconds of the step: by the device's clock where it has one, which the host runs ahead of."""
-        end = self.numbers.moment
-        return max(end.since(self.begin), 1e-9) if end.on_device else self.seconds
+    def duration(self) -> float:
+        """Return the duration of the step in seconds, by the device's clock if it has one.
+
+        The host only queues work for a GPU and runs ahead of it, so its clock does not show when a step ended.
+        """
+        end = self.scalars.moment
+        return max(end.since(self.begin), 1e-9) if end.on_device else self.host_seconds
 
     def busy(self) -> float:
-        """Returns the seconds that this process worked and waited neither for data nor for others; 0 = not known."""
+        """Return the seconds in which this rank waited neither for data nor for other ranks; 0 = not measured."""
         if self.work_done is None:
             return 0.0
-        return max(self.work_done.since(self.begin) - self.waited, 1e-9)
+        return max(self.work_done.since(self.begin) - self.data_wait, 1e-9)
 
 
-def numbers_of(loss: Tensor, grad_norm: Tensor, applied: Tensor) -> AsyncScalars:
-    """Returns a step's numbers on their way; loss: on the device."""
+def step_scalars(loss: Tensor, grad_norm: Tensor, applied: Tensor) -> AsyncScalars:
+    """Start to copy a step's scalars to the host, from the device of `loss`."""
     return AsyncScalars(loss, grad_norm, applied, device=loss.device)

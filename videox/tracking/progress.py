@@ -1,4 +1,4 @@
-"""Serves whoever sits before a run: how long its steps take, on a bar or in lines that no lost terminal interrupts."""
+"""Step timing and the progress display: a tqdm bar on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class StepTime:
     """Times of one optimizer step.
 
     Attributes:
-        seconds: of the whole step, without what ran inside `StepClock.aside`.
-        data_wait: seconds of it that this process waited for data.
-        tokens_per_second: over the global batch.
-        smooth_tokens_per_second: the same over the last steps.
-        wait_share: share of the last steps' seconds that went into waiting, in [0, 1].
+        seconds: duration of the step, without the time inside `StepClock.paused`.
+        data_wait: seconds of it that were spent waiting for data.
+        tokens_per_second: throughput over the global batch.
+        smooth_tokens_per_second: the same, smoothed over the last steps.
+        wait_share: fraction of the last steps' time that was spent waiting for data, in [0, 1].
     """
 
     seconds: float
@@ -33,25 +33,25 @@ class StepTime:
 
 
 class StepClock:
-    """Measures steps by the monotonic clock, which no change of the system's time can bend.
+    """Measures the duration of steps by the monotonic clock, which does not jump when the system time is changed.
 
-    Smoothed values are quotients of exponentially forgotten sums: steps of very different token counts then weigh by
-    the time they take, as they do in the run's total.
+    Smoothed values are ratios of two exponentially decayed sums (tokens and seconds), not averages of ratios: steps
+    with very different token counts are then weighted by the time they take, as they are in the run's total.
 
     Args:
-        memory: how many steps the smoothed values look back, about.
-        now: a clock in seconds.
+        memory: approximate number of past steps that the smoothed values cover.
+        now: function that returns the time in seconds.
     """
 
     def __init__(self, *, memory: float = 20.0, now: Callable[[], float] = time.monotonic) -> None:
-        self._keep, self._now = 1 - 1 / memory, now
+        self._decay, self._now = 1 - 1 / memory, now
         self._tokens = self._seconds = self._waited = 0.0
-        self._aside = self.data_wait = 0.0
+        self._paused = self.data_wait = 0.0
         self._start = now()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data; `data_wait` holds the sum since the step began."""
+        """Count the time inside as waiting for data; `data_wait` is the sum since the step began."""
         start = self._now()
         try:
             yield
@@ -59,32 +59,32 @@ class StepClock:
             self.data_wait += self._now() - start
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leaves the time inside (validation, checkpoint) out of the step."""
+    def paused(self) -> Iterator[None]:
+        """Exclude the time inside (validation, checkpoint) from the step."""
         start = self._now()
         try:
             yield
         finally:
-            self._aside += self._now() - start
+            self._paused += self._now() - start
 
     def split(self) -> float:
-        """Ends the step, begins the next one, and returns the seconds that it took."""
+        """End the step, begin the next one, and return the duration of the ended step in seconds."""
         now = self._now()
-        seconds = max(now - self._start - self._aside, 1e-9)
-        self._start, self._aside, self.data_wait = now, 0.0, 0.0
+        seconds = max(now - self._start - self._paused, 1e-9)
+        self._start, self._paused, self.data_wait = now, 0.0, 0.0
         return seconds
 
     def count(self, tokens: int, seconds: float, data_wait: float) -> StepTime:
-        """Returns the times of a step that has ended; the smoothed ones go on from the steps counted before.
+        """Return the times of a step that has ended, and update the smoothed values.
 
         Args:
-            tokens: of the global batch.
-            seconds: that it took.
-            data_wait: seconds of them, the largest over the ranks.
+            tokens: number of tokens in the global batch.
+            seconds: duration of the step.
+            data_wait: seconds of it that were spent waiting for data, maximum over the ranks.
         """
-        self._tokens = self._keep * self._tokens + tokens
-        self._seconds = self._keep * self._seconds + seconds
-        self._waited = self._keep * self._waited + min(data_wait, seconds)
+        self._tokens = self._decay * self._tokens + tokens
+        self._seconds = self._decay * self._seconds + seconds
+        self._waited = self._decay * self._waited + min(data_wait, seconds)
         return StepTime(
             seconds=seconds,
             data_wait=data_wait,
@@ -95,11 +95,11 @@ class StepClock:
 
 
 class _QuietStream:
-    """A stream that falls silent when what it writes to is closed, gone or full: a lost terminal ends no run."""
+    """A stream that stops writing after the first write error, so that a closed terminal does not end a run."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        self.encoding = getattr(stream, "encoding", None)  # tqdm draws with blocks where they can be shown
+        self.encoding = getattr(stream, "encoding", None)  # tqdm reads it to decide between Unicode blocks and ASCII
 
     def write(self, text: str) -> int:
         self._try(lambda stream: stream.write(text))
@@ -109,7 +109,7 @@ class _QuietStream:
         self._try(lambda stream: stream.flush())
 
     def columns(self) -> int:
-        """Returns the terminal's width, 0 where it tells none or there is no terminal."""
+        """Return the width of the terminal, 0 if there is none or its width is not known."""
         try:
             return os.get_terminal_size(self.fileno()).columns
         except (OSError, ValueError):
@@ -117,7 +117,7 @@ class _QuietStream:
 
     def fileno(self) -> int:
         if self._stream is None:
-            raise OSError("the stream is gone")
+            raise OSError("the stream is closed")
         return self._stream.fileno()
 
     def _try(self, action: Callable[[IO[str]], object]) -> object:
@@ -125,21 +125,22 @@ class _QuietStream:
             return None
         try:
             return action(self._stream)
-        except (OSError, ValueError):  # ValueError: the stream was closed; UnicodeEncodeError is one too
+        except (OSError, ValueError):  # ValueError: closed stream; also the base class of UnicodeEncodeError
             self._stream = None
             return None
 
 
 class ProgressBar:
-    """Shows the run on stderr: a bar on a terminal, else plain lines (log files hold no bars).
+    """Progress of the run on stderr: a bar on a terminal, plain lines otherwise (e.g. in a log file).
 
     Args:
-        total: optimizer steps of the whole run.
-        initial: steps already done, at a resume.
-        enabled: False on every process but the main one.
-        stream: where to; stderr by default.
-        every_steps: without a terminal, a line at least every so many steps,
-        every_seconds: and at least every so many seconds (checked at each step); the first and last step always.
+        total: number of optimizer steps of the whole run.
+        initial: number of optimizer steps already done when the run was resumed.
+        enabled: False on every process except the main one.
+        stream: output stream, stderr by default.
+        every_steps: without a terminal, print a line at least every this many steps.
+        every_seconds: without a terminal, print a line at least every this many seconds (checked at each step). The
+            first and the last step always get a line.
     """
 
     def __init__(
@@ -169,35 +170,36 @@ class ProgressBar:
         mfu: float | None = None,
         stragglers: tuple[float, float] | None = None,
     ) -> None:
-        """Shows that one more step is done.
+        """Show that one more step is done.
 
         Args:
-            loss: of this step.
-            tokens_per_second: smoothed, over the global batch.
-            wait_share: share of the time that went into waiting for data, in [0, 1].
-            mfu: share of the devices' arithmetic that goes into the model, None where their peak is not known.
-            stragglers: share of the time that processes wait for the slowest, measured and as planned; None = unknown.
+            loss: loss of this step.
+            tokens_per_second: smoothed throughput over the global batch.
+            wait_share: fraction of the time spent waiting for data, in [0, 1].
+            mfu: model FLOPs utilization in [0, 1], None if the peak FLOPS of the device are not known.
+            stragglers: fraction of the time that ranks wait for the slowest rank, as measured and as planned; None if
+                not measured.
         """
         self.step += 1
-        figures = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, data wait {wait_share:.0%}"
+        postfix = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, data wait {wait_share:.0%}"
         if mfu is not None:
-            figures += f", MFU {mfu:.0%}"
+            postfix += f", MFU {mfu:.0%}"
         if stragglers is not None:
-            figures += f", waiting for the slowest {stragglers[0]:.0%} (planned {stragglers[1]:.0%})"
+            postfix += f", waiting for the slowest rank {stragglers[0]:.0%} (planned {stragglers[1]:.0%})"
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.update()
             return
         now = time.monotonic()
         due = self.step - self._line_step >= self._every_steps or now - self._line_time >= self._every_seconds
         if due or self.step in (self._initial + 1, self.total):
             done = self.step - self._initial
-            left = tqdm.format_interval((now - self._start) / done * max(self.total - self.step, 0))
-            self.note(f"step {self.step}/{self.total}, {figures}, {left} left")
+            remaining = tqdm.format_interval((now - self._start) / done * max(self.total - self.step, 0))
+            self.note(f"step {self.step}/{self.total}, {postfix}, {remaining} left")
             self._line_step, self._line_time = self.step, now
 
     def note(self, text: str) -> None:
-        """Writes a line of its own, above the bar."""
+        """Print a separate line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -205,6 +207,6 @@ class ProgressBar:
             self._stream.flush()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Close the bar; it stays visible in its last state."""
         if self._bar is not None:
             self._bar.close()

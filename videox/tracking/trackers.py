@@ -1,4 +1,4 @@
-"""Serves whoever follows a run in TensorBoard or Weights & Biases, without which a run goes on as well."""
+"""Experiment trackers: TensorBoard and Weights & Biases. A tracker that fails never ends a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from videox.tracking.metrics import StepRecord
 logger = logging.getLogger(__name__)
 
 
-class _Sink(Protocol):
+class _Backend(Protocol):
     errors: tuple[type[Exception], ...]
 
     def write(self, values: Mapping[str, float], step: int) -> None: ...
@@ -29,7 +29,7 @@ class _TensorBoard:
     def __init__(self, logging_dir: Path, project: str, settings: Mapping[str, object], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a run that was rewound had logged after this step
+        # After a resume from an earlier checkpoint, purge_step hides what was logged after that checkpoint.
         self._writer = SummaryWriter(str(logging_dir / project), purge_step=first_step, flush_secs=30)
         self._writer.add_text("settings", "    " + json.dumps(settings, indent=1, default=str).replace("\n", "\n    "))
 
@@ -47,7 +47,7 @@ class _Wandb:
     def __init__(self, logging_dir: Path, project: str, settings: Mapping[str, object], first_step: int) -> None:
         import wandb
 
-        del first_step  # there each start is a run of its own
+        del first_step  # in W&B every start is a separate run, so nothing has to be hidden
         self.errors = (OSError, wandb.errors.Error)
         logging_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -62,7 +62,7 @@ class _Wandb:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], int], _Sink] | None] = {
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], int], _Backend] | None] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "none": None,
@@ -70,27 +70,27 @@ TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], int], _Sink] | No
 
 
 def check_tracker(report_to: str) -> None:
-    """Raises a UserError (exit code 2) for a tracker that is unknown or not installed; cheap, for every process."""
+    """Raise a UserError (exit code 2) if a tracker is unknown or not installed. Cheap, so every rank calls it."""
     if report_to not in TRACKERS:
-        raise UserError("--report_to", f"there is no tracker {report_to!r}", f"choose one of {', '.join(TRACKERS)}")
+        raise UserError("--report_to", f"unknown tracker {report_to!r}", f"use one of {', '.join(TRACKERS)}")
     if TRACKERS[report_to] is not None and importlib.util.find_spec(report_to) is None:
-        hint = f"pip install {report_to}, or give --report_to none"
+        hint = f"run `pip install {report_to}`, or use --report_to none"
         raise UserError("--report_to", f"{report_to} is not installed", hint)
 
 
 class Tracker:
-    """Sends scalars to TensorBoard or Weights & Biases. One that fails is a warning; training goes on without it.
+    """Sends scalars to TensorBoard or Weights & Biases. A failure is logged as a warning and turns the tracker off.
 
     Args:
         report_to: a key of TRACKERS.
-        logging_dir: folder for its files.
-        project: name of the project (TensorBoard: a sub-folder).
-        settings: what was asked and resolved, shown beside the curves.
-        first_step: the first optimizer step that this process will do (from 1).
-        enabled: False on every process but the main one; then nothing is opened.
+        logging_dir: folder for the tracker's files.
+        project: name of the project (TensorBoard: name of the subfolder).
+        settings: flags and resolved settings of the run, stored with the curves.
+        first_step: number of the first optimizer step that this process will run (from 1).
+        enabled: False on every process except the main one; nothing is opened then.
 
     Raises:
-        UserError: (exit code 2) as `check_tracker`.
+        UserError: (exit code 2) as raised by `check_tracker`.
     """
 
     def __init__(
@@ -105,17 +105,17 @@ class Tracker:
     ) -> None:
         check_tracker(report_to)
         self.name = report_to
-        self._sink: _Sink | None = None
+        self._backend: _Backend | None = None
         build = TRACKERS[report_to]
         if build is None or not enabled:
             return
         try:
-            self._sink = build(logging_dir, project, settings, first_step)
+            self._backend = build(logging_dir, project, settings, first_step)
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
     def log(self, record: StepRecord) -> None:
-        """Sends the scalars of one optimizer step."""
+        """Send the metrics of one optimizer step."""
         self.scalars(
             {
                 "train/loss": record.loss,
@@ -130,22 +130,24 @@ class Tracker:
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Sends named scalars of one optimizer step."""
-        if self._sink is not None:
+        """Send named scalars of one optimizer step."""
+        if self._backend is not None:
             try:
-                self._sink.write(values, step)
-            except self._sink.errors as error:
-                self._give_up(error)
+                self._backend.write(values, step)
+            except self._backend.errors as error:
+                self._disable(error)
 
     def close(self) -> None:
-        """Waits until everything is written, and closes."""
-        if self._sink is not None:
+        """Write everything that is buffered, and close the tracker."""
+        if self._backend is not None:
             try:
-                self._sink.close()
-            except self._sink.errors as error:
-                self._give_up(error)
-            self._sink = None
+                self._backend.close()
+            except self._backend.errors as error:
+                self._disable(error)
+            self._backend = None
 
-    def _give_up(self, error: Exception) -> None:
-        logger.warning("tracker %s failed and is off from now on (%s); metrics.jsonl goes on", self.name, error)
-        self._sink = None
+    def _disable(self, error: Exception) -> None:
+        logger.warning(
+            "tracker %s failed and is now turned off (%s); metrics.jsonl is still written", self.name, error
+        )
+        self._backend = None

@@ -1,4 +1,4 @@
-"""Serves every set of flags: a parser whose complaints are one line with the way out, and ranges of numbers."""
+"""argparse with one-line errors that name the fix, the nearest flag for a mistyped one, and types with ranges."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 from videox.errors import UserError
 
-NEVER_READ = "the original parsed it and never read it: leave it out"
-GONE = {
-    "auto_tile_batch_size": "use --slot_fill cost, which fills a slot with other small clips, never with one clip twice",
-    "keep_all_node_same_token_length": "leave it out: the plan decides every process's sizes before the first step",
+NEVER_READ = "the original trainer parsed it and never used it: remove it"
+REMOVED = {
+    "auto_tile_batch_size": "use --slot_fill cost, which fills a micro-batch with other small clips, never with one clip twice",
+    "keep_all_node_same_token_length": "remove it: the plan decides the sizes of all processes before the first step",
     "enable_text_encoder_in_dataloader": "use --latent_cache, which encodes each caption once, not once per epoch",
-    "multi_stream": "use --latent_cache, with which no encoder runs beside the model",
-    "report_model_info": "leave it out: loss, gradient norm and speed of every step are in metrics.jsonl",
+    "multi_stream": "use --latent_cache, with which no encoder runs during training",
+    "report_model_info": "remove it: loss, gradient norm and speed of every step are in metrics.jsonl",
     **dict.fromkeys(
         (
             "noise_offset", "snr_loss", "random_flip", "max_train_samples", "input_perturbation", "prediction_type",
@@ -28,30 +28,41 @@ GONE = {
 }  # fmt: skip
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description and its example command as written; shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return text if says_nothing or action.required else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose every complaint is a UserError, whose unknown flags name the nearest one."""
+    """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
-        super().__init__(
-            **{"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter, **settings}
-        )
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing the usage."""
+        """Raise UserError instead of printing the usage."""
         flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
         raise UserError(flag, message.removeprefix(f"argument {flag}: "), "see --help")
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Returns the flags; every word of the command line must be one of them.
+        """Parse the command line; every word must belong to a flag.
+
+        Args:
+            argv: words of the command line; None reads sys.argv.
 
         Raises:
-            UserError: a flag that is gone, unknown, misspelt or out of range.
+            UserError: a flag was removed, is unknown or mistyped, or a value is out of range.
         """
-        words = list(argv if argv is not None else self._command_line())
-        # before argparse, which would rather say that the flag meant is missing; a value such as "--a dog" has a space
+        words = list(argv if argv is not None else sys.argv[1:])
+        # Before argparse, which would rather report that the flag which was meant is missing. A word with a space is a
+        # value such as "--a dog".
         for word in (word.split("=", 1)[0] for word in words if word.startswith("--") and " " not in word):
-            if word[2:] in GONE:
-                raise UserError(word, "is gone", GONE[word[2:]])
+            if word[2:] in REMOVED:
+                raise UserError(word, "was removed", REMOVED[word[2:]])
             if word not in self._option_string_actions:
                 raise self._unknown(word)
         args, unknown = self.parse_known_args(words)
@@ -63,20 +74,29 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
         return UserError(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
 
-    @staticmethod
-    def _command_line() -> list[str]:
-        return sys.argv[1:]
+
+def parse_or_exit(parse: Callable[[], object]) -> None:
+    """Parse the command line and exit at once with one line on stderr if it is wrong, or after --help.
+
+    A script calls it above its heavy imports, so that --help and a mistyped flag are answered before torch is loaded;
+    its main parses again.
+    """
+    try:
+        parse()
+    except UserError as error:
+        sys.stderr.write(f"{error.line()}\n")
+        sys.exit(error.exit_code)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Returns an argparse type: a finite int or float within [low, high]."""
+    """An argparse type: a finite int or float within [low, high]."""
 
     def parse(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError as why:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number" if kind is int else f"{text!r} is no number"
+                f"{text!r} is not a whole number" if kind is int else f"{text!r} is not a number"
             ) from why
         if not low <= value <= high or (math.isinf(value)):
             bottom, top = (str(bound) if kind is int else f"{bound:g}" for bound in (low, high))

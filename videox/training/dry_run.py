@@ -1,7 +1,7 @@
-"""Serves both train.py scripts: --dry_run and --explain, which plan a run, load no weight and train nothing.
+"""--dry_run and --explain: plan a run and estimate its cost without loading a weight or training a step.
 
-Like wiring.py it may take the parsed flags. It makes no accelerate state and joins no processes: what the launcher
-would start is read from its variables, and the first process alone plans.
+No accelerate state is made and no processes are joined: what the launcher would start is read from its environment
+variables, and the first process alone plans.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,24 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-import videox.training.build as wiring
-import videox.training.schedule as scheduling
-from videox.data.dataset import Batch, TokenLengthDataset
-from videox.data.extent import largest_bucket
 from videox.data.index.index import Index, build_index, load_index
-from videox.data.plan.balance import PlanBalance, loads
+from videox.data.plan.balance import PlanBalance, balance_by_world_size
 from videox.data.plan.epoch import EpochPlan
-from videox.data.plan.plan import plan_epoch
-from videox.data.plan.settings import Columns, PlanSettings, columns_of
-from videox.distributed.accelerator import BACKENDS, Backend, asked_for
-from videox.engine.base import Engine
+from videox.data.plan.plan import largest_bucket, plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
+from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import ledger_lines
 from videox.estimate.explain_row import explain_row
-from videox.estimate.flops import Network, total
 from videox.estimate.memory import (
     CLOSE,
     WHOLE,
@@ -48,6 +41,7 @@ from videox.estimate.memory import (
     nearest_that_fits,
 )
 from videox.estimate.mfu import device_peak
+from videox.estimate.model_profile import ModelProfile
 from videox.estimate.peak_memory import module_bytes, peak_bytes
 from videox.estimate.plot import plot_plan
 from videox.estimate.report import (
@@ -72,45 +66,17 @@ from videox.estimate.report import (
 )
 from videox.files import atomic_write, write_json_atomically
 from videox.lora.adapters import adapter_sizes, choose_targets
-from videox.models.activation_checkpoint import chosen_blocks
-from videox.models.folder import read_json, without_weights
+from videox.models.activation_checkpoint import select_blocks
+from videox.models.folder import build_on_meta, read_json
 from videox.optim.build import choose_trainable
-from videox.optim.registry import refuse_unfit
+from videox.optim.registry import check_supported
 from videox.shapes import Bucket, token_count
 from videox.tracking.jsonl import json_line
-from videox.training.args import COUNT_OR_ZERO, Parser, data_dir, number, optimizer_of
-from videox.training.memory_check import largest_batch, names_phase, try_batch
+from videox.training.args import optimizer_of
+from videox.training.schedule import data_location, plan_settings
+from videox.training.startup import notes
 
-PER_HOST = 8  # processes on one machine, where no launcher says it
-PROCESSES = number(int, 1, 65_536)  # to plan for; a plan holds a slot for each of them
-
-
-@dataclass(frozen=True)
-class Model:
-    """What planning knows of a model, from its configurations alone.
-
-    Attributes:
-        task: in words.
-        network: makes operations and bytes, from `half`: whether it computes in bfloat16, and `cast`: whether its
-            weights are float32.
-        blocks: names of the transformer's lists of repeated blocks, each with what a LoRA changes in it.
-        parts: class and configuration of each part that has weights, by name.
-        min_frames: below which a sample teaches nothing.
-        divided: the backend that divides the weights, for whoever has to change to it.
-    """
-
-    task: str
-    network: Callable[..., Network]
-    blocks: Mapping[str, Sequence[str]]
-    parts: Mapping[str, tuple[Any, dict[str, Any]]]
-    min_frames: int = 1
-    divided: str = "zero3"
-
-    @property
-    def cost(self) -> tuple[float, float]:
-        """A and b of a sample's cost a*S + b*S^2 in the blocks, in operations of a forward pass."""
-        forward = total(*(block.forward for block in self.network(half=True).blocks))
-        return float(forward.linear), float(forward.quadratic)
+PER_HOST = 8  # processes per machine, unless the launcher says otherwise
 
 
 @dataclass(frozen=True)
@@ -124,103 +90,25 @@ class Launch:
     zero: Mapping[str, Any]
 
 
-def add_flags(parser: Parser) -> None:
-    """Adds the flags that plan a run, and those by which it is measured."""
-    group = parser.add_argument_group("planning")
-    add = group.add_argument
-    add("--dry_run", action="store_true", help="say what would be trained and what it takes, then end (off = train)")
-    add(
-        "--explain",
-        type=COUNT_OR_ZERO,
-        metavar="ROW",
-        help="say what becomes of this one of the rows, then end (0 = the first) (none = off)",
-    )
-    add(
-        "--dry_run_plan",
-        type=PROCESSES,
-        nargs="+",
-        default=[],
-        metavar="PROCESSES",
-        help="dry run: also write the first epoch's plan for so many processes (empty = none)",
-    )
-    add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes to plan for (none = as launched)")
-    add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend to plan for (none = as launched)")
-    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: GiB per GPU, for the verdict")
-    add(
-        "--assumed_mfu",
-        type=number(float, 0.001, 1),
-        default=0.35,
-        help="dry run: share of the GPU's peak, 0 to 1, that goes into the model; a run reports its own",
-    )
-    add(
-        "--try_largest_first",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="run the largest micro-batch of all epochs before the first step, to no effect (auto = on GPUs)",
-    )
-    add(
-        "--peak_tflops",
-        type=number(float, 0.001, 10**6),
-        help="dense bf16 TFLOP per second of a GPU at its peak (none = by its name)",
-    )
-
-
-def only_plans(args: argparse.Namespace) -> bool:
-    """Returns whether the flags ask for a plan alone."""
-    return bool(args.dry_run or args.explain is not None)
-
-
-def start(
-    args: argparse.Namespace,
-    train: Callable[..., int],
-    check_model: Callable[[argparse.Namespace], Any],
-    describe: Callable[[argparse.Namespace, Any], Model],
-) -> int:
-    """Plans with --dry_run or --explain, else trains; returns the exit code.
+def plan_run(args: argparse.Namespace, describe: Callable[[], ModelProfile]) -> int:
+    """Print the plan of a run and its estimates, or how one row is used (--explain); return the exit code.
 
     Args:
-        train: as wiring.start takes it.
-        check_model: returns the model's parts from the flags, without weights.
-        describe: returns the model's description from these.
-    """
-    if not only_plans(args):
-        return wiring.start(args, names_phase(train))
-    if os.environ.get("RANK", "0") == "0":
-        _plan(args, describe(args, check_model(args)))
-    return 0
-
-
-def try_largest(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    backend: Backend,
-    planned: scheduling.Schedule,
-    engine: Engine,
-    dataset: TokenLengthDataset,
-    accumulate: Callable[[Batch], object],
-) -> None:
-    """Runs the largest micro-batch that any epoch may bring, so that a lack of memory shows in the first minute.
-
-    Args:
-        accumulate: adds a batch's gradients.
+        describe: returns the model's profile; called on the first process only.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the flags, the data or the model cannot be used.
     """
-    if args.try_largest_first == "off" or (args.try_largest_first == "auto" and accelerator.device.type != "cuda"):
-        return
-    bucket = largest_bucket(planned.columns, planned.settings)
-    last = backend.kind != "zero"  # DeepSpeed would take it for a step's end
-    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last, encoded=args.latent_cache is None)
-    try_batch(engine, batch, accumulate, has_moments=planned.state.step > 0)
-    accelerator.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
+    if os.environ.get("RANK", "0") == "0":
+        _plan(args, describe())
+    return 0
 
 
 def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
     """Returns what the launcher's variables say, and what --dry_run_processes and --dry_run_backend say instead."""
-    kind, zero = asked_for(environment), _zero_settings(environment)
+    kind, zero = requested_engine(environment), _zero_settings(environment)
     processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
-    if kind == "zero":
+    if kind == "deepspeed":
         backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
     else:
         backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
@@ -242,13 +130,13 @@ def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
     return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
 
 
-def _plan(args: argparse.Namespace, model: Model) -> None:
+def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     launch = launch_of(os.environ, args)
-    refuse_unfit(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
+    check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     index = _index(args)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
-    settings = scheduling.plan_settings(
+    settings = plan_settings(
         args, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
         min_frames=model.min_frames, cost_linear=cost[0], cost_quadratic=cost[1],
         barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
@@ -259,7 +147,7 @@ def _plan(args: argparse.Namespace, model: Model) -> None:
         _say(*explain_row(index, columns, settings, args.explain, args.num_train_epochs))
         return
     plan = plan_epoch(columns, settings, 0)
-    _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *wiring.notes(args))
+    _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *notes(args))
     _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
     _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in ladder_lines(settings.policy)))
     _Forecast(args, model, launch, columns, settings, plan).tell()
@@ -271,9 +159,9 @@ class _Forecast:
     def __init__(
         self,
         args: argparse.Namespace,
-        model: Model,
+        model: ModelProfile,
         launch: Launch,
-        columns: Columns,
+        columns: PlanColumns,
         settings: PlanSettings,
         plan: EpochPlan,
     ) -> None:
@@ -302,10 +190,10 @@ class _Forecast:
     def tell(self) -> None:
         """Prints the forecast and writes plan_report.json, plan_report.png and the plans asked for."""
         args, plan, settings = self.args, self.plan, self.settings
-        chosen = chosen_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
+        chosen = select_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
         work = work_of(plan, self.network, chosen)
         worlds = sorted({*WORLDS, self.launch.processes})
-        balanced = loads(self.columns, settings, args.gradient_accumulation_steps, worlds)
+        balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _say(*time_lines(plan, work))
         efficiency = balanced[self.launch.processes].balance
         _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
@@ -322,7 +210,7 @@ class _Forecast:
 
     def _parameters(self) -> Parameters:
         args = self.args
-        transformer: Any = without_weights(*self.model.parts["transformer"])
+        transformer: Any = build_on_meta(*self.model.components["transformer"])
         blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
         everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
         outside = everything - sum(sizes)
@@ -344,7 +232,9 @@ class _Forecast:
         ways: list[str] = []
         if found.total() > CLOSE * limit:
             tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
-            fitting = nearest_that_fits(self.setup, CLOSE * limit, memory, divided=self.model.divided, shorter=tokens)
+            fitting = nearest_that_fits(
+                self.setup, CLOSE * limit, memory, divided=self.model.sharded_backend, shorter=tokens
+            )
             ways = [way_words(words, memory(setup)) for words, setup in fitting]
         rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} billion trained"
         _say(rows, *memory_lines(found, self.setup, limit, ways))
@@ -366,12 +256,12 @@ class _Forecast:
         _say(f"written to {folder}: {', '.join(written)}")
 
 
-def encoders_of(args: argparse.Namespace, model: Model, half: bool, largest: Bucket) -> Encoders:
+def encoders_of(args: argparse.Namespace, model: ModelProfile, half: bool, largest: Bucket) -> Encoders:
     """Returns the bytes of the model's frozen parts, and what the VAE's encoder holds at its largest batch of clips.
 
     Text encoders are loaded in the precision of the computation, the others in float32.
     """
-    frozen: dict[str, Any] = {n: without_weights(*part) for n, part in model.parts.items() if n != "transformer"}
+    frozen: dict[str, Any] = {n: build_on_meta(*part) for n, part in model.components.items() if n != "transformer"}
     weights = {n: module_bytes(module, 2 if half and n.startswith("text") else 4) for n, module in frozen.items()}
     pixels = torch.empty((min(args.vae_mini_batch, args.train_batch_size), 3, *largest), device="meta")
     work = peak_bytes(lambda: frozen["vae"].encode(pixels).latent_dist.mode())
@@ -386,18 +276,15 @@ def speed_of(args: argparse.Namespace) -> Speed:
 
 def _index(args: argparse.Namespace) -> Index:
     with _written_to(Path(args.output_dir)):
-        path = scheduling.index_path(args)
+        location = data_location(args)
     build_index(
-        Path(args.train_data_meta),
-        data_dir(args),
-        path,
-        allow_outside_data_dir=args.allow_outside_data_dir,
+        location,
         workers=max(args.dataloader_num_workers, 1),
         progress=True,
         trust_metadata=True,
         announce=_say_probing,
     )
-    return load_index(path, data_dir(args))
+    return load_index(location.index_path, location.data_dir)
 
 
 @contextmanager

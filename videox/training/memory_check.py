@@ -1,42 +1,96 @@
-"""Serves whoever starts a run for the night: the largest micro-batch comes first, and a lack of memory has a name."""
+"""Out-of-memory errors as one line that names what ran, and a test of the largest micro-batch before the first step."""
 
 from __future__ import annotations
 
-import functools
-import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.plan.epoch import padding
+from videox.data.plan.plan import largest_bucket
 from videox.engine.base import Engine
 from videox.errors import FLAGS, UserError
 from videox.shapes import Bucket, token_count
+from videox.training.context import Context
+from videox.training.schedule import Schedule
 
-# The innermost function of these names says what ran; the first phase is where none of them did.
-IN_A_BATCH = {
-    "": "the forward pass", "encode_video": "the VAE", "encode_conditions": "the VAE",
-    "encode_prompts": "the text encoder", "encode_images": "the image encoder", "backward": "the backward pass",
-}  # fmt: skip
-AROUND = {
-    "": "the run", "load_components": "loading the model", "open_engine": "placing weights and optimizer",
-    "load": "loading the checkpoint", "encode_held_out": "encoding the held-out rows", "update": "the optimizer step",
-    "validate": "validation", "save": "a save", "finished": "the export",
-}  # fmt: skip
+HINTS = {
+    "the VAE": "lower --vae_mini_batch or --token_sample_size, or add --low_vram",
+    "the text encoder": "add --low_vram",
+    "the image encoder": "add --low_vram",
+    "validation": "use fewer --validation_prompts, or add --low_vram",
+}
+OTHERWISE = (
+    "--dry_run prints what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3, "
+    "or --optimizer adamw_offload"
+)
+
+
+@contextmanager
+def explain_oom() -> Iterator[None]:
+    """Turn torch.OutOfMemoryError inside into a UserError that names phase and micro-batch.
+
+    The phase is set by videox.device.memory_phase, the micro-batch by `name_batch`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        phase, batch = getattr(error, "phase", "the run"), getattr(error, "batch", "")
+        cause = " ".join(str(error).split())[:200]
+        what = f"out of memory (OOM) in {phase}{batch} ({cause})"
+        raise UserError("GPU memory", what, HINTS.get(phase, OTHERWISE), FLAGS) from error
+
+
+@contextmanager
+def name_batch(batch: Batch) -> Iterator[None]:
+    """Add the size of a micro-batch to an out-of-memory error inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        bucket, count = batch["bucket"], len(batch["rows"])
+        size = f"{count} x {bucket.frames} x {bucket.height} x {bucket.width} ({count * token_count(bucket):,} tokens)"
+        error.batch = f" of the micro-batch {size}"  # type: ignore[attr-defined]
+        raise
+
+
+def try_largest(
+    args: argparse.Namespace,
+    ctx: Context,
+    schedule: Schedule,
+    engine: Engine,
+    dataset: TokenLengthDataset,
+    accumulate: Callable[[Batch], object],
+) -> None:
+    """Run the largest micro-batch of all epochs, so that an out-of-memory error appears in the first minute.
+
+    Args:
+        accumulate: runs forward and backward of a batch.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    if args.try_largest_first == "off" or (args.try_largest_first == "auto" and ctx.device.type != "cuda"):
+        return
+    bucket = largest_bucket(schedule.columns, schedule.settings)
+    last = ctx.backend.engine != "deepspeed"  # DeepSpeed would take the last micro-batch for the end of a step
+    batch = largest_batch(dataset, bucket, args.train_batch_size, last=last, encoded=args.latent_cache is None)
+    try_batch(engine, batch, accumulate, has_moments=schedule.state.step > 0)
+    ctx.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
 
 
 def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, last: bool, encoded: bool) -> Batch:
-    """Returns a micro-batch of black clips that weighs nothing.
+    """A micro-batch of black clips with weight 0.
 
     Args:
-        dataset: makes its tensors, as any other's.
-        bucket: its size.
-        samples: in it.
-        last: reduces gradients among processes, as a step's last micro-batch does.
-        encoded: what the encoders make of it is made, though padding has no use for it.
+        dataset: makes its tensors, as those of other batches.
+        bucket: size of its samples.
+        samples: number of samples.
+        last: reduce gradients over the ranks, as the last micro-batch of a step does.
+        encoded: run the encoders on it, although padding needs none.
     """
     one = planned_samples(padding(0, 0, bucket), 0, last=last)[0]
     batch = collate([dataset[one] for _ in range(samples)])
@@ -45,77 +99,25 @@ def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, 
 
 
 def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object], *, has_moments: bool) -> None:
-    """Runs forward and backward pass of a micro-batch and leaves nothing of it; all processes call it.
+    """Run forward and backward of a micro-batch and drop the result; all ranks call it.
 
-    Weights, moments, counters and random states are afterwards, to the bit, what they were.
+    Weights, optimizer state, counters and random states are bitwise the same afterwards.
 
     Args:
-        engine: with no gradients accumulated.
-        batch: that weighs nothing.
-        accumulate: adds its gradients.
-        has_moments: the optimizer's moments are allocated; before a first step others take their place here, unless
-            they are to lie on the host.
+        engine: without accumulated gradients.
+        batch: with weight 0.
+        accumulate: runs forward and backward of a batch.
+        has_moments: the optimizer has allocated its moments; before the first step tensors of their size take their
+            place here, unless the optimizer keeps them in host memory.
     """
     fp32_params, moments = engine.fp32_params(), []
     if not has_moments and not engine.moments_on_host:
         moments = [torch.zeros(2, *fp32_params.read(name).shape, device=_device(engine)) for name in fp32_params.names]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), name_batch(batch):
         accumulate(batch)
-    engine.discard()
+    engine.zero_grad()
     del moments
 
 
 def _device(engine: Engine) -> torch.device:
     return next(engine.model.parameters()).device
-
-
-def names_memory(accumulate: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a lack of GPU memory within a micro-batch a UserError that names its bucket and what ran.
-
-    Args:
-        accumulate: one of its arguments is the Batch.
-    """
-
-    @functools.wraps(accumulate)
-    def named(*given: Any, **by_name: Any) -> Any:  # noqa: ANN401 - whatever it takes and gives
-        try:
-            return accumulate(*given, **by_name)
-        except torch.OutOfMemoryError as error:
-            batch = next(v for v in (*given, *by_name.values()) if isinstance(v, Mapping) and "bucket" in v)
-            bucket, count = batch["bucket"], len(batch["rows"])
-            size = f"{count} x {bucket.frames} x {bucket.height} x {bucket.width} ({count * token_count(bucket):,} tokens)"
-            raise _refusal(error, _phase(error, IN_A_BATCH), f" of the micro-batch {size}") from error
-
-    return named
-
-
-def names_phase(train: Callable[..., int]) -> Callable[..., int]:
-    """Makes a lack of GPU memory anywhere else in a run a UserError that names what ran."""
-
-    @functools.wraps(train)
-    def named(*given: Any) -> int:  # noqa: ANN401
-        try:
-            return train(*given)
-        except torch.OutOfMemoryError as error:
-            raise _refusal(error, _phase(error, AROUND), "") from error
-
-    return named
-
-
-def _phase(error: BaseException, phases: Mapping[str, str]) -> str:
-    found = [phases[frame.name] for frame in traceback.extract_tb(error.__traceback__) if frame.name in phases]
-    return found[-1] if found else phases[""]
-
-
-def _refusal(error: BaseException, phase: str, where: str) -> UserError:
-    hint = {
-        "the VAE": "lower --vae_mini_batch or --token_sample_size, or give --low_vram",
-        "the text encoder": "give --low_vram",
-        "validation": "give fewer --validation_prompts, or --low_vram",
-    }.get(
-        phase,
-        "see --dry_run for what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3, "
-        "or --optimizer adamw_offload",
-    )
-    said = " ".join(str(error).split())
-    return UserError("GPU memory", f"ran out in {phase}{where} ({said[:200]})", hint, FLAGS)

@@ -1,4 +1,4 @@
-"""Serves both train.py scripts: from the flags to the schedule of a run, known before any weight is loaded."""
+"""From flags to the schedule of a run: index, plan and train state, built before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 import videox.estimate.data_report as report
-from videox.data.index.index import Index, build_index, load_index
-from videox.data.plan.plan import Columns, EpochPlan, PlanSettings, plan_epoch
-from videox.data.plan.settings import columns_fingerprint, columns_of
-from videox.distributed.accelerator import backend_of
-from videox.engine.train_state import (
-    TrainState,
-    refuse_other_run,
-    resume_or_begin,
-)
+from videox.data.index.index import DataLocation, Index, build_index, load_index
+from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.plan import count_steps, plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings, columns_fingerprint, columns_of
+from videox.distributed.collectives import run_on_main
+from videox.engine.train_state import IndexedData, TrainState, refuse_other_run, resume_or_begin
 from videox.estimate.cost_model import read_cost_model
+from videox.estimate.model_profile import ModelProfile
 from videox.files import atomic_write
-from videox.run.lifecycle import Run, main_first
+from videox.shapes import Bucket
 from videox.tracking.jsonl import json_line
 from videox.training.args import data_dir, size_policy
-from videox.training.loop import total_steps
+from videox.training.context import Context
 
-# Flags that change where, how long and how fast a run goes, what it shows and writes, and none of its numbers.
+# Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
+# are not part of a run's name.
 WITHOUT_NUMBERS = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "dump_steps",
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
@@ -44,123 +41,146 @@ WITHOUT_NUMBERS = {
     "peak_tflops", "try_largest_first",
 }  # fmt: skip
 
-Gather = Callable[[Any], list[Any]]
-
 
 @dataclass(frozen=True)
 class Schedule:
-    """Data and schedule of a run: from here on, everything that will happen is known.
+    """Data and schedule of a run: all samples, steps and random draws follow from it.
 
-    plan: of the epoch in which the run goes on; total: optimizer steps of the whole run.
+    Attributes:
+        index: of the metadata's files.
+        columns: what the plan reads of the index; on a resumed run those that it began with.
+        settings: of the plan.
+        state: position of the run; `advance` moves it.
+        plan: of the epoch that the run is in when it starts.
+        total: optimizer steps of the whole run.
     """
 
     index: Index
-    columns: Columns
+    columns: PlanColumns
     settings: PlanSettings
     state: TrainState
     plan: EpochPlan
     total: int
 
 
-def open_schedule(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    run: Run,
-    gather: Gather,
-    cost: tuple[float, float],
-    min_frames: int = 1,
-) -> Schedule:
-    """Returns the index, brought up to date, and the schedule over it, resumed or begun; prints both.
+def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile) -> Schedule:
+    """Bring the index up to date, resume or begin the schedule over it, and print both.
 
     Args:
-        cost: a and b of a sample's cost a*S + b*S^2 in tokens S; --cost_model gives others to a new run.
-        min_frames: below which a sample teaches nothing.
+        profile: of the model, for the cost of a sample; --cost_model gives a new run another.
 
     Raises:
         UserError: the data cannot be read or trained, or a resumed run would get another schedule.
     """
-    index = shared_index(args, is_main=accelerator.is_main_process, gather=gather)
-    columns = columns_of(index, by_second=args.video_sample_fps > 0)
-    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else cost
+    index = shared_index(args, ctx)
+    current = columns_of(index, by_second=args.video_sample_fps > 0)
+    cost = read_cost_model(Path(args.cost_model)) if args.cost_model else profile.cost
+    requested_slots = ctx.world_size * args.gradient_accumulation_steps
     state, settings = resume_or_begin(
-        run.resume.path,
+        ctx.checkpoint,
         partial(
             plan_settings,
             args,
-            min_frames=min_frames,
+            min_frames=profile.min_frames,
             cost_linear=cost[0],
             cost_quadratic=cost[1],
-            barrier=backend_of(accelerator).barrier,
+            barrier=ctx.backend.barrier,
             accumulation=args.gradient_accumulation_steps,
         ),
+        IndexedData(columns_fingerprint(index, current), index.rows_fingerprint(), current),
         seed=args.seed,
-        slots=accelerator.num_processes * args.gradient_accumulation_steps,
-        world_size=accelerator.num_processes,
-        index_fingerprint=columns_fingerprint(index, columns),
-        names=index.names(),
-        columns=columns,
-        run=name_of_flags(vars(args)),
-        gather=gather,
+        slots=requested_slots,
+        world_size=ctx.world_size,
+        flags_name=name_of_flags(vars(args)),
+        gather=ctx.gather,
     )
-    if run.resume.path:
-        refuse_other_run(Path(args.output_dir), state)
-    lost, columns = report.lost_lines(index, state.columns or columns, columns), state.columns or columns
+    if ctx.checkpoint:
+        refuse_other_run(ctx.output_dir, state)
+    columns = state.columns or current
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    balance = report.balance_line(plan, settings, accelerator.num_processes)
-    accelerator.print("\n".join([*lost, *report.data_lines(index, columns, plan), balance]))
-    if accelerator.is_main_process and (refused := report.refused_rows(index, plan)):
-        with atomic_write(Path(args.output_dir) / "refused_rows.jsonl") as aside:
-            aside.write_bytes(b"".join(map(json_line, refused)))
-        accelerator.print(
-            f"{len(refused)} rows are not trained: refused_rows.jsonl in the output folder names them all"
-        )
+    schedule = Schedule(index, columns, settings, state, plan, total)
+    ctx.print(*report.lost_lines(index, columns, current), *report.data_lines(index, columns, plan))
+    ctx.print(report.balance_line(plan, settings, ctx.world_size))
+    _write_refused_rows(ctx, schedule)
     if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
-        accelerator.print("--cost_model: a running plan never changes, what the run began with stays")
-    asked = accelerator.num_processes * args.gradient_accumulation_steps
-    if settings.slots != asked:
-        steps = f"{settings.slots // accelerator.num_processes} accumulation steps on {accelerator.num_processes} processes"
-        accelerator.print(f"a step has {settings.slots} micro-batches, as the run began: {steps}, not {asked} in all")
-    accelerator.print(f"seed {settings.seed}, {total} optimizer steps, from step {state.step}")
-    if state.step >= total:
-        accelerator.print(
-            "all of them are done: nothing is left to train; raise --max_train_steps or --num_train_epochs"
+        ctx.print("--cost_model has no effect on a resumed run: it keeps the costs that it began with")
+    ctx.print(*_step_lines(schedule, ctx.world_size, requested_slots))
+    return schedule
+
+
+def _write_refused_rows(ctx: Context, schedule: Schedule) -> None:
+    if ctx.is_main and (refused := report.refused_rows(schedule.index, schedule.plan)):
+        with atomic_write(ctx.output_dir / "refused_rows.jsonl") as temporary:
+            temporary.write_bytes(b"".join(map(json_line, refused)))
+        ctx.print(f"{len(refused)} rows are not trained; refused_rows.jsonl in the output folder lists them")
+
+
+def _step_lines(schedule: Schedule, world_size: int, requested_slots: int) -> list[str]:
+    """Lines on the size and number of optimizer steps, for the start of a run."""
+    lines, slots, state = [], schedule.settings.slots, schedule.state
+    if slots != requested_slots:
+        accumulation = f"{slots // world_size} accumulation steps on {world_size} processes"
+        lines.append(
+            f"a step has {slots} micro-batches, as when the run began: {accumulation}, instead of the {requested_slots} "
+            f"micro-batches of this launch"
         )
-    return Schedule(index, columns, settings, state, plan, total)
+    lines.append(f"seed {schedule.settings.seed}, {schedule.total} optimizer steps, from step {state.step}")
+    if state.step >= schedule.total:
+        lines.append("all of them are done: raise --max_train_steps or --num_train_epochs to train on")
+    return lines
+
+
+def total_steps(
+    columns: PlanColumns, settings: PlanSettings, max_train_steps: int | None, num_train_epochs: int
+) -> int:
+    """Optimizer steps of a run: max_train_steps, otherwise the sum over the epochs' plans.
+
+    Rows that are found unreadable during training shorten later epochs; the run then begins another epoch, so that the
+    total which the learning-rate schedule was made for stays.
+    """
+    return max_train_steps or sum(count_steps(columns, settings, epoch) for epoch in range(num_train_epochs))
+
+
+def most_common_shape(schedule: Schedule) -> Bucket:
+    """The bucket with the most samples in the first epoch: the shape of sample clips.
+
+    Always of epoch 0, so that the clips of two steps, or of a resumed run, differ by the training alone.
+    """
+    first = schedule.plan if schedule.plan.epoch == 0 else plan_epoch(schedule.columns, schedule.settings, 0)
+    return first.most_common_bucket()
 
 
 def name_of_flags(asked: Mapping[str, Any]) -> str:
-    """Returns a name of the flags that change numbers; how a step is divided is said by the plan's settings."""
+    """A hash of the flags that change numbers; how a step is divided over ranks is part of the plan settings."""
     numbers = {name: value for name, value in asked.items() if name not in WITHOUT_NUMBERS}
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def index_path(args: argparse.Namespace) -> Path:
-    """Returns where the index is kept: beside the metadata, or in output_dir where that folder is read-only."""
+    """Where the index is stored: next to the metadata, or in output_dir if that folder is read-only."""
     meta = Path(args.train_data_meta).resolve()
     name = f"{meta.name}.videox-index.arrow"
     return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
 
 
-def shared_index(args: argparse.Namespace, *, is_main: bool, gather: Callable[[Any], list[Any]]) -> Index:
-    """Returns the index, brought up to date by the main process and mapped by the others."""
-    build = partial(
-        build_index,
-        Path(args.train_data_meta),
-        data_dir(args),
-        index_path(args),
-        allow_outside_data_dir=args.allow_outside_data_dir,
-        workers=max(args.dataloader_num_workers, 1),
-        progress=True,
-    )
-    main_first(build, is_main=is_main, gather=gather)
-    return load_index(index_path(args), data_dir(args))
+def data_location(args: argparse.Namespace) -> DataLocation:
+    """Return where the data set and its index are stored."""
+    return DataLocation(Path(args.train_data_meta), data_dir(args), index_path(args), args.allow_outside_data_dir)
+
+
+def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
+    """The index, brought up to date by the main process and memory-mapped by the others."""
+    location = data_location(args)
+    build = partial(build_index, location, workers=max(args.dataloader_num_workers, 1), progress=True)
+    run_on_main(build, is_main=ctx.is_main, gather=ctx.gather)
+    return load_index(location.index_path, location.data_dir)
 
 
 def plan_settings(
     args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
 ) -> PlanSettings:
-    """Returns the flags that the schedule depends on; launched: other fields of PlanSettings, which win over flags."""
+    """The plan settings from the flags; launched: further fields of PlanSettings, which override the flags."""
     fields: dict[str, Any] = dict(
         policy=size_policy(args, min_frames),
         batch_size=args.train_batch_size,

@@ -1,28 +1,47 @@
-"""Serves both training loops: looks at the model in the midst of training, and leaves it as it was."""
+"""Validator: measures the held-out loss and samples clips during training, and leaves the model as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.media.video import BadMedia, read_image
-from videox.data.plan.plan import EpochPlan
-from videox.distributed.accelerator import sum_over_ranks
+from videox.data.plan.epoch import EpochPlan
+from videox.device import memory_phase
+from videox.distributed.collectives import sum_over_ranks
 from videox.errors import DATA, UserError
 from videox.shapes import Bucket
+from videox.training.context import Context
 from videox.training.recorder import Recorder
-from videox.training.validation_loss import HeldOut, ValidationLoss, sample_clips, validation_loss
+from videox.training.sampling import SampleSettings, sample_clips
+from videox.training.validation_loss import HeldOut, HeldOutLoss, Predict, ValidationLoss, validation_loss
 
 SIGMAS = 4  # noise levels at which each held-out row is measured
-SAMPLING_STEPS = 25
+
+
+@dataclass(frozen=True)
+class FamilyValidation:
+    """How a family predicts and samples, for its Validator.
+
+    Attributes:
+        predict: velocity prediction for a held-out sample, as in training.
+        pipeline: a context that yields the diffusers pipeline, ready to sample with the transformer in training.
+        guidance_scale: of the sample clips.
+        given_frames: leading latent frames that the model is given; they are excluded from the loss.
+    """
+
+    predict: Predict
+    pipeline: Callable[[], AbstractContextManager[Any]]
+    guidance_scale: float
+    given_frames: int = 0
 
 
 def encode_held_out(
@@ -30,125 +49,85 @@ def encode_held_out(
     plan: EpochPlan | None,
     encode: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
 ) -> list[HeldOut]:
-    """Returns the held-out samples in host memory, their captions kept.
+    """The held-out samples in host memory, with their captions.
 
     Args:
         dataset: of the run.
-        plan: of held_out_plan; None has none.
-        encode: gives the latents of a batch, by the posterior's mode, and what the model is given beside them.
+        plan: of the held-out rows; None if there are none.
+        encode: returns a batch's latents, by the mode of the posterior, and the other inputs of the model.
 
     Raises:
-        UserError: a row cannot be read.
+        UserError: (DATA) a row cannot be read.
     """
-    encoded, kept = [], dataset.without_dropout()
+    encoded, with_captions = [], dataset.without_dropout()
     for planned in held_out_samples(plan):
-        sample = kept[planned]
+        sample = with_captions[planned]
         if sample["bad"] is not None:
-            what = f"the held-out row {planned.row} is {sample['bad'].media_class} ({sample['bad'].detail})"
-            raise UserError(
-                "--validation_rows", what, f"mend {sample['bad'].path} or take it out of the metadata", DATA
-            )
-        latents, given = encode(collate([sample]))
+            bad = sample["bad"]
+            what = f"the held-out row {planned.row} is {bad.media_class} ({bad.detail})"
+            raise UserError("--validation_rows", what, f"fix {bad.path} or remove it from the metadata", DATA)
+        with memory_phase("encoding the held-out rows"):
+            latents, given = encode(collate([sample]))
         encoded.append(HeldOut(latents.cpu(), {name: value.cpu() for name, value in given.items()}))
     return encoded
 
 
 class Validator:
-    """Measures the fixed-noise loss on the held-out rows and samples a clip for each prompt; call it when due.
+    """Measures the held-out loss and samples a clip for each prompt; call it when a validation is due.
 
     Args:
-        accelerator: of the run.
-        watch: where results go.
-        model: the transformer, not wrapped.
+        ctx: of the run.
+        recorder: gets the results; it is paused meanwhile.
         held_out: may be empty.
-        predict: as validation_loss takes it.
-        prompts: may be empty; images: one for each in image-to-video, else empty.
-        pipeline: a context that yields the diffusers pipeline, ready to sample with the trained transformer.
-        shape: frames, height, width of the sample clips.
-        fps: frames per second of the sample clips.
-        shift: of sigma.
-        guidance_scale: of the sample clips.
-        seed: of noise and samples.
-        collective: weights are sharded, so that all processes sample together.
-        averaged: has the model be its average inside, which then is measured too, and sampled from; None = not.
-        given_frames: leading latent frames that the model is given, outside the loss.
+        measure: how the held-out loss is measured.
+        samples: prompts and sampling parameters; the prompts may be empty.
+        pipeline: see FamilyValidation.
+        ema: context in which the model has the EMA's weights, which are then measured too, and sampled; None = no EMA.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        watch: Recorder,
-        *,
-        model: torch.nn.Module,
+        ctx: Context,
+        recorder: Recorder,
         held_out: Sequence[HeldOut],
-        predict: Callable[[torch.Tensor, torch.Tensor, HeldOut], torch.Tensor],
-        prompts: Sequence[str],
-        images: Sequence[Image.Image],
+        measure: HeldOutLoss,
+        samples: SampleSettings,
         pipeline: Callable[[], AbstractContextManager[Any]],
-        shape: Bucket,
-        fps: float,
-        shift: float,
-        guidance_scale: float,
-        seed: int,
-        collective: bool,
-        averaged: Callable[[], AbstractContextManager[None]] | None = None,
-        given_frames: int = 0,
+        ema: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.accelerator, self.watch, self.model = accelerator, watch, model
-        self.held_out, self.predict, self.shift, self.seed = held_out, predict, shift, seed
-        self.prompts, self.images, self.pipeline, self.guidance_scale = prompts, images, pipeline, guidance_scale
-        self.shape, self.fps, self.given_frames, self.collective = shape, fps, given_frames, collective
-        self.averaged = averaged
+        self.ctx, self.recorder, self.held_out, self.measure = ctx, recorder, held_out, measure
+        self.samples, self.pipeline, self.ema = samples, pipeline, ema
+        self.collective = not ctx.backend.full_weights
 
     def __call__(self) -> None:
-        """Runs both parts; all processes call it, and its time does not count as training."""
-        with self.watch.aside():
+        """Measure and sample; all ranks call it, and its time does not count as training time."""
+        with self.recorder.paused(), memory_phase("validation"):
             loss = self._measure() if self.held_out else None
-            with self.averaged() if self.averaged else nullcontext():
+            with self.ema() if self.ema else nullcontext():
                 if loss is not None:
-                    self.watch.validation(loss, self._measure() if self.averaged else None)
-                if self.prompts and (self.collective or self.accelerator.is_main_process):
+                    self.recorder.validation(loss, self._measure() if self.ema else None)
+                if self.samples.prompts and (self.collective or self.ctx.is_main):
                     self._sample()
-                self.accelerator.wait_for_everyone()
+                self.ctx.accelerator.wait_for_everyone()
 
     def _measure(self) -> ValidationLoss:
+        ctx = self.ctx
         return validation_loss(
-            self.held_out,
-            self.predict,
-            model=self.model,
-            shift=self.shift,
-            sigmas_per_sample=SIGMAS,
-            noise_key=self.seed,
-            given_frames=self.given_frames,
-            device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            self.held_out, self.measure, device=ctx.device, rank=ctx.rank, world_size=ctx.world_size,
             all_reduce_sum=sum_over_ranks,
-        )
+        )  # fmt: skip
 
     def _sample(self) -> None:
+        folder, step = self.ctx.output_dir / "samples", self.recorder.state.step
         with self.pipeline() as pipeline:
             clips = sample_clips(
-                pipeline,
-                self.prompts,
-                images=self.images,
-                height=self.shape.height,
-                width=self.shape.width,
-                num_frames=self.shape.frames,
-                fps=self.fps,
-                seed=self.seed % 2**32,
-                steps=SAMPLING_STEPS,
-                guidance_scale=self.guidance_scale,
-                folder=self.watch.output_dir / "samples",
-                step=self.watch.state.step,
-                write=self.accelerator.is_main_process,
-                collective=self.collective,
+                pipeline, self.samples, folder, step, write=self.ctx.is_main, collective=self.collective
             )
-        self.watch.sampled(clips)
+        self.recorder.sampled(clips)
 
 
 def validation_images(paths: Sequence[str], shape: Bucket) -> list[Image.Image]:
-    """Returns the images that sample clips start from, scaled to cover the clip's size and cut at the centre.
+    """The images that sample clips start from, scaled to cover the clip's size and cropped at the centre.
 
     Raises:
         UserError: one cannot be read.
@@ -159,5 +138,5 @@ def validation_images(paths: Sequence[str], shape: Bucket) -> list[Image.Image]:
             images.append(Image.fromarray(read_image(Path(path), shape.height, shape.width)[0]))
         except BadMedia as why:
             what = f"{path} is {why.media_class} ({why.detail})"
-            raise UserError("--validation_paths", what, "give an image that can be read") from why
+            raise UserError("--validation_paths", what, "pass an image that can be read") from why
     return images

@@ -1,59 +1,108 @@
-"""Serves every engine: what files hold of the model in training, the whole of it or what is trained alone."""
+"""What a checkpoint stores of the model in training: its full weights, or the trainable parameters only (LoRA)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from videox.weights.safetensors_io import NamedTensors, StoredTensors, load_weights, save_weights
+from videox.weights.layout_writer import export_file
+from videox.weights.safetensors_io import NamedTensors, StoredTensors, export_transformer, load_weights, save_weights
 
-TRANSFORMER = "transformer"  # what the weights in training are called in a checkpoint; their average has another name
+TRANSFORMER = "transformer"  # name of the weights in training inside a checkpoint; the EMA has another name
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How weights are exported for use.
+
+    Attributes:
+        dtype: of the floating tensors.
+        keep_fp32: parts of names of tensors that stay float32.
+        layouts: layouts to write in addition to diffusers' ("original", "comfyui", "merged").
+        metadata: key-value pairs for the header of each file.
+        only_layouts: of full weights, keep the files of `layouts` and delete the diffusers folder.
+    """
+
+    dtype: torch.dtype
+    keep_fp32: Sequence[str] = ()
+    layouts: Sequence[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    only_layouts: bool = False
 
 
 class WeightFormat(Protocol):
-    """What a checkpoint keeps of a model.
+    """What a checkpoint stores of a model, and how it is written and read.
 
     Attributes:
-        trained_alone: of what is frozen it keeps nothing: that is read again from where the run began.
+        trainable_only: frozen parameters are not stored; a resumed run reads them from the base model again.
     """
 
-    trained_alone: bool
+    trainable_only: bool
 
     def save(self, checkpoint: Path, name: str, tensors: NamedTensors, config: str) -> None:
-        """Writes an engine's weights into a checkpoint.
+        """Write an engine's weights into a checkpoint.
 
         Args:
-            name: TRANSFORMER, or that of their average.
-            tensors: as Engine.weights yields them, asked for to the last one.
-            config: of the model (JSON text).
+            checkpoint: folder of the checkpoint.
+            name: TRANSFORMER, or the name of the EMA weights.
+            tensors: what Engine.weights yields; it is consumed to its end, since every yield may be a collective.
+            config: configuration of the model (JSON text).
 
         Raises:
             OSError, SafetensorError: the first failure to write.
         """
 
+    def export(self, output_dir: Path, name: str, tensors: NamedTensors, config: str, options: ExportOptions) -> None:
+        """Write an engine's weights for use by other programs.
+
+        Args:
+            output_dir: of the run, or another folder.
+            name: as for save.
+            tensors: as for save.
+            config: of the model (JSON text).
+            options: dtype, layouts and headers of the files.
+
+        Raises:
+            UserError: (NUMERICS) a value is not finite in its dtype; nothing is written.
+            SaveError: the disk refused; files that were there before are unchanged.
+        """
+
     def load(self, checkpoint: Path, model: nn.Module) -> None:
-        """Copies the weights in training of a checkpoint into a whole model. Raises UserError where they do not fit."""
+        """Copy the weights of a checkpoint into an unsharded model. Raises UserError if names or shapes differ."""
 
     def stored(self, checkpoint: Path, name: str) -> Mapping[str, Tensor]:
-        """Returns what save wrote, by the parameters' names in the model. Raises UserError where it cannot be read."""
+        """Return what save wrote, by parameter name in the model. Raises UserError if it cannot be read."""
 
 
 class FullWeights:
-    """See Kept: a folder in diffusers layout, float32."""
+    """WeightFormat that stores all weights: a folder in diffusers layout, float32."""
 
-    trained_alone = False
+    trainable_only = False
 
     def save(self, checkpoint: Path, name: str, tensors: NamedTensors, config: str) -> None:
-        """As Kept's."""
+        """As WeightFormat.save."""
         save_weights(checkpoint / name, tensors, config)
 
+    def export(self, output_dir: Path, name: str, tensors: NamedTensors, config: str, options: ExportOptions) -> None:
+        """As WeightFormat.export: a diffusers folder, and one file for each other layout beside it."""
+        folder = output_dir / name
+        export_transformer(tensors, config, folder, options.dtype, options.keep_fp32, metadata=options.metadata)
+        for layout in options.layouts:
+            target = folder.with_name(f"{folder.name}_{layout}.safetensors")
+            export_file(folder, target, layout, options.dtype, options.metadata)
+        if options.only_layouts:  # export_file reads the folder, so it has to be written first
+            shutil.rmtree(folder)
+
     def load(self, checkpoint: Path, model: nn.Module) -> None:
-        """As Kept's."""
+        """As WeightFormat.load."""
         load_weights(checkpoint / TRANSFORMER, model)
 
     def stored(self, checkpoint: Path, name: str) -> Mapping[str, Tensor]:
-        """As Kept's."""
+        """As WeightFormat.stored."""
         return StoredTensors(checkpoint / name)

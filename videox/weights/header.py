@@ -1,4 +1,4 @@
-"""Serves whoever passes trained weights on: what their files and their checkpoint say of how they were trained."""
+"""Metadata in the headers of safetensors files: which base model was trained, and how."""
 
 from __future__ import annotations
 
@@ -11,42 +11,46 @@ from safetensors import SafetensorError, safe_open
 
 from videox import __version__
 
-MODEL_CONFIG = "transformer_config"  # in the header of a file that no config.json goes with, as JSON
-OF_THE_FILE = ("format", "layout", "dtype", "architecture", "lora", "lora_adapter_metadata", MODEL_CONFIG)
-TRAINER = "videox "
+MODEL_CONFIG = "transformer_config"  # header key with the model's config as JSON, in files that have no config.json
+# Keys that describe the file itself and not the training; an export sets them again.
+FILE_FIELDS = ("format", "layout", "dtype", "architecture", "lora", "lora_adapter_metadata", MODEL_CONFIG)
+TRAINER_PREFIX = "videox "
 
 
-def name_of(model: str) -> str:
-    """Returns what a file says of the model that was trained: of a folder here its own name alone, else its id."""
+def base_model_name(model: str) -> str:
+    """Return the name of a base model for a header: the folder's own name for a local folder, else the Hub id.
+
+    The path of a local folder is left out, since it means nothing on another machine.
+    """
     if not Path(model).exists():
         return model
     folder = Path(model).resolve()
     return folder.parent.name if folder.name == "transformer" else folder.name
 
 
-def describe(base_model: str | None, facts: Mapping[str, object], *, title: str | None = None) -> dict[str, str]:
-    """Returns what a file of trained weights says of itself in its header.
+def model_metadata(base_model: str | None, facts: Mapping[str, object], *, title: str | None = None) -> dict[str, str]:
+    """Build the header metadata of a file of trained weights.
 
     Args:
-        base_model: that was trained, as the user named it; of a folder here the last name alone is told; None if
-            nobody knows.
-        facts: task, steps, sizes and the like; None is left out.
-        title: in place of one made of the base model's name.
+        base_model: the model that was trained, as the user named it; of a local folder only its own name is written;
+            None if unknown.
+        facts: further fields such as task, steps and sizes; a value of None is left out.
+        title: model title; None derives it from the base model's name.
     """
-    base = {} if base_model is None else {"base_model": name_of(base_model)}
-    said = {name: str(value) for name, value in sorted(facts.items()) if value is not None}
+    base = {} if base_model is None else {"base_model": base_model_name(base_model)}
+    fields = {name: str(value) for name, value in sorted(facts.items()) if value is not None}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title or f"{base.get('base_model', 'a model')} fine-tuned",
         "modelspec.prediction_type": "flow",
-        "trainer": f"{TRAINER}{__version__}",
+        "trainer": f"{TRAINER_PREFIX}{__version__}",
         **base,
-        **said,
+        **fields,
     }
 
 
-def header_of(path: Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file, or of the first one in a folder; nothing where it has none."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the header metadata of a safetensors file, or of the first one in a folder; empty if there is none."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".safetensors":
         return {}
@@ -54,16 +58,16 @@ def header_of(path: Path) -> dict[str, str]:
         with safe_open(files[0], framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError):
-        return {}  # whoever reads its tensors says what is wrong
+        return {}  # reading its tensors, which follows, reports what is wrong
 
 
-def stored_config(path: Path) -> dict[str, Any]:
-    """Returns the configuration that a single file's header has for its model; nothing where it has none."""
-    return json_object(header_of(path).get(MODEL_CONFIG, "{}")) if path.is_file() else {}
+def header_config(path: Path) -> dict[str, Any]:
+    """Read the model configuration in a single file's header; empty if there is none."""
+    return parse_json_object(read_metadata(path).get(MODEL_CONFIG, "{}")) if path.is_file() else {}
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Returns a JSON object, an empty one where there is something else: what it would have told is not known."""
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; empty if the text is anything else, so that the fields in it count as unknown."""
     try:
         found = json.loads(text)
     except ValueError:

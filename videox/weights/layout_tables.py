@@ -1,12 +1,15 @@
-"""Names of modules in diffusers, in the published checkpoints and in ComfyUI, as tables."""
+"""Tables of module names: diffusers, the published checkpoints, and ComfyUI."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# Modules by name, original -> diffusers; # stands for a number. Several names: the original has their rows one after
-# the other. A leading ~ means that the two halves of the rows change places.
+LAYOUTS = ("original", "comfyui")  # export layouts in addition to diffusers'
+MERGED = "merged"  # value of --export_layouts: the base model with the LoRA merged into it, in diffusers layout
+
+# Module names, original -> diffusers; # stands for a number. Several names: the original module is fused, its rows are
+# those of the diffusers modules concatenated. A leading ~ means that the two halves of the rows are swapped.
 Table = Mapping[str, tuple[str, ...] | str]
 
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
@@ -25,7 +28,7 @@ WAN: Table = {
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
     "blocks.#.modulation": "blocks.#.scale_shift_table",
-    "blocks.#.norm3": "blocks.#.norm2",  # of the cross-attention; the other two norms have no weights
+    "blocks.#.norm3": "blocks.#.norm2",  # norm of the cross-attention; the other two norms have no weights
     "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
     "blocks.#.ffn.2": "blocks.#.ffn.net.2",
     **{f"blocks.#.self_attn.{old}": f"blocks.#.attn1.{new}" for old, new in ATTENTION.items()},
@@ -77,9 +80,9 @@ HUNYUAN: Table = {
     "single_blocks.#.q_norm": f"{SINGLE}.attn.norm_q",
     "single_blocks.#.k_norm": f"{SINGLE}.attn.norm_k",
     "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "~norm_out.linear",  # shift and scale there, scale and shift here
+    "final_layer.adaLN_modulation.1": "~norm_out.linear",  # the original has shift, scale; diffusers has scale, shift
 }
-# What ComfyUI calls HunyuanVideo's modules when it saves a model itself -> the published name.
+# ComfyUI's own names for HunyuanVideo's modules, which it writes when it saves a model -> published names.
 COMFYUI_NORMS = {
     f"{comfyui}.{kind}_norm.{leaf}": f"{published}{kind[0]}_norm.weight"
     for comfyui, published in (
@@ -135,7 +138,7 @@ WAN_VAE: Table = {
     **{f"encoder.downsamples.#.{old}": f"encoder.down_blocks.#.{new}" for old, new in RESNET.items()},
     "encoder.downsamples.#.resample.1": "encoder.down_blocks.#.resample.1",
     "encoder.downsamples.#.time_conv": "encoder.down_blocks.#.time_conv",
-    # the decoder's blocks are counted through in the original; _grouped and _counted_through change the numbers
+    # The original numbers the decoder's blocks consecutively; layouts.py converts these numbers to (block, index).
     **{f"decoder.resnets.#.#.{old}": f"decoder.up_blocks.#.resnets.#.{new}" for old, new in RESNET.items()},
     "decoder.upsamplers.#.resample.1": "decoder.up_blocks.#.upsamplers.0.resample.1",
     "decoder.upsamplers.#.time_conv": "decoder.up_blocks.#.upsamplers.0.time_conv",
@@ -171,13 +174,13 @@ CLIP_VISION: Table = {
 TABLES: Mapping[str, Table] = {
     "wan": WAN, "hunyuan": HUNYUAN, "wan_vae": WAN_VAE, "umt5": UMT5, "clip_vision": CLIP_VISION,
 }  # fmt: skip
-# One tensor by which each layout is told, under its original name and under diffusers'.
-MARKS = {
+# One tensor that identifies each layout: its original name and its diffusers name.
+MARKERS = {
     "wan": ("head.modulation", "condition_embedder.time_proj.weight"),
     "hunyuan": ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "context_embedder.proj_in.weight"),
     "wan_vae": ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"),
     "umt5": ("blocks.0.ffn.gate.0.weight", "encoder.final_layer_norm.weight"),
     "clip_vision": ("visual.cls_embedding", "embeddings.class_embedding"),
 }
-# Not of the image encoder: the other tower, and the projection that Wan does not use.
+# Tensors of CLIP that Wan does not use: the text tower and the final projection.
 UNUSED = {"clip_vision": re.compile(r"textual\.|log_scale$|visual\.head$")}

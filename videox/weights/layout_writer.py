@@ -1,4 +1,4 @@
-"""Serves whoever takes trained weights elsewhere: another program's names in one file, written a block at a time."""
+"""Writes a transformer as one file in another layout (original or ComfyUI names), one block at a time."""
 
 from __future__ import annotations
 
@@ -16,27 +16,25 @@ from videox.weights import layouts
 from videox.weights.header import MODEL_CONFIG
 from videox.weights.layouts import Entry, Piece
 from videox.weights.lazy_tensor import LazyTensor
-from videox.weights.reader import LayoutTensors, assembled, open_tensors
+from videox.weights.reader import LayoutTensors, assemble, open_tensors
 from videox.weights.safetensors_io import CONFIG
-from videox.weights.stream_writer import Planned, check_bytes, check_folder, planned, write_folder
+from videox.weights.stream_writer import TensorToWrite, check_bytes, check_folder, plan_tensors, write_folder
 
-LAYOUTS = ("original", "comfyui")  # beside diffusers'
-MERGED = "merged"  # what --export_layouts calls a LoRA's base with the LoRA in it, in diffusers' layout
 COMFYUI_PREFIX = "model.diffusion_model."
 ARCHITECTURES = {"wan": "wan2.1", "hunyuan": "hunyuan-video"}
 
 
-def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
-    """Returns a transformer's tensors as they are called and made of diffusers' in a layout.
+def layout_entries(source: LayoutTensors, layout: str) -> list[Entry]:
+    """List the tensors of a transformer in a layout: their names, and which diffusers tensors they are made of.
 
-    ComfyUI reads the published names, and knows a model in its diffusion_models folder by their usual prefix.
+    ComfyUI reads the published names, and detects a model in its diffusion_models folder by their usual prefix.
 
     Args:
         source: the transformer.
         layout: "diffusers" | "original" | "comfyui".
 
     Raises:
-        UserError: (MODEL) it is no transformer of a known family.
+        UserError: (MODEL) it is not a transformer of a known family.
     """
     shapes = source.shapes()
     if layout == "diffusers":
@@ -44,70 +42,70 @@ def laid_out(source: LayoutTensors, layout: str) -> list[Entry]:
     family = layouts.family_of(shapes)
     if family not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES.values())
-        raise UserError(str(source.path), f"is no transformer of {known}", "give one", MODEL)
+        raise UserError(str(source.path), f"is not a {known} transformer", "pass the weights of one", MODEL)
     prefix = COMFYUI_PREFIX if layout == "comfyui" else ""
     return [replace(entry, name=f"{prefix}{entry.name}") for entry in layouts.to_original(family, shapes)]
 
 
-def relaid(source: LayoutTensors, layout: str) -> list[LazyTensor]:
-    """Returns where the elements of each tensor of laid_out lie. Raises UserError (MODEL) as it does."""
-    tensors = {name: source.scattered(name) for name in source}
-    return [assembled(entry, tensors, source.path) for entry in laid_out(source, layout)]
+def to_layout(source: LayoutTensors, layout: str) -> list[LazyTensor]:
+    """Return the tensors of layout_entries as lazy tensors. Raises UserError (MODEL) as layout_entries does."""
+    tensors = {name: source.lazy(name) for name in source}
+    return [assemble(entry, tensors, source.path) for entry in layout_entries(source, layout)]
 
 
 def export_file(folder: Path, target: Path, layout: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Writes the transformer of a diffusers folder as one file of another layout; what stood there is moved aside.
+    """Write the transformer of a diffusers folder as one file of another layout; an existing file is renamed.
 
     Args:
-        folder: with config.json and safetensors.
-        target: the file to make, whole or absent.
+        folder: diffusers folder with config.json and safetensors.
+        target: the file to create; it appears atomically.
         layout: "original" | "comfyui".
-        dtype: of all floating tensors.
-        metadata: for the header, which also gets the configuration: no shape tells how wide a head is.
+        dtype: dtype of all floating-point tensors in the file.
+        metadata: fields of the header. The model configuration is added: the width of a head is in no shape.
 
     Raises:
         UserError: (NUMERICS) a value is not finite in this dtype.
-        SaveError: the disk refused; nothing is left behind.
+        SaveError: the file cannot be written; nothing is left behind.
     """
-    tensors = planned(relaid(open_tensors(folder), layout), dtype)
+    tensors = plan_tensors(to_layout(open_tensors(folder), layout), dtype)
     config = json.dumps(json.loads((folder / CONFIG).read_bytes()), sort_keys=True)
     write_file(target, tensors, {**metadata, "layout": layout, MODEL_CONFIG: config})
 
 
 def write_file(
     target: Path,
-    tensors: list[Planned],
+    tensors: list[TensorToWrite],
     metadata: Mapping[str, str],
     *,
     verify: bool = False,
-    told: Callable[[int], object] = lambda _: None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes one safetensors file, checked by its header; a file that stands there with other content is moved aside.
+    """Write one safetensors file and check its header; an existing file with other content is renamed.
 
     Args:
-        target: ends in .safetensors.
-        tensors: each name once.
-        metadata: for the header.
-        verify: read every byte back, too.
-        told: called with the bytes of each block that is written or read back.
+        target: path that ends in .safetensors.
+        tensors: tensors to write; each name occurs once.
+        metadata: fields of the header.
+        verify: also read every byte back and compare its checksum.
+        on_progress: called with the number of bytes of each block that was written or read back.
 
     Raises:
         UserError: (NUMERICS) a value is not finite in its dtype.
-        SaveError: the disk refused; nothing is left behind.
+        SaveError: the file cannot be written; nothing is left behind.
     """
 
     def write(folder: Path) -> None:
         checksums = write_folder(
             folder,
             tensors,
-            max_shard_size=float("inf"),
+            max_shard_size=None,
             with_checksums=verify,
-            told=told,
+            on_progress=on_progress,
             stem=target.name.removesuffix(".safetensors"),
             metadata=metadata,
         )
         check_folder(folder, tensors)
         if verify:
-            check_bytes(folder, checksums, told)
+            check_bytes(folder, checksums, on_progress)
 
     publish_file(target, write)

@@ -1,11 +1,11 @@
-"""Serves whoever moves weights between programs: the names of one and the same tensors in diffusers and elsewhere.
+"""Maps tensor names and shapes between diffusers and the original checkpoints, in both directions.
 
-A layout is a table of module names. A tensor of one side is made of stretches of tensors of the other side, laid end
-to end: most are one whole tensor, HunyuanVideo's fused projections are cut in three or four. Nothing here reads a
-value, so that a model of any size is mapped in an instant, and a slice of a tensor is found without the rest.
+A layout is a table of module names. A tensor of one side is the concatenation of ranges of tensors of the other side:
+mostly one full tensor; HunyuanVideo's fused projections are split into three or four. No tensor value is read, so
+mapping takes no time for any model size, and a slice of a tensor can be located without the rest.
 
-diffusers has converters for one of the two directions; they take whole models in memory and know the published widths
-only. The tests hold these tables equal to them.
+diffusers has converters for one of the two directions only; they need the full model in memory and support the
+published widths only. The tests check that these tables agree with them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from videox.weights.layout_tables import COMFYUI_HUNYUAN, MARKS, TABLES, UNUSED
+from videox.weights.layout_tables import COMFYUI_HUNYUAN, MARKERS, TABLES, UNUSED
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -24,7 +24,7 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements `begin` to `begin + count` of a tensor, counted in its memory order."""
+    """Elements `begin` to `begin + count` of a tensor, in row-major order."""
 
     name: str
     begin: int
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of the target layout: its name, its shape, and what it is made of, first to last."""
+    """A tensor of the target layout: its name, its shape, and the source pieces it is the concatenation of."""
 
     name: str
     shape: Shape
@@ -47,7 +47,7 @@ LEAF = r"(|\.weight|\.bias|\.gamma)"
 
 
 def shared_prefix(names: Iterable[str]) -> str:
-    """Returns the prefix that a program has put before every name ("model.diffusion_model." and the like), or ""."""
+    """Return the prefix that all names share, such as "model.diffusion_model.", or ""."""
     names = list(names)
     for prefix in PREFIXES:
         if names and all(name.startswith(prefix) for name in names):
@@ -56,25 +56,25 @@ def shared_prefix(names: Iterable[str]) -> str:
 
 
 def layout_of(names: Iterable[str]) -> str | None:
-    """Returns the layout whose original names these are, None where they are nobody's (diffusers', for instance)."""
+    """Return the layout that these original names belong to; None if there is none (e.g. diffusers' names)."""
     names = set(names)
-    return next((layout for layout, (mark, _) in MARKS.items() if mark in names), None)
+    return next((layout for layout, (mark, _) in MARKERS.items() if mark in names), None)
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """Returns the layout whose names these are in diffusers, or None."""
+    """Return the layout whose diffusers names these are, or None."""
     names = set(names)
-    return next((layout for layout, (_, mark) in MARKS.items() if mark in names), None)
+    return next((layout for layout, (_, mark) in MARKERS.items() if mark in names), None)
 
 
 @cache
-def _comfyui() -> tuple[tuple[re.Pattern[str], str], ...]:
-    return tuple((_pattern(theirs), published) for theirs, published in COMFYUI_HUNYUAN.items())
+def _comfyui_patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((_pattern(comfyui), published) for comfyui, published in COMFYUI_HUNYUAN.items())
 
 
 def published_name(name: str) -> str:
-    """Returns the published name of a tensor that ComfyUI may have saved under a name of its own."""
-    for pattern, published in _comfyui():
+    """Return the published name of a tensor that ComfyUI may have saved under its own name."""
+    for pattern, published in _comfyui_patterns():
         if match := pattern.match(name):
             return _fill(published, match)
     return name
@@ -89,7 +89,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @cache
 def _forward(layout: str) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
-    """Returns (pattern, template, diffusers' templates) of each original module."""
+    """Return (pattern, template, diffusers templates) for each original module."""
     rows = TABLES[layout].items()
     return tuple((_pattern(old), old, (new,) if isinstance(new, str) else new) for old, new in rows)
 
@@ -100,9 +100,9 @@ def _fill(template: str, match: re.Match[str]) -> str:
 
 
 def targets(layout: str, name: str) -> tuple[str, ...]:
-    """Returns the names in diffusers of an original tensor, in the order of its rows; its own name if nobody knows it.
+    """Return the diffusers names of an original tensor, in the order of its rows; its own name if it is unknown.
 
-    A leading ~ is kept: the halves change places.
+    A leading ~ is kept: the halves of the rows are swapped.
     """
     for pattern, _, new in _forward(layout):
         if match := pattern.match(name):
@@ -112,12 +112,12 @@ def targets(layout: str, name: str) -> tuple[str, ...]:
 
 @cache
 def _backward(layout: str) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
-    """Returns (pattern of one of diffusers' modules, original template, diffusers' templates of all its parts)."""
+    """Return (pattern of a diffusers module, original template, diffusers templates of all parts) for each module."""
     return tuple((_pattern(part.removeprefix("~")), old, new) for _, old, new in _forward(layout) for part in new)
 
 
 def sources(layout: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """Returns the original name of a diffusers tensor, and diffusers' names of all the parts that it is made of."""
+    """Return the original name of a diffusers tensor, and the diffusers names of all parts of that original tensor."""
     for pattern, old, new in _backward(layout):
         if match := pattern.match(name):
             return _fill(old, match), tuple(_fill(template, match) for template in new)
@@ -125,7 +125,7 @@ def sources(layout: str, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _rows(name: str, count: int, shapes: Shapes) -> list[int]:
-    """Returns how many rows of a fused tensor each part has: as many as there are inputs, the last what is left."""
+    """Return the number of rows of each part of a fused tensor: the input width, and the rest for the last part."""
     weight = re.sub(r"\.bias$", ".weight", name)
     if count == 1 or weight not in shapes:
         return [shapes[name][0]]
@@ -134,25 +134,25 @@ def _rows(name: str, count: int, shapes: Shapes) -> list[int]:
 
 
 def _shape(layout: str, name: str, shape: Shape) -> Shape:
-    """Returns the shape in diffusers of a tensor that is not cut: CLIP's embeddings lose their leading ones."""
+    """Return the diffusers shape of a tensor that is not split: CLIP's embeddings lose leading dimensions of 1."""
     if layout == "clip_vision" and name in ("visual.cls_embedding", "visual.pos_embedding"):
         return tuple(shape[shape.count(1) if name.endswith("cls_embedding") else 1 :])
     return shape
 
 
 def to_diffusers(layout: str, shapes: Shapes) -> list[Entry]:
-    """Returns the tensors that a model in the original layout has in diffusers; one that nobody knows keeps its name.
+    """List the diffusers tensors of a model in the original layout; a tensor that is unknown keeps its name.
 
     Args:
         layout: a key of TABLES.
-        shapes: of the original tensors, by name.
+        shapes: shapes of the original tensors, by name.
     """
     entries = []
-    numbered = _grouped(shapes) if layout == "wan_vae" else {}
+    block_names = _block_names(shapes) if layout == "wan_vae" else {}
     for name, shape in shapes.items():
         if layout in UNUSED and UNUSED[layout].match(name):
             continue
-        parts = targets(layout, numbered.get(name, name))
+        parts = targets(layout, block_names.get(name, name))
         if len(parts) == 1:
             entries.append(_single(parts[0], name, _shape(layout, name, shape)))
             continue
@@ -172,47 +172,50 @@ def _single(target: str, name: str, shape: Shape) -> Entry:
 
 
 def to_original(layout: str, shapes: Shapes) -> list[Entry]:
-    """Returns the tensors that a model of diffusers has in the original layout; one that nobody knows keeps its name.
+    """List the original tensors of a diffusers model; a tensor that is unknown keeps its name.
 
     Args:
-        layout: a key of TABLES; of a transformer or Wan's autoencoder.
-        shapes: of the tensors in diffusers, by name.
+        layout: a key of TABLES that names a transformer or Wan's VAE.
+        shapes: shapes of the diffusers tensors, by name.
     """
     entries: list[Entry] = []
     done: set[str] = set()
-    counted = (re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)", name) for name in shapes)
-    resnets = max((int(match[1]) + 1 for match in counted if match), default=0)
+    matches = (re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)", name) for name in shapes)
+    resnets = max((int(match[1]) + 1 for match in matches if match), default=0)
     for name, shape in shapes.items():
         if name in done:
             continue
         original, parts = sources(layout, name)
         if layout == "wan_vae":
-            original = _counted_through(original, resnets)
+            original = _consecutive_name(original, resnets)
         if len(parts) == 1:
             entries.append(replace(_single(parts[0], name, shape), name=original))
             continue
         done |= set(parts)
-        there = [part for part in parts if part in shapes]
-        rows = sum(shapes[part][0] for part in there)
-        pieces = tuple(Piece(part, 0, prod(shapes[part])) for part in there)
+        present = [part for part in parts if part in shapes]
+        rows = sum(shapes[part][0] for part in present)
+        pieces = tuple(Piece(part, 0, prod(shapes[part])) for part in present)
         entries.append(Entry(original, (rows, *shape[1:]), pieces))
     return entries
 
 
-def _grouped(shapes: Shapes) -> dict[str, str]:
-    """Returns for each tensor of the decoder's counted-through blocks its name with block and place in the block."""
-    found = [re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name) for name in shapes]
-    resnets = min((int(m[1]) for m in found if m and m[2].startswith("resample.")), default=0)
+def _block_names(shapes: Shapes) -> dict[str, str]:
+    """Map each consecutively numbered tensor of the VAE decoder to a name with block and index inside the block.
+
+    A block is its resnets followed by one upsampler; the position of the first upsampler gives the block length.
+    """
+    matches = [re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name) for name in shapes]
+    resnets = min((int(m[1]) for m in matches if m and m[2].startswith("resample.")), default=0)
     names = {}
-    for match in (match for match in found if match):
-        block, place = divmod(int(match[1]), resnets + 1)
-        where = f"upsamplers.{block}" if place == resnets else f"resnets.{block}.{place}"
-        names[match[0]] = f"decoder.{where}.{match[2]}"
+    for match in (match for match in matches if match):
+        block, index = divmod(int(match[1]), resnets + 1)
+        module = f"upsamplers.{block}" if index == resnets else f"resnets.{block}.{index}"
+        names[match[0]] = f"decoder.{module}.{match[2]}"
     return names
 
 
-def _counted_through(name: str, resnets: int) -> str:
-    """Undoes _grouped, where every block has so many resnets."""
+def _consecutive_name(name: str, resnets: int) -> str:
+    """Invert _block_names, given the number of resnets per block."""
     if match := re.match(r"decoder\.resnets\.(\d+)\.(\d+)\.(.*)", name):
         return f"decoder.upsamples.{int(match[1]) * (resnets + 1) + int(match[2])}.{match[3]}"
     if match := re.match(r"decoder\.upsamplers\.(\d+)\.(.*)", name):

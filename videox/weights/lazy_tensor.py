@@ -1,4 +1,4 @@
-"""Serves whoever puts a model together again: a tensor that lies in pieces in many files, read a block at a time."""
+"""Lazy tensors: where a tensor's elements are stored, in one file or many, and how to read them in blocks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from videox.errors import MODEL, UserError
-from videox.weights.safe_pickle import StoredTensor, damaged
+from videox.weights.safe_pickle import StoredTensor, damaged_error
 from videox.weights.safetensors_io import WEIGHTS, StoredTensors
 
-BLOCK = 16 * 2**20  # bytes read at a time: small beside any memory, large beside the cost of a read
+BLOCK_BYTES = 16 * 2**20  # read at a time: negligible memory, and large enough that the cost per read call is hidden
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -36,12 +36,12 @@ SAFETENSORS_DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # read only: what comes out is float32
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # never written; they are read as float32
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpan:
-    """Elements that lie one after the other in a file, from byte `start` on."""
+    """`count` consecutive elements in a file, starting at byte `start`."""
 
     path: Path
     start: int
@@ -50,60 +50,66 @@ class FileSpan:
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor whose elements, first to last, are those of its runs, first to last.
+    """A tensor that is still in its files: the concatenation of its spans, in order.
 
     Attributes:
-        name: in the model's state dict.
-        dtype: as stored.
-        shape: of the whole tensor.
-        runs: together as many elements as the shape has; with a stride, the span of memory that it strides over.
-        stride: in elements, where the stored tensor is not contiguous; None otherwise.
-        buffer: not trained; it may hold infinities on purpose, as masks do.
-        scale: what the stored values of an 8-bit float are to be multiplied by.
+        name: key in the model's state dict.
+        dtype: dtype in the file.
+        shape: shape of the full tensor.
+        spans: file spans with as many elements in total as the shape has; with a stride, the memory range it covers.
+        stride: stride in elements if the stored tensor is not contiguous; None otherwise.
+        buffer: whether it is a buffer, which is not trained and may contain infinities on purpose (masks).
+        scale: factor for the stored values of an 8-bit float tensor.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    runs: tuple[FileSpan, ...]
+    spans: tuple[FileSpan, ...]
     stride: tuple[int, ...] | None = None
     buffer: bool = False
     scale: float = 1.0
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
-class Shards:
-    """What a checkpoint holds: `kind` in words, its tensors by name, and what the user should hear."""
+class CheckpointTensors:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        kind: description of the checkpoint for messages, e.g. "ZeRO-3 of 8 ranks, step 500".
+        tensors: one LazyTensor per name.
+        notes: sentences to print to the user.
+    """
 
     kind: str
     tensors: tuple[LazyTensor, ...]
     notes: tuple[str, ...] = ()
 
 
-def whole(name: str, stored: StoredTensor, *, buffer: bool = False) -> LazyTensor:
-    """Returns a tensor that lies in one file."""
+def from_stored(name: str, stored: StoredTensor, *, buffer: bool = False) -> LazyTensor:
+    """Make a LazyTensor of a tensor that is stored in one file."""
     if stored.contiguous:
-        runs = (FileSpan(stored.path, stored.start, stored.numel),)
-        return LazyTensor(name, stored.dtype, stored.shape, runs, buffer=buffer)
-    runs = (FileSpan(stored.path, stored.start, stored.span),)
-    return LazyTensor(name, stored.dtype, stored.shape, runs, stored.stride, buffer)
+        spans = (FileSpan(stored.path, stored.start, stored.numel),)
+        return LazyTensor(name, stored.dtype, stored.shape, spans, buffer=buffer)
+    spans = (FileSpan(stored.path, stored.start, stored.extent),)
+    return LazyTensor(name, stored.dtype, stored.shape, spans, stored.stride, buffer)
 
 
-def renamed(tensor: LazyTensor, name: str) -> LazyTensor:
-    """Returns the same elements under another name."""
+def with_name(tensor: LazyTensor, name: str) -> LazyTensor:
+    """Return the same tensor under another name."""
     return replace(tensor, name=name)
 
 
-class Vector:
-    """Flat tensors laid end to end, from which stretches are cut.
+class FlatTensor:
+    """The concatenation of flat tensors, of which any range can be located.
 
     Args:
-        parts: one-dimensional, contiguous, of one dtype.
+        parts: one-dimensional contiguous tensors of one dtype.
     """
 
     def __init__(self, parts: Sequence[StoredTensor]) -> None:
@@ -111,10 +117,10 @@ class Vector:
         self._ends = list(accumulate(part.numel for part in parts))
         self.length = self._ends[-1] if parts else 0
 
-    def cut(self, begin: int, count: int) -> Iterator[FileSpan]:
-        """Yields the runs of `count` elements from element `begin` on. Raises ValueError beyond the end."""
+    def spans(self, begin: int, count: int) -> Iterator[FileSpan]:
+        """Yield the spans of `count` elements from element `begin` on. Raises ValueError beyond the end."""
         if begin + count > self.length:
-            raise ValueError(f"{begin + count} elements are needed, {self.length} are there")
+            raise ValueError(f"{begin + count} elements are needed, {self.length} are stored")
         index = bisect_right(self._ends, begin)
         while count > 0:
             part = self._parts[index]
@@ -125,50 +131,52 @@ class Vector:
             begin, count, index = begin + taken, count - taken, index + 1
 
 
-class Blocks:
-    """Reads scattered tensors through one buffer; keeps files open, fewer than the system allows.
+class BlockReader:
+    """Reads lazy tensors block by block through one buffer; keeps files open, fewer than the open-file limit.
 
-    Plain reads, not memory-mapping: a file that ends early or a disk that fails is then an error with a name, and the
-    memory of the process does not grow with the files.
+    It uses plain reads, not mmap (so not torch.load(mmap=True) either): a file that was truncated, or a disk that
+    fails, is then an error that names the file and not a SIGBUS that kills the process, and resident memory does not
+    grow with the files.
     """
 
     def __init__(self) -> None:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = 1024 if allowed == resource.RLIM_INFINITY else max(8, min(1024, allowed - 64))
         self._open: OrderedDict[Path, FileIO] = OrderedDict()
-        self._buffer = bytearray(BLOCK)
+        self._buffer = bytearray(BLOCK_BYTES)
 
-    def __enter__(self) -> Blocks:
+    def __enter__(self) -> BlockReader:
         return self
 
     def __exit__(self, *raised: object) -> None:
         while self._open:
             self._open.popitem()[1].close()
 
-    def of(self, tensor: LazyTensor) -> Iterator[Tensor]:
-        """Yields all elements in order as flat tensors of the stored dtype, each valid until the next is asked for.
+    def read_blocks(self, tensor: LazyTensor) -> Iterator[Tensor]:
+        """Yield all elements in order as flat tensors of the stored dtype; each is valid until the next is requested.
 
-        8-bit floats come out as float32, multiplied by their scale.
+        8-bit floats are yielded as float32, multiplied by their scale.
 
         Raises:
-            UserError: (MODEL) a file has been cut short, or cannot be read.
+            UserError: (MODEL) a file is truncated or cannot be read.
         """
-        if tensor.dtype in EIGHT_BITS:
-            yield from (block.float() * tensor.scale for block in self._blocks(tensor))
+        if tensor.dtype in FLOAT8_DTYPES:
+            yield from (block.float() * tensor.scale for block in self._raw_blocks(tensor))
             return
         if tensor.stride is None:
-            yield from self._blocks(tensor)
+            yield from self._raw_blocks(tensor)
             return
-        span = torch.cat([block.clone() for block in self._blocks(tensor)])
-        yield span.as_strided(tensor.shape, tensor.stride).reshape(-1)
+        # A strided tensor is the one case that is read into memory in full: its elements are not in file order.
+        memory = torch.cat([block.clone() for block in self._raw_blocks(tensor)])
+        yield memory.as_strided(tensor.shape, tensor.stride).reshape(-1)
 
-    def _blocks(self, tensor: LazyTensor) -> Iterator[Tensor]:
+    def _raw_blocks(self, tensor: LazyTensor) -> Iterator[Tensor]:
         itemsize, filled, view = tensor.dtype.itemsize, 0, memoryview(self._buffer)
-        for run in tensor.runs:
-            at, left = run.start, run.count * itemsize
+        for span in tensor.spans:
+            at, left = span.start, span.count * itemsize
             while left:
                 size = min(left, len(view) - filled)
-                self._fill(run.path, at, view[filled : filled + size])
+                self._fill(span.path, at, view[filled : filled + size])
                 filled, at, left = filled + size, at + size, left - size
                 if filled == len(view):
                     yield torch.frombuffer(self._buffer, dtype=tensor.dtype, count=filled // itemsize)
@@ -183,10 +191,10 @@ class Blocks:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise damaged(path, f"it ends before byte {at + len(view)}")
+                    raise damaged_error(path, f"it ends before byte {at + len(view)}")
                 view = view[count:]
         except OSError as error:
-            raise damaged(path, str(error)) from error
+            raise damaged_error(path, str(error)) from error
 
     def _file(self, path: Path) -> FileIO:
         if path not in self._open:
@@ -198,18 +206,21 @@ class Blocks:
 
 
 def first_elements(tensor: LazyTensor, count: int) -> Tensor:
-    """Returns at most the first `count` elements of a tensor, flat, in memory of their own. Raises UserError (MODEL)."""
-    runs, left = [], min(count, sum(run.count for run in tensor.runs))
-    for run in tensor.runs:
-        runs.append(replace(run, count=min(run.count, left)))
-        left -= runs[-1].count
-    with Blocks() as blocks:
-        parts = [block.clone() for block in blocks.of(replace(tensor, runs=tuple(runs), stride=None))]
+    """Read at most the first `count` elements of a tensor, as a flat tensor. Raises UserError (MODEL)."""
+    spans, left = [], min(count, sum(span.count for span in tensor.spans))
+    for span in tensor.spans:
+        spans.append(replace(span, count=min(span.count, left)))
+        left -= spans[-1].count
+    with BlockReader() as reader:
+        parts = [block.clone() for block in reader.read_blocks(replace(tensor, spans=tuple(spans), stride=None))]
     return torch.cat(parts) if parts else torch.empty(0, dtype=tensor.dtype)
 
 
-def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Returns the header of a sound safetensors file, without its metadata, and the byte at which the data begins."""
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Read the header of a valid safetensors file; return its entries without `__metadata__`, and the data's offset.
+
+    safetensors' own reader checks the file but does not report where in it a tensor starts.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(size))
@@ -217,48 +228,48 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return entries, 8 + size
 
 
-def read_file(path: Path) -> tuple[LazyTensor, ...]:
-    """Returns the tensors of a sound safetensors file. Raises UserError (MODEL) for a dtype that torch does not have."""
+def read_safetensors(path: Path) -> tuple[LazyTensor, ...]:
+    """Locate the tensors of a valid safetensors file. Raises UserError (MODEL) for a dtype unknown to torch."""
     dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-    entries, data = header(path)
+    entries, data = read_header(path)
     tensors = []
     for name, entry in entries.items():
         if entry["dtype"] not in dtypes:
             what = f"{name} has the dtype {entry['dtype']}"
-            raise UserError(str(path), what, f"convert weights of {', '.join(dtypes)}", MODEL)
+            raise UserError(str(path), what, f"use weights in one of the dtypes {', '.join(dtypes)}", MODEL)
         shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
-        run = FileSpan(path, data + begin, prod(shape))
-        tensors.append(LazyTensor(name, dtypes[entry["dtype"]], shape, (run,)))
+        span = FileSpan(path, data + begin, prod(shape))
+        tensors.append(LazyTensor(name, dtypes[entry["dtype"]], shape, (span,)))
     return tuple(tensors)
 
 
-def read_whole(folder: Path) -> tuple[LazyTensor, ...]:
-    """Returns the tensors of a diffusers folder. Raises UserError (MODEL): nothing there, or a broken file."""
-    StoredTensors(folder)  # refuses what is missing, cut short or points elsewhere
+def read_folder(folder: Path) -> tuple[LazyTensor, ...]:
+    """Locate the tensors of a diffusers folder. Raises UserError (MODEL) if it has none or a file is broken."""
+    StoredTensors(folder)  # raises for files that are missing, truncated or outside the folder
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     files = {f"{WEIGHTS}.safetensors"}
     if index.is_file():
         files = set(json.loads(index.read_bytes())["weight_map"].values())
-    return tuple(tensor for file in sorted(files) for tensor in read_file(folder / file))
+    return tuple(tensor for file in sorted(files) for tensor in read_safetensors(folder / file))
 
 
-def cut(tensor: LazyTensor, begin: int, count: int) -> Iterator[FileSpan]:
-    """Yields the runs of `count` elements from element `begin` on of a tensor that lies contiguous in its files."""
+def slice_spans(tensor: LazyTensor, begin: int, count: int) -> Iterator[FileSpan]:
+    """Yield the spans of `count` elements from element `begin` on; the tensor has no stride."""
     itemsize = tensor.dtype.itemsize
-    for run in tensor.runs:
-        skipped = min(begin, run.count)
-        taken = min(count, run.count - skipped)
+    for span in tensor.spans:
+        skipped = min(begin, span.count)
+        taken = min(count, span.count - skipped)
         if taken > 0:
-            yield FileSpan(run.path, run.start + skipped * itemsize, taken)
+            yield FileSpan(span.path, span.start + skipped * itemsize, taken)
         begin, count = begin - skipped, count - max(taken, 0)
 
 
-def read(tensor: LazyTensor) -> Tensor:
-    """Returns a tensor in memory of its own, in its stored dtype; 8-bit floats as float32. Raises UserError (MODEL)."""
-    dtype = torch.float32 if tensor.dtype in EIGHT_BITS else tensor.dtype
-    found, at = torch.empty(tensor.numel, dtype=dtype), 0
-    with Blocks() as blocks:
-        for block in blocks.of(tensor):
-            found[at : at + block.numel()] = block
+def read_tensor(tensor: LazyTensor) -> Tensor:
+    """Read a tensor into memory in its stored dtype, 8-bit floats as float32. Raises UserError (MODEL)."""
+    dtype = torch.float32 if tensor.dtype in FLOAT8_DTYPES else tensor.dtype
+    flat, at = torch.empty(tensor.numel, dtype=dtype), 0
+    with BlockReader() as reader:
+        for block in reader.read_blocks(tensor):
+            flat[at : at + block.numel()] = block
             at += block.numel()
-    return found.reshape(tensor.shape)
+    return flat.reshape(tensor.shape)

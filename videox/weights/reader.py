@@ -1,7 +1,7 @@
-"""Serves whoever has weights from elsewhere: files of tensors, read by diffusers' names, a part at a time.
+"""Reads weights in any supported layout by their diffusers names, lazily.
 
-A file is told by what is in it. Prefixes that other programs put before every name are taken off, 8-bit floats are
-multiplied by their scales, and a pickle is never run. Nothing is read before it is asked for.
+The layout is detected from the tensor names. Prefixes that other programs add to every name are stripped, 8-bit floats
+are multiplied by their scales, and no code in a pickle is run. A tensor is read when it is accessed.
 """
 
 from __future__ import annotations
@@ -22,25 +22,33 @@ from torch import Tensor
 from videox.errors import MODEL, UserError
 from videox.weights import layouts
 from videox.weights.layouts import Entry
-from videox.weights.lazy_tensor import EIGHT_BITS, LazyTensor, cut, read, read_file, renamed, whole
+from videox.weights.lazy_tensor import (
+    FLOAT8_DTYPES,
+    LazyTensor,
+    from_stored,
+    read_safetensors,
+    read_tensor,
+    slice_spans,
+    with_name,
+)
 from videox.weights.safe_pickle import StoredTensor, read_archive
-from videox.weights.safetensors_io import WEIGHTS, TensorSource, few
+from videox.weights.safetensors_io import WEIGHTS, TensorSource, join_first
 
-ARCHIVES = (".pt", ".pth", ".bin", ".ckpt")
-WRAPPERS = ("module", "state_dict", "model")  # keys under which a file of torch.save may hold the tensors
-SCALES = (".scale_weight", ".weight_scale")  # of 8-bit weights, as ComfyUI writes them
-# What goes with 8-bit weights and is no weight: the scales of activations, which only 8-bit products use, and marks.
-MARKS = (".scale_input", ".input_scale", ".comfy_quant")
-MARK = "scaled_fp8"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+WRAPPER_KEYS = ("module", "state_dict", "model")  # keys under which a torch.save file may store the state dict
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # scales of 8-bit weights, as ComfyUI names them
+# Other tensors in files of 8-bit weights: activation scales, which only 8-bit matmuls use, and format markers.
+IGNORED_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant")
+FP8_MARKER = "scaled_fp8"
 
 
 class LayoutTensors(TensorSource):
-    """A model's tensors by their names in diffusers, wherever they lie: each read from its file when it is asked for.
+    """A model's tensors by their diffusers names; each is read from its file when it is accessed.
 
     Args:
-        path: of the file or folder, for messages.
-        stored: the tensors by the names that they have there.
-        layout: that these names belong to; None for diffusers' own.
+        path: the file or folder, for messages.
+        stored: the tensors by their names in the file.
+        layout: the layout of these names; None for diffusers.
     """
 
     def __init__(self, path: Path, stored: Mapping[str, LazyTensor], layout: str | None) -> None:
@@ -54,25 +62,25 @@ class LayoutTensors(TensorSource):
         self._entries = {entry.name: entry for entry in entries}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.scattered(name)
-        found = self._mapped(tensor)
-        return read(tensor) if found is None else found
+        tensor = self.lazy(name)
+        mapped = self._memory_mapped(tensor)
+        return read_tensor(tensor) if mapped is None else mapped
 
-    def _mapped(self, tensor: LazyTensor) -> Tensor | None:
-        """Returns a tensor that lies in one piece as its file's own pages, to be read where they are used, or None.
+    def _memory_mapped(self, tensor: LazyTensor) -> Tensor | None:
+        """Map a tensor that is contiguous in its file into memory; None if it is not contiguous or not aligned.
 
-        Whoever writes to it writes to a copy: the mapping is private.
+        Pages are then read on first use and do not count as anonymous memory. The mapping is copy-on-write.
         """
-        run, size = tensor.runs[0], tensor.dtype.itemsize
-        in_one_piece = len(tensor.runs) == 1 and tensor.stride is None and tensor.numel == run.count > 0
-        if not in_one_piece or tensor.dtype in EIGHT_BITS or run.start % size:
+        span, size = tensor.spans[0], tensor.dtype.itemsize
+        is_contiguous = len(tensor.spans) == 1 and tensor.stride is None and tensor.numel == span.count > 0
+        if not is_contiguous or tensor.dtype in FLOAT8_DTYPES or span.start % size:
             return None
-        if run.path not in self._maps:
-            with run.path.open("rb") as file:
-                self._maps[run.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if run.start + run.count * size > len(self._maps[run.path]):
-            return None  # cut short since: the plain read says so
-        flat = torch.frombuffer(self._maps[run.path], dtype=tensor.dtype, count=run.count, offset=run.start)
+        if span.path not in self._maps:
+            with span.path.open("rb") as file:
+                self._maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if span.start + span.count * size > len(self._maps[span.path]):
+            return None  # truncated after it was opened: read_tensor reports it, a mapping would raise SIGBUS
+        flat = torch.frombuffer(self._maps[span.path], dtype=tensor.dtype, count=span.count, offset=span.start)
         return flat.reshape(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -82,166 +90,164 @@ class LayoutTensors(TensorSource):
         return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return self._entries[name].shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of all tensors, by name."""
+        """Return the shapes of all tensors, by name."""
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def dtype(self) -> torch.dtype:
-        """Returns the dtype of most bytes as they are read."""
+        """Return the dtype that most bytes have after reading."""
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.stored.values():
-            read_as = torch.float32 if tensor.dtype in EIGHT_BITS else tensor.dtype
+            read_as = torch.float32 if tensor.dtype in FLOAT8_DTYPES else tensor.dtype
             sizes[read_as] += tensor.numel * read_as.itemsize
         return sizes.most_common(1)[0][0]
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Returns rows `begin` to `end` of a tensor, counted along its first dimension, reading no others."""
-        tensor = self.scattered(name)
+        """Read rows `begin` to `end` of a tensor (first dimension), and only these."""
+        tensor = self.lazy(name)
         if tensor.stride is not None:
-            return read(tensor)[begin:end].clone()
+            return read_tensor(tensor)[begin:end].clone()
         row = tensor.numel // tensor.shape[0]
-        runs = tuple(cut(tensor, begin * row, (end - begin) * row))
-        return read(replace(tensor, shape=(end - begin, *tensor.shape[1:]), runs=runs))
+        spans = tuple(slice_spans(tensor, begin * row, (end - begin) * row))
+        return read_tensor(replace(tensor, shape=(end - begin, *tensor.shape[1:]), spans=spans))
 
-    def scattered(self, name: str) -> LazyTensor:
-        """Returns where a tensor's elements lie. Raises UserError (MODEL) if they cannot be put together as they are."""
-        return assembled(self._entries[name], self.stored, self.path)
+    def lazy(self, name: str) -> LazyTensor:
+        """Return a tensor without reading it. Raises UserError (MODEL) if its pieces cannot be concatenated."""
+        return assemble(self._entries[name], self.stored, self.path)
 
     def name_in_file(self, name: str) -> str:
-        """Returns the name that a tensor of diffusers has, or would have, in the file."""
+        """Return the name that a diffusers tensor has, or would have, in the file."""
         return name if self.layout is None else layouts.sources(self.layout, name)[0]
 
 
-def assembled(entry: Entry, stored: Mapping[str, LazyTensor], path: Path) -> LazyTensor:
-    """Returns a tensor put together of stretches of stored ones; an entry without pieces is the stored one itself.
+def assemble(entry: Entry, stored: Mapping[str, LazyTensor], path: Path) -> LazyTensor:
+    """Concatenate pieces of stored tensors into a lazy tensor; an entry without pieces is the stored tensor itself.
 
     Raises:
-        UserError: (MODEL) its parts differ in dtype or scale, or one that is to be cut does not lie contiguous.
+        UserError: (MODEL) the source tensors differ in dtype or scale, or one that has to be split is not contiguous.
     """
     if not entry.pieces:
-        return renamed(stored[entry.name], entry.name)
+        return with_name(stored[entry.name], entry.name)
     parts = [stored[piece.name] for piece in entry.pieces]
     first = parts[0]
     if len(parts) == 1 and entry.pieces[0].count == first.numel:
         return replace(first, name=entry.name, shape=entry.shape)
     if any((part.dtype, part.scale, part.stride) != (first.dtype, first.scale, None) for part in parts):
-        what = f"{entry.name} is made of parts of different dtypes, scales or strides"
-        raise UserError(str(path), what, "save the weights anew in one dtype", MODEL)
-    runs = tuple(
-        run for piece, part in zip(entry.pieces, parts, strict=True) for run in cut(part, piece.begin, piece.count)
+        what = f"{entry.name} is made of tensors of different dtypes, scales or strides"
+        raise UserError(str(path), what, "save the weights again in one dtype", MODEL)
+    spans = tuple(
+        span
+        for piece, part in zip(entry.pieces, parts, strict=True)
+        for span in slice_spans(part, piece.begin, piece.count)
     )
-    return LazyTensor(entry.name, first.dtype, entry.shape, runs, scale=first.scale)
+    return LazyTensor(entry.name, first.dtype, entry.shape, spans, scale=first.scale)
 
 
 def open_tensors(path: Path) -> LayoutTensors:
-    """Returns the tensors of a safetensors file, a file of torch.save, or a folder of either kind's shards.
+    """Open a safetensors file, a torch.save file, or a folder of safetensors shards.
 
     Raises:
-        UserError: (MODEL) there are none, a file is broken or missing, or a pickle names more than tensors.
+        UserError: (MODEL) there are no weights, a file is broken or missing, or a pickle names other objects.
     """
     files = weight_files(path)
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        for tensor in _archive(file) if file.suffix in ARCHIVES else _safetensors(file):
-            if tensor.name in found:
-                raise UserError(
-                    str(path), f"holds {tensor.name} twice", "keep one set of weights in the folder", MODEL
-                )
-            found[tensor.name] = tensor
-    found = _unscaled(_unprefixed(found), path)
-    layout = layouts.layout_of(found)
-    if layout is None:
-        published = {layouts.published_name(name): tensor for name, tensor in found.items()}
-        if layouts.layout_of(published) == "hunyuan":
-            found, layout = published, "hunyuan"
-    elif layout == "hunyuan":
-        found = {layouts.published_name(name): tensor for name, tensor in found.items()}
-    return LayoutTensors(path, found, layout)
+        for tensor in _read_torch_file(file) if file.suffix in TORCH_SUFFIXES else _open_safetensors(file):
+            if tensor.name in tensors:
+                hint = "keep only one set of weights in the folder"
+                raise UserError(str(path), f"contains {tensor.name} twice", hint, MODEL)
+            tensors[tensor.name] = tensor
+    tensors = _attach_scales(_strip_prefix(tensors), path)
+    layout = layouts.layout_of(tensors)
+    if layout == "hunyuan":  # ComfyUI saves some of its modules under other names
+        tensors = {layouts.published_name(name): tensor for name, tensor in tensors.items()}
+    return LayoutTensors(path, tensors, layout)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that hold a model's tensors: the path itself, or those in the folder. Raises UserError."""
+    """List the files of a model's weights: the path itself, or the files in the folder. Raises UserError."""
     if path.is_file():
-        if path.suffix not in (".safetensors", *ARCHIVES):
-            raise UserError(str(path), "is no file of weights", f"give .safetensors or {', '.join(ARCHIVES)}", MODEL)
+        if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            raise UserError(
+                str(path), "is not a weights file", f"use .safetensors or {', '.join(TORCH_SUFFIXES)}", MODEL
+            )
         return [path]
     found = sorted(path.iterdir()) if path.is_dir() else []
     indices = [file for file in found if file.name.endswith(".safetensors.index.json")]
     if indices:
-        return _of_index(indices[0])
+        return _indexed_files(indices[0])
     weights = [file for file in found if file.suffix == ".safetensors"]
     stemmed = [file for file in weights if file.name.startswith(WEIGHTS)]
     if not weights:
         names = ", ".join(file.name for file in found[:8]) or (
             "nothing" if path.is_dir() else "no such file or folder"
         )
-        raise UserError(
-            str(path), f"holds no .safetensors weights (found: {names})", "give safetensors weights", MODEL
-        )
+        what = f"contains no .safetensors weights (found: {names})"
+        raise UserError(str(path), what, "pass a folder with safetensors weights", MODEL)
     return stemmed or weights
 
 
-def _of_index(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         strays = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"cannot be read ({type(error).__name__}: {error})"
-        raise UserError(str(index), what, "copy the model anew", MODEL) from error
+        raise UserError(str(index), what, "copy the model again", MODEL) from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if strays or missing:
-        what = f"names {few(strays or missing)}, which is {'outside its folder' if strays else 'missing'}"
-        raise UserError(str(index), what, "copy the model anew", MODEL)
+        what = f"names {join_first(strays or missing)}, which is {'outside its folder' if strays else 'missing'}"
+        raise UserError(str(index), what, "copy the model again", MODEL)
     return [index.parent / name for name in names]
 
 
-def _safetensors(path: Path) -> tuple[LazyTensor, ...]:
+def _open_safetensors(path: Path) -> tuple[LazyTensor, ...]:
     try:
         with safe_open(path, framework="pt"):
-            return read_file(path)
+            return read_safetensors(path)
     except (SafetensorError, OSError) as why:
-        raise UserError(str(path), f"is cut short or damaged ({why})", "copy the model anew", MODEL) from why
+        raise UserError(str(path), f"is truncated or damaged ({why})", "copy the model again", MODEL) from why
 
 
-def _archive(path: Path) -> list[LazyTensor]:
+def _read_torch_file(path: Path) -> list[LazyTensor]:
     if not zipfile.is_zipfile(path):
-        what = "is no file of torch.save, or one from before torch 1.6, or cut short"
-        raise UserError(str(path), what, "copy it anew, or save its tensors as safetensors", MODEL)
-    found: Any = read_archive(path)
-    for wrapper in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    items = found.items() if isinstance(found, dict) else ()
-    tensors = [whole(str(name), value) for name, value in items if isinstance(value, StoredTensor)]
+        what = "is not a torch.save file, or was saved before torch 1.6, or is truncated"
+        raise UserError(str(path), what, "copy it again, or save its tensors as safetensors", MODEL)
+    content: Any = read_archive(path)
+    for key in WRAPPER_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = [from_stored(str(name), value) for name, value in items if isinstance(value, StoredTensor)]
     if not tensors:
-        raise UserError(str(path), "holds no tensors by name", "give the weights of a model", MODEL)
+        raise UserError(str(path), "contains no state dict", "pass the weights of a model", MODEL)
     return tensors
 
 
-def _unprefixed(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    names = [name for name in stored if not name.endswith(MARK)]
+def _strip_prefix(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    names = [name for name in stored if not name.endswith(FP8_MARKER)]
     prefix = layouts.shared_prefix(names)
-    return {name.removeprefix(prefix): renamed(stored[name], name.removeprefix(prefix)) for name in names}
+    return {name.removeprefix(prefix): with_name(stored[name], name.removeprefix(prefix)) for name in names}
 
 
-def _unscaled(stored: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    """Returns the weights alone, each 8-bit one with its scale."""
+def _attach_scales(stored: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """Return the weights without their scale tensors; each 8-bit weight has its scale attached."""
     scales: dict[str, float] = {}
     for name, tensor in stored.items():
-        suffix = next((suffix for suffix in SCALES if name.endswith(suffix)), None)
+        suffix = next((suffix for suffix in SCALE_SUFFIXES if name.endswith(suffix)), None)
         if suffix is None:
             continue
         if tensor.numel != 1:
-            what = f"{name} has {tensor.numel} values; one scale for a whole tensor is read"
-            raise UserError(str(path), what, "give the bf16 or fp16 weights", MODEL)
-        scales[f"{name.removesuffix(suffix)}.weight"] = float(read(tensor).float().item())
-    kept = {name: tensor for name, tensor in stored.items() if not name.endswith((*SCALES, *MARKS))}
-    odd = [name for name in scales if name not in kept or kept[name].dtype not in EIGHT_BITS]
-    if odd:
-        raise UserError(
-            str(path), f"has a scale for {few(odd)}, which is no 8-bit weight", "give other weights", MODEL
-        )
-    return {name: replace(tensor, scale=scales.get(name, 1.0)) for name, tensor in kept.items()}
+            what = f"{name} has {tensor.numel} values; only one scale per tensor is supported"
+            raise UserError(str(path), what, "use the bf16 or fp16 weights", MODEL)
+        scales[f"{name.removesuffix(suffix)}.weight"] = float(read_tensor(tensor).float().item())
+    suffixes = (*SCALE_SUFFIXES, *IGNORED_SUFFIXES)
+    weights = {name: tensor for name, tensor in stored.items() if not name.endswith(suffixes)}
+    stray = [name for name in scales if name not in weights or weights[name].dtype not in FLOAT8_DTYPES]
+    if stray:
+        what = f"has a scale for {join_first(stray)}, which is not an 8-bit weight"
+        raise UserError(str(path), what, "use other weights", MODEL)
+    return {name: replace(tensor, scale=scales.get(name, 1.0)) for name, tensor in weights.items()}

@@ -1,9 +1,15 @@
-"""Serves whoever opens a checkpoint that others wrote: pickles and torch archives are read without running anything.
+"""Safe reader of pickles and torch.save archives from untrusted sources: it never runs code from a file.
 
-A pickle is a program: it names functions and calls them. Here a name stands for a plain value, for one of the four
-functions that describe a tensor or the member of an enumeration, or for an inert Record, and every name that is not in
-the tables below ends the read. No library unpickles anything: what comes out is built by this module alone. Tensors
-stay in their file and are described by where they lie.
+A pickle is a program: it names functions and calls them. Here a name is mapped to a plain value, to one of the four
+functions that describe a tensor or an enum member, or to an inert OpaqueObject; every name that is not in the tables
+below ends the read with an error. No class of another library is imported or instantiated. Tensors stay in their file
+and are described by dtype, shape and byte offset.
+
+torch.load(weights_only=True, mmap=True) with torch.serialization.safe_globals does not replace this module (checked
+with torch 2.13):
+- `.distcp` files contain many archives one after the other, and torch.load maps whole files only;
+- the `.metadata` of torch.distributed.checkpoint is a bare pickle of protocol 4, and its unpickler reads protocol 2;
+- a file that is truncated while it is mapped kills the process with SIGBUS instead of raising an error.
 """
 
 from __future__ import annotations
@@ -23,11 +29,11 @@ import torch
 
 from videox.errors import MODEL, UserError
 
-PLAIN: Mapping[str, Any] = {
+PLAIN_TYPES: Mapping[str, Any] = {
     "builtins.set": set,
     "builtins.dict": dict,
     "builtins.list": list,
-    "__builtin__.set": set,  # as protocol 2 spells it
+    "__builtin__.set": set,  # its name in protocol 2
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": defaultdict,
     "torch.Size": tuple,
@@ -36,7 +42,7 @@ PLAIN: Mapping[str, Any] = {
         for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
     },
 }
-STORAGES: Mapping[str, torch.dtype] = {
+STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -48,8 +54,8 @@ STORAGES: Mapping[str, torch.dtype] = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-# What DeepSpeed, torch.distributed.checkpoint and a script's own state put beside the tensors.
-INERT = frozenset(
+# Objects that DeepSpeed, torch.distributed.checkpoint and training scripts save next to the tensors.
+OPAQUE_NAMES = frozenset(
     [
         "argparse.Namespace",
         "_codecs.encode",
@@ -82,8 +88,8 @@ INERT = frozenset(
         "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     ]
 )
-# Bytes that are no pickle may raise nearly anything while they are read, as Python's manual of the module says.
-DAMAGE = (
+# Unpickling damaged bytes may raise nearly any exception, as the documentation of Python's pickle module warns.
+READ_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
@@ -95,16 +101,16 @@ DAMAGE = (
     AttributeError,
     ArithmeticError,
     MemoryError,
-    RuntimeError,  # by zipfile, for a member that is encrypted, or compressed in a way it does not know
+    RuntimeError,  # raised by zipfile for a member that is encrypted or has an unknown compression
 )
 
 
-class Record:
-    """Stands for an object of a class that is not loaded: what it was made with, and the state it was given."""
+class OpaqueObject:
+    """Placeholder for an object whose class is not imported: its constructor arguments and its pickled state."""
 
     name = ""
     arguments: tuple[Any, ...] = ()
-    state: Any = None  # of a dataclass: its fields by name
+    state: Any = None  # for a dataclass: its fields by name
 
     def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
@@ -113,15 +119,15 @@ class Record:
         self.state = state
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Takes an entry of a mapping's subclass, and forgets it."""
+        """Discard an entry of a pickled dict subclass."""
 
     def append(self, item: object) -> None:
-        """Takes an item of a list's subclass, and forgets it."""
+        """Discard an item of a pickled list subclass."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a file: byte of its first element, dtype, shape, and strides in elements."""
+    """A tensor in a file: byte offset of its first element, dtype, shape, and strides in elements."""
 
     path: Path
     start: int
@@ -131,17 +137,17 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
-    def span(self) -> int:
-        """Elements from the first to the last in the file, both counted."""
+    def extent(self) -> int:
+        """Number of elements in the file from the tensor's first to its last, both included."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie one after the other in the order of the last dimension first."""
+        """Whether the elements are stored in row-major order without gaps."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:
@@ -157,10 +163,11 @@ class _Storage:
     count: int
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickles by the tables above.
+class _SafeUnpickler(pickle.Unpickler):
+    """Unpickler that resolves names through the tables above only.
 
-    Functions are bound methods, and a class is made anew for each mention: no pickle changes what the next one finds.
+    Its functions are bound methods and each mention of an opaque class creates a new class, so that a pickle that sets
+    attributes on them cannot change how the next pickle is read.
     """
 
     def __init__(self, stream: io.BufferedIOBase, path: Path, members: Mapping[str, tuple[int, int]]) -> None:
@@ -169,88 +176,85 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}"
-        if full in PLAIN:
-            return PLAIN[full]
-        if full in STORAGES:
-            return STORAGES[full]
+        if full in PLAIN_TYPES:
+            return PLAIN_TYPES[full]
+        if full in STORAGE_DTYPES:
+            return STORAGE_DTYPES[full]
         rebuild = {
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
-            "torch._tensor._rebuild_from_type_v2": self._from_type,
-            **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), self._member),
+            "torch._utils._rebuild_tensor_v2": self._rebuild_tensor,
+            "torch._utils._rebuild_parameter": self._rebuild_parameter,
+            "torch._tensor._rebuild_from_type_v2": self._rebuild_from_type,
+            **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), self._getattr),
         }
         if full in rebuild:
             return rebuild[full]
-        if full in INERT:
-            return type("Record", (Record,), {"name": full})
+        if full in OPAQUE_NAMES:
+            return type("OpaqueObject", (OpaqueObject,), {"name": full})
         self._refuse_name(full)
 
     def _refuse_name(self, full: str) -> NoReturn:
-        _refuse(self._path, f"its pickle names {full}, which no checkpoint of tensors needs; nothing of it was run")
+        what = f"its pickle names {full}, which no checkpoint of tensors needs; no code was run"
+        raise UserError(str(self._path), what, "use a checkpoint from a source you trust, or save it again", MODEL)
 
-    def _member(self, kind: object, name: object) -> Record:
-        """Stands for getattr, by which early Pythons 3.11 pickle an enumeration's member: nothing is looked up."""
-        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str)):
-            self._refuse_name("builtins.getattr of something else")
+    def _getattr(self, kind: object, name: object) -> OpaqueObject:
+        """Replace getattr, with which Python 3.11.0 to 3.11.3 pickle an enum member; no attribute is looked up."""
+        if not (isinstance(kind, type) and issubclass(kind, OpaqueObject) and isinstance(name, str)):
+            self._refuse_name("builtins.getattr of something other than an enum")
         return kind(name)
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> _Storage:
         kind, dtype, key, _, count = pid
-        start, size = self._members[str(key)]
+        start, size = self._members[str(key)]  # KeyError outside an archive: it is reported as damage
         if kind != "storage" or not isinstance(dtype, torch.dtype) or count * dtype.itemsize > size:
             raise ValueError(f"storage {key!r} has {size} bytes for {count} elements of {dtype}")
         return _Storage(start, dtype, count)
 
-    def _tensor(
+    def _rebuild_tensor(
         self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int], *_: object
     ) -> StoredTensor:
         itemsize = storage.dtype.itemsize
         tensor = StoredTensor(
             self._path, storage.start + offset * itemsize, storage.dtype, tuple(shape), tuple(stride)
         )
-        if min(offset, *shape, *stride, 0) < 0 or (tensor.numel and offset + tensor.span > storage.count):
+        if min(offset, *shape, *stride, 0) < 0 or (tensor.numel and offset + tensor.extent > storage.count):
             raise ValueError(f"a tensor of {list(shape)} reaches beyond its storage")
         return tensor
 
-    def _parameter(self, tensor: StoredTensor, *_: object) -> StoredTensor:
+    def _rebuild_parameter(self, tensor: StoredTensor, *_: object) -> StoredTensor:
         return tensor
 
-    def _from_type(
+    def _rebuild_from_type(
         self, rebuild: Callable[..., StoredTensor], kind: object, arguments: Sequence[object], state: object
     ) -> StoredTensor:
         del kind, state
         return rebuild(*arguments)
 
 
-def _refuse(path: Path, what: str) -> NoReturn:
-    raise UserError(str(path), what, "use a checkpoint from somebody you trust, or save it again", MODEL)
-
-
-def damaged(path: Path, cause: str) -> UserError:
-    """Returns the refusal of a file that cannot be read."""
+def damaged_error(path: Path, cause: str) -> UserError:
+    """Make the error for a file that cannot be read."""
     return UserError(
-        str(path), f"is damaged or cut short ({cause})", "copy the file again, or take another save", MODEL
+        str(path), f"is damaged or truncated ({cause})", "copy the file again, or use another save", MODEL
     )
 
 
-def read_pickle(path: Path) -> Record:
-    """Returns the object in a bare pickle, the `.metadata` of torch.distributed.checkpoint.
+def read_pickle(path: Path) -> OpaqueObject:
+    """Read the object in a bare pickle, such as the `.metadata` of torch.distributed.checkpoint.
 
     Raises:
-        UserError: (MODEL) it names something that is not on the list, or it is no whole pickle.
+        UserError: (MODEL) the pickle names an object that is not in the tables, or is damaged.
     """
     try:
         with path.open("rb") as stream:
-            found = _Reader(stream, path, {}).load()
-            if not isinstance(found, Record):
-                raise TypeError(f"it holds a {type(found).__name__}")
+            found = _SafeUnpickler(stream, path, {}).load()
+            if not isinstance(found, OpaqueObject):
+                raise TypeError(f"it contains a {type(found).__name__}")
             return found
-    except DAMAGE as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    except READ_ERRORS as error:
+        raise damaged_error(path, f"{type(error).__name__}: {error}") from error
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own; `stream` is unbuffered."""
+    """A byte range of an open file, as a file object; `stream` is unbuffered."""
 
     def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
         super().__init__()
@@ -275,10 +279,14 @@ class _Window(io.RawIOBase):
 
 
 def _members(stream: IO[bytes], archive: zipfile.ZipFile, start: int) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Returns the folder inside an archive of torch.save, and for each storage its place in the file and its bytes."""
+    """Return the root folder inside a torch.save archive, and (offset in the file, size in bytes) of each storage.
+
+    The offsets are taken from the local file headers, as torch does, and checked against the central directory: a
+    forged archive must not make a storage overlap another member.
+    """
     roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("it was not written by torch.save")
     found = {}
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     ends = [*(info.header_offset for info in infos[1:]), archive.start_dir]
@@ -287,26 +295,27 @@ def _members(stream: IO[bytes], archive: zipfile.ZipFile, start: int) -> tuple[s
             raise ValueError(f"{info.filename} is compressed")
         if info.filename.startswith(f"{roots[0]}/data/"):
             stream.seek(info.header_offset)
-            mark, name, extra = struct.unpack("<4s22xHH", stream.read(30))  # a zip's local file header
-            if mark != b"PK\3\4":
-                raise ValueError(f"{info.filename} is not where the list of members says")
-            place = info.header_offset + 30 + name + extra
+            magic, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))  # a zip's local file header
+            if magic != b"PK\3\4":
+                raise ValueError(f"{info.filename} is not at the offset in the central directory")
+            place = info.header_offset + 30 + name_length + extra_length
             if place + info.file_size > end:
-                raise ValueError(f"{info.filename} reaches into what follows it")
+                raise ValueError(f"{info.filename} overlaps the next member")
             found[info.filename.removeprefix(f"{roots[0]}/data/")] = (start + place, info.file_size)
     return roots[0], found
 
 
 def read_archive(path: Path, start: int = 0, length: int | None = None) -> dict[str, Any] | StoredTensor:
-    """Returns the dict or tensor of a torch.save; a StoredTensor stands for each tensor, a Record for other objects.
+    """Read the dict or tensor of a torch.save archive, with a StoredTensor per tensor and OpaqueObjects for the rest.
 
     Args:
-        path: a `.pt` file, or a file of torch.distributed.checkpoint, which holds many archives one after the other.
-        start: byte of the archive's beginning.
-        length: bytes of the archive; None: to the file's end.
+        path: a `.pt` file, or a file of torch.distributed.checkpoint, which contains many archives in a row.
+        start: byte offset of the archive.
+        length: size of the archive in bytes; None means up to the end of the file.
 
     Raises:
-        UserError: (MODEL) it names something that is not on the list, is cut short, or is not of torch.save.
+        UserError: (MODEL) the pickle names an object that is not in the tables, or the archive is damaged, truncated
+            or not written by torch.save.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -318,10 +327,10 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> dict[
             with zipfile.ZipFile(stream) as archive:
                 root, members = _members(stream, archive, start)
                 if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
-                    raise ValueError("its numbers are big-endian")
-                found = _Reader(io.BytesIO(archive.read(f"{root}/data.pkl")), path, members).load()
+                    raise ValueError("its values are big-endian")
+                found = _SafeUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl")), path, members).load()
                 if not isinstance(found, dict | StoredTensor):
-                    raise TypeError(f"it holds a {type(found).__name__}")
+                    raise TypeError(f"it contains a {type(found).__name__}")
                 return found
-    except DAMAGE as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    except READ_ERRORS as error:
+        raise damaged_error(path, f"{type(error).__name__}: {error}") from error

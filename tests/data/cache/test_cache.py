@@ -1,4 +1,4 @@
-"""Serves the latent cache: the same numbers with it as without, whole after a kill, and nothing stale in it."""
+"""Tests of videox.data.cache and scripts/cache.py: shards, keys, maintenance, and runs with and without a cache."""
 
 from __future__ import annotations
 
@@ -18,27 +18,21 @@ import pytest
 import runs
 import tiny
 import torch
-from crashes import die, fork, status_of, strike
+from caches import MODELS, TinyModels
+from crashes import fork, inject_fault, kill_self, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from videox.data.cache import cache as cache_module
-from videox.data.cache.cache import Cache, CacheField, SampleKey, key_of, restore_zeros, trim_zeros
-from videox.data.cache.maintenance import clean, contents, verify
+from videox.data.cache.cache import Cache, CacheField, SampleKey, cache_key, restore_zeros, trim_zeros
+from videox.data.cache.maintenance import clean, summarize, verify
 from videox.errors import STOPPED, STORAGE, UserError
 from videox.shapes import Bucket
 from videox.training import precompute as cache_fill
 
 NOTE = {"part": "moments", "encoder": "e", "file": "a.mp4", "size": 3, "mtime_ns": 4}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8])
-KINDS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
-    "wan": ("wan2.1", "normal", tiny.build_wan_t2v),
-    "wan-i2v": ("wan2.1", "i2v", tiny.build_wan_i2v),
-    "wan-inpaint": ("wan2.1", "inpaint", lambda folder: tiny.build_wan_i2v(folder, image_embedder=False)),
-    "hunyuan": ("hunyuanvideo", "normal", tiny.build_hunyuan_t2v),
-    "hunyuan-i2v": ("hunyuanvideo", "i2v", tiny.build_hunyuan_i2v),
-}
 
 
 def key(number: int) -> bytes:
@@ -49,7 +43,7 @@ def tensor_of(number: int, size: int = 300) -> torch.Tensor:
     return torch.full((size,), float(number))
 
 
-def filled(folder: Path, numbers: range) -> Cache:
+def fill(folder: Path, numbers: range) -> Cache:
     cache = Cache(folder)
     for number in numbers:
         cache.put(key(number), tensor_of(number), NOTE)
@@ -57,7 +51,7 @@ def filled(folder: Path, numbers: range) -> Cache:
     return cache
 
 
-def shards(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*"))
 
 
@@ -68,7 +62,7 @@ def shards(folder: Path) -> list[Path]:
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=5), DTYPES), min_size=1, max_size=8), st.integers(0, 99)
 )
-def test_what_was_put_in_comes_out(
+def test_cache_returns_what_was_stored(
     tmp_path_factory: pytest.TempPathFactory, made: list[tuple[list[int], torch.dtype]], seed: int
 ) -> None:
     folder, generator = tmp_path_factory.mktemp("cache"), torch.Generator().manual_seed(seed)
@@ -85,12 +79,12 @@ def test_what_was_put_in_comes_out(
                 assert found is not None and found.dtype == tensor.dtype
                 assert torch.equal(found, tensor) and found.shape == tensor.shape
     assert verify(folder) == (len(tensors), [])
-    with safe_open(shards(folder)[0], framework="pt") as file:  # any reader of safetensors opens it
+    with safe_open(shard_files(folder)[0], framework="pt") as file:  # any safetensors reader can open it
         assert set(file.keys()) >= {"blob", "key", "place", "notes"}
 
 
 CLIP = SampleKey("a.mp4", 10, 20, 3, 2, Bucket(9, 64, 96), "first", "a dog")
-PART = CacheField("moments", "vae", ("clip", "mask", "caption"))
+FIELD = CacheField("moments", "vae", ("clip", "mask", "caption"))
 
 
 @pytest.mark.parametrize(
@@ -100,18 +94,18 @@ PART = CacheField("moments", "vae", ("clip", "mask", "caption"))
         {"bucket": Bucket(5, 64, 96)}, {"bucket": Bucket(9, 96, 64)}, {"caption": "a cat"},
     ],
 )  # fmt: skip
-def test_a_key_depends_on_all_that_a_tensor_is_made_from(changed: dict[str, object]) -> None:
-    assert key_of(PART, CLIP) == key_of(PART, SampleKey(*CLIP))
-    assert key_of(PART, CLIP) != key_of(PART, CLIP._replace(**changed))
-    assert key_of(PART, CLIP) != key_of(PART._replace(encoder="another"), CLIP)
-    text, frame = PART._replace(uses=("caption",)), PART._replace(uses=("frame",))
-    assert (key_of(text, CLIP) == key_of(text, CLIP._replace(**changed))) == ("caption" not in changed)
+def test_key_depends_on_every_input_of_a_tensor(changed: dict[str, object]) -> None:
+    assert cache_key(FIELD, CLIP) == cache_key(FIELD, SampleKey(*CLIP))
+    assert cache_key(FIELD, CLIP) != cache_key(FIELD, CLIP._replace(**changed))
+    assert cache_key(FIELD, CLIP) != cache_key(FIELD._replace(encoder="another"), CLIP)
+    text, frame = FIELD._replace(uses=("caption",)), FIELD._replace(uses=("frame",))
+    assert (cache_key(text, CLIP) == cache_key(text, CLIP._replace(**changed))) == ("caption" not in changed)
     of_frame = {"file", "size", "mtime_ns", "start"} & changed.keys() or changed == {"bucket": Bucket(9, 96, 64)}
-    assert (key_of(frame, CLIP) == key_of(frame, CLIP._replace(**changed))) == (not of_frame)
+    assert (cache_key(frame, CLIP) == cache_key(frame, CLIP._replace(**changed))) == (not of_frame)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6), st.integers(0, 3))
-def test_padding_is_taken_off_and_put_back(values: list[float], more: int) -> None:
+def test_zero_rows_are_trimmed_and_restored(values: list[float], more: int) -> None:
     text = torch.tensor(values + [0.0] * more)[:, None].repeat(1, 2)
     kept = trim_zeros(text)
     assert len(kept) == max([i + 1 for i, value in enumerate(values) if value], default=1)
@@ -123,53 +117,54 @@ def test_writers_and_readers_share_a_folder(tmp_path: Path) -> None:
     first.put(key(1), tensor_of(1), NOTE)
     second.put(key(1), tensor_of(1), NOTE)
     second.put(key(2), tensor_of(2), NOTE)
-    assert reader.read(key(1)) is None and not reader.clear_up()  # both writers live
+    assert reader.read(key(1)) is None and not reader.delete_unfinished()  # both writers are alive
     first.publish()
     assert torch.equal(reader.read(key(1)), tensor_of(1)) and reader.read(key(2)) is None
     second.publish()
     assert torch.equal(reader.read(key(2)), tensor_of(2))
-    assert len(shards(tmp_path)) == 2 and clean(tmp_path) == {"second copy": 1}
-    assert len(shards(tmp_path)) == 1 and verify(tmp_path) == (2, [])
-    assert torch.equal(reader.read(key(1)), tensor_of(1))  # by its open file
+    assert len(shard_files(tmp_path)) == 2 and clean(tmp_path) == {"duplicate": 1}
+    assert len(shard_files(tmp_path)) == 1 and verify(tmp_path) == (2, [])
+    assert torch.equal(reader.read(key(1)), tensor_of(1))  # through the file that it has open
 
 
-def test_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "UNIT_ENTRIES", 10)
-    filled(tmp_path, range(35))
-    assert len(shards(tmp_path)) == 4 and len(Cache(tmp_path)) == 35
+def test_shard_is_published_when_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAX_SHARD_ENTRIES", 10)
+    fill(tmp_path, range(35))
+    assert len(shard_files(tmp_path)) == 4 and len(Cache(tmp_path)) == 35
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit", "columns", "header"])
-def test_damage_is_found_and_named_and_the_rest_stands(
+def test_corruption_is_reported_and_other_entries_stay_readable(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled(tmp_path, range(4))
-    filled(tmp_path, range(4, 8))
-    path = shards(tmp_path)[0]
+    fill(tmp_path, range(4))
+    fill(tmp_path, range(4, 8))
+    path = shard_files(tmp_path)[0]
     content = bytearray(path.read_bytes())
-    lost = 1 if damage == "bit" else 4
+    lost = 1 if damage == "bit" else 4  # one entry, or all four of the shard
     if damage == "truncated":
         content = content[:-100]
     else:
         content[{"bit": 4096 + 500, "columns": 4096 + 4 * 1200 + 9, "header": 30}[damage]] ^= 4
     path.write_bytes(content)
-    whole, faults = verify(tmp_path)
-    assert whole == 8 - lost and len(faults) == 1 and path.name in faults[0]
+    intact, errors = verify(tmp_path)
+    assert intact == 8 - lost and len(errors) == 1 and path.name in errors[0]
     assert tiny.load_script("scripts/cache.py").main(["verify", str(tmp_path)]) == 5
-    said = capsys.readouterr().out
-    assert path.name in said and f"{whole} entries are whole, 1 faults" in said
+    output = capsys.readouterr().out
+    assert path.name in output and f"{intact} entries are intact, 1 errors" in output
     cache = Cache(tmp_path)
     missing = [number for number in range(8) if cache.read(key(number)) is None]
-    assert len(missing) == lost and len(cache.damage()) == 1 and path.name in cache.damage()[0]
-    for number in missing:  # rebuilt where it belongs
+    (message,) = cache.corruption_messages()
+    assert len(missing) == lost and path.name in message
+    for number in missing:  # stored again
         cache.put(key(number), tensor_of(number), NOTE)
     cache.publish()
-    again = Cache(tmp_path)
-    assert all(torch.equal(again.read(key(number)), tensor_of(number)) for number in range(8))
+    reopened = Cache(tmp_path)
+    assert all(torch.equal(reopened.read(key(number)), tensor_of(number)) for number in range(8))
     assert sum(clean(tmp_path).values()) == 1 and verify(tmp_path) == (8, [])
 
 
-def test_clearing_up_drops_what_was_named_and_nothing_else(tmp_path: Path) -> None:
+def test_clean_drops_only_the_requested_entries(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     kept, changed = tmp_path / "data/kept.mp4", tmp_path / "data/changed.mp4"
     cache = Cache(tmp_path / "cache")
@@ -182,92 +177,72 @@ def test_clearing_up_drops_what_was_named_and_nothing_else(tmp_path: Path) -> No
     cache.publish()
     changed.write_bytes(b"other")
     assert clean(tmp_path / "cache") == {}
-    assert clean(tmp_path / "cache", data_dir=tmp_path / "data") == {"of a file that changed or is gone": 1}
+    assert clean(tmp_path / "cache", data_dir=tmp_path / "data") == {"media file changed or missing": 1}
     assert [key(n) in Cache(tmp_path / "cache") for n in range(3)] == [True, False, True]
-    assert clean(tmp_path / "cache", encoders=["text"]) == {"of that encoder": 1}
-    assert contents(tmp_path / "cache") == [("moments", "vae", 1, 1200)]
+    assert clean(tmp_path / "cache", encoders=["text"]) == {"dropped encoder": 1}
+    assert summarize(tmp_path / "cache") == [("moments", "vae", 1, 1200)]
 
 
-def test_a_writer_that_dies_at_any_file_operation_leaves_a_whole_cache(tmp_path: Path) -> None:
-    filled(tmp_path, range(2))
+def test_writer_killed_at_any_file_operation_leaves_intact_cache(tmp_path: Path) -> None:
+    fill(tmp_path, range(2))
     for at in range(1, 30):
 
-        def work(at: int = at) -> None:
-            struck = strike(tmp_path, at, die, reads=False)
-            filled(tmp_path, range(2, 4))
-            os._exit(3 if not struck else 0)
+        def write_until_killed(at: int = at) -> None:
+            injected = inject_fault(tmp_path, at, kill_self, reads=False)
+            fill(tmp_path, range(2, 4))
+            os._exit(3 if not injected else 0)
 
-        status = status_of(fork(work))
+        status = wait_for(fork(write_until_killed))
         cache = Cache(tmp_path)
         assert verify(tmp_path)[1] == [] and all(key(number) in cache for number in range(2))
-        swept = cache.clear_up()
-        assert not list(tmp_path.glob(".tmp-*")) and len(swept) <= 1
+        deleted = cache.delete_unfinished()
+        assert not list(tmp_path.glob(".tmp-*")) and len(deleted) <= 1
         if status == 3:
             break
     else:
-        raise AssertionError("the writer never came through")
+        raise AssertionError("the writer never finished")
     assert at > 3 and all(key(number) in Cache(tmp_path) for number in range(4))
 
 
 # ------------------------------------------------------------------------------------------ runs
 
 
-class Shop:
-    """A data set and a model of each kind, made when first asked for."""
-
-    def __init__(self, folder: Path, copies: int = 1) -> None:
-        self.folder, self._models = folder, {}
-        self.metadata = tiny.make_dataset(folder / "data", copies=copies)
-
-    def command(self, name: str, output_dir: Path, **changes: object) -> list[str]:
-        family, mode, build = KINDS[name]
-        if name not in self._models:
-            self._models[name] = build(self.folder / name)
-        base = {"train_mode": mode, "num_train_epochs": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-        base |= {"caption_dropout": 0.3, "tokenizer_max_length": 16 if name == "wan" else None}
-        where = {"metadata": self.metadata, "model": self._models[name]}
-        where |= {key: changes.pop(key) for key in list(changes) if key in where}
-        return runs.plain(family, where["model"], where["metadata"], output_dir, **{**base, **changes})
-
-    def train(self, name: str, output_dir: Path, **changes: object) -> runs.Outcome:
-        outcome = runs.train(self.command(name, output_dir, **changes), runs.script(KINDS[name][0]))
-        assert outcome.code == 0, outcome.stderr
-        return outcome
-
-
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("shop"))
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("models"))
 
 
-def steps(outcome: runs.Outcome) -> list[dict]:
-    return forkserver.steps(outcome.folder)
+def steps_of(outcome: runs.Outcome) -> list[dict]:
+    return forkserver.read_steps(outcome.folder)
 
 
-def same(one: runs.Outcome, other: runs.Outcome) -> bool:
-    a, b = one.weights(), other.weights()
-    return steps(one) == steps(other) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def same_run(first: runs.Outcome, second: runs.Outcome) -> bool:
+    a, b = first.weights(), second.weights()
+    equal_weights = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return equal_weights and steps_of(first) == steps_of(second)
 
 
-def count_encoders(monkeypatch: pytest.MonkeyPatch, family: str = "wan2.1") -> list[int]:
-    """Returns a list that grows by one whenever the encoders are loaded."""
-    script, loaded = runs.script(family), []
+def record_encoder_loads(monkeypatch: pytest.MonkeyPatch, family: str = "wan2.1") -> list[int]:
+    """Return a list that gets one more element each time the encoders are loaded."""
+    script, loaded = runs.train_script(family), []
     load = script.load_encoders
-    monkeypatch.setattr(script, "load_encoders", lambda *given: loaded.append(1) or load(*given))
+    monkeypatch.setattr(script, "load_encoders", lambda *args: loaded.append(1) or load(*args))
     return loaded
 
 
-def check_equal(shop: Shop, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = count_encoders(monkeypatch, KINDS[name][0])
+def check_cache_changes_nothing(
+    tiny_models: TinyModels, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = record_encoder_loads(monkeypatch, MODELS[name][0])
     more = {"cache_variants": variants, "validation_rows": 1}
-    plain = shop.train(name, tmp_path / "plain", **more)
-    filling = shop.train(name, tmp_path / "filling", **more, latent_cache=tmp_path / "cache")
-    assert len(loaded) == 2 and same(filling, plain) and filling.validation == plain.validation
-    check_cached(shop, name, Full(plain, tmp_path / "cache", more), tmp_path, monkeypatch)
+    plain = tiny_models.train(name, tmp_path / "plain", **more)
+    filling = tiny_models.train(name, tmp_path / "filling", **more, latent_cache=tmp_path / "cache")
+    assert len(loaded) == 2 and same_run(filling, plain) and filling.validation == plain.validation
+    check_full_cache(tiny_models, name, CachedRun(plain, tmp_path / "cache", more), tmp_path, monkeypatch)
 
 
-class Full(NamedTuple):
-    """A run without a cache, a cache that has all that it needs, and what both were asked for."""
+class CachedRun(NamedTuple):
+    """A run without a cache, a cache that contains every tensor of that run, and the flags of both."""
 
     plain: runs.Outcome
     cache: Path
@@ -275,176 +250,182 @@ class Full(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def full(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Full:
+def reference(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> CachedRun:
     folder, settings = tmp_path_factory.mktemp("full"), {"cache_variants": 1, "validation_rows": 1}
-    plain = shop.train("wan", folder / "plain", **settings)
-    filling = shop.train("wan", folder / "filling", **settings, latent_cache=folder / "cache")
-    assert same(filling, plain) and filling.validation == plain.validation
-    return Full(plain, folder / "cache", settings)
+    plain = tiny_models.train("wan", folder / "plain", **settings)
+    filling = tiny_models.train("wan", folder / "filling", **settings, latent_cache=folder / "cache")
+    assert same_run(filling, plain) and filling.validation == plain.validation
+    return CachedRun(plain, folder / "cache", settings)
 
 
-def check_cached(shop: Shop, name: str, full: Full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks that a full cache needs no encoder and changes nothing, and that one filled ahead is as good."""
-    loaded, settings = count_encoders(monkeypatch, KINDS[name][0]), full.settings
-    cached = shop.train(name, tmp_path / "cached", **settings, latent_cache=full.cache)
+def check_full_cache(
+    tiny_models: TinyModels, name: str, reference: CachedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a full cache needs no encoder and changes nothing, also if --cache_only filled it in advance."""
+    loaded, settings = record_encoder_loads(monkeypatch, MODELS[name][0]), reference.settings
+    cached = tiny_models.train(name, tmp_path / "cached", **settings, latent_cache=reference.cache)
     assert not loaded and "training needs no encoder" in cached.stdout
-    assert same(cached, full.plain) and cached.validation == full.plain.validation
-    ahead = {**settings, "latent_cache": tmp_path / "ahead"}
-    only = shop.train(name, tmp_path / "only", **ahead, cache_only=True)
+    assert same_run(cached, reference.plain) and cached.validation == reference.plain.validation
+    prefilled = {**settings, "latent_cache": tmp_path / "prefilled"}
+    only = tiny_models.train(name, tmp_path / "only", **prefilled, cache_only=True)
     assert ": 0 of " in only.stdout and " MB at most; " in only.stdout
     assert len(loaded) == 1 and not only.metrics and not (only.folder / "transformer").exists()
-    assert same(shop.train(name, tmp_path / "only", **ahead), full.plain)
-    assert len(loaded) == 1 and verify(full.cache)[1] == verify(tmp_path / "ahead")[1] == []
+    assert same_run(tiny_models.train(name, tmp_path / "only", **prefilled), reference.plain)
+    assert len(loaded) == 1 and verify(reference.cache)[1] == verify(tmp_path / "prefilled")[1] == []
 
 
-def test_a_full_cache_needs_no_encoder_and_changes_nothing(
-    shop: Shop, full: Full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_full_cache_needs_no_encoder_and_changes_nothing(
+    tiny_models: TinyModels, reference: CachedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cached(shop, "wan", full, tmp_path, monkeypatch)
+    check_full_cache(tiny_models, "wan", reference, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "variants"), [*((name, 0) for name in KINDS), ("wan-inpaint", 1), ("wan-inpaint", 3)]
+    ("name", "variants"), [*((name, 0) for name in MODELS), ("wan-inpaint", 1), ("wan-inpaint", 3)]
 )
-def test_the_same_holds_for_every_kind(
-    shop: Shop, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cache_changes_nothing_for_every_model(
+    tiny_models: TinyModels, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_equal(shop, name, variants, tmp_path, monkeypatch)
+    check_cache_changes_nothing(tiny_models, name, variants, tmp_path, monkeypatch)
 
 
-def test_so_many_variants_serve_every_epoch(shop: Shop, tmp_path: Path) -> None:
-    where = {"latent_cache": tmp_path / "cache", "caption_dropout": 0}
-    shop.train("wan", tmp_path / "out", cache_only=True, cache_variants=2, num_train_epochs=2, **where)
-    full = len(Cache(tmp_path / "cache"))
-    shop.train("wan", tmp_path / "more", cache_only=True, cache_variants=2, num_train_epochs=7, **where)
-    assert len(Cache(tmp_path / "cache")) == full
-    shop.train("wan", tmp_path / "new", cache_only=True, cache_variants=3, num_train_epochs=7, **where)
-    assert len(Cache(tmp_path / "cache")) > full
+def test_cache_variants_bound_the_entries_of_all_epochs(tiny_models: TinyModels, tmp_path: Path) -> None:
+    flags = {"latent_cache": tmp_path / "cache", "caption_dropout": 0}
+    tiny_models.train("wan", tmp_path / "out", cache_only=True, cache_variants=2, num_train_epochs=2, **flags)
+    entries = len(Cache(tmp_path / "cache"))
+    tiny_models.train("wan", tmp_path / "more", cache_only=True, cache_variants=2, num_train_epochs=7, **flags)
+    assert len(Cache(tmp_path / "cache")) == entries
+    tiny_models.train("wan", tmp_path / "new", cache_only=True, cache_variants=3, num_train_epochs=7, **flags)
+    assert len(Cache(tmp_path / "cache")) > entries
 
 
-def edit_clip(shop: Shop, folder: Path) -> dict[str, object]:
-    """Another clip under an old name: of the same length, so that the schedule stays."""
+def edited_clip(tiny_models: TinyModels, folder: Path) -> dict[str, object]:
+    """Replace a clip by another one of the same name and length, so that the schedule is unchanged."""
     metadata = tiny.make_dataset(folder / "data")
-    for path in folder.glob("data/*"):  # the same files, by size and time, as far as they are the same
-        at = (shop.metadata.parent / path.name).stat()
-        os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    for path in folder.glob("data/*"):  # copy the times, so that the unchanged files count as unchanged
+        original = (tiny_models.metadata.parent / path.name).stat()
+        os.utime(path, ns=(original.st_atime_ns, original.st_mtime_ns))
     tiny.write_clip(folder / "data/wide_long.mp4", 41, 160, 96, 24.0, seed=77)
     return {"metadata": metadata}
 
 
-def other_vae(shop: Shop, folder: Path) -> dict[str, object]:
+def other_vae(tiny_models: TinyModels, folder: Path) -> dict[str, object]:
     return {"vae_path": tiny.build_wan_t2v(folder / "other", seed=5) / "vae"}
 
 
-def other_text(shop: Shop, folder: Path) -> dict[str, object]:
+def other_text(tiny_models: TinyModels, folder: Path) -> dict[str, object]:
     return {"tokenizer_max_length": 12}
 
 
-def counts_of(cache: Path) -> Counter[str]:
-    """Returns the entries of a cache by part."""
+def count_entries(cache: Path) -> Counter[str]:
+    """Return the number of entries of a cache per tensor name."""
     counts: Counter[str] = Counter()
-    for part, _, entries, _ in contents(cache):
+    for part, _, entries, _ in summarize(cache):
         counts[part] += entries
     return counts
 
 
 @pytest.mark.parametrize(
-    ("change", "part", "anew"),
+    ("change", "name", "expected"),
     [
-        (edit_clip, "moments", 1),
+        (edited_clip, "moments", 1),
         pytest.param(other_vae, "moments", None, marks=pytest.mark.slow),
         pytest.param(other_text, "prompt_embeds", None, marks=pytest.mark.slow),
     ],
 )
-def test_only_what_changed_is_encoded_anew(
-    shop: Shop, full: Full, tmp_path: Path, change: Callable[[Shop, Path], dict[str, object]], part: str,
-    anew: int | None,
+def test_only_changed_inputs_are_encoded_again(
+    tiny_models: TinyModels, reference: CachedRun, tmp_path: Path, change: Callable[[TinyModels, Path], dict[str, object]], name: str,
+    expected: int | None,
 ) -> None:  # fmt: skip
-    cache, changes = shutil.copytree(full.cache, tmp_path / "cache"), {**full.settings, **change(shop, tmp_path)}
-    before, number = counts_of(cache), anew or counts_of(cache)[part]  # None = all of it
-    cached = shop.train("wan", tmp_path / "cached", latent_cache=cache, **changes)
+    cache = shutil.copytree(reference.cache, tmp_path / "cache")
+    changes = {**reference.settings, **change(tiny_models, tmp_path)}
+    before, number = count_entries(cache), expected or count_entries(cache)[name]  # None = all entries of the name
+    cached = tiny_models.train("wan", tmp_path / "cached", latent_cache=cache, **changes)
     assert f"; {number} to make, " in cached.stdout
-    assert counts_of(cache) - before == {part: number}
-    plain = shop.train("wan", tmp_path / "plain", **changes)
-    assert same(cached, plain) and cached.validation == plain.validation
-    assert not same(plain, full.plain) or plain.validation != full.plain.validation
-    if anew:
-        assert clean(cache, data_dir=tmp_path / "data") == {"of a file that changed or is gone": anew}
+    assert count_entries(cache) - before == {name: number}
+    plain = tiny_models.train("wan", tmp_path / "plain", **changes)
+    assert same_run(cached, plain) and cached.validation == plain.validation
+    assert not same_run(plain, reference.plain) or plain.validation != reference.plain.validation
+    if expected:
+        assert clean(cache, data_dir=tmp_path / "data") == {"media file changed or missing": expected}
 
 
 @pytest.mark.parametrize(
     "damage",
     ["bit", pytest.param("truncated", marks=pytest.mark.slow), pytest.param("header", marks=pytest.mark.slow)],
 )
-def test_damage_is_named_and_mended_in_training(
-    shop: Shop, full: Full, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+def test_training_reports_and_replaces_corrupted_entries(
+    tiny_models: TinyModels, reference: CachedRun, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = shutil.copytree(full.cache, tmp_path / "cache")
-    settings = {**full.settings, "latent_cache": cache}
-    (path,) = shards(cache)
+    cache = shutil.copytree(reference.cache, tmp_path / "cache")
+    settings = {**reference.settings, "latent_cache": cache}
+    (path,) = shard_files(cache)
     content = bytearray(path.read_bytes())
     content[30 if damage == "header" else 4096 + 50] ^= 1
     path.write_bytes(content[:-100] if damage == "truncated" else content)
-    loaded = count_encoders(monkeypatch)
-    mended = shop.train("wan", tmp_path / "mended", **settings)
-    assert same(mended, full.plain) and len(loaded) == 1
-    named = mended.stderr if damage == "bit" else mended.stdout  # an entry when it is read, a file when it is opened
-    assert path.name + (", entry 0" if damage == "bit" else ": it") in named and "is made anew" in named
-    assert len(shards(cache)) == 2 and len(verify(cache)[1]) == 1
-    assert set(clean(cache).values()) == {1} and verify(cache) == (sum(counts_of(full.cache).values()), [])
-    assert same(shop.train("wan", tmp_path / "again", **settings), full.plain) and len(loaded) == 1
+    loaded = record_encoder_loads(monkeypatch)
+    repaired = tiny_models.train("wan", tmp_path / "repaired", **settings)
+    assert same_run(repaired, reference.plain) and len(loaded) == 1
+    # A corrupted entry is found when it is read, a corrupted file when it is opened.
+    output = repaired.stderr if damage == "bit" else repaired.stdout
+    assert path.name + (", entry 0" if damage == "bit" else ": it") in output and "is encoded again" in output
+    assert len(shard_files(cache)) == 2 and len(verify(cache)[1]) == 1
+    assert set(clean(cache).values()) == {1} and verify(cache) == (sum(count_entries(reference.cache).values()), [])
+    assert same_run(tiny_models.train("wan", tmp_path / "again", **settings), reference.plain) and len(loaded) == 1
 
 
-def test_a_resumed_run_finds_what_it_made(shop: Shop, full: Full, tmp_path: Path) -> None:
-    settings, last = {**full.settings, "latent_cache": tmp_path / "cache"}, len(steps(full.plain))
-    shop.train("wan", tmp_path / "out", **settings, max_train_steps=last - 1)
-    made = counts_of(tmp_path / "cache")
+def test_resumed_run_reuses_its_cache_entries(tiny_models: TinyModels, reference: CachedRun, tmp_path: Path) -> None:
+    settings, last = {**reference.settings, "latent_cache": tmp_path / "cache"}, len(steps_of(reference.plain))
+    tiny_models.train("wan", tmp_path / "out", **settings, max_train_steps=last - 1)
+    stored = count_entries(tmp_path / "cache")
     settings |= {"resume_from_checkpoint": "latest", "max_train_steps": last}
-    assert steps(shop.train("wan", tmp_path / "out", **settings)) == steps(full.plain)
-    assert counts_of(tmp_path / "cache")["moments"] == made["moments"] == counts_of(full.cache)["moments"]
-    assert verify(tmp_path / "cache") == (len(Cache(tmp_path / "cache")), [])  # nothing is there twice
+    assert steps_of(tiny_models.train("wan", tmp_path / "out", **settings)) == steps_of(reference.plain)
+    assert (
+        count_entries(tmp_path / "cache")["moments"] == stored["moments"] == count_entries(reference.cache)["moments"]
+    )
+    assert verify(tmp_path / "cache") == (len(Cache(tmp_path / "cache")), [])  # no entry is stored twice
 
 
-def test_an_unusable_place_and_too_small_a_disk_are_refused(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unusable_folder_and_full_disk_are_rejected(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    refused = runs.train(shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "file"))
-    assert refused.code == 5 and "--latent_cache" in refused.stderr
-    alone = runs.train(shop.command("wan", tmp_path / "out", cache_only=True))
-    assert alone.code == 2 and "--cache_only" in alone.stderr
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    rejected = runs.train(tiny_models.command("wan", tmp_path / "out", latent_cache=tmp_path / "file"))
+    assert rejected.code == 5 and "--latent_cache" in rejected.stderr
+    without_cache = runs.train(tiny_models.command("wan", tmp_path / "out", cache_only=True))
+    assert without_cache.code == 2 and "--cache_only" in without_cache.stderr
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: disk._replace(free=5000))
-    small = runs.train(shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache"))
-    assert small.code == 5 and "0.01 MB are free" in small.stderr and not shards(tmp_path / "cache")
+    small = runs.train(tiny_models.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache"))
+    assert small.code == 5 and "0.01 MB are free" in small.stderr and not shard_files(tmp_path / "cache")
 
 
-def test_clearing_up_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    filled(tmp_path / "cache", range(2))
-    filled(tmp_path / "cache", range(2, 4))
-    main, given = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
+def test_cache_script_rejects_wrong_arguments_and_full_disk(tmp_path: Path) -> None:
+    fill(tmp_path / "cache", range(2))
+    fill(tmp_path / "cache", range(2, 4))
+    main, command = tiny.load_script("scripts/cache.py").main, ["gc", str(tmp_path / "cache")]
     with pytest.raises(UserError, match="--data_dir"):
-        main([*given, "--data_dir", str(tmp_path / "nowhere")])
+        main([*command, "--data_dir", str(tmp_path / "nowhere")])
     (tmp_path / "unmounted").mkdir()
-    with pytest.raises(UserError, match="has none of the 1 files"):
-        main([*given, "--data_dir", str(tmp_path / "unmounted")])
-    for command in ("list", "verify", "gc"):
-        with pytest.raises(UserError, match="holds nothing of a cache"):
-            main([command, str(tmp_path / "unmounted")])
-    with pytest.raises(UserError, match="nothing here was made by other"):
-        main([*given, "--drop_encoder", "e", "other"])
+    with pytest.raises(UserError, match="contains none of the 1 media files"):
+        main([*command, "--data_dir", str(tmp_path / "unmounted")])
+    for name in ("list", "verify", "gc"):
+        with pytest.raises(UserError, match="contains no cache"):
+            main([name, str(tmp_path / "unmounted")])
+    with pytest.raises(UserError, match="the cache has no entries of other"):
+        main([*command, "--drop_encoder", "e", "other"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(UserError, match="cannot be cleared up"):
-            main(given)
+        with pytest.raises(UserError, match="cannot be cleaned up"):
+            main(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert verify(tmp_path / "cache") == (4, []) and not list((tmp_path / "cache").glob(".tmp-*"))
-    assert main(given) == 0 and len(shards(tmp_path / "cache")) == 1
-    (kept,) = shards(tmp_path / "cache")
-    assert main(given) == 0 and shards(tmp_path / "cache") == [kept]  # nothing to drop: nothing is written anew
+    assert main(command) == 0 and len(shard_files(tmp_path / "cache")) == 1
+    (kept,) = shard_files(tmp_path / "cache")
+    assert main(command) == 0 and shard_files(tmp_path / "cache") == [kept]  # nothing to drop: nothing is rewritten
 
 
 # ------------------------------------------------------------------------------------------ kills and several ranks
@@ -455,85 +436,93 @@ def server() -> Iterator[forkserver.ForkServer]:
     yield forkserver.shared()
 
 
-def train_in_small_files() -> int:
-    """What a forked trainer runs here: its own main, with files of four entries."""
-    cache_module.UNIT_ENTRIES = 4
-    return runs.script(os.environ["CACHE_FAMILY"]).main()
+def train_with_small_shards() -> int:
+    """Entry point of a forked trainer: its own main, with shards of four entries."""
+    cache_module.MAX_SHARD_ENTRIES = 4
+    return runs.train_script(os.environ["CACHE_FAMILY"]).main()
 
 
-WORK = {"work": "tests.data.cache.test_cache:train_in_small_files", "environment": {"CACHE_FAMILY": "wan2.1"}}
+SMALL_SHARDS = {
+    "entry_point": "tests.data.cache.test_cache:train_with_small_shards",
+    "environment": {"CACHE_FAMILY": "wan2.1"},
+}
 
 
-def kill_while_filling(shop: Shop, server: forkserver.ForkServer, tmp_path: Path, kills: int) -> None:
-    """Kills a fill again and again at random instants; what was published stays, and is never made again."""
+def check_repeated_kills(tiny_models: TinyModels, server: forkserver.ForkServer, tmp_path: Path, kills: int) -> None:
+    """Kill a cache fill repeatedly at random times; published entries must stay and are never encoded again."""
     many = tiny.make_dataset(tmp_path / "data", copies=4)
     settings = {"cache_variants": 4, "num_train_epochs": 4, "latent_cache": tmp_path / "cache", "cache_only": True}
-    flags, random = shop.command("wan", tmp_path / "out", metadata=many, **settings), np.random.default_rng(5)
+    flags, random = tiny_models.command("wan", tmp_path / "out", metadata=many, **settings), np.random.default_rng(5)
     published, killed = 0, 0
     for number in range(kills):
-        there = len(shards(tmp_path / "cache"))
-        trainer = server.start(flags, tmp_path / f"{number}.log", **WORK)
-        trainer.until(lambda there=there: len(shards(tmp_path / "cache")) > there)
+        before = len(shard_files(tmp_path / "cache"))
+        trainer = server.start(flags, tmp_path / f"{number}.log", **SMALL_SHARDS)
+        trainer.wait_until(lambda before=before: len(shard_files(tmp_path / "cache")) > before)
         time.sleep(random.uniform(0, 0.1))
         trainer.kill()
         killed += trainer.wait() == -signal.SIGKILL
-        whole, faults = verify(tmp_path / "cache")
-        assert not faults and whole >= published
-        published = whole
+        intact, errors = verify(tmp_path / "cache")
+        assert not errors and intact >= published
+        published = intact
     assert killed >= kills // 2 and published > 0
-    last = server.run(flags, tmp_path / "last.log", **WORK)
-    assert last.code == 0 and f"{published} of " in last.said()
-    assert clean(tmp_path / "cache") == {}  # nothing was made twice, and nothing unfinished is left
-    shop.train("wan", tmp_path / "out", metadata=many, **{**settings, "cache_only": None}, max_train_steps=1)
+    last = server.run(flags, tmp_path / "last.log", **SMALL_SHARDS)
+    assert last.code == 0 and f"{published} of " in last.output()
+    assert clean(tmp_path / "cache") == {}  # no entry was stored twice, and no unfinished file is left
+    tiny_models.train("wan", tmp_path / "out", metadata=many, **{**settings, "cache_only": None}, max_train_steps=1)
     assert verify(tmp_path / "cache")[0] == len(Cache(tmp_path / "cache"))
 
 
-def test_a_killed_fill_goes_on(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "UNIT_ENTRIES", 4)
-    cache, asked = tmp_path / "cache", {"cache_variants": 2, "cache_only": True}
+def test_killed_cache_fill_continues(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAX_SHARD_ENTRIES", 4)
+    cache, flags = tmp_path / "cache", {"cache_variants": 2, "cache_only": True}
 
-    def work() -> None:
-        strike(cache, 8, die, reads=False)
-        shop.train("wan", tmp_path / "out", latent_cache=cache, **asked)
+    def fill_until_killed() -> None:
+        inject_fault(cache, 8, kill_self, reads=False)
+        tiny_models.train("wan", tmp_path / "out", latent_cache=cache, **flags)
 
-    assert status_of(fork(work)) == -signal.SIGKILL
-    published, faults = verify(cache)
-    assert published and published % 4 == 0 and not faults
-    last = shop.train("wan", tmp_path / "out", latent_cache=cache, **asked)
+    assert wait_for(fork(fill_until_killed)) == -signal.SIGKILL
+    published, errors = verify(cache)
+    assert published and published % 4 == 0 and not errors
+    last = tiny_models.train("wan", tmp_path / "out", latent_cache=cache, **flags)
     assert f"{published} of " in last.stdout and verify(cache) == (len(Cache(cache)), [])
     assert len(Cache(cache)) > published and not list(cache.glob(".tmp-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_fill_that_is_stopped_keeps_what_it_made(
-    shop: Shop, server: forkserver.ForkServer, tmp_path: Path, number: signal.Signals
+def test_stopped_cache_fill_keeps_its_entries(
+    tiny_models: TinyModels, server: forkserver.ForkServer, tmp_path: Path, number: signal.Signals
 ) -> None:
     many = tiny.make_dataset(tmp_path / "data", copies=4)
     settings = {"cache_variants": 4, "num_train_epochs": 4, "latent_cache": tmp_path / "cache", "cache_only": True}
-    flags = shop.command("wan", tmp_path / "out", metadata=many, **settings)
-    trainer = server.start(flags, tmp_path / "stopped.log", **WORK)
-    trainer.until(lambda: shards(tmp_path / "cache"))
+    flags = tiny_models.command("wan", tmp_path / "out", metadata=many, **settings)
+    trainer = server.start(flags, tmp_path / "stopped.log", **SMALL_SHARDS)
+    trainer.wait_until(lambda: shard_files(tmp_path / "cache"))
     trainer.signal_all(number)
-    assert trainer.wait() == STOPPED and f"stopped by {number.name}" in trainer.said()
-    whole, faults = verify(tmp_path / "cache")
-    assert whole and not faults and not list((tmp_path / "cache").glob(".tmp-*"))
-    assert forkserver.status(tmp_path / "out")["state"] == "stopped"
-    last = server.run(flags, tmp_path / "last.log", **WORK)
-    assert last.code == 0 and f"{whole} of " in last.said() and clean(tmp_path / "cache").get("second copy", 0) == 0
+    assert trainer.wait() == STOPPED and f"stopped by {number.name}" in trainer.output()
+    intact, errors = verify(tmp_path / "cache")
+    assert intact and not errors and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert forkserver.read_status(tmp_path / "out")["state"] == "stopped"
+    last = server.run(flags, tmp_path / "last.log", **SMALL_SHARDS)
+    assert last.code == 0 and f"{intact} of " in last.output() and clean(tmp_path / "cache").get("duplicate", 0) == 0
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_what_was_published(shop: Shop, server: forkserver.ForkServer, tmp_path: Path) -> None:
-    flags = shop.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1, cache_only=True)
-    full = server.run(flags, tmp_path / "full.log", largest_file=30_000, **WORK)
-    assert full.code == STORAGE and "--latent_cache" in full.complaint() and "File too large" in full.complaint()
-    assert not verify(tmp_path / "cache")[1] and not list((tmp_path / "cache").glob(".tmp-*"))
-    assert server.run(flags, tmp_path / "last.log", **WORK).code == 0
-
-
-@pytest.mark.slow
-def test_a_fill_that_is_killed_twenty_times_ends_whole(
-    shop: Shop, server: forkserver.ForkServer, tmp_path: Path
+def test_full_disk_keeps_published_entries(
+    tiny_models: TinyModels, server: forkserver.ForkServer, tmp_path: Path
 ) -> None:
-    kill_while_filling(shop, server, tmp_path, 20)
+    flags = tiny_models.command(
+        "wan", tmp_path / "out", latent_cache=tmp_path / "cache", cache_variants=1, cache_only=True
+    )
+    failed = server.run(flags, tmp_path / "full.log", largest_file=30_000, **SMALL_SHARDS)
+    assert failed.code == STORAGE
+    assert "--latent_cache" in failed.error_line() and "File too large" in failed.error_line()
+    assert not verify(tmp_path / "cache")[1] and not list((tmp_path / "cache").glob(".tmp-*"))
+    assert server.run(flags, tmp_path / "last.log", **SMALL_SHARDS).code == 0
+
+
+@pytest.mark.slow
+def test_cache_fill_survives_twenty_kills(
+    tiny_models: TinyModels, server: forkserver.ForkServer, tmp_path: Path
+) -> None:
+    check_repeated_kills(tiny_models, server, tmp_path, 20)

@@ -167,10 +167,10 @@ def test_the_files_are_measured_and_every_row_has_its_place(indexed: Path) -> No
 
 def test_what_metadata_and_files_disagree_about_is_counted(indexed: Path) -> None:
     notes = "\n".join(build(indexed).notes)
-    assert "1 rows: type differs from the content, the content wins (first: row 1)" in notes
-    assert "1 rows: width or height differs from the file, the file wins (first: row 2)" in notes
-    assert "1 rows: num_frames differs from the file, the file wins (first: row 2)" in notes
-    assert "1 rows: fps differs from the file, the file wins (first: row 2)" in notes
+    assert "1 rows: type differs from the file's content, which is used (first: row 1)" in notes
+    assert "1 rows: width or height differs from the file, whose size is used (first: row 2)" in notes
+    assert "1 rows: num_frames differs from the file, whose count is used (first: row 2)" in notes
+    assert "1 rows: fps differs from the file, whose fps is used (first: row 2)" in notes
     assert "1 rows name a file that an earlier row names" in notes
 
 
@@ -178,7 +178,7 @@ def test_the_summary_tells_counts_sizes_and_problems(indexed: Path) -> None:
     lines = index_summary(build(indexed))
     assert lines[0] == "9 rows, 4 usable"
     assert lines[1].startswith("1 images, mean side 23 / 23 / 23")
-    assert "5 / 9 / 9 (least / median / most) frames" in lines[2]
+    assert "5 / 9 / 9 (min / median / max) frames" in lines[2]
     assert any("1 rows cannot be used: missing (first: row 6, no such file)" in line for line in lines)
 
 
@@ -325,8 +325,8 @@ def test_a_file_over_its_deadline_is_a_timeout_and_gets_another_chance(tmp_path:
     shutil.copy(REAL_CLIPS / "bikes.mp4", tmp_path)
     (tmp_path / "empty.mp4").write_bytes(b"")
     write_metadata(tmp_path, [{"file_path": "bikes.mp4"}, {"file_path": "gone.mp4"}])
-    assert [problem[2:] for problem in build(tmp_path, deadline=1e-4).problems()] == [
-        ("timeout", "no answer within 0.0001 s"),
+    assert [problem[2:] for problem in build(tmp_path, timeout=1e-4).problems()] == [
+        ("timeout", "not probed within 0.0001 s"),
         ("missing", "no such file"),
     ]
     assert build(tmp_path).usable.tolist() == [True, False]
@@ -501,7 +501,7 @@ def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, l
     media = [path for path in indexed.iterdir() if path.suffix in (".mp4", ".png")]
     for path in media:
         path.rename(aside / path.name)
-    with pytest.raises(UserError, match="none of its 6 files is there") as caught:
+    with pytest.raises(UserError, match="none of its 6 files exists") as caught:
         build(indexed)
     assert caught.value.exit_code == DATA
     for path in media:
@@ -576,7 +576,7 @@ def test_pickling_a_saved_index_sends_its_path(tmp_path: Path) -> None:
     assert received.fingerprint() == index.fingerprint()
     write_metadata(tmp_path, [{"file_path": "other.png", **row}])
     build(tmp_path, trust_metadata=True)
-    with pytest.raises(UserError, match="built anew"):
+    with pytest.raises(UserError, match="rebuilt from changed metadata"):
         pickle.loads(sent)
     assert index.caption(rows - 1) == f"caption {rows - 1}"
 
@@ -627,4 +627,4 @@ def test_the_bar_is_shown_only_when_asked_for(mixed: Path, capfd: pytest.Capture
     build(mixed, progress=True)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert "looking at the files" in captured.err
+    assert "probing media files" in captured.err

@@ -167,7 +167,7 @@ def test_a_csv_row_without_a_path_is_the_rows_own_problem(tmp_path: Path) -> Non
         ("m.json", b'[{"file_path": "a", "text": "b", "width": ' + b"9" * 5000 + b"}]", "digits"),
         ("m.csv", b"file_path,text\na,b\na,b,c\n", "row 1"),
         ("m.csv", b"file_path,text\na,b\na\n", "line 3 has 1 columns"),
-        ("m.csv", b"file_path,text,text\na,b,c\n", "'text' stands 2 times"),
+        ("m.csv", b"file_path,text,text\na,b,c\n", "'text' occurs 2 times"),
         ("m.csv", b'file_path,text\na,"b\nc,d\n', "not valid CSV"),
         ("m.csv", b"file_path;text\na;b\n", "'file_path;text'"),
         ("m.csv", b"path,caption\na,b\n", "'path', 'caption'"),
@@ -228,10 +228,10 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
     wrong = {"width": -5, "height": "abc", "num_frames": 0, "fps": 0}
     metadata = read(write(tmp_path / "m.json", [fine, {**fine, **wrong}, {**fine, "width": 0.5}]))
     assert metadata.notes == [
-        "2 rows: width is no whole number above 0 and counts as not given (first: row 1, -5)",
-        "1 rows: height is no whole number above 0 and counts as not given (first: row 1, 'abc')",
-        "1 rows: num_frames is no whole number above 0 and counts as not given (first: row 1, 0)",
-        "1 rows: fps is no positive number and counts as not given (first: row 1, 0)",
+        "2 rows: width is not an integer above 0 and is ignored (first: row 1, -5)",
+        "1 rows: height is not an integer above 0 and is ignored (first: row 1, 'abc')",
+        "1 rows: num_frames is not an integer above 0 and is ignored (first: row 1, 0)",
+        "1 rows: fps is not a positive number and is ignored (first: row 1, 0)",
     ]
 
 

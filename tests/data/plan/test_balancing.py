@@ -12,21 +12,28 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
 
-from videox.data.plan.balance import balance, balance_and_mix, plan_costs, step_variance_ratio, unplanned
+from videox.data.plan.balance import (
+    balance,
+    balance_and_variance_ratio,
+    plan_costs,
+    step_variance_ratio,
+    unplanned_costs,
+)
 from videox.data.plan.balancing import (
-    BY,
-    CEILING,
-    Dealing,
+    CORRECT_BY,
+    MAX_VARIANCE_RATIO,
     SlotCosts,
+    Strategy,
     assign_slots,
     equal_sums,
-    judge,
-    levelled,
-    straying,
+    evaluate,
+    rows_in_blocks,
+    rows_with_drift,
 )
-from videox.data.plan.batching import ROOM, UNITS, pack, pack_steps
-from videox.data.plan.plan import BARRIERS, PADDING, EpochPlan, MicroBatch, PlanSettings, plan_epoch, sample_cost
-from videox.data.plan.settings import BALANCES
+from videox.data.plan.batching import CAPACITY, COST_UNITS, pack, pack_steps
+from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import BALANCES, BARRIERS, PlanSettings, sample_cost
 from videox.shapes import token_count
 
 WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of the 1.3-billion-parameter model, rounded
@@ -54,8 +61,8 @@ def lottery(slots: int, seed: int = 0) -> SlotCosts:
 def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> None:
     deck = lottery(n * rows * width, seed)
     cost, deviation = deck.cost.reshape(n, -1), deck.deviation.reshape(n, -1)
-    dealt = [equal_sums(cost, width), *(levelled(cost, deviation, width, block) for block in (1, 2, 8))]
-    dealt += [straying(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
+    dealt = [equal_sums(cost, width), *(rows_in_blocks(cost, deviation, width, block) for block in (1, 2, 8))]
+    dealt += [rows_with_drift(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
     for order in dealt:
         assert order.shape == (n, rows, width)
         assert np.array_equal(np.sort(order.reshape(n, -1), axis=1), np.tile(np.arange(rows * width), (n, 1)))
@@ -83,7 +90,7 @@ def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
     spread = math.sqrt(float((deck.deviation**2).mean()) * 16)
     found = []
     for stray in (0.0, 1.0, 2.0, 4.0, math.inf):
-        rows = straying(cost, deviation, 16, stray * spread)[0]
+        rows = rows_with_drift(cost, deviation, 16, stray * spread)[0]
         strayed = deck.deviation[rows].sum(1) / spread
         found.append((balance(deck.cost[rows][:, None, :].astype(float), "step"), float(np.mean(strayed**2))))
     balances, mixes = zip(*found, strict=True)
@@ -103,14 +110,14 @@ def test_a_few_micro_steps_level_what_the_others_are() -> None:
     deck = SlotCosts(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
     whole, spread = deck.at(np.arange(len(logs))[None]), math.sqrt(float((deck.deviation**2).mean()))
     found = []
-    by_cost, even, *few = [Dealing(ranks, 4, "micro", stray=stray) for stray in (math.inf, 0.0)] + [
-        Dealing(ranks, 4, "micro", few=1, by=by) for by in BY
+    by_cost, even, *few = [Strategy(ranks, 4, "micro", drift=stray) for stray in (math.inf, 0.0)] + [
+        Strategy(ranks, 4, "micro", corrections=1, correct_by=by) for by in CORRECT_BY
     ]
     for way in (by_cost, even, *few):
-        dealt = way.steps(whole, spread)
+        dealt = way.build_steps(whole, spread)
         assert sorted(dealt.flatten()) == list(range(len(logs)))
-        found.append(judge(whole, dealt, "micro", spread))
-    assert found[0][1] > CEILING  # by cost alone
+        found.append(evaluate(whole, dealt, "micro", spread))
+    assert found[0][1] > MAX_VARIANCE_RATIO  # by cost alone
     for balanced, mixed in found[2:]:
         assert balanced > (found[0][0] + found[1][0]) / 2
         assert mixed < 0.1
@@ -132,31 +139,31 @@ def test_no_epoch_is_less_varied_than_promised(
     spread = math.sqrt(float((deck.deviation**2 / deck.samples).mean()))
     dealt = assign_slots(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
     whole = deck.at(np.arange(len(deck.cost))[None])
-    assert judge(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= CEILING
+    assert evaluate(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= MAX_VARIANCE_RATIO
 
 
-@given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200))
+@given(st.lists(st.integers(1, COST_UNITS), min_size=1, max_size=200))
 def test_no_slot_is_overfull_and_none_is_empty(costs: list[int]) -> None:
     slot = pack(np.array(costs))
     loads = np.bincount(slot, weights=costs)
-    assert loads.max() <= ROOM
+    assert loads.max() <= CAPACITY
     assert loads.min() > 0
-    assert len(loads) <= 2 * math.ceil(sum(costs) / UNITS) + 1
+    assert len(loads) <= 2 * math.ceil(sum(costs) / COST_UNITS) + 1
 
 
-@given(st.lists(st.integers(1, UNITS), min_size=1, max_size=200), st.integers(1, 8))
+@given(st.lists(st.integers(1, COST_UNITS), min_size=1, max_size=200), st.integers(1, 8))
 def test_whole_steps_are_never_more_than_with_a_short_one(costs: list[int], size: int) -> None:
     even, plain = (
         np.bincount(slot, weights=costs) for slot in (pack_steps(np.array(costs), size), pack(np.array(costs)))
     )
-    assert even.max() <= ROOM and even.min() > 0 and even.sum() == sum(costs)
+    assert even.max() <= CAPACITY and even.min() > 0 and even.sum() == sum(costs)
     assert -(-len(even) // size) <= -(-len(plain) // size)
     if len(even) != len(plain):
         assert len(even) % size == 0
 
 
 def test_the_last_step_is_full_where_a_little_more_or_less_does_it() -> None:
-    costs = np.random.default_rng(0).integers(1, UNITS // 4, 4000)
+    costs = np.random.default_rng(0).integers(1, COST_UNITS // 4, 4000)
     slots = int(pack(costs).max()) + 1
     for size in (7, 16, 24):
         assert slots % size and (int(pack_steps(costs, size).max()) + 1) % size == 0
@@ -202,7 +209,7 @@ def test_costs_are_those_of_the_micro_batches_that_run(columns: object, settings
 
 
 def numbers_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:
-    return balance_and_mix(plan_epoch(MANY, settings, 0), settings, world_size)
+    return balance_and_variance_ratio(plan_epoch(MANY, settings, 0), settings, world_size)
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
@@ -267,7 +274,7 @@ def test_mix_of_random_steps_is_one_and_of_sorted_ones_their_size() -> None:
 def test_unplanned_is_a_random_order_of_whole_batches() -> None:
     bucket = np.random.default_rng(1).integers(0, 5, 4000)
     cost = (bucket + 1.0) ** 2
-    found = unplanned(cost, bucket, batch_size=2, ranks=8, accumulation=2)
+    found = unplanned_costs(cost, bucket, batch_size=2, ranks=8, accumulation=2)
     assert found.shape[1:] == (2, 8)
     assert set(np.unique(found)) <= {2 * (b + 1.0) ** 2 for b in range(5)} | {(b + 1.0) ** 2 for b in range(5)}
     assert found.size == pytest.approx(2000, abs=20)

@@ -17,16 +17,17 @@ from videox.data.plan.buckets import (
     ASPECT_RATIOS_512,
     CROP_RATIOS,
     Assignment,
+    BucketDraws,
     Fate,
     SizePolicy,
-    assign,
+    assign_buckets,
+    bucket_sides,
     clip_starts,
     crop_frames,
-    cut_share,
+    crop_share,
     draw_sizes,
-    ladder,
     nearest_ratio,
-    sides,
+    size_ladder,
     static_fates,
 )
 from videox.errors import FLAGS, UserError
@@ -64,9 +65,8 @@ def assigned(
     size, ratio, length = (
         uniform(seed, np.arange(count), purpose) for purpose in (Purpose.SIZE, Purpose.RATIO, Purpose.FRAMES)
     )
-    return assign(
-        policy, column(kind), column(height), column(width), column(frames),
-        size_draw=size, ratio_draw=ratio, frames_draw=length,
+    return assign_buckets(
+        policy, column(kind), column(height), column(width), column(frames), BucketDraws(size, ratio, length),
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_tokens_of_16_to_9(target: int, tokens: int) -> None:
 def test_sides_are_floored_as_the_formula_says(position: int, target: int) -> None:
     _, height, width = ASPECT_RATIOS_512[position]
     wanted = tuple(max(math.floor(Fraction(x, 512) * target / GRID) * GRID, GRID) for x in (height, width))
-    found = sides(np.array([position]), np.array([target]))
+    found = bucket_sides(np.array([position]), np.array([target]))
     assert (int(found[0][0]), int(found[1][0])) == wanted
 
 
@@ -145,7 +145,7 @@ def test_sides_are_floored_as_the_formula_says(position: int, target: int) -> No
 @given(st.integers(32, 4096), st.integers(32, 4096))
 def test_a_ladder_climbs_by_128_and_ends_at_the_top(one: int, other: int) -> None:
     foot, top = sorted((one, other))
-    rungs = ladder(foot, top)
+    rungs = size_ladder(foot, top)
     assert rungs[0] == foot
     assert rungs[-1] == top
     assert all(b - a == 128 for a, b in pairwise(rungs[:-1]))
@@ -454,7 +454,7 @@ def cut_by_hand(height: int, width: int, bucket_height: int, bucket_width: int) 
 @given(PIXELS, PIXELS, PIXELS, PIXELS)
 @example(1080, 1920, 384, 672)
 def test_cut_share_is_the_area_that_sticks_out(height: int, width: int, bucket_height: int, bucket_width: int) -> None:
-    share = cut_share(np.array([height]), np.array([width]), np.array([bucket_height]), np.array([bucket_width]))
+    share = crop_share(np.array([height]), np.array([width]), np.array([bucket_height]), np.array([bucket_width]))
     assert math.isclose(share[0], cut_by_hand(height, width, bucket_height, bucket_width), abs_tol=1e-12)
     assert 0 <= share[0] < 1
 
@@ -480,7 +480,5 @@ def test_the_ends_of_the_draws_stay_in_range(draw: float) -> None:
         assert draw_sizes(TO_1024, np.array([4000.0]), one, even)[0] in TO_1024
     policy = replace(BUCKETS, random_ratio_crop=True)
     column = np.ones(1, np.int32)
-    found = assign(
-        policy, column, 600 * column, 600 * column, 900 * column, size_draw=one, ratio_draw=one, frames_draw=one
-    )
+    found = assign_buckets(policy, column, 600 * column, 600 * column, 900 * column, BucketDraws(one, one, one))
     assert found.frames[0] == 17

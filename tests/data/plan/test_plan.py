@@ -15,17 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.data.plan.buckets import Fate, SizePolicy, frame_offsets, frames_at_pace, pace_of
-from videox.data.plan.plan import (
-    PADDING,
-    Columns,
-    EpochPlan,
-    MicroBatch,
-    PlanSettings,
-    count_steps,
-    held_out_plan,
-    held_out_rows,
-    plan_epoch,
-)
+from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch
+from videox.data.plan.plan import count_steps, held_out_plan, held_out_rows, plan_epoch
+from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import DATA, FLAGS, UserError
 from videox.shapes import token_count
 
@@ -39,14 +31,14 @@ SETTINGS = PlanSettings(POLICY, batch_size=2, slots=12, seed=42, cost_linear=1e6
 SHAPES = ((1920, 1080), (1080, 1920), (640, 480), (512, 512), (2048, 858), (300, 200))
 
 
-def columns_of(rows: int, seed: int = 0, image_share: float = 0.3) -> Columns:
+def columns_of(rows: int, seed: int = 0, image_share: float = 0.3) -> PlanColumns:
     """Returns a mixed data set; about one row in twenty cannot be used, some clips are too short, some too small."""
     rng = np.random.default_rng(seed)
     kind = (rng.random(rows) >= image_share).astype(np.uint8)
     size = np.array(SHAPES, np.int32)[rng.integers(0, len(SHAPES), rows)]
     size[rng.random(rows) < 0.03] = 8
     frames = np.where(kind == 1, rng.integers(0, 300, rows), 1).astype(np.int32)
-    return Columns(kind, size[:, 0], size[:, 1], frames, rng.random(rows) >= 0.05)
+    return PlanColumns(kind, size[:, 0], size[:, 1], frames, rng.random(rows) >= 0.05)
 
 
 COLUMNS = columns_of(301)
@@ -89,7 +81,7 @@ def samples(batches: list[MicroBatch]) -> list[tuple]:
 
 
 @given(data, settings_of)
-def test_each_trainable_row_is_met_as_often_as_planned(columns: Columns, settings: PlanSettings) -> None:
+def test_each_trainable_row_is_met_as_often_as_planned(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     met = Counter((int(row), int(copy)) for batch in real(all_batches(plan)) for row, copy in zip(batch.rows, batch.copies, strict=True))  # fmt: skip
     trained = np.flatnonzero(plan.fates == Fate.TRAINED)
@@ -101,7 +93,7 @@ def test_each_trainable_row_is_met_as_often_as_planned(columns: Columns, setting
 
 
 @given(data, settings_of)
-def test_steps_can_be_counted_without_a_plan(columns: Columns, settings: PlanSettings) -> None:
+def test_steps_can_be_counted_without_a_plan(columns: PlanColumns, settings: PlanSettings) -> None:
     for epoch, excluded in [(0, ()), (3, np.arange(7))]:
         assert (
             count_steps(columns, settings, epoch, excluded) == plan_epoch(columns, settings, epoch, excluded).n_steps
@@ -109,7 +101,7 @@ def test_steps_can_be_counted_without_a_plan(columns: Columns, settings: PlanSet
 
 
 @given(data, settings_of)
-def test_a_clip_lies_within_its_video(columns: Columns, settings: PlanSettings) -> None:
+def test_a_clip_lies_within_its_video(columns: PlanColumns, settings: PlanSettings) -> None:
     for batch in real(all_batches(plan_epoch(columns, settings, 1))):
         last = batch.starts + (batch.bucket.frames - 1) * settings.policy.stride
         assert np.all(batch.starts >= 0)
@@ -118,7 +110,7 @@ def test_a_clip_lies_within_its_video(columns: Columns, settings: PlanSettings) 
 
 
 def test_fates_are_told_apart() -> None:
-    columns = Columns(
+    columns = PlanColumns(
         kind=np.array([0, 1, 1, 0, 1, 1, 0], np.uint8),
         width=np.array([640, 640, 640, 8, 640, 640, 640], np.int32),
         height=np.array([480, 480, 480, 480, 480, 480, 480], np.int32),
@@ -176,7 +168,7 @@ def test_an_empty_index_is_refused() -> None:
 
 
 @given(data, st.integers(1, 12), st.integers(0, 5))
-def test_held_out_rows_are_never_trained(columns: Columns, count: int, epoch: int) -> None:
+def test_held_out_rows_are_never_trained(columns: PlanColumns, count: int, epoch: int) -> None:
     settings = replace(SETTINGS, held_out=count)
     kept = held_out_rows(columns, settings)
     assert len(kept) == count
@@ -231,7 +223,7 @@ def test_a_rank_takes_every_world_size_th_slot() -> None:
 
 
 @given(data, settings_of.map(lambda s: replace(s, slots=12)))
-def test_ranks_run_equally_many_micro_batches(columns: Columns, settings: PlanSettings) -> None:
+def test_ranks_run_equally_many_micro_batches(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     for step in range(plan.n_steps):
         alone = len(whole_step(plan, step))
@@ -241,7 +233,7 @@ def test_ranks_run_equally_many_micro_batches(columns: Columns, settings: PlanSe
 
 
 @given(data, settings_of)
-def test_weights_of_a_step_sum_to_one(columns: Columns, settings: PlanSettings) -> None:
+def test_weights_of_a_step_sum_to_one(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     for step in range(plan.n_steps):
         batches = whole_step(plan, step)
@@ -252,7 +244,7 @@ def test_weights_of_a_step_sum_to_one(columns: Columns, settings: PlanSettings) 
 
 
 @given(data, settings_of)
-def test_padding_opens_no_file_and_is_cheap(columns: Columns, settings: PlanSettings) -> None:
+def test_padding_opens_no_file_and_is_cheap(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     for step in range(plan.n_steps):
         batches = whole_step(plan, step)
@@ -285,7 +277,7 @@ def test_other_world_sizes_are_refused_with_those_that_fit(world_size: int) -> N
 
 
 @given(data, settings_of)
-def test_a_micro_batch_holds_one_bucket(columns: Columns, settings: PlanSettings) -> None:
+def test_a_micro_batch_holds_one_bucket(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     for step in range(plan.n_steps):
         batches = real(whole_step(plan, step))
@@ -299,7 +291,7 @@ def test_a_micro_batch_holds_one_bucket(columns: Columns, settings: PlanSettings
 
 
 @given(data, settings_of.map(lambda s: replace(s, slot_fill="fixed")))
-def test_fixed_fill_keeps_the_batch_size(columns: Columns, settings: PlanSettings) -> None:
+def test_fixed_fill_keeps_the_batch_size(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     batches = real(all_batches(plan))
     assert max(len(batch.rows) for batch in batches) <= settings.batch_size
@@ -313,7 +305,7 @@ def cost(settings: PlanSettings, batch: MicroBatch) -> float:
 
 
 @given(data, settings_of.map(lambda s: replace(s, slot_fill="cost")))
-def test_cost_fill_keeps_cost_and_memory(columns: Columns, settings: PlanSettings) -> None:
+def test_cost_fill_keeps_cost_and_memory(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     batches = real(all_batches(plan))
     largest = max(batches, key=lambda batch: token_count(batch.bucket))
@@ -341,7 +333,7 @@ def test_cost_fill_needs_fewer_steps_and_fills_its_slots() -> None:
 
 
 @given(data, settings_of)
-def test_each_sample_has_a_stratum_of_its_own(columns: Columns, settings: PlanSettings) -> None:
+def test_each_sample_has_a_stratum_of_its_own(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 2)
     for step in range(plan.n_steps):
         strata = np.sort(np.concatenate([batch.strata for batch in real(whole_step(plan, step))]))
@@ -370,7 +362,7 @@ def test_steps_mix_the_buckets() -> None:
 
 
 @given(data, st.integers(0, 99), st.integers(0, 5))
-def test_a_weight_is_how_often_a_row_occurs(columns: Columns, seed: int, epoch: int) -> None:
+def test_a_weight_is_how_often_a_row_occurs(columns: PlanColumns, seed: int, epoch: int) -> None:
     weight = np.random.default_rng(seed).choice([0, 0.5, 1, 2, 2.25], len(columns)).astype(np.float32)
     settings = replace(SETTINGS, seed=seed)
     plan = plan_epoch(replace(columns, weight=weight), settings, epoch)
@@ -397,7 +389,7 @@ def test_the_broken_part_of_a_weight_is_a_probability() -> None:
 
 
 @given(data, st.sampled_from(["uniform", "head"]), st.integers(1, 4), st.sampled_from([0.0, 8.0, 40.0]))
-def test_clips_of_a_video_lie_within_it(columns: Columns, sampling: str, clips: int, fps: float) -> None:
+def test_clips_of_a_video_lie_within_it(columns: PlanColumns, sampling: str, clips: int, fps: float) -> None:
     policy = replace(POLICY, sample_fps=fps, n_frames=9, random_frame_crop=False)
     rates = np.random.default_rng(0).choice([0, 12, 23.976, 30], len(columns)).astype(np.float32)
     columns = replace(columns, fps=rates)
@@ -459,7 +451,7 @@ def test_a_plan_does_not_depend_on_batch_size_in_what_is_drawn() -> None:
 
 
 @given(data, settings_of)
-def test_the_bucket_table_counts_samples_and_micro_batches(columns: Columns, settings: PlanSettings) -> None:
+def test_the_bucket_table_counts_samples_and_micro_batches(columns: PlanColumns, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     batches = real(all_batches(plan))
     counted, micros = Counter(), Counter(batch.bucket for batch in batches)
@@ -469,7 +461,7 @@ def test_the_bucket_table_counts_samples_and_micro_batches(columns: Columns, set
     assert {bucket: (n, m) for bucket, n, m in table} == {b: (counted[b], micros[b]) for b in counted}
     tokens = [token_count(bucket) for bucket, _, _ in table]
     assert tokens == sorted(tokens, reverse=True)
-    commonest = plan.commonest_bucket()
+    commonest = plan.most_common_bucket()
     clips = {bucket: n for bucket, n in counted.items() if bucket.frames > 1}
     assert (clips or counted)[commonest] == max((clips or counted).values())
 

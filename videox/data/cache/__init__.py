@@ -1,1 +1,1 @@
-"""Cache of encoder outputs (latents, embeddings), addressed by content key, stored in shards."""
+"""Cache of encoder outputs (latents, text embeddings), addressed by content and stored in shards."""

@@ -1,8 +1,8 @@
-"""Serves dataset and encoders: what encoders made of a sample, found again by what it was made from.
+"""Cache of encoder outputs, addressed by a hash of everything that an output depends on.
 
-A key is a hash of everything that a tensor depends on: the file (path, size, modification time), the frames, the size
-they were cut to, the caption, the mask, the encoder's weights and settings, and the version of this code. So an edited
-clip, another VAE or another crop is simply not there; nothing is ever told to be stale.
+A key covers the file (path, size, modification time), the frames and the size they are cropped to, the caption, the
+mask, the encoder's weights and settings, and the version of this code. An edited clip, another VAE or another crop
+therefore has another key, and an entry never has to be invalidated.
 """
 
 from __future__ import annotations
@@ -18,22 +18,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from videox.data.cache.shard import KEY_BYTES, SUFFIX, Damaged, Shard, ShardWriter, read_entry, sweep
+from videox.data.cache.shard import (
+    KEY_BYTES,
+    SUFFIX,
+    CorruptedError,
+    Shard,
+    ShardWriter,
+    delete_unfinished,
+    read_entry,
+)
 from videox.errors import STORAGE, UserError
 from videox.files import write_json_atomically
 from videox.shapes import Bucket
 
-VERSION = 1  # raise it whenever decoding, resizing, masks or encoding give other numbers than before
-UNIT_ENTRIES = 1024  # of a file, and thereby what a killed process loses at most
-UNIT_BYTES = 8 * 2**30
+VERSION = 1  # increase it whenever decoding, resizing, masks or encoding give other numbers than before
+MAX_SHARD_ENTRIES = 1024  # also the most entries that a killed process loses
+MAX_SHARD_BYTES = 8 * 2**30
 FINGERPRINTS = "fingerprints.json"
 
 
 class CacheField(NamedTuple):
-    """One tensor that an encoder makes of a sample.
+    """One tensor of a sample that an encoder computes.
 
-    name: of the tensor; encoder: fingerprint of weights and settings; uses: which Facts it depends on, of "clip" (all
-    frames), "frame" (the first), "mask", "caption".
+    Attributes:
+        name: name of the tensor.
+        encoder: fingerprint of the encoder's weights and settings.
+        uses: the inputs that the tensor depends on: "clip" (all frames), "frame" (the first), "mask", "caption".
     """
 
     name: str
@@ -41,16 +51,23 @@ class CacheField(NamedTuple):
     uses: tuple[str, ...]
 
     @property
-    def sees_pixels(self) -> bool:
-        """Whether it cannot be made without the file."""
+    def needs_pixels(self) -> bool:
+        """Whether the media file must be read to compute it."""
         return "clip" in self.uses or "frame" in self.uses
 
 
 class SampleKey(NamedTuple):
-    """What a sample is made from.
+    """Everything of a sample that its encoder outputs depend on.
 
-    file: relative path; size: bytes, mtime_ns: of the indexed file; start, pace, bucket: the frames and their size;
-    mask: its name; caption: after dropout.
+    Attributes:
+        file: path relative to the data folder.
+        size: bytes of the file when it was indexed.
+        mtime_ns: modification time of the file when it was indexed.
+        start: first source frame.
+        pace: source frames per kept frame.
+        bucket: number and size of the frames.
+        mask: name of the mask of known frames.
+        caption: the caption after caption dropout.
     """
 
     file: str
@@ -63,26 +80,28 @@ class SampleKey(NamedTuple):
     caption: str
 
 
-def key_of(part: CacheField, facts: SampleKey) -> bytes:
-    """Returns the address of a part of a sample: equal where all that it depends on is equal."""
-    file, frames = (facts.file, facts.size, facts.mtime_ns, facts.start), facts.bucket.frames
-    used: dict[str, Any] = {
-        "clip": (*file, float(facts.pace) if frames > 1 else 1.0, *facts.bucket),
-        "frame": (*file, *facts.bucket[1:]),
-        "mask": facts.mask,
-        "caption": facts.caption,
+def cache_key(field: CacheField, sample_key: SampleKey) -> bytes:
+    """Return the key of a sample's tensor: equal if and only if everything that the tensor depends on is equal."""
+    file = (sample_key.file, sample_key.size, sample_key.mtime_ns, sample_key.start)
+    bucket = sample_key.bucket
+    values: dict[str, Any] = {
+        # The pace of a single frame is irrelevant: 1.0 lets runs with different strides share the entry.
+        "clip": (*file, float(sample_key.pace) if bucket.frames > 1 else 1.0, *bucket),
+        "frame": (*file, *bucket[1:]),
+        "mask": sample_key.mask,
+        "caption": sample_key.caption,
     }
-    content = repr((VERSION, part.name, part.encoder, [(use, used[use]) for use in part.uses]))
+    content = repr((VERSION, field.name, field.encoder, [(use, values[use]) for use in field.uses]))
     return hashlib.blake2b(content.encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()
 
 
 def fingerprint(paths: Sequence[Path], settings: str, memo: dict[str, Any]) -> str:
-    """Returns a hash (hex) of all files below some folders, by content, and of settings.
+    """Return a hash (hex) of the content of all files below some folders, and of settings.
 
     Args:
         paths: files and folders.
-        settings: whatever else the encoder's result depends on.
-        memo: hashes of files that were read before, by path, size and time; what is read now is added.
+        settings: everything else that the encoder's output depends on.
+        memo: hashes of files by path, size and time; files found in it are not read, new hashes are added to it.
     """
     files = sorted(f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
     total = hashlib.sha256(settings.encode())
@@ -97,59 +116,59 @@ def fingerprint(paths: Sequence[Path], settings: str, memo: dict[str, Any]) -> s
 
 
 class Cache:
-    """A folder of shards. Any number of processes read and write it at once; each writes files of its own.
+    """A folder of shards. Any number of processes may read and write it at once; each writes its own files.
 
     Args:
-        folder: of the shards; made if absent.
+        folder: the folder of the shards; created if absent.
 
     Raises:
-        UserError: the folder cannot be made or listed.
+        UserError: the folder cannot be created or listed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.damaged: dict[str, str] = {}  # file, or file and entry -> what is wrong with it
+        self.corrupted: dict[str, str] = {}  # file, or file and entry -> what is wrong with it
         self._shards: dict[str, Shard] = {}
-        self._places: dict[bytes, tuple[tuple[str, int], ...]] = {}
-        self._seen = -1
+        self._locations: dict[bytes, tuple[tuple[str, int], ...]] = {}  # key -> (shard, number of the entry), ...
+        self._folder_mtime_ns = -1
         self._writer: ShardWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.refresh()
         except OSError as why:
-            raise _unusable(folder, why) from why
+            raise _storage_error(folder, why) from why
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A process that gets it by pickle opens the folder itself."""
+        """Pickle the folder only: the receiving process opens the shards itself."""
         return Cache, (self.folder,)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places or (self._writer is not None and key in self._writer.entries)
+        return key in self._locations or (self._writer is not None and key in self._writer.entries)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def refresh(self) -> None:
-        """Takes notice of files that were published, or went, since it last looked; costs nothing if none was."""
-        changed = self.folder.stat().st_mtime_ns
-        if changed == self._seen:
+        """Open shards that were published, and forget those that were deleted, since the last call; cheap if none."""
+        mtime_ns = self.folder.stat().st_mtime_ns
+        if mtime_ns == self._folder_mtime_ns:
             return
         names = {path.name for path in self.folder.glob(f"shard-*{SUFFIX}")}
-        if self._shards.keys() - names:  # after clearing up
-            self._shards, self._places = {}, {}
-        for name in sorted(names - self._shards.keys() - self.damaged.keys()):
+        if self._shards.keys() - names:  # `scripts/cache.py gc` has replaced shards: read all of them again
+            self._shards, self._locations = {}, {}
+        for name in sorted(names - self._shards.keys() - self.corrupted.keys()):
             try:
                 shard = self._shards[name] = Shard(self.folder / name)
-            except Damaged as why:
-                self.damaged[name] = str(why)
+            except CorruptedError as why:
+                self.corrupted[name] = str(why)
                 continue
             for number in range(len(shard)):
-                key = shard.keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
-                self._places[key] = (*self._places.get(key, ()), (name, number))
-        self._seen = changed
+                key = shard.key(number)
+                self._locations[key] = (*self._locations.get(key, ()), (name, number))
+        self._folder_mtime_ns = mtime_ns
 
     def read(self, key: bytes) -> torch.Tensor | None:
-        """Returns a tensor, None where there is none; what is damaged is noted in `damaged` and not there.
+        """Return a tensor, None if there is none. A corrupted entry is recorded in `corrupted` and counts as absent.
 
         Raises:
             UserError: the folder cannot be read.
@@ -157,36 +176,41 @@ class Cache:
         try:
             if self._writer is not None and key in self._writer.entries:
                 return read_entry(self._writer.handle, self._writer.entries[key])
-            if key not in self._places:
+            if key not in self._locations:
                 self.refresh()
-            for name, number in self._places.get(key, ()):
+            for name, number in self._locations.get(key, ()):
                 try:
                     return self._shards[name].read(number)
-                except Damaged as why:
-                    self.damaged[f"{name}, entry {number}"] = str(why)
-            self._places.pop(key, None)
+                except CorruptedError as why:
+                    self.corrupted[f"{name}, entry {number}"] = str(why)
+            self._locations.pop(key, None)
         except OSError as why:
-            raise _unusable(self.folder, why) from why
+            raise _storage_error(self.folder, why) from why
         return None
 
     def put(self, key: bytes, tensor: torch.Tensor, note: Mapping[str, Any]) -> None:
-        """Keeps a tensor; other processes see it when its file is full, or after `publish`.
+        """Store a tensor; other processes see it when its shard is full, or after `publish`.
+
+        Args:
+            key: the address, returned by `cache_key`.
+            tensor: on any device.
+            note: JSON values that describe the entry, for `scripts/cache.py`.
 
         Raises:
-            UserError: the disk refused. What was published stands.
+            UserError: it cannot be written. Published shards are not affected.
         """
         try:
             if self._writer is None:
                 self._writer = ShardWriter(self.folder / f"shard-{secrets.token_hex(8)}{SUFFIX}")
             self._writer.put(key, tensor.detach().cpu(), note)
-            if len(self._writer.entries) >= UNIT_ENTRIES or self._writer.size >= UNIT_BYTES:
+            if len(self._writer.entries) >= MAX_SHARD_ENTRIES or self._writer.size >= MAX_SHARD_BYTES:
                 self.publish()
         except OSError as why:
-            self._drop()
-            raise _unusable(self.folder, why) from why
+            self._drop_writer()
+            raise _storage_error(self.folder, why) from why
 
     def publish(self) -> None:
-        """Puts what is kept so far in place, for all to see. Raises UserError."""
+        """Make the tensors stored so far visible to other processes. Raises UserError."""
         if self._writer is None:
             return
         try:
@@ -194,62 +218,68 @@ class Cache:
             self._writer = None
             self.refresh()
         except OSError as why:
-            self._drop()
-            raise _unusable(self.folder, why) from why
+            self._drop_writer()
+            raise _storage_error(self.folder, why) from why
 
-    def _drop(self) -> None:
+    def _drop_writer(self) -> None:
         if self._writer is not None:
             self._writer.drop()
         self._writer = None
 
-    def clear_up(self) -> list[str]:
-        """Deletes what dead writers left; returns the names."""
-        return sweep(self.folder)
+    def delete_unfinished(self) -> list[str]:
+        """Delete the unfinished files of dead writers; return their names."""
+        return delete_unfinished(self.folder)
 
-    def damage(self) -> list[str]:
-        """Returns a line for each file or entry that was found damaged; what they held is encoded anew."""
-        return [f"{self.folder}/{name}: {why}; what it held is made anew" for name, why in self.damaged.items()]
+    def corruption_messages(self) -> list[str]:
+        """Return a line for each file or entry that was found corrupted."""
+        return [f"{self.folder}/{name}: {why}; its content is encoded again" for name, why in self.corrupted.items()]
 
 
-def _unusable(folder: Path, why: OSError) -> UserError:
-    hint = "make room, make it writable, or give another folder; what was written before stands"
+def _storage_error(folder: Path, why: OSError) -> UserError:
+    hint = "free disk space, make it writable, or pass another folder; published entries are kept"
     return UserError("--latent_cache", f"{folder} cannot be used ({why})", hint, STORAGE)
 
 
 class CacheView(NamedTuple):
-    """A cache and what is looked for in it, as the data's workers need it; mode: of known_mask, names the masks."""
+    """A cache and the tensors that a run looks up in it, as the data workers need it.
+
+    Attributes:
+        cache: the cache.
+        fields: the tensors of a sample.
+        mode: the task, as in `known_mask`; it decides which masks are drawn.
+    """
 
     cache: Cache
-    parts: tuple[CacheField, ...]
+    fields: tuple[CacheField, ...]
     mode: str
 
-    def find(self, facts: SampleKey) -> dict[str, torch.Tensor]:
-        """Returns the parts of a sample that are there, by name."""
-        tensors = {part.name: self.cache.read(key_of(part, facts)) for part in self.parts}
+    def find(self, sample_key: SampleKey) -> dict[str, torch.Tensor]:
+        """Return the cached tensors of a sample, by name."""
+        tensors = {field.name: self.cache.read(cache_key(field, sample_key)) for field in self.fields}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    def needs_pixels(self, found: Iterable[str]) -> bool:
-        """Returns whether a part that was not found is made from the file."""
-        return any(part.sees_pixels and part.name not in set(found) for part in self.parts)
+    def needs_pixels(self, cached: Iterable[str]) -> bool:
+        """Return whether a tensor that is not in `cached` is computed from the media file."""
+        return any(field.needs_pixels and field.name not in set(cached) for field in self.fields)
 
 
 def trim_zeros(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor without the zero rows at its end, of which one stays: text is padded to hundreds of tokens."""
-    filled = np.flatnonzero(tensor.flatten(1).ne(0).any(1).cpu().numpy())
-    return tensor[: int(filled[-1]) + 1 if len(filled) else 1]
+    """Remove zero rows at the end, but keep at least one row: text embeddings are padded to hundreds of tokens."""
+    nonzero = np.flatnonzero(tensor.flatten(1).ne(0).any(1).cpu().numpy())
+    return tensor[: int(nonzero[-1]) + 1 if len(nonzero) else 1]
 
 
 def restore_zeros(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Returns a tensor with zero rows after it, up to so many; trim_zeros taken back."""
+    """Append zero rows up to `rows` in total; the inverse of trim_zeros."""
     if len(tensor) == rows:
         return tensor
-    whole = tensor.new_zeros(rows, *tensor.shape[1:])
-    whole[: len(tensor)] = tensor
-    return whole
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
 
 
 def read_memo(folder: Path) -> dict[str, Any]:
-    """Returns the hashes of weight files that were read before; a file that is not whole counts as none."""
+    """Return the saved hashes of weight files, {} if the file is absent or damaged; see `fingerprint`."""
     path = folder / FINGERPRINTS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -259,6 +289,6 @@ def read_memo(folder: Path) -> dict[str, Any]:
 
 
 def write_memo(folder: Path, memo: Mapping[str, Any]) -> None:
-    """Keeps these hashes. Raises OSError."""
+    """Save the hashes of weight files, if the folder is writable. Raises OSError."""
     if os.access(folder, os.W_OK):
         write_json_atomically(folder / FINGERPRINTS, dict(memo))

@@ -1,1 +1,1 @@
-"""Index of the data set: metadata rows and what probing their media files found, as columns."""
+"""Index of a data set: metadata rows and the probed properties of their media files, in columns."""

@@ -1,4 +1,7 @@
-"""Serves metadata: one reader per format, each giving raw columns; every fault names its place in the file."""
+"""Readers of metadata files: json, jsonl, csv, parquet or a folder of media and captions, each read into raw columns.
+
+Every error of a file names its position (line and column, or row and key).
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,26 @@ from videox.errors import DATA, FLAGS, UserError
 FIELDS = ("file_path", "text", "type", "width", "height", "num_frames", "fps", "weight")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_REPEATED = 0  # a key that no JSON object can have: marks an object that names one of FIELDS twice
+_REPEATED = 0  # a key that no JSON object can have: marks an object that contains one of FIELDS twice
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', re.DOTALL)
 
 Columns = dict[str, list[Any]]
 
 
 class _NotANumber(Exception):
-    """Carries the NaN or Infinity that Python's JSON reader met; the reader itself gives no position for it."""
+    """NaN or Infinity in a JSON text; Python's JSON reader accepts both and reports no position for them."""
 
 
-def folder_listing(folder: Path) -> list[tuple[str, str]]:
-    """Lists the media and .txt files below a folder: (path relative to it without suffix, suffix), sorted.
+def list_folder(folder: Path) -> list[tuple[str, str]]:
+    """List the media and .txt files below a folder, sorted, as (path relative to it without suffix, suffix).
 
-    Hidden files and folders are passed over; links to folders are not followed.
+    Hidden files and folders are skipped; links to folders are not followed.
 
     Raises:
         UserError: exit code 2 for a folder that cannot be listed.
     """
     found = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise_folder_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         prefix = Path(parent).relative_to(folder)
         for name in names:
@@ -50,90 +53,93 @@ def folder_listing(folder: Path) -> list[tuple[str, str]]:
 
 
 def _read_json(path: Path) -> Columns:
-    top = _parse_json(_read_text(path), path, line=0)
-    if not isinstance(top, list):
-        raise UserError(f"{path} 1:1", f"the top level is {_json_name(top)}", "make it a list of objects", DATA)
-    return _columns_of(top, path)
+    rows = _parse_json(_read_text(path), path, lines_before=0)
+    if not isinstance(rows, list):
+        raise UserError(f"{path} 1:1", f"the top level is {_json_type(rows)}", "make it a list of objects", DATA)
+    return _to_columns(rows, path)
 
 
 def _read_jsonl(path: Path) -> Columns:
-    # Not splitlines(): U+2028 and its kin are legal inside a JSON string.
+    # Not splitlines(), which also splits at U+2028 and similar characters: they are legal inside a JSON string.
     lines = _read_text(path).split("\n")
-    return _columns_of([_parse_json(text, path, line) for line, text in enumerate(lines) if text.strip()], path)
+    return _to_columns([_parse_json(text, path, number) for number, text in enumerate(lines) if text.strip()], path)
 
 
-def _parse_json(text: str, path: Path, line: int) -> object:
-    """Parses a text that starts `line` lines into the file."""
+def _parse_json(text: str, path: Path, lines_before: int) -> object:
+    """Parse a JSON text; lines_before: number of lines of the file before this text, for positions in messages."""
     if not text.strip():
-        raise no_samples(path)
+        raise no_samples_error(path)
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_build_object)
     except json.JSONDecodeError as error:
-        where, what = f"{path} {line + error.lineno}:{error.colno}", f"not valid JSON ({error.msg})"
+        where, what = f"{path} {lines_before + error.lineno}:{error.colno}", f"not valid JSON ({error.msg})"
     except _NotANumber as error:
-        at = next(match.start() for match in _CONSTANT.finditer(text) if not match[0].startswith('"'))
-        where = f"{path} {line + text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+        # The reader gave no position: search for the first such constant outside of strings.
+        start = next(match.start() for match in _CONSTANT.finditer(text) if not match[0].startswith('"'))
+        line = lines_before + text.count(chr(10), 0, start) + 1
+        where = f"{path} {line}:{start - text.rfind(chr(10), 0, start)}"
         what = f"not valid JSON ({error})"
     except RecursionError:
-        where, what = f"{path} {line + 1}:1", "not readable JSON (nested too deeply)"
-    except ValueError:  # the only other one: Python's limit on the digits of a whole number
-        where, what = f"{path} {line + 1}:1", "not readable JSON (a number with thousands of digits)"
-    raise UserError(where, what, "correct the file there", DATA)
+        where, what = f"{path} {lines_before + 1}:1", "not readable JSON (nested too deeply)"
+    except ValueError:  # the only other cause: Python's limit on the number of digits of an integer
+        where, what = f"{path} {lines_before + 1}:1", "not readable JSON (a number with thousands of digits)"
+    raise UserError(where, what, "correct the file at this position", DATA)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
-    made: dict[Any, Any] = dict(pairs)
-    if len(made) != len(pairs):
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
+    built: dict[Any, Any] = dict(pairs)
+    if len(built) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = [name for name in FIELDS if keys.count(name) > 1]
-        if twice:
-            made[_REPEATED] = twice[0]
-    return made
+        repeated = [name for name in FIELDS if keys.count(name) > 1]
+        if repeated:
+            built[_REPEATED] = repeated[0]
+    return built
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _NotANumber(f"{name} is no JSON value, null is")
+def _reject_constant(name: str) -> NoReturn:
+    raise _NotANumber(f"{name} is not a JSON value, null is")
 
 
-def _columns_of(rows: Sequence[object], path: Path) -> Columns:
+def _to_columns(rows: Sequence[object], path: Path) -> Columns:
     objects: list[dict[Any, Any]] = []
     for row, value in enumerate(rows):
         if not isinstance(value, dict):
-            raise UserError(f"{path} row {row}", f"the row is {_json_name(value)}", "make it an object", DATA)
+            raise UserError(f"{path} row {row}", f"the row is {_json_type(value)}", "make it an object", DATA)
         if _REPEATED in value:
-            refuse_row(path, row, value[_REPEATED], "the key stands twice", "keep one of them")
+            raise_row_error(path, row, value[_REPEATED], "the key occurs twice", "remove one of them")
         objects.append(value)
     if not objects:
-        raise no_samples(path)
-    found = {key: None for made in objects for key in made}
-    _require_columns(found, path)
-    return {name: [made.get(name) for made in objects] for name in FIELDS if name in found}
+        raise no_samples_error(path)
+    names = {key: None for fields in objects for key in fields}
+    _require_columns(names, path)
+    return {name: [fields.get(name) for fields in objects] for name in FIELDS if name in names}
 
 
 def _read_csv(path: Path) -> Columns:
     text = _read_text(path)
-    limit = csv.field_size_limit(max(len(text), 131072))  # captions may be longer than the module's 128 KiB
+    # Captions may be longer than the csv module's default limit of 128 KiB.
+    default_limit = csv.field_size_limit(max(len(text), 131072))
     try:
-        # strict: an unclosed quote would otherwise swallow the rest of the file as one caption
+        # strict: without it, an unclosed quote would turn the rest of the file into one caption.
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, None)
         if header is None:
-            raise no_samples(path)
+            raise no_samples_error(path)
         _require_columns(header, path)
-        picked: Columns = {name: [] for name in FIELDS if name in header}
-        places = [(picked[name], header.index(name)) for name in picked]
+        columns: Columns = {name: [] for name in FIELDS if name in header}
+        positions = [(columns[name], header.index(name)) for name in columns]
         for row, values in enumerate(filter(None, reader)):
             if len(values) != len(header):
                 what = f"line {reader.line_num} has {len(values)} columns, the header has {len(header)}"
-                raise UserError(f"{path} row {row}", what, "quote captions that hold commas or line breaks", DATA)
-            for column, place in places:
-                column.append(values[place])
+                raise UserError(f"{path} row {row}", what, "quote captions that contain commas or line breaks", DATA)
+            for column, position in positions:
+                column.append(values[position])
     except csv.Error as error:
         where = f"{path} line {reader.line_num}"
-        raise UserError(where, f"not valid CSV ({error})", "correct the quotes there", DATA) from error
+        raise UserError(where, f"not valid CSV ({error})", "correct the quotes in this line", DATA) from error
     finally:
-        csv.field_size_limit(limit)
-    return picked
+        csv.field_size_limit(default_limit)
+    return columns
 
 
 def _read_parquet(path: Path) -> Columns:
@@ -142,27 +148,31 @@ def _read_parquet(path: Path) -> Columns:
             names = file.schema_arrow.names
             _require_columns(names, path)
             table = file.read(columns=[name for name in FIELDS if name in names])
-            return {name: _plain(table.column(name)) for name in table.column_names}
+            return {name: _python_values(table.column(name)) for name in table.column_names}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(str(path), f"not readable as parquet ({reason})", "write the file again", DATA) from error
 
 
-def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Turns an Arrow column into Python values; types that no field can have become b''."""
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
+    """Convert an Arrow column to Python values; values of a type that no field can have become b''."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if texts or numbers or pa.types.is_null(kind):
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if is_text or is_number or pa.types.is_null(kind):
         return column.to_pylist()
     return [None if null else b"" for null in column.is_null().to_pylist()]
 
 
 def read_folder(folder: Path, data_dir: Path) -> tuple[Columns, list[str]]:
-    """Reads a folder of media and captions: columns file_path (relative to data_dir) and text, and what to report."""
-    listing = folder_listing(folder)
+    """Read a folder of media and captions.
+
+    Returns:
+        Columns file_path (relative to data_dir) and text, and notes for the start report.
+    """
+    listing = list_folder(folder)
     media = [(stem, suffix) for stem, suffix in listing if suffix.lower() != ".txt"]
     captions = {stem: suffix for stem, suffix in listing if suffix.lower() == ".txt"}
     prefix = Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(data_dir)))
@@ -170,18 +180,20 @@ def read_folder(folder: Path, data_dir: Path) -> tuple[Columns, list[str]]:
         "file_path": [str(prefix / (stem + suffix)) for stem, suffix in media],
         "text": [_read_caption(folder / (stem + captions[stem])) if stem in captions else "" for stem, _ in media],
     }
-    silent = [stem + suffix for stem, suffix in media if stem not in captions]
-    orphans = sorted(captions.keys() - {stem for stem, _ in media})
+    without_caption = [stem + suffix for stem, suffix in media if stem not in captions]
+    without_media = sorted(captions.keys() - {stem for stem, _ in media})
     notes = []
-    if silent:
-        notes.append(f"{len(silent)} media files have no .txt, their caption is empty (first: {silent[0]!r})")
-    if orphans:
-        notes.append(f"{len(orphans)} .txt files have no media, they are not used (first: {orphans[0]!r})")
+    if without_caption:
+        count = len(without_caption)
+        notes.append(f"{count} media files have no .txt file, their caption is empty (first: {without_caption[0]!r})")
+    if without_media:
+        count = len(without_media)
+        notes.append(f"{count} .txt files have no media file, they are ignored (first: {without_media[0]!r})")
     return columns, notes
 
 
 def _read_caption(path: Path) -> str | bytes:
-    """Reads a caption; bytes that are no UTF-8 come back as they are and become the row's problem "bad_text"."""
+    """Read a caption; bytes that are not UTF-8 are returned unchanged and become the row's problem "bad_text"."""
     content = _read_bytes(path)
     try:
         return content.decode("utf-8-sig").strip()
@@ -203,42 +215,41 @@ def _read_text(path: Path) -> str:
     hint = "save the file as UTF-8"
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         at = 0 if content[0] > 0x7F else content.index(b"\0")
-        raise UserError(str(path), f"byte {at} is not UTF-8 text, it looks like UTF-16 or UTF-32", hint, DATA)
+        raise UserError(str(path), f"byte {at} is not UTF-8 text, the file seems to be UTF-16 or UTF-32", hint, DATA)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8, perhaps the file is Latin-1"
+        what = f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8, the file may be Latin-1"
         raise UserError(str(path), what, hint, DATA) from error
 
 
 def _require_columns(found: Iterable[object], path: Path) -> None:
     names = [str(name) for name in found]
-    name, times = (
-        Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
-    )  # '' ends many exported lines
-    if times > 1:
-        raise UserError(str(path), f"column {name!r} stands {times} times in the header", "keep one of them", DATA)
+    # Empty names are not counted: many exporters end each line with a comma.
+    name, count = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
+    if count > 1:
+        raise UserError(str(path), f"column {name!r} occurs {count} times in the header", "remove all but one", DATA)
     missing = [name for name in ("file_path", "text") if name not in names]
     if missing:
         what = f"no row has {' nor '.join(missing)}; columns found: {', '.join(map(repr, names[:20])) or 'none'}"
         raise UserError(str(path), what, "name the columns file_path and text, separated by commas in a csv", DATA)
 
 
-def refuse_row(path: Path, row: int, key: str, what: str, hint: str) -> NoReturn:
-    """Raises the UserError (exit code 3) of one row, counted from 0, and one of its keys."""
+def raise_row_error(path: Path, row: int, key: str, what: str, hint: str) -> NoReturn:
+    """Raise the UserError (exit code 3) of one row (0-based) and one of its keys."""
     raise UserError(f"{path} row {row}, key {key}", what, hint, DATA)
 
 
-def _refuse_folder(error: OSError) -> NoReturn:
+def _raise_folder_error(error: OSError) -> NoReturn:
     raise UserError(str(error.filename), f"cannot be listed ({error.strerror})", "check its permissions", FLAGS)
 
 
-def no_samples(path: Path) -> UserError:
-    """Returns the UserError (exit code 3) of metadata that lists nothing."""
+def no_samples_error(path: Path) -> UserError:
+    """Return the UserError (exit code 3) of metadata without any row."""
     return UserError(str(path), "0 samples", "add one object or row per image or video", DATA)
 
 
-def _json_name(value: object) -> str:
+def _json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -1,9 +1,7 @@
-"""Serves the plan: size, frames and rate of every file, looked at once and kept in columns beside the metadata.
+"""Index of a data set: size, frames and fps of every media file, probed once and saved in columns beside the metadata.
 
-A second start maps the saved columns, asks the file system for sizes and times, and looks again only at what changed.
-Files are looked at in child processes that a kernel timer ends, since a decoder may hang or crash in native code. They
-are plain children and not a multiprocessing pool, because such a pool would run the calling script's imports (torch,
-diffusers) in each child and again after each crash. Light imports only.
+A later start maps the saved columns, asks the file system for sizes and times, and probes only the files that changed.
+Light imports only: no torch and no decoder.
 """
 
 from __future__ import annotations
@@ -21,10 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from videox.data.index.formats import folder_listing
-from videox.data.index.metadata import confine, read_metadata
-from videox.data.index.probe import DEADLINE
-from videox.data.index.scan import Files, contradictions, look, rows_of_metadata, rows_of_saved, size_and_time
+from videox.data.index.formats import list_folder
+from videox.data.index.metadata import check_paths, read_metadata
+from videox.data.index.probe import PROBE_SECONDS
+from videox.data.index.scan import (
+    Files,
+    find_contradictions,
+    probe_files,
+    rows_of_metadata,
+    rows_of_saved,
+    size_and_mtime,
+)
 from videox.data.index.table import (
     FINGERPRINTED,
     IMAGE,
@@ -34,9 +39,9 @@ from videox.data.index.table import (
     WEIGHT,
     class_array,
     fingerprint_of,
+    hash_names,
     header_of,
     load_table,
-    names_of,
     repeated_string,
     string_array,
     usable_of,
@@ -44,12 +49,48 @@ from videox.data.index.table import (
 )
 from videox.errors import STORAGE, UserError
 
-_SETTLED_NS = 2_000_000_000  # a file this young may change again without a new modification time
+_SETTLED_NS = 2_000_000_000  # a file younger than this may change again without a new modification time
+
+
+@dataclass(frozen=True)
+class DataLocation:
+    """Where a data set and its index are stored.
+
+    Attributes:
+        metadata_path: a metadata file or folder that `read_metadata` accepts.
+        data_dir: the folder that file_path is relative to.
+        index_path: the saved index (an Arrow file, replaced atomically); its folder must be writable.
+        allow_outside_data_dir: allow a file_path that leaves data_dir.
+    """
+
+    metadata_path: Path
+    data_dir: Path
+    index_path: Path
+    allow_outside_data_dir: bool = False
+
+
+@dataclass(frozen=True)
+class MediaColumns:
+    """What probing measures of the media files, one entry per row.
+
+    Attributes:
+        kind: 0 image, 1 video.
+        width: pixels.
+        height: pixels.
+        frames: frames of the file.
+        fps: frames per second; None = 0 for every row.
+    """
+
+    kind: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    frames: np.ndarray
+    fps: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The columns, one entry per metadata row; memory-mapped and read-only where they come from a saved index.
+    """The columns, one entry per metadata row; memory-mapped and read-only if they come from a saved index.
 
     Attributes:
         data_dir: the folder that file_path is relative to.
@@ -60,14 +101,14 @@ class Index:
         height: int32, pixels, upright.
         frames: int32, frames of the file (1 for an image).
         fps: float32, frames per second (0 for an image).
-        file_size: int64, bytes when looked at; -1 for a file that was not looked at.
-        mtime_ns: int64, modification time when looked at.
+        file_size: int64, bytes when probed; -1 for a file that was not probed.
+        mtime_ns: int64, modification time when probed.
         usable: bool, False where the row has a problem.
         problem: Arrow dictionary of strings: "", a key of ROW_PROBLEMS, a class of BadMedia, "timeout" or "crashed".
         detail: strings (Arrow), one line about the problem.
-        weight: float32, how often a row occurs in an epoch, on the mean; 1 where metadata does not say it.
+        weight: float32, how often a row occurs in an epoch, on average; 1 where metadata does not state it.
         notes: sentences for the start report.
-        stored: (path, fingerprint) of the saved index, None for one made by `from_columns`.
+        stored: (path, fingerprint) of the saved index; None for one built by `from_columns`.
     """
 
     data_dir: Path
@@ -91,80 +132,72 @@ class Index:
         return len(self.kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles a saved index as its path, so that a worker maps the same pages instead of copying them."""
+        """Pickle a saved index as its path, so that a worker maps the same pages instead of copying them."""
         if self.stored is not None:
             return _reopen, (self.stored[0], self.data_dir, self.stored[1])
         return Index, tuple(getattr(self, field.name) for field in fields(self))
 
     def file(self, row: int) -> Path:
-        """Returns the path of a row's file."""
+        """Return the path of a row's file."""
         return self.data_dir / self.file_path[int(row)].as_py()
 
     def caption(self, row: int) -> str:
-        """Returns a row's caption."""
+        """Return a row's caption."""
         return str(self.text[int(row)].as_py())
 
     def problems(self) -> list[tuple[int, str, str, str]]:
-        """Returns (row, file_path, class, detail) of every row that cannot be used, by row."""
+        """Return (row, file_path, class, detail) of every unusable row, sorted by row."""
         rows = np.flatnonzero(~self.usable)
         columns = (column.take(pa.array(rows)).to_pylist() for column in (self.file_path, self.problem, self.detail))
         return list(zip(rows.tolist(), *columns, strict=True))
 
     def fingerprint(self) -> str:
-        """Returns sha256 (hex) over file_path, text, kind, width, height, frames and usable: what a plan depends on.
+        """Return sha256 (hex) over file_path, text, kind, width, height, frames and usable: what a plan depends on.
 
-        Times are left out, so that a copied or touched data set still fits its checkpoints.
+        Modification times are not included, so that a copied or touched data set still matches its checkpoints.
         """
         if self.stored is not None:
             return self.stored[1]
         return fingerprint_of(pa.table({name: getattr(self, name) for name in (*FINGERPRINTED, "problem")}))
 
-    def names(self) -> str:
-        """Returns sha256 (hex) over file_path and text alone: the same rows, whatever has become of their files."""
-        return str(names_of(pa.table({name: getattr(self, name) for name in ("file_path", "text")})).hexdigest())
+    def rows_fingerprint(self) -> str:
+        """Return sha256 (hex) over file_path and text only: it does not depend on the state of the media files."""
+        return str(hash_names(pa.table({name: getattr(self, name) for name in ("file_path", "text")})).hexdigest())
 
     @classmethod
     def from_columns(
         cls,
+        media: MediaColumns,
         *,
-        kind: np.ndarray,
-        width: np.ndarray,
-        height: np.ndarray,
-        frames: np.ndarray,
-        fps: np.ndarray | None = None,
         usable: np.ndarray | None = None,
         weight: np.ndarray | None = None,
         file_path: list[str] | None = None,
         text: list[str] | None = None,
         data_dir: Path = Path(),
     ) -> Index:
-        """Makes an index in memory, for planning sizes that no files stand behind.
+        """Build an index in memory, to plan with sizes of files that need not exist.
 
         Args:
-            kind: 0 image, 1 video, one per row.
-            width: pixels.
-            height: pixels.
-            frames: frames of the file.
-            fps: frames per second; 0 where left out.
-            weight: 1 where left out.
-            usable: all where left out; other rows get the problem "missing".
-            file_path: the row number where left out.
-            text: '' where left out.
+            media: kind and sizes of each row.
+            usable: bool [rows], None = all; other rows get the problem "missing".
+            weight: how often each row occurs in an epoch, None = once.
+            file_path: paths, None = the row numbers.
+            text: captions, None = ''.
             data_dir: the folder that file_path is relative to.
         """
-        rows = len(kind)
+        rows = len(media.kind)
         good = np.ones(rows, bool) if usable is None else np.asarray(usable, bool)
-        given = {"kind": kind, "width": width, "height": height, "frames": frames}
-        given["fps"] = np.zeros(rows) if fps is None else fps
-        given["file_size"] = given["mtime_ns"] = np.full(rows, -1)
+        values = {"kind": media.kind, "width": media.width, "height": media.height, "frames": media.frames}
+        values["fps"] = np.zeros(rows) if media.fps is None else media.fps
+        values["file_size"] = values["mtime_ns"] = np.full(rows, -1)
         paths = pa.array(np.arange(rows)).cast(pa.large_string()) if file_path is None else string_array(file_path)
         texts = repeated_string("", rows) if text is None else string_array(text)
-        numbers: dict[str, Any] = {name: np.asarray(given[name]).astype(dtype) for name, dtype in MEASURED.items()}
+        measured: dict[str, Any] = {name: np.asarray(values[name]).astype(dtype) for name, dtype in MEASURED.items()}
         return cls(
             data_dir=data_dir,
             file_path=paths,
             text=texts,
-            **numbers,
+            **measured,
             usable=good,
             problem=class_array(pa.array(np.where(good, "", "missing"))),
             detail=repeated_string("", rows),
@@ -173,61 +206,59 @@ class Index:
 
 
 def build_index(
-    metadata_path: Path,
-    data_dir: Path,
-    index_path: Path,
+    location: DataLocation,
     *,
-    allow_outside_data_dir: bool,
     workers: int,
     progress: bool,
     trust_metadata: bool = False,
-    deadline: float = DEADLINE,
+    timeout: float = PROBE_SECONDS,
     announce: Callable[[int, float], None] | None = None,
 ) -> Index:
-    """Returns the index of the metadata, from index_path as far as that still holds, and saves what is new.
+    """Return the index of the metadata: reuse what is still valid of the saved one, probe the rest, and save it.
 
     Args:
-        metadata_path: what `read_metadata` takes.
-        data_dir: the folder that file_path is relative to.
-        index_path: where the index is kept (an Arrow file, replaced as a whole); its folder must be writable.
-        allow_outside_data_dir: lets a path leave data_dir.
-        workers: child processes that look at files; at least 1 is used.
-        progress: shows a bar on stderr.
-        trust_metadata: takes the word of rows that give type, width and height (and num_frames and fps for videos)
-            without a look at their files, for a dry run; a later build without it looks at them.
-        deadline: seconds that one file may take before it becomes a "timeout".
-        announce: told, where files are looked at, how many they are and how many seconds that should take.
+        location: where the metadata, the media files and the saved index are.
+        workers: child processes that probe files; at least 1 is used.
+        progress: show a progress bar on stderr.
+        trust_metadata: do not probe the files of rows that state type, width and height (and num_frames and fps for
+            videos); for a dry run. A later build without it probes them.
+        timeout: time limit for one file in seconds, after which it gets the problem "timeout".
+        announce: called once while files are probed, with their number and the estimated seconds for all of them.
 
     Raises:
-        UserError: as `read_metadata`; exit code 3 where not one file is there, 5 where the index cannot be written.
+        UserError: as `read_metadata`; exit code 3 if none of the files exists, 5 if the index cannot be written.
     """
-    options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": allow_outside_data_dir}
+    metadata_path, data_dir, index_path = location.metadata_path, location.data_dir, location.index_path
+    outside = location.allow_outside_data_dir
+    options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": outside}
     saved = load_table(index_path)
     header = {} if saved is None else header_of(saved)
-    known = (
+    rows_are_saved = (
         header.get("version") == VERSION
         and header.get("options") == options
-        and _is_same(header["stamp"], metadata_path)
+        and _is_unchanged(header["stamp"], metadata_path)
     )
-    if saved is not None and known:
+    if saved is not None and rows_are_saved:
         rows = rows_of_saved(saved)
     else:
-        # The stamp is taken before reading: a change meanwhile is then found by the next start.
+        # The stamp is computed before reading: the next start then notices a change that happens while we read.
         header = {"version": VERSION, "options": options, "stamp": _stamp(metadata_path, with_bytes=True)}
-        metadata = read_metadata(metadata_path, data_dir, allow_outside_data_dir=allow_outside_data_dir)
+        metadata = read_metadata(metadata_path, data_dir, allow_outside_data_dir=outside)
         header["from_metadata"], rows = metadata.notes, rows_of_metadata(metadata)
-        del metadata  # as Python objects, a million rows are much larger than as columns
+        del metadata  # as Python objects, a million rows need much more memory than as columns
     partial = index_path.with_name(f"{index_path.name}.partial")
-    files = Files(rows, data_dir, saved if known else None)
-    files.survey([table for table in (saved, load_table(partial)) if table is not None], trust_metadata)
-    files.refuse_all_missing(metadata_path)
-    if (known and len(files.unseen())) or files.renamed:
-        confine(files.unseen_by_row(), data_dir, metadata_path, allow_outside_data_dir=allow_outside_data_dir)
-    look(files, partial, workers=workers, progress=progress, deadline=deadline, announce=announce)
-    if saved is not None and files.is_as_saved():
-        return _index_of(saved, data_dir, index_path)
+    files = Files(rows, data_dir, saved if rows_are_saved else None)
+    files.load_known([table for table in (saved, load_table(partial)) if table is not None], trust_metadata)
+    files.require_any_file(metadata_path)
+    # read_metadata has checked the paths of new rows. A saved row is checked again if its file changed, since a link
+    # may have replaced it, or if it was found under another name.
+    if (rows_are_saved and len(files.to_probe())) or files.renamed:
+        check_paths(files.paths_to_probe_by_row(), data_dir, metadata_path, allow_outside_data_dir=outside)
+    probe_files(files, partial, workers=workers, progress=progress, timeout=timeout, announce=announce)
+    if saved is not None and files.matches_saved():
+        return _to_index(saved, data_dir, index_path)
     table = files.table()
-    header["notes"] = [*header["from_metadata"], *files.notes(), *contradictions(table)]
+    header["notes"] = [*header["from_metadata"], *files.notes(), *find_contradictions(table)]
     header["fingerprint"] = fingerprint_of(table)
     write_table(table, header, index_path)
     partial.unlink(missing_ok=True)
@@ -235,29 +266,30 @@ def build_index(
 
 
 def load_index(index_path: Path, data_dir: Path) -> Index:
-    """Maps a saved index without a look at metadata or media.
+    """Memory-map a saved index without reading metadata or media files.
 
     Raises:
-        UserError: exit code 5 where there is none, or it is not whole.
+        UserError: exit code 5 if there is none, or it is damaged.
     """
     table = load_table(index_path)
     if table is None:
-        raise UserError(str(index_path), "is not a whole index", "delete it, the next start builds it again", STORAGE)
-    return _index_of(table, data_dir, index_path)
+        hint = "delete it, the next start builds it again"
+        raise UserError(str(index_path), "is not a complete index", hint, STORAGE)
+    return _to_index(table, data_dir, index_path)
 
 
 def index_summary(index: Index) -> list[str]:
-    """Returns lines for the start report: counts, sizes, lengths, problems by class, notes."""
+    """Return lines for the start report: counts, sizes, lengths, problems by class, notes."""
     lines = [f"{len(index)} rows, {np.count_nonzero(index.usable)} usable"]
     for name, kind in (("images", IMAGE), ("videos", VIDEO)):
-        chosen = index.usable & (index.kind == kind)
-        if not chosen.any():
+        selected = index.usable & (index.kind == kind)
+        if not selected.any():
             continue
-        side = np.sqrt(index.width[chosen].astype(np.float64) * index.height[chosen])
-        parts = [f"{np.count_nonzero(chosen)} {name}", f"mean side {_spread(side)} pixels"]
+        side = np.sqrt(index.width[selected].astype(np.float64) * index.height[selected])
+        parts = [f"{np.count_nonzero(selected)} {name}", f"mean side {_spread(side)} pixels"]
         if kind == VIDEO:
-            parts.append(f"{_spread(index.frames[chosen])} frames")
-            timed = chosen & (index.fps > 0)
+            parts.append(f"{_spread(index.frames[selected])} frames")
+            timed = selected & (index.fps > 0)
             if timed.any():
                 parts.append(f"{_spread(index.frames[timed] / index.fps[timed], 1)} seconds")
         lines.append(", ".join(parts))
@@ -271,10 +303,10 @@ def index_summary(index: Index) -> list[str]:
 
 def _spread(values: np.ndarray, digits: int = 0) -> str:
     low, middle, high = np.quantile(values, (0, 0.5, 1))
-    return f"{low:.{digits}f} / {middle:.{digits}f} / {high:.{digits}f} (least / median / most)"
+    return f"{low:.{digits}f} / {middle:.{digits}f} / {high:.{digits}f} (min / median / max)"
 
 
-def _index_of(table: pa.Table, data_dir: Path, path: Path) -> Index:
+def _to_index(table: pa.Table, data_dir: Path, path: Path) -> Index:
     header = header_of(table)
     return Index(
         data_dir=data_dir,
@@ -290,22 +322,26 @@ def _index_of(table: pa.Table, data_dir: Path, path: Path) -> Index:
 def _reopen(path: Path, data_dir: Path, fingerprint: str) -> Index:
     index = load_index(path, data_dir)
     if index.fingerprint() != fingerprint:
-        what = "the index was built anew, from other metadata, while this run uses it"
-        raise UserError(
-            str(path), what, "start again, and let no two runs share a metadata file that changes", STORAGE
-        )
+        what = "the index was rebuilt from changed metadata while this run uses it"
+        hint = "start again, and do not change a metadata file that a run uses"
+        raise UserError(str(path), what, hint, STORAGE)
     return index
 
 
 def _stamp(path: Path, *, with_bytes: bool) -> dict[str, Any]:
-    """Returns what tells whether the metadata is still what it was; {} where there is none."""
+    """Return what shows whether the metadata has changed since; {} if there is none.
+
+    Args:
+        path: the metadata file or folder.
+        with_bytes: include the hash of the file's content, and whether its time alone is reliable.
+    """
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return {}  # read_metadata says it to the user
+        return {}  # read_metadata reports it to the user
     if stat.S_ISDIR(status.st_mode):
-        names = folder_listing(path)
-        captions = (size_and_time(f"{path}/{stem}{suffix}") for stem, suffix in names if suffix.lower() == ".txt")
+        names = list_folder(path)
+        captions = (size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if suffix.lower() == ".txt")
         return {"listing": hashlib.sha256(repr((names, list(captions))).encode(errors="surrogateescape")).hexdigest()}
     stamp: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if with_bytes and stat.S_ISREG(status.st_mode):
@@ -314,8 +350,8 @@ def _stamp(path: Path, *, with_bytes: bool) -> dict[str, Any]:
     return stamp
 
 
-def _is_same(saved: dict[str, Any], path: Path) -> bool:
-    """Returns whether the metadata is what it was: by size and time, or by its bytes where time is no proof."""
+def _is_unchanged(saved: dict[str, Any], path: Path) -> bool:
+    """Return whether the metadata is unchanged: by size and time, or by its bytes where the time is not reliable."""
     now = _stamp(path, with_bytes=False)
     if "listing" in now or "size" not in now:
         return bool(now) and now == saved
@@ -329,4 +365,4 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        return ""  # read_metadata says it to the user
+        return ""  # read_metadata reports it to the user

@@ -1,8 +1,9 @@
-"""Serves the index: looks at many files in child processes, so that no file can hang or crash the trainer.
+"""Probing of media files in child processes, so that no file can hang or crash the trainer.
 
-A decoder may hang or crash in native code, where no exception and no thread helps; the kernel's timer ends such a
-child. They are plain children and not a multiprocessing pool, because each process of such a pool runs the imports of
-the calling script (torch, diffusers) at its start and after each crash.
+A decoder may hang or crash in native code, where exceptions and threads do not help. So each child probes one file at
+a time, and a kernel timer kills a child that takes too long. The children are plain processes and not a
+multiprocessing pool: each process of such a pool would run the imports of the calling script (torch, diffusers) at its
+start and again after each crash.
 """
 
 from __future__ import annotations
@@ -25,156 +26,165 @@ from typing import IO
 from videox.data.media.container import BadMedia, MediaInfo
 from videox.errors import BUG, UserError
 
-DEADLINE = 60.0  # seconds that one file may take
-_GRACE = 5.0  # seconds after which a child that even the kernel could not end (a dead network disk) is abandoned
-_MEMORY = 8 << 30  # bytes of address space of a child
-_LONGEST = 500  # characters of a detail: an answer stays shorter than a pipe's atomic write, so it comes in one piece
+PROBE_SECONDS = 60.0  # time limit for one file
+# After the time limit and this time, a child that the kernel could not kill (dead network disk) is abandoned.
+_GRACE_SECONDS = 5.0
+_MAX_MEMORY = 8 << 30  # bytes of address space of a child
+# Characters of a detail. A line then stays shorter than the atomic write of a pipe (PIPE_BUF) and is never split.
+_MAX_DETAIL = 500
 
-Answer = MediaInfo | BadMedia
+ProbeResult = MediaInfo | BadMedia
 
 
-def probe_each(paths: Sequence[str], *, workers: int, deadline: float = DEADLINE) -> Iterator[tuple[int, Answer]]:
-    """Yields (position in paths, answer of `videox.data.media.video.probe`) in the order in which they come.
+def probe_each(
+    paths: Sequence[str], *, workers: int, timeout: float = PROBE_SECONDS
+) -> Iterator[tuple[int, ProbeResult]]:
+    """Yield (position in paths, result of `videox.data.media.video.probe`), in order of completion.
 
     Args:
         paths: absolute paths.
         workers: child processes; at least 1 is used.
-        deadline: seconds that one file may take.
+        timeout: time limit for one file, in seconds.
 
     Yields:
-        What probe returned or raised; BadMedia "timeout" and "crashed" where the child did not live to tell.
+        What probe returned or raised; BadMedia "timeout" or "crashed" where the child ended without a result.
 
     Raises:
-        UserError: exit code 70 where a child cannot start.
+        UserError: exit code 70 if a child cannot start.
     """
-    answers: queue.SimpleQueue[tuple[int, Answer] | int] = queue.SimpleQueue()
-    positions = iter(range(len(paths)))  # shared by the threads: one next() is one step of the interpreter
-    children = [_Child(deadline) for _ in range(max(1, min(workers, len(paths))))]
+    results: queue.SimpleQueue[tuple[int, ProbeResult] | int] = queue.SimpleQueue()
+    # Shared by the threads without a lock: next() of a range iterator is atomic under the GIL.
+    positions = iter(range(len(paths)))
+    children = [_Child(timeout) for _ in range(max(1, min(workers, len(paths))))]
 
-    def serve(number: int) -> None:
+    def run_child(number: int) -> None:
         with contextlib.closing(children[number]) as child:
             try:
                 for position in positions:
-                    answers.put((position, child.ask(paths[position])))
+                    results.put((position, child.probe(paths[position])))
             finally:
-                answers.put(number)
+                results.put(number)
 
     with ThreadPoolExecutor(len(children)) as pool:
-        serving = [pool.submit(serve, number) for number in range(len(children))]
+        threads = [pool.submit(run_child, number) for number in range(len(children))]
         ended = 0
         try:
             while ended < len(children):
-                answer = answers.get()
-                if isinstance(answer, int):
-                    serving[answer].result()
+                result = results.get()
+                if isinstance(result, int):
+                    threads[result].result()
                     ended += 1
                 else:
-                    yield answer
+                    yield result
         finally:
-            for _ in positions:  # leaves nothing more to do for the threads that still run
+            # Also reached when the caller closes the generator: exhaust the positions, so that the threads end, and
+            # kill the children, so that no thread waits for a result.
+            for _ in positions:
                 pass
             for child in children:
                 child.kill()
 
 
 class _Child:
-    """One process that answers for file after file; the next file starts it again when one was its end."""
+    """A child process that probes one file after another; it is restarted for the next file if a file ended it."""
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, path: str) -> Answer:
-        """Returns what probe says of a file, or how the child came to its end over it."""
-        process = self._process = self._process or _start(self._deadline)
-        with contextlib.suppress(BrokenPipeError):  # it has died already, which the empty answer tells as well
-            os.write(_number(process.stdin), json.dumps(path).encode() + b"\n")
-        line = _answer(process, self._deadline + _GRACE)
+    def probe(self, path: str) -> ProbeResult:
+        """Return the child's result for a file, or how the child ended while probing it."""
+        process = self._process = self._process or _start(self._timeout)
+        # A broken pipe means that the child is dead, which the empty line below shows as well.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(_fileno(process.stdin), json.dumps(path).encode() + b"\n")
+        line = _read_line(process, self._timeout + _GRACE_SECONDS)
         if line:
-            answer = json.loads(line)
-            return MediaInfo(**answer["info"]) if "info" in answer else BadMedia(*answer["bad"])
+            result = json.loads(line)
+            return MediaInfo(**result["info"]) if "info" in result else BadMedia(*result["bad"])
         self._process = None
-        return _bury(process, self._deadline)
+        return _reap(process, self._timeout)
 
     def kill(self) -> None:
-        """Ends the process; a thread that waits for its answer gets an empty one."""
+        """Kill the process; a thread that waits for its result reads an empty line."""
         process = self._process
         if process is not None:
             process.kill()
 
     def close(self) -> None:
-        """Ends the process and returns what it holds; for the thread that asks."""
+        """Kill the process and close its pipes; called by the thread that uses this child."""
         if self._process is not None:
             self._process.kill()
-            _bury(self._process, self._deadline)
+            _reap(self._process, self._timeout)
             self._process = None
 
 
-def serve_probes(deadline: float) -> None:
-    """Runs as a child: answers each path of stdin by one line of stdout until stdin ends.
+def serve_probes(timeout: float) -> None:
+    """Run as a child process: for each path read from stdin, write one line to stdout, until stdin ends.
 
     Args:
-        deadline: seconds after which the kernel ends the process over one file, even inside native code.
+        timeout: seconds after which the kernel kills the process over one file, even inside native code.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which then closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which then closes stdin
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # stdout becomes stderr, so that what a library prints is not read as a result.
     out = os.dup(1)
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    from videox.data.media.video import probe  # the decoders are loaded here and never by the parent
+    os.dup2(2, 1)
+    from videox.data.media.video import probe  # imported here, so that the parent never loads the decoders
 
     os.write(out, b"ready\n")
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, deadline)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            answer: dict[str, object] = {"info": asdict(probe(Path(json.loads(line))))}
+            result: dict[str, object] = {"info": asdict(probe(Path(json.loads(line))))}
         except BadMedia as bad:
-            answer = {"bad": (bad.media_class, bad.detail[:_LONGEST])}
+            result = {"bad": (bad.media_class, bad.detail[:_MAX_DETAIL])}
         except MemoryError:
-            answer = {"bad": ("too_large", f"needs more than {_MEMORY >> 30} GiB to be looked at")}
+            result = {"bad": ("too_large", f"probing it needs more than {_MAX_MEMORY >> 30} GiB of memory")}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(out, json.dumps(answer).encode() + b"\n")
+        os.write(out, json.dumps(result).encode() + b"\n")
 
 
-def _start(deadline: float) -> subprocess.Popen[bytes]:
+def _start(timeout: float) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     code = f"import sys; sys.path.insert(0, {root!r}); from videox.data.index.probe import serve_probes; "
-    code += f"serve_probes({deadline!r})"
+    code += f"serve_probes({timeout!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    if _answer(process, None) != b"ready\n":
+    if _read_line(process, None) != b"ready\n":
         process.kill()
-        hint = "see the lines above this one; `pip install -r requirements.txt` brings the decoders"
-        raise UserError("the look at the media files", f"a child process ended with {process.wait()}", hint, BUG)
+        hint = "see the lines above this one; `pip install -r requirements.txt` installs the decoders"
+        raise UserError("probing of the media files", f"a child process ended with {process.wait()}", hint, BUG)
     return process
 
 
-def _answer(process: subprocess.Popen[bytes], seconds: float | None) -> bytes:
-    """Returns the child's next line; b"" where it died or said nothing for `seconds`."""
-    poll = select.poll()  # select() itself cannot take the high file numbers of a big training process
-    poll.register(_number(process.stdout), select.POLLIN)
+def _read_line(process: subprocess.Popen[bytes], seconds: float | None) -> bytes:
+    """Return the child's next line; b"" if it died or wrote nothing for `seconds`."""
+    poll = select.poll()  # select() itself fails for file descriptors of 1024 and above, which a training process has
+    poll.register(_fileno(process.stdout), select.POLLIN)
     if not poll.poll(None if seconds is None else seconds * 1000):
         return b""
-    return os.read(_number(process.stdout), select.PIPE_BUF)
+    return os.read(_fileno(process.stdout), select.PIPE_BUF)
 
 
-def _bury(process: subprocess.Popen[bytes], deadline: float) -> BadMedia:
-    """Ends a child that gave no answer, and returns what that says of its file."""
+def _reap(process: subprocess.Popen[bytes], timeout: float) -> BadMedia:
+    """Wait for a child that gave no result, killing it if needed, and return the problem of its file."""
     try:
         status = process.wait(timeout=1.0)
-    except subprocess.TimeoutExpired:  # asleep in the kernel, for instance on a dead network disk
+    except subprocess.TimeoutExpired:  # blocked in the kernel, for example on a dead network disk
         process.kill()
         status = -signal.SIGALRM
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
     if status == -signal.SIGALRM:
-        return BadMedia("timeout", f"no answer within {deadline:g} s")
+        return BadMedia("timeout", f"not probed within {timeout:g} s")
     cause = f"signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"exit code {status}"
-    return BadMedia("crashed", f"the process that looked at it ended with {cause}")
+    return BadMedia("crashed", f"the process that probed it ended with {cause}")
 
 
-def _number(pipe: IO[bytes] | None) -> int:
+def _fileno(pipe: IO[bytes] | None) -> int:
     if pipe is None:
         raise TypeError("the child was started without this pipe")
     return pipe.fileno()

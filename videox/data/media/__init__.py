@@ -1,1 +1,1 @@
-"""Media files: container checks, and decoding of clips and images into uint8 frames."""
+"""Media files: checks of containers, and decoding of clips and images into uint8 frames."""

@@ -1,4 +1,4 @@
-"""Serves those who ask for decord: reads with it the clips of which it gives the same frames as PyAV, no others."""
+"""Reading of clips with decord, for those of which decord returns the same frames as PyAV."""
 
 from __future__ import annotations
 
@@ -17,31 +17,37 @@ _PIXELS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", 
 _IDR = 5  # NAL unit type, H.264 table 7-1
 
 
-def reads_alike(format_name: str, codec: str, first: av.VideoFrame, key_packets: Iterable[bytes]) -> bool:
-    """Returns whether decord 0.6 gives the frames that PyAV gives; where this is false it was seen to give others.
+def matches_pyav(format_name: str, codec: str, first: av.VideoFrame, key_packets: Iterable[bytes]) -> bool:
+    """Return whether decord 0.6 returns the same frames as PyAV; False where it was observed to return others.
 
-    It loses count at the seeks of open groups of pictures (H.264 keyframes that are no IDR picture), of transport and
-    program streams and of AVI, does not know AV1, takes other chroma for interlaced frames and other values for 10
-    bit, and raises on some rotated sizes.
+    decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
+    program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values
+    differently, and raises for some sizes of rotated videos.
+
+    Args:
+        format_name: format of the container.
+        codec: name of the codec.
+        first: the first frame.
+        key_packets: the packets of all keyframes.
     """
     if format_name not in _FORMATS or codec not in _CODECS or first.format.name not in _PIXELS:
         return False
     if first.rotation or first.interlaced_frame:
         return False
-    return codec != "h264" or all(_holds_idr(packet) for packet in key_packets)
+    return codec != "h264" or all(_has_idr(packet) for packet in key_packets)
 
 
 def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], None]) -> None:
-    """Hands the frames of `indices` (ascending), uint8 [h, w, 3], to `keep(index, frame)`, one by one.
+    """Pass the frames of `indices` (ascending), uint8 [h, w, 3], to `keep(index, frame)`, one by one.
 
-    decord conceals damage without a word, where PyAV's reader raises BadMedia.
+    decord hides damage silently, where the PyAV reader raises BadMedia.
 
     Raises:
         BadMedia: undecodable.
         UserError: decord is not installed.
     """
     try:
-        import decord  # here, since only those who ask for it need it installed
+        import decord  # imported here, because it is optional
     except ImportError as error:
         hint = "pip install decord or use --video_reader pyav"
         raise UserError("--video_reader decord", "decord is not installed", hint) from error
@@ -53,8 +59,8 @@ def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], N
         raise BadMedia("undecodable", str(error).strip().splitlines()[0]) from error
 
 
-def _holds_idr(packet: bytes) -> bool:
-    """Returns whether a packet of NAL units, each behind its length in 4 bytes (ISO 14496-15), has an IDR slice."""
+def _has_idr(packet: bytes) -> bool:
+    """Return whether a packet of NAL units, each after its length in 4 bytes (ISO 14496-15), has an IDR slice."""
     at = 0
     while at + 4 < len(packet):
         if packet[at + 4] & 31 == _IDR:

@@ -1,4 +1,4 @@
-"""Serves the dataset with still images, and every reader with the one resizer."""
+"""Reading of still images, and the resizing that images and video frames share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from videox.data.media.container import MAX_PIXELS, BadMedia, MediaInfo, check_pixels, open_container, raise_for_system
+from videox.data.media.container import (
+    MAX_PIXELS,
+    BadMedia,
+    MediaInfo,
+    check_pixels,
+    open_container,
+    raise_system_error,
+)
 
-# What Pillow and the codecs below it raise for bytes that are not what they claim to be.
+# What Pillow and its codecs raise for damaged content.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
-_UPRIGHT = {  # EXIF 2.3 table 4.6.4: the way back to upright
+_TO_UPRIGHT = {  # EXIF 2.3 table 4.6.4: orientation -> transform that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,41 +35,42 @@ _UPRIGHT = {  # EXIF 2.3 table 4.6.4: the way back to upright
 
 
 def resize_cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales a frame until it covers height x width, antialiased bilinear, and cuts what sticks out at the centre.
+    """Scale a frame to cover height x width (bilinear, antialiased) and crop it at the centre.
 
     torch's 8-bit kernel is within 1/255 of Pillow's and of the float formula, and several times faster than Pillow's.
 
     Args:
         frame: uint8 [h, w, 3].
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height: height of the result, in pixels.
+        width: width of the result, in pixels.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        BadMedia: too_small, for a strip so thin that covering would take more than MAX_PIXELS pixels.
+        BadMedia: too_small, for a strip so thin that the scaled frame would have more than MAX_PIXELS pixels.
     """
-    import torch  # here, since the index's child processes look at sizes only and would load it for nothing
+    import torch  # imported here, because the index's child processes only read sizes and do not need it
 
     full_height, full_width = cover_size(frame.shape[0], frame.shape[1], height, width)
     if full_height * full_width > max(MAX_PIXELS, 4 * height * width):
         raise BadMedia("too_small", f"{frame.shape[1]}x{frame.shape[0]} would grow to {full_width}x{full_height}")
-    own = np.require(frame, requirements=["C", "W"])  # decoders' frames may be read-only, which torch has no word for
-    pixels = torch.from_numpy(own)[None].permute(0, 3, 1, 2)
+    # Decoders may return read-only frames, which torch cannot represent; they are copied.
+    writable = np.require(frame, requirements=["C", "W"])
+    pixels = torch.from_numpy(writable)[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(pixels, (full_height, full_width), mode="bilinear", antialias=True)
     top, left = (full_height - height) // 2, (full_width - width) // 2
     return scaled[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
 
 
 def cover_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
-    """Returns the height and width of the whole source when scaled to just cover height x width."""
+    """Return the height and width of the source when it is scaled to just cover height x width."""
     scale = max(height / source_height, width / source_width)
     return max(height, round(source_height * scale)), max(width, round(source_width * scale))
 
 
 def probe_image(path: Path) -> MediaInfo:
-    """Returns the upright size of an image, by its header alone; raises BadMedia as `read_image` does."""
+    """Return the upright size of an image, read from its header; raise BadMedia as `read_image` does."""
     with _open_image(path) as image:
         width, height = image.size
         if _orientation(image) >= 5:
@@ -71,10 +79,10 @@ def probe_image(path: Path) -> MediaInfo:
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """Reads an image, upright, scaled to cover height x width and cut at the centre.
+    """Read an image, rotated to upright, scaled to cover height x width and cropped at the centre.
 
-    The first picture of an animation is taken. Transparent pixels show white. 16- and 32-bit grey is scaled by the
-    range of its type; float grey counts as 0..1. Colour profiles are not applied.
+    Of an animation, the first picture is read. Transparent pixels become white. 16- and 32-bit grey is scaled by the
+    range of its type; float grey must be in 0..1. Colour profiles are not applied.
 
     Returns:
         uint8 [1, height, width, 3], RGB.
@@ -83,19 +91,19 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         BadMedia: the classes of `open_container`, too_large (before decoding), truncated, or undecodable.
     """
     with _open_image(path) as image:
-        with _pillow_faults():
+        with _pillow_errors_to_bad_media():
             image.load()
-        turn = _UPRIGHT.get(_orientation(image))
+        transform = _TO_UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image)
-        pixels = np.array(rgb if turn is None else rgb.transpose(turn))
+        pixels = np.array(rgb if transform is None else rgb.transpose(transform))
     return np.ascontiguousarray(resize_cover(pixels, height, width)[None])
 
 
 def _open_image(path: Path) -> Image.Image:
     container = open_container(path)
     if container.kind != "image":
-        raise BadMedia("undecodable", "a video where an image is wanted")
-    with _pillow_faults():
+        raise BadMedia("undecodable", "a video where an image is expected")
+    with _pillow_errors_to_bad_media():
         image = Image.open(path, formats=[container.format])
     try:
         check_pixels(*image.size)
@@ -106,22 +114,22 @@ def _open_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _pillow_faults() -> Iterator[None]:
-    """Names what Pillow finds wrong with a file; stands around Pillow's own reading only, never around our code."""
+def _pillow_errors_to_bad_media() -> Iterator[None]:
+    """Convert Pillow's errors to BadMedia; wraps only calls of Pillow, so that a bug of our code stays visible."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadMedia("too_large", str(error)) from error
     except _PILLOW_ERRORS as error:
-        raise_for_system(error)
-        cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        raise BadMedia("truncated" if cut else "undecodable", str(error)) from error
+        raise_system_error(error)
+        truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        raise BadMedia("truncated" if truncated else "undecodable", str(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (*_PILLOW_ERRORS, TypeError):  # a broken EXIF block says nothing about the pixels: taken as upright
+    except (*_PILLOW_ERRORS, TypeError):  # the pixels may be fine although the EXIF block is broken: assume upright
         return 1
 
 
@@ -137,16 +145,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bit(image: Image.Image) -> np.ndarray:
-    """Returns uint8 [h, w] of a grey image with more than 8 bits, scaled by the range of the type it was stored in."""
+    """Return uint8 [h, w] of a grey image with more than 8 bits, scaled by the range of its stored type."""
     values = np.asarray(image)
     if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
-            raise BadMedia("undecodable", f"float pixels of {values.min()} to {values.max()}, outside 0..1")
+        if not (values.min() >= 0 and values.max() <= 1):  # this form of the comparison rejects NaN too
+            raise BadMedia("undecodable", f"float pixels from {values.min()} to {values.max()}, outside of 0..1")
         return np.round(values * 255).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
     if bits == 32 and not signed:
-        values = values.view(np.uint32)  # Pillow keeps unsigned values in a signed type
+        values = values.view(np.uint32)  # Pillow stores unsigned values in a signed type
     limit = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     return np.round(values.clip(0, limit) * (255.0 / limit)).astype(np.uint8)

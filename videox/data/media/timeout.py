@@ -1,4 +1,4 @@
-"""Serves the dataset: a file that takes too long to read becomes a bad sample, not the end of everybody's patience."""
+"""Time limit for reading a media file: a file that takes too long becomes a bad sample."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from types import FrameType
 
 from videox.data.media.container import BadMedia
 
-READ_SECONDS = 120.0  # a clip is read in one second; a network disk may have its minute
+READ_SECONDS = 120.0  # reading a clip takes about 1 s; a slow network disk may take a minute
 
 
 @contextmanager
-def deadline(seconds: float, *, own_process: bool) -> Iterator[None]:
-    """Ends what is inside after `seconds`, as far as a process can end what it does itself.
+def time_limit(seconds: float, *, own_process: bool) -> Iterator[None]:
+    """Abort the block after `seconds`, where that is possible.
 
-    A decoder that comes back to the interpreter now and then is ended by an exception. One that hangs in native code
-    ends its process after twice the time, with the stack on stderr, where that process only reads; elsewhere it hangs.
+    A decoder that returns to the interpreter regularly is aborted by an exception. If it hangs in native code, no
+    exception reaches it: a process that only reads is then killed after twice the time, with the stack on stderr;
+    any other process hangs.
 
     Args:
-        seconds: above 0.
-        own_process: this process does nothing but read, and may be ended.
+        seconds: time limit, above 0.
+        own_process: this process only reads media and may be killed.
 
     Raises:
-        BadMedia: ("unreadable") it took too long.
+        BadMedia: "unreadable", if it took too long.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # signals are delivered to the main thread only
         return
 
-    def too_late(number: int, frame: FrameType | None) -> None:
+    def raise_timeout(number: int, frame: FrameType | None) -> None:
         del number, frame
         raise BadMedia("unreadable", f"it was not read within {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, too_late)
+    previous_handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     if own_process:
         faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
@@ -46,4 +47,4 @@ def deadline(seconds: float, *, own_process: bool) -> Iterator[None]:
         if own_process:
             faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)

@@ -1,4 +1,4 @@
-"""Serves the index and the dataset: the size of any media file, and those frames of a clip that are wanted."""
+"""Probing of media files (size, frames, fps) and frame-exact reading of clips with PyAV or decord."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from videox.data.media.container import (
     MediaInfo,
     check_pixels,
     open_container,
-    raise_for_system,
+    raise_system_error,
     sniff,
 )
 from videox.data.media.image import probe_image, read_image, resize_cover
@@ -30,26 +30,26 @@ __all__ = ["READERS", "BadMedia", "MediaInfo", "probe", "read_clip", "read_image
 
 READERS = ("pyav", "decord")  # the first is the default, since benchmarks/decode.py measures it faster
 
-# Decoders that leave out a frame no other frame refers to, exactly, when told so for its packet alone. HEVC's takes
-# for such also a frame that only those of a higher temporal layer refer to.
-_SKIPS_EXACTLY = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
-_NO_TIMES = ("avi",)  # it stores no presentation times, and those that FFmpeg fills in are wrong with B-frames
+# Decoders whose skip_frame = NONREF skips only frames that no other frame refers to. The HEVC decoder also skips
+# frames that are referred to by frames of a higher temporal layer.
+_EXACT_NONREF_SKIP = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+_NO_TIMESTAMPS = ("avi",)  # stores no presentation times; those that FFmpeg fills in are wrong with B-frames
 
 
 @dataclass(frozen=True, slots=True)
 class _Packet:
-    """One packet of the video stream: presentation time, whether decoding can begin here, whether it is shown."""
+    """One packet of the video stream: presentation time, whether decoding can start here, whether it is displayed."""
 
     pts: int | None
     key: bool
-    shown: bool
+    displayed: bool
 
 
 def probe(path: Path) -> MediaInfo:
-    """Returns the size, frames and rate of an image or video.
+    """Return the size, frames and fps of an image or video.
 
-    The frame count is counted, never a header's claim: index entries that lie inside the file where the container
-    has a full index, packets elsewhere. One frame is decoded, to learn which way is up.
+    Frames are counted, because the count in a header may be wrong: by the index entries where the container has a
+    complete index, else by the packets. One frame is decoded, to read its rotation.
 
     Raises:
         BadMedia: the classes of `open_container`, no_video_stream, too_large, truncated, or undecodable.
@@ -58,10 +58,10 @@ def probe(path: Path) -> MediaInfo:
     if container.kind == "image":
         return probe_image(path)
     with _open_video(path, container) as (file, stream):
-        times, count = _count(file, stream, container)
+        times, count = _count_frames(file, stream, container)
         if count == 0:
             raise BadMedia("no_video_stream", "its video stream has no frames")
-        fps = _rate(stream, times)
+        fps = _average_fps(stream, times)
         first = _first_frame(file, stream)
     width, height = first.width, first.height
     if _quarter_turns(first) % 2:
@@ -72,17 +72,17 @@ def probe(path: Path) -> MediaInfo:
 def read_clip(
     path: Path, frame_indices: Sequence[int], height: int, width: int, reader: str = READERS[0]
 ) -> np.ndarray:
-    """Reads exactly these frames, upright, each scaled to cover height x width and cut at the centre.
+    """Read exactly these frames, rotated to upright, each scaled to cover height x width and cropped at the centre.
 
-    Frames are converted and resized one by one, so that a long clip at full size never stands in memory. Both
-    readers give the same frames. Pixels count as square; HDR is not tone-mapped.
+    Frames are converted and resized one by one, so that a long clip is never in memory at full size. Both readers
+    return the same frames. Pixels are assumed to be square; HDR is not tone-mapped.
 
     Args:
         path: a video file.
-        frame_indices: ascending, counted in presentation order from 0, whatever the time between frames.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
-        reader: "pyav" or "decord"; what decord would read otherwise (`decord_reader.reads_alike`), PyAV reads.
+        frame_indices: ascending, counted from 0 in presentation order, independent of the time between frames.
+        height: height of the result, in pixels.
+        width: width of the result, in pixels.
+        reader: "pyav" or "decord"; PyAV is used where decord returns other frames (`decord_reader.matches_pyav`).
 
     Returns:
         uint8 [T, height, width, 3], RGB.
@@ -90,13 +90,13 @@ def read_clip(
     Raises:
         BadMedia: the classes of `open_container`, no_video_stream, too_large, too_small (a strip too thin to
             cover height x width), out_of_range, or undecodable.
-        UserError: decord is wanted and not installed.
+        UserError: decord is requested and not installed.
     """
     if not frame_indices or list(frame_indices) != sorted(frame_indices):
-        raise ValueError("frame_indices must be ascending, with at least one of them")
+        raise ValueError("frame_indices must be ascending and not empty")
     container = open_container(path)
     if container.kind != "video":
-        raise BadMedia("undecodable", "an image where a video is wanted")
+        raise BadMedia("undecodable", "an image where a video is expected")
     clip = np.empty((len(frame_indices), height, width, 3), np.uint8)
 
     def keep(index: int, frame: np.ndarray) -> None:
@@ -115,15 +115,16 @@ def _read_with_pyav(
     missing = set(indices)
     with _open_video(path, container) as (file, stream):
         packets = list(_packets(file, stream))
-        times = None if container.format in _NO_TIMES else _presentation_times(packets)
-        _check_range(indices, sum(packet.shown for packet in packets))
+        times = None if container.format in _NO_TIMESTAMPS else _presentation_times(packets)
+        _check_range(indices, sum(packet.displayed for packet in packets))
         if times is not None:
-            start = _last_key(packets, times[indices[0]])
-            with suppress(av.error.FFmpegError):  # then nothing comes, and the second way is taken
+            start = _keyframe_before(packets, times[indices[0]])
+            # If the seek fails, no frame is decoded here and the second pass below reads them.
+            with suppress(av.error.FFmpegError):
                 file.seek(start, stream=stream)
             missing -= _decode(file, stream, times, missing, keep, start)
     if missing:
-        # A container without usable times, or a seek or first frames that did not come: from the start, all of it.
+        # Second pass, from the start: the container has no usable times, or seeking did not deliver every frame.
         with _open_video(path, container) as (file, stream):
             missing -= _decode(file, stream, times, missing, keep, None)
     if missing:
@@ -138,20 +139,29 @@ def _decode(
     keep: Callable[[int, np.ndarray], None],
     start: int | None,
 ) -> set[int]:
-    """Hands the frames of `indices` to `keep` and returns those that came.
+    """Decode the frames of `indices` and pass each to `keep`.
 
-    Frames are known by their time, or by counting where `times` is None. With a `start` (the time of a keyframe)
-    decoding begins there, and frames that nobody wants and no other frame needs are not decoded.
+    Args:
+        file: the open container.
+        stream: its video stream.
+        times: presentation times of all frames, by which frames are identified; None = frames are counted.
+        indices: frames to decode.
+        keep: called with (index, uint8 [h, w, 3]) for each of them.
+        start: time of the keyframe to start at; frames that are neither wanted nor referred to are then skipped.
+            None = decode everything from the current position.
+
+    Returns:
+        The indices that were decoded.
     """
     context, reformatter = stream.codec_context, VideoReformatter()
     wanted = {index if times is None else times[index]: index for index in indices}
-    came: set[int] = set()
+    decoded: set[int] = set()
     position, damaged = 0, False
-    skipping = start is not None and context.name in _SKIPS_EXACTLY
-    begun = start is None
+    skipping = start is not None and context.name in _EXACT_NONREF_SKIP
+    started = start is None
     for packet in file.demux(stream):
-        begun = begun or packet.pts == start
-        if not begun:
+        started = started or packet.pts == start
+        if not started:
             continue
         if skipping:
             context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
@@ -159,20 +169,20 @@ def _decode(
             time = position if times is None else frame.pts
             index = None if time is None else wanted.get(time)
             position += 1
-            # What is built on a damaged frame is damaged too, as far as the next frame that needs no other.
+            # Frames that refer to a damaged frame are damaged too, until the next keyframe.
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if damaged and index is not None:
-                raise BadMedia("undecodable", f"damage at or before frame {index}")
-            if index is not None and index not in came:
+                raise BadMedia("undecodable", f"the file is damaged at or before frame {index}")
+            if index is not None and index not in decoded:
                 keep(index, _rgb(frame, reformatter))
-                came.add(index)
-        if len(came) == len(wanted):
+                decoded.add(index)
+        if len(decoded) == len(wanted):
             break
-    return came
+    return decoded
 
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Returns uint8 [h, w, 3], upright, by the matrix and range that the frame states (BT.601 where it has none)."""
+    """Return uint8 [h, w, 3], upright, converted by the matrix and range of the frame (BT.601 if it states none)."""
     converted = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
     plane = converted.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
@@ -181,7 +191,7 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Returns by how many quarter turns, counter-clockwise, the stored frame must be turned to stand upright."""
+    """Return by how many counter-clockwise quarter turns the stored frame becomes upright."""
     return round(frame.rotation / 90) % 4
 
 
@@ -190,13 +200,14 @@ def _read_with_decord(
 ) -> None:
     with _open_video(path, container) as (file, stream):
         packets = list(_packets(file, stream))
-        _check_range(indices, sum(packet.shown for packet in packets))
-        plain = len(file.streams.video) == 1 and all(packet.shown for packet in packets)
+        _check_range(indices, sum(packet.displayed for packet in packets))
+        simple = len(file.streams.video) == 1 and all(packet.displayed for packet in packets)
         file.seek(0)
         keys = [bytes(packet) for packet in file.demux(stream) if packet.is_keyframe]
         first = _first_frame(file, stream)
-        alike = plain and decord_reader.reads_alike(container.format, stream.codec_context.name, first, keys)
-    if alike:
+        codec = stream.codec_context.name
+        same_frames = simple and decord_reader.matches_pyav(container.format, codec, first, keys)
+    if same_frames:
         decord_reader.read(path, indices, keep)
     else:
         _read_with_pyav(path, container, indices, keep)
@@ -204,11 +215,11 @@ def _read_with_decord(
 
 @contextmanager
 def _open_video(path: Path, container: Container) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens the first video stream that is no cover picture, for one thread, as the one format that was recognised."""
+    """Open the first video stream that is not a cover picture, single-threaded, in the recognised format only."""
     with (
-        _decoder_faults(),
+        _ffmpeg_errors_to_bad_media(),
         av.open(
-            str(path.absolute()),  # absolute, so that no name is taken for a protocol
+            str(path.absolute()),  # absolute, so that FFmpeg does not interpret the name as a protocol
             format=container.format,
             container_options={"protocol_whitelist": "file"},
             metadata_errors="replace",
@@ -220,44 +231,45 @@ def _open_video(path: Path, container: Container) -> Iterator[tuple[InputContain
         context = videos[0].codec_context
         check_pixels(context.width, context.height)
         context.thread_count = 1
-        context.options = {"max_pixels": str(MAX_PIXELS)}  # a stream may say another size than its container
+        # Checked again by the decoder: the stream may state another size than its container.
+        context.options = {"max_pixels": str(MAX_PIXELS)}
         yield file, videos[0]
 
 
 @contextmanager
-def _decoder_faults() -> Iterator[None]:
+def _ffmpeg_errors_to_bad_media() -> Iterator[None]:
     try:
         yield
     except av.error.FFmpegError as error:
-        raise_for_system(error)
+        raise_system_error(error)
         raise BadMedia("undecodable", f"{error.strerror}") from error
 
 
 def _packets(file: InputContainer, stream: VideoStream) -> Iterator[_Packet]:
-    """Yields the stream's packets in decoding order, without decoding them."""
-    cut = False
+    """Yield the stream's packets in decoding order, without decoding them."""
+    truncated = False
     for packet in file.demux(stream):
         if packet.size:
-            cut = packet.is_corrupt
-            # VP8 keeps frames that are only referred to in packets of their own; bit 4 says whether one is shown.
+            truncated = packet.is_corrupt
+            # VP8 stores frames that are only referred to, never displayed; bit 4 of the packet is the display flag.
             hidden = stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
             yield _Packet(packet.pts, packet.is_keyframe, not (packet.is_discard or hidden))
-    if cut:
-        raise BadMedia("truncated", "its last packet is cut")
+    if truncated:
+        raise BadMedia("truncated", "its last packet is incomplete")
 
 
 def _presentation_times(packets: Sequence[_Packet]) -> list[int] | None:
-    """Returns the times of the shown frames in presentation order; None where they do not tell frames apart."""
-    times = [packet.pts for packet in packets if packet.shown and packet.pts is not None]
-    complete = len(times) == sum(packet.shown for packet in packets) == len(set(times))
+    """Return the times of the displayed frames in presentation order; None if they are missing or not unique."""
+    times = [packet.pts for packet in packets if packet.displayed and packet.pts is not None]
+    complete = len(times) == sum(packet.displayed for packet in packets) == len(set(times))
     return sorted(times) if complete else None
 
 
-def _last_key(packets: Sequence[_Packet], time: int) -> int:
-    """Returns the time of the last keyframe shown at or before `time`.
+def _keyframe_before(packets: Sequence[_Packet], time: int) -> int:
+    """Return the time of the last keyframe displayed at or before `time`.
 
-    Frames that follow such a keyframe in decoding order and in time refer to nothing before it. Those that follow
-    it in decoding order only (an open group of pictures) do, and so they belong to the keyframe before.
+    Frames that follow such a keyframe in decoding order and in time refer to nothing before it. Frames that follow it
+    in decoding order only (an open GOP) do, and are decoded from the keyframe before it.
     """
     keys = [packet.pts for packet in packets if packet.key and packet.pts is not None and packet.pts <= time]
     first = packets[0].pts
@@ -270,20 +282,21 @@ def _check_range(indices: Sequence[int], frames: int) -> None:
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
 
 
-def _count(file: InputContainer, stream: VideoStream, container: Container) -> tuple[list[int], int]:
-    """Returns the times of some or all frames, ascending, and how many frames there are."""
+def _count_frames(file: InputContainer, stream: VideoStream, container: Container) -> tuple[list[int], int]:
+    """Return the times of some or all frames, ascending, and the number of frames."""
     if container.format == "mov" and not container.fragmented:
         entries = list(stream.index_entries)
         end = max((entry.pos + entry.size for entry in entries), default=0)
         if end > container.size:
-            raise BadMedia("truncated", f"{container.size} bytes, its index points at {end}")
+            raise BadMedia("truncated", f"{container.size} bytes, its index refers to byte {end}")
         return [entry.timestamp for entry in entries], sum(not entry.is_discard for entry in entries)
     packets = list(_packets(file, stream))
-    return sorted(packet.pts for packet in packets if packet.pts is not None), sum(packet.shown for packet in packets)
+    times = sorted(packet.pts for packet in packets if packet.pts is not None)
+    return times, sum(packet.displayed for packet in packets)
 
 
-def _rate(stream: VideoStream, times: list[int]) -> float:
-    """Returns the average rate in frames/s: the container's, or else the one that the times give, or else 0."""
+def _average_fps(stream: VideoStream, times: list[int]) -> float:
+    """Return the average frames per second: stated by the container, else computed from the times, else 0."""
     if stream.average_rate:
         return float(stream.average_rate)
     if stream.time_base is None or len(times) < 2 or times[-1] == times[0]:
@@ -292,17 +305,17 @@ def _rate(stream: VideoStream, times: list[int]) -> float:
 
 
 def _first_frame(file: InputContainer, stream: VideoStream) -> av.VideoFrame:
-    """Returns a frame from the beginning of the stream, which shows size, format and rotation."""
+    """Return a frame from the beginning of the stream, to read its size, format and rotation."""
     file.seek(0)
     context = stream.codec_context
     for packet in file.demux(stream):
-        # Told at once that no more comes, the decoder gives it up and does not wait for those it may have to reorder.
+        # Flushing after the first packet returns its frame at once; else the decoder waits for frames to reorder.
         frames = [*context.decode(packet), *(context.decode(None) if packet.size else [])]
         if frames:
             return frames[0]
         break
     context.flush_buffers()
     file.seek(0)
-    for frame in file.decode(stream):  # the first packets hold nothing that is shown
+    for frame in file.decode(stream):  # the first packet contains no displayed frame
         return frame
-    raise BadMedia("undecodable", "not one frame can be decoded")
+    raise BadMedia("undecodable", "no frame can be decoded")

@@ -1,7 +1,7 @@
-"""Serves the plan and whoever judges it: how evenly ranks are loaded, how varied steps are, what no plan would give.
+"""Metrics of a plan: how evenly ranks are loaded, how varied steps are, and what both would be without a plan.
 
-Two numbers pull against each other. Balance: the share of the ranks' time that is spent working, not waiting for the
-dearest rank. Mix: how much more steps differ from each other than steps of randomly drawn samples would.
+The two metrics compete. Balance: the share of the ranks' time spent computing, not waiting for the slowest rank. Step
+variance ratio ("mix" in reports): the variance of the step composition relative to random steps.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from videox.data.plan.plan import BARRIERS, Columns, EpochPlan, PlanSettings, check_world_size, plan_epoch, sample_cost
+from videox.data.plan.epoch import EpochPlan, check_world_size
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import BARRIERS, PlanColumns, PlanSettings, sample_cost
 from videox.rng import Purpose, hash_key
 from videox.shapes import token_count
 
 
 @dataclass(frozen=True)
 class PlanBalance:
-    """How an epoch loads so many processes.
+    """The metrics of an epoch on one number of processes.
 
     Attributes:
         balance: as `balance` returns it.
-        unplanned: the same without a plan; None where the data is too small for one step of that.
-        mix: as `mix` returns it.
-        steps: of the epoch.
-        padded: share of its slots that hold nothing but padding, 0 to 1.
+        unplanned: the balance without a plan; None where the data does not fill one step in that case.
+        step_variance_ratio: as `step_variance_ratio` returns it.
+        steps: optimizer steps of the epoch.
+        padded: share of the epoch's slots that contain nothing but padding, 0 to 1.
     """
 
     balance: float
@@ -35,30 +37,33 @@ class PlanBalance:
     padded: float
 
 
-def loads(
-    columns: Columns, settings: PlanSettings, accumulation: int, worlds: Sequence[int]
+def balance_by_world_size(
+    columns: PlanColumns, settings: PlanSettings, accumulation: int, worlds: Sequence[int]
 ) -> dict[int, PlanBalance]:
-    """Returns a PlanBalance for each number of processes, of the plan that a run has which begins with so many."""
-    found = {}
+    """Return a PlanBalance for each number of processes, each for the plan of a run launched with that number."""
+    by_world = {}
     for world in worlds:
-        own = replace(settings, slots=world * accumulation)
-        plan = plan_epoch(columns, own, 0)
+        world_settings = replace(settings, slots=world * accumulation)
+        plan = plan_epoch(columns, world_settings, 0)
         bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
-        costs = unplanned(
-            sample_cost(own, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, ranks=world,
+        costs = unplanned_costs(
+            sample_cost(world_settings, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, ranks=world,
             accumulation=accumulation, seed=settings.seed,
         )  # fmt: skip
         filled = (len(plan.slot_first) - 1) / (plan.n_steps * plan.slots)
-        without = balance(costs, own.barrier) if len(costs) else None
-        planned, mixed_so = balance_and_mix(plan, own, world)
-        found[world] = PlanBalance(planned, without, mixed_so, plan.n_steps, 1 - filled)
-    return found
+        without = balance(costs, world_settings.barrier) if len(costs) else None
+        planned, variance_ratio = balance_and_variance_ratio(plan, world_settings, world)
+        by_world[world] = PlanBalance(planned, without, variance_ratio, plan.n_steps, 1 - filled)
+    return by_world
 
 
-def balance_and_mix(
+def balance_and_variance_ratio(
     plan: EpochPlan, settings: PlanSettings, world_size: int, barrier: str | None = None
 ) -> tuple[float, float]:
-    """Returns balance efficiency and mix of an epoch as world_size processes run it; barrier: None = the plan's own.
+    """Return (balance, step variance ratio) of an epoch on world_size ranks.
+
+    Args:
+        barrier: where ranks synchronize, one of BARRIERS; None = as the plan's settings say.
 
     Raises:
         UserError: world_size does not divide the slots of a step.
@@ -74,10 +79,10 @@ def balance_and_mix(
 
 
 def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (costs, padding), float64 [steps, micro-batches, ranks]: what each rank of a planned epoch computes.
+    """Return (costs, padding), float64 [steps, micro-batches, ranks]: cost of each rank's real and padding samples.
 
-    They are those of EpochPlan.micro_batches: a slot runs on rank slot modulo world_size, and each slot of a step
-    takes as many micro-batches as the fullest, where need be of weight 0.
+    They are those of EpochPlan.micro_batches: a slot runs on rank slot modulo world_size, and each slot of a step has
+    as many micro-batches as the fullest one, if necessary of weight 0.
 
     Raises:
         UserError: world_size does not divide the slots of a step.
@@ -91,28 +96,29 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tupl
     within = np.arange(len(slot)) - plan.slot_first[:-1][slot]
     costs = np.zeros((plan.n_steps * plan.slots, int(deepest.max())))
     costs[slot, within] = unit[plan.micro_bucket] * np.diff(plan.micro_first)
-    place = np.arange(costs.shape[1])
-    missing = (place >= depths[:, :, None]) & (place < deepest[:, None, None])
+    position = np.arange(costs.shape[1])
+    # a slot has as many padding micro-batches as the fullest slot of its step has more
+    missing = (position >= depths[:, :, None]) & (position < deepest[:, None, None])
     padding = np.zeros(missing.shape)
     for step in np.flatnonzero(missing.any(axis=(1, 2))):
-        whole, short = sample_cost(settings, plan.padding_buckets(int(step)))
-        padding[step] = missing[step] * np.where(depths[step] > 0, short, whole)[:, None]
+        cheapest, smallest = sample_cost(settings, plan.padding_buckets(int(step)))
+        padding[step] = missing[step] * np.where(depths[step] > 0, smallest, cheapest)[:, None]
 
-    def by_rank(columns: np.ndarray) -> np.ndarray:
-        """Turns [steps, slots, depth] into [steps, accumulation x depth, ranks]."""
-        split = columns.reshape(plan.n_steps, plan.slots // world_size, world_size, -1)
+    def by_rank(by_slot: np.ndarray) -> np.ndarray:
+        """Turn [steps, slots, depth] into [steps, accumulation x depth, ranks]."""
+        split = by_slot.reshape(plan.n_steps, plan.slots // world_size, world_size, -1)
         return split.transpose(0, 1, 3, 2).reshape(plan.n_steps, -1, world_size)
 
     return by_rank(costs), by_rank(padding)
 
 
 def balance(costs: np.ndarray, barrier: str, padding: np.ndarray | float = 0.0) -> float:
-    """Returns the balance efficiency in (0, 1]: sum of cost / (ranks x sum over barriers of the largest rank's cost).
+    """Return the balance efficiency in (0, 1]: sum of cost / (ranks x sum over barriers of the largest rank's cost).
 
     Args:
         costs: float64 [steps, micro-batches, ranks], the cost of each micro-batch's real samples; 0 where none runs.
-        barrier: "step": ranks wait for each other once in a step; "micro": in each micro-batch.
-        padding: of the same shape, the cost of samples of weight 0: it takes time and counts nothing.
+        barrier: "step": ranks synchronize once per step; "micro": in each micro-batch.
+        padding: same shape, the cost of samples of weight 0: they take time but are no useful work.
     """
     if barrier not in BARRIERS:
         raise ValueError(f"{barrier!r} is none of {BARRIERS}")
@@ -122,22 +128,23 @@ def balance(costs: np.ndarray, barrier: str, padding: np.ndarray | float = 0.0) 
 
 
 def step_variance_ratio(tokens: np.ndarray, step: np.ndarray) -> float:
-    """Returns the variance of the step mean of log tokens over that of random steps of the same size; 1 is random.
+    """Return the variance of the step mean of log tokens relative to random steps of the same sizes; 1 = random.
 
-    Each step's squared deviation is taken over what it would be on average if as many samples were drawn from the
-    epoch without replacement, sigma^2 / n x (N - n) / (N - 1), so that a short last step weighs like any other.
+    Each step's squared deviation is divided by its expected value if the step's samples were drawn from the epoch
+    without replacement, sigma^2 / n x (N - n) / (N - 1), so that a short last step has the same weight as any other.
 
     Args:
-        tokens: int [N], of each sample.
+        tokens: int [N], tokens of each sample.
         step: int [N], the step of each sample, from 0.
 
     Returns:
-        0 where every sample has equally many tokens, 1 where a single step holds everything.
+        0 where all samples have the same number of tokens, 1 where one step has all samples.
     """
     logs = np.log(tokens.astype(np.float64))
     counts = np.bincount(step)
     counts, sums = counts[counts > 0], np.bincount(step, weights=logs - logs.mean())[counts > 0]
     variance, total = logs.var(), len(logs)
+    # with a single step, N - n is 0 and the expected variance too
     if len(counts) == 1:
         return 1.0
     if variance < 1e-12:
@@ -146,21 +153,21 @@ def step_variance_ratio(tokens: np.ndarray, step: np.ndarray) -> float:
     return float(np.mean((sums / counts) ** 2 / expected))
 
 
-def unplanned(
+def unplanned_costs(
     cost: np.ndarray, bucket: np.ndarray, *, batch_size: int, ranks: int, accumulation: int = 1, seed: int = 0
 ) -> np.ndarray:
-    """Returns the costs of an epoch in which each rank takes the next batch of one bucket, whatever the others take.
+    """Return the costs of an epoch in which each rank takes the next batch of one bucket, independently of the others.
 
-    So does the scheme of the original trainer: sizes are drawn in each process by itself. What does not fill a batch
-    makes a smaller one, what does not fill a step is left out.
+    This is the scheme of the original trainer, where each process draws sizes by itself. The remainder of a bucket
+    makes a smaller batch; batches that do not fill a step are left out.
 
     Args:
         cost: float64 [N], of each sample.
         bucket: int [N], of each sample, from 0.
         batch_size: samples per batch.
-        ranks: processes.
+        ranks: number of processes.
         accumulation: batches per step and process.
-        seed: of the order.
+        seed: of the random order.
 
     Returns:
         float64 [steps, accumulation, ranks], as `balance` takes it; no steps where the epoch does not fill one.

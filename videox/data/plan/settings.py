@@ -1,4 +1,4 @@
-"""Serves the plan: what it depends on, the index's columns and the user's settings, and what a sample costs."""
+"""Inputs of the plan: columns of the index and settings of the run, and the cost of a sample."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from videox.data.index.index import Index
 from videox.data.plan.buckets import SizePolicy
 from videox.shapes import Bucket, token_count
 
-# where ranks wait for each other: once in an optimizer step (DDP, ZeRO-2), or in each micro-batch (ZeRO-3, FSDP)
+# where ranks synchronize: once per optimizer step (DDP, ZeRO-2), or in each micro-batch (ZeRO-3, FSDP)
 BARRIERS = ("step", "micro")
-# keeps each step as varied as the data; buys balance with that; neither
+# mixed: balance the ranks and keep each step as varied as the data; strict: balance alone; none: random order
 BALANCES = ("mixed", "strict", "none")
-SAMPLINGS = ("random", "uniform", "head")  # where a video's clips begin
+SAMPLINGS = ("random", "uniform", "head")  # how the start of a clip is chosen
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What the plan reads of the index, one entry per metadata row.
+class PlanColumns:
+    """The columns of the index that the plan reads, one entry per metadata row.
 
-    kind uint8 (0 image, 1 video), width, height, frames int32 (upright pixels, source frames), usable bool; fps
-    float32 where frames are kept by the second; weight float32, how often a row occurs in an epoch on the mean, None
-    where every row has 1.
+    kind uint8 (0 image, 1 video); width, height, frames int32 (upright pixels, source frames); usable bool; fps
+    float32 where frames are sampled by frame rate (sample_fps), else None; weight float32, the mean number of
+    occurrences of a row in an epoch, None where every row has weight 1.
     """
 
     kind: np.ndarray
@@ -39,9 +39,13 @@ class Columns:
         return len(self.kind)
 
 
-def columns_of(index: Index, *, by_second: bool) -> Columns:
-    """Returns what the plan reads of an index; by_second: frames are kept by the second, which takes the fps."""
-    return Columns(
+def columns_of(index: Index, *, by_second: bool) -> PlanColumns:
+    """Return the columns of an index that the plan reads.
+
+    Args:
+        by_second: frames are sampled by frame rate (sample_fps), which needs the fps column.
+    """
+    return PlanColumns(
         index.kind,
         index.width,
         index.height,
@@ -52,27 +56,29 @@ def columns_of(index: Index, *, by_second: bool) -> Columns:
     )
 
 
-def columns_fingerprint(index: Index, columns: Columns) -> str:
-    """Returns the index's fingerprint, extended by the columns that it does not cover, where the plan reads them."""
-    more = [column for column in (columns.fps, columns.weight) if column is not None]
-    if not more:
+def columns_fingerprint(index: Index, columns: PlanColumns) -> str:
+    """Return the index's fingerprint, extended by fps and weight where the plan reads them."""
+    extra = [column for column in (columns.fps, columns.weight) if column is not None]
+    # only where the plan reads them: the fingerprint of a run without fps and weights stays that of its index
+    if not extra:
         return index.fingerprint()
     digest = hashlib.sha256(index.fingerprint().encode())
-    for column in more:
+    for column in extra:
         digest.update(np.ascontiguousarray(column, "<f4").tobytes())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Every setting that the schedule depends on besides the columns.
+    """Every setting that the plan depends on, besides the columns.
 
-    batch_size: samples per micro-batch; slots: G, processes x accumulation at first launch; slot_fill: "fixed" or
-    "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once); held_out: rows kept for
-    validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 in tokens S; barrier: one of
-    BARRIERS; balance: one of BALANCES, "none" leaves slots in random order; accumulation: at first launch;
-    clips_per_video: of a video that holds several whole ones, at most, by clip_sampling, one of SAMPLINGS;
-    cache_variants: so many epochs draw clip starts, sizes and crops of their own, then these come again (0 = all do).
+    batch_size: samples per micro-batch; slots: slots per optimizer step, processes x accumulation at first launch;
+    slot_fill: "fixed" or "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once);
+    held_out: number of rows kept for validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2
+    for S tokens; barrier: one of BARRIERS; balance: one of BALANCES, "none" leaves slots in random order;
+    accumulation: gradient accumulation steps at first launch; clips_per_video: at most this many clips of a video that
+    is long enough for several, chosen by clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their
+    own draws of clip starts, sizes and crops, after which these draws repeat (0 = they never repeat).
     """
 
     policy: SizePolicy
@@ -93,6 +99,6 @@ class PlanSettings:
 
 
 def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:
-    """Returns the cost a*S + b*S^2 of one sample of each bucket, float64."""
+    """Return the cost a*S + b*S^2 of one sample of each bucket, float64."""
     tokens = np.array([token_count(bucket) for bucket in buckets], np.float64)
     return settings.cost_linear * tokens + settings.cost_quadratic * tokens**2

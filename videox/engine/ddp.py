@@ -1,0 +1,92 @@
+"""DdpEngine: full weights on each rank, for a single process or DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from videox.engine.base import OptimizerFactory, Update
+from videox.engine.train_state import TrainState, checkpoint_bytes, load_state, save_state
+from videox.optim.build import clip_gradients, gradient_norm, set_learning_rate, step_if
+from videox.optim.cpu_offload import CpuOffloadOptimizer
+from videox.optim.ema import Fp32Params
+from videox.weights.format import FullWeights, WeightFormat
+
+
+class DdpEngine:
+    """Engine with full weights on each rank: a single process, or DDP.
+
+    Args:
+        accelerator: of the run.
+        transformer: of diffusers, float32, with its trainable parameters chosen.
+        make_optimizer: makes the optimizer from parameters by name.
+        weight_format: what checkpoints contain of the model (None = all).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        transformer: nn.Module,
+        make_optimizer: OptimizerFactory,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        self.is_main, self.weight_format = accelerator.is_main_process, weight_format or FullWeights()
+        self.config = transformer.to_json_string()  # type: ignore[operator]
+        self.network = transformer.to(accelerator.device)
+        self.optimizer = make_optimizer(dict(transformer.named_parameters()))
+        self.moments_on_host = isinstance(self.optimizer, CpuOffloadOptimizer)
+        self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.model = accelerator.prepare_model(transformer.train())
+        self.checkpoint_bytes = checkpoint_bytes(transformer, frozen=0 if self.weight_format.trainable_only else 4)
+
+    def set_lr(self, lr: float) -> None:
+        """See Engine.set_lr."""
+        set_learning_rate(self.optimizer, lr)
+
+    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+        """See Engine.update."""
+        norm = gradient_norm(self.trainable)
+        applied = norm.isfinite() & loss.isfinite()
+        if empty:
+            applied = torch.zeros_like(applied)
+        else:
+            clip_gradients(self.trainable, norm, limit(norm))
+            step_if(self.optimizer, applied)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, applied)
+
+    def zero_grad(self) -> None:
+        """See Engine.zero_grad."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """See Engine.save: transformer/ in diffusers layout, and the optimizer's tensors."""
+        if self.is_main:
+            save_state(
+                folder,
+                state=state,
+                model=self.network,
+                config=self.config,
+                optimizer=self.optimizer,
+                weight_format=self.weight_format,
+            )
+
+    def load(self, checkpoint: Path) -> None:
+        """See Engine.load."""
+        load_state(checkpoint, self.network, self.optimizer, self.weight_format)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine.weights."""
+        if self.weight_format.trainable_only:
+            yield from ((name, p.detach()) for name, p in self.network.named_parameters() if p.requires_grad)
+        else:
+            yield from self.network.state_dict().items()
+
+    def fp32_params(self) -> Fp32Params:
+        """See Engine.fp32_params: all of the trainable parameters."""
+        trainable = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return Fp32Params(tuple(trainable), trainable.__getitem__, lambda name, values: trainable[name].copy_(values))

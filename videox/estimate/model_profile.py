@@ -1,0 +1,37 @@
+"""ModelProfile: what the plan and the estimates know of a model, from its configuration files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from videox.estimate.flops import Network, total
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """What the plan and the estimates know of a model; no weights are loaded for it.
+
+    Attributes:
+        task: what is trained, in words.
+        network: returns FLOPs and activation bytes; keywords `half` (compute in bfloat16) and `cast` (the weights are
+            float32 and cast for it).
+        blocks: names of the transformer's lists of repeated blocks, each with the layers that a LoRA adapts by default.
+        components: class and configuration of each component that has weights, by name.
+        min_frames: samples with fewer frames teach the model nothing and are not trained.
+        sharded_backend: the backend that is proposed where the weights do not fit one GPU.
+    """
+
+    task: str
+    network: Callable[..., Network]
+    blocks: Mapping[str, Sequence[str]]
+    components: Mapping[str, tuple[Any, dict[str, Any]]]
+    min_frames: int = 1
+    sharded_backend: str = "zero3"
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """a and b of a sample's cost a*S + b*S^2 in tokens S: FLOPs of the blocks' forward pass."""
+        forward = total(*(block.forward for block in self.network(half=True).blocks))
+        return float(forward.linear), float(forward.quadratic)

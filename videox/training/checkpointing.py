@@ -1,0 +1,150 @@
+"""Checkpointer: publishes checkpoints, prunes old ones, exports the trained weights, and ends a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from videox.device import memory_phase
+from videox.distributed.collectives import run_on_all
+from videox.engine.base import Engine
+from videox.engine.export import FOLDER, earlier_exports, export_weights
+from videox.engine.train_state import TrainState
+from videox.errors import STOPPED, STORAGE, SaveError, UserError
+from videox.run.checkpoint import publish_checkpoint
+from videox.run.folder import prune
+from videox.tracking.preview import plot_losses
+from videox.training.context import Context
+from videox.training.recorder import Recorder
+from videox.weights.format import ExportOptions
+from videox.weights.header import base_model_name, model_metadata
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How trained weights are exported, and how many checkpoints are kept.
+
+    Attributes:
+        dtype: of the floating-point tensors.
+        keep_fp32: parts of tensor names that stay float32.
+        layouts: layouts to write besides diffusers'.
+        base_model: the model that is trained, as the user named it.
+        facts: task, backend, flow shift and sizes, for the headers of the files and the manifest.
+        keep: newest checkpoints to keep; None keeps all.
+    """
+
+    dtype: torch.dtype
+    keep_fp32: Sequence[str]
+    layouts: Sequence[str]
+    base_model: str
+    facts: Mapping[str, object]
+    keep: int | None
+
+
+class Checkpointer:
+    """Saves and ends a run; all ranks call its methods together.
+
+    Args:
+        ctx: of the run.
+        state: of the run.
+        engine: with the weights.
+        recorder: is paused during a save.
+        settings: of exports and pruning.
+    """
+
+    def __init__(
+        self, ctx: Context, state: TrainState, engine: Engine, recorder: Recorder, settings: ExportSettings
+    ) -> None:
+        self.ctx, self.state, self.engine, self.recorder, self.settings = ctx, state, engine, recorder, settings
+        self._save_failed = False
+
+    def save(self) -> None:
+        """Publish checkpoint-N as a whole or not at all, then prune.
+
+        Raises:
+            UserError: (STORAGE) two saves in a row failed; the first one is a warning.
+        """
+        ctx, step, note = self.ctx, self.state.step, self.recorder.bar.note
+        description = {**self.settings.facts, "base_model": base_model_name(self.settings.base_model)}
+        with self.recorder.paused(), memory_phase("a save"):
+            self.recorder.metrics.sync()
+            try:
+                with publish_checkpoint(
+                    ctx.output_dir, step, is_main=ctx.is_main, gather=ctx.gather, description=description
+                ) as folder:
+                    if folder is not None:
+                        self._write(folder)
+            except SaveError as why:
+                if self._save_failed:
+                    what = f"the save at step {step} failed, as the one before did ({why})"
+                    hint = "free some disk space or repair the disk, then resume"
+                    raise UserError(str(ctx.output_dir), what, hint, STORAGE) from why
+                self._save_failed = True
+                note(f"warning: no checkpoint at step {step} ({why}); training continues")
+                return
+        self._save_failed = False
+        if ctx.is_main:
+            self.recorder.times.write(ctx.output_dir)
+        for warning in prune(ctx.output_dir, self.settings.keep) if self.settings.keep and ctx.is_main else []:
+            note(f"warning: {warning}")
+
+    def _write(self, folder: Path) -> None:
+        """Write the files of a checkpoint, and the other layouts into its exports/.
+
+        Raises:
+            OSError, SafetensorError, SaveError: a write failed; raised after the last collective.
+        """
+        self.engine.save(folder, self.state)
+        if not self.settings.layouts:
+            return
+        try:
+            self._export(folder / FOLDER, only_layouts=True)
+        except UserError as why:  # on the main process, after the last collective
+            step, note = self.state.step, self.recorder.bar.note
+            note(f"warning: checkpoint-{step} lacks some exports: {why.where} {why.what}")
+
+    def _export(self, folder: Path, *, only_layouts: bool) -> None:
+        settings = self.settings
+        facts = {**settings.facts, "steps": self.state.step, "seed": self.state.seed}
+        metadata = model_metadata(settings.base_model, facts)
+        options = ExportOptions(settings.dtype, settings.keep_fp32, settings.layouts, metadata, only_layouts)
+        export_weights(self.engine, folder, options, is_main=self.ctx.is_main)
+
+    def stopped(self, signal_name: str) -> int:
+        """End a run that was asked to stop and has been saved; return its exit code."""
+        self.recorder.close()
+        by, step = signal_name or "another process", self.state.step
+        line = f"stopped by {by} at step {step}; resume with --resume_from_checkpoint latest"
+        self.ctx.run.status.write("stopped", step=step, exit_code=STOPPED, error=line)
+        self.recorder.bar.note(line)
+        return STOPPED
+
+    def finish(self) -> int:
+        """Export the trained weights, plot the losses and end the run; return the exit code.
+
+        What an earlier process exported at this very step is not written again, unless this one trained up to it.
+        """
+        ctx, state = self.ctx, self.state
+        untouched = ctx.run.finished_step == ctx.run.resume.step == state.step
+        exported = untouched and (ctx.output_dir / "transformer").is_dir()
+        if not ctx.gather(exported)[0]:
+            with memory_phase("the export"):
+                run_on_all(self._export_final, gather=ctx.gather)
+        if ctx.is_main:
+            plot_losses(*(ctx.output_dir / name for name in ("metrics.jsonl", "validation.jsonl", "losses.png")))
+        self.recorder.close()
+        ctx.run.status.write("finished", step=state.step, exit_code=0)
+        self.recorder.bar.note(f"finished at step {state.step}; the trained weights are in {ctx.output_dir}")
+        return 0
+
+    def _export_final(self) -> None:
+        self._export(self.ctx.output_dir, only_layouts=False)
+        if self.ctx.is_main and (stale := earlier_exports(self.ctx.output_dir, self.state.step)):
+            files = ", ".join(f"{name} (step {step})" for name, step in stale.items())
+            self.recorder.bar.note(
+                f"warning: {files} in {self.ctx.output_dir} are exports of an earlier step, not of step "
+                f"{self.state.step}: this run's --export_layouts does not include them"
+            )

@@ -1,0 +1,46 @@
+"""Opens the processes and the run folder, runs a family's `train` in them, and ends all processes together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from videox.distributed.accelerator import make_accelerator
+from videox.distributed.collectives import gather_objects
+from videox.distributed.signals import stop_with_launcher
+from videox.run.failure import FailureMonitor
+from videox.run.lifecycle import open_run
+from videox.training.context import Context
+from videox.training.memory_check import explain_oom
+
+
+def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Context], int]) -> int:
+    """Open processes and run folder, call train(args, ctx), and return its exit code.
+
+    Raises:
+        UserError: the launch, the folder or the checkpoint to resume from cannot be used.
+        PeerFailed: another process of the run failed first.
+    """
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # one bar per component, each complete at once, would bury the start's lines
+    stop_with_launcher(os.environ)
+    accelerator, backend = make_accelerator(args.mixed_precision)
+    gather, monitor, output_dir = gather_objects(accelerator), FailureMonitor(), Path(args.output_dir)
+    is_main = accelerator.is_main_process
+    if accelerator.num_processes > 1:
+        accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
+    folder = open_run(
+        output_dir, resume=args.resume_from_checkpoint, verify=args.verify, is_main=is_main, gather=gather
+    )
+    # The monitor is entered inside the run folder too, so that run_status.json gets the first cause of a failure.
+    with monitor.first_cause(), folder as run, monitor.first_cause():
+        monitor.status = run.status
+        with explain_oom():
+            code = train(args, Context(accelerator, backend, run, gather, output_dir))
+    monitor.leave()
+    return code

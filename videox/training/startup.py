@@ -1,0 +1,159 @@
+"""The start of a run: checks before any weight is loaded, the lines it prints first, and its folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videox.distributed.collectives import run_on_main
+from videox.engine.deepspeed_universal import announce_conversion
+from videox.engine.ema import ema_notes
+from videox.engine.fsdp import OPTIMIZER_FOLDER
+from videox.engine.fsdp_local_optim import refuse_other_optimizer_state
+from videox.engine.train_state import plan_inputs, refuse_other_backend
+from videox.errors import UserError
+from videox.files import write_json_atomically
+from videox.lora.checkpoint import check_checkpoint_kind
+from videox.optim.cpu_offload import thread_notes
+from videox.optim.registry import OPTIMIZERS, check_supported
+from videox.run.folder import require_disk_space, rewind
+from videox.tracking.trackers import check_tracker
+from videox.training.args import optimizer_of, size_policy
+from videox.training.context import Context
+from videox.training.flags import LR_WARMUP_STEPS
+from videox.training.schedule import Schedule
+
+DIFFERENCES = (
+    "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
+    "trainable weights are float32 (bfloat16 with optimizers named _bf16); only compute is bfloat16, where requested",
+    "timesteps are stratified over the global batch instead of assigned to processes",
+    "max_grad_norm clips from the first step on",
+    "in buckets each clip keeps its own aspect ratio; each row is seen once per epoch unless flags say otherwise",
+)
+
+
+def announce(args: argparse.Namespace, ctx: Context, task: str) -> None:
+    """Check backend, optimizer, tracker and checkpoint against each other, set TF32, and print what runs.
+
+    Args:
+        task: what is trained, in words.
+
+    Raises:
+        UserError: two of them cannot work together.
+    """
+    check_tracker(args.report_to)
+    optimizer, checkpoint, backend = optimizer_of(args), ctx.checkpoint, ctx.backend
+    if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
+        what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
+        raise UserError("--initial_grad_norm_ratio", what, "remove the flag, or launch FSDP or DDP")
+    refuse_other_backend(checkpoint, backend, optimizer)
+    check_checkpoint_kind(checkpoint, args.lora_rank)
+    check_supported(optimizer, backend.name, ctx.accelerator.mixed_precision, lora=args.lora_rank > 0)
+    if checkpoint and backend.name == "fsdp2":
+        refuse_other_optimizer_state(checkpoint / OPTIMIZER_FOLDER, optimizer, ctx.world_size)
+    conversion = conversion_notes(ctx) if backend.engine == "deepspeed" else []
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    changed = changed_flags(ctx.output_dir, vars(args)) if checkpoint else []
+    ema = ema_notes(checkpoint, args.use_ema)
+    ctx.print(*start_lines(ctx, task), *ctx.run.notes, *notes(args), *changed, *conversion, *ema)
+
+
+def start_lines(ctx: Context, task: str) -> list[str]:
+    """The first lines of a run: one fact each, aligned, then the differences to the original trainer."""
+    facts = {
+        "backend": f"{ctx.backend.name} ({ctx.backend.description})",
+        "processes": ctx.world_size,
+        "task": task,
+        "device": ctx.device,
+        "precision": {"bf16": "bf16 computation"}.get(ctx.accelerator.mixed_precision, "float32 throughout"),
+        "output_dir": ctx.output_dir,
+    }
+    width = max(map(len, facts))
+    return [
+        *(f"{name:<{width}}  {value}" for name, value in facts.items()),
+        "differences to the original trainer (loss curves are not comparable):",
+        *(f"  - {line}" for line in DIFFERENCES),
+    ]
+
+
+def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
+    """A line for each flag whose value differs from the one in the folder's args.json."""
+    try:
+        before = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["asked"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a new folder
+    expected = {"resume_from_checkpoint", "output_dir", "verify"}
+    values = json.loads(json.dumps(dict(now)))
+    names = [name for name in values if name not in expected and name in before and before[name] != values[name]]
+    return [f"--{name} was {before[name]} and is {values[name]} from this step on" for name in names]
+
+
+def conversion_notes(ctx: Context) -> list[str]:
+    """Lines on a DeepSpeed checkpoint that has to be converted for this number of processes.
+
+    Raises:
+        UserError: there is not enough free disk space for it.
+    """
+    lines: list[str] = []
+    if ctx.checkpoint is not None:
+        convert = partial(announce_conversion, ctx.checkpoint, ctx.output_dir, ctx.world_size)
+        run_on_main(lambda: lines.extend(convert()), is_main=ctx.is_main, gather=ctx.gather)
+    return lines
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """Lines on flags and variables whose effect differs from what a user may expect."""
+    lines, policy = [], size_policy(args)
+    ranged = policy.token_length or policy.random_hw_adapt
+    if ranged and policy.image_sample_size < policy.video_sample_size:
+        sizes = (
+            f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
+        )
+        lines.append(f"{sizes}: sizes still range from {policy.low} to {policy.high}")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
+        lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
+    if OPTIMIZERS[optimizer_of(args)].on_host:
+        lines += thread_notes(optimizer_of(args), torch.get_num_threads(), os.cpu_count() or 1, os.environ)
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        lines.append(
+            "after Ctrl-C or SIGTERM the launcher kills the processes within 30 s: export "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 if a step and its save take longer"
+        )
+    one_machine = world == os.environ.get("LOCAL_WORLD_SIZE", world)
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" and one_machine and world != "1":
+        lines.append("NCCL_P2P_DISABLE=1 disables NVLink: unset it on a single machine")
+    return lines
+
+
+def prepare_folder(
+    args: argparse.Namespace, ctx: Context, schedule: Schedule, resolved: Mapping[str, Any], checkpoint_bytes: int
+) -> None:
+    """Move aside what an earlier run wrote after the step to resume from, and write args.json; all ranks call it.
+
+    Args:
+        resolved: values that follow from the flags, besides the schedule's, for args.json.
+        checkpoint_bytes: size of one checkpoint, for which there must be enough free disk space.
+
+    Raises:
+        UserError: there is not.
+    """
+    state = schedule.state
+    values = {
+        "run": state.run, "seed": schedule.settings.seed, "slots": schedule.settings.slots,
+        "total_steps": schedule.total, **resolved, "plan": plan_inputs(schedule.settings),
+    }  # fmt: skip
+
+    def prepare() -> None:
+        require_disk_space(ctx.output_dir, checkpoint_bytes)
+        rewind(ctx.output_dir, state.step)
+        write_json_atomically(ctx.output_dir / "args.json", {"asked": vars(args), "resolved": values})
+
+    run_on_main(prepare, is_main=ctx.is_main, gather=ctx.gather)
