@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check style
+.PHONY: help setup demo test test-all check style map
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 16
@@ -46,3 +46,6 @@ check: setup  ## check lint, format, types and the repository's structure
 style: setup  ## fix lint and format automatically
 	@ruff check --fix .
 	@ruff format .
+
+map: setup  ## write the import graph of the packages: docs/import_graph.md and its picture
+	@python benchmarks/import_graph.py

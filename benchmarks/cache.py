@@ -35,6 +35,8 @@ from machine import machine_line
 
 from videox.data.cache.cache import Cache
 from videox.diffusion.flow_matching import velocity_losses
+from videox.training import build
+from videox.training.recorder import Recorder
 
 NOTE = {"part": "moments", "encoder": "of the benchmark", "file": None, "size": 0, "mtime_ns": 0}
 STEPS, TURNS = 12, 3  # steps of a whole run; runs of each kind
@@ -92,21 +94,21 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
     filled = runs.train(argv(folder / f"fill-{name}", latent_cache=folder / f"cache-{name}", cache_only=True))
     if filled.code:
         raise SystemExit(filled.stderr)
-    script, wiring = runs.train_script(), runs.train_script().wiring
+    script = runs.train_script()
     cached, bare, marks = list[Times](), list[Times](), list[Times]()
-    inner, open_engine, close = script.transformer_inputs, wiring.open_engine, script.finish_step
+    inputs_of, build_engine, log_step = script.transformer_inputs, build.build_engine, Recorder.log
     seen: dict[str, Any] = {}
 
     def note_inputs(*given: Any) -> dict[str, Any]:  # noqa: ANN401 - passed on as it came
-        seen["inputs"] = inner(*given)
+        seen["inputs"] = inputs_of(*given)
         return seen["inputs"]
 
     def note_engine(*given: Any) -> Any:  # noqa: ANN401 - passed on as it came
-        engine, rate = open_engine(*given)
+        engine = build_engine(*given)
         twin = type(engine.network).from_config(engine.network.config).train()
         seen["twin"] = twin
         seen["optimizer"] = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True)
-        return engine, rate
+        return engine
 
     def bare_step() -> None:
         inputs = seen["inputs"]
@@ -117,23 +119,22 @@ def step_times(name: str, folder: Path, rounds: int) -> list[float]:
         seen["optimizer"].step()
         seen["optimizer"].zero_grad()
 
-    def note_close(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - passed on as it came
-        end = close(*given, **named)
+    def note_log(*given: Any) -> None:  # noqa: ANN401 - passed on as it came
+        log_step(*given)
         if marks:
             cached.append(since(marks[-1]))
             begin = now()
             bare_step()
             bare.append(since(begin))
         marks.append(now())
-        return end
 
-    script.transformer_inputs, wiring.open_engine, script.finish_step = note_inputs, note_engine, note_close
+    script.transformer_inputs, build.build_engine, Recorder.log = note_inputs, note_engine, note_log
     try:
         done = runs.train(
             argv(folder / f"out-{name}", latent_cache=folder / f"cache-{name}", checkpointing_steps=10**6)
         )
     finally:
-        script.transformer_inputs, wiring.open_engine, script.finish_step = inner, open_engine, close
+        script.transformer_inputs, build.build_engine, Recorder.log = inputs_of, build_engine, log_step
     if done.code:
         raise SystemExit(done.stderr)
     pairs = list(zip(cached, bare, strict=True))[1:-1]  # the first pair is warm-up

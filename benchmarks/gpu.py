@@ -30,7 +30,7 @@ from gpu_process import PARTS, Measurer, cases
 from gpu_scales import LARGEST, REAL, SMALL, Scale, Values
 from machine import processor
 
-from videox.estimate.memory import CONTEXT, FRAGMENTS
+from videox.estimate.memory import CONTEXT, FRAGMENTATION
 from videox.estimate.mfu import peak_of
 
 MINUTES = 9.5
@@ -88,7 +88,7 @@ def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if len(few) == 2:
             (a, first), (b, second) = sorted(few.items())
             line["extrapolated GiB"] = second + (second - first) / (b - a) * (layers - b)
-        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 * (1 + FRAGMENTS) + CONTEXT
+        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 * (1 + FRAGMENTATION) + CONTEXT
         line |= {f"fits {card} GB": peak <= card * 1e9 for card in (80, 141)}
         for gpus in (2**power for power in range(1, 10)):
             setup = replace(ONE_GPU, backend="zero3", processes=gpus, per_host=min(gpus, 8))

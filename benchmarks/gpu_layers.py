@@ -196,7 +196,7 @@ def wan_network(config: Mapping[str, Any], layers: int) -> Network:
 def of_block(network: Network, number: int, bucket: Bucket) -> Values:
     """Return the predictions for a block: operations of both passes, and the memory kept between them."""
     block, tokens = network.blocks[number], token_count(bucket)
-    return {"TFLOP": 3 * block.forward(tokens) / TERA, "kept GiB": block.kept(tokens) / GIB}
+    return {"TFLOP": 3 * block.forward(tokens) / TERA, "kept GiB": block.saved(tokens) / GIB}
 
 
 def blocks(scale: Scale) -> Iterator[Case]:

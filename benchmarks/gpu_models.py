@@ -179,7 +179,7 @@ def predicted_memory(config: Mapping[str, Any], layers: int, bucket: Bucket, set
 
 
 ONE_GPU = MemorySetup(
-    backend="single", processes=1, per_host=1, half=True, recomputed=1.0, rest=False, workers=0, tokens=0, batch=1, zero={}
+    backend="single", processes=1, per_host=1, half=True, recompute_share=1.0, offload_encoders=False, workers=0, tokens=0, batch=1, zero={}
 )  # fmt: skip
 
 

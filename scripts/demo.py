@@ -307,16 +307,16 @@ def sample(variant: Variant, mode: str, folder: Path, path: Path) -> None:
 
 def report(family: str, mode: str, folder: Path, validation: list[dict], seconds: float) -> None:
     first, last, variant = validation[0], validation[-1], MODES[family][mode]
-    shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     print(f"""
 The demo finished in {seconds:.0f} s:
   held-out loss            {first["loss"]:.4f} at step {first["step"]}, {last["loss"]:.4f} at step {last["step"]}
-  loss curves              {shown}/run/losses.png
-  first training batch     {shown}/run/first_batch/contact_sheet.png
-  clips from validation    {shown}/run/samples/
-  trained weights          {shown}/run/transformer/
-  clip sampled from them   {shown}/sample.mp4  (patterns, not pictures: the VAE has random weights)
-  training command         {shown}/train.sh
+  loss curves              {path}/run/losses.png
+  first training batch     {path}/run/first_batch/contact_sheet.png
+  clips from validation    {path}/run/samples/
+  trained weights          {path}/run/transformer/
+  clip sampled from them   {path}/sample.mp4  (patterns, not pictures: the VAE has random weights)
+  training command         {path}/train.sh
 
 To train on your own data, prepare weights (models/README.md) and metadata (datasets/README.md), then run:
   source .venv/bin/activate

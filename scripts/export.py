@@ -53,9 +53,9 @@ from videox.models.folder import read_json
 from videox.models.hub import local_folder
 from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script
-from videox.training.args import EXPORT_DTYPES
 from videox.training.argument_parser import Parser
 from videox.weights.deepspeed_reader import tag_folder
+from videox.weights.format import EXPORT_DTYPES
 from videox.weights.fsdp_reader import fsdp_folder
 from videox.weights.header import (
     FILE_FIELDS,
@@ -159,11 +159,11 @@ def find_config(path: Path, family: str, config: Path | None) -> dict[str, Any]:
     Raises:
         UserError: (MODEL) it cannot be read, or describes another class than that of the weights.
     """
-    known, beside, classes = header_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
+    known, sibling, classes = header_config(path), path.parent / CONFIG, (CLASSES[family], PUBLISHED.get(family), None)
     if config is not None:
         known = read_json(config)
-    elif not known and path.is_file() and beside.is_file():
-        found = read_json(beside)
+    elif not known and path.is_file() and sibling.is_file():
+        found = read_json(sibling)
         known = found if found.get("_class_name") in classes else {}  # else it belongs to another model in the folder
     if known.get("_class_name") not in classes:
         where, what = ("--config", str(config)) if config else (str(path), "its header")

@@ -1,4 +1,4 @@
-"""Serves benchmarks/cost.py: the cost that the plan balances by is what torch counts in a real Wan2.1."""
+"""Tests of benchmarks/cost.py: the cost that the plan balances by equals torch's count for a real Wan2.1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [Bucket(1, 256, 256), Bucket(17, 480, 832), Bucket(81, 720, 1248)]
 
 @cache
 def wan(size: str) -> WanTransformer3DModel:
-    """Returns the published structure without weights: shapes alone are computed."""
+    """Return the published architecture on the meta device: only shapes are computed."""
     head_dim, heads, ffn_dim, layers = SIZES[size]
     with torch.device("meta"):
         return WanTransformer3DModel(
@@ -30,8 +30,8 @@ def wan(size: str) -> WanTransformer3DModel:
 
 
 @cache
-def counted(model: WanTransformer3DModel, bucket: Bucket, batch: int = 1) -> int:
-    """Returns the floating-point operations of a forward pass as torch counts them from the products' shapes."""
+def count_flops(model: WanTransformer3DModel, bucket: Bucket, batch: int = 1) -> int:
+    """Return the FLOPs of a forward pass as torch counts them from the shapes of the matrix products."""
     latents = torch.empty(batch, 16, *latent_shape(bucket), device="meta")
     text = torch.empty(batch, TEXT_TOKENS, 4096, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -49,7 +49,7 @@ def estimated(size: str, bucket: Bucket) -> float:
 
 
 def left_out(size: str, bucket: Bucket) -> int:
-    """Returns what the estimate leaves out on purpose: all that belongs to text and time, and the two ends."""
+    """Return the FLOPs that the estimate leaves out on purpose: those of text and timestep, and the outer layers."""
     head_dim, heads, _, layers = SIZES[size]
     dim, tokens = head_dim * heads, token_count(bucket)
     text = TEXT_TOKENS * (2 * (4096 * dim + dim * dim) + layers * 2 * 2 * dim * dim)  # embedder, keys and values
@@ -59,24 +59,24 @@ def left_out(size: str, bucket: Bucket) -> int:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_estimate_is_torchs_count_without_text_and_ends(size: str) -> None:
+def test_the_estimate_equals_torchs_count_without_text_and_outer_layers(size: str) -> None:
     model = wan(size)
     for bucket in SHAPES:
-        total = counted(model, bucket)
+        total = count_flops(model, bucket)
         assert estimated(size, bucket) + left_out(size, bucket) == pytest.approx(total, rel=1e-6)
-        if token_count(bucket) > 1000:  # what is left out is little for clips
+        if token_count(bucket) > 1000:  # for clips, little is left out
             assert estimated(size, bucket) == pytest.approx(total, rel=0.06)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ratios_between_shapes_are_right(size: str) -> None:
+def test_cost_ratios_between_shapes_equal_torchs(size: str) -> None:
     model = wan(size)
     small, large = SHAPES[1], SHAPES[2]
-    ratio = counted(model, large) / counted(model, small)
+    ratio = count_flops(model, large) / count_flops(model, small)
     assert estimated(size, large) / estimated(size, small) == pytest.approx(ratio, rel=0.06)
     assert ratio > 1.2 * token_count(large) / token_count(small)  # cost grows faster than tokens
 
 
 def test_a_batch_costs_its_samples() -> None:
     model = wan("1.3B")
-    assert counted(model, SHAPES[1], batch=3) == pytest.approx(3 * counted(model, SHAPES[1]), rel=1e-9)
+    assert count_flops(model, SHAPES[1], batch=3) == pytest.approx(3 * count_flops(model, SHAPES[1]), rel=1e-9)

@@ -1,4 +1,4 @@
-"""Serves the reader who types what stands in the documents: every command there is one, every snippet there runs."""
+"""Tests of the documents: every command is valid, every snippet runs, figures match the code, and links resolve."""
 
 from __future__ import annotations
 
@@ -35,12 +35,19 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from videox.diffusion.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MOST_BOXES
+from videox.diffusion.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MAX_BOXES
 
 ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
-PAGES = ("README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md")
-# What a cluster sets in the shells where the command for several machines is typed.
+PAGES = (
+    "README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md", "docs/dry_run.md", "docs/cache.md",
+)  # fmt: skip
+# Pages without commands of their own, whose links are checked, too.
+LINKED = (
+    "models/README.md", "datasets/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/how_it_works.md", "docs/sizes.md",
+    "docs/map.md", "docs/import_graph.md", "benchmarks/README.md", "benchmarks/families.md",
+)  # fmt: skip
+# Variables that a cluster sets in the shell where the command for several machines is run.
 CLUSTER = {
     "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "10086", "WORLD_SIZE": "2", "NUM_PROCESS": "16", "RANK": "1",
 }  # fmt: skip
@@ -48,7 +55,7 @@ CLUSTER = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a document: the words as the shell would split them, variables filled in."""
+    """A command of a document, split into words as by the shell, with variables substituted."""
 
     page: str
     words: tuple[str, ...]
@@ -79,21 +86,21 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE)
 
 
-def fill_in(word: str, variables: dict[str, str]) -> str:
-    return re.sub(r"\$([A-Z_]+)", lambda found: variables[found[1]], word)
+def substitute(word: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$([A-Z_]+)", lambda match: variables[match[1]], word)
 
 
 def commands(page: str) -> list[Command]:
-    """Returns a page's commands in their order; what it exports is known from there on."""
-    variables, found = dict(CLUSTER), []
+    """Return the commands of a page in order; variables exported on the page are substituted in later commands."""
+    variables, commands = dict(CLUSTER), []
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = [fill_in(word, variables) for word in shlex.split(line, comments=True)]
+            words = [substitute(word, variables) for word in shlex.split(line, comments=True)]
             if words[:1] == ["export"]:
                 variables |= dict(word.split("=", 1) for word in words[1:])
             elif words:
-                found.append(Command(page, tuple(words)))
-    return found
+                commands.append(Command(page, tuple(words)))
+    return commands
 
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -108,7 +115,7 @@ def name_of(command: Command) -> str:
                                   several or ("ddp" if "--multi_gpu" in launcher else "plain"))))  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------------------ commands
 
 
 def test_the_pages_have_the_published_recipes() -> None:
@@ -121,39 +128,42 @@ def test_the_pages_have_the_published_recipes() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.is_launch], ids=lambda c: shlex.join(c.words))
-def test_a_command_can_be_typed(command: Command) -> None:
+def test_a_command_is_valid(command: Command) -> None:
     if command.words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", text("Makefile"), flags=re.MULTILINE)
         assert command.words[1] in targets, command
         variables = [word.split("=")[0] for word in command.words[2:]]
         assert all(re.search(rf"^{name} \?=", text("Makefile"), flags=re.MULTILINE) for name in variables), command
     elif command.words[0] == "bash":
-        assert len(command.words) == 2 and (ROOT / command.words[1]).is_file(), command
+        assert (ROOT / command.words[1]).is_file(), command
+        family = Path(command.words[1]).parent.name  # the script passes further words to the trainer, where they win
+        published = next(launch for launch in LAUNCHES if launch.family == family)
+        runs.train_script(family).parse_args([*published.split[2], *command.words[2:]])
     elif command.words[:2] == ("python", "scripts/zero_to_bf16.py"):
-        # what it does with real checkpoints, by these very flags, is in test_zero_to_bf16.py
+        # runs with real checkpoints and the same flags are in test_zero_to_bf16.py
         flags = tiny.load_script("scripts/zero_to_bf16.py").parse_flags(list(command.words[2:]))
         assert flags.output_dir.name == f"{flags.checkpoint_dir.name}-outputs"
-    elif command.words[:2] == ("python", "scripts/cache.py"):  # what it does is in test_cache.py
+    elif command.words[:2] == ("python", "scripts/cache.py"):  # its effect is in test_cache.py
         assert tiny.load_script("scripts/cache.py").parse_args(list(command.words[2:])).cache.name == "cache"
     elif command.words[:2] == ("python", "scripts/export.py"):
-        # what it does with real weights is in test_export.py
+        # runs with real weights are in test_export.py
         script = tiny.load_script("scripts/export.py")
         flags = script.parse_flags(list(command.words[2:]))
         script.check_output(flags.source, flags.output, flags.layout)
     else:
-        assert command.words == ("source", ".venv/bin/activate"), f"{command}: nothing here knows this command"
+        assert command.words == ("source", ".venv/bin/activate"), f"{command}: this command is unknown to the test"
 
 
 @pytest.mark.parametrize("command", LAUNCHES, ids=name_of)
-def test_a_launch_is_taken_by_launcher_and_trainer(command: Command) -> None:
+def test_a_launch_is_accepted_by_launcher_and_train_script(command: Command) -> None:
     launcher, script, flags = command.split
-    taken = launch_command_parser().parse_args([*launcher, script, *flags])
-    assert taken.training_script == script and taken.mixed_precision == "bf16"
-    assert (taken.num_processes or 1) > 1 if "--multi_gpu" in launcher else taken.num_processes is None
+    parsed = launch_command_parser().parse_args([*launcher, script, *flags])
+    assert parsed.training_script == script and parsed.mixed_precision == "bf16"
+    assert (parsed.num_processes or 1) > 1 if "--multi_gpu" in launcher else parsed.num_processes is None
     args = runs.train_script(command.family).parse_args(flags)
     assert args.mixed_precision == "bf16" and args.max_grad_norm == 0.05
     folder = Path(args.pretrained_model_name_or_path)
-    assert f"`{folder}`" in text("models/README.md")  # the page on weights says what belongs there
+    assert f"`{folder}`" in text("models/README.md")  # the page on weights lists this folder
     assert f"{args.train_data_dir}" in text("datasets/README.md")
     assert Path(args.train_data_meta) == Path(args.train_data_dir) / "metadata.json"
 
@@ -164,15 +174,15 @@ def test_every_launch_script_is_on_its_page(page: str) -> None:
     assert not [script.name for script in scripts if f"bash {script.relative_to(ROOT)}" not in text(page)]
 
 
-def test_every_published_flag_is_in_every_launch() -> None:
-    """The users' own command: the tests train it at small sizes, flag by flag, so the pages must not say another."""
-    places = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
+def test_every_launch_has_the_published_flags() -> None:
+    """The tests train the published command flag by flag at small sizes, so the pages must show the same flags."""
+    paths = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
     for command in LAUNCHES:
-        given = {word[2:].split("=")[0] for word in command.split[2] if word.startswith("--")}
-        assert given == places | set(runs.FAMILY_FLAGS[command.family]), command
+        names = {word[2:].split("=")[0] for word in command.split[2] if word.startswith("--")}
+        assert names == paths | set(runs.FAMILY_FLAGS[command.family]), command
 
 
-# What makes a published command small; a flag given twice has its last value, as on any command line.
+# Flags that make a published command small.
 SMALL = {
     "image_sample_size": 96, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
     "video_sample_stride": 2, "dataloader_num_workers": 2, "num_train_epochs": 1, "report_to": "none",
@@ -192,12 +202,12 @@ def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Pat
     launcher, _, flags = command.split
     mode = runs.train_script(command.family).parse_args(flags).train_mode
     metadata = tiny.make_dataset(tmp_path / "data")
-    places = {
+    paths = {
         "pretrained_model_name_or_path": MODELS[command.family, mode](tmp_path / "model"),
         "train_data_dir": metadata.parent, "train_data_meta": metadata, "output_dir": tmp_path / "out",
     }  # fmt: skip
     launcher = ["--num_processes=2" if word == "--num_processes=8" else word for word in launcher]
-    launched = runs.launch(replaced(flags, {**places, **SMALL}), launcher, family=command.family)
+    launched = runs.launch(replaced(flags, {**paths, **SMALL}), launcher, family=command.family)
     outcome = replace(launched, folder=tmp_path / "out")  # named by --output_dir=, in one word
     assert outcome.code == 0, outcome.stderr
     assert outcome.status["state"] == "finished" and outcome.metrics
@@ -206,38 +216,39 @@ def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Pat
 
 
 def replaced(flags: list[str], values: dict[str, object]) -> list[str]:
-    """Returns flags with other values; those that are not among them come first."""
-    line = [
+    """Return the flags with these values; values whose flag is not among them come first."""
+    argv = [
         f"{word.split('=')[0]}={values[word[2:].split('=')[0]]}" if word[2:].split("=")[0] in values else word
         for word in flags
     ]
-    given = {word[2:].split("=")[0] for word in flags}
-    return [*runs.to_argv({name: value for name, value in values.items() if name not in given}), *line]
+    names = {word[2:].split("=")[0] for word in flags}
+    return [*runs.to_argv({name: value for name, value in values.items() if name not in names}), *argv]
 
 
-# ------------------------------------------------------------------------------------------- snippets
+# ------------------------------------------------------------------------------------------------------------ snippets
 
 SNIPPETS = [(page, code) for page in PAGES for code in blocks(page, "python")]
 FOLDERS = {
-    "Wan2.1-T2V-14B": tiny.build_wan_t2v, "Wan2.1-I2V-14B-480P": tiny.build_wan_i2v,
+    "Wan2.1-T2V-1.3B": tiny.build_wan_t2v, "Wan2.1-T2V-14B": tiny.build_wan_t2v,
+    "Wan2.1-I2V-14B-480P": tiny.build_wan_i2v,
     "HunyuanVideo": tiny.build_hunyuan_t2v, "HunyuanVideo-I2V": tiny.build_hunyuan_i2v,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])
 def test_a_snippet_runs(page: str, code: str, tmp_path: Path) -> None:
-    """With paths, sizes and the device replaced, nothing else: the model is a small one of the class that is named."""
+    """Only paths, sizes and the device are replaced; the model is a small one of the same class."""
     (name,) = set(re.findall(r'"models/Diffusion_Transformer/([^"/]+)"', code))
     model = FOLDERS[name](tmp_path / "model")
-    picture = tiny.write_image(tmp_path / "first_frame.png")
-    for found, put in (
+    image = tiny.write_image(tmp_path / "first_frame.png")
+    for pattern, replacement in (
         (rf'"models/Diffusion_Transformer/{name}"', f'"{model}"'),
         (r'"outputs/[a-z0-9_]+/transformer"', f'"{model / "transformer"}"'),
-        (r'"datasets/internal_datasets/[a-z_]+\.png"', f'"{picture}"'),
+        (r'"datasets/internal_datasets/[a-z_]+\.png"', f'"{image}"'),
         (r"\bheight=\d+", "height=48"), (r"\bwidth=\d+", "width=64"), (r"\bnum_frames=\d+", "num_frames=9"),
         ('"cuda"', '"cpu"'),
     ):  # fmt: skip
-        code = re.sub(found, put, code)
+        code = re.sub(pattern, replacement, code)
     assert "models/" not in code and "outputs/" not in code and "datasets/" not in code
     names: dict[str, object] = {}
     with contextlib.chdir(tmp_path):
@@ -252,9 +263,9 @@ def test_a_snippet_runs(page: str, code: str, tmp_path: Path) -> None:
         assert "export_to_video" not in code
 
 
-# ------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------------------- figures
 
-PARTS = {WAN_PAGE: "attn1", HUNYUAN_PAGE: "attn"}
+MODULES = {WAN_PAGE: "attn1", HUNYUAN_PAGE: "attn"}
 WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 TRANSFORMERS: dict[str, Callable[[], torch.nn.Module]] = {
     "Wan2.1-T2V-1.3B": lambda: wan(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
@@ -289,8 +300,8 @@ def umt5() -> UMT5EncoderModel:
 
 
 def llava() -> LlavaForConditionalGeneration:
-    eyes = vision(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336)
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=llama(), vision_config=eyes))
+    vision_config = vision(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=llama(), vision_config=vision_config))
 
 
 ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
@@ -309,7 +320,7 @@ ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def table(page: str, first: str) -> list[list[str]]:
-    """Returns the rows, without the heading, of the table whose heading begins with `first`."""
+    """Return the rows, without the header, of the table whose first column is named `first`."""
     lines = text(page).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
@@ -321,30 +332,30 @@ def table(page: str, first: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
-def test_the_memory_of_the_weights_is_what_the_classes_have(page: str) -> None:
-    for name, told, whole, part in table(page, "model"):
+def test_documented_transformer_memory_matches_the_classes(page: str) -> None:
+    for name, parameters, full_memory, partial_memory in table(page, "model"):
         with torch.device("meta"):
             sizes = {key: p.numel() for key, p in TRANSFORMERS[name]().named_parameters()}
-        count, some = sum(sizes.values()), sum(size for key, size in sizes.items() if PARTS[page] in key)
-        assert told == f"{count / 1e9:.2f} billion", name
-        assert whole == f"{16 * count / 2**30:.0f} GiB", name
-        assert part == f"{(4 * count + 12 * some) / 2**30:.0f} GiB", name
-    assert f"--trainable_modules {PARTS[page]}" in text(page)
+        count, trainable = sum(sizes.values()), sum(size for key, size in sizes.items() if MODULES[page] in key)
+        assert parameters == f"{count / 1e9:.2f} billion", name
+        assert full_memory == f"{16 * count / 2**30:.0f} GiB", name
+        assert partial_memory == f"{(4 * count + 12 * trainable) / 2**30:.0f} GiB", name
+    assert f"--trainable_modules {MODULES[page]}" in text(page)
 
 
 @pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
-def test_the_memory_of_the_encoders_is_what_the_classes_have(page: str) -> None:
+def test_documented_encoder_memory_matches_the_classes(page: str) -> None:
     rows = table(page, "encoder")
     assert len(rows) >= 3
-    for name, told, memory in rows:
+    for name, parameters, memory in rows:
         with torch.device("meta"):
             count = sum(p.numel() for p in ENCODERS.get(name, ENCODERS.get(f"{name} {page}"))().parameters())
         size, precision = memory.split(" GiB in ")
-        assert told == f"{count / 1e9:.2f} billion", name
+        assert parameters == f"{count / 1e9:.2f} billion", name
         assert size == f"{count * {'bf16': 2, 'float32': 4}[precision] / 2**30:.1f}", name
 
 
-def test_the_shares_of_the_masks_are_those_that_are_drawn() -> None:
+def test_documented_mask_shares_match_the_code() -> None:
     page = text(WAN_PAGE)
     names = {
         "first": "first frame", "first_and_last": "first and last frame", "boxes": "all but one to four boxes",
@@ -354,19 +365,19 @@ def test_the_shares_of_the_masks_are_those_that_are_drawn() -> None:
         ", ".join(f"{names[family]} {100 * share:.0f} %" for family, share in shares.items())
         for shares in (CLIP_MASKS, IMAGE_MASKS)
     )
-    assert f"drawn by the sample: {clips} | {images} |" in page
+    assert f"drawn per sample: {clips} | {images} |" in page
     assert f"given nothing, {100 * IMAGE_DROP:.0f} % have the whole condition zeroed" in page
-    assert MOST_BOXES == 4
+    assert MAX_BOXES == 4
 
 
-def test_links_lead_somewhere() -> None:
-    for page in (*PAGES, "models/README.md", "datasets/README.md", "CONTRIBUTING.md", "benchmarks/families.md"):
+def test_links_resolve() -> None:
+    for page in (*PAGES, *LINKED):
         for target in re.findall(r"\]\(([^)]+)\)", text(page)):
             file, _, anchor = target.partition("#")
             if file.startswith("http"):
                 continue
-            there = (ROOT / page).parent / file if file else ROOT / page
-            assert there.exists(), f"{page}: {target}"
-            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+            linked = (ROOT / page).parent / file if file else ROOT / page
+            assert linked.exists(), f"{page}: {target}"
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert not anchor or anchor in anchors, f"{page}: {target}"

@@ -1,4 +1,4 @@
-"""Serves videox/files.py: a file is whole, old or new, whatever interrupts its writing, and a free name is free."""
+"""Tests of videox.files: a file is whole, old or new, whatever interrupts its writing; unused names are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from videox.files import atomic_write, flush, flush_tree, temp_path, unique_path, write_json_atomically
 
 
-def test_json_is_replaced_at_once_or_not_at_all(tmp_path):
+def test_json_is_replaced_atomically(tmp_path):
     path = tmp_path / "run_status.json"
     write_json_atomically(path, {"step": 1})
     with pytest.raises(TypeError):
@@ -43,7 +43,7 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_pat
     assert path.read_bytes() == b"old" and file_names(tmp_path) == ["clip.mp4"]
 
 
-def test_a_kill_at_every_file_operation_leaves_the_old_file_or_the_new(tmp_path):
+def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_file(tmp_path):
     points, found, status = 0, [], -signal.SIGKILL
     while status == -signal.SIGKILL:
         points += 1
@@ -80,14 +80,14 @@ def test_a_file_keeps_its_suffix(tmp_path):
     assert unique_path(tmp_path / "v1.5-superseded").name == "v1.5-superseded-2"
 
 
-def test_names_aside_are_hidden_and_never_alike(tmp_path):
+def test_temp_paths_are_hidden_and_unique(tmp_path):
     path = tmp_path / "state.json"
     found = {temp_path(path, kind) for kind in ("tmp", "trash") for _ in range(100)}
     assert len(found) == 200 and {p.parent for p in found} == {tmp_path}
     assert {p.name.split("state.json")[0] for p in found} == {".tmp-", ".trash-"}
 
 
-def test_flushing_reaches_files_and_folders_and_tells_of_what_is_not_there(tmp_path, monkeypatch):
+def test_flush_tree_flushes_files_and_folders_and_refuses_missing_ones(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_text("x")
     flushed = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -266,7 +268,7 @@ def makefile_targets() -> set[str]:
 
 
 def test_makefile_has_its_targets() -> None:
-    assert {"demo", "test", "test-all", "check", "style"} <= makefile_targets()
+    assert {"demo", "test", "test-all", "check", "style", "map"} <= makefile_targets()
 
 
 def test_commands_in_documents_exist() -> None:
@@ -280,3 +282,39 @@ def test_commands_in_documents_exist() -> None:
                 assert match[1] in makefile_targets(), f"{path}: `{line}`"
             for script in re.findall(r"(?:python|bash|launch .*?) (scripts/\S+\.(?:py|sh))", line):
                 assert (ROOT / script).exists(), f"{path}: `{line}`"
+
+
+# ------------------------------------------------------------------------------------------------------------ map
+
+
+def load_import_graph() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("import_graph", ROOT / "benchmarks/import_graph.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_map_names_every_package_and_only_paths_that_exist() -> None:
+    text = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:videox|scripts|tests|benchmarks|config|datasets|models)/[^`<>]*)`", text))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    packages = {f"{p.parent.relative_to(ROOT)}/" for p in modules_of_videox() if p.name == "__init__.py"} - {"videox/"}
+    assert not packages - paths, "packages without a line in docs/map.md"
+
+
+def test_contributing_names_functions_that_every_family_has() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+)`", text[text.index("## Add a family") : text.index("2. Write a small model")]))
+    assert len(names) > 5
+    for path in (ROOT / "scripts").glob("*/train.py"):
+        assert not names - {function.name for function in functions(path)}, path
+
+
+def test_the_import_graph_page_is_current() -> None:
+    graph = load_import_graph()
+    assert graph.LIST.read_text(encoding="utf-8") == graph.page(graph.import_graph()), "run `make map`"
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((ROOT / "docs/images").glob("*"))
+    assert pictures and not [path.name for path in pictures if path.stat().st_size > 150_000]

@@ -1,4 +1,4 @@
-"""Serves videox/keys.py: frozen numbers, since checkpoints rely on them, and the statistics of fair draws."""
+"""Tests of videox.rng: fixed values, because checkpoints depend on them, and the statistics of the draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from videox.rng import Purpose, hash_key, uniform
 
 WORDS = st.integers(0, 2**64 - 1)
-# Draws are part of the checkpoint contract: a resumed run must find the numbers that the first one had.
+# Checkpoints depend on these draws: a resumed run must draw the same numbers as the first one.
 GOLDEN = {
     (): 0,
     (0,): 0xE220A8397B1DCDAF,
@@ -24,11 +24,11 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize(("parts", "key"), GOLDEN.items())
-def test_keys_are_frozen(parts: tuple[int, ...], key: int) -> None:
+def test_keys_never_change(parts: tuple[int, ...], key: int) -> None:
     assert int(hash_key(*parts)) == key
 
 
-def test_draws_are_frozen() -> None:
+def test_draws_never_change() -> None:
     assert uniform(42, np.arange(3), Purpose.NOISE).tolist() == [
         0.7621466500460027,
         0.4284385025670582,
@@ -36,7 +36,7 @@ def test_draws_are_frozen() -> None:
     ]
 
 
-def test_purposes_are_frozen() -> None:
+def test_purposes_never_change() -> None:
     values = {purpose.name: purpose.value for purpose in Purpose}
     assert len(set(values.values())) == len(values)
     first = ["SAMPLE", "SIZE", "RATIO", "FRAMES", "START", "ORDER", "MICRO_BATCH", "STEP", "STRATUM", "TIMESTEP"]
@@ -45,7 +45,7 @@ def test_purposes_are_frozen() -> None:
 
 
 def by_hand(*parts: int) -> int:
-    """Returns the fold in Python's own whole numbers."""
+    """Return the hash computed with Python integers."""
     mask, key = 2**64 - 1, 0
     for part in parts:
         z = (key * 0xD1342543DE82EF95 + part + 0x9E3779B97F4A7C15) & mask
@@ -56,12 +56,12 @@ def by_hand(*parts: int) -> int:
 
 
 @given(st.lists(WORDS, max_size=6))
-def test_keys_equal_whole_number_arithmetic(parts: list[int]) -> None:
+def test_keys_equal_integer_arithmetic(parts: list[int]) -> None:
     assert int(hash_key(*parts)) == by_hand(*parts)
 
 
 @given(st.integers(-(2**63), -1))
-def test_negative_numbers_count_modulo_two_to_the_64(part: int) -> None:
+def test_negative_numbers_are_taken_modulo_two_to_the_64(part: int) -> None:
     assert int(hash_key(part)) == int(hash_key(np.array([part]))[0]) == by_hand(part % 2**64)
 
 
@@ -103,7 +103,7 @@ def test_no_warning_at_any_size(part: int) -> None:
 
 
 def part_for_key(key: int) -> int:
-    """Returns the one part whose key is `key`: the mix of a single part can be undone."""
+    """Return the one part whose key is `key`: the hash of a single part is invertible."""
     mask = 2**64 - 1
 
     def undo_shift(z: int, bits: int) -> int:
@@ -118,7 +118,7 @@ def part_for_key(key: int) -> int:
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**11 - 1, 2**12, 2**63, 2**64 - 2**12, 2**64 - 1])
-def test_draws_lie_strictly_between_zero_and_one(key: int) -> None:
+def test_draws_are_strictly_between_zero_and_one(key: int) -> None:
     part = part_for_key(key)
     assert int(hash_key(part)) == key
     assert 0 < float(uniform(part)) < 1
@@ -126,7 +126,7 @@ def test_draws_lie_strictly_between_zero_and_one(key: int) -> None:
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """Returns by how many standard deviations the chi-square statistic of equal shares passes its mean."""
+    """Return how many standard deviations the chi-square statistic of equal shares is above its mean."""
     expected = counts.sum() / len(counts)
     freedom = len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)

@@ -1,4 +1,4 @@
-"""Serves videox/shapes.py: frames, latents and tokens as the published examples count them, and as fractions do."""
+"""Tests of videox.shapes: frames, latents and tokens against published examples and exact fractions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_snapped_frames_are_at_least_one(frames: int) -> None:
 @given(st.integers(0, 400), st.integers(1, 50))
 @example(162, 2)  # 81 frames, where length // stride counts 81 as well
 @example(161, 2)  # 81 frames, where length // stride counts 80
-def test_frames_that_fit_are_those_that_a_slice_takes(length: int, stride: int) -> None:
+def test_frames_that_fit_equal_the_length_of_a_slice(length: int, stride: int) -> None:
     assert frames_that_fit(length, stride) == len(range(length)[::stride])
 
 
@@ -84,5 +84,5 @@ def test_tokens_are_latent_patches(k: int, rows: int, columns: int) -> None:
 
 def test_tokens_of_the_published_clip() -> None:
     assert token_count(Bucket(49, 512, 512)) == 13_312 == 32 * 32 * 13
-    assert token_count(Bucket(21, 768, 768)) == 13_824  # past the nominal clip's by the first frame's share
+    assert token_count(Bucket(21, 768, 768)) == 13_824  # above the nominal clip, because of the first frame
     assert latent_shape(Bucket(81, 480, 832)) == (21, 60, 104)

@@ -1,8 +1,8 @@
-"""Serves both training loops: what goes to the device and what comes back from it, without the host's waiting for it.
+"""Transfers between host and device that do not make the host wait for the device.
 
-The host runs ahead of a GPU and hands it work. Whoever reads a tensor of the GPU, or copies one there from pageable
-memory, makes the host wait until all of that work is done, and the GPU idle until there is new work. Here tensors
-go out from pinned memory, and numbers come back by a copy of their own, to be read a step later.
+The host runs ahead of a GPU and queues work for it. Reading a tensor of the GPU, or copying one to it from pageable
+memory, makes the host wait until all queued work is done, and then the GPU is idle until new work arrives. Here
+tensors are sent from pinned memory, and scalars come back by an asynchronous copy that is read one step later.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor on the device; the copy is made behind the work that the device has, and nobody waits.
+    """Return a host tensor on the device; the copy is queued behind the device's work and does not block.
 
-    One that is on a device already is moved as torch moves it, and to the host the copy is waited for.
+    A tensor that is already on a device is moved with Tensor.to; a copy to the host blocks.
     """
     if tensor.device.type != "cpu":
         return tensor.to(device)
@@ -27,11 +27,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class DeviceEvent:
-    """A moment of the device's work: when all that was handed to it so far is done.
+    """A point in the device's work queue: it is reached when everything queued so far is done.
 
     Args:
-        device: of the work; what is not a GPU has no work behind the host's, so that the host's clock is right.
-        now: that clock, seconds.
+        device: of the work; on anything but a GPU, work is done immediately, so that the host's clock is used.
+        now: the host's clock, in seconds.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.monotonic) -> None:
@@ -45,16 +45,16 @@ class DeviceEvent:
 
     @property
     def on_device(self) -> bool:
-        """Whether it is the device's clock that tells it."""
+        """Whether the time is measured by the device."""
         return self._event is not None
 
     def wait(self) -> None:
-        """Returns once the moment is over; the device need not have done what was handed to it later."""
+        """Wait until the event is reached; work that was queued later may be unfinished."""
         if self._event is not None:
             self._event.synchronize()
 
     def since(self, earlier: DeviceEvent) -> float:
-        """Returns the seconds from an earlier moment to this one; waits for both."""
+        """Return the seconds from an earlier event to this one; waits for both."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         self.wait()
@@ -62,23 +62,23 @@ class DeviceEvent:
 
 
 class AsyncScalars:
-    """Some numbers of the device on their way to the host.
+    """Scalars of the device that are being copied to the host.
 
     Args:
         tensors: scalars, on the device or on the host.
-        device: where they are brought together.
+        device: where they are stacked before the copy.
     """
 
     def __init__(self, *tensors: Tensor, device: torch.device) -> None:
-        there = torch.stack([to_device(tensor.detach(), device).double() for tensor in tensors])
-        self._here = torch.empty(len(tensors), dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._here.copy_(there, non_blocking=True)
-        self.moment = DeviceEvent(device)
+        stacked = torch.stack([to_device(tensor.detach(), device).double() for tensor in tensors])
+        self._on_host = torch.empty(len(tensors), dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._on_host.copy_(stacked, non_blocking=True)
+        self.event = DeviceEvent(device)
 
     def read(self) -> list[float]:
-        """Returns them; waits until they have come, which a step later they have."""
-        self.moment.wait()
-        return self._here.tolist()
+        """Return the values; waits for the copy, which is finished if one step has passed."""
+        self.event.wait()
+        return self._on_host.tolist()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Serves every file that must be whole: written aside, flushed to the disk, and put in place by one rename."""
+"""Atomic writes: a file or folder is written under a temporary name, flushed to the disk and then renamed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from videox.errors import SaveError
 
 
 def flush(path: Path) -> None:
-    """Forces a file, or the entries of a folder, onto the disk (fsync). Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or the entries of a folder, to the disk (fsync). Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def flush_tree(folder: Path) -> None:
-    """Forces every file and folder below `folder`, and itself, onto the disk. Raises OSError."""
+    """Flush every file and folder below `folder`, and the folder itself, to the disk. Raises OSError."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def unique_path(path: Path) -> Path:
-    """Returns the path itself if nothing has that name, else the first free one of path-2, path-3, ...
+    """Return the path itself if nothing has that name, else the first unused one of path-2, path-3, ...
 
-    Where a file has the name, the number stands before its suffix, by which it is known for what it is.
+    For a file the number is inserted before the suffix, which identifies its type.
     """
     free, number, suffix = path, 1, path.suffix if path.is_file() else ""
     while os.path.lexists(free):
@@ -45,19 +45,19 @@ def unique_path(path: Path) -> Path:
 
 
 def temp_path(path: Path, kind: str = "tmp") -> Path:
-    """Returns a hidden name beside a path, `.kind-name-<12 hex digits>`, that nothing else has or will have."""
+    """Return a unique hidden path in the same folder, `.kind-name-<12 hex digits>`."""
     return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(6)}")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Puts a file in place so that a reader finds it whole, old or new, at any instant, also after a power cut.
+    """Replace a file so that a reader finds it whole, old or new, at any time, even after a power failure.
 
     Args:
-        path: the file to make or replace; its folder exists.
+        path: the file to create or replace; its folder exists.
 
     Yields:
-        The path, beside it, to write the new content to. After an exception nothing is left of it.
+        The temporary path, in the same folder, to write the new content to. It is removed after an exception.
 
     Raises:
         OSError: the disk refused.
@@ -65,6 +65,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = temp_path(path)
     try:
         yield temporary
+        # the content is on the disk before the name points to it, and the name before the caller goes on
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
@@ -73,41 +74,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json_atomically(path: Path, content: object) -> None:
-    """Writes a JSON file that a reader finds whole, old or new, at any instant. Raises OSError, TypeError."""
+    """Write a JSON file that a reader finds whole, old or new, at any time. Raises OSError, TypeError."""
     text = json.dumps(content, indent=1) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-# --------------------------------------------------------------------------- what users get, whole or absent
+# ------------------------------------------------------------------------ output files and folders, whole or absent
 
 
 def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Makes a folder that is whole or absent: written beside it, flushed, renamed. What stood there is moved aside.
+    """Create a folder that is whole or absent: it is written under a temporary name, flushed and renamed.
 
     Args:
-        folder: the final name; an existing one becomes `folder-superseded` (`-2`, ...), never deleted, and one that
-            holds the same files stays, so that a finished run can be resumed any number of times.
-        write: fills the folder that it is given.
+        folder: the final name; an existing folder is renamed to `folder-superseded` (`-2`, ...), never deleted. If it
+            has the same files it stays, so that a finished run can be resumed any number of times.
+        write: fills the folder that is passed to it.
 
     Raises:
         SaveError: the disk refused; nothing is left behind.
     """
 
     def fill(temporary: Path) -> None:
-        made = temporary / folder.name
-        made.mkdir()
-        write(made)
+        new = temporary / folder.name
+        new.mkdir()
+        write(new)
 
     _publish(folder, fill, folder.with_name(f"{folder.name}-superseded"))
 
 
 def publish_file(target: Path, write: Callable[[Path], None]) -> None:
-    """As publish_folder, for one file.
+    """Create a file that is whole or absent, as publish_folder does.
 
     Args:
-        target: the file; its folder may be made.
-        write: makes a file of this name in the folder that it is given.
+        target: the file; its folder is created if necessary.
+        write: creates a file of this name in the folder that is passed to it.
 
     Raises:
         SaveError: the disk refused; nothing is left behind.
@@ -117,16 +118,16 @@ def publish_file(target: Path, write: Callable[[Path], None]) -> None:
 
 def _publish(target: Path, write: Callable[[Path], None], superseded: Path) -> None:
     temporary = temp_path(target)
-    made = temporary / target.name
+    new = temporary / target.name
     try:
         temporary.mkdir(parents=True)
         write(temporary)
         flush_tree(temporary)
-        if _same(made, target):
+        if _same_content(new, target):
             return
         if os.path.lexists(target):
             target.rename(unique_path(superseded))
-        made.rename(target)
+        new.rename(target)
         flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{target}: {error}") from error
@@ -134,9 +135,13 @@ def _publish(target: Path, write: Callable[[Path], None], superseded: Path) -> N
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _same(first: Path, second: Path) -> bool:
-    """Tells whether two files, or all files below two folders, are equal byte for byte."""
+def _same_content(first: Path, second: Path) -> bool:
+    """Return whether two files, or all files below two folders, are equal byte for byte."""
     if first.is_file():
         return second.is_file() and filecmp.cmp(first, second, shallow=False)
     names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (first, second)]
-    return names[0] == names[1] and second.is_dir() and all(_same(first / name, second / name) for name in names[0])
+    return (
+        names[0] == names[1]
+        and second.is_dir()
+        and all(_same_content(first / name, second / name) for name in names[0])
+    )

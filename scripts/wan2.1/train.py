@@ -1,4 +1,4 @@
-"""Serves who fine-tunes Wan2.1: text-to-video, from a folder of clips and captions to a model that diffusers loads.
+"""Fine-tunes Wan2.1: text-to-video, image-to-video and inpainting, the whole model or a LoRA.
 
 One process, or one per GPU (DDP); everything after the script's name is the same for both:
 
@@ -7,21 +7,42 @@ One process, or one per GPU (DDP); everything after the script's name is the sam
       --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
       --output_dir=outputs/wan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" --gradient_checkpointing
 
-Ctrl-C or SIGTERM saves and stops; the same command with --resume_from_checkpoint=latest goes on, to the bit.
+Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
+bit-identical to those of a run that was never stopped.
 """
 
 from __future__ import annotations
 
-import videox.training.args as flags  # first of all: videox keeps the optional packages quiet that diffusers imports
-
-# isort: split
-
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from videox.training import args as flags
+from videox.training.argument_parser import number, parse_or_exit
+from videox.training.flags import make_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags and check them against each other."""
+    parser = make_parser(__doc__, modes=tuple(TASKS))
+    add = parser.add_argument_group("Wan2.1").add_argument
+    config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
+    add("--config_path", default=config, help="yaml file with the flow shift (scheduler_kwargs.shift)")
+    add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
+    args = parser.parse(argv)
+    flags.check(args)
+    return args
+
+
+if __name__ == "__main__":
+    parse_or_exit(parse_args)  # answers --help and wrong flags before the imports below, which take seconds
+
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -31,77 +52,46 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
-import videox.training.build as wiring
-import videox.training.dry_run as planning
-import videox.training.schedule as scheduling
 from videox.data.dataset import Batch
-from videox.data.plan.plan import held_out_plan
 from videox.device import to_device
-from videox.diffusion.conditioning import keep_on_host, known_mask, pack_mask
-from videox.diffusion.flow_matching import (
-    NUM_TRAIN_TIMESTEPS,
-    add_noise,
-    batch_noise,
-    loss_weights,
-    motion_losses,
-    velocity_losses,
-)
+from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
+from videox.diffusion.flow_matching import add_noise, batch_noise, loss_weights, motion_losses, velocity_losses
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.distributed.accelerator import compute_dtype
-from videox.distributed.backends import Backend
-from videox.distributed.collectives import accumulate, backward
+from videox.distributed.collectives import accumulate, backward, sum_over_ranks
 from videox.distributed.signals import StopRequest
-from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, latents_spec
+from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import encode_moments, sample_latents, to_images
+from videox.encoders.vae import clip_moments, encode_moments, latent_statistics, sample_latents, to_images
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
-from videox.models.component import Component, choose_component, find_component, original_components, original_paths
-from videox.models.folder import check_tokenizer, full_config, read_component, read_model_folder, read_shift
+from videox.estimate.model_profile import ModelProfile
+from videox.models import component as models
+from videox.models.component import Component
+from videox.models.folder import check_tokenizer, full_config, read_component, read_shift
 from videox.models.hub import local_folder
 from videox.models.shared_memory import load_frozen
-from videox.models.transformer import load_transformer
 from videox.rng import Purpose, hash_key
-from videox.run.lifecycle import Run, run_script
+from videox.run.lifecycle import run_script
 from videox.tracking.dump import dump_folder, write_dump
-from videox.training.loop import finish_step, iterate_steps
-from videox.training.memory_check import names_memory
-from videox.training.validation_loss import HeldOut
-from videox.training.validator import encode_held_out
+from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
+from videox.training.context import Context, Gather
+from videox.training.data import build_data
+from videox.training.schedule import build_schedule
+from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
-ROOT = Path(__file__).resolve().parents[2]
-TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
-ADAPTED = {"blocks": ("attn1", "attn2", "ffn")}  # what a LoRA changes, by list of blocks
+LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # layers that get adapters, by list of blocks
 LATENT_CHANNELS = 16
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
 CLASSES = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
 CLASSES["image_encoder"] = CLIPVisionModel
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
-# ------------------------------------------------------------------------------------------------------- flags
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the flags, each checked by itself and against the others."""
-    parser = flags.Parser(description=__doc__)
-    flags.add_model_and_data(parser)
-    flags.add_shapes(parser)
-    flags.add_training(parser, modes=tuple(TASKS))
-    flags.add_run(parser)
-    planning.add_flags(parser)
-    wan = parser.add_argument_group("Wan2.1")
-    config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
-    wan.add_argument("--config_path", default=config, help="yaml with the flow shift (scheduler_kwargs.shift)")
-    wan.add_argument("--tokenizer_max_length", type=flags.number(int, 1, 512), default=512, help="text tokens at most")
-    args = parser.parse(argv)
-    flags.check(args)
-    return args
-
-
-# -------------------------------------------------------------------------------------------------- components
-
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen parts, and diffusers' own pipeline over them, for prompts and sample clips."""
+    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
 
     text_encoder: OffloadedModule
     image_encoder: OffloadedModule | None
@@ -110,8 +100,8 @@ class Encoders:
 
 
 @dataclass(frozen=True)
-class Components:
-    """The model's parts. transformer: float32 masters; encode: what the encoders make of a micro-batch."""
+class Wan:
+    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
 
     transformer: WanTransformer3DModel
     encoders: LazyEncoders[Encoders]
@@ -120,201 +110,189 @@ class Components:
     latents_std: torch.Tensor
     shift: float
 
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
+        return (z - self.latents_mean) * (1 / self.latents_std)
+
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
-    """Returns the model's parts after every one has been looked at; loads no weight."""
-    root, check_weights = local_folder(args.pretrained_model_name_or_path), not planning.only_plans(args)
-    if places := original_paths(root, args.config_path):
-        parts = original_components(places, args.config_path, args.transformer_path, args.vae_path)
+    """Find and check the model's components; loads no weights. Raises UserError where they do not fit --train_mode."""
+    root, check_weights = local_folder(args.pretrained_model_name_or_path), not flags.is_dry_run(args)
+    if paths := models.original_paths(root, args.config_path):
+        components = models.original_components(paths, args.config_path, args.transformer_path, args.vae_path)
     else:
-        pipelines = ("WanPipeline", "WanImageToVideoPipeline")
-        names = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-        configs = read_model_folder(str(root), pipelines, names, with_weights=("text_encoder",) if check_weights else ())
-        parts = {name: Component(root / name, configs[name]) for name in names}
-        for name, kind in (("transformer", "wan"), ("vae", "wan_vae")):
-            given = getattr(args, f"{name}_path")
-            parts[name] = choose_component(name, given, root / name, kind, configs[name], check_weights=check_weights)
-    config = parts["transformer"].config
-    channels, with_image = config.get("in_channels"), bool(config.get("image_dim"))
-    made_for = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
-    if args.train_mode not in made_for or config.get("pos_embed_seq_len"):
+        overrides = {"transformer": ("wan", args.transformer_path), "vae": ("wan_vae", args.vae_path)}
+        checked = ("text_encoder",) if check_weights else ()
+        components = models.diffusers_components(root, PIPELINES, NAMES, overrides, checked)
+    check_mode(args, components["transformer"].config)
+    if components["transformer"].config.get("image_dim"):
+        encoder = paths["image_encoder"] if paths else root / "image_encoder"
+        components["image_encoder"] = models.find_component(encoder, "clip_vision", check_weights=check_weights)
+        if not paths:
+            read_component(root / "image_processor", check_weights=False)
+    return components
+
+
+def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Check that the transformer with this configuration is made for --train_mode."""
+    channels = config.get("in_channels")
+    modes = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
+    if args.train_mode not in modes or config.get("pos_embed_seq_len"):
         what = f"the transformer takes {channels} channels, which no mode here trains"
-        if made_for:
-            what = f"the transformer takes {channels} channels: it is made for --train_mode {' or '.join(made_for)}"
+        if modes:
+            what = f"the transformer takes {channels} channels: it is made for --train_mode {' or '.join(modes)}"
         if config.get("pos_embed_seq_len"):
             what = "the transformer takes features of two images, which no mode here trains"
-        raise UserError(f"--train_mode {args.train_mode}", what, "give that mode, or weights made for this one", MODEL)
-    if with_image and args.tokenizer_max_length != 512:
+        raise UserError(f"--train_mode {args.train_mode}", what, "use that mode, or weights made for this one", MODEL)
+    if config.get("image_dim") and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
-        raise UserError("--tokenizer_max_length", what, "leave the flag out")
-    if with_image:
-        encoder = places["image_encoder"] if places else root / "image_encoder"
-        parts["image_encoder"] = find_component(encoder, "clip_vision", check_weights=check_weights)
-        if not places:
-            read_component(root / "image_processor", check_weights=False)
-    return parts
+        raise UserError("--tokenizer_max_length", what, "remove the flag")
 
 
-def describe(args: argparse.Namespace, parts: dict[str, Component]) -> planning.Model:
-    """Returns what the model computes, from its configurations alone."""
-    config, images = parts["transformer"].config, 0
-    if "image_encoder" in parts:
-        images = (parts["image_encoder"].config["image_size"] // parts["image_encoder"].config["patch_size"]) ** 2 + 1
-    return planning.Model(
+def describe(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
+    """The model's profile from its configurations alone, for the plan and the estimates."""
+    config, images = components["transformer"].config, 0
+    if "image_encoder" in components:
+        clip = components["image_encoder"].config
+        images = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+    return ModelProfile(
         task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
-        blocks=ADAPTED,
-        parts={name: (kind, parts[name].config) for name, kind in CLASSES.items() if name in parts},
+        blocks=LORA_TARGETS,
+        components={name: (kind, components[name].config) for name, kind in CLASSES.items() if name in components},
     )
 
 
-def open_pipeline(
-    args: argparse.Namespace, parts: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
+def build_pipeline(
+    args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
-    """Returns diffusers' pipeline over these encoders, without a transformer."""
-    # loaded where it is needed: its import says that torchvision is missing, also to those who do not train on images
+    """diffusers' pipeline over these encoders, without a transformer."""
+    # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
-    if "scheduler" in parts:
-        return pipeline_class.from_pretrained(parts["scheduler"].path.parent, transformer=None, **encoders)
-    own: dict[str, Any] = {"tokenizer": AutoTokenizer.from_pretrained(parts["tokenizer"].path, local_files_only=True)}
-    if "image_encoder" in parts:
-        side = parts["image_encoder"].config["image_size"]
+    if "scheduler" in components:
+        return pipeline_class.from_pretrained(components["scheduler"].path.parent, transformer=None, **encoders)
+    tokenizer = AutoTokenizer.from_pretrained(components["tokenizer"].path, local_files_only=True)
+    modules: dict[str, Any] = {"tokenizer": tokenizer}
+    if "image_encoder" in components:
+        side = components["image_encoder"].config["image_size"]
         crop = {"height": side, "width": side}
-        own["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+        modules["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
-    return pipeline_class(**own, **encoders, scheduler=scheduler, transformer=None)
+    return pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
 
 
 def load_encoders(
-    args: argparse.Namespace,
-    parts: dict[str, Component],
-    shift: float,
-    accelerator: Accelerator,
-    gather: wiring.Gather,
+    args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
-    """Loads the encoders: that of text in the compute dtype, the others in float32."""
+    """Load the frozen encoders: the text encoder in the compute dtype, the others in float32."""
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-    kinds = {"vae": torch.float32, "text_encoder": compute_dtype(accelerator), "image_encoder": torch.float32}
-    encoders = {name: load(CLASSES[name], parts[name], kind) for name, kind in kinds.items() if name in parts}
-    pipeline = open_pipeline(args, parts, shift, encoders)
-    check_tokenizer(pipeline.tokenizer, parts["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
-    resting = {name: OffloadedModule(part, accelerator.device, offload=args.low_vram) for name, part in encoders.items()}
-    return Encoders(resting["text_encoder"], resting.get("image_encoder"), resting["vae"], pipeline)
+    dtypes = {"vae": torch.float32, "text_encoder": compute_dtype(accelerator), "image_encoder": torch.float32}
+    modules = {n: load(CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
+    pipeline = build_pipeline(args, components, shift, modules)
+    check_tokenizer(pipeline.tokenizer, components["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
+    offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}
+    return Encoders(offloaded["text_encoder"], offloaded.get("image_encoder"), offloaded["vae"], pipeline)
 
 
-def load_components(
-    parts: dict[str, Component],
-    shift: float,
-    transformer: torch.nn.Module,
-    encoders: LazyEncoders[Encoders],
+def build_model(
+    components: dict[str, Component], shift: float, transformer: torch.nn.Module, encoders: LazyEncoders[Encoders],
     encode: Encoder,
-) -> Components:
-    """Returns the model's parts; the encoders are loaded by whoever asks for them first."""
-    config = full_config(AutoencoderKLWan, parts["vae"].config)
-    mean, std = (
-        torch.tensor(values, device=encode.device).view(1, -1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    )
-    return Components(transformer, encoders, encode, mean, std, shift)
-
-
-# --------------------------------------------------------------------------------------------- the family's part
+) -> Wan:  # fmt: skip
+    """What a training step needs of the model; no encoder is loaded."""
+    mean, std = latent_statistics(full_config(AutoencoderKLWan, components["vae"].config), encode.device)
+    return Wan(transformer, encoders, encode, mean, std, shift)
 
 
 @torch.no_grad()
-def encode_prompts(encoders: Encoders, captions: Sequence[str], max_length: int) -> torch.Tensor:
-    """Returns UMT5 embeddings [B, max_length, D], zeros past each caption's true length, as WanPipeline makes them.
+def encode_captions(encoders: LazyEncoders[Encoders], max_length: int, inputs: EncoderInput) -> torch.Tensor:
+    """UMT5 embeddings [B, max_length, D], zeros past each caption's length, as WanPipeline computes them.
 
-    Each caption is encoded alone: its embedding must not depend on its neighbours, to the last bit.
+    Each caption is encoded alone, so that its embedding is bitwise independent of the other captions of a batch.
     """
+    encoder, pipeline = encoders().text_encoder, encoders().pipeline
     settings = {"do_classifier_free_guidance": False, "max_sequence_length": max_length}
-    device = encoders.text_encoder.device
-    with encoders.text_encoder.on_device():
-        embeds = [encoders.pipeline.encode_prompt([c], device=device, **settings)[0] for c in captions]
+    with encoder.on_device():
+        embeds = [pipeline.encode_prompt([c], device=encoder.device, **settings)[0] for c in inputs.captions]
     return torch.cat(embeds)
 
 
+def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, inputs: EncoderInput) -> torch.Tensor:
+    """Moments of the VAE's posterior for the known pixels, float32 [B, 32, t, h, w]."""
+    pixels, _ = known_pixels(mode, inputs.video, inputs.variants)
+    return encode_moments(encoders().vae, pixels, mini_batch=mini_batch)
+
+
 @torch.no_grad()
-def encode_images(encoders: Encoders, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns CLIP features [B, N, D] of the first frames of [B, 3, T, H, W] in [-1, 1], zeros where all of the mask
-    [B, 1, T, H, W] is zero."""
-    with encoders.image_encoder.on_device():
-        embeds = [encoders.pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
+def encode_first_frames(encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput) -> torch.Tensor:
+    """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known."""
+    encoder, pipeline = encoders().image_encoder, encoders().pipeline
+    video, mask = known_pixels(mode, inputs.video, inputs.variants)
+    with encoder.on_device():
+        embeds = [pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
     return torch.cat(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
 
 
-def known_pixels(mode: str, raw: EncoderInput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what is known of a video, grey elsewhere [B, 3, T, H, W], and the mask that says so [B, 1, T, H, W]."""
-    mask = known_mask(mode, raw.variants, *raw.video.shape[2:], device=raw.video.device)
-    return raw.video * mask, mask
-
-
-def recipes_of(
-    args: argparse.Namespace, parts: dict[str, Component], encoders: LazyEncoders[Encoders], accelerator: Accelerator
+def encoding_specs(
+    args: argparse.Namespace, components: dict[str, Component], encoders: LazyEncoders[Encoders], dtype: torch.dtype
 ) -> list[EncodingSpec]:
-    """Returns how the tensors of a sample are made.
+    """How the encoder outputs of a sample are computed and cached; dtype: of text embeddings.
 
-    moments: of the VAE's posterior; prompt_embeds; for images also known: the posterior's mode of what is known, and
-    image_embeds: of the first frame as far as it is known, where the model takes them.
+    moments: of the VAE's posterior; prompt_embeds; with images also known: the mode of the posterior of the known
+    pixels, and image_embeds: of the known pixels of the first frame, for models that take them.
     """
-    config, mode, length = parts["transformer"].config, args.train_mode, args.tokenizer_max_length
-    vae, text = (parts["vae"].path,), (parts["text_encoder"].path, parts["tokenizer"].path)
-    to_moments = partial(encode_moments, mini_batch=args.vae_mini_batch)
-    dtype, kept = compute_dtype(accelerator), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
-    recipes = [
-        latents_spec("moments", ("clip",), lambda raw: to_moments(encoders().vae, raw.video), kept, vae),
+    config, mode, length = components["transformer"].config, args.train_mode, args.tokenizer_max_length
+    vae, text = (components["vae"].path,), (components["text_encoder"].path, components["tokenizer"].path)
+    video = partial(clip_moments, encoders, args.vae_mini_batch)
+    captions = partial(encode_captions, encoders, length)
+    specs = [
+        latents_spec("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
         EncodingSpec(
-            "prompt_embeds", ("caption",), lambda raw: encode_prompts(encoders(), raw.captions, length),
-            lambda _: (length, config["text_dim"]), dtype, text, f"{length}", padded=True, module="text_encoder",
+            "prompt_embeds", ("caption",), captions, fixed_shape(length, config["text_dim"]), dtype, text,
+            f"{length}", padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
     if mode != "normal":
-        known = lambda raw: to_moments(encoders().vae, known_pixels(mode, raw)[0])  # noqa: E731
-        recipes.append(latents_spec("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+        known = partial(encode_known, encoders, mode, args.vae_mini_batch)
+        specs.append(latents_spec("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
-        seen = CLIPVisionConfig(**parts["image_encoder"].config)
-        shape = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
-        weights = (parts["image_encoder"].path, parts["tokenizer"].path.parent / "image_processor")
-        recipes.append(EncodingSpec(
-            "image_embeds", ("frame", "mask"), lambda raw: encode_images(encoders(), *known_pixels(mode, raw)),
-            lambda _: shape, torch.float32, weights, module="image_encoder",
+        clip = CLIPVisionConfig(**components["image_encoder"].config)
+        shape = fixed_shape((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size)
+        weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
+        specs.append(EncodingSpec(
+            "image_embeds", ("frame", "mask"), partial(encode_first_frames, encoders, mode), shape, torch.float32,
+            weights, module="image_encoder",
         ))  # fmt: skip
-    return recipes
+    return specs
 
 
 def encode_batch(
-    args: argparse.Namespace, components: Components, batch: Batch, keys: Sequence[int] | None
+    args: argparse.Namespace, wan: Wan, batch: Batch, keys: Sequence[int] | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and what the model is given beside them.
+    """Normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and the other inputs of the transformer.
 
-    prompt_embeds [B, L, D]; but for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16 of the known
-    pixels' latents, and image_embeds [B, N, D] where the model takes them.
+    These are prompt_embeds [B, L, D]; except for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16
+    of the known pixels' latents, and image_embeds [B, N, D] for models that take them.
 
     Args:
-        keys: draw the posterior's noise, one per sample; None takes its mode.
+        keys: one per sample, draw the posterior's noise; None takes its mode.
     """
-    made = {name: torch.stack(tensors) for name, tensors in components.encode(batch).items()}
-    given = {"prompt_embeds": made["prompt_embeds"]}
+    encoded = {name: torch.stack(tensors) for name, tensors in wan.encode(batch).items()}
+    given = {"prompt_embeds": encoded["prompt_embeds"]}
     if args.train_mode != "normal":
-        mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=components.latents_mean.device)
+        mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=wan.latents_mean.device)
         keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
-        given["condition"] = torch.cat([pack_mask(mask), normalise(components, made["known"])], 1) * keep
-    if "image_embeds" in made:
-        given["image_embeds"] = made["image_embeds"]
-    return normalise(components, sample_latents(made["moments"], LATENT_CHANNELS, keys)), given
-
-
-def normalise(components: Components, z: torch.Tensor) -> torch.Tensor:
-    """Returns (z - mean) / std, rounded as WanImageToVideoPipeline does."""
-    return (z - components.latents_mean) * (1 / components.latents_std)
+        given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
+    if "image_embeds" in encoded:
+        given["image_embeds"] = encoded["image_embeds"]
+    return wan.normalise(sample_latents(encoded["moments"], LATENT_CHANNELS, keys)), given
 
 
 def transformer_inputs(
     noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Returns the keywords of WanTransformer3DModel: its timestep is 1000 sigma, float32 [B]."""
+    """Keywords of WanTransformer3DModel; its timestep is 1000 sigma, float32 [B]."""
     condition = [given["condition"]] if "condition" in given else []
     return {
         "hidden_states": torch.cat([noisy_latents, *condition], 1),
@@ -325,22 +303,18 @@ def transformer_inputs(
     }
 
 
-# ----------------------------------------------------------------------------------------------- one micro-batch
-
-
-@names_memory
 def accumulate_gradients(
-    args: argparse.Namespace, accelerator: Accelerator, components: Components, model: torch.nn.Module, batch: Batch,
+    args: argparse.Namespace, accelerator: Accelerator, wan: Wan, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Adds a micro-batch's gradients and returns its part of the step's loss, float64 scalar.
+    """Accumulate the gradients of a micro-batch and return its part of the step's loss, float64 scalar.
 
-    x_t = (1 - sigma) x_0 + sigma noise, the model predicts noise - x_0; every draw is a function of a sample's key.
+    x_t = (1 - sigma) x_0 + sigma noise; the model predicts noise - x_0. Every draw is a function of a sample's key.
     """
     device, keys = accelerator.device, batch["keys"]
-    latents, given = encode_batch(args, components, batch, keys if args.vae_sample_mode == "sample" else None)
+    latents, given = encode_batch(args, wan, batch, keys if args.vae_sample_mode == "sample" else None)
 
-    sigmas = to_device(wiring.draw_sigmas_of(args, batch, components.shift), device)
+    sigmas = to_device(build.sigmas_of_batch(args, batch, wan.shift), device)
     noise = to_device(batch_noise([int(hash_key(key, Purpose.NOISE)) for key in keys], latents.shape[1:]), device)
     noisy_latents = add_noise(latents, noise, sigmas)
     target = noise - latents
@@ -354,116 +328,99 @@ def accumulate_gradients(
             losses = motion_losses(prediction, target, losses, args.motion_sub_loss_ratio)
         loss = (losses.double() * weights).sum()
         backward(accelerator, model, loss)
-    if dump_to is not None:
-        drawn = {"latents": latents, "noise": noise, "sigma": sigmas, "timestep": inputs["timestep"]}
-        found = {"weight": weights, "target": target, "prediction": prediction, "loss": losses}
-        write_dump(dump_to, rank=accelerator.process_index, batch=batch, tensors=drawn | found, model_inputs=inputs)
+    write_dump(
+        dump_to, accelerator.process_index, batch, inputs, latents=latents, noise=noise, sigma=sigmas,
+        timestep=inputs["timestep"], weight=weights, target=target, prediction=prediction, loss=losses,
+    )  # fmt: skip
     return loss.detach()
 
 
-# --------------------------------------------------------------------------------------------------- validation
-
-
-def predict_held_out(
-    components: Components, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut
-) -> torch.Tensor:
-    """Returns the velocity for one held-out sample, as training computes it."""
+def predict_held_out(wan: Wan, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut) -> torch.Tensor:
+    """The velocity prediction for one held-out sample, as in training."""
     given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
-    sigmas = timestep / NUM_TRAIN_TIMESTEPS
-    return components.transformer(**transformer_inputs(noisy_latents, sigmas, given))[0]
+    return wan.transformer(**transformer_inputs(noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, given))[0]
 
 
 @contextmanager
-def sampling_pipeline(components: Components) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
-    """Yields the pipeline with the transformer in training, its encoders on the device."""
-    with components.encoders.temporary() as encoders, ExitStack() as stack:
+def sampling_pipeline(wan: Wan) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
+    """The pipeline with the transformer in training, its encoders on the device."""
+    with wan.encoders.temporary() as encoders, ExitStack() as stack:
         for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
             if encoder is not None:
                 stack.enter_context(encoder.on_device())
-        encoders.pipeline.transformer = components.transformer
+        encoders.pipeline.transformer = wan.transformer
         yield encoders.pipeline
         encoders.pipeline.transformer = None
 
 
-# ------------------------------------------------------------------------------------------------ main and loop
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs training from the flags to the exported model; returns the exit code (0 done, 75 stopped and saved)."""
-    return planning.start(parse_args(argv), train, check_model, describe)
+    """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
+    args = parse_args(argv)
+    if flags.is_dry_run(args):
+        return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
+    return launch.launch(args, train)
 
 
-def train(
-    args: argparse.Namespace, accelerator: Accelerator, backend: Backend, run: Run, gather: Callable[[Any], list[Any]]
-) -> int:
-    """Builds schedule, model and records in this order, then loops over optimizer steps; returns the exit code."""
-    parts, shift = check_model(args), read_shift(args.config_path)
-    model = describe(args, parts)
-    wiring.announce(args, accelerator, backend, run, model.task)
+def train(args: argparse.Namespace, ctx: Context) -> int:
+    """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
+    components, shift = check_model(args), read_shift(args.config_path)
+    profile = describe(args, components)
+    startup.announce(args, ctx, profile.task)
 
-    # schedule: from here on, everything that will happen is known
-    planned = scheduling.open_schedule(args, accelerator, run, gather, model.cost)
-    settings, state, total, part = planned.settings, planned.state, planned.total, parts["transformer"]
-    lora = wiring.open_lora(args, accelerator, run, planned, part, ADAPTED, WanPipeline)
+    # schedule: all samples, steps and random draws of the run follow from it
+    schedule = build_schedule(args, ctx, profile)
+    state, lr_at = schedule.state, build.lr_of_step(args, schedule)
+    lora = build.build_lora(args, ctx, schedule, components["transformer"], LORA_TARGETS, WanPipeline)
 
-    # data: what the frozen encoders make of it is made once, where there is a cache
-    encoders = LazyEncoders(partial(load_encoders, args, parts, shift, accelerator))
-    recipes = recipes_of(args, parts, encoders, accelerator)
-    encode, dataset, sampler, loader = wiring.open_data(args, accelerator, gather, planned, recipes, encoders)
+    # data: outputs of the frozen encoders, from the cache where there is one
+    encoders = LazyEncoders(partial(load_encoders, args, components, shift, ctx.accelerator))
+    specs = encoding_specs(args, components, encoders, compute_dtype(ctx.accelerator))
+    data = build_data(args, ctx, schedule, specs, encoders)
     if args.cache_only:
-        return wiring.fill_cache(args, accelerator, run, gather, planned, encode, dataset)
+        return precompute.fill_cache(ctx, data.missing, data.encode, args.dataloader_num_workers)
 
-    # model: float32 masters, computation in the accelerator's precision
-    transformer = load_transformer(WanTransformer3DModel, part, accelerator, fp32_params=flags.with_fp32_params(args))
-    components = load_components(parts, shift, transformer, encoders, encode)
-    engine, lr_at = wiring.open_engine(
-        args, accelerator, backend, transformer, transformer.blocks, planned, part, lora
-    )
-    components = replace(components, transformer=engine.network)  # as validation and sampling must call it
-    if run.resume.path:
-        engine.load(run.resume.path)
+    # model: weights in float32, compute in the accelerator's precision; resumed from the checkpoint
+    transformer = build.load_model(args, ctx, WanTransformer3DModel, components["transformer"])
+    wan = build_model(components, shift, transformer, encoders, data.encode)
+    engine = build.build_engine(args, ctx, schedule, transformer, transformer.blocks, components["transformer"], lora)
+    wan = replace(wan, transformer=engine.network)
 
-    # records, batches, looks at the model on the way
-    watch = wiring.open_watch(args, accelerator, run, gather, planned, engine, {"shift": shift}, model.network)
-    plan = held_out_plan(planned.columns, settings)
-    held_out = encode_held_out(dataset, plan, partial(encode_batch, args, components, keys=None))
-    validate = wiring.open_validator(
-        args, accelerator, backend, watch, planned, engine=engine, held_out=held_out, shift=shift,
-        predict=partial(predict_held_out, components), guidance_scale=SAMPLING_GUIDANCE,
-        pipeline=partial(sampling_pipeline, components),
-    )  # fmt: skip
-    about = {"task": f"wan2.1 {args.train_mode}", "backend": backend.name, "optimizer": flags.optimizer_of(args)}
-    export = wiring.export_of(args, accelerator, engine, transformer, state, about | {"shift": shift}, watch.bar.note)
-    accumulate = partial(accumulate_gradients, args, accelerator, components, engine.model)
-    planning.try_largest(args, accelerator, backend, planned, engine, dataset, partial(accumulate, dump_to=None))
+    # records, checkpoints, validation
+    facts = {"task": f"wan2.1 {args.train_mode}", "shift": shift}
+    recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
+    held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, args, wan, keys=None))
+    family = FamilyValidation(partial(predict_held_out, wan), partial(sampling_pipeline, wan), SAMPLING_GUIDANCE)
+    validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
+
+    gradients = partial(accumulate_gradients, args, ctx.accelerator, wan, engine.model, dump_to=None)
+    memory_check.try_largest(args, ctx, schedule, engine, data.dataset, gradients)
     if state.step == 0:
-        watch.first_batch(planned.plan, dataset.with_pixels(), planned.index.fps)
+        recorder.first_batch(schedule, data.dataset)
         validate()
 
-    with StopRequest() as stop, encode, watch:
-        for step in iterate_steps(planned.columns, settings, state, sampler, loader, total=total, clock=watch.clock):
-            engine.set_lr(rate := lr_at(state.step))
-            step_loss, bad = torch.zeros((), dtype=torch.float64, device=accelerator.device), []
-            dump_to = dump_folder(watch.output_dir, state.step + 1, args.dump_steps)
-            for batch in step.batches():
-                step_loss += accumulate(batch, dump_to)
-                bad += batch["bad"]
-            end = finish_step(
-                step, accelerator, watch, engine, loss=step_loss, bad=bad, stop=bool(stop),
-                clip_limit=wiring.clip_limit_of(args), max_bad_fraction=args.max_bad_fraction, rate=rate,
-            )  # fmt: skip
+    with StopRequest() as stop, data.encode, recorder:
+        for step in loop.iterate_steps(schedule, data, recorder.clock):
+            engine.set_lr(lr := lr_at(state.step))
+            loss = torch.zeros((), dtype=torch.float64, device=ctx.device)
+            for batch in step.micro_batches():
+                with memory_check.name_batch(batch):  # encode, add noise, forward, loss, backward
+                    dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
+                    loss += accumulate_gradients(args, ctx.accelerator, wan, engine.model, batch, dump_to)
+            report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
+            loss, limit = sum_over_ranks(loss), build.clip_limit_of_step(args, state.step)
+            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit)
+            epoch_ended = state.advance(step.plan.n_steps)
+            recorder.log(step, report, lr, loss, update)
 
-            # once in a while: validate, save, stop
-            done = state.step == total
-            if end.stop and not done:  # first of all: whoever asks may not wait for long
-                watch.save(export.save, args.checkpoints_total_limit, export.about())
-                return watch.stopped(stop.signal_name)
-            if done or wiring.validation_due(args, state.step, end.epochs):
+            done = state.step == schedule.total
+            if report.stop and not done:
+                checkpoints.save()
+                return checkpoints.stopped(stop.signal_name)
+            if done or build.validation_due(args, state, epoch_ended):
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
-                watch.save(export.save, args.checkpoints_total_limit, export.about())
-
-    return watch.finished(export)
+                checkpoints.save()
+    return checkpoints.finish()
 
 
 if __name__ == "__main__":

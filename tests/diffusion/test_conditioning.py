@@ -1,4 +1,4 @@
-"""Serves videox/conditioning.py and what Wan is given by it: what is known, how often, and where it stands."""
+"""Tests of videox.diffusion.conditioning and Wan's condition: masks, dropped conditions, channel layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LENGTHS = st.integers(1, 5).map(lambda latent_frames: 4 * latent_frames + 1)
 SIDES = st.integers(1, 8).map(lambda cells: GRID * cells)
 
 
-def filled(family: str, key: int, frames: int, height: int, width: int) -> torch.Tensor:
+def filled_mask(family: str, key: int, frames: int, height: int, width: int) -> torch.Tensor:
     mask = torch.zeros(frames, height, width)
     fill_mask(mask, family, key)
     return mask
@@ -54,7 +54,7 @@ def key_of_family(family: str, families: dict[str, float] = CLIP_MASKS) -> int:
     return next(key for key in MANY if draw_family(families, key) == family)
 
 
-# ---------------------------------------------------------------------------------------------- what is known
+# --------------------------------------------------------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("families", [CLIP_MASKS, IMAGE_MASKS])
@@ -69,36 +69,36 @@ def test_each_family_has_its_share(families: dict[str, float]) -> None:
 
 @settings(deadline=None)
 @given(KEYS, LENGTHS, SIDES, SIDES)
-def test_named_frames_are_known_whole_and_no_other(key: int, frames: int, height: int, width: int) -> None:
+def test_named_frames_are_known_and_no_others(key: int, frames: int, height: int, width: int) -> None:
     known = {"first": {0}, "first_and_last": {0, frames - 1}, "nothing": set()}
     for family, whole in known.items():
-        mask = filled(family, key, frames, height, width)
+        mask = filled_mask(family, key, frames, height, width)
         for frame in range(frames):
             assert mask[frame].eq(float(frame in whole)).all()
 
 
 @settings(deadline=None)
 @given(KEYS, st.integers(2, 21), SIDES, SIDES)
-def test_random_frames_are_whole_and_never_all_known(key: int, frames: int, height: int, width: int) -> None:
-    mask = filled("frames", key, frames, height, width)
+def test_random_frames_are_complete_and_never_all_known(key: int, frames: int, height: int, width: int) -> None:
+    mask = filled_mask("frames", key, frames, height, width)
     by_frame = mask[:, 0, 0]
     assert torch.equal(mask, by_frame.view(-1, 1, 1).expand_as(mask))
     assert set(by_frame.tolist()) <= {0.0, 1.0} and 0 in by_frame
 
 
-def test_random_frames_are_few_and_many_and_in_every_place() -> None:
-    known = torch.stack([filled("frames", key, 9, GRID, GRID)[:, 0, 0] for key in MANY[:2000]])
+def test_random_frames_vary_in_number_and_position() -> None:
+    known = torch.stack([filled_mask("frames", key, 9, GRID, GRID)[:, 0, 0] for key in MANY[:2000]])
     counts = Counter(known.sum(1).int().tolist())
     assert counts.keys() == set(range(9)) and min(counts.values()) > 100
-    assert all(abs(known.mean(0) - 4 / 9) < 0.05)  # half of the frames, less the one that never is
+    assert all(abs(known.mean(0) - 4 / 9) < 0.05)  # half of the frames, minus the one that is never known
 
 
 @settings(deadline=None)
 @given(KEYS, st.integers(0, 4), SIDES, SIDES)
-def test_boxes_lie_on_the_grid_and_leave_something_to_make(
+def test_boxes_are_on_the_grid_and_leave_pixels_to_generate(
     key: int, latent_frames: int, height: int, width: int
 ) -> None:
-    mask = filled("boxes", key, 4 * latent_frames + 1, height, width)
+    mask = filled_mask("boxes", key, 4 * latent_frames + 1, height, width)
     assert torch.equal(mask, mask[:1].expand_as(mask))  # the same in every frame
     cells = mask[0, ::GRID, ::GRID]
     assert torch.equal(mask[0], cells.repeat_interleave(GRID, 0).repeat_interleave(GRID, 1))
@@ -119,19 +119,23 @@ def test_a_box_is_a_quarter_to_three_quarters_of_a_side(key: int, number: int, s
 
 
 def test_boxes_are_one_or_several_and_anywhere() -> None:
-    cells = 1 - torch.stack([filled("boxes", key, 1, 16 * GRID, 16 * GRID)[0, ::GRID, ::GRID] for key in MANY[:2000]])
-    assert 0.25 < sum(map(rectangle, cells)) / len(cells) < 0.5  # one in four is one box; some boxes hide in others
+    cells = 1 - torch.stack(
+        [filled_mask("boxes", key, 1, 16 * GRID, 16 * GRID)[0, ::GRID, ::GRID] for key in MANY[:2000]]
+    )
+    assert (
+        0.25 < sum(map(rectangle, cells)) / len(cells) < 0.5
+    )  # one in four is a single box; some boxes are inside others
     assert all(unknown.any(1).sum() >= 4 and unknown.any(0).sum() >= 4 for unknown in cells)
     shares = cells.mean((1, 2))
     assert shares.min() < 0.1 and shares.max() > 0.8
     often = cells.mean(0)
     assert often.min() > 0 and often.max() < 1
-    assert often[0, 0] < often[8, 8]  # fewest boxes reach the edges
+    assert often[0, 0] < often[8, 8]  # few boxes reach the edges
 
 
 @settings(deadline=None)
 @given(st.lists(KEYS, min_size=1, max_size=5), SIDES, SIDES)
-def test_in_image_to_video_a_clip_gives_its_first_frame_and_an_image_nothing(
+def test_i2v_masks_know_the_first_frame_of_a_clip_and_nothing_of_an_image(
     keys: list[int], height: int, width: int
 ) -> None:
     mask = known_mask("i2v", keys, 9, height, width)
@@ -143,13 +147,13 @@ def test_in_image_to_video_a_clip_gives_its_first_frame_and_an_image_nothing(
 def test_inpainting_draws_from_the_families_of_clips_or_of_images() -> None:
     for frames, families in ((9, CLIP_MASKS), (1, IMAGE_MASKS)):
         for key in MANY[:200]:
-            wanted = filled(draw_family(families, key), key, frames, 64, 80)
+            wanted = filled_mask(draw_family(families, key), key, frames, 64, 80)
             assert torch.equal(known_mask("inpaint", [key], frames, 64, 80)[0, 0], wanted)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(KEYS, min_size=2, max_size=6), st.sampled_from(["i2v", "inpaint"]), st.sampled_from([1, 5, 13]))
-def test_a_sample_is_given_the_same_in_any_company(keys: list[int], mode: str, frames: int) -> None:
+def test_masks_do_not_depend_on_the_batch(keys: list[int], mode: str, frames: int) -> None:
     together = known_mask(mode, keys, frames, 48, 64)
     kept = keep_condition(together, keys)
     for place, key in enumerate(keys):
@@ -169,7 +173,7 @@ def test_nine_images_in_ten_of_which_nothing_is_known_get_no_condition() -> None
     assert abs(1 - kept.mean() - 0.9) < 0.01
 
 
-def test_inpainted_images_keep_what_is_known_of_them() -> None:
+def test_inpainted_images_keep_their_known_pixels() -> None:
     mask = known_mask("inpaint", MANY, 1, 48, 64)
     known = mask.amax((1, 2, 3, 4)) > 0
     kept = keep_condition(mask, MANY).flatten()
@@ -178,21 +182,19 @@ def test_inpainted_images_keep_what_is_known_of_them() -> None:
     assert abs(1 - kept[~known].mean() - 0.9) < 0.02
 
 
-def test_clips_keep_their_condition_always() -> None:
+def test_clips_always_keep_their_condition() -> None:
     for mode in ("i2v", "inpaint"):
         for frames in (5, 9):
             assert keep_condition(known_mask(mode, MANY[:500], frames, 16, 16), MANY[:500]).eq(1).all()
 
 
-# ---------------------------------------------------------------------------------------------- where it stands
+# ------------------------------------------------------------------------------------------- layout of the channels
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_the_mask_is_packed_as_a_plain_loop_packs_it(
-    seed: int, later: int, rows: int, columns: int, count: int
-) -> None:
-    """Any pattern of pixels, mostly known, so that whole 8 x 8 fields occur."""
+def test_pack_mask_equals_a_plain_loop(seed: int, later: int, rows: int, columns: int, count: int) -> None:
+    """Any pattern of pixels, mostly known, so that completely known 8 x 8 fields occur."""
     frames = 4 * later + 1
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.rand(count, 1, frames, 8 * rows, 8 * columns, generator=generator) < 0.99).float()
@@ -210,7 +212,7 @@ def test_the_mask_is_packed_as_a_plain_loop_packs_it(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 4))
-def test_hunyuans_first_frame_stands_in_its_place_or_beside(seed: int, count: int, frames: int) -> None:
+def test_hunyuanvideos_first_frame_is_replaced_or_concatenated(seed: int, count: int, frames: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, 16, frames, 4, 6, generator=generator)
     first = torch.randn(count, 16, 1, 4, 6, generator=generator)
@@ -219,15 +221,15 @@ def test_hunyuans_first_frame_stands_in_its_place_or_beside(seed: int, count: in
     replaced = replace_first_frame(latents, first)
     assert torch.equal(replaced[:, :, :1], first) and torch.equal(replaced[:, :, 1:], latents[:, :, 1:])
 
-    beside = concat_first_frame(latents, first)
-    assert beside.shape == (count, 33, frames, 4, 6)
-    assert torch.equal(beside[:, :16], latents)
-    assert torch.equal(beside[:, 16:32, :1], first) and not beside[:, 16:32, 1:].any()
-    assert beside[:, 32, 0].eq(1).all() and not beside[:, 32, 1:].any()
+    concatenated = concat_first_frame(latents, first)
+    assert concatenated.shape == (count, 33, frames, 4, 6)
+    assert torch.equal(concatenated[:, :16], latents)
+    assert torch.equal(concatenated[:, 16:32, :1], first) and not concatenated[:, 16:32, 1:].any()
+    assert concatenated[:, 32, 0].eq(1).all() and not concatenated[:, 32, 1:].any()
     assert torch.equal(latents, before[0]) and torch.equal(first, before[1])
 
 
-# --------------------------------------------------------------------------------- Wan's condition, with its parts
+# --------------------------------------------------------------------- Wan's condition, with the trainer's components
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +239,9 @@ def trainer() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def components(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Returns the trainer's own parts of an image-to-video model with an image embedder."""
+    """Return the trainer's own components of an image-to-video model with an image embedder."""
     folder = tmp_path_factory.mktemp("model")
-    where = {
+    flags = {
         "pretrained_model_name_or_path": tiny.build_wan_i2v(folder / "wan"),
         "train_data_meta": folder / "metadata.json",
         "output_dir": folder / "out",
@@ -248,23 +250,23 @@ def components(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     }
     with runs.restored_process_state():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        args = trainer.parse_args(runs.to_argv(where))
+        args = trainer.parse_args(runs.to_argv(flags))
         accelerator, _ = make_accelerator(args.mixed_precision)
-        yield runs.load_components(trainer, args, accelerator)
+        yield runs.build_model(trainer, args, accelerator)
 
 
-def given_of(trainer: ModuleType, components: Any, video: torch.Tensor, mode: str, keys: list[int]) -> dict:
-    """Returns what the model is given of a micro-batch's pictures, as training makes it."""
+def model_inputs(trainer: ModuleType, components: Any, video: torch.Tensor, mode: str, keys: list[int]) -> dict:
+    """Return the model's inputs for the images of a micro-batch, as training builds them."""
     args, count, bucket = SimpleNamespace(train_mode=mode), len(keys), Bucket(*video.shape[2:])
-    recipes = [recipe for recipe in components.encode.specs if recipe.name in ("moments", "prompt_embeds")]
-    made = {recipe.name: list(torch.zeros(count, *recipe.shape(bucket))) for recipe in recipes}
+    specs = [spec for spec in components.encode.specs if spec.name in ("moments", "prompt_embeds")]
+    encoded = {spec.name: list(torch.zeros(count, *spec.shape(bucket))) for spec in specs}
     if mode != "normal":
         encoders = components.encoders()
         known, mask = trainer.known_pixels(mode, EncoderInput(video, [""] * count, keys))
-        made["known"] = list(encode_moments(encoders.vae, known, mini_batch=count)[:, :16])
-        made["image_embeds"] = list(trainer.encode_images(encoders, known, mask))
+        encoded["known"] = list(encode_moments(encoders.vae, known, mini_batch=count)[:, :16])
+        encoded["image_embeds"] = list(trainer.encode_images(encoders, known, mask))
     batch = {"keys": keys, "variants": keys, "bucket": bucket}
-    return trainer.encode_batch(args, replace(components, encode=lambda _: made), batch, None)[1]
+    return trainer.encode_batch(args, replace(components, encode=lambda _: encoded), batch, None)[1]
 
 
 def video_of(frames: int, count: int = 1, height: int = 64, width: int = 96) -> torch.Tensor:
@@ -281,7 +283,7 @@ def normalised(components: Any, video: torch.Tensor) -> torch.Tensor:
 
 
 def clip_features(components: Any, image: torch.Tensor) -> torch.Tensor:
-    """Returns the features before the last layer for an image [3, H, W] in [-1, 1], by the parts alone."""
+    """Return the features before the last layer for an image [3, H, W] in [-1, 1], by the components alone."""
     pixels = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     pipeline = components.encoders().pipeline
     with torch.no_grad():
@@ -289,12 +291,10 @@ def clip_features(components: Any, image: torch.Tensor) -> torch.Tensor:
         return pipeline.image_encoder(pixel_values=seen, output_hidden_states=True).hidden_states[-2][0]
 
 
-def test_the_condition_is_four_mask_channels_and_the_known_pixels_latents(
-    trainer: ModuleType, components: Any
-) -> None:
+def test_the_condition_is_four_mask_channels_and_latents_of_known_pixels(trainer: ModuleType, components: Any) -> None:
     keys = [key_of_family(family) for family in CLIP_MASKS]
     video = video_of(9, len(keys))
-    condition = given_of(trainer, components, video, "inpaint", keys)["condition"]
+    condition = model_inputs(trainer, components, video, "inpaint", keys)["condition"]
     assert condition.shape == (len(keys), 20, 3, 8, 12)
     mask = known_mask("inpaint", keys, 9, 64, 96)
     assert torch.equal(condition[:, :4], pack_mask(mask))
@@ -304,22 +304,22 @@ def test_the_condition_is_four_mask_channels_and_the_known_pixels_latents(
     assert all(not torch.allclose(a, b, atol=0.01) for a, b in zip(latents, latents.roll(1, 0), strict=True))
 
 
-def test_the_condition_is_the_posteriors_mode_whatever_the_key(trainer: ModuleType, components: Any) -> None:
+def test_the_condition_is_the_posteriors_mode_for_any_key(trainer: ModuleType, components: Any) -> None:
     video = video_of(9)
-    one, other = (given_of(trainer, components, video, "i2v", [key])["condition"] for key in (MANY[0], MANY[1]))
+    one, other = (model_inputs(trainer, components, video, "i2v", [key])["condition"] for key in (MANY[0], MANY[1]))
     assert torch.equal(one, other)
 
 
-def test_text_to_video_is_given_nothing(trainer: ModuleType, components: Any) -> None:
-    assert given_of(trainer, components, video_of(9), "normal", [MANY[0]]).keys() == {"prompt_embeds"}
+def test_text_to_video_has_no_condition(trainer: ModuleType, components: Any) -> None:
+    assert model_inputs(trainer, components, video_of(9), "normal", [MANY[0]]).keys() == {"prompt_embeds"}
 
 
-def test_an_image_is_given_grey_or_nothing_at_all(trainer: ModuleType, components: Any) -> None:
+def test_an_image_has_a_grey_or_a_zero_condition(trainer: ModuleType, components: Any) -> None:
     nothing = torch.zeros(1, 1, 1, 16, 16)
     dropped = next(key for key in MANY if not keep_condition(nothing, [key]).item())
     kept = next(key for key in MANY if keep_condition(nothing, [key]).item())
     video = video_of(1, 2)
-    given = given_of(trainer, components, video, "i2v", [dropped, kept])
+    given = model_inputs(trainer, components, video, "i2v", [dropped, kept])
     assert not given["condition"][0].any()
     assert not given["condition"][1, :4].any()
     grey = normalised(components, torch.zeros(1, 3, 1, 64, 96))
@@ -327,9 +327,9 @@ def test_an_image_is_given_grey_or_nothing_at_all(trainer: ModuleType, component
     assert given["image_embeds"].shape[0] == 2 and not given["image_embeds"].any()
 
 
-def test_a_clips_features_are_those_of_its_first_frame(trainer: ModuleType, components: Any) -> None:
+def test_image_features_of_a_clip_are_those_of_its_first_frame(trainer: ModuleType, components: Any) -> None:
     video = video_of(9, 2)
-    embeds = given_of(trainer, components, video, "i2v", MANY[:2])["image_embeds"]
+    embeds = model_inputs(trainer, components, video, "i2v", MANY[:2])["image_embeds"]
     for sample, features in zip(video, embeds, strict=True):
         assert torch.allclose(features, clip_features(components, sample[:, 0]), rtol=0, atol=1e-5)
     assert not torch.allclose(embeds[0], embeds[1], atol=1e-3)
@@ -338,7 +338,7 @@ def test_a_clips_features_are_those_of_its_first_frame(trainer: ModuleType, comp
 
 def test_features_are_zero_where_nothing_of_the_first_frame_is_known(trainer: ModuleType, components: Any) -> None:
     def known_first(key: int) -> bool:
-        return bool(filled("frames", key, 9, 64, 96)[0, 0, 0])
+        return bool(filled_mask("frames", key, 9, 64, 96)[0, 0, 0])
 
     of_frames = [key for key in MANY if draw_family(CLIP_MASKS, key) == "frames"]
     cases = {
@@ -348,22 +348,22 @@ def test_features_are_zero_where_nothing_of_the_first_frame_is_known(trainer: Mo
         key_of_family("first_and_last"): True,
     }
     video = video_of(9, len(cases))
-    embeds = given_of(trainer, components, video, "inpaint", list(cases))["image_embeds"]
+    embeds = model_inputs(trainer, components, video, "inpaint", list(cases))["image_embeds"]
     for sample, features, known in zip(video, embeds, cases.values(), strict=True):
         wanted = clip_features(components, sample[:, 0]) if known else torch.zeros_like(features)
         assert torch.allclose(features, wanted, rtol=0, atol=1e-5)
 
 
-def test_features_of_boxes_do_not_see_what_is_to_be_made(trainer: ModuleType, components: Any) -> None:
-    """Two clips that differ in the unknown pixels alone are given the same."""
+def test_features_do_not_depend_on_unknown_pixels(trainer: ModuleType, components: Any) -> None:
+    """Two clips that differ only in unknown pixels have equal inputs."""
     key = next(
         key for key in MANY
-        if draw_family(CLIP_MASKS, key) == "boxes" and filled("boxes", key, 9, 64, 96).any()
+        if draw_family(CLIP_MASKS, key) == "boxes" and filled_mask("boxes", key, 9, 64, 96).any()
     )  # fmt: skip
     unknown = 1 - known_mask("inpaint", [key], 9, 64, 96)
     one = video_of(9)
     other = torch.where(unknown > 0, -one, one)
-    first, second = (given_of(trainer, components, video, "inpaint", [key]) for video in (one, other))
+    first, second = (model_inputs(trainer, components, video, "inpaint", [key]) for video in (one, other))
     assert not torch.equal(one, other)
     assert all(torch.equal(first[name], second[name]) for name in ("condition", "image_embeds"))
     assert first["image_embeds"].any()

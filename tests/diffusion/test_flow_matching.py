@@ -1,4 +1,4 @@
-"""Serves videox/flow_matching.py: each formula against a plain recomputation, each density against its sampler."""
+"""Tests of videox.diffusion.flow_matching: formulas against plain recomputation, densities against samplers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.diffusion.flow_matching import (
-    NUM_TRAIN_TIMESTEPS,
-    WEIGHTING_SCHEMES,
     add_noise,
     batch_noise,
     draw_sigmas,
@@ -26,6 +24,7 @@ from videox.diffusion.flow_matching import (
     timestep_density,
     velocity_losses,
 )
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.rng import hash_key, uniform
 
 SHAPE = (16, 3, 4, 6)
@@ -33,7 +32,7 @@ KEYS = st.integers(0, 2**64 - 1)
 DRAWS = uniform(42, np.arange(100_000))
 
 
-def random_like(*shape: int, key: int) -> torch.Tensor:
+def random_tensor(*shape: int, key: int) -> torch.Tensor:
     return keyed_noise(key, shape)
 
 
@@ -49,8 +48,8 @@ def test_noise_is_a_function_of_its_key(key: int) -> None:
     assert not torch.equal(one, keyed_noise((key + 1) % 2**64, SHAPE))
 
 
-def test_noise_is_frozen() -> None:
-    """A resumed run, with another version of numpy even, must find the noise that the first one had."""
+def test_noise_never_changes() -> None:
+    """A resumed run must draw the same noise as the first one, even with another version of numpy."""
     first = keyed_noise(42, (4,)).tolist()
     assert first == [0.18170474469661713, -1.2426393032073975, -0.5515530109405518, 0.3664800226688385]
 
@@ -102,7 +101,7 @@ def test_median_sigma_of_the_families_shifts(shift: float, median: float) -> Non
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0])
-def test_sigmas_are_the_schedulers(shift: float) -> None:
+def test_sigmas_equal_those_of_the_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     every = draw_sigmas((np.arange(1000) + 0.5) / 1000, shift)
     assert every.dtype == torch.float32
@@ -113,7 +112,7 @@ def test_sigmas_are_the_schedulers(shift: float) -> None:
 
 
 @given(st.integers(1, 1000), st.integers(0, 999), st.floats(0.001, 0.999), st.floats(0.5, 10))
-def test_a_draw_picks_its_step_of_the_grid(steps: int, index: int, within: float, shift: float) -> None:
+def test_a_draw_selects_its_timestep(steps: int, index: int, within: float, shift: float) -> None:
     index %= steps
     sigma = float(draw_sigmas(np.array([(index + within) / steps]), shift, steps)[0])
     t = (NUM_TRAIN_TIMESTEPS - index) / NUM_TRAIN_TIMESTEPS
@@ -127,14 +126,14 @@ def test_fewer_steps_train_the_noisiest_part() -> None:
     assert float(sigmas.min()) == pytest.approx(0.751)
 
 
-def test_even_draws_reach_every_timestep_evenly() -> None:
+def test_uniform_draws_reach_every_timestep_equally() -> None:
     counts = np.unique(draw_sigmas(DRAWS, 5.0).numpy(), return_counts=True)[1]
     assert len(counts) == 1000
     assert (((counts - 100) ** 2 / 100).sum() - 999) / math.sqrt(2 * 999) < 5
 
 
 @pytest.mark.parametrize("draw", [0.0, 2.0**-54, 1 - 2.0**-53, 1.0])
-def test_the_ends_of_the_draws_stay_in_range(draw: float) -> None:
+def test_extreme_draws_stay_in_range(draw: float) -> None:
     for steps in (1, 250, 1000):
         assert 0 < float(draw_sigmas(np.array([draw]), 5.0, steps)[0]) <= 1
 
@@ -157,7 +156,7 @@ def test_logit_normal_has_the_samplers_quantiles(mean: float, std: float) -> Non
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, 1.75])
-def test_mode_is_diffusers_and_stays_within_its_interval(scale: float) -> None:
+def test_mode_equals_diffusers_and_stays_in_its_interval(scale: float) -> None:
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(7)
 
@@ -171,11 +170,11 @@ def test_mode_is_diffusers_and_stays_within_its_interval(scale: float) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
-def test_other_schemes_draw_evenly(scheme: str) -> None:
+def test_other_schemes_leave_draws_uniform(scheme: str) -> None:
     assert np.array_equal(timestep_density(DRAWS, scheme, 0.0, 1.0, 1.29), DRAWS)
 
 
-def test_logit_normal_survives_the_ends() -> None:
+def test_logit_normal_is_finite_at_extreme_draws() -> None:
     ends = timestep_density(np.array([2.0**-54, 1 - 2.0**-53]), "logit_normal", 0.0, 20.0, 1.29)
     assert np.all(np.isfinite(ends))
     assert np.all(torch.isfinite(draw_sigmas(ends, 5.0)).numpy())
@@ -187,7 +186,7 @@ def test_logit_normal_survives_the_ends() -> None:
 @given(KEYS, st.lists(st.floats(0, 1, width=32), min_size=1, max_size=4))
 def test_noising_and_target_are_rectified_flow(key: int, levels: list[float]) -> None:
     sigmas = torch.tensor(levels)
-    latents, noise = (random_like(len(levels), *SHAPE, key=(key + i) % 2**64) for i in range(2))
+    latents, noise = (random_tensor(len(levels), *SHAPE, key=(key + i) % 2**64) for i in range(2))
     noisy, target = add_noise(latents, noise, sigmas), noise - latents
     assert noisy.dtype == torch.float32
     for i, sigma in enumerate(levels):
@@ -196,15 +195,15 @@ def test_noising_and_target_are_rectified_flow(key: int, levels: list[float]) ->
         torch.testing.assert_close(noisy[i] + (1 - sigma) * target[i], noise[i], atol=1e-5, rtol=1e-5)
 
 
-def test_the_ends_of_noising_are_exact() -> None:
-    latents, noise = random_like(2, *SHAPE, key=1), random_like(2, *SHAPE, key=2)
+def test_noising_is_exact_at_sigma_0_and_1() -> None:
+    latents, noise = random_tensor(2, *SHAPE, key=1), random_tensor(2, *SHAPE, key=2)
     noisy = add_noise(latents, noise, torch.tensor([0.0, 1.0]))
     assert torch.equal(noisy[0], latents[0])
     assert torch.equal(noisy[1], noise[1])
 
 
 @pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
-def test_loss_weights_are_diffusers(scheme: str) -> None:
+def test_loss_weights_equal_those_of_diffusers(scheme: str) -> None:
     sigmas = draw_sigmas(DRAWS[:1000], 5.0)
     weights = loss_weights(sigmas, scheme)
     assert weights.dtype == torch.float32
@@ -212,8 +211,8 @@ def test_loss_weights_are_diffusers(scheme: str) -> None:
 
 
 @given(KEYS, st.integers(1, 4))
-def test_velocity_losses_are_torchs_mean_squared_error(key: int, count: int) -> None:
-    prediction, target = (random_like(count, *SHAPE, key=(key + i) % 2**64) for i in range(2))
+def test_velocity_losses_equal_torchs_mean_squared_error(key: int, count: int) -> None:
+    prediction, target = (random_tensor(count, *SHAPE, key=(key + i) % 2**64) for i in range(2))
     weights = torch.arange(1, count + 1).float()
     losses = velocity_losses(prediction, target, weights)
     assert losses.shape == (count,)
@@ -223,8 +222,8 @@ def test_velocity_losses_are_torchs_mean_squared_error(key: int, count: int) -> 
 
 
 def test_losses_of_a_bfloat16_prediction_are_float32() -> None:
-    prediction = random_like(2, *SHAPE, key=1).bfloat16()
-    target = random_like(2, *SHAPE, key=2)
+    prediction = random_tensor(2, *SHAPE, key=1).bfloat16()
+    target = random_tensor(2, *SHAPE, key=2)
     losses = velocity_losses(prediction, target, torch.ones(2))
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.mean(), torch.nn.functional.mse_loss(prediction.float(), target))
@@ -232,14 +231,14 @@ def test_losses_of_a_bfloat16_prediction_are_float32() -> None:
 
 
 def test_every_latent_frame_is_trained() -> None:
-    prediction = random_like(1, *SHAPE, key=1).requires_grad_()
-    velocity_losses(prediction, random_like(1, *SHAPE, key=2), torch.ones(1)).sum().backward()
+    prediction = random_tensor(1, *SHAPE, key=1).requires_grad_()
+    velocity_losses(prediction, random_tensor(1, *SHAPE, key=2), torch.ones(1)).sum().backward()
     assert torch.all(prediction.grad.abs().amax(dim=(0, 1, 3, 4)) > 0)
 
 
 @given(KEYS, st.integers(3, 6), st.floats(0, 1))
 def test_motion_losses_mix_in_the_change_between_frames(key: int, frames: int, ratio: float) -> None:
-    prediction, target = (random_like(2, 4, frames, 3, 5, key=(key + i) % 2**64) for i in range(2))
+    prediction, target = (random_tensor(2, 4, frames, 3, 5, key=(key + i) % 2**64) for i in range(2))
     losses = torch.tensor([0.3, 7.0])
     found = motion_losses(prediction, target, losses, ratio)
     for i in range(2):
@@ -250,13 +249,13 @@ def test_motion_losses_mix_in_the_change_between_frames(key: int, frames: int, r
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_motion_losses_leave_short_clips_alone(frames: int) -> None:
-    prediction, target = (random_like(2, 4, frames, 3, 5, key=key) for key in (1, 2))
+    prediction, target = (random_tensor(2, 4, frames, 3, 5, key=key) for key in (1, 2))
     losses = torch.tensor([0.3, 7.0])
     assert torch.equal(motion_losses(prediction, target, losses, 0.5), losses)
 
 
 def test_a_constant_offset_has_no_motion_loss() -> None:
-    target = random_like(1, 4, 5, 3, 5, key=1)
+    target = random_tensor(1, 4, 5, 3, 5, key=1)
     losses = velocity_losses(target + 3, target, torch.ones(1))
     torch.testing.assert_close(motion_losses(target + 3, target, losses, 1.0), torch.zeros(1), atol=1e-10, rtol=0)
     torch.testing.assert_close(losses, torch.full((1,), 9.0))

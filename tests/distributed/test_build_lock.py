@@ -1,4 +1,4 @@
-"""Serves who starts under DeepSpeed after a crash: a lock without an owner is named before anything waits at it."""
+"""Tests of videox.distributed.build_lock: a lock without an owner is refused before DeepSpeed waits for it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def environment(lock: Path, **more: str) -> dict[str, str]:
     return {"TORCH_EXTENSIONS_DIR": str(lock.parent.parent), **more}
 
 
-def test_a_lock_without_an_owner_is_refused_with_the_line_that_removes_it(lock: Path) -> None:
-    with pytest.raises(UserError, match="held by no process here") as refused:
+def test_lock_without_owner_is_refused_with_the_command_that_removes_it(lock: Path) -> None:
+    with pytest.raises(UserError, match="held by no process on this machine") as refused:
         refuse_stale_locks(environment(lock))
     assert refused.value.exit_code == FLAGS
     subprocess.run(["bash", "-c", refused.value.hint], check=True)
@@ -39,12 +39,12 @@ def test_a_lock_without_an_owner_is_refused_with_the_line_that_removes_it(lock: 
     assert not lock.exists()
 
 
-def test_a_lock_with_a_living_owner_is_not(lock: Path) -> None:
+def test_lock_with_living_owner_is_accepted(lock: Path) -> None:
     lock.unlink()
-    held = (
+    owner_code = (
         "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", held, str(lock)], stdout=subprocess.PIPE)
+    owner = subprocess.Popen([sys.executable, "-c", owner_code, str(lock)], stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"held\n"
     refuse_stale_locks(environment(lock))
     owner.kill()
@@ -53,7 +53,7 @@ def test_a_lock_with_a_living_owner_is_not(lock: Path) -> None:
         refuse_stale_locks(environment(lock))
 
 
-def test_a_young_lock_may_belong_to_another_machine(lock: Path) -> None:
+def test_young_lock_of_a_multi_machine_launch_is_accepted(lock: Path) -> None:
     several = environment(lock, WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
     refuse_stale_locks(several)
     os.utime(lock, (time.time() - 3600,) * 2)
@@ -61,7 +61,7 @@ def test_a_young_lock_may_belong_to_another_machine(lock: Path) -> None:
         refuse_stale_locks(several)
 
 
-def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_extensions_folder_is_the_one_that_torch_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch.utils.cpp_extension import _get_build_directory
 
     for name, value in (
@@ -79,7 +79,7 @@ def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_start_under_deepspeed_names_it_once_and_ends(lock: Path, tmp_path: Path) -> None:
+def test_deepspeed_start_with_a_stale_lock_prints_one_line_and_ends(lock: Path, tmp_path: Path) -> None:
     model, metadata = tiny.build_wan_t2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
     ranks = forkserver.shared().start_ranks(
         2,

@@ -1,4 +1,4 @@
-"""Serves videox/straggling.py: the wait for the slowest process is measured, beside what was planned."""
+"""Tests of videox.distributed.straggler: the measured wait for the slowest rank."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videox.device import AsyncScalars, DeviceEvent
-from videox.distributed.straggler import LAST_TO_COME, BackwardTimer, backward_timer, straggler_share
+from videox.distributed.straggler import HOOKED_PARAMETERS, BackwardTimer, backward_timer, straggler_share
 from videox.tracking.pending_step import PendingStep
 
 STEPS = 4
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=64))
-def test_the_share_is_what_the_slowest_costs_the_others(busy: list[float]) -> None:
+def test_share_is_the_mean_wait_for_the_slowest_rank(busy: list[float]) -> None:
     share = straggler_share(busy)
     waited = sum(max(busy) - each for each in busy)
     assert share == pytest.approx(waited / (len(busy) * max(busy)), abs=1e-12)
@@ -31,28 +31,28 @@ def test_the_share_is_what_the_slowest_costs_the_others(busy: list[float]) -> No
     assert straggler_share([*busy, 0.0]) is None
 
 
-def test_equal_processes_wait_for_nobody() -> None:
+def test_share_of_equal_ranks_is_zero() -> None:
     assert straggler_share([2.5] * 8) == 0
     assert straggler_share([3.0, 1.0]) == pytest.approx(1 / 3)
     assert straggler_share([]) is None
 
 
-def test_work_is_done_when_the_last_gradients_have_come() -> None:
+def test_backward_timer_stops_at_the_last_gradients() -> None:
     with runs.restored_process_state():
         accelerator = Accelerator(cpu=True)
-        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(LAST_TO_COME)))
-        assert backward_timer(accelerator, model) is None  # one process waits for nobody
-        effort = BackwardTimer(model, accelerator)
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(HOOKED_PARAMETERS)))
+        assert backward_timer(accelerator, model) is None  # a single process waits for nobody
+        timer = BackwardTimer(model, accelerator)
     begin = DeviceEvent(torch.device("cpu"))
-    assert effort.take() is None
+    assert timer.take() is None
     model(torch.ones(1, 2)).sum().backward()
     after = DeviceEvent(torch.device("cpu"))
-    done = effort.take()
+    done = timer.take()
     assert 0 <= done.since(begin) <= after.since(begin)
-    assert effort.take() is None
+    assert timer.take() is None
 
 
-def test_waiting_for_data_is_no_work() -> None:
+def test_waiting_for_data_does_not_count_as_work() -> None:
     device, one = torch.device("cpu"), torch.ones(())
     times = iter([10.0, 14.0])
     begin, done = (DeviceEvent(device, lambda: next(times)) for _ in range(2))
@@ -71,7 +71,7 @@ def test_waiting_for_data_is_no_work() -> None:
 
 
 def train_three_times_as_busy() -> int:
-    """Runs in each of two processes: trains, and says that the second one works three times as long as the first."""
+    """Train as one of two ranks; rank 1 reports three times the working time of rank 0."""
     measured = PendingStep.busy
 
     def scaled_busy(self: PendingStep) -> float:
@@ -93,7 +93,7 @@ def lines_of(folder: Path, metadata: Path, work: str = "", **changes: object) ->
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_bytes().splitlines()]
 
 
-def test_every_line_has_the_share_of_its_own_step(tmp_path: Path) -> None:
+def test_each_metrics_line_has_the_share_of_its_own_step(tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path / "data", copies=2)
     lines = lines_of(tmp_path, metadata, "tests.distributed.test_straggler:train_three_times_as_busy")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -102,14 +102,14 @@ def test_every_line_has_the_share_of_its_own_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_with_dearer_samples_is_found(tmp_path: Path) -> None:
-    """Of two rows every step has both: a clip on one process, an image of a few tokens on the other."""
+def test_rank_with_more_expensive_samples_is_found(tmp_path: Path) -> None:
+    """Every step has both rows: a clip on one rank, an image of a few tokens on the other."""
     metadata = tiny.make_dataset(tmp_path / "data", (("clip.mp4", 256, 256, 13, 24.0), ("image.png", 64, 64, 0, 0.0)))
     lines = lines_of(
         tmp_path, metadata, video_sample_size=256, image_sample_size=64, token_sample_size=256, balance="none",
         max_train_steps=8,
     )  # fmt: skip
     assert all(0 <= line["straggler_share"] < 1 for line in lines)
-    # in the second step DDP puts its buckets in order, for which processes meet once more
-    dear = sorted(line["straggler_share"] for line in lines[2:] if line["planned_balance"] < 0.6)
-    assert len(dear) > 1 and dear[len(dear) // 2] > 0.1, lines
+    # In the second step DDP rebuilds its buckets, for which ranks synchronize once more.
+    expensive = sorted(line["straggler_share"] for line in lines[2:] if line["planned_balance"] < 0.6)
+    assert len(expensive) > 1 and expensive[len(expensive) // 2] > 0.1, lines

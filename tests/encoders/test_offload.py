@@ -1,4 +1,4 @@
-"""Serves videox/offload.py: weights are on the device while they are used and at no other time."""
+"""Tests of videox.encoders.offload: weights are on the device only while they are used."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ import pytest
 import runs
 import tiny
 import torch
+from tensors import DEVICES
 from torch import nn
 
 from videox.diffusion.flow_matching import keyed_noise
 from videox.encoders.offload import OffloadedModule
 
-# To torch "cpu:0" is a device like any other: `.to` copies host tensors to it. So the copies can be followed without
-# an accelerator; with one, it is tested as well.
-DEVICES = [torch.device("cpu:0"), *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
 
-
-def frozen() -> nn.Module:
-    """Returns a small frozen encoder with parameters and buffers, one weight shared by two layers."""
+def small_encoder() -> nn.Module:
+    """Return a small frozen encoder with parameters and buffers, one weight shared by two layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
@@ -31,7 +28,7 @@ def frozen() -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def storages(module: nn.Module) -> list[int]:
+def data_pointers(module: nn.Module) -> list[int]:
     return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
 
@@ -40,137 +37,143 @@ def output(module: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_weights_are_on_the_device_only_while_awake(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    host = storages(resting.module)
-    wanted = output(resting.module, torch.device("cpu"))
+def test_weights_are_on_the_device_only_during_use(device: torch.device) -> None:
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    host_pointers = data_pointers(offloaded.module)
+    expected = output(offloaded.module, torch.device("cpu"))
     for _ in range(3):
-        with resting.on_device() as module:
-            assert module is resting.module
-            assert not set(storages(module)) & set(host)
+        with offloaded.on_device() as module:
+            assert module is offloaded.module
+            assert not set(data_pointers(module)) & set(host_pointers)
             assert all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers()))
             copies = [weakref.ref(tensor.data.untyped_storage()) for tensor in module.parameters()]
-            torch.testing.assert_close(output(module, device), wanted)
+            torch.testing.assert_close(output(module, device), expected)
         gc.collect()
-        assert [copy() for copy in copies] == [None] * len(copies)  # the device's copies are gone
-        assert storages(resting.module) == host  # and the same weights rest where they did
-        assert all(tensor.device.type == "cpu" for tensor in resting.module.parameters())
-        torch.testing.assert_close(output(resting.module, torch.device("cpu")), wanted, rtol=0, atol=0)
+        assert [copy() for copy in copies] == [None] * len(copies)  # the device copies are freed
+        assert data_pointers(offloaded.module) == host_pointers  # the tensors point at the host weights again
+        assert all(tensor.device.type == "cpu" for tensor in offloaded.module.parameters())
+        torch.testing.assert_close(output(offloaded.module, torch.device("cpu")), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_shared_weights_stay_shared(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    with resting.on_device() as module:
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    with offloaded.on_device() as module:
         assert module[0].weight is module[2].weight
-    assert resting.module[0].weight is resting.module[2].weight
+    assert offloaded.module[0].weight is offloaded.module[2].weight
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_weights_rest_after_a_failure(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    host = storages(resting.module)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), resting.on_device() as module:
+def test_weights_are_offloaded_after_a_failure(device: torch.device) -> None:
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    host_pointers = data_pointers(offloaded.module)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), offloaded.on_device() as module:
         module(torch.zeros(2, 5, device=device))
-    assert storages(resting.module) == host
+    assert data_pointers(offloaded.module) == host_pointers
 
 
-def test_weights_rest_when_waking_fails_half_way() -> None:
-    module = frozen()
-    module.append(nn.Linear(6, 6, device="meta").requires_grad_(False))  # has no values that could be copied
-    resting = OffloadedModule(module, torch.device("cpu:0"), offload=True)
-    host = storages(resting.module)
+def test_weights_are_offloaded_if_the_copy_fails_half_way() -> None:
+    module = small_encoder()
+    module.append(nn.Linear(6, 6, device="meta").requires_grad_(False))  # a meta tensor has no values to copy
+    offloaded = OffloadedModule(module, torch.device("cpu:0"), offload=True)
+    host_pointers = data_pointers(offloaded.module)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="meta"), resting.on_device():
+        with pytest.raises(RuntimeError, match="meta"), offloaded.on_device():
             pass
-        assert storages(resting.module) == host
+        assert data_pointers(offloaded.module) == host_pointers
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_a_use_within_a_use_does_not_end_it(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    host = storages(resting.module)
-    with resting.on_device() as module:
-        outer = storages(module)
-        with resting.on_device() as again:
-            assert storages(again) == outer  # no second copy
-        assert storages(module) == outer
+def test_a_nested_use_does_not_end_the_outer_one(device: torch.device) -> None:
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    host_pointers = data_pointers(offloaded.module)
+    with offloaded.on_device() as module:
+        outer = data_pointers(module)
+        with offloaded.on_device() as again:
+            assert data_pointers(again) == outer  # no second copy
+        assert data_pointers(module) == outer
         output(module, device)
-    assert storages(resting.module) == host
+    assert data_pointers(offloaded.module) == host_pointers
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_a_module_that_does_not_rest_stays(device: torch.device) -> None:
-    module = frozen()
-    staying = OffloadedModule(module, device, offload=False)
-    there = storages(module)
+def test_a_module_without_offload_stays_on_the_device(device: torch.device) -> None:
+    module = small_encoder()
+    resident = OffloadedModule(module, device, offload=False)
+    pointers = data_pointers(module)
     assert all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers()))
-    with staying.on_device() as on_device:
+    with resident.on_device() as on_device:
         assert on_device is module
-        assert storages(on_device) == there
-    assert storages(module) == there
+        assert data_pointers(on_device) == pointers
+    assert data_pointers(module) == pointers
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_what_was_called_is_there_when_it_wakes_and_is_copied_once(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    host, wanted = storages(resting.module), output(resting.module, torch.device("cpu"))
-    resting.prefetch()
-    called = [copy.data_ptr() for copy in resting._prefetched]
-    resting.prefetch()
-    assert storages(resting.module) == host and [copy.data_ptr() for copy in resting._prefetched] == called
-    with resting.on_device() as module:
-        resting.prefetch()  # it is there already
-        assert storages(module) == called and not set(called) & set(host)
-        torch.testing.assert_close(output(module, device), wanted)
-    assert storages(resting.module) == host and not resting._prefetched
+def test_prefetched_weights_are_used_and_copied_once(device: torch.device) -> None:
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    host_pointers, expected = data_pointers(offloaded.module), output(offloaded.module, torch.device("cpu"))
+    offloaded.prefetch()
+    prefetched = [copy.data_ptr() for copy in offloaded._prefetched]
+    offloaded.prefetch()
+    assert (
+        data_pointers(offloaded.module) == host_pointers
+        and [copy.data_ptr() for copy in offloaded._prefetched] == prefetched
+    )
+    with offloaded.on_device() as module:
+        offloaded.prefetch()  # does nothing: the weights are on the device
+        assert data_pointers(module) == prefetched and not set(prefetched) & set(host_pointers)
+        torch.testing.assert_close(output(module, device), expected)
+    assert data_pointers(offloaded.module) == host_pointers and not offloaded._prefetched
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_nothing_is_copied_back(device: torch.device) -> None:
-    resting = OffloadedModule(frozen(), device, offload=True)
-    tensors = [tensor for _, tensor in resting._host_weights]
+    offloaded = OffloadedModule(small_encoder(), device, offload=True)
+    tensors = [tensor for _, tensor in offloaded._host_weights]
     before = [(tensor._version, tensor.data_ptr(), tensor.clone()) for tensor in tensors]
     for _ in range(2):
-        resting.prefetch()
-        with resting.on_device() as module:
+        offloaded.prefetch()
+        with offloaded.on_device() as module:
             output(module, device)
     for tensor, (version, place, values) in zip(tensors, before, strict=True):
-        assert (tensor._version, tensor.data_ptr()) == (version, place)  # nobody wrote to it
+        assert (tensor._version, tensor.data_ptr()) == (version, place)  # it was not written to
         assert torch.equal(tensor, values)
 
 
-def test_a_run_is_the_same_and_each_encoder_is_called_before_the_one_before_it_rests(
+def test_low_vram_is_bit_identical_and_prefetches_the_next_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, metadata = tiny.build_wan_i2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
-    said: list[str] = []
-    call, on_device = OffloadedModule.prefetch, OffloadedModule.on_device
+    events: list[str] = []
+    prefetch, on_device = OffloadedModule.prefetch, OffloadedModule.on_device
 
-    def note_call(self: OffloadedModule) -> None:
+    def record_prefetch(self: OffloadedModule) -> None:
         if not self._uses and not self._prefetched:
-            said.append(f"call {type(self.module).__name__}")
-        call(self)
+            events.append(f"prefetch {type(self.module).__name__}")
+        prefetch(self)
 
     @contextmanager
-    def note_awake(self: OffloadedModule) -> Iterator[nn.Module]:
+    def record_use(self: OffloadedModule) -> Iterator[nn.Module]:
         with on_device(self) as module:
             yield module
-        said.append(f"rest {type(self.module).__name__}")
+        events.append(f"offload {type(self.module).__name__}")
 
     flags = {"train_mode": "i2v", "max_train_steps": 2, "mixed_precision": "no"}
-    staying = runs.train(runs.wan_flags(model, metadata, tmp_path / "staying", low_vram=None, **flags))
-    monkeypatch.setattr(OffloadedModule, "call", note_call)
-    monkeypatch.setattr(OffloadedModule, "awake", note_awake)
-    resting = runs.train(runs.wan_flags(model, metadata, tmp_path / "resting", low_vram=True, **flags))
-    assert (staying.code, resting.code) == (0, 0), resting.stderr
-    same = ("step", "loss", "grad_norm", "rows")
-    assert [[line[key] for key in same] for line in resting.metrics] == [
-        [line[key] for key in same] for line in staying.metrics
+    resident = runs.train(runs.wan_flags(model, metadata, tmp_path / "staying", low_vram=None, **flags))
+    monkeypatch.setattr(OffloadedModule, "prefetch", record_prefetch)
+    monkeypatch.setattr(OffloadedModule, "on_device", record_use)
+    offloaded = runs.train(runs.wan_flags(model, metadata, tmp_path / "resting", low_vram=True, **flags))
+    assert (resident.code, offloaded.code) == (0, 0), offloaded.stderr
+    keys = ("step", "loss", "grad_norm", "rows")
+    assert [[line[key] for key in keys] for line in offloaded.metrics] == [
+        [line[key] for key in keys] for line in resident.metrics
     ]
-    found, wanted = resting.weights(), staying.weights()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    actual, expected = offloaded.weights(), resident.weights()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
     vae, text, image = "AutoencoderKLWan", "UMT5EncoderModel", "CLIPVisionModel"
-    # the VAE last, and alone: it encodes the clip, and then what is known of it
-    step = [f"call {text}", f"call {image}", f"rest {text}", f"call {vae}", f"rest {image}", f"rest {vae}"]
-    assert said[-8:] == [*step, f"call {vae}", f"rest {vae}"]
+    # The VAE is last and alone on the device. It encodes the clip, and then the known pixels.
+    step = [
+        f"prefetch {text}", f"prefetch {image}", f"offload {text}", f"prefetch {vae}", f"offload {image}",
+        f"offload {vae}",
+    ]  # fmt: skip
+    assert events[-8:] == [*step, f"prefetch {vae}", f"offload {vae}"]

@@ -1,4 +1,4 @@
-"""Serves videox/latents.py: pixels as diffusers scales them, latents drawn by each sample's own key."""
+"""Tests of videox.encoders.vae: pixels are scaled as in diffusers, latents are drawn by each sample's key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from videox.encoders.encode import to_video
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import encode_latents, to_video
+from videox.encoders.vae import encode_latents
 from videox.rng import Purpose, hash_key
 
 COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
@@ -24,7 +25,7 @@ KEYS = [int(key) for key in hash_key(23, np.arange(COUNT))]
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_pixels_are_scaled_as_diffusers_scales_images(seed: int, frames: int, rows: int, columns: int) -> None:
+def test_pixels_are_scaled_as_in_diffusers(seed: int, frames: int, rows: int, columns: int) -> None:
     shape = (2, frames, 16 * rows, 16 * columns, 3)
     pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
     video = to_video(pixels)
@@ -37,38 +38,38 @@ def test_pixels_are_scaled_as_diffusers_scales_images(seed: int, frames: int, ro
         assert torch.equal(processor.preprocess_video([images], *shape[2:4])[0], sample)
 
 
-def test_every_pixel_value_is_scaled_to_the_bit() -> None:
+def test_every_pixel_value_is_scaled_bitwise_equally() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    wanted = VideoProcessor(vae_scale_factor=8).preprocess(Image.fromarray(values), 16, 16)
+    expected = VideoProcessor(vae_scale_factor=8).preprocess(Image.fromarray(values), 16, 16)
     video = to_video(torch.from_numpy(values)[None, None])
-    assert torch.equal(video[:, :, 0], wanted)
+    assert torch.equal(video[:, :, 0], expected)
     assert video.min() == -1 and video.max() == 1
 
 
-class CountedAutoencoder:
-    """An autoencoder of diffusers and the sizes of the batches that it was asked to encode."""
+class CountingVae:
+    """A VAE of diffusers that records the batch sizes of its encode calls."""
 
     def __init__(self, vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo, monkeypatch: pytest.MonkeyPatch) -> None:
         self.vae = vae.requires_grad_(False).eval()
-        self.resting = OffloadedModule(self.vae, torch.device("cpu"), offload=True)
+        self.offloaded = OffloadedModule(self.vae, torch.device("cpu"), offload=True)
         self.calls: list[int] = []
         encode_batch = self.vae.encode
 
-        def counted(video: torch.Tensor) -> object:
+        def counting_encode(video: torch.Tensor) -> object:
             self.calls.append(len(video))
             return encode_batch(video)
 
-        monkeypatch.setattr(self.vae, "encode", counted)
+        monkeypatch.setattr(self.vae, "encode", counting_encode)
 
-    def precise(self) -> CountedAutoencoder:
-        """Computes in float64 from here on: what is left between two batch sizes is then no rounding of float32."""
-        self.resting = OffloadedModule(self.vae.double(), torch.device("cpu"), offload=True)
+    def in_float64(self) -> CountingVae:
+        """Convert the VAE to float64: differences between batch sizes are then not hidden by float32 rounding."""
+        self.offloaded = OffloadedModule(self.vae.double(), torch.device("cpu"), offload=True)
         return self
 
 
 @pytest.fixture(params=["wan", "hunyuan"])
-def autoencoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedAutoencoder]:
-    """A small one with random weights, unsure of its latents as a trained one is not, so that the draw shows."""
+def autoencoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingVae]:
+    """Yield a small VAE with random weights and a wide posterior, so that the draws differ visibly."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if request.param == "wan":
@@ -79,7 +80,7 @@ def autoencoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             vae = AutoencoderKLHunyuanVideo(
                 latent_channels=16, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
             )
-        yield CountedAutoencoder(vae, monkeypatch)
+        yield CountingVae(vae, monkeypatch)
 
 
 @pytest.fixture
@@ -88,8 +89,8 @@ def video() -> torch.Tensor:
     return to_video(torch.from_numpy(np.stack(clips)))
 
 
-def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
-    latents = encode_latents(autoencoder.resting, video, keys=KEYS, mini_batch=32)
+def test_each_samples_noise_is_drawn_from_its_key(autoencoder: CountingVae, video: torch.Tensor) -> None:
+    latents = encode_latents(autoencoder.offloaded, video, keys=KEYS, mini_batch=32)
     with torch.no_grad():
         posterior = autoencoder.vae.encode(video).latent_dist
     assert latents.shape == (COUNT, 16, 2, 4, 6) and latents.dtype == torch.float32
@@ -100,41 +101,39 @@ def test_each_samples_noise_is_of_its_own_key(autoencoder: CountedAutoencoder, v
         assert torch.equal(latents[row], posterior.mean[row] + posterior.std[row] * noise)
 
 
-def test_without_keys_it_is_the_posteriors_mode(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
-    latents = encode_latents(autoencoder.resting, video, keys=None, mini_batch=32)
+def test_without_keys_latents_are_the_posteriors_mode(autoencoder: CountingVae, video: torch.Tensor) -> None:
+    latents = encode_latents(autoencoder.offloaded, video, keys=None, mini_batch=32)
     with torch.no_grad():
         posterior = autoencoder.vae.encode(video).latent_dist
     assert torch.equal(latents, posterior.mode())
 
 
 @pytest.mark.parametrize("keys", [KEYS, None])
-def test_the_mini_batch_changes_the_calls_and_not_the_latents(
-    autoencoder: CountedAutoencoder, video: torch.Tensor, keys: list[int] | None
+def test_the_mini_batch_size_does_not_change_the_latents(
+    autoencoder: CountingVae, video: torch.Tensor, keys: list[int] | None
 ) -> None:
-    resting, found, calls = autoencoder.precise().resting, {}, {}
+    offloaded, latents, calls = autoencoder.in_float64().offloaded, {}, {}
     for mini_batch in (1, 2, 32):
         autoencoder.calls.clear()
-        found[mini_batch] = encode_latents(resting, video.double(), keys=keys, mini_batch=mini_batch)
+        latents[mini_batch] = encode_latents(offloaded, video.double(), keys=keys, mini_batch=mini_batch)
         calls[mini_batch] = list(autoencoder.calls)
     assert calls == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 32: [5]}
-    assert found[32].std() > 0.01
+    assert latents[32].std() > 0.01
     for mini_batch in (1, 2):
-        assert torch.allclose(found[mini_batch], found[32], rtol=0, atol=1e-12)
+        assert torch.allclose(latents[mini_batch], latents[32], rtol=0, atol=1e-12)
 
 
-def test_a_sample_keeps_its_latents_in_any_company(autoencoder: CountedAutoencoder, video: torch.Tensor) -> None:
-    resting, video = autoencoder.precise().resting, video.double()
-    together = encode_latents(resting, video, keys=KEYS, mini_batch=2)
-    turned = encode_latents(resting, video.flip(0), keys=KEYS[::-1], mini_batch=2)
-    assert torch.allclose(turned.flip(0), together, rtol=0, atol=1e-12)
-    other = encode_latents(resting, video[:1], keys=KEYS[1:2], mini_batch=2)
-    assert not torch.allclose(other[0], together[0], rtol=0, atol=0.1)  # another key draws other noise
+def test_latents_are_independent_of_the_rest_of_the_batch(autoencoder: CountingVae, video: torch.Tensor) -> None:
+    offloaded, video = autoencoder.in_float64().offloaded, video.double()
+    batched = encode_latents(offloaded, video, keys=KEYS, mini_batch=2)
+    reversed_batch = encode_latents(offloaded, video.flip(0), keys=KEYS[::-1], mini_batch=2)
+    assert torch.allclose(reversed_batch.flip(0), batched, rtol=0, atol=1e-12)
+    other = encode_latents(offloaded, video[:1], keys=KEYS[1:2], mini_batch=2)
+    assert not torch.allclose(other[0], batched[0], rtol=0, atol=0.1)  # another key has other noise
 
 
-def test_latents_carry_no_gradient_and_draw_from_no_generator(
-    autoencoder: CountedAutoencoder, video: torch.Tensor
-) -> None:
+def test_latents_have_no_gradient_and_use_no_global_rng(autoencoder: CountingVae, video: torch.Tensor) -> None:
     before = torch.get_rng_state()
-    latents = encode_latents(autoencoder.resting, video.requires_grad_(), keys=KEYS, mini_batch=2)
+    latents = encode_latents(autoencoder.offloaded, video.requires_grad_(), keys=KEYS, mini_batch=2)
     assert not latents.requires_grad
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Serves whoever pays for the GPU: in a step the host waits for it nowhere, so that it never waits for the host."""
+"""Tests that no training step synchronizes the host with the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from syncs import OWN_CODE, DeviceTensors, record_waits, recording_iterate_steps
 
 from videox.device import AsyncScalars, DeviceEvent, to_device
 from videox.optim.ema import Ema, Fp32Params
+from videox.training import loop
 from videox.training.loop import seed_generators
 
 DEVICE = torch.device("cpu")
@@ -25,11 +26,11 @@ BUILD = {
 }
 
 
-# ------------------------------------------------------------------------------------------- the counting itself
+# ---------------------------------------------------------------------------------------- the counting of the tests
 
 
 def waits(work: object) -> list[str]:
-    """Returns what the host waits for in a function that is given a tensor of the device and one of the host."""
+    """Return what the host waits for in a function of a device tensor and a host tensor."""
     on_device, host = DeviceTensors(), torch.arange(4.0)
     with record_waits(on_device):
         there = host.to(DEVICE, non_blocking=True)
@@ -54,7 +55,7 @@ def waits(work: object) -> list[str]:
         (lambda d, h: h[int(d[0]) :], "aten._local_scalar_dense.default"),
     ],
 )
-def test_each_way_to_wait_is_counted(work: object, what: str) -> None:
+def test_each_kind_of_synchronization_is_counted(work: object, what: str) -> None:
     assert waits(work) == [what]
 
 
@@ -68,11 +69,11 @@ def test_each_way_to_wait_is_counted(work: object, what: str) -> None:
         lambda d, h: AsyncScalars(d.sum(), d.max(), device=DEVICE).read(),
     ],
 )
-def test_what_waits_for_nothing_is_not_counted(work: object) -> None:
+def test_asynchronous_operations_are_not_counted(work: object) -> None:
     assert waits(work) == []
 
 
-def test_weights_are_on_the_device() -> None:
+def test_weights_count_as_on_the_device() -> None:
     layer, on_device = torch.nn.Linear(4, 4), DeviceTensors()
     with record_waits(on_device):
         layer(torch.ones(2, 4)).sum().item()
@@ -80,23 +81,23 @@ def test_weights_are_on_the_device() -> None:
     assert place.startswith(f"{__file__}:")
 
 
-# -------------------------------------------------------------------------------------------------- numbers, moments
+# ------------------------------------------------------------------------------------------ scalars, events, EMA
 
 
-def test_numbers_come_back_as_they_were() -> None:
+def test_async_scalars_round_trip() -> None:
     numbers = AsyncScalars(
         torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("inf")), torch.tensor(True), device=DEVICE
     )
     assert numbers.read() == [0.1, float("inf"), 1.0]
 
 
-def test_a_moment_of_a_device_without_a_queue_is_the_hosts() -> None:
+def test_device_event_of_the_cpu_uses_the_host_clock() -> None:
     times = iter([3.0, 5.5])
     first, second = DeviceEvent(DEVICE, lambda: next(times)), DeviceEvent(DEVICE, lambda: next(times))
     assert second.since(first) == 2.5 and not first.on_device
 
 
-def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
+def test_ema_update_does_not_synchronize() -> None:
     weights = {"a": torch.full((3,), 2.0)}
     ema = Ema(Fp32Params(("a",), weights.__getitem__, lambda name, new: None), decay=0.5)
     on_device = DeviceTensors()
@@ -111,29 +112,33 @@ def test_an_average_follows_and_stays_without_a_look_at_the_device() -> None:
     assert ema.shards["a"].tolist() == pytest.approx([3 + (5 - 3) * (1 - 2 / 11)] * 3)
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- training runs
 
 
-def counted(family: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **asked: object) -> list[list[str]]:
-    """Returns where the host waits in each step of a run, the last left out: that one ends in a save."""
+def waits_of_run(
+    family: str, mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **asked: object
+) -> list[list[str]]:
+    """Return the places where the host waits in each step of a run, except the last, which ends in a save."""
     model, metadata = BUILD[family, mode](folder / "model"), tiny.make_dataset(folder / "data")
     script = runs.train_script(family)
     flags = {"max_train_steps": STEPS, "train_mode": mode, "checkpointing_steps": STEPS, **asked}
     if "latent_cache" in asked:
-        filled = runs.train(runs.train_flags(family, model, metadata, folder / "fill", cache_only=True, **flags), script)
+        filled = runs.train(
+            runs.train_flags(family, model, metadata, folder / "fill", cache_only=True, **flags), script
+        )
         assert filled.code == 0, filled.stderr
-    iterate_steps, steps = recording_iterate_steps(script)
-    monkeypatch.setattr(script, "iterate_steps", iterate_steps)
+    iterate_steps, steps = recording_iterate_steps()
+    monkeypatch.setattr(loop, "iterate_steps", iterate_steps)
     done = runs.train(runs.train_flags(family, model, metadata, folder / "out", **flags), script)
     assert done.code == 0, done.stderr
     assert [record["step"] for record in done.metrics] == list(range(1, STEPS + 1))
-    assert len(steps) == STEPS and steps[-1]  # the save reads the weights: so waits are seen
+    assert len(steps) == STEPS and steps[-1]  # the save reads the weights, so waits must be seen
     return steps[:-1]
 
 
 @pytest.mark.parametrize(("family", "mode"), [("wan2.1", "i2v"), ("hunyuanvideo", "normal")])
 def test_no_step_waits_for_the_device(family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = counted(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache")
+    found = waits_of_run(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache")
     assert found == [[]] * (STEPS - 1)
 
 
@@ -148,14 +153,14 @@ def test_no_step_waits_for_the_device(family: str, mode: str, tmp_path: Path, mo
     ],
     ids=["EMA", "spikes", "LoRA"],
 )
-def test_no_step_waits_whatever_is_asked_for(
+def test_no_step_waits_with_any_feature(
     family: str, mode: str, asked: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = counted(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache", **asked)
+    found = waits_of_run(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache", **asked)
     assert found == [[]] * (STEPS - 1)
 
 
-# What encoders are given without a cache, images and texts' lengths, their libraries want on the host.
+# Without a cache the encoders' libraries need their inputs, images and text lengths, on the host.
 ENCODING = {("latents.py", "cpu"), ("latents.py", "numpy"), ("text.py", "aten._local_scalar_dense.default")}
 
 
@@ -164,7 +169,7 @@ ENCODING = {("latents.py", "cpu"), ("latents.py", "numpy"), ("text.py", "aten._l
 def test_without_a_cache_only_encoders_wait(
     family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = {place for step in counted(family, mode, tmp_path, monkeypatch) for place in step}
+    places = {place for step in waits_of_run(family, mode, tmp_path, monkeypatch) for place in step}
     ours = {(Path(place.split(":")[0]).name, place.split(" ", 1)[1]) for place in places if place.startswith(OWN_CODE)}
     assert ours <= ENCODING
     theirs = ("/diffusers/pipelines/", "/transformers/")
@@ -172,8 +177,8 @@ def test_without_a_cache_only_encoders_wait(
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
-def test_generators_are_seeded_as_torch_seeds_them(seed: int) -> None:
+def test_seed_generators_equals_torch_manual_seed(seed: int) -> None:
     torch.manual_seed(seed)
-    wanted = torch.randn(5)
+    expected = torch.randn(5)
     seed_generators(seed)
-    assert torch.equal(torch.randn(5), wanted)
+    assert torch.equal(torch.randn(5), expected)

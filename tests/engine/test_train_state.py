@@ -1,4 +1,4 @@
-"""Serves whoever resumes: the state comes back to the bit, and a run that would become another one is refused."""
+"""Tests of videox.engine.train_state: bit-identical resume, and refusal of what would change the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def state_of(settings: PlanSettings = SETTINGS, index: str = "same") -> TrainSta
     return TrainState(settings.seed, settings.slots, index, plan_inputs(settings), run="a run")
 
 
-def alone(value: object) -> list[object]:
+def gather_single(value: object) -> list[object]:
     return [value]
 
 
@@ -61,10 +61,10 @@ def write_state(folder: Path, state: TrainState) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------ the numbers
+# ------------------------------------------------------------------------------------------ reading and counting
 
 
-def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_state_round_trips(tmp_path: Path) -> None:
     state = state_of()
     state.step, state.epoch, state.epoch_step = 1234, 5, 17
     state.quarantined, state.bad, state.skipped, state.skipped_in_row = [3, 99], [4], 6, 2
@@ -75,7 +75,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"seed": 1}', None], ids=["empty", "list", "torn", "short", "none"]
 )
-def test_a_state_that_cannot_be_read_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_unreadable_state_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / STATE_FILE).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="not a readable trainer state") as refused:
@@ -84,7 +84,7 @@ def test_a_state_that_cannot_be_read_is_refused(tmp_path: Path, content: str | N
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_steps_count_through_epochs(lengths: list[int]) -> None:
+def test_advance_counts_steps_and_epochs(lengths: list[int]) -> None:
     state = state_of()
     for epoch, length in enumerate(lengths):
         for step in range(length):
@@ -93,7 +93,7 @@ def test_steps_count_through_epochs(lengths: list[int]) -> None:
     assert (state.step, state.epoch, state.epoch_step) == (sum(lengths), len(lengths), 0)
 
 
-def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
+def test_bad_rows_are_quarantined_from_the_next_epoch_on() -> None:
     state = state_of()
     state.quarantined, state.bad = [8], [3, 8, 1]
     assert not state.advance(2)
@@ -102,7 +102,7 @@ def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
     assert (state.quarantined, state.bad) == ([1, 3, 8], [])
 
 
-# -------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------------- refuse_changed_plan
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_rows_found_bad_are_left_out_from_the_next_epoch_on() -> None:
         (SETTINGS, "other", "the data's rows, captions or sizes have changed"),
     ],
 )  # fmt: skip
-def test_what_would_change_the_schedule_is_named(changed: PlanSettings, index: str, named: str) -> None:
+def test_changed_setting_is_refused_with_both_values(changed: PlanSettings, index: str, named: str) -> None:
     with pytest.raises(UserError) as refused:
         refuse_changed_plan(state_of(), index, changed)
     assert refused.value.what == f"the schedule would change: {named}"
@@ -124,7 +124,7 @@ def test_what_would_change_the_schedule_is_named(changed: PlanSettings, index: s
     assert "another --output_dir" in refused.value.hint
 
 
-def test_all_changes_are_named_and_none_is_invented() -> None:
+def test_all_changes_are_listed_and_equal_settings_accepted() -> None:
     refuse_changed_plan(state_of(), "same", SETTINGS)
     with pytest.raises(UserError) as refused:
         refuse_changed_plan(state_of(), "other", replace(SETTINGS, batch_size=3, seed=8))
@@ -132,16 +132,16 @@ def test_all_changes_are_named_and_none_is_invented() -> None:
     assert "data's rows" in refused.value.what
 
 
-def test_the_state_of_an_older_version_without_a_setting_is_refused_by_name() -> None:
+def test_old_state_without_a_setting_is_refused_with_its_name() -> None:
     state = state_of()
     del state.settings["held_out"]
     with pytest.raises(UserError, match="held_out was None, is 0"):
         refuse_changed_plan(state, "same", SETTINGS)
 
 
-def test_a_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
-    kept = write_older(tmp_path / "older", state_of())
-    state, settings = begin(kept, seed=None)
+def test_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
+    old = write_older(tmp_path / "older", state_of())
+    state, settings = begin(old, seed=None)
     assert (settings.balance, settings.barrier, settings.accumulation, settings.slots) == ("none", "step", 1, 4)
     assert state.step == state_of().step
     by_cost = state_of()
@@ -151,14 +151,14 @@ def test_a_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> Non
 
 
 def write_older(folder: Path, state: TrainState) -> Path:
-    """Writes a checkpoint as a version did that knew nothing of balance."""
+    """Write a checkpoint as a version did that had no balance."""
     for name in ("balance", "barrier", "accumulation", "clips_per_video", "clip_sampling"):
         del state.settings[name]
     del state.settings["policy"]["sample_fps"]
     return write_state(folder, state)
 
 
-def test_a_resumed_run_keeps_what_its_first_launch_decided(tmp_path: Path) -> None:
+def test_resumed_run_keeps_the_settings_of_its_first_launch(tmp_path: Path) -> None:
     state = state_of()
     state.settings |= {"barrier": "micro", "accumulation": 2, "cost_linear": 3.0, "cost_quadratic": 0.5}
     _, settings = begin(write_state(tmp_path / "checkpoint", state))
@@ -176,17 +176,17 @@ def columns_of(width: int = 64, usable: bool = True) -> PlanColumns:
 COLUMNS = columns_of()
 
 
-def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path) -> None:
+def test_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path) -> None:
     state, _ = begin(None)
     write_state(tmp_path / "checkpoint", state)
 
     def resumed(columns: PlanColumns, names: str = "names") -> TrainState:
-        def settings_of(**kept: object) -> PlanSettings:
-            return replace(SETTINGS, **kept)
+        def settings_of(**changes: object) -> PlanSettings:
+            return replace(SETTINGS, **changes)
 
         return resume_or_begin(
             tmp_path / "checkpoint", settings_of, IndexedData("another", names, columns), seed=7, slots=4,
-            world_size=1, flags_name="a run", gather=alone,
+            world_size=1, flags_name="a run", gather=gather_single,
         )[0]  # fmt: skip
 
     assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
@@ -196,16 +196,16 @@ def test_a_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Pa
 
 
 def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:
-    def settings_of(**kept: object) -> PlanSettings:
-        return replace(SETTINGS, **kept)
+    def settings_of(**changes: object) -> PlanSettings:
+        return replace(SETTINGS, **changes)
 
     return resume_or_begin(
         checkpoint, settings_of, IndexedData("same", "names", COLUMNS), seed=seed, slots=slots,
-        world_size=world_size, flags_name="a run", gather=alone,
+        world_size=world_size, flags_name="a run", gather=gather_single,
     )  # fmt: skip
 
 
-def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:
+def test_new_run_uses_the_requested_seed_or_draws_one() -> None:
     state, settings = begin(None, seed=0)
     assert (state.seed, settings.seed, state.step) == (0, 0, 0)
     drawn = {begin(None, seed=None)[0].seed for _ in range(8)}
@@ -213,16 +213,18 @@ def test_a_new_run_has_the_seed_asked_for_or_draws_one() -> None:
     assert all(0 <= seed < 2**32 for seed in drawn)
 
 
-def test_runs_of_one_name_train_the_same_order() -> None:
+def test_runs_with_the_same_name_train_the_same_order() -> None:
     def name(**changes: object) -> str:
         return run_name("flags", "data", replace(SETTINGS, slots=4, **changes))
 
-    whole = {"accumulation": 1, "barrier": "step"}
-    assert name(**whole) == name(**whole) == name(accumulation=4, barrier="step")  # 4 processes; 1 with 4 steps
+    per_process = {"accumulation": 1, "barrier": "step"}
+    assert (
+        name(**per_process) == name(**per_process) == name(accumulation=4, barrier="step")
+    )  # 4 processes; 1 with 4 steps
     others = [{"accumulation": 2}, {"barrier": "micro"}, {"seed": SETTINGS.seed + 1}, {"cost_quadratic": 2.0}]
-    names = [name(**{**whole, **other}) for other in others]
-    names += [run_name("other flags", "data", replace(SETTINGS, slots=4, **whole))]
-    names += [run_name("flags", "other data", replace(SETTINGS, slots=4, **whole)), name(**whole)]
+    names = [name(**{**per_process, **other}) for other in others]
+    names += [run_name("other flags", "data", replace(SETTINGS, slots=4, **per_process))]
+    names += [run_name("flags", "other data", replace(SETTINGS, slots=4, **per_process)), name(**per_process)]
     assert len(set(names)) == len(names)
     sides = np.random.default_rng(0).integers(64, 400, (2, 64))
     columns = PlanColumns(np.zeros(64, np.uint8), *sides.astype(np.int32), np.ones(64, np.int32), np.ones(64, bool))
@@ -232,15 +234,15 @@ def test_runs_of_one_name_train_the_same_order() -> None:
     assert begin(None, seed=None)[0].run != begin(None, seed=None)[0].run
 
 
-def test_a_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:
-    kept = write_state(tmp_path / "checkpoint", state_of())
+def test_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:
+    checkpoint = write_state(tmp_path / "checkpoint", state_of())
     for slots, world_size in ((1, 1), (2, 2), (8, 4)):
-        state, settings = begin(kept, seed=None, slots=slots, world_size=world_size)
+        state, settings = begin(checkpoint, seed=None, slots=slots, world_size=world_size)
         assert (state.seed, state.slots, settings.slots) == (7, 4, 4)
     with pytest.raises(UserError, match="seed was 7, is 9"):
-        begin(kept, seed=9)
+        begin(checkpoint, seed=9)
     with pytest.raises(UserError, match="3 does not divide the 4 slots") as refused:
-        begin(kept, slots=3, world_size=3)
+        begin(checkpoint, slots=3, world_size=3)
     assert refused.value.exit_code == FLAGS
     assert "1, 2, 4 processes" in refused.value.hint
 
@@ -260,7 +262,7 @@ def choose(model: torch.nn.Module, trainable: list[str], low: list[str]) -> torc
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Takes AdamW steps first..last; each step's data is a function of its number."""
+    """Run AdamW steps first..last; each step's data is a function of its number."""
     for step in range(first, last + 1):
         generator = torch.Generator().manual_seed(step)
         latents = torch.randn(1, 16, 2, 4, 4, generator=generator)
@@ -278,9 +280,9 @@ def bits(model: torch.nn.Module) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("trainable", "low"),
     [(["."], []), (["attn1"], ["ffn"]), (["blocks.1"], [])],
-    ids=["all", "two-rates", "a-part"],
+    ids=["all", "two_learning_rates", "part"],
 )
-def test_training_goes_on_to_the_bit(
+def test_resume_is_bit_identical(
     fresh: WanTransformer3DModel, tmp_path: Path, trainable: list[str], low: list[str]
 ) -> None:
     unbroken = copy.deepcopy(fresh)
@@ -300,7 +302,7 @@ def test_training_goes_on_to_the_bit(
     assert bits(resumed) == at_save != bits(fresh)
     train(resumed, again, 4, 6)
     assert bits(resumed) == bits(unbroken)
-    # what is saved of both is equal too, and diffusers reads the weights
+    # The files saved from both are equal, too, and diffusers reads the weights.
     for name, model, its_optimizer in (("b", unbroken, optimizer), ("c", resumed, again)):
         (tmp_path / name).mkdir()
         save_state(tmp_path / name, state=state, model=model, config=model.to_json_string(), optimizer=its_optimizer)
@@ -310,7 +312,7 @@ def test_training_goes_on_to_the_bit(
     assert bits(loaded) == bits(unbroken)
 
 
-def test_the_size_told_beforehand_is_that_of_the_files(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
+def test_checkpoint_bytes_equals_the_size_of_the_files(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
     model = copy.deepcopy(fresh)
     optimizer = choose(model, ["attn1"], ["ffn"])
     train(model, optimizer, 1, 1)
@@ -322,7 +324,7 @@ def test_the_size_told_beforehand_is_that_of_the_files(fresh: WanTransformer3DMo
     assert written - headers == pytest.approx(checkpoint_bytes(model), rel=0.01)  # each step counter is a few bytes
 
 
-def test_other_weights_or_another_choice_are_refused(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
+def test_other_weights_or_other_trainable_parameters_are_refused(fresh: WanTransformer3DModel, tmp_path: Path) -> None:
     model = copy.deepcopy(fresh)
     optimizer = choose(model, ["attn1"], [])
     train(model, optimizer, 1, 1)

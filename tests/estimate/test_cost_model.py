@@ -1,4 +1,4 @@
-"""Serves videox/cost_model.py: from steps of known cost the coefficients come back, and a bad file is refused."""
+"""Tests of videox.estimate.cost_model: coefficients are recovered from steps of known cost, bad files refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plan import COLUMNS, SETTINGS
+from plans import COLUMNS, SETTINGS
 
 from videox.data.plan.balance import plan_costs
 from videox.data.plan.plan import plan_epoch
@@ -29,29 +29,29 @@ def seconds_of(sizes: np.ndarray, noise: float = 0.0) -> np.ndarray:
     return exact * np.exp(np.random.default_rng(1).normal(0, noise, len(sizes)))
 
 
-def test_exact_times_give_the_coefficients_back() -> None:
+def test_exact_times_return_the_coefficients() -> None:
     sizes = sizes_of(40)
-    found = fit(sizes, seconds_of(sizes))
-    assert found[:3] == pytest.approx((LINEAR, QUADRATIC, FIXED), rel=1e-6)
-    assert found.error < 1e-9
-    assert found.steps == 40
+    fitted = fit(sizes, seconds_of(sizes))
+    assert fitted[:3] == pytest.approx((LINEAR, QUADRATIC, FIXED), rel=1e-6)
+    assert fitted.error < 1e-9
+    assert fitted.steps == 40
 
 
-def test_the_first_steps_and_hiccups_are_outliers() -> None:
+def test_slow_first_steps_and_stalls_are_outliers() -> None:
     sizes = sizes_of(200)
     seconds = seconds_of(sizes, noise=0.02)
-    seconds[:5] *= 20  # kernels are chosen
+    seconds[:5] *= 20  # kernels are selected
     seconds[50::40] *= 3
-    found = fit(sizes, seconds)
-    assert found[:3] == pytest.approx((LINEAR, QUADRATIC, FIXED), rel=0.15)
-    assert found.error < 0.03
+    fitted = fit(sizes, seconds)
+    assert fitted[:3] == pytest.approx((LINEAR, QUADRATIC, FIXED), rel=0.15)
+    assert fitted.error < 0.03
 
 
 def test_coefficients_are_never_negative() -> None:
     sizes = sizes_of(60)
-    found = fit(sizes, 1e-4 * np.sqrt(sizes[:, 0]))  # grows slower than any cost model
-    assert min(found[:3]) >= 0
-    assert max(found[:2]) > 0
+    fitted = fit(sizes, 1e-4 * np.sqrt(sizes[:, 0]))  # grows slower than any cost model
+    assert min(fitted[:3]) >= 0
+    assert max(fitted[:2]) > 0
 
 
 @pytest.mark.parametrize("sizes", [sizes_of(11), np.ones((50, 2)) * 4096])
@@ -62,7 +62,7 @@ def test_too_few_steps_or_sizes_fit_nothing(sizes: np.ndarray) -> None:
 @pytest.mark.parametrize("barrier", BARRIERS)
 @pytest.mark.parametrize("world_size", [1, 4, 12])
 @pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
-def test_step_sizes_are_those_of_the_dearest_rank(barrier: str, world_size: int, slot_fill: str) -> None:
+def test_step_sizes_are_those_of_the_most_expensive_rank(barrier: str, world_size: int, slot_fill: str) -> None:
     settings = replace(SETTINGS, slot_fill=slot_fill)
     plan = plan_epoch(COLUMNS, settings, 0)
     pair = (settings.cost_linear, settings.cost_quadratic)
@@ -73,7 +73,7 @@ def test_step_sizes_are_those_of_the_dearest_rank(barrier: str, world_size: int,
         assert pair[0] * first + pair[1] * second == pytest.approx(slowest[step])
 
 
-def test_a_run_writes_what_another_reads(tmp_path: Path) -> None:
+def test_a_written_cost_model_can_be_read(tmp_path: Path) -> None:
     plan = plan_epoch(COLUMNS, SETTINGS, 0)
     times = StepTimes(world_size=4, barrier="step", cost=(1.0, 0.0), device="cpu")
     times.add(plan, 0, 1.0)
@@ -83,8 +83,8 @@ def test_a_run_writes_what_another_reads(tmp_path: Path) -> None:
         sizes = np.array(step_sizes(plan, step % plan.n_steps, 4, "step", (1.0, 0.0)))
         times.add(plan, step % plan.n_steps, float(sizes @ [LINEAR, QUADRATIC]) + FIXED)
     assert times.write(tmp_path)
-    held = json.loads((tmp_path / COST_MODEL).read_text())
-    assert (held["steps"], held["device"], held["processes"], held["barrier"]) == (13, "cpu", 4, "step")
+    content = json.loads((tmp_path / COST_MODEL).read_text())
+    assert (content["steps"], content["device"], content["processes"], content["barrier"]) == (13, "cpu", 4, "step")
     assert read_cost_model(tmp_path / COST_MODEL) == pytest.approx((LINEAR, QUADRATIC), rel=0.05)
     assert sample_cost(SETTINGS, plan.buckets).min() > 0
 
@@ -93,7 +93,7 @@ def test_a_run_writes_what_another_reads(tmp_path: Path) -> None:
     "text", ["", "[]", "{}", '{"linear": 1}', '{"linear": -1, "quadratic": 1}', '{"linear": 0, "quadratic": 0}',
              '{"linear": NaN, "quadratic": 1}', '{"linear": "x", "quadratic": 1}'],
 )  # fmt: skip
-def test_a_file_that_orders_nothing_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_unusable_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / COST_MODEL
     path.write_text(text)
     with pytest.raises(UserError) as refused:
@@ -102,7 +102,7 @@ def test_a_file_that_orders_nothing_is_refused(tmp_path: Path, text: str) -> Non
     assert str(path) in refused.value.what
     for shape in ("[]", "{}", "3", '{"linear": [], "quadratic": 1}'):
         path.write_text(shape, encoding="utf-8")
-        with pytest.raises(UserError, match="no JSON object with numbers `linear` and `quadratic`"):
+        with pytest.raises(UserError, match="not a JSON object with numbers `linear` and `quadratic`"):
             read_cost_model(path)
-    with pytest.raises(UserError, match="no readable cost model"):
+    with pytest.raises(UserError, match="not a readable cost model"):
         read_cost_model(tmp_path / "none.json")

@@ -1,4 +1,4 @@
-"""Serves videox/memory.py: the states that it counts are, to the byte, those that the engines hold."""
+"""Tests of videox.estimate.memory: the estimated states equal the bytes that the engines allocate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import forkserver
 import launches
 import pytest
-import test_flops as test_network
 import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import CONFIGS, SMALL_WAN, blocks_of, build_transformer, model_inputs
 
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import accumulate, backward
@@ -40,23 +40,25 @@ from videox.optim.build import choose_trainable, make_optimizer, parameter_group
 from videox.optim.registry import moments_of
 
 GIB, RANK = 2**30, 4
-SIZES = {**test_network.SMALL_WAN, "num_layers": 2}
+SIZES = {**SMALL_WAN, "num_layers": 2}
 FOURTEEN = Parameters(14_288_491_584, 14_288_491_584, 351_000_000, 247_000_000)
-ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, work=4e9)
-SETUP = MemorySetup("zero2", 8, 8, half=True, recomputed=1.0, rest=True, workers=8, tokens=21_504, batch=1, zero={})
+ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, vae_peak=4e9)
+SETUP = MemorySetup(
+    "zero2", 8, 8, half=True, recompute_share=1.0, offload_encoders=True, workers=8, tokens=21_504, batch=1, zero={}
+)
 
 
 def parameters_of(model: torch.nn.Module) -> Parameters:
-    counts = [sum(p.numel() for p in block.parameters()) for block in test_network.blocks(model)]
+    counts = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Parameters(total, trained, max(counts), total - sum(counts))
 
 
-def held(engine: Engine, given: Sequence[torch.Tensor]) -> Counter[str]:
-    """Returns bytes by dtype of all tensors there are, gradients too, but neither the network's buffers nor `given`.
+def allocated_bytes(engine: Engine, given: Sequence[torch.Tensor]) -> Counter[str]:
+    """Return bytes by dtype of all tensors, gradients included, without the network's buffers and `given`.
 
-    Which those are is asked anew each time: a buffer that was replaced leaves its address to another tensor.
+    Buffers are looked up at each call, because the address of a replaced buffer may be reused by another tensor.
     """
     gc.collect()
     found = {}
@@ -73,8 +75,8 @@ def held(engine: Engine, given: Sequence[torch.Tensor]) -> Counter[str]:
     return counted
 
 
-def adapt(model: torch.nn.Module, accelerator: Accelerator) -> list[str]:
-    """Adds adapters to the attention and returns the names of what trains."""
+def add_adapters(model: torch.nn.Module, accelerator: Accelerator) -> list[str]:
+    """Add adapters to the attention and return the names of the trainable parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     targets = choose_targets(shapes, {}, ["attn1"])
     values = {}
@@ -87,12 +89,12 @@ def adapt(model: torch.nn.Module, accelerator: Accelerator) -> list[str]:
 
 
 def measure() -> int:
-    """Trains two steps and writes what is held before, between and after forward and backward passes."""
+    """Train two steps and write the allocated bytes after the backward pass."""
     accelerator, backend = make_accelerator("bf16")
-    model, trained = test_network.build(SIZES), os.environ["TRAINED"]
+    model, trained = build_transformer(SIZES), os.environ["TRAINED"]
     optimizer, half = "adamw" if trained == "lora" else trained, list[str]()
     if trained == "lora":
-        full = adapt(model.to(torch.float32 if backend.name == "fsdp1" else torch.bfloat16), accelerator)
+        full = add_adapters(model.to(torch.float32 if backend.name == "fsdp1" else torch.bfloat16), accelerator)
     else:
         full, half = choose_trainable(model.to(torch.float32 if trained == "adamw" else torch.bfloat16), ["."], [])
     parameters = parameters_of(model)
@@ -102,7 +104,7 @@ def measure() -> int:
         settings = {"betas": (0.9, 0.99), "weight_decay": 0.0, "epsilon": 1e-8}
         return make_optimizer(groups, learning_rate=1e-3, name=optimizer, **settings)
 
-    sample, _ = test_network.inputs(SIZES, side=4, frames=1)
+    sample, _ = model_inputs(SIZES, side=4, frames=1)
     given = [tensor for tensor in sample.values() if isinstance(tensor, torch.Tensor)]
     engine: Engine
     if backend.engine == "deepspeed":
@@ -111,14 +113,14 @@ def measure() -> int:
         settings = DeepSpeedSettings(max_grad_norm=1.0, batch_size=1, micro_batches=1)
         engine = DeepSpeedEngine(accelerator, model, optimizer_over, settings=settings, output_dir=Path())
     elif backend.engine == "fsdp":
-        engine = FsdpEngine(accelerator, model, test_network.blocks(model), optimizer_over)
+        engine = FsdpEngine(accelerator, model, blocks_of(model), optimizer_over)
     else:
         engine = DdpEngine(accelerator, model, optimizer_over)
     engine.set_lr(1e-3)
     for _ in range(2):
         with accumulate(accelerator, engine.model, True):
             backward(accelerator, engine.model, engine.model(**sample)[0].square().mean())
-        after_backward = held(engine, given)
+        after_backward = allocated_bytes(engine, given)
         engine.update(loss=torch.ones(()), empty=False, limit=lambda norm: norm)
     record = {"parameters": vars(parameters), "full": after_backward, "backend": backend.name}
     Path(os.environ["MEASURED"]).with_suffix(f".{accelerator.process_index}").write_text(json.dumps(record))
@@ -132,7 +134,7 @@ SLOW = [("zero3", "adamw"), ("fsdp1", "adamw"), ("zero2", "lora"), ("fsdp1", "lo
     ("backend", "trained"),
     [("ddp", "adamw"), ("zero2", "adamw"), ("ddp", "lora"), *(pytest.param(*s, marks=pytest.mark.slow) for s in SLOW)],
 )
-def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path: Path) -> None:
+def test_states_equal_the_allocations_of_the_engines(backend: str, trained: str, tmp_path: Path) -> None:
     ranks = forkserver.shared().start_ranks(
         2, [], tmp_path / "log", entry_points=["tests.estimate.test_memory:measure"] * 2,
         environment={**launches.launcher_environment(backend, "wan2.1 normal", 2), "MEASURED": str(tmp_path / "found"), "TRAINED": trained},
@@ -143,34 +145,34 @@ def test_states_are_those_that_engines_hold(backend: str, trained: str, tmp_path
     for rank in range(2):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
         setup = MemorySetup(
-            backend, 2, 2, half=True, recomputed=0, rest=False, workers=0, tokens=0, batch=1, zero={},
-            optimizer="adamw" if trained == "lora" else trained, adapters=trained == "lora",
+            backend, 2, 2, half=True, recompute_share=0, offload_encoders=False, workers=0, tokens=0, batch=1, zero={},
+            optimizer="adamw" if trained == "lora" else trained, lora=trained == "lora",
         )  # fmt: skip
         parameters = Parameters(**found["parameters"])
         states = state_bytes(parameters, setup)
         half = found["full"].get("bfloat16", 0)
-        if backend == "zero3":  # beside its part of the weights it keeps small ones whole, and a bucket
+        if backend == "zero3":  # in addition to its shard, small weights are whole, and there is a bucket
             assert half >= states.pop("weights")
         else:
             rounded = states["weights"] + states["gradients"] if trained == "adamw_bf16" else 0
-            frozen = 2 * (parameters.total - parameters.trained) if setup.frozen == 2 and trained == "lora" else 0
+            frozen = (
+                2 * (parameters.total - parameters.trainable) if setup.frozen_bytes == 2 and trained == "lora" else 0
+            )
             wanted = states["weights"] if backend == "zero2" else rounded + frozen
             assert half == pytest.approx(wanted, abs=64)
             states["weights"] -= wanted
-        # alignment of flat parts; one process's half of a block has more of the adapters than the other's
-        slack = 4 * parameters.trained if (backend, trained) == ("fsdp1", "lora") else 4 * 64
+        # alignment of flat shards; the adapters are not evenly split between the two halves of a block
+        slack = 4 * parameters.trainable if (backend, trained) == ("fsdp1", "lora") else 4 * 64
         assert found["full"]["float32"] == pytest.approx(sum(states.values()), abs=slack)
 
 
 def memory(setup: MemorySetup, parameters: Parameters = FOURTEEN):
-    network = cross_attention_network(
-        test_network.CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=setup.half
-    )
+    network = cross_attention_network(CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=setup.half)
     return memory_of(parameters, network, ENCODERS, setup)
 
 
 @pytest.mark.parametrize(("name", "weight"), [("adamw_offload", 4), ("adamw_bf16_offload", 2)])
-def test_moments_on_the_host_leave_weight_and_gradient(name: str, weight: int) -> None:
+def test_offloaded_moments_leave_weights_and_gradients_on_the_gpu(name: str, weight: int) -> None:
     setup = replace(SETUP, backend="single", processes=1, per_host=1, optimizer=moments_of(name))
     there, here = memory(setup), memory(replace(setup, optimizer=name))
     assert {item: size for item, size in here.states.items() if size} == {
@@ -182,7 +184,7 @@ def test_moments_on_the_host_leave_weight_and_gradient(name: str, weight: int) -
     assert nearest_that_fits(setup, limit, memory)[0][0] == [f"--optimizer {name}"]
 
 
-def test_only_the_dearest_phase_counts() -> None:
+def test_only_the_largest_phase_counts() -> None:
     found = memory(SETUP)
     phases = [sum(phase.values()) for phase in found.phases.values()]
     assert found.total() < sum(found.states.values()) * 1.05 + sum(phases) * 1.05 + 2e9
@@ -194,19 +196,19 @@ def test_only_the_dearest_phase_counts() -> None:
 @given(
     st.integers(8, 140), st.sampled_from(["ddp", "zero2", "zero3"]), st.booleans(), st.sampled_from([0.0, 0.5, 1.0])
 )
-def test_what_is_proposed_fits_and_what_fits_is_left(limit: int, backend: str, rest: bool, recomputed: float) -> None:
+def test_proposed_changes_fit(limit: int, backend: str, rest: bool, recomputed: float) -> None:
     setup = MemorySetup(backend, 8, 8, True, recomputed, rest, 8, 21_504, 1, {})
-    found = nearest_that_fits(setup, limit * GIB, memory, shorter=[10_752, 4_096])
+    found = nearest_that_fits(setup, limit * GIB, memory, fewer_tokens=[10_752, 4_096])
     for words, other in found:
         assert words and memory(other).total() <= limit * GIB
         assert other != setup
-    if len(found) == 2:  # one leaves the processes as they are and puts states on the host, the other needs no host
+    if len(found) == 2:  # one keeps the number of processes and offloads states, the other does not offload
         (_, here), (_, more) = found
         assert here.offloads("param") and here.processes == 8
         assert more.processes > 8 and not more.offloads("param")
 
 
-def test_sharding_further_never_takes_more() -> None:
+def test_more_shards_never_need_more_memory() -> None:
     for backend in ("zero2", "zero3", "fsdp1"):
         few, many = (MemorySetup(backend, n, 8, True, 1.0, True, 8, 21_504, 1, {}) for n in (8, 16))
         assert memory(many).total() < memory(few).total()
@@ -215,4 +217,4 @@ def test_sharding_further_never_takes_more() -> None:
 def test_a_checkpoint_of_the_published_14b_is_170_gigabytes() -> None:
     single = replace(SETUP, backend="single")
     assert checkpoint_size(FOURTEEN, single) / 1e9 == pytest.approx(171.5, abs=0.1)
-    assert checkpoint_size(FOURTEEN, replace(single, average="cpu")) == checkpoint_size(FOURTEEN, single) * 16 / 12
+    assert checkpoint_size(FOURTEEN, replace(single, ema_device="cpu")) == checkpoint_size(FOURTEEN, single) * 16 / 12

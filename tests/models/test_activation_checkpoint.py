@@ -1,4 +1,6 @@
-"""Serves videox/recompute.py: the chosen blocks of a real Wan, and no others, run twice, with equal gradients."""
+"""Tests of videox.models.activation_checkpoint: only the selected blocks of a real Wan run twice, with equal
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def load(folder: Path) -> WanTransformer3DModel:
 
 
 def step(model: WanTransformer3DModel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int]]:
-    """Returns (output, gradients, how often each block ran forward) of a forward and backward pass."""
+    """Run a forward and a backward pass; return (output, gradients, how often each block ran forward)."""
     runs: Counter[int] = Counter()
     hooks = [
         block.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
@@ -45,7 +47,7 @@ def step(model: WanTransformer3DModel) -> tuple[torch.Tensor, dict[str, torch.Te
 
 
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 0.3, 0.5, 0.75, 0.9, 1.0])
-def test_a_share_of_the_blocks_runs_twice(folder: Path, share: float) -> None:
+def test_selected_blocks_run_forward_twice(folder: Path, share: float) -> None:
     model = load(folder)
     recompute_blocks(model, model.blocks, share)
     runs = step(model)[2]
@@ -56,24 +58,24 @@ def test_a_share_of_the_blocks_runs_twice(folder: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_gradients_are_equal_to_the_bit(folder: Path, share: float) -> None:
-    plain, chosen = load(folder), load(folder)
-    recompute_blocks(chosen, chosen.blocks, share)
-    wanted, found = step(plain), step(chosen)
-    assert torch.equal(wanted[0], found[0])
-    assert wanted[1].keys() == found[1].keys()
-    assert all(torch.equal(wanted[1][name], found[1][name]) for name in wanted[1])
+def test_gradients_are_bit_identical(folder: Path, share: float) -> None:
+    plain, selected = load(folder), load(folder)
+    recompute_blocks(selected, selected.blocks, share)
+    expected, actual = step(plain), step(selected)
+    assert torch.equal(expected[0], actual[0])
+    assert expected[1].keys() == actual[1].keys()
+    assert all(torch.equal(expected[1][name], actual[1][name]) for name in expected[1])
 
 
-def test_all_of_them_is_what_diffusers_recomputes(folder: Path) -> None:
-    theirs, ours = load(folder), load(folder)
-    theirs.enable_gradient_checkpointing()
-    recompute_blocks(ours, ours.blocks, 1.0)
-    assert step(theirs)[2] == step(ours)[2] == [2] * LAYERS
+def test_share_of_one_equals_diffusers_gradient_checkpointing(folder: Path) -> None:
+    reference, model = load(folder), load(folder)
+    reference.enable_gradient_checkpointing()
+    recompute_blocks(model, model.blocks, 1.0)
+    assert step(reference)[2] == step(model)[2] == [2] * LAYERS
 
 
-def test_fewer_activations_are_kept(folder: Path) -> None:
-    def kept(share: float) -> int:
+def test_fewer_activations_are_stored(folder: Path) -> None:
+    def stored_elements(share: float) -> int:
         model, sizes = load(folder), []
         recompute_blocks(model, model.blocks, share)
         own = {parameter.data_ptr() for parameter in model.parameters()}
@@ -88,32 +90,32 @@ def test_fewer_activations_are_kept(folder: Path) -> None:
             model(latents, torch.tensor([500.0]), text, return_dict=False)
         return sum(sizes)
 
-    none, half, every = kept(0.0), kept(0.5), kept(1.0)
+    none, half, every = stored_elements(0.0), stored_elements(0.5), stored_elements(1.0)
     assert every < 0.3 * none
     assert half == pytest.approx((none + every) / 2, rel=0.05)
 
 
 @given(st.integers(1, 60), st.floats(0, 1))
-def test_chosen_blocks_are_evenly_spaced(count: int, share: float) -> None:
-    chosen = select_blocks(count, share)
-    assert all(0 <= block < count for block in chosen)
-    assert sorted(set(chosen)) == chosen
-    assert abs(len(chosen) - count * share) <= 0.5 + 1e-9
-    for block in range(count):  # at no point are more than half a block too many or too few chosen
-        so_far = sum(1 for number in chosen if number <= block)
+def test_selected_blocks_are_evenly_spaced(count: int, share: float) -> None:
+    selected = select_blocks(count, share)
+    assert all(0 <= block < count for block in selected)
+    assert sorted(set(selected)) == selected
+    assert abs(len(selected) - count * share) <= 0.5 + 1e-9
+    for block in range(count):  # at every block the count differs from the exact share by at most half a block
+        so_far = sum(1 for number in selected if number <= block)
         assert abs(so_far - (block + 1) * share) <= 0.5 + 1e-9
 
 
-def wrapped_by_the_original(count: int, share: float) -> list[int]:
-    """Block i is wrapped when (i + 1) * share reaches the next half."""
-    cut, found = 0.5, []
+def select_blocks_originally(count: int, share: float) -> list[int]:
+    """Block i is selected when (i + 1) * share reaches the next half, as in the original trainer."""
+    threshold, actual = 0.5, []
     for block in range(count):
-        if (block + 1) * share >= cut:
-            cut += 1
-            found.append(block)
-    return found
+        if (block + 1) * share >= threshold:
+            threshold += 1
+            actual.append(block)
+    return actual
 
 
 @given(st.integers(1, 60), st.integers(0, 16).map(lambda sixteenths: sixteenths / 16))
-def test_chosen_blocks_are_the_originals(count: int, share: float) -> None:
-    assert select_blocks(count, share) == wrapped_by_the_original(count, share)
+def test_selected_blocks_are_those_of_the_original_trainer(count: int, share: float) -> None:
+    assert select_blocks(count, share) == select_blocks_originally(count, share)

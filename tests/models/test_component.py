@@ -1,4 +1,4 @@
-"""Serves videox/model_parts.py and tensor_files.py: weights from elsewhere compute what they computed there."""
+"""Tests of videox.models.component: components in foreign layouts load with the same weights and outputs."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_hunyuan_t2v(tmp_path_factory.mktemp("hunyuan"))
 
 
-def parts_of(folder: Path, **paths: str) -> dict[str, Any]:
-    places = original_paths(folder, YAML)
-    assert places is not None
-    parts = original_components(places, YAML, paths.get("transformer_path"), paths.get("vae_path"))
-    if parts["transformer"].config["image_dim"]:
-        parts["image_encoder"] = find_component(places["image_encoder"], "clip_vision")
-    return parts
+def components_of(folder: Path, **paths: str) -> dict[str, Any]:
+    component_paths = original_paths(folder, YAML)
+    assert component_paths is not None
+    components = original_components(component_paths, YAML, paths.get("transformer_path"), paths.get("vae_path"))
+    if components["transformer"].config["image_dim"]:
+        components["image_encoder"] = find_component(component_paths["image_encoder"], "clip_vision")
+    return components
 
 
-def assert_equal_models(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
+def assert_equal_models(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    a, b = first.state_dict(), second.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
-def refusal(call: Callable[[], object], *said: object) -> None:
-    with pytest.raises(UserError) as refused:
+def check_error(call: Callable[[], object], *fragments: object) -> None:
+    with pytest.raises(UserError) as raised:
         call()
-    line = refused.value.line()
-    assert refused.value.exit_code == MODEL and refused.value.hint and "\n" not in line
-    assert all(str(word) in line for word in said), line
+    line = raised.value.line()
+    assert raised.value.exit_code == MODEL and raised.value.hint and "\n" not in line
+    assert all(str(word) in line for word in fragments), line
 
 
 # --------------------------------------------------------------------------------------------- Wan's original folder
@@ -83,28 +83,28 @@ def refusal(call: Callable[[], object], *said: object) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_the_original_folder_is_the_model_in_diffusers(
+def test_original_folder_loads_the_same_model_as_diffusers(
     task: str, shards: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(task)
-    parts = parts_of(originals.build_wan(tmp_path / "original", model, shards=shards))
-    assert set(parts) == {"tokenizer", "transformer", "vae", "text_encoder"} | ({"image_encoder"} & {*parts})
-    assert ("image_encoder" in parts) == (task == "i2v")
+    components = components_of(originals.build_wan(tmp_path / "original", model, shards=shards))
+    assert set(components) == {"tokenizer", "transformer", "vae", "text_encoder"} | ({"image_encoder"} & {*components})
+    assert ("image_encoder" in components) == (task == "i2v")
     for name, model_class in CLASSES.items():
-        if name not in parts:
+        if name not in components:
             continue
-        loaded = load_component(model_class, parts[name], torch.float32)
-        known = model_class.from_pretrained(model / name)
-        assert_equal_models(loaded, known)
+        loaded = load_component(model_class, components[name], torch.float32)
+        reference = model_class.from_pretrained(model / name)
+        assert_equal_models(loaded, reference)
         assert not loaded.training and all(not p.is_meta for p in loaded.parameters())
         if name in ("transformer", "vae"):
-            same = {key: known.config[key] for key in parts[name].config}
-            listed = {key: list(v) if isinstance(v, tuple) else v for key, v in parts[name].config.items()}
+            same = {key: reference.config[key] for key in components[name].config}
+            listed = {key: list(v) if isinstance(v, tuple) else v for key, v in components[name].config.items()}
             assert {key: list(v) if isinstance(v, tuple) else v for key, v in same.items()} == listed
 
 
-def test_the_transformer_computes_the_same(i2v: Path, tmp_path: Path) -> None:
-    part = parts_of(originals.build_wan(tmp_path / "original", i2v))["transformer"]
+def test_original_transformer_has_the_same_output(i2v: Path, tmp_path: Path) -> None:
+    component = components_of(originals.build_wan(tmp_path / "original", i2v))["transformer"]
     inputs = {
         "hidden_states": torch.randn(1, 36, 2, 4, 4),
         "timestep": torch.tensor([500.0]),
@@ -112,52 +112,52 @@ def test_the_transformer_computes_the_same(i2v: Path, tmp_path: Path) -> None:
         "encoder_hidden_states_image": torch.randn(1, 17, 160),
     }
     with torch.no_grad():
-        ours = load_component(WanTransformer3DModel, part, torch.float32)(**inputs).sample
-        known = WanTransformer3DModel.from_pretrained(i2v / "transformer")(**inputs).sample
-    assert torch.equal(ours, known)  # buffers too are as the class makes them
+        output = load_component(WanTransformer3DModel, component, torch.float32)(**inputs).sample
+        reference = WanTransformer3DModel.from_pretrained(i2v / "transformer")(**inputs).sample
+    assert torch.equal(output, reference)  # includes the buffers, which no file contains
 
 
-def test_the_text_encoder_computes_what_the_original_defines(t2v: Path, tmp_path: Path) -> None:
+def test_text_encoder_output_equals_the_original_definition(t2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
     published = torch.load(folder / originals.T5_FILE, weights_only=True)
     ids = torch.randint(0, len(published["token_embedding.weight"]), (2, 40))
     mask = (torch.arange(40)[None] < torch.tensor([[40], [11]])).long()
-    encoder = load_component(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.float32)
+    encoder = load_component(UMT5EncoderModel, components_of(folder)["text_encoder"], torch.float32)
     with torch.no_grad():
-        found = encoder(ids, mask).last_hidden_state
-        wanted = originals.t5_encode(published, ids, mask, layers=2)
-    assert torch.allclose(found * mask[..., None], wanted * mask[..., None], atol=1e-5)
-    assert found.std() > 0.1
-    half = load_component(UMT5EncoderModel, parts_of(folder)["text_encoder"], torch.bfloat16)
+        actual = encoder(ids, mask).last_hidden_state
+        expected = originals.t5_encode(published, ids, mask, layers=2)
+    assert torch.allclose(actual * mask[..., None], expected * mask[..., None], atol=1e-5)
+    assert actual.std() > 0.1
+    half = load_component(UMT5EncoderModel, components_of(folder)["text_encoder"], torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-def test_the_image_encoder_computes_what_the_original_defines(i2v: Path, tmp_path: Path) -> None:
+def test_image_encoder_output_equals_the_original_definition(i2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", i2v)
     published = torch.load(folder / originals.CLIP_FILE, weights_only=True)
-    encoder = load_component(CLIPVisionModel, parts_of(folder)["image_encoder"], torch.float32)
+    encoder = load_component(CLIPVisionModel, components_of(folder)["image_encoder"], torch.float32)
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        found = encoder(pixels, output_hidden_states=True).hidden_states[-2]
-        wanted = originals.clip_encode(published, pixels, layers=2, heads=2)
-    assert torch.allclose(found, wanted, atol=1e-5)
+        actual = encoder(pixels, output_hidden_states=True).hidden_states[-2]
+        expected = originals.clip_encode(published, pixels, layers=2, heads=2)
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
-def test_a_diffusers_folder_is_no_original(t2v: Path, tmp_path: Path) -> None:
+def test_a_diffusers_folder_is_not_an_original_folder(t2v: Path, tmp_path: Path) -> None:
     assert original_paths(t2v, YAML) is None
     assert original_paths(tmp_path, YAML) is None
 
 
-def test_the_yaml_says_where_the_parts_are(t2v: Path, tmp_path: Path) -> None:
+def test_the_yaml_defines_the_components_paths(t2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
     (folder / originals.VAE_FILE).rename(folder / "other_vae.pth")
     yaml = tmp_path / "own.yaml"
     yaml.write_text(Path(YAML).read_text().replace("Wan2.1_VAE.pth", "other_vae.pth"))
-    places = original_paths(folder, str(yaml))
-    assert places and load_component(
-        AutoencoderKLWan, original_components(places, str(yaml), None, None)["vae"], torch.float32
+    component_paths = original_paths(folder, str(yaml))
+    assert component_paths and load_component(
+        AutoencoderKLWan, original_components(component_paths, str(yaml), None, None)["vae"], torch.float32
     )
-    refusal(lambda: parts_of(folder), "Wan2.1_VAE.pth")
+    check_error(lambda: components_of(folder), "Wan2.1_VAE.pth")
 
 
 # --------------------------------------------------------------------------------------------------- single files
@@ -170,33 +170,34 @@ def wan_file(t2v: Path, path: Path, prefix: str = "", **more: torch.Tensor) -> P
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-def test_a_repacked_file_is_the_model(t2v: Path, tmp_path: Path, prefix: str) -> None:
-    known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
-    part = find_component(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
-    assert_equal_models(load_component(WanTransformer3DModel, part, torch.float32), known)
+def test_a_repacked_file_loads_the_same_model(t2v: Path, tmp_path: Path, prefix: str) -> None:
+    reference = WanTransformer3DModel.from_pretrained(t2v / "transformer")
+    component = find_component(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
+    assert_equal_models(load_component(WanTransformer3DModel, component, torch.float32), reference)
 
 
-def test_diffusers_names_in_one_file_are_the_model(t2v: Path) -> None:
+def test_a_single_file_with_diffusers_names_loads_the_same_model(t2v: Path) -> None:
     path = t2v / "transformer/diffusion_pytorch_model.safetensors"
-    part = find_component(path, "wan", {"attention_head_dim": 12})
+    component = find_component(path, "wan", {"attention_head_dim": 12})
     assert_equal_models(
-        load_component(WanTransformer3DModel, part, torch.float32), WanTransformer3DModel.from_pretrained(path.parent)
+        load_component(WanTransformer3DModel, component, torch.float32),
+        WanTransformer3DModel.from_pretrained(path.parent),
     )
 
 
 @pytest.mark.parametrize("layout", ["original", "comfyui"])
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
-def test_a_file_that_says_its_configuration_needs_no_other(
+def test_the_configuration_in_a_file_header_takes_precedence(
     t2v: Path, hunyuan: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
     folder = {"wan": t2v, "hunyuan": hunyuan}[family] / "transformer"
     export_file(folder, tmp_path / "own.safetensors", layout, torch.float32, {})
-    another = {"attention_head_dim": 4, "rope_theta": 7.0, "rope_axes_dim": (2, 1, 1), "eps": 0.5}  # of another base
+    another = {"attention_head_dim": 4, "rope_theta": 7.0, "rope_axes_dim": (2, 1, 1), "eps": 0.5}  # another model's
     config = find_component(tmp_path / "own.safetensors", family, another).config
     stored = json.loads((folder / "config.json").read_bytes())
     for name in another.keys() & stored.keys():
-        found = config[name]
-        assert (list(found) if isinstance(found, tuple) else found) == stored[name]
+        actual = config[name]
+        assert (list(actual) if isinstance(actual, tuple) else actual) == stored[name]
     assert config["attention_head_dim"] == stored["attention_head_dim"] != 128
 
 
@@ -206,38 +207,38 @@ def test_8_bit_weights_are_multiplied_by_their_scales(
     t2v: Path, tmp_path: Path, dtype: torch.dtype, scaled: bool
 ) -> None:
     state = originals.rebuilt(originals.weights(t2v / "transformer"), "wan")
-    stored, wanted = {"scaled_fp8": torch.zeros(2).to(dtype)} if scaled else {}, {}
+    stored, expected = {"scaled_fp8": torch.zeros(2).to(dtype)} if scaled else {}, {}
     for number, (name, tensor) in enumerate(state.items()):
         if tensor.ndim == 2:
             scale = 0.01 * (number + 1) if scaled else 1.0
             stored[name] = (tensor / scale).to(dtype)
-            wanted[name] = stored[name].float() * torch.tensor(scale)
+            expected[name] = stored[name].float() * torch.tensor(scale)
             if scaled:
                 stored[f"{name.removesuffix('.weight')}.scale_weight"] = torch.tensor(scale)
                 stored[f"{name.removesuffix('.weight')}.scale_input"] = torch.tensor(3.0)
         else:
-            stored[name] = wanted[name] = tensor.to(torch.float16)
+            stored[name] = expected[name] = tensor.to(torch.float16)
     save_file(stored, tmp_path / "fp8.safetensors")
-    part = find_component(tmp_path / "fp8.safetensors", "wan", {"attention_head_dim": 12})
-    found = load_component(WanTransformer3DModel, part, torch.float32).state_dict()
-    for name, tensor in originals.rebuilt(wanted, "wan", back=False).items():
-        assert torch.equal(found[name], tensor.float()), name
+    component = find_component(tmp_path / "fp8.safetensors", "wan", {"attention_head_dim": 12})
+    actual = load_component(WanTransformer3DModel, component, torch.float32).state_dict()
+    for name, tensor in originals.rebuilt(expected, "wan", back=False).items():
+        assert torch.equal(actual[name], tensor.float()), name
 
 
 @pytest.mark.parametrize("wrapped", ["module", "state_dict", None])
-def test_hunyuans_published_pickle_is_the_model(hunyuan: Path, tmp_path: Path, wrapped: str | None) -> None:
+def test_hunyuans_published_pickle_loads_the_same_model(hunyuan: Path, tmp_path: Path, wrapped: str | None) -> None:
     state = originals.rebuilt(originals.weights(hunyuan / "transformer"), "hunyuan")
     torch.save({wrapped: state} if wrapped else state, tmp_path / "mp_rank_00_model_states.pt")
-    known = HunyuanVideoTransformer3DModel.from_pretrained(hunyuan / "transformer")
-    part = find_component(tmp_path / "mp_rank_00_model_states.pt", "hunyuan", dict(known.config))
-    loaded = load_component(HunyuanVideoTransformer3DModel, part, torch.float32)
-    assert_equal_models(loaded, known)
-    as_stored = json.loads(loaded.to_json_string()), json.loads(known.to_json_string())
+    reference = HunyuanVideoTransformer3DModel.from_pretrained(hunyuan / "transformer")
+    component = find_component(tmp_path / "mp_rank_00_model_states.pt", "hunyuan", dict(reference.config))
+    loaded = load_component(HunyuanVideoTransformer3DModel, component, torch.float32)
+    assert_equal_models(loaded, reference)
+    as_stored = json.loads(loaded.to_json_string()), json.loads(reference.to_json_string())
     as_stored[1].pop("_name_or_path", None)
     assert as_stored[0] == as_stored[1]
 
 
-def test_what_lies_in_one_piece_is_mapped_and_writing_leaves_the_file_alone(t2v: Path, tmp_path: Path) -> None:
+def test_contiguous_tensors_are_mapped_copy_on_write(t2v: Path, tmp_path: Path) -> None:
     path = wan_file(t2v, tmp_path / "wan.safetensors")
     before, tensors = path.read_bytes(), open_tensors(path)
     name = "blocks.0.attn1.to_q.weight"
@@ -247,55 +248,55 @@ def test_what_lies_in_one_piece_is_mapped_and_writing_leaves_the_file_alone(t2v:
     assert not tensors[name].any() and path.read_bytes() == before
 
 
-def test_slices_are_read_without_the_rest(hunyuan: Path, tmp_path: Path) -> None:
+def test_slices_can_be_read_alone(hunyuan: Path, tmp_path: Path) -> None:
     state = originals.rebuilt(originals.weights(hunyuan / "transformer"), "hunyuan")
     save_file(state, tmp_path / "hunyuan.safetensors")
-    tensors, known = open_tensors(tmp_path / "hunyuan.safetensors"), originals.weights(hunyuan / "transformer")
-    assert set(tensors) == set(known) and len(tensors) == len(known)
-    for name, tensor in known.items():
+    tensors, reference = open_tensors(tmp_path / "hunyuan.safetensors"), originals.weights(hunyuan / "transformer")
+    assert set(tensors) == set(reference) and len(tensors) == len(reference)
+    for name, tensor in reference.items():
         assert tensors.shape(name) == tuple(tensor.shape)
         begin, end = len(tensor) // 3, len(tensor) - len(tensor) // 5
         assert torch.equal(tensors.rows(name, begin, end), tensor[begin:end])
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_missing_and_an_extra_tensor_are_named_as_in_the_file(t2v: Path, tmp_path: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named_as_in_the_file(t2v: Path, tmp_path: Path) -> None:
     def load(path: Path) -> object:
         return load_component(
             WanTransformer3DModel, find_component(path, "wan", {"dim": 24, "num_heads": 2}), torch.float32
         )
 
     path = wan_file(t2v, tmp_path / "extra.safetensors", stray=torch.ones(2))
-    refusal(lambda: load(path), path, "stray is not in the model")
+    check_error(lambda: load(path), path, "stray is not in the model")
     state = load_file(path)
     del state["stray"]
     for name in ("blocks.1.cross_attn.o.bias", "head.head.weight"):
         save_file({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "less.safetensors")
-        refusal(lambda: load(tmp_path / "less.safetensors"), name)
+        check_error(lambda: load(tmp_path / "less.safetensors"), name)
     save_file({**state, "blocks.1.ffn.0.weight": torch.ones(5, 24)}, tmp_path / "odd.safetensors")
-    refusal(lambda: load(tmp_path / "odd.safetensors"), "blocks.1.ffn.0.weight is [5, 24]")
+    check_error(lambda: load(tmp_path / "odd.safetensors"), "blocks.1.ffn.0.weight is [5, 24]")
 
 
-def test_a_config_that_contradicts_the_weights(t2v: Path, tmp_path: Path) -> None:
+def test_a_config_that_contradicts_the_weights_is_an_error(t2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "in_dim": 36}))
-    refusal(lambda: parts_of(folder), "in_dim is 36, the weights have 16")
+    check_error(lambda: components_of(folder), "in_dim is 36, the weights have 16")
 
 
-def test_weights_of_another_kind(t2v: Path, hunyuan: Path, tmp_path: Path) -> None:
+def test_weights_of_another_kind_are_an_error(t2v: Path, hunyuan: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
-    refusal(lambda: find_component(folder / originals.VAE_FILE, "wan"), "wan_vae")
-    refusal(lambda: find_component(next((hunyuan / "transformer").glob("*.safetensors")), "wan"), "hunyuan")
-    refusal(lambda: find_component(tmp_path / "none.safetensors", "wan"), "none.safetensors")
+    check_error(lambda: find_component(folder / originals.VAE_FILE, "wan"), "wan_vae")
+    check_error(lambda: find_component(next((hunyuan / "transformer").glob("*.safetensors")), "wan"), "hunyuan")
+    check_error(lambda: find_component(tmp_path / "none.safetensors", "wan"), "none.safetensors")
     (tmp_path / "text.txt").write_text("")
-    refusal(lambda: find_component(tmp_path / "text.txt", "wan"), "is not a weights file")
+    check_error(lambda: find_component(tmp_path / "text.txt", "wan"), "is not a weights file")
 
 
-def test_a_folder_of_another_class(t2v: Path, hunyuan: Path) -> None:
-    for kind, folder, named, wanted in (
+def test_a_folder_of_another_class_is_an_error(t2v: Path, hunyuan: Path) -> None:
+    for kind, folder, named, expected in (
         ("wan", hunyuan / "transformer", "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"),
         ("hunyuan", t2v / "transformer", "WanTransformer3DModel", "HunyuanVideoTransformer3DModel"),
         ("wan_vae", hunyuan / "vae", "AutoencoderKLHunyuanVideo", "AutoencoderKLWan"),
@@ -303,48 +304,56 @@ def test_a_folder_of_another_class(t2v: Path, hunyuan: Path) -> None:
         ("wan_vae", t2v / "transformer", "WanTransformer3DModel", "AutoencoderKLWan"),
     ):
         for check_weights in (True, False):
-            refusal(partial(find_component, folder, kind, check_weights=check_weights), folder, f"is {named}, not {wanted}")
+            check_error(
+                partial(find_component, folder, kind, check_weights=check_weights),
+                folder,
+                f"is {named}, not {expected}",
+            )
 
 
-def test_a_class_that_diffusers_has_not_is_no_evidence(t2v: Path, tmp_path: Path) -> None:
+def test_a_class_name_unknown_to_diffusers_is_ignored(t2v: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(t2v / "transformer", tmp_path / "own")
     config = json.loads((folder / "config.json").read_text()) | {"_class_name": "OurOwnWan"}
     (folder / "config.json").write_text(json.dumps(config))
     assert find_component(folder, "wan").config["_class_name"] == "OurOwnWan"
 
 
-def test_a_path_that_does_not_exist_is_named_with_its_flag(t2v: Path, tmp_path: Path) -> None:
-    for given in (str(tmp_path / "nope"), "Some-Team/some-model"):
-        refusal(
-            lambda given=given: choose_component("vae", given, t2v / "vae", "wan_vae", {}),
-            f"--vae_path: {given} does not exist",
+def test_a_missing_path_is_reported_with_its_flag(t2v: Path, tmp_path: Path) -> None:
+    for argument in (str(tmp_path / "nope"), "Some-Team/some-model"):
+        check_error(
+            lambda argument=argument: choose_component("vae", argument, t2v / "vae", "wan_vae", {}),
+            f"--vae_path: {argument} does not exist",
         )
     assert choose_component("vae", None, t2v / "vae", "wan_vae", {}) == find_component(t2v / "vae", "wan_vae")
     assert choose_component("vae", str(t2v / "vae"), tmp_path, "wan_vae", {}).path == t2v / "vae"
 
 
-def test_a_lora_is_no_part(tmp_path: Path) -> None:
+def test_a_lora_is_not_a_component(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_lora_weights.safetensors"
     halves = {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     save_file(halves, path)
-    for given in (path, tmp_path):
-        refusal(partial(find_component, given, "wan"), given, "is a LoRA", "--init_lora_from")
+    for argument in (path, tmp_path):
+        check_error(partial(find_component, argument, "wan"), argument, "is a LoRA", "--init_lora_from")
 
 
-def test_what_the_original_folder_lacks_is_named(t2v: Path, tmp_path: Path) -> None:
+def test_files_missing_in_the_original_folder_are_named(t2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v)
     config = (folder / "config.json").read_text()
     (folder / "config.json").unlink()
-    refusal(lambda: parts_of(folder), folder, "has no config.json", f"found: {originals.VAE_FILE}")
+    check_error(lambda: components_of(folder), folder, "has no config.json", f"found: {originals.VAE_FILE}")
     (folder / "config.json").write_text(config)
     (folder / originals.VAE_FILE).unlink()
-    refusal(lambda: parts_of(folder), f"{originals.VAE_FILE}: does not exist (beside it: config.json")
+    check_error(
+        lambda: components_of(folder), f"{originals.VAE_FILE}: does not exist (found in its parent folder: config.json"
+    )
 
 
-def test_an_image_encoder_without_whole_heads(tmp_path: Path) -> None:
+def test_an_image_encoder_with_a_fractional_number_of_heads_is_an_error(tmp_path: Path) -> None:
     model = tiny.build_wan_i2v(tmp_path / "narrow")  # its encoder is 32 wide
     folder = originals.build_wan(tmp_path / "original", model)
-    refusal(lambda: parts_of(folder), originals.CLIP_FILE, "a width of 32 is not divided by the 80 channels")
+    check_error(
+        lambda: components_of(folder), originals.CLIP_FILE, "its width 32 is not a multiple of the 80 channels"
+    )
 
 
 class Harmful:
@@ -357,28 +366,28 @@ def test_code_in_a_pickle_is_not_run(t2v: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     folder = originals.build_wan(tmp_path / "original", t2v)
     torch.save({"weight": torch.ones(2), "other": Harmful()}, folder / name)
-    given = {"transformer_path": str(folder / name)} if name == "transformer.pt" else {}
-    refusal(lambda: parts_of(folder, **given), name, "no code was run")
+    argument = {"transformer_path": str(folder / name)} if name == "transformer.pt" else {}
+    check_error(lambda: components_of(folder, **argument), name, "no code was run")
     (folder / name).write_bytes(pickle.dumps(Harmful()))
-    refusal(lambda: parts_of(folder, **given), name, "no file of torch.save")
+    check_error(lambda: components_of(folder, **argument), name, "is not a torch.save file")
     (folder / name).write_bytes((t2v / "model_index.json").read_bytes())
-    refusal(lambda: parts_of(folder, **given), name)
+    check_error(lambda: components_of(folder, **argument), name)
     assert not (tmp_path / "ran").exists()
 
 
-def test_files_cut_short(t2v: Path, tmp_path: Path) -> None:
+def test_truncated_files_are_errors(t2v: Path, tmp_path: Path) -> None:
     folder = originals.build_wan(tmp_path / "original", t2v, shards=2)
     for path in [*folder.glob("*.pth"), *folder.glob("*.safetensors")]:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        refusal(lambda: parts_of(folder), path.name)
+        check_error(lambda: components_of(folder), path.name)
         path.write_bytes(content)
-    assert parts_of(folder)
+    assert components_of(folder)
     next(folder.glob("*-00002-of-00002.safetensors")).unlink()
-    refusal(lambda: parts_of(folder), "00002-of-00002", "missing")
+    check_error(lambda: components_of(folder), "00002-of-00002", "missing")
 
 
-# ----------------------------------------------------------------------------------------------- training from it
+# --------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
@@ -395,20 +404,24 @@ def trained(model: Path, metadata: Path, out: Path, **changes: object) -> runs.O
     return outcome
 
 
-def test_a_run_from_the_original_layout_is_the_run_from_diffusers(t2v: Path, metadata: Path, tmp_path: Path) -> None:
-    """Every part and the schedule come from the same weights: losses and trained weights are equal to the bit."""
+def test_training_from_the_original_layout_is_bit_identical(t2v: Path, metadata: Path, tmp_path: Path) -> None:
+    """All components and the shift are the same: losses and trained weights are bitwise equal."""
     folder = originals.build_wan(tmp_path / "original", t2v, shards=2)
     shutil.copytree(t2v, tmp_path / "diffusers")
-    one, other = (trained(tmp_path / name, metadata, tmp_path / f"{name}-run") for name in ("original", "diffusers"))
-    assert one.losses == other.losses and len(one.losses) == 2
-    weights, known = one.weights(), other.weights()
-    assert weights.keys() == known.keys() and all(torch.equal(weights[name], known[name]) for name in known)
+    first, second = (
+        trained(tmp_path / name, metadata, tmp_path / f"{name}-run") for name in ("original", "diffusers")
+    )
+    assert first.losses == second.losses and len(first.losses) == 2
+    weights, reference = first.weights(), second.weights()
+    assert weights.keys() == reference.keys() and all(
+        torch.equal(weights[name], reference[name]) for name in reference
+    )
     assert folder.is_dir()
 
 
 @pytest.mark.slow
 def test_image_to_video_trains_from_the_original_layout(i2v: Path, metadata: Path, tmp_path: Path) -> None:
-    """CLIP's activation is the published one here, quick_gelu in the tiny model: no loss is compared."""
+    """CLIP's activation is the published one here, but quick_gelu in the tiny model: losses are not compared."""
     folder = originals.build_wan(tmp_path / "original", i2v, dtype=torch.bfloat16)
     outcome = trained(folder, metadata, tmp_path / "run", train_mode="i2v", tokenizer_max_length=512)
     assert len(outcome.losses) == 2 and outcome.status["state"] == "finished"
@@ -418,23 +431,25 @@ def test_image_to_video_trains_from_the_original_layout(i2v: Path, metadata: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
-def test_processes_share_and_divide_foreign_files_alike(
+def test_backends_load_and_shard_the_original_layout_bit_identically(
     t2v: Path, metadata: Path, tmp_path: Path, backend: str
 ) -> None:
-    """Two processes from the original folder compute what they do from diffusers', to the bit; so does the export."""
+    """Two processes train bit-identically from the original folder and from diffusers'; so does the export."""
     originals.build_wan(tmp_path / "original", t2v, shards=2)
     shutil.copytree(t2v, tmp_path / "diffusers")
-    found = []
+    actual = []
     for name in ("original", "diffusers"):
-        words = runs.wan_flags(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
-        outcome = runs.launch(words, launcher_flags(backend, "wan2.1 normal", 2))
+        flags = runs.wan_flags(tmp_path / name, metadata, tmp_path / f"{name}-run", **SHORT, export_layouts="original")
+        outcome = runs.launch(flags, launcher_flags(backend, "wan2.1 normal", 2))
         assert outcome.code == 0, outcome.stderr[-4000:]
-        found.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))
+        actual.append((outcome.losses, load_file(tmp_path / f"{name}-run/transformer_original.safetensors")))
         saved = load_file(tmp_path / f"{name}-run/checkpoint-2/exports/transformer_original.safetensors")
-        assert all(torch.equal(saved[key], tensor) for key, tensor in found[-1][1].items())
-    (losses, weights), (known_losses, known) = found
+        assert all(torch.equal(saved[key], tensor) for key, tensor in actual[-1][1].items())
+    (losses, weights), (known_losses, reference) = actual
     assert losses == known_losses and len(losses) == 2
-    assert weights.keys() == known.keys() and all(torch.equal(weights[name], known[name]) for name in known)
+    assert weights.keys() == reference.keys() and all(
+        torch.equal(weights[name], reference[name]) for name in reference
+    )
 
 
 @pytest.mark.slow
@@ -450,16 +465,20 @@ def test_hunyuan_trains_from_its_single_file(hunyuan: Path, metadata: Path, tmp_
     settings = {"max_train_steps": 2, "train_batch_size": 2, "tokenizer_max_length": 16}
     files = {"transformer_path": tmp_path / name, "vae_path": tmp_path / "vae.pt"}
     trainer = runs.train_script("hunyuanvideo")
-    one, other = (
-        runs.train(runs.train_flags("hunyuanvideo", hunyuan, metadata, tmp_path / out, **settings, **given), trainer)
-        for out, given in (("files", files), ("folder", {}))
+    first, second = (
+        runs.train(
+            runs.train_flags("hunyuanvideo", hunyuan, metadata, tmp_path / out, **settings, **argument), trainer
+        )
+        for out, argument in (("files", files), ("folder", {}))
     )
-    assert (one.code, other.code) == (0, 0), one.stderr + other.stderr
-    assert one.losses == other.losses and len(one.losses) == 2
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert first.losses == second.losses and len(first.losses) == 2
 
 
-def test_a_folder_of_videox_fun_is_told_by_its_tensors(t2v: Path, metadata: Path, tmp_path: Path) -> None:
-    """Its checkpoint-N/transformer names diffusers' class, with original tensors and a default that is wrong."""
+def test_a_videox_fun_folder_is_identified_by_its_tensors(t2v: Path, metadata: Path, tmp_path: Path) -> None:
+    """VideoX-Fun's checkpoint-N/transformer names diffusers' class, but has original tensors and a wrong default
+    value.
+    """
     folder = originals.build_wan(tmp_path / "original", t2v)
     theirs = tmp_path / "checkpoint-7/transformer"
     theirs.mkdir(parents=True)
@@ -468,6 +487,6 @@ def test_a_folder_of_videox_fun_is_told_by_its_tensors(t2v: Path, metadata: Path
     config = json.loads((folder / "config.json").read_text())
     more = {"_class_name": "WanTransformer3DModel", "in_channels": 16, "hidden_size": 2048}
     (theirs / "config.json").write_text(json.dumps({**config, **more}))
-    part = find_component(theirs, "wan")
-    known = WanTransformer3DModel.from_pretrained(t2v / "transformer")
-    assert_equal_models(load_component(WanTransformer3DModel, part, torch.float32), known)
+    component = find_component(theirs, "wan")
+    reference = WanTransformer3DModel.from_pretrained(t2v / "transformer")
+    assert_equal_models(load_component(WanTransformer3DModel, component, torch.float32), reference)

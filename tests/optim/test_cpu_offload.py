@@ -1,4 +1,4 @@
-"""Serves who moves moments to the host: videox/host_optimizer.py steps as the optimizer does that it stands for."""
+"""Tests of videox.optim.cpu_offload: steps equal those of the plain optimizer, with moments in host memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import runs
 import tiny
 import torch
-from test_offload import DEVICES
+from tensors import DEVICES
 from torch import nn
 
 from videox.engine.base import hyperparameters, restore_hyperparameters
@@ -33,14 +33,16 @@ def weights(device: torch.device) -> dict[str, nn.Parameter]:
     return {f"p{n}": nn.Parameter(torch.randn(s, generator=draw).to(device)) for n, s in enumerate(SHAPES)}
 
 
-def over(parameters: dict[str, nn.Parameter], make: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """Returns an optimizer over two groups that differ in more than their parameters."""
+def optimizer_over(
+    parameters: dict[str, nn.Parameter], make: Callable[..., torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    """Return an optimizer over two groups that differ in their hyperparameters."""
     one, other = [parameters[name] for name in ("p0", "p3", "p4")], [parameters[name] for name in ("p1", "p2")]
     groups = [{"params": one, "rate_factor": 1.0}, {"params": other, "rate_factor": 0.5, "weight_decay": 0.0}]
     return make(groups, lr=1e-2)
 
 
-def give_gradients(parameters: dict[str, nn.Parameter], step: int, *, left_out: str = "") -> None:
+def set_gradients(parameters: dict[str, nn.Parameter], step: int, *, left_out: str = "") -> None:
     draw = torch.Generator().manual_seed(100 + step)
     for name, parameter in parameters.items():
         gradient = torch.randn(parameter.shape, generator=draw)
@@ -48,10 +50,10 @@ def give_gradients(parameters: dict[str, nn.Parameter], step: int, *, left_out: 
 
 
 def train(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
-    """Takes steps of several rates, clipped; in one a parameter has no gradient, one is not finite and left out."""
+    """Run clipped steps at several learning rates; in one a gradient is missing, one is not finite and skipped."""
     for step in steps:
         set_learning_rate(optimizer, RATES[step % len(RATES)])
-        give_gradients(parameters, step, left_out="p2" if step == 1 else "")
+        set_gradients(parameters, step, left_out="p2" if step == 1 else "")
         if step == 3:
             parameters["p0"].grad[0, 0] = torch.inf
         norm = gradient_norm(parameters.values())
@@ -61,7 +63,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter],
 
 
 def check_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Checks that tensors are equal: to the bit where host and device are one processor."""
+    """Check that tensors are equal: bitwise if the device is a CPU, too."""
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         bits = {"rtol": 0, "atol": 0} if device.type == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
@@ -74,96 +76,108 @@ def tensors_of(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parame
 
 @pytest.mark.parametrize("stage_bytes", [0, 1024, 2**20], ids=["one by one", "a few", "at once"])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_it_steps_as_the_optimizer_that_it_stands_for(device: torch.device, stage_bytes: int) -> None:
-    mine, theirs = weights(device), weights(device)
-    host = over(mine, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=stage_bytes))
-    plain = over(theirs, ADAMW)
+def test_steps_equal_the_plain_optimizers(device: torch.device, stage_bytes: int) -> None:
+    offload_params, plain_params = weights(device), weights(device)
+    offload = optimizer_over(offload_params, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=stage_bytes))
+    plain = optimizer_over(plain_params, ADAMW)
     for step in range(8):
-        train(host, mine, range(step, step + 1))
-        train(plain, theirs, range(step, step + 1))
-        check_same(mine, theirs, device)
-        check_same(tensors_of(host, mine), tensors_of(plain, theirs), device)
-    assert all(group["lr"] == other["lr"] for group, other in zip(host.param_groups, plain.param_groups, strict=True))
+        train(offload, offload_params, range(step, step + 1))
+        train(plain, plain_params, range(step, step + 1))
+        check_same(offload_params, plain_params, device)
+        check_same(tensors_of(offload, offload_params), tensors_of(plain, plain_params), device)
+    assert all(
+        group["lr"] == other["lr"] for group, other in zip(offload.param_groups, plain.param_groups, strict=True)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_gradients_and_weights_pass_through_memory_of_the_host(
+def test_gradients_and_weights_are_staged_in_host_memory(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameters = weights(device)
-    there = {tensor.untyped_storage().data_ptr() for tensor in parameters.values()}
-    seen: list[tuple[str, bool]] = []
+    param_pointers = {tensor.untyped_storage().data_ptr() for tensor in parameters.values()}
+    staged: list[tuple[str, bool]] = []
     inner_step = torch.optim.AdamW.step
 
-    def noted(self: torch.optim.AdamW, *given: Any) -> Any:
-        for twin in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            for tensor in (twin, twin.grad):
-                assert tensor.untyped_storage().data_ptr() not in there
-                seen.append((tensor.device.type, tensor.is_pinned()))
+    def recording_step(self: torch.optim.AdamW, *given: Any) -> Any:
+        for host_param in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            for tensor in (host_param, host_param.grad):
+                assert tensor.untyped_storage().data_ptr() not in param_pointers
+                staged.append((tensor.device.type, tensor.is_pinned()))
         return inner_step(self, *given)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    optimizer = over(parameters, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=0))
-    give_gradients(parameters, 0)
-    there |= {parameter.grad.untyped_storage().data_ptr() for parameter in parameters.values()}
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    optimizer = optimizer_over(parameters, partial(CpuOffloadOptimizer, make=ADAMW, stage_bytes=0))
+    set_gradients(parameters, 0)
+    param_pointers |= {parameter.grad.untyped_storage().data_ptr() for parameter in parameters.values()}
     optimizer.step()
-    assert seen == [("cpu", device.type == "cuda")] * (2 * len(SHAPES))
+    assert staged == [("cpu", device.type == "cuda")] * (2 * len(SHAPES))
     for parameter in parameters.values():
         assert {tensor.device.type for tensor in optimizer.state[parameter].values()} == {"cpu"}
     stages = sum(stage.numel() for stage in optimizer._stages)
     assert stages == 2 * 2 * max(-(-parameter.numel() * 4 // 64) * 64 for parameter in parameters.values())
-    # between steps the host has moments alone: the twins have no memory
-    assert [twin.numel() for twin in optimizer._host_params.values()] == [0] * len(SHAPES)
+    # between steps the host has only the moments: the host parameters have no memory
+    assert [host_param.numel() for host_param in optimizer._host_params.values()] == [0] * len(SHAPES)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_a_weight_that_was_changed_from_outside_is_stepped_as_it_is(device: torch.device) -> None:
-    mine, theirs = weights(device), weights(device)
-    host, plain = over(mine, partial(CpuOffloadOptimizer, make=ADAMW)), over(theirs, ADAMW)
-    for optimizer, parameters in ((host, mine), (plain, theirs)):
+def test_a_weight_changed_by_other_code_is_stepped_from_its_new_value(device: torch.device) -> None:
+    offload_params, plain_params = weights(device), weights(device)
+    offload, plain = (
+        optimizer_over(offload_params, partial(CpuOffloadOptimizer, make=ADAMW)),
+        optimizer_over(plain_params, ADAMW),
+    )
+    for optimizer, parameters in ((offload, offload_params), (plain, plain_params)):
         train(optimizer, parameters, range(2))
         with torch.no_grad():
             parameters["p1"].fill_(3.0)
             parameters["p0"].data = torch.full_like(parameters["p0"], -2.0)
         train(optimizer, parameters, range(2, 3))
-    check_same(mine, theirs, device)
+    check_same(offload_params, plain_params, device)
 
 
-@pytest.mark.parametrize("turn", ["to the host", "from the host", "on the host"])
+@pytest.mark.parametrize("direction", ["to the host", "from the host", "on the host"])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_moments_change_sides(device: torch.device, turn: str) -> None:
-    """The moments of one are loaded by the other, on its own side; both then go on as if there had been no change."""
-    plain, host = ADAMW, partial(CpuOffloadOptimizer, make=ADAMW)
-    before, after = {"to the host": (plain, host), "from the host": (host, plain), "on the host": (host, host)}[turn]
-    unbroken, first = weights(device), weights(device)
-    train(over(unbroken, before), unbroken, range(5))
-    saved = over(first, before)
+def test_moments_move_between_host_and_device_on_resume(device: torch.device, direction: str) -> None:
+    """Each optimizer loads the other's moments to its own device and continues as an uninterrupted run."""
+    plain, offload = ADAMW, partial(CpuOffloadOptimizer, make=ADAMW)
+    before, after = {
+        "to the host": (plain, offload),
+        "from the host": (offload, plain),
+        "on the host": (offload, offload),
+    }[direction]
+    uninterrupted, first = weights(device), weights(device)
+    train(optimizer_over(uninterrupted, before), uninterrupted, range(5))
+    saved = optimizer_over(first, before)
     train(saved, first, range(2))
     second = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in first.items()}
-    resumed = over(second, after)
+    resumed = optimizer_over(second, after)
     settings = hyperparameters(resumed)
     load_optimizer_tensors(resumed, {p: name for name, p in second.items()}, tensors_of(saved, first))
     assert hyperparameters(resumed) == settings
     for parameter in second.values():
-        lies = {tensor.device.type for tensor in resumed.state[parameter].values()}
-        assert lies == {"cpu" if after is host else device.type}
+        devices = {tensor.device.type for tensor in resumed.state[parameter].values()}
+        assert devices == {"cpu" if after is offload else device.type}
     train(resumed, second, range(2, 5))
-    check_same(second, unbroken, device)
+    check_same(second, uninterrupted, device)
 
 
-def test_settings_put_back_are_those_of_the_next_step() -> None:
-    mine, theirs = weights(DEVICES[0]), weights(DEVICES[0])
-    host, plain = over(mine, partial(CpuOffloadOptimizer, make=ADAMW)), over(theirs, ADAMW)
-    for optimizer, parameters in ((host, mine), (plain, theirs)):
-        kept = [{**group, "betas": (0.5, 0.6), "weight_decay": 0.3} for group in hyperparameters(optimizer)]
-        restore_hyperparameters(optimizer, kept)
+def test_restored_hyperparameters_are_used_by_the_next_step() -> None:
+    offload_params, plain_params = weights(DEVICES[0]), weights(DEVICES[0])
+    offload, plain = (
+        optimizer_over(offload_params, partial(CpuOffloadOptimizer, make=ADAMW)),
+        optimizer_over(plain_params, ADAMW),
+    )
+    for optimizer, parameters in ((offload, offload_params), (plain, plain_params)):
+        changed_groups = [{**group, "betas": (0.5, 0.6), "weight_decay": 0.3} for group in hyperparameters(optimizer)]
+        restore_hyperparameters(optimizer, changed_groups)
         train(optimizer, parameters, range(3))
-    check_same(mine, theirs, DEVICES[0])
-    assert [group["rate_factor"] for group in host.param_groups] == [1.0, 0.5]
+    check_same(offload_params, plain_params, DEVICES[0])
+    assert [group["rate_factor"] for group in offload.param_groups] == [1.0, 0.5]
 
 
 @pytest.mark.slow
-def test_weights_of_bfloat16_are_rounded_as_by_the_optimizer_that_it_stands_for() -> None:
+def test_bfloat16_weights_are_rounded_as_by_the_plain_optimizer() -> None:
     settings: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.1, "epsilon": 1e-8, "learning_rate": 1e-2}
     trained = []
     for name in ("adamw_bf16", "adamw_bf16_offload"):
@@ -172,7 +186,7 @@ def test_weights_of_bfloat16_are_rounded_as_by_the_optimizer_that_it_stands_for(
         optimizer = make_optimizer(groups, name=name, **settings)
         for step in range(4):
             set_learning_rate(optimizer, RATES[step])
-            give_gradients(parameters, step)
+            set_gradients(parameters, step)
             torch.manual_seed(step)
             optimizer.step()
         trained.append({**parameters, **tensors_of(optimizer, parameters)})
@@ -180,8 +194,8 @@ def test_weights_of_bfloat16_are_rounded_as_by_the_optimizer_that_it_stands_for(
     check_same(*trained, DEVICES[0])
 
 
-class Tried:
-    """What try_batch asks of an engine."""
+class EngineStub:
+    """The attributes of an engine that try_batch uses."""
 
     def __init__(self, *, moments_on_host: bool) -> None:
         self.model, self.moments_on_host = nn.Linear(100, 100), moments_on_host
@@ -194,23 +208,23 @@ class Tried:
         self.model.zero_grad(set_to_none=True)
 
 
-def test_no_room_is_tried_for_moments_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_memory_check_allocates_no_moments_for_cpu_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: list[int] = []
     zeros = torch.zeros
 
-    def noted(*given: Any, **by_name: Any) -> torch.Tensor:
+    def recording_step(*given: Any, **by_name: Any) -> torch.Tensor:
         tensor = zeros(*given, **by_name)
-        made.append(tensor.numel())
+        allocated.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(torch, "zeros", noted)
-    for on_host, wanted in ((False, 2 * (100 * 100 + 100)), (True, 0)):
-        made.clear()
-        try_batch(Tried(moments_on_host=on_host), {}, lambda batch: None, has_moments=False)  # type: ignore[arg-type]
-        assert sum(made) == wanted
+    monkeypatch.setattr(torch, "zeros", recording_step)
+    for on_host, expected in ((False, 2 * (100 * 100 + 100)), (True, 0)):
+        allocated.clear()
+        try_batch(EngineStub(moments_on_host=on_host), {}, lambda batch: None, has_moments=False)  # type: ignore[arg-type]
+        assert sum(allocated) == expected
 
 
-def test_a_launch_that_gives_most_cores_nothing_to_do_is_told() -> None:
+def test_a_launch_with_too_few_threads_gets_a_note() -> None:
     (line,) = thread_notes("adamw_offload", 1, 64, {"LOCAL_WORLD_SIZE": "4"})
     assert "adamw_offload steps on the host with 1 of 16 cores" in line and "--num_cpu_threads_per_process 16" in line
     assert thread_notes("adamw_offload", 16, 64, {"LOCAL_WORLD_SIZE": "4"}) == []
@@ -218,17 +232,17 @@ def test_a_launch_that_gives_most_cores_nothing_to_do_is_told() -> None:
     assert thread_notes("adamw_offload", 1, 1, {}) == []
 
 
-def test_a_run_that_lacked_memory_goes_on_with_moments_on_the_host_and_back(tmp_path: Path) -> None:
+def test_resume_with_and_without_cpu_offload_is_bit_identical(tmp_path: Path) -> None:
     model, metadata = tiny.build_wan_t2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data", copies=2)
 
     def run(name: str, optimizer: str, **changes: object) -> runs.Outcome:
-        asked = {"optimizer": optimizer, "max_train_steps": 3, "checkpointing_steps": 1, "num_train_epochs": None}
-        asked |= {"trainable_modules": ["attn1."], "learning_rate": "1e-3", "mixed_precision": "no"}
-        outcome = runs.train(runs.train_flags("wan2.1", model, metadata, tmp_path / name, **asked, **changes))
+        flags = {"optimizer": optimizer, "max_train_steps": 3, "checkpointing_steps": 1, "num_train_epochs": None}
+        flags |= {"trainable_modules": ["attn1."], "learning_rate": "1e-3", "mixed_precision": "no"}
+        outcome = runs.train(runs.train_flags("wan2.1", model, metadata, tmp_path / name, **flags, **changes))
         assert outcome.code == 0, outcome.stderr
         return outcome
 
-    wanted = run("plain", "adamw")
+    expected = run("plain", "adamw")
     run("mixed", "adamw")
     for step, optimizer in ((1, "adamw_offload"), (2, "adamw")):
         for late in range(step + 1, 4):
@@ -236,7 +250,9 @@ def test_a_run_that_lacked_memory_goes_on_with_moments_on_the_host_and_back(tmp_
         mixed = run("mixed", optimizer, resume_from_checkpoint="latest")
     saved_by = [read_manifest(mixed.folder / f"checkpoint-{n}")["description"]["optimizer"] for n in (1, 2, 3)]
     assert saved_by == ["adamw", "adamw_offload", "adamw"]
-    assert mixed.losses == wanted.losses and len(wanted.losses) == 3
-    for place in ("transformer", "checkpoint-3/transformer", "checkpoint-3/optimizer"):
-        mine, theirs = mixed.weights(place), wanted.weights(place)
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), place
+    assert mixed.losses == expected.losses and len(expected.losses) == 3
+    for folder in ("transformer", "checkpoint-3/transformer", "checkpoint-3/optimizer"):
+        offload_params, plain_params = mixed.weights(folder), expected.weights(folder)
+        assert offload_params.keys() == plain_params.keys() and all(
+            torch.equal(offload_params[name], plain_params[name]) for name in offload_params
+        ), folder

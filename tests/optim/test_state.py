@@ -1,4 +1,4 @@
-"""Serves videox/optimizer_state.py: training goes on to the bit, and state that does not fit is refused whole."""
+"""Tests of videox.optim.state: resume is bit-identical, and mismatched state is an error that changes nothing."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ OPTIMIZERS = {
     "adamw_fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
     "adamw_amsgrad": lambda parameters: torch.optim.AdamW(parameters, amsgrad=True),
     "sgd_momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
-    "nadam": torch.optim.NAdam,  # keeps a running product besides the moments
-    "adafactor": torch.optim.Adafactor,  # keeps rows and columns instead of whole moments
+    "nadam": torch.optim.NAdam,  # has a running product in addition to the moments
+    "adafactor": torch.optim.Adafactor,  # has rows and columns instead of full moments
 }
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_training_goes_on_bit_for_bit_with_parameters_in_another_order(kind, tmp_path):
+def test_resume_is_bit_identical_with_parameters_in_another_order(kind, tmp_path):
     net = small_net(0)
     optimizer = OPTIMIZERS[kind](net.parameters())
     train(net, optimizer, range(3))
     save_tensors(tmp_path, optimizer_tensors(optimizer, parameter_names(net)), stem="optimizer", max_shard_size=300)
     save_weights(tmp_path, net.state_dict(), "{}")
 
-    other = small_net(9)
+    resumed_net = small_net(9)
     reversed_groups = [
-        {"params": list(layer.parameters())[::-1]} for layer in reversed(other) if list(layer.parameters())
+        {"params": list(layer.parameters())[::-1]} for layer in reversed(resumed_net) if list(layer.parameters())
     ]
     resumed = OPTIMIZERS[kind](reversed_groups)
-    load_weights(tmp_path, other)
-    load_optimizer_tensors(resumed, parameter_names(other), StoredTensors(tmp_path, "optimizer"))
+    load_weights(tmp_path, resumed_net)
+    load_optimizer_tensors(resumed, parameter_names(resumed_net), StoredTensors(tmp_path, "optimizer"))
     assert len(resumed.state) == 4
-    before, after = (optimizer_tensors(o, parameter_names(n)) for o, n in ((optimizer, net), (resumed, other)))
+    before, after = (optimizer_tensors(o, parameter_names(n)) for o, n in ((optimizer, net), (resumed, resumed_net)))
     assert same(before, after)
 
     train(net, optimizer, range(3, 6))
-    train(other, resumed, range(3, 6))
-    assert same(dict(net.state_dict()), dict(other.state_dict()))
-    assert same(*(optimizer_tensors(o, parameter_names(n)) for o, n in ((optimizer, net), (resumed, other))))
+    train(resumed_net, resumed, range(3, 6))
+    assert same(dict(net.state_dict()), dict(resumed_net.state_dict()))
+    assert same(*(optimizer_tensors(o, parameter_names(n)) for o, n in ((optimizer, net), (resumed, resumed_net))))
 
 
 def test_python_numbers_keep_their_type(tmp_path):
@@ -83,19 +83,19 @@ def test_python_numbers_keep_their_type(tmp_path):
     assert state["codes"].equal(torch.arange(3, dtype=torch.uint8))
 
 
-def test_loaded_state_is_the_optimizers_own(tmp_path):
-    """Stepping writes into the state; it must never write into what it was loaded from."""
+def test_loaded_state_is_a_copy(tmp_path):
+    """Stepping writes into the state; it must never write into the tensors that it was loaded from."""
     net = small_net(0)
     optimizer = torch.optim.AdamW(net.parameters())
     train(net, optimizer, range(2))
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, parameter_names(net)).items()}
-    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
     load_optimizer_tensors(optimizer, parameter_names(net), tensors)
     train(net, optimizer, range(2, 4))
-    assert same(tensors, kept)
+    assert same(tensors, copies)
 
 
-def test_state_that_does_not_fit_is_refused_and_changes_nothing():
+def test_mismatched_state_is_an_error_and_changes_nothing():
     net = small_net(0)
     optimizer = torch.optim.AdamW(net.parameters())
     train(net, optimizer, range(2))

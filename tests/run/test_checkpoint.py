@@ -1,4 +1,4 @@
-"""Serves whoever must trust a checkpoint: kills, full disks, flipped bits and failing ranks, none of them imitated."""
+"""Tests of videox.run.checkpoint with real kills, full disks, flipped bits and failing ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from videox.weights.safetensors_io import save_tensors
 # --- publication -----------------------------------------------------------------------------------------------------
 
 
-def test_a_published_checkpoint_is_whole_described_and_verified(tmp_path):
+def test_published_checkpoint_is_complete_described_and_verified(tmp_path):
     checkpoint = publish(tmp_path / "new" / "run", 12, G=8, plan={"hash": "abc"})
     manifest = read_manifest(checkpoint)
     on_disk = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
@@ -58,7 +58,7 @@ def test_a_published_checkpoint_is_whole_described_and_verified(tmp_path):
     assert checkpoint.stat().st_mode & 0o777 == tmp_path.joinpath("new").stat().st_mode & 0o777
 
 
-def test_a_sound_checkpoint_is_not_written_again(tmp_path):
+def test_sound_checkpoint_is_not_written_again(tmp_path):
     checkpoint = publish(tmp_path, 3)
     before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
     with publish_checkpoint(tmp_path, 3, is_main=True, gather=gather_single, description={}) as folder:
@@ -67,13 +67,13 @@ def test_a_sound_checkpoint_is_not_written_again(tmp_path):
     assert file_names(tmp_path) == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("kind", ["broken", "stranger", "file", "dangling link"])
-def test_what_bears_the_name_and_is_not_sound_is_moved_aside(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["broken", "foreign", "file", "dangling link"])
+def test_broken_folder_with_the_checkpoint_name_is_moved_away(tmp_path, kind):
     target = tmp_path / "checkpoint-3"
     if kind == "broken":
         publish(tmp_path, 3)
         (target / "trainer_state.json").write_text("{}")
-    elif kind == "stranger":
+    elif kind == "foreign":
         target.mkdir()
         (target / "mine.txt").write_text("keep")
     elif kind == "file":
@@ -82,11 +82,13 @@ def test_what_bears_the_name_and_is_not_sound_is_moved_aside(tmp_path, kind):
         target.symlink_to(tmp_path / "nowhere")
     publish(tmp_path, 3)
     assert verify(target, hashes=True) == []
-    assert file_names(tmp_path) == ["checkpoint-3", "superseded-3"] and file_names(tmp_path / "superseded-3") == ["checkpoint-3"]
+    assert file_names(tmp_path) == ["checkpoint-3", "superseded-3"] and file_names(tmp_path / "superseded-3") == [
+        "checkpoint-3"
+    ]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SaveError("PytorchStreamWriter failed")])
-def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
+def test_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     publish(tmp_path, 1)
     with (
         pytest.raises(SaveError, match=str(error.args[-1])),
@@ -94,17 +96,23 @@ def test_a_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     ):
         write_checkpoint_files(folder, 2)
         raise error
-    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (
+        tmp_path / "checkpoint-1",
+        [],
+    )
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("out of memory")])
-def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path, error):
-    with pytest.raises(type(error)), publish_checkpoint(tmp_path, 2, is_main=True, gather=gather_single, description={}):
+def test_other_exceptions_are_not_save_errors(tmp_path, error):
+    with (
+        pytest.raises(type(error)),
+        publish_checkpoint(tmp_path, 2, is_main=True, gather=gather_single, description={}),
+    ):
         raise error
     assert file_names(tmp_path) == []
 
 
-def test_an_output_dir_that_cannot_be_made_is_a_failed_save(tmp_path):
+def test_output_dir_that_cannot_be_created_is_a_save_error(tmp_path):
     (tmp_path / "run").write_text("a file")
     with (
         pytest.raises(SaveError, match="FileExistsError"),
@@ -114,7 +122,7 @@ def test_an_output_dir_that_cannot_be_made_is_a_failed_save(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1500, 2300, 3000])
-def test_a_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
+def test_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
     publish(tmp_path, 1)
 
     def full_disk() -> None:
@@ -123,24 +131,27 @@ def test_a_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
             publish(tmp_path, 2, padding="x" * 3000)
 
     assert wait_for(fork(full_disk)) == 0
-    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (tmp_path / "checkpoint-1", [])
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (
+        tmp_path / "checkpoint-1",
+        [],
+    )
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------
 
 
 def in_ranks(world: int, tmp_path: Path, work: Callable[[int, Callable[[object], list[object]]], None]) -> list[int]:
-    """Runs `work(rank, gather)` in `world` forked processes joined by gloo; returns how each has ended."""
+    """Run `work(rank, gather)` in `world` forked processes connected by gloo; return their exit codes."""
 
     def rank_main(rank: int) -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=world
         )
 
-        def gather(mine: object) -> list[object]:
-            everyone: list[object] = [None] * world
-            torch.distributed.all_gather_object(everyone, mine)
-            return everyone
+        def gather(value: object) -> list[object]:
+            values: list[object] = [None] * world
+            torch.distributed.all_gather_object(values, value)
+            return values
 
         work(rank, gather)
         torch.distributed.destroy_process_group()
@@ -155,10 +166,10 @@ def test_two_ranks_publish_one_checkpoint(tmp_path):
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with publish_checkpoint(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
             save_tensors(folder, {"w": torch.full((100 * (rank + 1),), float(rank))}, stem=f"rank-{rank}")
-            time.sleep(0.2 * rank)  # the first to finish must not look before the last has written
+            time.sleep(0.2 * rank)  # the first to finish must not list files before the last has written
             (folder / f"rank-{rank}").mkdir()
             (folder / f"rank-{rank}" / "state.json").write_text("{}")
-        assert verify(run / "checkpoint-5", hashes=True) == []  # there for every rank on leaving
+        assert verify(run / "checkpoint-5", hashes=True) == []  # exists for every rank on exit
         with publish_checkpoint(run, 5, is_main=rank == 0, gather=gather, description={}) as folder:
             assert folder is None
 
@@ -169,7 +180,7 @@ def test_two_ranks_publish_one_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("main", [0, 1])
-def test_when_one_rank_fails_all_drop_the_save_with_its_cause(tmp_path, main):
+def test_failed_rank_drops_the_save_on_all_ranks_with_its_cause(tmp_path, main):
     run = tmp_path / "run"
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
@@ -186,13 +197,15 @@ def test_when_one_rank_fails_all_drop_the_save_with_its_cause(tmp_path, main):
     assert in_ranks(2, tmp_path, work) == [0, 0]
 
 
-def test_a_rank_that_cannot_see_the_folder_stops_the_save(tmp_path):
-    """Machines without a shared output_dir: each has its own."""
+def test_rank_that_cannot_see_the_folder_fails_the_save(tmp_path):
+    """Machines without a shared output_dir: each one has its own."""
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         with (
             pytest.raises(SaveError, match=r"rank 1: .*must be shared by all machines"),
-            publish_checkpoint(tmp_path / f"machine-{rank}", 5, is_main=rank == 0, gather=gather, description={}) as folder,
+            publish_checkpoint(
+                tmp_path / f"machine-{rank}", 5, is_main=rank == 0, gather=gather, description={}
+            ) as folder,
         ):
             if rank == 0:
                 write_checkpoint_files(folder, 5)
@@ -201,7 +214,7 @@ def test_a_rank_that_cannot_see_the_folder_stops_the_save(tmp_path):
     assert file_names(tmp_path / "machine-0") == []
 
 
-def test_a_rank_killed_inside_a_save_stops_the_others_and_publishes_nothing(tmp_path):
+def test_rank_killed_during_a_save_ends_the_others_and_publishes_nothing(tmp_path):
     run = tmp_path / "run"
     publish(run, 4)
 
@@ -224,7 +237,7 @@ def test_a_rank_killed_inside_a_save_stops_the_others_and_publishes_nothing(tmp_
 
 @pytest.fixture(scope="module")
 def third_unsound(tmp_path_factory) -> Path:
-    """Checkpoints 1 and 2 are sound, 3 has lost a file."""
+    """Checkpoints 1 and 2 are sound, 3 lacks a file."""
     run = publish_all(tmp_path_factory.mktemp("third") / "run", 1, 2, 3)
     (run / "checkpoint-3" / "trainer_state.json").unlink()
     return run
@@ -235,7 +248,7 @@ def save_and_prune(run: Path) -> None:
     assert prune(run, keep=1) == []
 
 
-def test_a_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_path):
+def test_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_path):
     points = 0
     while True:
         points += 1
@@ -249,13 +262,15 @@ def test_a_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_pat
         newest, _ = latest_checkpoint(run, hashes=True)
         assert newest in (run / "checkpoint-2", run / "checkpoint-3"), points
         assert remove_leftovers(run) == []
-        save_and_prune(run)  # the second life ends as if there had been no kill
+        save_and_prune(run)  # the second attempt ends as if there had been no kill
         assert latest_checkpoint(run, hashes=True) == (run / "checkpoint-3", [])
         left = file_names(run)
         assert left[0] == "checkpoint-3" and set(left[1:]) >= {"superseded-3"}
         assert all(name.startswith("superseded-3") for name in left[1:])
-        kept = [path for path in run.glob("superseded-3*/checkpoint-3") if not (path / "trainer_state.json").exists()]
-        assert len(kept) == 1  # the unsound one, never deleted
+        superseded = [
+            path for path in run.glob("superseded-3*/checkpoint-3") if not (path / "trainer_state.json").exists()
+        ]
+        assert len(superseded) == 1  # the unsound one is never deleted
         shutil.rmtree(run)
         if status == 0:
             break
@@ -263,8 +278,8 @@ def test_a_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_pat
     assert points > 25
 
 
-def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
-    """Whichever operation the disk refuses: SaveError or a sound checkpoint, one to resume from, no rubbish."""
+def test_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
+    """Whichever operation fails: a SaveError or a sound checkpoint, one to resume from, no temporary files."""
     points, failures = 0, 0
     reached = True
     while reached:
@@ -272,14 +287,14 @@ def test_an_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
         run = shutil.copytree(third_unsound, tmp_path / str(points))
 
         def failing(run: Path = run, at: int = points) -> None:
-            struck = inject_fault(run, at, raise_disk_full, reads=True)
+            reached_fault = inject_fault(run, at, raise_disk_full, reads=True)
             status = 3
             try:
                 publish(run, 3)
-            except SaveError as why:
-                assert "No space left on device" in str(why)
+            except SaveError as error:
+                assert "No space left on device" in str(error)
                 status = 4
-            os._exit(status if struck else 0)
+            os._exit(status if reached_fault else 0)
 
         status = wait_for(fork(failing))
         reached = status != 0
@@ -308,7 +323,7 @@ def test_only_exact_names_with_a_manifest_are_checkpoints(tmp_path):
         "xcheckpoint-4",
     ):
         shutil.copytree(real[0], tmp_path / name)
-    shutil.copytree(real[0], tmp_path / "checkpoint-٤")  # a digit, but not one that a step is written with
+    shutil.copytree(real[0], tmp_path / "checkpoint-٤")  # a digit of another script
     shutil.copytree(real[0], tmp_path / ".tmp-checkpoint-500-0123456789ab")
     (tmp_path / "checkpoint-600").mkdir()
     (tmp_path / "checkpoint-700").write_text("a file")
@@ -335,7 +350,7 @@ def two_checkpoints(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["head", "middle", "tail", "truncated", "empty", "missing", "swapped"])
-def test_any_damage_to_any_file_is_named_and_the_older_is_used(two_checkpoints, tmp_path, name, damage):
+def test_any_damage_to_any_file_is_reported_and_the_older_is_used(two_checkpoints, tmp_path, name, damage):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     path = run / "checkpoint-2" / name
     content = bytearray(path.read_bytes())
@@ -354,17 +369,17 @@ def test_any_damage_to_any_file_is_named_and_the_older_is_used(two_checkpoints, 
     chosen, warnings = latest_checkpoint(run, hashes=True)
     assert chosen == run / "checkpoint-1"
     if (name, damage) == (MANIFEST, "missing"):
-        assert warnings == []  # without a manifest it is none of ours
+        assert warnings == []  # without a manifest it is not a checkpoint
     else:
         assert len(warnings) == 1 and "checkpoint-2" in warnings[0]
-        # Another step's whole manifest shows as hashes that all differ.
+        # The manifest of another step makes the hashes of all files differ.
         assert name in warnings[0] or (name, damage) == (MANIFEST, "swapped")
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_every_single_bit_counts(two_checkpoints, tmp_path_factory, data):
-    """Any one bit of any file, the manifest included, turned over: the checkpoint no longer verifies."""
+def test_every_single_bit_is_verified(two_checkpoints, tmp_path_factory, data):
+    """If any one bit of any file, the manifest included, is flipped, the checkpoint does not verify."""
     checkpoint = two_checkpoints / "checkpoint-1"
     path = checkpoint / data.draw(st.sampled_from(FILES))
     content = path.read_bytes()
@@ -393,14 +408,14 @@ def test_without_hashes_sizes_and_headers_are_still_checked(two_checkpoints, tmp
     ]
 
 
-def test_a_manifest_cannot_point_outside_or_come_from_the_future(two_checkpoints, tmp_path):
+def test_manifest_with_outside_paths_or_newer_format_is_refused(two_checkpoints, tmp_path):
     checkpoint = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
     body = read_manifest(checkpoint)
-    for change, sentence in (
+    for change, problem in (
         ({"files": {"../x": {"size": 1, "sha256": ""}}}, "points outside"),
         ({"files": {"/etc/hostname": {"size": 1, "sha256": ""}}}, "points outside"),
-        ({"format": 2}, "has format 2, this videox reads up to 1"),
+        ({"format": 2}, "has format 2, this videox reads formats up to 1"),
     ):
         changed = {**body, **change}
         write_json_atomically(checkpoint / MANIFEST, {**changed, "seal": checkpoints._seal(changed)})
-        assert sentence in verify(checkpoint)[0]
+        assert problem in verify(checkpoint)[0]

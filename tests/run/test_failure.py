@@ -1,6 +1,6 @@
-"""Serves whoever leaves several processes alone: one that fails, or is killed, ends all of them, and says why.
+"""Tests of videox.run.failure: a rank that fails or is killed ends all ranks, and the cause is printed once.
 
-The faults are put into the real training script, in a forked child or under the launcher itself.
+The faults are injected into the real training script, in a forked child or under the launcher.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from videox.run.checkpoint import find_checkpoints, verify
 from videox.run.failure_hub import Report, find_cause
 
 BACKENDS = ("ddp", "zero2", "zero3", "fsdp1", "fsdp2")
-OUT_IN = 30.0  # seconds in which all processes are gone after one is
+END_SECONDS = 30.0  # within which all processes must end after one has
 CAUSE = "this process fails"
 
 
@@ -32,7 +32,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
     return BackendRuns(tmp_path_factory.mktemp("wan"), "wan2.1 normal", 4)
 
 
-# ----------------------------------------------------------------------------------------- which one was first
+# ------------------------------------------------------------------------------------------------- find_cause
 
 
 REPORTS = st.lists(
@@ -42,7 +42,7 @@ REPORTS = st.lists(
 
 
 @given(REPORTS)
-def test_the_cause_is_the_first_report_that_is_no_consequence(reports: list[Report]) -> None:
+def test_cause_is_the_first_report_that_is_no_consequence(reports: list[Report]) -> None:
     found = find_cause(reports)
     assert found in reports
     causes = [report for report in reports if not report.consequence] or reports
@@ -57,23 +57,23 @@ def at_start(script: ModuleType) -> None:
     def load(*_: object) -> None:
         raise RuntimeError(CAUSE)
 
-    script.load_components = load
+    script.build_model = load
 
 
 def in_a_step(script: ModuleType) -> None:
     compute, calls = script.accumulate_gradients, iter(range(1, 100))
 
-    def third_fails(*arguments: object) -> torch.Tensor:
+    def third_fails(*arguments: object, **settings: object) -> torch.Tensor:
         if next(calls) == 3:
             raise RuntimeError(CAUSE)
-        return compute(*arguments)
+        return compute(*arguments, **settings)
 
     script.accumulate_gradients = third_fails
 
 
 def in_a_layer(script: ModuleType) -> None:
-    """For want of memory, between the collectives of a forward pass."""
-    load, calls = script.load_components, iter(range(1, 100))
+    """Out of memory between the collectives of a forward pass."""
+    load, calls = script.build_model, iter(range(1, 100))
 
     def no_memory(*_: object) -> None:
         if next(calls) == 7:
@@ -84,15 +84,15 @@ def in_a_layer(script: ModuleType) -> None:
         components.transformer.blocks[1].register_forward_pre_hook(no_memory)
         return components
 
-    script.load_components = loaded
+    script.build_model = loaded
 
 
 def in_a_save(script: ModuleType) -> None:
-    """For want of memory, before the first collective of the second save."""
-    opened, calls = script.wiring.open_engine, iter(range(1, 100))
+    """Out of memory before the first collective of the second save."""
+    build_engine, calls = script.build.build_engine, iter(range(1, 100))
 
-    def open_engine(*arguments: object) -> tuple[object, object]:
-        engine, rate = opened(*arguments)
+    def build_failing_engine(*arguments: object) -> object:
+        engine = build_engine(*arguments)
         save = engine.save
 
         def second_fails(*where: object, **state: object) -> None:
@@ -101,30 +101,30 @@ def in_a_save(script: ModuleType) -> None:
             save(*where, **state)
 
         engine.save = second_fails
-        return engine, rate
+        return engine
 
-    script.wiring.open_engine = open_engine
+    script.build.build_engine = build_failing_engine
 
 
 def with_a_full_disk(script: ModuleType) -> None:
     """Any file of a checkpoint that this process writes is too large, as on a disk that is full, from step 2 on."""
     import resource
 
-    save, calls = script.wiring.Recorder.save, iter(range(1, 100))
+    save, calls = script.build.Checkpointer.save, iter(range(1, 100))
 
-    def full(watch: object, *arguments: object) -> None:
+    def full(checkpointer: object, *arguments: object) -> None:
         if next(calls) >= 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (48 << 10, resource.RLIM_INFINITY))
-        save(watch, *arguments)
+        save(checkpointer, *arguments)
 
-    script.wiring.Recorder.save = full
+    script.build.Checkpointer.save = full
 
 
 FAULTS = {fault.__name__: fault for fault in (at_start, in_a_step, in_a_layer, in_a_save, with_a_full_disk)}
 
 
 def train() -> int:
-    """Trains; in the process that VICTIM names with the fault that FAULT names."""
+    """Train; the rank in the variable VICTIM gets the fault in the variable FAULT."""
     script = runs.train_script()
     if os.environ["RANK"] == os.environ["VICTIM"]:
         FAULTS[os.environ["FAULT"]](script)
@@ -141,7 +141,7 @@ def start(ground: BackendRuns, backend: str, folder: Path, fault: str, victim: i
     )
 
 
-def check_nothing_half(folder: Path, *steps: int) -> None:
+def check_only_complete_checkpoints(folder: Path, *steps: int) -> None:
     found = find_checkpoints(folder) if folder.exists() else []
     assert [path.name for path in found] == [f"checkpoint-{step}" for step in steps]
     assert all(verify(path, hashes=True) == [] for path in found)
@@ -155,28 +155,26 @@ def check_resumed(ground: BackendRuns, backend: str, folder: Path) -> None:
 
 
 SAVED_BEFORE = {"at_start": 0, "in_a_step": 2, "in_a_layer": 1, "in_a_save": 1}
-CODES = {"at_start": BUG, "in_a_step": BUG, "in_a_layer": FLAGS, "in_a_save": FLAGS}  # a lack of memory has a mend
+CODES = {"at_start": BUG, "in_a_step": BUG, "in_a_layer": FLAGS, "in_a_save": FLAGS}  # OOM is a UserError with a hint
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("fault", SAVED_BEFORE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_process_that_fails_ends_all(
-    wan: BackendRuns, tmp_path: Path, backend: str, fault: str, victim: int
-) -> None:
+def test_failure_of_one_rank_ends_all(wan: BackendRuns, tmp_path: Path, backend: str, fault: str, victim: int) -> None:
     folder = tmp_path / "run"
     ranks = start(wan, backend, folder, fault, victim)
     failed, other = ranks[victim], ranks[1 - victim]
     assert failed.wait() != 0
-    assert other.wait(OUT_IN) == CODES[fault], output_of(ranks)
+    assert other.wait(END_SECONDS) == CODES[fault], output_of(ranks)
     assert failed.output().count(CAUSE) == 1, failed.output()[-3000:]
     assert CAUSE not in other.output()
     assert "Traceback" not in other.output(), other.output()[-3000:]
     status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"]) == ("failed", CODES[fault])
     assert CAUSE in status["error"]
-    check_nothing_half(folder, *range(1, SAVED_BEFORE[fault] + 1))
+    check_only_complete_checkpoints(folder, *range(1, SAVED_BEFORE[fault] + 1))
     if fault == "in_a_save":
         check_resumed(wan, backend, folder)
 
@@ -187,12 +185,12 @@ def test_one_process_that_fails_ends_all(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_disk_full_on_one_process_ends_all_by_one_line(
+def test_full_disk_on_one_rank_ends_all_with_one_line(
     wan: BackendRuns, tmp_path: Path, backend: str, victim: int
 ) -> None:
     folder = tmp_path / "run"
     ranks = start(wan, backend, folder, "with_a_full_disk", victim)
-    if backend == "ddp" and victim == 1:  # the first process alone writes
+    if backend == "ddp" and victim == 1:  # only rank 0 writes
         assert [rank.wait() for rank in ranks] == [0, 0], output_of(ranks)
         return
     assert [rank.wait() for rank in ranks] == [STORAGE, STORAGE], output_of(ranks)
@@ -204,7 +202,7 @@ def test_a_disk_full_on_one_process_ends_all_by_one_line(
     status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", STORAGE, lines[0])
     assert not list(folder.glob(".tmp-*"))
-    check_nothing_half(folder, 1)
+    check_only_complete_checkpoints(folder, 1)
     check_resumed(wan, backend, folder)
 
 
@@ -214,13 +212,13 @@ def test_a_disk_full_on_one_process_ends_all_by_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_process_is_a_lost_peer(wan: BackendRuns, tmp_path: Path, backend: str, victim: int) -> None:
+def test_killed_rank_is_reported_as_lost_peer(wan: BackendRuns, tmp_path: Path, backend: str, victim: int) -> None:
     folder = tmp_path / "run"
     ranks = wan.start_ranks(backend, folder, checkpointing_steps=1)
     ranks[victim].wait_until(lambda: find_checkpoints(folder))
     ranks[victim].kill()
     other = ranks[1 - victim]
-    assert other.wait(OUT_IN) == PEER_LOST, output_of(ranks)
+    assert other.wait(END_SECONDS) == PEER_LOST, output_of(ranks)
     assert f"peer lost: process {victim} on " in other.error_line()
     status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", PEER_LOST, other.error_line())
@@ -242,16 +240,18 @@ run_script(test_failure.train)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "fault"), [("ddp", "in_a_step"), ("fsdp2", "in_a_save"), ("zero3", "in_a_layer")])
-def test_under_the_launcher_the_cause_is_told_once(wan: BackendRuns, tmp_path: Path, backend: str, fault: str) -> None:
+def test_under_the_launcher_the_cause_is_printed_once(
+    wan: BackendRuns, tmp_path: Path, backend: str, fault: str
+) -> None:
     folder, faulty = tmp_path / "run", tmp_path / "faulty.py"
     faulty.write_text(UNDER_LAUNCHER.format(tests=str(runs.ROOT / "tests/support"), root=str(runs.ROOT)))
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags(backend, wan.kind, 2)]
     command += ["--main_process_port", "0", str(faulty), *wan.flags(folder, checkpointing_steps=1)]
     found = runs.run_command(command, folder, VICTIM="1", FAULT=fault)
     assert found.code != 0
-    told = f"Error: {CAUSE}" if CODES[fault] == BUG else f"({CAUSE})"
-    assert found.stderr.count(told) == 1, found.stderr[-5000:]
+    printed = f"Error: {CAUSE}" if CODES[fault] == BUG else f"({CAUSE})"
+    assert found.stderr.count(printed) == 1, found.stderr[-5000:]
     assert "gloo" not in found.stderr.replace("gloo_", ""), found.stderr[-5000:]
     assert (found.status["state"], found.status["exit_code"]) == ("failed", CODES[fault])
     assert CAUSE in found.status["error"]
-    check_nothing_half(folder, *range(1, SAVED_BEFORE[fault] + 1))
+    check_only_complete_checkpoints(folder, *range(1, SAVED_BEFORE[fault] + 1))

@@ -1,4 +1,4 @@
-"""Serves whoever goes on with a run: nothing that a kill, a full disk or a second trainer does loses a line."""
+"""Tests of videox.run.folder: resuming, rewinding, pruning, locking; no kill or full disk loses a record."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def refused(path: str | None, run: Path, exit_code: int, hashes: bool = False) -
     return caught.value.line()
 
 
-def test_latest_with_none_starts_anew_and_says_so(tmp_path):
+def test_latest_without_a_checkpoint_starts_a_new_run_and_reports_it(tmp_path):
     found = resume("latest", tmp_path / "absent")
     assert (found.path, found.step) == (None, 0) and "a new run starts at step 0" in found.warnings[0]
-    (tmp_path / RECORDS[0]).write_text('{"step": 1}\n')  # died before its first checkpoint
+    (tmp_path / RECORDS[0]).write_text('{"step": 1}\n')  # killed before its first checkpoint
     assert resume("latest", tmp_path).path is None
     assert resume(None, tmp_path / "absent") == ResumePoint(None, 0)
 
 
-def test_latest_takes_the_newest_sound_one(two_checkpoints, tmp_path):
+def test_latest_is_the_newest_sound_checkpoint(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     assert resume("latest", run) == ResumePoint(run / "checkpoint-2", 2)
     tensors = run / "checkpoint-2" / "optimizer.safetensors"
@@ -86,7 +86,7 @@ def test_latest_takes_the_newest_sound_one(two_checkpoints, tmp_path):
     assert "optimizer.safetensors" in refused(str(run / "checkpoint-2"), run, MODEL, hashes=True)
 
 
-def test_a_renamed_folder_is_not_latest_but_can_be_named(two_checkpoints, tmp_path):
+def test_renamed_folder_is_not_latest_but_can_be_passed(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     (run / "checkpoint-2").rename(run / "checkpoint-90")
     found = resume("latest", run)
@@ -94,7 +94,7 @@ def test_a_renamed_folder_is_not_latest_but_can_be_named(two_checkpoints, tmp_pa
     assert resume(str(run / "checkpoint-90"), run).step == 2
 
 
-def test_a_path_is_honoured_wherever_it_points(two_checkpoints, tmp_path, monkeypatch):
+def test_path_outside_the_run_is_accepted(two_checkpoints, tmp_path, monkeypatch):
     run = tmp_path / "run"
     publish(run, 2)
     moved = shutil.copytree(two_checkpoints / "checkpoint-1", tmp_path / "backup" / "my favourite")
@@ -110,7 +110,7 @@ def test_a_path_is_honoured_wherever_it_points(two_checkpoints, tmp_path, monkey
     assert resume(str(link), run).step == 1
 
 
-def test_a_path_that_is_no_checkpoint_is_refused_with_what_is_there(two_checkpoints, tmp_path):
+def test_path_without_a_checkpoint_is_refused_with_what_is_there(two_checkpoints, tmp_path):
     run = two_checkpoints
     assert "does not exist" in refused(str(tmp_path / "typo"), run, MODEL)
     assert f"pass {run / 'checkpoint-2'}" in refused(str(tmp_path / "typo"), run, MODEL)
@@ -122,7 +122,7 @@ def test_a_path_that_is_no_checkpoint_is_refused_with_what_is_there(two_checkpoi
     assert "contains checkpoints (checkpoint-1, checkpoint-2)" in line and f"pass {run / 'checkpoint-2'}" in line
 
 
-def test_a_path_that_may_not_be_read_is_refused_in_one_line(tmp_path):
+def test_unreadable_path_is_refused_with_one_line(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
 
     def as_nobody() -> None:
@@ -140,7 +140,7 @@ def test_a_path_that_may_not_be_read_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("marker", ["optimizer.bin", "random_states_0.pkl", "sampler_pos_start.pkl", "pytorch_model/"])
 @pytest.mark.parametrize("by_path", [True, False])
-def test_a_foreign_checkpoint_is_named_with_the_way_to_use_it(tmp_path, marker, by_path):
+def test_foreign_checkpoint_is_refused_with_how_to_use_it(tmp_path, marker, by_path):
     foreign = tmp_path / "checkpoint-500"
     (foreign / "transformer").mkdir(parents=True)
     (foreign / marker).mkdir() if marker.endswith("/") else (foreign / marker).write_bytes(b"pickle")
@@ -153,7 +153,7 @@ def test_a_foreign_checkpoint_is_named_with_the_way_to_use_it(tmp_path, marker, 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "holds"),
+    ("name", "content", "has_run"),
     [
         ("metrics.jsonl", '{"step": 1}\n', True),
         ("metrics.jsonl", "", False),
@@ -163,16 +163,16 @@ def test_a_foreign_checkpoint_is_named_with_the_way_to_use_it(tmp_path, marker, 
         ("plan_report.json", "{}", False),
     ],
 )
-def test_a_folder_with_a_run_is_refused_without_resume(tmp_path, name, content, holds):
+def test_folder_with_a_run_is_refused_without_resume(tmp_path, name, content, has_run):
     (tmp_path / name).write_text(content)
-    if holds:
+    if has_run:
         line = refused(None, tmp_path, FLAGS)
         assert name in line and "--resume_from_checkpoint latest" in line and "another --output_dir" in line
     else:
         assert resume(None, tmp_path) == ResumePoint(None, 0)
 
 
-def test_a_folder_with_checkpoints_is_refused_without_resume(two_checkpoints):
+def test_folder_with_checkpoints_is_refused_without_resume(two_checkpoints):
     assert "checkpoint-2" in refused(None, two_checkpoints, FLAGS)
 
 
@@ -183,7 +183,7 @@ def lines_of(steps: range) -> list[str]:
     return [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in steps]
 
 
-def test_rewind_moves_what_is_later_and_deletes_nothing(two_checkpoints, tmp_path):
+def test_rewind_moves_later_records_and_deletes_nothing(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     for name in RECORDS:
         (run / name).write_text("".join(lines_of(range(1, 6))) + '{"step": 6, "lo')
@@ -201,13 +201,13 @@ def test_rewind_moves_what_is_later_and_deletes_nothing(two_checkpoints, tmp_pat
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "loss": 1.0}', '{"step": 3, "loss": 1.0', "3", "\x00\x00", "\n"])
-def test_the_last_line_after_a_crash(tmp_path, tail):
+def test_incomplete_last_line_is_moved_and_missing_newline_added(tmp_path, tail):
     log = tmp_path / RECORDS[0]
     log.write_text("".join(lines_of(range(1, 3))) + tail)
     moved = rewind(tmp_path, 3)
-    whole = tail.endswith("}")
-    assert log.read_text() == "".join(lines_of(range(1, 3))) + (tail + "\n" if whole else "")
-    assert (moved is None) if whole else (moved / log.name).read_text() == tail
+    complete = tail.endswith("}")
+    assert log.read_text() == "".join(lines_of(range(1, 3))) + (tail + "\n" if complete else "")
+    assert (moved is None) if complete else (moved / log.name).read_text() == tail
 
 
 @settings(max_examples=40, deadline=None)
@@ -215,17 +215,17 @@ def test_the_last_line_after_a_crash(tmp_path, tail):
     steps=st.lists(st.integers(1, 9), max_size=12),
     saved=st.sets(st.integers(1, 9), max_size=3),
     back_to=st.integers(0, 9),
-    torn=st.booleans(),
+    incomplete=st.booleans(),
 )
-def test_rewind_keeps_every_line_once_and_in_order(tmp_path_factory, steps, saved, back_to, torn):
+def test_rewind_keeps_every_line_once_and_in_order(tmp_path_factory, steps, saved, back_to, incomplete):
     run = tmp_path_factory.mktemp("run")
     for step in saved:
         (run / f"checkpoint-{step}").mkdir()
         (run / f"checkpoint-{step}" / MANIFEST).write_text("{}")
     lines = [json.dumps({"step": step, "n": number}) + "\n" for number, step in enumerate(steps)]
-    (run / RECORDS[0]).write_text("".join(lines) + ('{"st' if torn else ""))
+    (run / RECORDS[0]).write_text("".join(lines) + ('{"st' if incomplete else ""))
     superseded = rewind(run, back_to)
-    later = [line for line, step in zip(lines, steps, strict=True) if step > back_to] + ['{"st'] * torn
+    later = [line for line, step in zip(lines, steps, strict=True) if step > back_to] + ['{"st'] * incomplete
     assert (run / RECORDS[0]).read_text() == "".join(
         line for line, step in zip(lines, steps, strict=True) if step <= back_to
     )
@@ -241,8 +241,8 @@ def test_rewind_keeps_every_line_once_and_in_order(tmp_path_factory, steps, save
     assert rewind(run, back_to) is None
 
 
-def test_a_rewind_killed_at_every_file_operation_is_finished_by_the_next(tmp_path):
-    """At each point the newest checkpoint left has all its records, and no line or checkpoint is gone."""
+def test_rewind_killed_at_every_file_operation_is_completed_by_the_next(tmp_path):
+    """At each point the newest remaining checkpoint has all its records, and no line or checkpoint is lost."""
     everything = lines_of(range(1, 60))
     points, interrupted, status = 0, 0, -signal.SIGKILL
     while status == -signal.SIGKILL:
@@ -261,7 +261,7 @@ def test_a_rewind_killed_at_every_file_operation_is_finished_by_the_next(tmp_pat
         status = wait_for(fork(killed))
         left = [int(path.name[11:]) for path in find_checkpoints(run)]
         newest = left[-1]
-        assert left == list(range(10, newest + 1, 10))  # newest first: no gap that a resume would fall into
+        assert left == list(range(10, newest + 1, 10))  # moved newest first: no gap among the rest
         for name in RECORDS:
             assert (run / name).read_text().startswith("".join(everything[:newest]))
         interrupted += bool(list(run.glob("superseded-*"))) and rewind(run, 10) is not None
@@ -270,15 +270,17 @@ def test_a_rewind_killed_at_every_file_operation_is_finished_by_the_next(tmp_pat
         for name in RECORDS:
             assert (run / name).read_text() == "".join(everything[:10])
             assert "".join(everything[10:]) in [path.read_text() for path in run.glob(f"superseded-*/{name}")]
-        assert file_names(run) == sorted(["checkpoint-10", *RECORDS, *(path.name for path in run.glob("superseded-*"))])
+        assert file_names(run) == sorted(
+            ["checkpoint-10", *RECORDS, *(path.name for path in run.glob("superseded-*"))]
+        )
         assert sorted(path.name for path in run.glob("superseded-*/checkpoint-*")) == [
             f"checkpoint-{step}" for step in range(20, 60, 10)
         ]
     assert status == 0 and interrupted > 10
 
 
-def test_a_folder_that_cannot_be_rewound_is_refused(tmp_path):
-    (tmp_path / RECORDS[0]).mkdir()  # not a file: left alone
+def test_folder_that_cannot_be_rewound_is_refused(tmp_path):
+    (tmp_path / RECORDS[0]).mkdir()  # not a file: ignored
     assert rewind(tmp_path, 0) is None
     (tmp_path / RECORDS[1]).write_text("".join(lines_of(range(1, 400))))
 
@@ -303,7 +305,7 @@ def test_prune_keeps_the_newest_sound_ones_and_touches_nothing_else(tmp_path):
     (tmp_path / "checkpoint-0").symlink_to(outside)
     for name in ("checkpoint-1-outputs", "checkpoint-007", "superseded-2"):
         (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-8").mkdir()  # no manifest: not ours
+    (tmp_path / "checkpoint-8").mkdir()  # no manifest: not a checkpoint
     assert prune(tmp_path, keep=2) == []
     left = [name for name in file_names(tmp_path) if name.startswith("checkpoint")]
     assert left == sorted(
@@ -318,38 +320,38 @@ def test_prune_keeps_the_newest_sound_ones_and_touches_nothing_else(tmp_path):
         ]
     )
     assert verify(outside) == [] and not [name for name in file_names(tmp_path) if name.startswith(".")]
-    assert prune(tmp_path, keep=0) == []  # never the last one
+    assert prune(tmp_path, keep=0) == []  # never deletes the last one
     assert latest_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-6"
     assert prune(tmp_path / "absent", keep=1) == []
 
 
-def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path):
+def test_failed_removal_is_reported_and_tried_again(tmp_path):
     for step in (1, 2):
         publish(tmp_path, step)
     tmp_path.chmod(0o555)
 
-    def without_the_right_to_write() -> None:
-        os.chdir(tmp_path)  # its parents are closed to others
+    def without_write_permission() -> None:
+        os.chdir(tmp_path)  # its parent folders are not accessible to other users
         if os.getuid() == 0:
             os.setuid(65534)
         warnings = prune(Path(), keep=1)
         assert len(warnings) == 1 and "checkpoint-1 could not be deleted" in warnings[0]
 
-    def without_the_right_to_look() -> None:
+    def without_read_permission() -> None:
         if os.getuid() == 0:
             os.setuid(65534)
         warnings = prune(tmp_path, keep=1)
         assert len(warnings) == 1 and "could not be pruned" in warnings[0]
 
-    assert wait_for(fork(without_the_right_to_write)) == 0
+    assert wait_for(fork(without_write_permission)) == 0
     tmp_path.chmod(0o000)
-    assert wait_for(fork(without_the_right_to_look)) == 0
+    assert wait_for(fork(without_read_permission)) == 0
     tmp_path.chmod(0o755)
     assert verify(tmp_path / "checkpoint-1", hashes=True) == []
     assert prune(tmp_path, keep=1) == [] and file_names(tmp_path) == ["checkpoint-2"]
 
 
-def test_sweep_removes_leftovers_of_ours_only(tmp_path):
+def test_remove_leftovers_deletes_only_own_files(tmp_path):
     for name in (
         ".tmp-checkpoint-5-0123456789ab",
         ".trash-checkpoint-4-0123456789ab",
@@ -360,18 +362,18 @@ def test_sweep_removes_leftovers_of_ours_only(tmp_path):
     temp_path(tmp_path / "losses.png").write_text("half")
     (tmp_path / "precious").mkdir()
     (tmp_path / ".trash-link-0123456789ab").symlink_to(tmp_path / "precious")
-    kept = [".tmp", ".tmp-mine", ".trash-1", ".tmp-notes-0123456789", "precious"]
-    for name in kept[:-1]:
+    others = [".tmp", ".tmp-mine", ".trash-1", ".tmp-notes-0123456789", "precious"]
+    for name in others[:-1]:
         (tmp_path / name).mkdir()
     assert remove_leftovers(tmp_path) == []
-    assert file_names(tmp_path) == sorted(kept)
+    assert file_names(tmp_path) == sorted(others)
     assert remove_leftovers(tmp_path / "absent") == []
 
 
-# --- room and the lock -----------------------------------------------------------------------------------------------
+# --- disk space and the lock -----------------------------------------------------------------------------------
 
 
-def test_room_is_told_in_numbers(tmp_path):
+def test_missing_disk_space_is_reported_in_numbers(tmp_path):
     require_disk_space(tmp_path / "not" / "yet" / "there", 1)
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=r"needs 1e\+09 GB of disk space, [0-9.e+]+ GB are free") as caught:
@@ -379,7 +381,7 @@ def test_room_is_told_in_numbers(tmp_path):
     assert caught.value.exit_code == STORAGE and free < 10**18
 
 
-def test_a_second_run_is_refused_with_the_owner_named(tmp_path):
+def test_second_run_is_refused_with_the_lock_owner(tmp_path):
     run = tmp_path / "new" / "run"
     with lock_folder(run) as warnings:
         assert warnings == []
@@ -388,17 +390,19 @@ def test_a_second_run_is_refused_with_the_owner_named(tmp_path):
             with pytest.raises(UserError) as caught, lock_folder(run):
                 pass
             assert caught.value.exit_code == FLAGS
-            assert f"in use by pid {os.getppid()} on host " in caught.value.line() and " since 2" in caught.value.line()
+            assert (
+                f"in use by pid {os.getppid()} on host " in caught.value.line() and " since 2" in caught.value.line()
+            )
 
         assert wait_for(fork(second)) == 0
     with lock_folder(run):
         pass
 
 
-def test_the_lock_dies_with_its_owner_and_not_with_its_workers(tmp_path):
+def test_lock_ends_with_its_owner_also_if_a_worker_lives_on(tmp_path):
     reader, writer = os.pipe()
 
-    def work() -> None:  # e.g. a loader's worker that outlives a killed trainer
+    def work() -> None:  # e.g. a DataLoader worker that outlives a killed trainer
         os.write(writer, f"{os.getpid()}\n".encode())
         time.sleep(60)
 
@@ -415,21 +419,21 @@ def test_the_lock_dies_with_its_owner_and_not_with_its_workers(tmp_path):
         os.kill(child, signal.SIGKILL)
         wait_for(child)
         with lock_folder(tmp_path):
-            os.kill(worker, 0)  # it still lives
+            os.kill(worker, 0)  # it is still alive
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_costs_a_warning_not_the_run(tmp_path, monkeypatch):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def no_locks(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # as a mount without its lock service answers
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # as a network mount without a lock service
 
     monkeypatch.setattr("videox.run.folder.fcntl.flock", no_locks)
     with lock_folder(tmp_path) as warnings:
         assert len(warnings) == 1 and "has no file locks" in warnings[0] and "No locks available" in warnings[0]
 
 
-def test_a_lock_is_not_written_through_a_link(tmp_path):
+def test_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(UserError) as caught, lock_folder(tmp_path):
@@ -441,7 +445,7 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
 
 
 def resume_and_train(run: Path, published: int) -> None:
-    """A run in small: resume, train AdamW, record, save and prune until killed; tells each publication on a pipe."""
+    """A small run: resume, train AdamW, record, save and prune until killed; write each published step to a pipe."""
     with lock_folder(run):
         remove_leftovers(run)
         start = resolve_resume("latest", run, previous_run_killed=True, verify_hashes=False)
@@ -467,7 +471,7 @@ def resume_and_train(run: Path, published: int) -> None:
             assert prune(run, keep=2) == []
 
 
-def unbroken(steps: int) -> list[torch.Tensor]:
+def uninterrupted(steps: int) -> list[torch.Tensor]:
     weight = torch.nn.Parameter(torch.zeros(300))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     after = []
@@ -478,9 +482,9 @@ def unbroken(steps: int) -> list[torch.Tensor]:
     return after
 
 
-def test_forty_kills_at_random_instants_lose_nothing(tmp_path):
-    """After each SIGKILL the newest checkpoint is sound, no older than the last that was announced, and exact."""
-    unbroken(1)  # torch imports half of itself at an optimizer's first step: once here, not in each child
+def test_forty_kills_at_random_times_lose_nothing(tmp_path):
+    """After each SIGKILL the newest checkpoint is sound, exact, and not older than the last one that was reported."""
+    uninterrupted(1)  # torch imports many modules at an optimizer's first step: once here, not in each child
     chance = random.Random(7)
     announced, span, kills = 0, 0.1, 0
     while kills < 40 or announced < 20:
@@ -494,19 +498,19 @@ def test_forty_kills_at_random_instants_lose_nothing(tmp_path):
         assert wait_for(child) == -signal.SIGKILL
         with os.fdopen(reader) as lines:
             reached = [int(line) for line in lines]
-        span *= 0.9 if reached else 1.2  # a busy machine needs longer for the same work
+        span *= 0.9 if reached else 1.2  # adapts to the speed of the machine
         announced = max([announced, *reached])
         newest, warnings = latest_checkpoint(tmp_path, hashes=True)
         assert warnings == [] and (newest is None) == (announced == 0 and not find_checkpoints(tmp_path))
         if newest is not None:
             assert read_manifest(newest)["step"] >= announced
 
-    with lock_folder(tmp_path):  # the dead left no lock
+    with lock_folder(tmp_path):  # the killed processes left no lock
         assert remove_leftovers(tmp_path) == []
         newest, _ = latest_checkpoint(tmp_path, hashes=True)
         step = read_manifest(newest)["step"]
         rewind(tmp_path, step)
-    exact = unbroken(step)
+    exact = uninterrupted(step)
     assert torch.equal(StoredTensors(newest / "transformer")["w"], exact[-1])
     records = [json.loads(line) for line in (tmp_path / RECORDS[0]).read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, step + 1))

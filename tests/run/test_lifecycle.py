@@ -1,4 +1,4 @@
-"""Serves whoever reads how a run ended: one owner of a folder, one line, one exit code, on every process the same."""
+"""Tests of videox.run.lifecycle, run_on_main and exit codes: one owner per folder, the same end on every rank."""
 
 from __future__ import annotations
 
@@ -30,31 +30,30 @@ from videox.run.lifecycle import Run, open_run, run_script
 from videox.run.status import RunStatus, read_status
 
 
-def alone(value: object) -> list[object]:
+def gather_single(value: object) -> list[object]:
     return [value]
 
 
-def opened(folder: Path, **changes: object) -> object:
-    return open_run(folder, **{"resume": None, "verify": False, "is_main": True, "gather": alone, **changes})
+def open_in(folder: Path, **changes: object) -> object:
+    return open_run(folder, **{"resume": None, "verify": False, "is_main": True, "gather": gather_single, **changes})
 
 
-def together(work: Callable[[int, Callable[[object], list[object]]], object], world_size: int = 2) -> list[object]:
-    """Runs work(rank, gather) in a thread for each rank, gather being a collective among them; returns what each gave,
-    or raised."""
+def run_ranks(work: Callable[[int, Callable[[object], list[object]]], object], world_size: int = 2) -> list[object]:
+    """Run work(rank, gather) in a thread per rank; return what each returned or raised."""
     barrier, values, results = threading.Barrier(world_size), [None] * world_size, [None] * world_size
 
     def rank_of(rank: int) -> None:
         def gather(value: object) -> list[object]:
             values[rank] = value
             barrier.wait(20)
-            found = list(values)
+            gathered = list(values)
             barrier.wait(20)
-            return found
+            return gathered
 
         try:
             results[rank] = work(rank, gather)
-        except UserError as refusal:
-            results[rank] = refusal
+        except UserError as error:
+            results[rank] = error
 
     threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -67,8 +66,8 @@ def together(work: Callable[[int, Callable[[object], list[object]]], object], wo
 # ------------------------------------------------------------------------------------------- open_run
 
 
-def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
-    with opened(tmp_path / "deep" / "run") as run:
+def test_new_run_has_state_running_until_it_is_set(tmp_path: Path) -> None:
+    with open_in(tmp_path / "deep" / "run") as run:
         assert isinstance(run, Run)
         assert (run.resume.path, run.resume.step, run.notes) == (None, 0, ())
         status = read_status(tmp_path / "deep" / "run")
@@ -77,25 +76,25 @@ def test_a_new_run_is_running_until_it_says_otherwise(tmp_path: Path) -> None:
     assert read_status(tmp_path / "deep" / "run").state == "finished"
 
 
-def test_a_worker_that_ends_meanwhile_does_not_keep_the_status_from_being_written(
+def test_sigchld_of_a_loader_worker_does_not_prevent_the_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch's loader does, whose second worker ends because the first one was killed."""
+    """torch's DataLoader raises in its SIGCHLD handler when a second worker ends because the first one was killed."""
 
     def fail(number: int, frame: object) -> None:
         raise RuntimeError(f"a worker ended: {number}, {frame}")
 
     write = RunStatus.write
 
-    def disturbed(self: RunStatus, state: str, **told: object) -> None:
+    def interrupted_write(self: RunStatus, state: str, **fields: object) -> None:
         if state == "failed":
             signal.raise_signal(signal.SIGCHLD)
-        write(self, state, **told)
+        write(self, state, **fields)
 
-    monkeypatch.setattr(RunStatus, "write", disturbed)
+    monkeypatch.setattr(RunStatus, "write", interrupted_write)
     before = signal.signal(signal.SIGCHLD, fail)
     try:
-        with pytest.raises(ValueError, match="of a step"), opened(tmp_path / "run"):
+        with pytest.raises(ValueError, match="of a step"), open_in(tmp_path / "run"):
             raise ValueError("of a step")
         assert signal.getsignal(signal.SIGCHLD) is fail
     finally:
@@ -114,12 +113,12 @@ def test_a_worker_that_ends_meanwhile_does_not_keep_the_status_from_being_writte
         ),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
     ],
-    ids=["refusal", "save", "bug"],
+    ids=["user_error", "save_error", "bug"],
 )
-def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
+def test_exception_is_written_to_the_status_and_reraised(
     tmp_path: Path, error: BaseException, code: int, line: str
 ) -> None:
-    with pytest.raises(type(error)) as raised, opened(tmp_path) as run:
+    with pytest.raises(type(error)) as raised, open_in(tmp_path) as run:
         run.status.heartbeat(7)
         raise error
     assert raised.value is error
@@ -128,8 +127,8 @@ def test_what_ends_a_run_is_in_its_status_and_goes_on_up(
     assert not status.was_killed
 
 
-def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as run:
+def test_interrupt_outside_a_step_is_a_stop_not_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_in(tmp_path) as run:
         run.status.heartbeat(7)
         raise KeyboardInterrupt
     status = read_status(tmp_path)
@@ -137,80 +136,80 @@ def test_an_interrupt_outside_a_step_is_a_stop_and_no_failure(tmp_path: Path) ->
     assert "nothing was saved" in status.error
 
 
-def test_a_folder_has_one_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
+def test_folder_is_locked_during_a_run_and_released_after(tmp_path: Path) -> None:
+    with open_in(tmp_path) as run:
         run.status.write("running", step=5)
-        with pytest.raises(UserError, match=r"is in use by pid \d+ on host \S+ since") as refused, opened(tmp_path):
+        with pytest.raises(UserError, match=r"is in use by pid \d+ on host \S+ since") as refused, open_in(tmp_path):
             pass
         assert refused.value.exit_code == FLAGS
-        assert read_status(tmp_path).state == "running"  # the intruder has not written over it
-    with opened(tmp_path, resume="latest") as run:
+        assert read_status(tmp_path).state == "running"  # the refused run has not written to it
+    with open_in(tmp_path, resume="latest") as run:
         assert "there is no checkpoint" in " ".join(run.notes)
 
 
-def test_a_run_that_died_is_told_of(tmp_path: Path) -> None:
+def test_killed_previous_run_is_reported(tmp_path: Path) -> None:
     RunStatus(tmp_path).write("running", step=41)
     text = (tmp_path / "run_status.json").read_text(encoding="utf-8")
     (tmp_path / "run_status.json").write_text(text.replace('"started": "', '"started": "9'), encoding="utf-8")
-    with opened(tmp_path, resume="latest") as run:
+    with open_in(tmp_path, resume="latest") as run:
         assert "the last run here ended without writing its status (killed?) at step 41" in run.notes
 
 
-def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+def test_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
-    with pytest.raises(UserError, match="already contains a run") as refused, opened(tmp_path):
+    with pytest.raises(UserError, match="already contains a run") as refused, open_in(tmp_path):
         pass
     assert refused.value.exit_code == FLAGS
     assert "--resume_from_checkpoint latest" in refused.value.hint
     assert "another --output_dir" in refused.value.hint
 
 
-def test_all_processes_get_the_main_ones_decision(tmp_path: Path) -> None:
+def test_all_ranks_get_the_decision_of_the_main_rank(tmp_path: Path) -> None:
     def enter(rank: int, gather: Callable[[object], list[object]]) -> object:
         with open_run(tmp_path, resume="latest", verify=False, is_main=rank == 0, gather=gather) as run:
             return run.resume, run.notes, run.status.enabled
 
-    first, second = together(enter)
+    first, second = run_ranks(enter)
     assert first[:2] == second[:2]
-    assert (first[2], second[2]) == (True, False)  # one of them writes
+    assert (first[2], second[2]) == (True, False)  # only the main rank writes
 
 
-def test_all_processes_get_the_main_ones_refusal(tmp_path: Path) -> None:
+def test_all_ranks_get_the_error_of_the_main_rank(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="ascii")
 
     def enter(rank: int, gather: Callable[[object], list[object]]) -> object:
         with open_run(tmp_path, resume=None, verify=False, is_main=rank == 0, gather=gather):
             return "entered"
 
-    first, second = together(enter)
+    first, second = run_ranks(enter)
     assert isinstance(first, UserError)
     assert first.line() == second.line()
 
 
-# ------------------------------------------------------------------------------------------- main_first
+# ------------------------------------------------------------------------------------------- run_on_main
 
 
-def test_main_works_first_and_alone() -> None:
+def test_run_on_main_runs_only_on_the_main_rank_and_first() -> None:
     order = []
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
         run_on_main(lambda: order.append(("work", rank)), is_main=rank == 0, gather=gather)
         order.append(("after", rank))
 
-    assert together(work, 3) == [None, None, None]
+    assert run_ranks(work, 3) == [None, None, None]
     assert order[0] == ("work", 0)
     assert sorted(order[1:]) == [("after", 0), ("after", 1), ("after", 2)]
 
 
-def test_a_refusal_of_main_reaches_everyone() -> None:
-    def refuse() -> None:
-        raise UserError("data", "is gone", "bring it back", DATA)
+def test_error_on_the_main_rank_is_raised_on_all_ranks() -> None:
+    def fail() -> None:
+        raise UserError("data", "is missing", "restore it", DATA)
 
     def work(rank: int, gather: Callable[[object], list[object]]) -> None:
-        run_on_main(refuse, is_main=rank == 0, gather=gather)
+        run_on_main(fail, is_main=rank == 0, gather=gather)
 
-    assert [(str(found), found.exit_code) for found in together(work)] == [
-        ("data: is gone. Fix: bring it back.", DATA)
+    assert [(str(error), error.exit_code) for error in run_ranks(work)] == [
+        ("data: is missing. Fix: restore it.", DATA)
     ] * 2
 
 
@@ -218,17 +217,17 @@ def test_a_refusal_of_main_reaches_everyone() -> None:
 
 
 @pytest.mark.parametrize("code", [FLAGS, DATA, MODEL, STORAGE, NUMERICS, PEER_LOST])
-def test_a_refusal_is_one_line_and_its_code(capsys: pytest.CaptureFixture[str], code: int) -> None:
+def test_user_error_prints_one_line_and_exits_with_its_code(capsys: pytest.CaptureFixture[str], code: int) -> None:
     def main() -> int:
-        raise UserError("--flag", "has a\nbreak", "mend it", code)
+        raise UserError("--flag", "has a\nbreak", "remove it", code)
 
     with pytest.raises(SystemExit) as ended:
         run_script(main)
     assert ended.value.code == code
-    assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Fix: mend it.\n"
+    assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Fix: remove it.\n"
 
 
-def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> None:
+def test_exit_code_of_main_is_used_and_other_exceptions_are_reraised() -> None:
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: 75)
     assert ended.value.code == 75
@@ -238,14 +237,14 @@ def test_the_code_of_main_is_the_exit_code_and_a_bug_keeps_its_traceback() -> No
     assert error_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
 
 
-# The interpreter's lock stays with the main thread, so that gloo's thread still waits for it when the process ends.
-ONE_OF_SEVERAL = """
+# The main thread keeps the GIL (switch interval), so that gloo's thread still waits for it when the process ends.
+GLOO_PROCESS = """
 import atexit, sys, torch, torch.distributed as dist
 from videox.run.lifecycle import run_script
 
 def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(print, "last words", end="")
+    atexit.register(print, "atexit ran", end="")
     sys.setswitchinterval(100)
     for _ in range(50):
         dist.all_gather([torch.zeros(1)], torch.ones(1))
@@ -256,8 +255,8 @@ run_script(main)
 
 
 @pytest.mark.parametrize("code", [0, 75])
-def test_a_process_of_several_ends_with_its_code_while_gloo_still_holds_tensors(code: int) -> None:
-    command = [sys.executable, "-c", ONE_OF_SEVERAL.format(code=code)]
+def test_process_exits_with_its_code_while_gloo_holds_tensors(code: int) -> None:
+    command = [sys.executable, "-c", GLOO_PROCESS.format(code=code)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=100)[0] for process in started] == ["last words"] * 2
+    assert [process.communicate(timeout=100)[0] for process in started] == ["atexit ran"] * 2
     assert [process.returncode for process in started] == [code] * 2

@@ -1,4 +1,4 @@
-"""Serves videox/status.py: a run that ended without a goodbye is known, and no lost disk ends one."""
+"""Tests of videox.run.status: a killed run is detected, and an unwritable status does not end a run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from videox.errors import UserError
 from videox.run.status import RunStatus, read_status
 
 
-def test_status_reads_back_on_one_line_and_whole(tmp_path):
+def test_status_round_trips_with_the_error_on_one_line(tmp_path):
     assert read_status(tmp_path) is None
     status = RunStatus(tmp_path)
     status.write("running", step=3)
-    mine = read_status(tmp_path)
-    assert (mine.state, mine.step, mine.exit_code, mine.pid) == ("running", 3, None, os.getpid())
-    assert not mine.was_killed
-    refusal = UserError("--train_data_meta", "holds\nno rows", "give rows", 3)
-    status.write("failed", exit_code=3, error=refusal.line() + "\nmore")
-    found = json.loads((tmp_path / "run_status.json").read_text())
-    assert (found["state"], found["exit_code"], found["step"]) == ("failed", 3, 3)
-    assert "\n" not in found["error"] and found["error"].startswith("error: --train_data_meta: holds")
+    own = read_status(tmp_path)
+    assert (own.state, own.step, own.exit_code, own.pid) == ("running", 3, None, os.getpid())
+    assert not own.was_killed
+    error = UserError("--train_data_meta", "has\nno rows", "add rows", 3)
+    status.write("failed", exit_code=3, error=error.line() + "\nmore")
+    content = json.loads((tmp_path / "run_status.json").read_text())
+    assert (content["state"], content["exit_code"], content["step"]) == ("failed", 3, 3)
+    assert "\n" not in content["error"] and content["error"].startswith("error: --train_data_meta: has")
     assert not read_status(tmp_path).was_killed
     assert [path.name for path in tmp_path.iterdir()] == ["run_status.json"]
     with pytest.raises(ValueError, match="'done' is not one of"):
         status.write("done")
 
 
-def test_a_heartbeat_writes_only_when_it_is_due(tmp_path):
+def test_heartbeat_writes_only_after_its_interval(tmp_path):
     lazy, eager = RunStatus(tmp_path / "lazy", interval=3600), RunStatus(tmp_path / "eager", interval=0)
     for status in (lazy, eager):
         status.write("running")
@@ -42,8 +42,8 @@ def test_a_heartbeat_writes_only_when_it_is_due(tmp_path):
     assert read_status(tmp_path / "lazy").step == 5
 
 
-@pytest.mark.parametrize("ending", ["kill", "goodbye"])
-def test_a_run_that_was_killed_is_known(tmp_path, ending):
+@pytest.mark.parametrize("ending", ["kill", "exit"])
+def test_killed_run_is_detected(tmp_path, ending):
     code = (
         "import os, signal, sys, pathlib; from videox.run.status import RunStatus\n"
         "status = RunStatus(pathlib.Path(sys.argv[1])); status.write('running', step=7)\n"
@@ -55,7 +55,7 @@ def test_a_run_that_was_killed_is_known(tmp_path, ending):
     assert (status.was_killed, status.step) == (ending == "kill", 7)
 
 
-def test_a_reused_process_number_another_host_and_a_torn_file_count_as_dead(tmp_path):
+def test_reused_pid_other_host_and_incomplete_file_count_as_killed(tmp_path):
     RunStatus(tmp_path).write("running", step=1)
     path = tmp_path / "run_status.json"
     content = path.read_text()
@@ -63,12 +63,12 @@ def test_a_reused_process_number_another_host_and_a_torn_file_count_as_dead(tmp_
     for change in ({"started": "1"}, {"host": "elsewhere"}, {"pid": 2**22 + 1}):
         path.write_text(json.dumps(json.loads(content) | change))
         assert read_status(tmp_path).was_killed, change
-    for torn in (content[:20], "", "[]", '{"state": "running"}'):
-        path.write_text(torn)
-        assert read_status(tmp_path).was_killed, torn
+    for incomplete in (content[:20], "", "[]", '{"state": "running"}'):
+        path.write_text(incomplete)
+        assert read_status(tmp_path).was_killed, incomplete
 
 
-def test_a_status_that_cannot_be_written_warns_once(tmp_path, caplog):
+def test_unwritable_status_warns_once(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     status = RunStatus(tmp_path / "file")
     with caplog.at_level(logging.WARNING):
@@ -77,6 +77,6 @@ def test_a_status_that_cannot_be_written_warns_once(tmp_path, caplog):
     assert len(caplog.records) == 1 and "run_status.json cannot be written" in caplog.text
 
 
-def test_a_process_that_is_not_the_main_one_writes_no_status(tmp_path):
+def test_only_the_main_rank_writes_a_status(tmp_path):
     RunStatus(tmp_path / "run", enabled=False).write("running")
     assert list(tmp_path.iterdir()) == []

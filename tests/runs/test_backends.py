@@ -130,7 +130,7 @@ def train_by_sgd() -> int:
     def sgd(groups: list[dict], learning_rate: float, **_: object) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=learning_rate)
 
-    script.wiring.make_optimizer = sgd
+    script.build.make_optimizer = sgd
     return script.main()
 
 
@@ -176,12 +176,12 @@ def train_with_an_unreadable_step() -> int:
     script = runs.train_script()
     accumulate, calls = script.accumulate_gradients, iter(range(1, 100))
 
-    def unreadable_once(*arguments: object) -> torch.Tensor:
+    def unreadable_once(*arguments: object, **settings: object) -> torch.Tensor:
         batch = arguments[4]
         if next(calls) == 2:
             batch["weights"] = 0 * batch["weights"]
             batch["bad"] = [BadSample(int(row), "clip", "truncated", "injected") for row in batch["rows"]]
-        return accumulate(*arguments)
+        return accumulate(*arguments, **settings)
 
     script.accumulate_gradients = unreadable_once
     return script.main()

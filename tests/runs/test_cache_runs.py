@@ -62,14 +62,14 @@ def train_with_restrictions() -> int:
         for kind in encoder_classes(script):
             kind.from_pretrained, kind.__new__ = fail_if_called, allow_only_on_meta
     if os.environ.get(NO_MODEL):
-        script.load_transformer = script.wiring.open_engine = fail_if_called
+        script.build.load_transformer = script.build.build_engine = fail_if_called
     if stop_at := int(os.environ.get(STOP_AT, 0)):
         script.dump_folder = stop_in_step(script.dump_folder, stop_at)
     return script.main()
 
 
 def stop_in_step(dump_folder: Callable[[Path, int, object], object], step: int) -> Callable:
-    """Wrap dump_folder, which every step calls first, so that it sends SIGTERM in the given step."""
+    """Wrap dump_folder, which each micro-batch calls first, so that it sends SIGTERM in the given step."""
 
     def dump_folder_and_stop(output_dir: Path, number: int, dumped: object) -> object:
         if number == step:
@@ -152,10 +152,13 @@ def test_cached_training_is_bit_identical(
     check_stopped_and_resumed(launch_run, tmp_path / "filling", plain, 1, {})
     entries = len(Cache(cache))
     output = check_stopped_and_resumed(launch_run, tmp_path / "cached", plain, per_epoch + 1, {NO_ENCODER: "yes"})
-    assert "training needs no encoder" in output and len(Cache(cache)) == entries and not verify(cache)[1]
+    assert "no encoder is needed for training" in output and len(Cache(cache)) == entries and not verify(cache)[1]
     flags["latent_cache"] = tmp_path / "prefilled"
     output = launch_run(tmp_path / "only", cache_only=True, environment={NO_MODEL: "yes"})
-    assert "the latent cache has all that the run needs" in output and not (tmp_path / "only/metrics.jsonl").exists()
+    assert (
+        "the latent cache has everything that the run needs" in output
+        and not (tmp_path / "only/metrics.jsonl").exists()
+    )
     assert len(Cache(tmp_path / "prefilled")) == entries and clean(tmp_path / "prefilled").get("duplicate", 0) == 0
     launch_run(tmp_path / "only", environment={NO_ENCODER: "yes"})
     assert differences(tmp_path / "only", plain) == []
@@ -175,7 +178,7 @@ def test_sharded_model_trains_from_a_prefilled_cache(
         return launch(tiny_models, name, folder, world_size=2, backend=backend, **{**flags, **changes})
 
     output = launch_run(tmp_path / "prefilled", cache_only=True, environment={NO_MODEL: "yes"})
-    assert f"backend     {backend} (" in output and "the latent cache has all that the run needs" in output
+    assert f"backend     {backend} (" in output and "the latent cache has everything that the run needs" in output
     intact, errors = verify(tmp_path / "cache")
     assert intact == len(Cache(tmp_path / "cache")) > 0 and not errors
     assert clean(tmp_path / "cache").get("duplicate", 0) == 0  # each tensor was encoded by one rank only
@@ -200,7 +203,7 @@ def test_launch_command_prefills_the_cache(tiny_models: TinyModels, tmp_path: Pa
     outcome = runs.launch(flags, launch_prefix(backend, "wan"))
     assert outcome.code == 0, outcome.stdout[-2000:] + outcome.stderr[-6000:]
     assert f"backend     {backend} (" in outcome.stdout and "processes   2\n" in outcome.stdout
-    assert "the latent cache has all that the run needs" in outcome.stdout
+    assert "the latent cache has everything that the run needs" in outcome.stdout
     assert verify(tmp_path / "cache")[0] > 0 and outcome.status["state"] == "finished"
     assert not any((tmp_path / "out" / name).exists() for name in ("metrics.jsonl", "transformer"))
     assert "Traceback" not in outcome.stderr

@@ -354,4 +354,4 @@ def test_a_nonfinite_shard_of_one_rank_is_refused_by_all(small: Path, tmp_path: 
     folder = write_damaged(small, tmp_path / "transformer", add_nan)
     ranks = run_examine(backend, folder, tmp_path / "found", ["sharded"], ["."])
     assert [rank.code for rank in ranks] == [MODEL] * WORLD, "\n".join(rank.output()[-4000:] for rank in ranks)
-    assert "proj_out.weight holds values that are not finite" in ranks[0].output()
+    assert "proj_out.weight contains values that are not finite" in ranks[0].output()

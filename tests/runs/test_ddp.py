@@ -181,10 +181,10 @@ def fail_in_sixth_batch() -> int:
     script, batches = tiny.load_script(forkserver.SCRIPT), iter(range(1, 6))
     compute = script.accumulate_gradients
 
-    def fail_after_five(*arguments: object) -> object:
+    def fail_after_five(*arguments: object, **settings: object) -> object:
         if next(batches, None) is None:
             raise RuntimeError("injected failure")
-        return compute(*arguments)
+        return compute(*arguments, **settings)
 
     script.accumulate_gradients = fail_after_five
     return script.main()

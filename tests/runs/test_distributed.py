@@ -35,10 +35,10 @@ ZERO, FSDP = {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_USE_FSDP": "1"}
     ("environment", "processes", "runs_as", "message"),
     [
         ({"WORLD_SIZE": "2"}, 1, "single", "2 processes were requested, 1 joined"),
-        (ZERO, 1, "ddp", "DeepSpeed was asked for, ddp would run"),
-        (FSDP, 1, "single", "FSDP was asked for, single would run"),
-        ({"ACCELERATE_USE_FSDP": "True"}, 1, "zero2", "FSDP was asked for, zero2 would run"),
-        ({}, 1, "fsdp2", "neither DeepSpeed nor FSDP was asked for, fsdp2 would run"),
+        (ZERO, 1, "ddp", "DeepSpeed was requested, ddp would run"),
+        (FSDP, 1, "single", "FSDP was requested, single would run"),
+        ({"ACCELERATE_USE_FSDP": "True"}, 1, "zero2", "FSDP was requested, zero2 would run"),
+        ({}, 1, "fsdp2", "neither DeepSpeed nor FSDP was requested, fsdp2 would run"),
         (ZERO, 1, "zero1", "zero1 is not supported"),
         ({}, 1, "DistributedType.XLA", "DistributedType.XLA is not supported"),
         (

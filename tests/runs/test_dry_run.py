@@ -26,7 +26,7 @@ from videox.data.plan.buckets import CROP_RATIOS, SizePolicy, crop_share, exact_
 from videox.data.plan.plan import largest_bucket, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import FLAGS, STORAGE
-from videox.estimate.data_report import cut_lines
+from videox.estimate.data_report import crop_lines
 from videox.estimate.mfu import PEAKS, peak_of
 from videox.estimate.peak_memory import peak_bytes
 from videox.estimate.report import balance_lines
@@ -92,8 +92,8 @@ def test_a_dry_run_needs_neither_weights_nor_media(setup: PlanSetup) -> None:
     assert report["global_batch"] == 2
     written = {path.name for path in outcome.folder.iterdir()}
     assert written == {"plan_report.json", "plan_report.png"}
-    assert "fits into 80 GiB" in outcome.stdout and "nothing is trained" in outcome.stdout
-    for word in ("tail:", "hours on 2 GPUs", "a checkpoint of", "unplanned", "memory per host"):
+    assert "fits in 80 GiB" in outcome.stdout and "nothing is trained" in outcome.stdout
+    for word in ("remainders:", "hours on 2 GPUs", "GB per checkpoint", "unplanned", "host memory per machine"):
         assert word in outcome.stdout
 
 
@@ -136,7 +136,7 @@ def test_only_files_without_sizes_in_the_metadata_are_probed(setup: PlanSetup, t
 
 def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
     outcome, report = setup.dry_run("tight", gpu_memory=1.0)
-    assert "does not fit into 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
+    assert "does not fit in 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
     fast, _ = setup.dry_run("fast", assumed_mfu=0.5, peak_tflops=100)
     assert "50% of 100 TFLOP/s" in fast.stdout
 
@@ -177,8 +177,8 @@ def test_videos_trained_as_one_frame_are_named(setup: PlanSetup, tmp_path: Path)
     rows = rows_with_sizes(setup.metadata)
     shortest = min(row["num_frames"] for row in rows if row.get("type") == "video" or row["file_path"].endswith("mp4"))
     outcome, _ = setup.dry_run("stills", video_sample_stride=shortest)
-    assert "videos are trained as one frame, too short for more at this stride or rate: rows " in outcome.stdout
-    assert "as one frame" not in setup.dry_run("moving")[0].stdout
+    assert "videos are trained as a single frame, too short for more at this stride or frame rate: rows " in outcome.stdout
+    assert "as a single frame" not in setup.dry_run("moving")[0].stdout
     refused = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "out", dry_run=True, validation_rows=99))
     assert "lower --validation_rows" in refused.stderr
 
@@ -228,7 +228,7 @@ def test_the_unplanned_balance_needs_a_full_step(setup: PlanSetup) -> None:
 def test_a_step_variance_ratio_above_its_bound_is_explained() -> None:
     settings = PlanSettings(SizePolicy(video_sample_size=64, image_sample_size=64), batch_size=1, slots=4, seed=0)
     few = {8: PlanBalance(0.5, None, 4.57, 7, 0.01), 64: PlanBalance(0.9, 0.5, 3.9, 70, 0.0)}
-    assert "too few steps for a mix below 4: 7 on 8;" in "\n".join(balance_lines(few, settings))
+    assert "mix above 4: too few steps (7 on 8 processes)" in "\n".join(balance_lines(few, settings))
     assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
 
 
@@ -259,7 +259,7 @@ def test_explain_shows_a_row_as_it_is_trained(setup: PlanSetup) -> None:
     del table[0]["text"]
     table[1] |= {"width": 10**9, "height": 720}
     setup.table.with_name("refused.json").write_text(json.dumps(table), encoding="utf-8")
-    for row, message in ((0, "kind and size is not known"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
+    for row, message in ((0, "kind and size unknown"), (1, "too_large (1000000000x720 is above 64 Mpx)")):
         flags = runs.wan_flags(setup.bare, setup.table.with_name("refused.json"), setup.folder / "no", explain=row)
         assert message in runs.train(flags).stdout
     missing = runs.train(runs.wan_flags(setup.bare, setup.table, setup.folder / "missing", explain=999))
@@ -378,7 +378,7 @@ def test_a_row_that_is_cropped_much_is_named_once() -> None:
     columns = PlanColumns(index.kind, index.width, index.height, index.frames, index.usable)
     plan = plan_epoch(columns, PlanSettings(policy, batch_size=1, slots=1, seed=0, video_repeat=3), 0)
     assert len(plan.row) == 6
-    assert [line.split()[1] for line in cut_lines(index, columns, plan)[1:]] == ["0", "1"]
+    assert [line.split()[1] for line in crop_lines(index, columns, plan)[1:]] == ["0", "1"]
 
 
 def test_the_exact_grid_crops_less_than_the_ratio_grid() -> None:

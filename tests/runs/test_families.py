@@ -13,7 +13,9 @@ import runs
 import tiny
 import torch
 
+from videox.diffusion import conditioning
 from videox.encoders import hunyuan_text as text
+from videox.encoders import vae
 
 families = tiny.load_script("benchmarks/families.py")
 
@@ -116,9 +118,9 @@ def hunyuan(folder: Path, clips: torch.Tensor, *, image_condition_type: str) -> 
 
 def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the image condition: mask channels and image embeddings are zero, condition latents are of a grey clip."""
-    script = runs.train_script("wan2.1")
-    known_mask = script.known_mask
-    monkeypatch.setattr(script, "known_mask", lambda *args, **kwargs: torch.zeros_like(known_mask(*args, **kwargs)))
+    known_mask = conditioning.known_mask
+    for module in (conditioning, runs.train_script("wan2.1")):
+        monkeypatch.setattr(module, "known_mask", lambda *args, **kwargs: torch.zeros_like(known_mask(*args, **kwargs)))
 
 
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,14 +128,13 @@ def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Only the latents of the first frame are encoded from one frame.
     """
-    script = runs.train_script("hunyuanvideo")
-    encode_moments, to_images = script.encode_moments, text.to_images
+    encode_moments, to_images = vae.encode_moments, text.to_images
 
-    def without_first_frame(vae: object, video: torch.Tensor, **settings: object) -> torch.Tensor:
-        moments = encode_moments(vae, video, **settings)
+    def without_first_frame(encoder: object, video: torch.Tensor, **settings: object) -> torch.Tensor:
+        moments = encode_moments(encoder, video, **settings)
         return torch.zeros_like(moments) if video.shape[2] == 1 else moments
 
-    monkeypatch.setattr(script, "encode_moments", without_first_frame)
+    monkeypatch.setattr(vae, "encode_moments", without_first_frame)
     monkeypatch.setattr(text, "to_images", lambda frames: to_images(torch.full_like(frames, -1)))
 
 

@@ -1,7 +1,7 @@
-"""Serves scripts/wan2.1/train.py: every flag does something, shown on plan, tensors, weights or files, by real runs.
+"""Tests of every flag of scripts/wan2.1/train.py: its effect on plan, tensors, weights or files of real runs.
 
-`shows` says which flags a test is about; the last test holds that against the parser, so that a flag without an
-effect, or without a test, cannot be added.
+`covers` states which flags a test is about. The last test compares these with the parser, so that no flag can be added
+without an effect that is tested.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from videox.data.media import decord as decord_reader
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanSettings, columns_of
-from videox.engine.train_state import DEALING
+from videox.engine.train_state import ASSIGNMENT_VERSION
 
-SHOWN: dict[str, str] = {}  # flag -> the test here that shows its effect
-# flag -> the test elsewhere that does
-SHOWN_ELSEWHERE = {
+COVERED: dict[str, str] = {}  # flag -> test in this file that shows its effect
+# flag -> test in another file that shows its effect
+COVERED_ELSEWHERE = {
     "assumed_mfu": "test_dry_run.test_a_memory_limit_that_is_too_small_is_reported",
     "bucket_grid": "test_dry_run.test_the_exact_grid_crops_less_than_the_ratio_grid",
     "dry_run": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",
@@ -48,35 +48,35 @@ SHOWN_ELSEWHERE = {
     "peak_tflops": "test_dry_run.test_a_run_logs_its_mfu",
     "try_largest_first": "test_dry_run.test_trying_the_largest_first_changes_nothing",
     "cache_only": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
-    "cache_variants": "test_plan.test_clips_and_sizes_come_again_after_so_many_epochs",
+    "cache_variants": "test_plan.test_clips_and_sizes_repeat_after_cache_variants_epochs",
     "latent_cache": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
     "export_layouts": "test_export.test_a_run_writes_the_requested_layouts",
-    "ema_decay": "test_ema.test_one_process_averages_its_masters",
-    "ema_device": "test_ema.test_the_average_is_kept_where_it_was_asked_for",
-    "use_ema": "test_ema.test_one_process_averages_its_masters",
-    "validate_ema": "test_ema.test_validation_measures_the_average_and_samples_with_it",
-    "init_lora_from": "test_adapters.test_a_lora_begins_with_another_whatever_its_alpha",
-    "lora_alpha": "test_adapters.test_one_process_trains_adapters_alone_and_diffusers_loads_them",
-    "lora_dropout": "test_adapters.test_a_resumed_lora_repeats_its_dropout_and_its_average",
-    "lora_rank": "test_adapters.test_one_process_trains_adapters_alone_and_diffusers_loads_them",
-    "lora_target_modules": "test_adapters.test_what_would_change_a_resumed_lora_is_refused",
+    "ema_decay": "test_ema.test_one_process_averages_its_fp32_params",
+    "ema_device": "test_ema.test_ema_device_is_the_requested_one",
+    "use_ema": "test_ema.test_one_process_averages_its_fp32_params",
+    "validate_ema": "test_ema.test_validation_and_samples_use_the_ema",
+    "init_lora_from": "test_adapters.test_a_lora_starts_from_another_with_any_alpha",
+    "lora_alpha": "test_adapters.test_one_process_trains_only_adapters_and_diffusers_loads_them",
+    "lora_dropout": "test_adapters.test_lora_resume_is_bit_identical_with_dropout_and_ema",
+    "lora_rank": "test_adapters.test_one_process_trains_only_adapters_and_diffusers_loads_them",
+    "lora_target_modules": "test_adapters.test_changed_settings_are_an_error_on_resume",
     "dump_steps": "test_train.test_a_dump_changes_nothing",
-    "optimizer": "test_registry.test_a_resumed_run_goes_on_to_the_bit",
-    "use_8bit_adam": "test_registry.test_two_names_of_one_optimizer",
-    "use_came": "test_registry.test_two_names_of_one_optimizer",
-    "max_bad_fraction": "test_train.test_more_bad_rows_than_allowed_end_the_run",
+    "optimizer": "test_registry.test_resume_is_bit_identical",
+    "use_8bit_adam": "test_registry.test_two_flags_of_one_optimizer_are_equivalent",
+    "use_came": "test_registry.test_two_flags_of_one_optimizer_are_equivalent",
+    "max_bad_fraction": "test_train.test_too_many_bad_rows_end_the_run",
     "save_whole_weights": "test_backends.test_save_whole_weights_adds_full_weights_to_sharded_checkpoints",
-    "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_accounts_for_the_rest",
-    "trainable_modules_low_learning_rate": "test_train.test_the_low_rate_list_gets_half",
-    "use_deepspeed": "test_train.test_a_refusal_is_one_line_before_any_weight_is_loaded",
-    "use_fsdp": "test_train.test_a_refusal_is_one_line_before_any_weight_is_loaded",
-    "vae_sample_mode": "test_train.test_a_posteriors_sample_is_its_mean_and_keyed_noise",
-    "validation_prompts": "test_train.test_sample_clips_play_as_fast_as_the_data",
-    "validation_rows": "test_train.test_validation_repeats_to_the_bit_while_nothing_trains",
-    "validation_steps": "test_train.test_a_validation_changes_nothing",
+    "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_reports_the_rest",
+    "trainable_modules_low_learning_rate": "test_train.test_low_learning_rate_modules_get_half_the_lr",
+    "use_deepspeed": "test_train.test_an_error_is_one_line_before_any_weight_is_loaded",
+    "use_fsdp": "test_train.test_an_error_is_one_line_before_any_weight_is_loaded",
+    "vae_sample_mode": "test_train.test_vae_samples_are_the_mean_plus_keyed_noise",
+    "validation_prompts": "test_train.test_sample_clips_have_the_frame_rate_of_the_data",
+    "validation_rows": "test_train.test_validation_is_bit_identical_while_the_lr_is_zero",
+    "validation_steps": "test_train.test_validation_does_not_change_training",
 }
 
-RATE, CLIP = 2e-3, 0.05  # of the users' command
+LR, CLIP = 2e-3, 0.05  # of the published command
 LAYERS = 2  # of the tiny model
 QUICK = {"mixed_precision": "no", "gradient_checkpointing": None, "tokenizer_max_length": 16, "caption_dropout": 0}
 EPOCH = {**QUICK, "train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_warmup_steps": 0}
@@ -87,19 +87,19 @@ STEPS = {
 PLAIN_BUCKETS = {"random_hw_adapt": None, "training_with_video_token_length": None}  # one size for each kind
 
 
-def shows(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Marks a test as the one that shows the effect of these flags."""
+def covers(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a test as the one that shows the effect of these flags."""
 
     def mark(test: Callable[..., None]) -> Callable[..., None]:
-        assert not SHOWN.keys() & set(flags)
-        SHOWN.update(dict.fromkeys(flags, test.__name__))
+        assert not COVERED.keys() & set(flags)
+        COVERED.update(dict.fromkeys(flags, test.__name__))
         return test
 
     return mark
 
 
-class Bench:
-    """Runs the trainer over one model and one data set; equal settings run once."""
+class CachedRuns:
+    """Trains one model on one data set; runs with equal settings are run once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Bench:
         return self._done[name]
 
     def fresh(self, **settings: object) -> runs.Outcome:
-        """Runs at once, in a folder of its own."""
+        """Train now, in a new folder."""
         model, metadata = settings.pop("model", self.model), settings.pop("metadata", self.metadata)
         output_dir = settings.pop("output_dir", self.folder / f"run-{len(list(self.folder.iterdir()))}")
         outcome = runs.train(runs.wan_flags(model, metadata, output_dir, **settings))
@@ -131,26 +131,26 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"))
+def cached_run(tmp_path_factory: pytest.TempPathFactory) -> CachedRuns:
+    return CachedRuns(tmp_path_factory.mktemp("runs"))
 
 
 def buckets(outcome: runs.Outcome) -> list[tuple[int, int, int]]:
-    """Returns (frames, height, width) of every sample that was trained."""
+    """Return (frames, height, width) of every trained sample."""
     return [tuple(bucket) for record in outcome.metrics for bucket in record["buckets"]]
 
 
 def sizes(outcome: runs.Outcome, images: bool) -> set[int]:
-    """Returns the nearest ladder sizes, multiples of 32, that images or clips were trained at."""
-    chosen = [(h, w) for frames, h, w in buckets(outcome) if (frames == 1) == images]
-    return {32 * round(math.sqrt(h * w) / 32) for h, w in chosen}
+    """Return the sizes that images or clips were trained at, rounded to multiples of 32."""
+    sides = [(h, w) for frames, h, w in buckets(outcome) if (frames == 1) == images]
+    return {32 * round(math.sqrt(h * w) / 32) for h, w in sides}
 
 
 def rows(outcome: runs.Outcome) -> list[int]:
     return [row for record in outcome.metrics for row in record["rows"]]
 
 
-def rates(outcome: runs.Outcome) -> list[float]:
+def lrs(outcome: runs.Outcome) -> list[float]:
     return [record["lr"] for record in outcome.metrics]
 
 
@@ -159,22 +159,26 @@ def dumps(outcome: runs.Outcome, steps: int = 2, micros: int = 1) -> list[list[r
 
 
 def values(outcome: runs.Outcome, name: str) -> torch.Tensor:
-    """Returns a tensor of the dump, for the samples of all steps one after the other."""
+    """Return a dumped tensor of the samples of all steps, concatenated."""
     return torch.cat([dump[name] for step in dumps(outcome) for dump in step])
 
 
-# ------------------------------------------------------------------------------------------ model and data
+# ------------------------------------------------------------------------------------------------------ model and data
 
 
-@shows("pretrained_model_name_or_path", "transformer_path", "vae_path")
-def test_each_part_comes_from_the_folder_that_was_named(bench: Bench) -> None:
-    other = tiny.build_wan_t2v(bench.folder / "other_model", seed=1)
-    still = {**STEPS, "learning_rate": 0, "max_train_steps": 1, "dump_steps": 1, "vae_sample_mode": "mode"}
-    own, all_other = bench(still), bench(still, model=other)
-    transformer = bench(still, transformer_path=other / "transformer")
-    vae = bench(still, vae_path=other / "vae")
-    theirs = runs.read_weights(other / "transformer")
-    for outcome, wanted in ((own, bench.base_weights()), (all_other, theirs), (transformer, theirs)):
+@covers("pretrained_model_name_or_path", "transformer_path", "vae_path")
+def test_components_are_loaded_from_the_given_folders(cached_run: CachedRuns) -> None:
+    other = tiny.build_wan_t2v(cached_run.folder / "other_model", seed=1)
+    no_training = {**STEPS, "learning_rate": 0, "max_train_steps": 1, "dump_steps": 1, "vae_sample_mode": "mode"}
+    own, all_other = cached_run(no_training), cached_run(no_training, model=other)
+    transformer = cached_run(no_training, transformer_path=other / "transformer")
+    vae = cached_run(no_training, vae_path=other / "vae")
+    other_weights = runs.read_weights(other / "transformer")
+    for outcome, wanted in (
+        (own, cached_run.base_weights()),
+        (all_other, other_weights),
+        (transformer, other_weights),
+    ):
         now = outcome.weights("checkpoint-1/transformer")
         assert all(torch.equal(now[name], wanted[name]) for name in wanted)
     latents = [outcome.dump(1)["latents"] for outcome in (own, transformer, vae, all_other)]
@@ -184,52 +188,54 @@ def test_each_part_comes_from_the_folder_that_was_named(bench: Bench) -> None:
     assert torch.equal(text[0], text[1]) and torch.equal(text[0], text[2]) and not torch.equal(text[0], text[3])
 
 
-@shows("train_data_dir", "train_data_meta")
-def test_files_are_looked_for_below_the_data_folder(bench: Bench, tmp_path: Path) -> None:
+@covers("train_data_dir", "train_data_meta")
+def test_files_are_relative_to_the_data_folder(cached_run: CachedRuns, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     metadata = tmp_path / "elsewhere" / "two.json"
-    metadata.write_text(json.dumps([bench.table[1], bench.table[5]]), encoding="utf-8")
+    metadata.write_text(json.dumps([cached_run.table[1], cached_run.table[5]]), encoding="utf-8")
     one = {**STEPS, "max_train_steps": 1, "dump_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 2}
-    outcome = bench(one, metadata=metadata, train_data_dir=bench.metadata.parent)
+    outcome = cached_run(one, metadata=metadata, train_data_dir=cached_run.metadata.parent)
     assert sorted(rows(outcome)) == [0, 1]
     captions = {caption for dump in dumps(outcome, 1, 2)[0] for caption in dump.captions}
-    assert captions == {bench.table[1]["text"], bench.table[5]["text"]}
-    lost = runs.train(runs.wan_flags(bench.model, metadata, tmp_path / "out", train_data_dir=None))
-    assert lost.code == 3 and "none of its 2 files exists" in lost.stderr
+    assert captions == {cached_run.table[1]["text"], cached_run.table[5]["text"]}
+    missing = runs.train(runs.wan_flags(cached_run.model, metadata, tmp_path / "out", train_data_dir=None))
+    assert missing.code == 3 and "none of its 2 files exists" in missing.stderr
 
 
-@shows("allow_outside_data_dir")
-def test_a_path_may_lead_outside_only_when_allowed(bench: Bench, tmp_path: Path) -> None:
+@covers("allow_outside_data_dir")
+def test_paths_outside_the_data_folder_need_the_flag(cached_run: CachedRuns, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    shutil.copy(bench.metadata.parent / "wide.png", tmp_path / "wide.png")
+    shutil.copy(cached_run.metadata.parent / "wide.png", tmp_path / "wide.png")
     metadata = tmp_path / "data" / "metadata.json"
     metadata.write_text(json.dumps([{"file_path": "../wide.png", "text": "outside"}]), encoding="utf-8")
-    refused = runs.train(runs.wan_flags(bench.model, metadata, tmp_path / "out"))
+    refused = runs.train(runs.wan_flags(cached_run.model, metadata, tmp_path / "out"))
     assert refused.code == 3 and "../wide.png" in refused.stderr and not refused.metrics
-    assert rows(bench(STEPS, metadata=metadata, max_train_steps=1, allow_outside_data_dir=True)) == [0]
+    assert rows(cached_run(STEPS, metadata=metadata, max_train_steps=1, allow_outside_data_dir=True)) == [0]
 
 
-@shows("video_repeat")
-def test_videos_occur_so_often_and_images_once(bench: Bench) -> None:
-    times = Counter(rows(bench(video_repeat=3)))
-    assert times == {row: 3 if bench.kind(row) == "video" else 1 for row in range(len(bench.table))}
-    assert set(Counter(rows(bench(video_repeat=0))).values()) == {1}
+@covers("video_repeat")
+def test_videos_are_repeated_and_images_are_not(cached_run: CachedRuns) -> None:
+    times = Counter(rows(cached_run(video_repeat=3)))
+    assert times == {row: 3 if cached_run.kind(row) == "video" else 1 for row in range(len(cached_run.table))}
+    assert set(Counter(rows(cached_run(video_repeat=0))).values()) == {1}
 
 
-@shows("caption_dropout")
-def test_dropped_captions_are_trained_as_empty(bench: Bench) -> None:
-    texts = {row["text"] for row in bench.table}
-    kept, dropped = bench(STEPS), bench(STEPS, caption_dropout=1)
+@covers("caption_dropout")
+def test_dropped_captions_are_trained_as_empty(cached_run: CachedRuns) -> None:
+    texts = {row["text"] for row in cached_run.table}
+    kept, dropped = cached_run(STEPS), cached_run(STEPS, caption_dropout=1)
     assert all(set(dump.captions) <= texts for step in dumps(kept) for dump in step)
     assert {caption for step in dumps(dropped) for dump in step for caption in dump.captions} == {""}
-    assert not values(dropped, "model.encoder_hidden_states")[:, 1:].any()  # an empty caption is one end token
-    some = bench(STEPS, caption_dropout=0.5, train_batch_size=12, fix_sample_size=[64, 64], max_train_steps=1)
+    assert not values(dropped, "model.encoder_hidden_states")[
+        :, 1:
+    ].any()  # an empty caption is one end-of-sequence token
+    some = cached_run(STEPS, caption_dropout=0.5, train_batch_size=12, fix_sample_size=[64, 64], max_train_steps=1)
     assert 0 < some.dump(1).captions.count("") < len(some.dump(1).captions)
 
 
-@shows("dataloader_num_workers")
+@covers("dataloader_num_workers")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_so_many_processes_decode(bench: Bench, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_the_number_of_data_workers(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     trainer, seen = runs.train_script(), []
     step = trainer.accumulate_gradients
 
@@ -238,192 +244,200 @@ def test_so_many_processes_decode(bench: Bench, monkeypatch: pytest.MonkeyPatch,
         return step(*arguments, **settings)
 
     monkeypatch.setattr(trainer, "accumulate_gradients", count_processes)
-    outcome = bench.fresh(**STEPS, dataloader_num_workers=workers)
+    outcome = cached_run.fresh(**STEPS, dataloader_num_workers=workers)
     assert [len(processes) for processes in seen] == [workers] * 2 and seen[0] == seen[1]
-    assert outcome.losses == bench(STEPS).losses  # and it changes nothing else
+    assert outcome.losses == cached_run(STEPS).losses  # and nothing else changes
     assert not multiprocessing.active_children()
 
 
-@shows("video_reader")
-def test_clips_are_read_by_the_reader_that_was_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@covers("video_reader")
+def test_clips_are_read_by_the_selected_reader(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     read, files = decord_reader.read, []
 
-    def note(path: Path, *arguments, **settings) -> None:
+    def record(path: Path, *arguments, **settings) -> None:
         files.append(path.name)
         read(path, *arguments, **settings)
 
-    monkeypatch.setattr(decord_reader, "read", note)
-    by_pyav = bench.fresh(**EPOCH, max_train_steps=1, dump_steps=1)
+    monkeypatch.setattr(decord_reader, "read", record)
+    by_pyav = cached_run.fresh(**EPOCH, max_train_steps=1, dump_steps=1)
     assert not files
-    by_decord = bench.fresh(**EPOCH, max_train_steps=1, dump_steps=1, video_reader="decord")
-    videos = {bench.table[row]["file_path"] for row in rows(by_decord) if bench.kind(row) == "video"}
+    by_decord = cached_run.fresh(**EPOCH, max_train_steps=1, dump_steps=1, video_reader="decord")
+    videos = {cached_run.table[row]["file_path"] for row in rows(by_decord) if cached_run.kind(row) == "video"}
     assert set(files) == videos != set()
     one, other = dumps(by_pyav, 1, 4)[0], dumps(by_decord, 1, 4)[0]
     assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(one, other, strict=True))
 
 
-# ------------------------------------------------------------------------------------------ shapes
+# -------------------------------------------------------------------------------------------------------------- shapes
 
 
-@shows("image_sample_size", "video_sample_size")
-def test_images_and_clips_have_the_sizes_asked_for(bench: Bench) -> None:
-    wide = bench(**PLAIN_BUCKETS)
-    assert (sizes(wide, images=True), sizes(wide, images=False)) == ({96}, {64})
-    images, videos = bench(**PLAIN_BUCKETS, image_sample_size=128), bench(**PLAIN_BUCKETS, video_sample_size=96)
+@covers("image_sample_size", "video_sample_size")
+def test_images_and_clips_have_the_requested_sizes(cached_run: CachedRuns) -> None:
+    default = cached_run(**PLAIN_BUCKETS)
+    assert (sizes(default, images=True), sizes(default, images=False)) == ({96}, {64})
+    images, videos = (
+        cached_run(**PLAIN_BUCKETS, image_sample_size=128),
+        cached_run(**PLAIN_BUCKETS, video_sample_size=96),
+    )
     assert (sizes(images, images=True), sizes(images, images=False)) == ({128}, {64})
     assert (sizes(videos, images=True), sizes(videos, images=False)) == ({96}, {96})
 
 
-@shows("token_sample_size", "training_with_video_token_length")
-def test_larger_clips_are_shorter_within_the_token_budget(bench: Bench) -> None:
+@covers("token_sample_size", "training_with_video_token_length")
+def test_larger_clips_are_shorter_within_the_token_budget(cached_run: CachedRuns) -> None:
     def longest(outcome: runs.Outcome) -> dict[int, int]:
-        found: dict[int, int] = {}
+        longest_of: dict[int, int] = {}
         for row, (frames, height, width) in zip(rows(outcome), buckets(outcome), strict=True):
             size = 32 * round(math.sqrt(height * width) / 32)
-            if bench.kind(row) == "video":
-                found[size] = max(frames, found.get(size, 0))
-        return found
+            if cached_run.kind(row) == "video":
+                longest_of[size] = max(frames, longest_of.get(size, 0))
+        return longest_of
 
-    assert longest(bench(video_repeat=2)) == {64: 13, 96: 5}  # 13 frames at 64 are 5 at 96
-    assert longest(bench(video_repeat=2, token_sample_size=96)) == {64: 13, 96: 13}
-    smaller = bench(training_with_video_token_length=None)
-    assert longest(smaller) == {64: 13}  # clips stay at the smaller size
+    assert longest(cached_run(video_repeat=2)) == {64: 13, 96: 5}  # 13 frames at 64 have the tokens of 5 at 96
+    assert longest(cached_run(video_repeat=2, token_sample_size=96)) == {64: 13, 96: 13}
+    smaller = cached_run(training_with_video_token_length=None)
+    assert longest(smaller) == {64: 13}  # clips keep the smaller size
 
 
-@shows("video_sample_stride")
+@covers("video_sample_stride")
 @pytest.mark.parametrize("stride", [1, 3])
-def test_kept_frames_are_a_stride_apart(bench: Bench, stride: int) -> None:
-    outcome = bench(STEPS, video_sample_stride=stride)
+def test_sampled_frames_are_a_stride_apart(cached_run: CachedRuns, stride: int) -> None:
+    outcome = cached_run(STEPS, video_sample_stride=stride)
     clips = [frames for step in dumps(outcome) for dump in step for frames in dump.frame_indices if len(frames) > 1]
     assert clips and {b - a for frames in clips for a, b in itertools.pairwise(frames)} == {stride}
 
 
-WHOLE = {**STEPS, "fix_sample_size": [64, 64], "video_sample_n_frames": 5, "train_batch_size": 64}  # images, clips
+ONE_EPOCH_STEPS = {
+    **STEPS,
+    "fix_sample_size": [64, 64],
+    "video_sample_n_frames": 5,
+    "train_batch_size": 64,
+}  # one step of images, one of clips
 
 
 def sampled(outcome: runs.Outcome) -> list[tuple[int, list[int]]]:
-    """Returns (row, source frames) of every sample in the dumps."""
+    """Return (row, source frames) of every dumped sample."""
     pairs = [zip(dump.rows, dump.frame_indices, strict=True) for step in dumps(outcome) for dump in step]
-    return [pair for several in pairs for pair in several]
+    return [pair for dumped in pairs for pair in dumped]
 
 
-@shows("video_sample_fps")
-def test_kept_frames_follow_the_sources_rate(bench: Bench) -> None:
-    files = {name: rate for name, *_, rate in tiny.DATASET}
-    rates = [files[row["file_path"]] for row in bench.table]
+@covers("video_sample_fps")
+def test_sampled_frames_follow_the_source_frame_rate(cached_run: CachedRuns) -> None:
+    fps_of = {name: fps for name, *_, fps in tiny.DATASET}
+    fps = [fps_of[row["file_path"]] for row in cached_run.table]
     seen = set()
-    for row, frames in sampled(bench(WHOLE, video_sample_fps=10)):
+    for row, frames in sampled(cached_run(ONE_EPOCH_STEPS, video_sample_fps=10)):
         if len(frames) > 1:
-            seen.add(rates[row])
-            assert [i - frames[0] for i in frames] == [math.floor(n * rates[row] / 10 + 1e-6) for n in range(5)]
-    assert seen == {24.0, 30.0}  # at 25 the short clip holds four frames, which is one of 4k+1
+            seen.add(fps[row])
+            assert [i - frames[0] for i in frames] == [math.floor(n * fps[row] / 10 + 1e-6) for n in range(5)]
+    assert seen == {24.0, 30.0}  # at 25 fps the short clip has four frames, which becomes one (4k+1)
 
 
-@shows("clips_per_video", "clip_sampling")
-def test_a_long_video_gives_several_clips_in_an_epoch(bench: Bench) -> None:
+@covers("clips_per_video", "clip_sampling")
+def test_a_long_video_yields_several_clips_per_epoch(cached_run: CachedRuns) -> None:
     lengths = {name: frames for name, _, _, frames, _ in tiny.DATASET}
     starts: dict[int, list[int]] = {}
-    for row, frames in sampled(bench(WHOLE, clips_per_video=2, clip_sampling="head")):
+    for row, frames in sampled(cached_run(ONE_EPOCH_STEPS, clips_per_video=2, clip_sampling="head")):
         starts.setdefault(row, []).append(frames[0])
-    for row, entry in enumerate(bench.table):  # five frames at stride 2 take nine
+    for row, entry in enumerate(cached_run.table):  # five frames at stride 2 span nine source frames
         assert sorted(starts[row]) == ([0, 9] if lengths[entry["file_path"]] >= 20 else [0])
 
 
-@shows("balance")
-def test_balance_decides_what_runs_side_by_side(bench: Bench) -> None:
-    orders = [rows(bench(balance=balance)) for balance in ("mixed", "strict", "none")]
+@covers("balance")
+def test_balance_changes_the_order_of_rows(cached_run: CachedRuns) -> None:
+    orders = [rows(cached_run(balance=balance)) for balance in ("mixed", "strict", "none")]
     assert len({tuple(sorted(order)) for order in orders}) == 1
     assert orders[1] != orders[2]
 
 
-def test_what_runs_is_what_was_planned(bench: Bench) -> None:
-    outcome = bench(STEPS, gradient_accumulation_steps=2)
-    asked = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
-    assert asked.pop("dealing") == DEALING
-    settings = PlanSettings(**{**asked, "policy": SizePolicy(**asked["policy"])})
-    index = load_index(bench.metadata.with_name("metadata.json.videox-index.arrow"), bench.metadata.parent)
+def test_a_run_trains_the_planned_samples(cached_run: CachedRuns) -> None:
+    outcome = cached_run(STEPS, gradient_accumulation_steps=2)
+    written = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
+    assert written.pop("dealing") == ASSIGNMENT_VERSION
+    settings = PlanSettings(**{**written, "policy": SizePolicy(**written["policy"])})
+    index = load_index(cached_run.metadata.with_name("metadata.json.videox-index.arrow"), cached_run.metadata.parent)
     plan = plan_epoch(columns_of(index, by_second=False), settings, 0)
-    ran = [
+    trained = [
         (step, 0, micro, row, *dump.bucket, frames[0])
         for step in range(2)
         for micro in range(2)
         for dump in [outcome.dump(step + 1, micro)]
         for row, frames in zip(dump.rows, dump.frame_indices, strict=True)
     ]
-    assert ran == [sample for sample in plan.executed_samples(1) if sample.step < 2]
+    assert trained == [sample for sample in plan.executed_samples(1) if sample.step < 2]
 
 
-@shows("cost_model")
-def test_a_new_run_takes_the_costs_of_an_earlier_one(bench: Bench, tmp_path: Path) -> None:
+@covers("cost_model")
+def test_a_new_run_uses_the_cost_model_of_an_earlier_one(cached_run: CachedRuns, tmp_path: Path) -> None:
     model = tmp_path / "cost_model.json"
     model.write_text(json.dumps({"linear": 3.0, "quadratic": 0.25}))
-    outcome = bench(STEPS, cost_model=model, max_train_steps=1)
+    outcome = cached_run(STEPS, cost_model=model, max_train_steps=1)
     plan = json.loads((outcome.folder / "args.json").read_text())["resolved"]["plan"]
     assert (plan["cost_linear"], plan["cost_quadratic"]) == (3.0, 0.25)
 
 
-@shows("video_sample_n_frames")
-def test_clips_have_so_many_frames_at_most(bench: Bench) -> None:
-    assert max(frames for frames, _, _ in buckets(bench(**PLAIN_BUCKETS))) == 13
-    assert max(frames for frames, _, _ in buckets(bench(**PLAIN_BUCKETS, video_sample_n_frames=5))) == 5
+@covers("video_sample_n_frames")
+def test_the_maximum_number_of_frames(cached_run: CachedRuns) -> None:
+    assert max(frames for frames, _, _ in buckets(cached_run(**PLAIN_BUCKETS))) == 13
+    assert max(frames for frames, _, _ in buckets(cached_run(**PLAIN_BUCKETS, video_sample_n_frames=5))) == 5
 
 
-@shows("fix_sample_size")
-def test_one_size_for_all(bench: Bench) -> None:
-    assert {(h, w) for _, h, w in buckets(bench(fix_sample_size=[48, 80]))} == {(48, 80)}
+@covers("fix_sample_size")
+def test_a_fixed_sample_size(cached_run: CachedRuns) -> None:
+    assert {(h, w) for _, h, w in buckets(cached_run(fix_sample_size=[48, 80]))} == {(48, 80)}
 
 
-@shows("enable_bucket")
-def test_without_buckets_all_are_squares_of_full_length(bench: Bench) -> None:
-    outcome = bench(**PLAIN_BUCKETS, enable_bucket=None, video_sample_n_frames=9)
+@covers("enable_bucket")
+def test_without_buckets_samples_are_squares_of_full_length(cached_run: CachedRuns) -> None:
+    outcome = cached_run(**PLAIN_BUCKETS, enable_bucket=None, video_sample_n_frames=9)
     assert {bucket for bucket in buckets(outcome)} == {(9, 64, 64), (1, 96, 96)}
-    short = {row for row, entry in enumerate(bench.table) if entry["file_path"] == "square_short.mp4"}
-    assert set(rows(outcome)) == set(range(len(bench.table))) - short
-    assert len({h / w for _, h, w in buckets(bench(**PLAIN_BUCKETS))}) >= 3
+    short = {row for row, entry in enumerate(cached_run.table) if entry["file_path"] == "square_short.mp4"}
+    assert set(rows(outcome)) == set(range(len(cached_run.table))) - short
+    assert len({h / w for _, h, w in buckets(cached_run(**PLAIN_BUCKETS))}) >= 3
 
 
-@shows("random_hw_adapt")
-def test_sizes_are_drawn_between_the_sample_sizes(bench: Bench, tmp_path: Path) -> None:
+@covers("random_hw_adapt")
+def test_sizes_are_drawn_between_the_sample_sizes(cached_run: CachedRuns, tmp_path: Path) -> None:
     media = (("image.png", 128, 128, 0, 0.0), ("clip.mp4", 128, 128, 9, 24.0))
     both = {"metadata": tiny.make_dataset(tmp_path, media, copies=12), "training_with_video_token_length": None}
-    one, several = bench(**both, random_hw_adapt=None), bench(**both)
+    one, several = cached_run(**both, random_hw_adapt=None), cached_run(**both)
     assert sizes(one, images=True) == {96} and sizes(several, images=True) == {64, 96}
-    assert sizes(one, images=False) == sizes(several, images=False) == {64}  # clips go up to the smaller size
+    assert sizes(one, images=False) == sizes(several, images=False) == {64}  # clips never exceed the smaller size
 
 
-@shows("random_frame_crop")
-def test_a_tenth_of_the_clips_is_shortened(bench: Bench, tmp_path: Path) -> None:
+@covers("random_frame_crop")
+def test_random_frame_crop_shortens_a_tenth_of_the_clips(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),))
     small = {"image_sample_size": 32, "video_sample_size": 32, "train_batch_size": 64, "video_repeat": 64}
     one_size = {**EPOCH, **PLAIN_BUCKETS, **small}
-    whole = bench(one_size, metadata=metadata)
-    cropped = bench(one_size, metadata=metadata, random_frame_crop=True)
-    assert {frames for frames, _, _ in buckets(whole)} == {13}
+    full = cached_run(one_size, metadata=metadata)
+    cropped = cached_run(one_size, metadata=metadata, random_frame_crop=True)
+    assert {frames for frames, _, _ in buckets(full)} == {13}
     lengths = Counter(frames for frames, _, _ in buckets(cropped))
     assert set(lengths) <= {5, 9, 13} and 0 < lengths[5] + lengths[9] <= 64 // 4 and lengths.total() == 64
 
 
-@shows("random_ratio_crop")
-def test_aspect_ratios_are_drawn(bench: Bench, tmp_path: Path) -> None:
+@covers("random_ratio_crop")
+def test_random_ratio_crop_draws_aspect_ratios(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("square.png", 128, 128, 0, 0.0),), copies=16)
-    nearest = bench(metadata=metadata)
-    drawn = bench(metadata=metadata, random_ratio_crop=True)
+    nearest = cached_run(metadata=metadata)
+    drawn = cached_run(metadata=metadata, random_ratio_crop=True)
     assert {h / w for _, h, w in buckets(nearest)} == {1}
     assert len({h / w for _, h, w in buckets(drawn)}) >= 4
 
 
-@shows("vae_mini_batch")
+@covers("vae_mini_batch")
 @pytest.mark.parametrize(("mini_batch", "calls"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (4, [4]), (32, [4])])
-def test_the_autoencoder_sees_so_many_samples_at_once(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, mini_batch: int, calls: list[int]
+def test_the_vae_encodes_mini_batches(
+    cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch, mini_batch: int, calls: list[int]
 ) -> None:
     encode, seen = AutoencoderKLWan.encode, []
 
-    def note(self: AutoencoderKLWan, x: torch.Tensor, *arguments, **settings):
+    def record(self: AutoencoderKLWan, x: torch.Tensor, *arguments, **settings):
         seen.append(len(x))
         return encode(self, x, *arguments, **settings)
 
-    monkeypatch.setattr(AutoencoderKLWan, "encode", note)
+    monkeypatch.setattr(AutoencoderKLWan, "encode", record)
     four = {
         **STEPS,
         "max_train_steps": 1,
@@ -432,77 +446,79 @@ def test_the_autoencoder_sees_so_many_samples_at_once(
         "fix_sample_size": [64, 64],
         "seed": 4,
     }
-    images = bench.folder / "images" / "metadata.json"
+    images = cached_run.folder / "images" / "metadata.json"
     if not images.exists():
         tiny.make_dataset(images.parent, (("image.png", 64, 64, 0, 0.0),), copies=4)
-    outcome = bench.fresh(**four, metadata=images, vae_mini_batch=mini_batch)
+    outcome = cached_run.fresh(**four, metadata=images, vae_mini_batch=mini_batch)
     assert seen == calls
-    whole = bench(four, metadata=images, vae_mini_batch=2)
-    assert torch.allclose(outcome.dump(1)["latents"], whole.dump(1)["latents"], atol=1e-5)
+    other = cached_run(four, metadata=images, vae_mini_batch=2)
+    assert torch.allclose(outcome.dump(1)["latents"], other.dump(1)["latents"], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 @pytest.fixture(scope="module")
-def image_model(bench: Bench) -> Path:
-    return tiny.build_wan_i2v(bench.folder / "image_model", image_embedder=False)
+def image_model(cached_run: CachedRuns) -> Path:
+    return tiny.build_wan_i2v(cached_run.folder / "image_model", image_embedder=False)
 
 
-@shows("train_mode")
-def test_the_mode_decides_what_the_model_is_given_and_must_fit_it(
-    bench: Bench, image_model: Path, tmp_path: Path
+@covers("train_mode")
+def test_the_train_mode_sets_the_inputs_and_must_fit_the_model(
+    cached_run: CachedRuns, image_model: Path, tmp_path: Path
 ) -> None:
     clips = {**STEPS, "metadata": tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),), copies=8)}
     one = {**clips, **PLAIN_BUCKETS, "train_batch_size": 8, "max_train_steps": 1, "dump_steps": 1}
-    assert bench(one).dump(1)["model.hidden_states"].shape[1] == 16  # the noisy latents alone
+    assert cached_run(one).dump(1)["model.hidden_states"].shape[1] == 16  # only the noisy latents
     known = {}
     for mode in ("i2v", "inpaint"):
-        given = bench(one, model=image_model, train_mode=mode).dump(1)["model.hidden_states"]
-        assert given.shape[1] == 36
-        known[mode] = given[:, 16:20].mean(dim=(3, 4))  # share of each frame that is given: [B, 4, t]
+        inputs = cached_run(one, model=image_model, train_mode=mode).dump(1)["model.hidden_states"]
+        assert inputs.shape[1] == 36
+        known[mode] = inputs[:, 16:20].mean(dim=(3, 4))  # known share of each frame: [B, 4, t]
     first_frame = torch.tensor([[1.0, 0, 0, 0]] * 4)
     assert torch.equal(known["i2v"], first_frame.expand(8, 4, 4))
     assert len({tuple(shares.flatten().tolist()) for shares in known["inpaint"]}) > 2
-    for model, mode, fits in ((bench.model, "i2v", "normal"), (image_model, "normal", "i2v or inpaint")):
-        outcome = runs.train(runs.wan_flags(model, bench.metadata, tmp_path / mode, train_mode=mode))
+    for model, mode, fits in ((cached_run.model, "i2v", "normal"), (image_model, "normal", "i2v or inpaint")):
+        outcome = runs.train(runs.wan_flags(model, cached_run.metadata, tmp_path / mode, train_mode=mode))
         assert outcome.code == 4 and f"made for --train_mode {fits}" in outcome.stderr
 
 
-@shows("trainable_modules")
-def test_only_names_that_contain_a_string_are_trained(bench: Bench) -> None:
-    base = bench.base_weights()
-    now = bench(STEPS, trainable_modules=["ffn", "norm_q"]).weights("checkpoint-2/transformer")
+@covers("trainable_modules")
+def test_only_parameters_that_match_trainable_modules_are_trained(cached_run: CachedRuns) -> None:
+    base = cached_run.base_weights()
+    now = cached_run(STEPS, trainable_modules=["ffn", "norm_q"]).weights("checkpoint-2/transformer")
     assert {name for name in base if not torch.equal(base[name], now[name])} == {
         name for name in base if "ffn" in name or "norm_q" in name
     }
-    everything = bench(STEPS).weights("checkpoint-2/transformer")
-    assert not any(torch.equal(base[name], everything[name]) for name in base)
+    full = cached_run(STEPS).weights("checkpoint-2/transformer")
+    assert not any(torch.equal(base[name], full[name]) for name in base)
 
 
-@shows("train_batch_size", "gradient_accumulation_steps")
-def test_a_step_has_so_many_micro_batches_of_so_many_samples(bench: Bench) -> None:
+@covers("train_batch_size", "gradient_accumulation_steps")
+def test_micro_batches_per_step_and_samples_per_micro_batch(cached_run: CachedRuns) -> None:
     one_bucket = {**STEPS, "fix_sample_size": [64, 64], "video_sample_n_frames": 1}
     for batch, accumulation in ((1, 1), (2, 1), (2, 3)):
-        outcome = bench(one_bucket, train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        outcome = cached_run(one_bucket, train_batch_size=batch, gradient_accumulation_steps=accumulation)
         for step in (1, 2):
             files = list((outcome.folder / "dump" / f"step-{step}").iterdir())
             assert len(files) == accumulation
             assert max(len(runs.read_dump(path).rows) for path in files) == batch
 
 
-@shows("num_train_epochs", "max_train_steps")
-def test_a_run_ends_after_its_epochs_or_its_steps(bench: Bench) -> None:
-    one, two = bench(), bench(num_train_epochs=2)
-    assert len(rows(one)) == len(bench.table) and Counter(rows(two)) == dict.fromkeys(range(len(bench.table)), 2)
+@covers("num_train_epochs", "max_train_steps")
+def test_a_run_ends_after_its_epochs_or_its_steps(cached_run: CachedRuns) -> None:
+    one, two = cached_run(), cached_run(num_train_epochs=2)
+    assert len(rows(one)) == len(cached_run.table) and Counter(rows(two)) == dict.fromkeys(
+        range(len(cached_run.table)), 2
+    )
     per_epoch = len(one.metrics)
-    assert len(bench(max_train_steps=per_epoch - 1).metrics) == per_epoch - 1
-    assert len(bench(max_train_steps=per_epoch + 1).metrics) == per_epoch + 1  # more than the one epoch asked for
+    assert len(cached_run(max_train_steps=per_epoch - 1).metrics) == per_epoch - 1
+    assert len(cached_run(max_train_steps=per_epoch + 1).metrics) == per_epoch + 1  # more than the one requested epoch
 
 
-@shows("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
+@covers("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
 @pytest.mark.parametrize(
-    ("changes", "by_hand"),
+    ("changes", "reference"),
     [
         ({}, {}),
         ({"learning_rate": 5e-4}, {"learning_rate": 5e-4}),
@@ -510,186 +526,191 @@ def test_a_run_ends_after_its_epochs_or_its_steps(bench: Bench) -> None:
         ({"adam_beta2": 0.5}, {"betas": (0.9, 0.5)}),
         ({"adam_weight_decay": 2.0}, {"weight_decay": 2.0}),
         ({"adam_epsilon": 1e-2}, {"epsilon": 1e-2}),
-        # where epsilon is large, AdamW does not undo the clipping
+        # with a large epsilon AdamW does not undo the clipping
         ({"adam_epsilon": 1e-2, "max_grad_norm": 0.01}, {"epsilon": 1e-2, "limits": [0.01, 0.01]}),
         ({"adam_epsilon": 1e-2, "max_grad_norm": 1e6}, {"epsilon": 1e-2, "limits": [1e6, 1e6]}),
     ],
 )
-def test_the_optimizer_has_the_numbers_asked_for(bench: Bench, changes: dict, by_hand: dict) -> None:
-    outcome = bench(STEPS, **changes)
+def test_optimizer_settings_are_used(cached_run: CachedRuns, changes: dict, reference: dict) -> None:
+    outcome = cached_run(STEPS, **changes)
     now = outcome.weights("checkpoint-2/transformer")
 
-    def farthest(**settings) -> float:
-        transformer, _, _ = runs.replay(bench.model, dumps(outcome), **settings)
+    def largest_difference(**settings) -> float:
+        transformer, _, _ = runs.replay(cached_run.model, dumps(outcome), **settings)
         return max(float((tensor - now[name]).abs().max()) for name, tensor in transformer.state_dict().items())
 
-    assert farthest(**by_hand) <= 1e-6
-    for name in by_hand:  # and with any one of the numbers left at the command's own it is another result
-        assert farthest(**{other: value for other, value in by_hand.items() if other != name}) > 1e-5
+    assert largest_difference(**reference) <= 1e-6
+    for name in reference:  # and with any one of the settings left at its default the result differs
+        assert largest_difference(**{other: value for other, value in reference.items() if other != name}) > 1e-5
 
 
-@shows("initial_grad_norm_ratio", "abnormal_norm_clip_start")
-def test_the_norm_to_clip_to_falls_and_then_squeezes_what_is_abnormal(bench: Bench) -> None:
+@covers("initial_grad_norm_ratio", "abnormal_norm_clip_start")
+def test_the_clip_norm_ramps_down_and_shrinks_for_abnormal_norms(cached_run: CachedRuns) -> None:
     settings = {"max_train_steps": 5, "dump_steps": [1, 2, 3, 4, 5], "adam_epsilon": 1e-2}
-    outcome = bench(STEPS, **settings, initial_grad_norm_ratio=4, abnormal_norm_clip_start=3)
+    outcome = cached_run(STEPS, **settings, initial_grad_norm_ratio=4, abnormal_norm_clip_start=3)
     norms = [record["grad_norm"] for record in outcome.metrics]
     assert min(norms) > 5 * CLIP
-    squeezed = CLIP / min(norms[4] / CLIP, 10)  # after the ramp, more than 5 times the limit is abnormal
+    reduced = CLIP / min(norms[4] / CLIP, 10)  # after the ramp, more than 5 times the limit is abnormal
     now = outcome.weights("checkpoint-5/transformer")
-    for limits, near in (([4 * CLIP, 3 * CLIP, 2 * CLIP, CLIP, squeezed], True), ([CLIP] * 5, False)):
-        transformer, _, _ = runs.replay(bench.model, dumps(outcome, 5), epsilon=1e-2, limits=limits)
-        far = max(float((tensor - now[name]).abs().max()) for name, tensor in transformer.state_dict().items())
-        assert (far <= 1e-6) == near
+    for limits, equal in (([4 * CLIP, 3 * CLIP, 2 * CLIP, CLIP, reduced], True), ([CLIP] * 5, False)):
+        transformer, _, _ = runs.replay(cached_run.model, dumps(outcome, 5), epsilon=1e-2, limits=limits)
+        difference = max(float((tensor - now[name]).abs().max()) for name, tensor in transformer.state_dict().items())
+        assert (difference <= 1e-6) == equal
 
 
-@shows("lr_scheduler", "lr_warmup_steps", "scale_lr")
-def test_the_learning_rate_is_a_function_of_the_step(bench: Bench) -> None:
+@covers("lr_scheduler", "lr_warmup_steps", "scale_lr")
+def test_the_learning_rate_is_a_function_of_the_step(cached_run: CachedRuns) -> None:
     four = {**STEPS, "max_train_steps": 4, "dump_steps": None}
-    assert rates(bench(four)) == [RATE] * 4
-    assert rates(bench(four, lr_warmup_steps=2)) == pytest.approx([0, RATE / 2, RATE, RATE])
-    falling = [RATE, 0.75 * RATE, 0.5 * RATE, 0.25 * RATE]
-    linear = bench(four, lr_scheduler="linear")
-    assert rates(linear) == pytest.approx(falling)
-    cosine = [RATE * (0.5 + 0.5 * math.cos(math.pi * step / 4)) for step in range(4)]
-    assert rates(bench(four, lr_scheduler="cosine")) == pytest.approx(cosine)
-    scaled = bench(four, scale_lr=True, gradient_accumulation_steps=3)
-    assert rates(scaled) == pytest.approx([6 * RATE] * 4)  # three micro-batches of two
-    one, other = (run.weights("checkpoint-4/transformer")["scale_shift_table"] for run in (bench(four), linear))
-    assert not torch.allclose(one, other, atol=RATE / 4)
+    assert lrs(cached_run(four)) == [LR] * 4
+    assert lrs(cached_run(four, lr_warmup_steps=2)) == pytest.approx([0, LR / 2, LR, LR])
+    falling = [LR, 0.75 * LR, 0.5 * LR, 0.25 * LR]
+    linear = cached_run(four, lr_scheduler="linear")
+    assert lrs(linear) == pytest.approx(falling)
+    cosine = [LR * (0.5 + 0.5 * math.cos(math.pi * step / 4)) for step in range(4)]
+    assert lrs(cached_run(four, lr_scheduler="cosine")) == pytest.approx(cosine)
+    scaled = cached_run(four, scale_lr=True, gradient_accumulation_steps=3)
+    assert lrs(scaled) == pytest.approx([6 * LR] * 4)  # three micro-batches of two
+    one, other = (run.weights("checkpoint-4/transformer")["scale_shift_table"] for run in (cached_run(four), linear))
+    assert not torch.allclose(one, other, atol=LR / 4)
 
 
-@shows("seed")
-def test_a_seed_makes_the_run_and_without_one_it_is_drawn(bench: Bench) -> None:
-    def story(outcome: runs.Outcome) -> list[object]:
+@covers("seed")
+def test_a_seed_determines_the_run_and_is_drawn_if_not_given(cached_run: CachedRuns) -> None:
+    def summary(outcome: runs.Outcome) -> list[object]:
         return [(record["rows"], record["loss"]) for record in outcome.metrics]
 
-    first = bench(STEPS)
-    assert story(bench.fresh(**STEPS)) == story(first)
-    other = bench(STEPS, seed=43)
+    first = cached_run(STEPS)
+    assert summary(cached_run.fresh(**STEPS)) == summary(first)
+    other = cached_run(STEPS, seed=43)
     assert rows(other) != rows(first) and not set(other.losses) & set(first.losses)
-    drawn = [bench.fresh(**{**STEPS, "seed": None}) for _ in range(2)]
-    assert story(drawn[0]) != story(drawn[1])
+    drawn = [cached_run.fresh(**{**STEPS, "seed": None}) for _ in range(2)]
+    assert summary(drawn[0]) != summary(drawn[1])
     stored = json.loads((drawn[0].folder / "args.json").read_text(encoding="utf-8"))["resolved"]["seed"]
     assert f"seed {stored}, " in drawn[0].stdout
-    assert story(bench(STEPS, seed=stored)) == story(drawn[0])
+    assert summary(cached_run(STEPS, seed=stored)) == summary(drawn[0])
 
 
-@shows("gradient_checkpointing", "selective_ac")
-def test_blocks_are_computed_again_in_the_backward_pass(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@covers("gradient_checkpointing", "selective_ac")
+def test_blocks_are_recomputed_in_the_backward_pass(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = WanTransformerBlock.forward, Counter()
 
-    def note(self: WanTransformerBlock, *arguments, **settings) -> torch.Tensor:
+    def record(self: WanTransformerBlock, *arguments, **settings) -> torch.Tensor:
         calls[name] += 1
         return forward(self, *arguments, **settings)
 
-    monkeypatch.setattr(WanTransformerBlock, "forward", note)
-    ways = {
-        "kept": {}, "all": {"gradient_checkpointing": True}, "half": {"selective_ac": 0.5}, "whole": {"selective_ac": 1},
+    monkeypatch.setattr(WanTransformerBlock, "forward", record)
+    cases = {
+        "none": {}, "all": {"gradient_checkpointing": True}, "half": {"selective_ac": 0.5}, "all_selective": {"selective_ac": 1},
     }  # fmt: skip
-    found = {}
-    for name, changes in ways.items():
-        found[name] = bench.fresh(**{**STEPS, **changes})
+    outcomes = {}
+    for name, changes in cases.items():
+        outcomes[name] = cached_run.fresh(**{**STEPS, **changes})
     steps = 2
-    assert calls == {"kept": 2 * steps, "all": 4 * steps, "half": 3 * steps, "whole": 4 * steps}
-    for outcome in found.values():
-        assert outcome.losses == found["kept"].losses
-        assert outcome.metrics[1]["grad_norm"] == pytest.approx(found["kept"].metrics[1]["grad_norm"], rel=1e-6)
+    assert calls == {"none": 2 * steps, "all": 4 * steps, "half": 3 * steps, "all_selective": 4 * steps}
+    for outcome in outcomes.values():
+        assert outcome.losses == outcomes["none"].losses
+        assert outcome.metrics[1]["grad_norm"] == pytest.approx(outcomes["none"].metrics[1]["grad_norm"], rel=1e-6)
 
 
-@shows("mixed_precision")
-def test_bf16_computes_and_float32_stays_in_the_weights(bench: Bench) -> None:
-    full, half = bench(STEPS), bench(STEPS, mixed_precision="bf16")
+@covers("mixed_precision")
+def test_bf16_is_used_for_compute_and_float32_for_weights(cached_run: CachedRuns) -> None:
+    full, half = cached_run(STEPS), cached_run(STEPS, mixed_precision="bf16")
     for outcome, dtype in ((full, torch.float32), (half, torch.bfloat16)):
         dump = outcome.dump(1)
         assert dump["model.encoder_hidden_states"].dtype == dtype
-        assert torch.equal(dump["prediction"], dump["prediction"].to(dtype).float())  # as precise as its computation
+        assert torch.equal(
+            dump["prediction"], dump["prediction"].to(dtype).float()
+        )  # has the precision of the forward pass
         for name in ("latents", "noise", "sigma", "timestep", "target", "loss"):
             assert dump[name].dtype == torch.float32
         assert {w.dtype for w in outcome.weights("checkpoint-2/transformer").values()} == {torch.float32}
     assert not torch.equal(full.dump(1)["prediction"], full.dump(1)["prediction"].bfloat16().float())
     assert full.losses != half.losses == pytest.approx(full.losses, rel=0.03)
-    from_launcher = bench(STEPS, mixed_precision=None)  # the launcher says nothing here: full precision
+    from_launcher = cached_run(STEPS, mixed_precision=None)  # the launcher sets nothing here: full precision
     assert from_launcher.losses == full.losses
 
 
-@shows("allow_tf32")
-def test_tf32_is_on_while_training_when_allowed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@covers("allow_tf32")
+def test_tf32_is_enabled_by_its_flag(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, seen = runs.train_script(), []
     step = trainer.accumulate_gradients
 
-    def note(*arguments, **settings) -> torch.Tensor:
+    def record(*arguments, **settings) -> torch.Tensor:
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return step(*arguments, **settings)
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", note)
+    monkeypatch.setattr(trainer, "accumulate_gradients", record)
     one = {**STEPS, "max_train_steps": 1}
-    bench.fresh(**one)
-    bench.fresh(**one, allow_tf32=True)
+    cached_run.fresh(**one)
+    cached_run.fresh(**one, allow_tf32=True)
     assert seen == [(False, False), (True, True)]
 
 
-@shows("low_vram")
+@covers("low_vram")
 @pytest.mark.parametrize("low_vram", [True, False])
-def test_encoders_leave_the_device_between_uses(bench: Bench, low_vram: bool) -> None:
-    """A move that copies, as one to a GPU does, shows where the weights are: in host memory, or in the copies."""
+def test_low_vram_moves_encoders_off_the_device_between_uses(cached_run: CachedRuns, low_vram: bool) -> None:
+    """`.to` is made to copy, as a move to a GPU does, which shows whether the weights are in host memory or moved."""
 
-    class Elsewhere(TorchFunctionMode):
+    class CopyingTo(TorchFunctionMode):
         def __torch_function__(self, function, types, arguments=(), settings=None):
             moved = function(*arguments, **(settings or {}))
             return moved.clone() if function is torch.Tensor.to else moved
 
-    alone = {"distributed_type": DistributedType.NO, "num_processes": 1}
-    trainer, accelerator = runs.train_script(), SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **alone)
-    argv = runs.wan_flags(bench.model, bench.metadata, bench.folder / "unused", low_vram=low_vram)
+    one_process = {"distributed_type": DistributedType.NO, "num_processes": 1}
+    trainer, accelerator = (
+        runs.train_script(),
+        SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", **one_process),
+    )
+    argv = runs.wan_flags(cached_run.model, cached_run.metadata, cached_run.folder / "unused", low_vram=low_vram)
 
-    def places(module: torch.nn.Module) -> list[int]:
+    def addresses(module: torch.nn.Module) -> list[int]:
         return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
-    with Elsewhere():
+    with CopyingTo():
         args = trainer.parse_args(argv)
         encoders = trainer.load_encoders(args, trainer.check_model(args), 5.0, accelerator, lambda x: [x])
         for encoder in (encoders.text_encoder, encoders.vae):
-            before = places(encoder.module)
+            before = addresses(encoder.module)
             with encoder.on_device() as module:
-                within = places(module)
-            assert places(encoder.module) == before
+                within = addresses(module)
+            assert addresses(encoder.module) == before
             assert not set(within) & set(before) if low_vram else within == before
 
 
-@shows("uniform_sampling")
-def test_timesteps_are_stratified_over_the_step(bench: Bench) -> None:
+@covers("uniform_sampling")
+def test_timesteps_are_stratified_over_the_step(cached_run: CachedRuns) -> None:
     def strata(outcome: runs.Outcome) -> list[list[int]]:
         found = []
         for step in dumps(outcome, micros=4):
             sigma = torch.cat([dump["sigma"][np.array(dump.rows) >= 0] for dump in step]).double()
-            draw = 1 - sigma / (5 - 4 * sigma) + 5e-4  # the middle of one of 1000 timesteps
+            draw = 1 - sigma / (5 - 4 * sigma) + 5e-4  # center of one of 1000 timesteps
             found.append(sorted((draw * len(sigma)).long().tolist()))
         return found
 
     settings = {**STEPS, "gradient_accumulation_steps": 4, "fix_sample_size": [64, 64], "video_sample_n_frames": 1}
-    assert strata(bench(settings)) == [list(range(8)), list(range(4))]
-    assert strata(bench(settings, uniform_sampling=None)) != [list(range(8)), list(range(4))]
+    assert strata(cached_run(settings)) == [list(range(8)), list(range(4))]
+    assert strata(cached_run(settings, uniform_sampling=None)) != [list(range(8)), list(range(4))]
 
 
-@shows("train_sampling_steps")
-def test_fewer_sampling_steps_are_the_noisiest(bench: Bench) -> None:
-    assert set(values(bench(STEPS, train_sampling_steps=1), "timestep").tolist()) == {1000.0}
-    sigma = values(bench(STEPS, train_sampling_steps=100), "sigma").double()
+@covers("train_sampling_steps")
+def test_fewer_sampling_steps_keep_the_noisiest_timesteps(cached_run: CachedRuns) -> None:
+    assert set(values(cached_run(STEPS, train_sampling_steps=1), "timestep").tolist()) == {1000.0}
+    sigma = values(cached_run(STEPS, train_sampling_steps=100), "sigma").double()
     t = sigma / (5 - 4 * sigma)
     assert t.min() > 0.9 and len(set(t.tolist())) == len(t)
-    assert values(bench(STEPS), "sigma").min() < 5 * 0.9 / (1 + 4 * 0.9)
+    assert values(cached_run(STEPS), "sigma").min() < 5 * 0.9 / (1 + 4 * 0.9)
 
 
-@shows("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
-def test_schemes_weigh_the_loss_and_shape_the_timesteps(bench: Bench) -> None:
-    own = {**STEPS, "uniform_sampling": None}
+@covers("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+def test_weighting_schemes_change_loss_weights_and_timesteps(cached_run: CachedRuns) -> None:
+    base = {**STEPS, "uniform_sampling": None}
 
     def times(**changes: object) -> torch.Tensor:
-        sigma = values(bench(own, **changes), "sigma").double()
-        return 1 - sigma / (5 - 4 * sigma)  # what was drawn, from 0 = noise to 1
+        sigma = values(cached_run(base, **changes), "sigma").double()
+        return 1 - sigma / (5 - 4 * sigma)  # the drawn value, from 0 = noise to 1
 
     def weights(**changes: object) -> tuple[torch.Tensor, torch.Tensor]:
-        outcome = bench(own, **changes)
+        outcome = cached_run(base, **changes)
         errors = [dump["prediction"] - dump["target"] for step in dumps(outcome) for dump in step]
         plain = torch.cat([error.square().mean(dim=(1, 2, 3, 4)) for error in errors])
         return values(outcome, "loss") / plain, values(outcome, "sigma")
@@ -714,8 +735,8 @@ def test_schemes_weigh_the_loss_and_shape_the_timesteps(bench: Bench) -> None:
         assert torch.allclose(found, wanted, atol=5e-3)
 
 
-@shows("motion_sub_loss", "motion_sub_loss_ratio")
-def test_the_motion_loss_is_mixed_in(bench: Bench, tmp_path: Path) -> None:
+@covers("motion_sub_loss", "motion_sub_loss_ratio")
+def test_the_motion_loss_is_added(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),), copies=2)
     long = {
         **STEPS,
@@ -730,7 +751,7 @@ def test_the_motion_loss_is_mixed_in(bench: Bench, tmp_path: Path) -> None:
         ({"motion_sub_loss": True}, 0.25),
         ({"motion_sub_loss": True, "motion_sub_loss_ratio": 0.8}, 0.8),
     ):
-        dump = bench(long, **changes).dump(1)
+        dump = cached_run(long, **changes).dump(1)
         assert dump["target"].shape[2] == 4  # latent frames
         error = dump["prediction"] - dump["target"]
         plain, motion = (part.square().mean(dim=(1, 2, 3, 4)) for part in (error, error[:, :, 1:] - error[:, :, :-1]))
@@ -738,33 +759,33 @@ def test_the_motion_loss_is_mixed_in(bench: Bench, tmp_path: Path) -> None:
         assert not torch.allclose(plain, motion, rtol=0.05)
 
 
-@shows("config_path")
-def test_the_shift_comes_from_the_yaml(bench: Bench, tmp_path: Path) -> None:
+@covers("config_path")
+def test_the_shift_comes_from_the_yaml(cached_run: CachedRuns, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("scheduler_kwargs: {shift: 1.0}\n", encoding="utf-8")
-    five = values(bench(STEPS), "sigma").double()
-    one = values(bench(STEPS, config_path=tmp_path / "other.yaml"), "sigma").double()
+    five = values(cached_run(STEPS), "sigma").double()
+    one = values(cached_run(STEPS, config_path=tmp_path / "other.yaml"), "sigma").double()
     assert torch.allclose(five, 5 * one / (1 + 4 * one), atol=1e-6) and not torch.allclose(five, one, atol=0.05)
 
 
-@shows("tokenizer_max_length")
-def test_captions_have_so_many_tokens_at_most(bench: Bench) -> None:
-    whole, cut = bench(STEPS).dump(1), bench(STEPS, tokenizer_max_length=3).dump(1)
-    assert whole["model.encoder_hidden_states"].shape[1] == 16
+@covers("tokenizer_max_length")
+def test_the_maximum_number_of_caption_tokens(cached_run: CachedRuns) -> None:
+    full, cut = cached_run(STEPS).dump(1), cached_run(STEPS, tokenizer_max_length=3).dump(1)
+    assert full["model.encoder_hidden_states"].shape[1] == 16
     assert cut["model.encoder_hidden_states"].shape[1] == 3
-    assert cut["model.encoder_hidden_states"].all()  # no caption is as short as that: nothing is padding
+    assert cut["model.encoder_hidden_states"].all()  # all captions are longer, so there is no padding
 
 
-# ------------------------------------------------------------------------------------------ what a run writes
+# -------------------------------------------------------------------------------------------------------------- output
 
 
-@shows("output_dir")
-def test_everything_is_written_below_the_output_folder(bench: Bench, tmp_path: Path) -> None:
-    before = {path for path in bench.folder.rglob("*") if path.is_file()}
+@covers("output_dir")
+def test_all_files_are_written_below_the_output_folder(cached_run: CachedRuns, tmp_path: Path) -> None:
+    before = {path for path in cached_run.folder.rglob("*") if path.is_file()}
     out = tmp_path / "some" / "where"
-    outcome = bench.fresh(**STEPS, output_dir=out)
+    outcome = cached_run.fresh(**STEPS, output_dir=out)
     names = {path.name for path in outcome.folder.iterdir()}
     assert {"metrics.jsonl", "run_status.json", "args.json", "transformer", "checkpoint-2", "dump"} <= names
-    assert before == {path for path in bench.folder.rglob("*") if path.is_file()}
+    assert before == {path for path in cached_run.folder.rglob("*") if path.is_file()}
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
@@ -772,100 +793,116 @@ def saved_steps(outcome: runs.Outcome) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in outcome.folder.glob("checkpoint-*"))
 
 
-@shows("checkpointing_steps", "checkpoints_total_limit")
-def test_checkpoints_come_when_asked_for_and_the_oldest_go(bench: Bench) -> None:
+@covers("checkpointing_steps", "checkpoints_total_limit")
+def test_checkpoints_are_saved_and_pruned_as_requested(cached_run: CachedRuns) -> None:
     five = {**STEPS, "max_train_steps": 5, "dump_steps": None}
-    assert saved_steps(bench(five, checkpointing_steps=2)) == [2, 4, 5]
-    assert saved_steps(bench(five, checkpointing_steps=100)) == [5]
-    assert saved_steps(bench(five, checkpointing_steps=1, checkpoints_total_limit=2)) == [4, 5]
+    assert saved_steps(cached_run(five, checkpointing_steps=2)) == [2, 4, 5]
+    assert saved_steps(cached_run(five, checkpointing_steps=100)) == [5]
+    assert saved_steps(cached_run(five, checkpointing_steps=1, checkpoints_total_limit=2)) == [4, 5]
 
 
-@shows("resume_from_checkpoint")
-def test_a_run_goes_on_where_it_ended(bench: Bench, tmp_path: Path) -> None:
-    whole = bench(STEPS, max_train_steps=4, dump_steps=None)
-    bench.fresh(**{**STEPS, "dump_steps": None}, output_dir=tmp_path / "out")
+@covers("resume_from_checkpoint")
+def test_a_resumed_run_equals_an_uninterrupted_one(cached_run: CachedRuns, tmp_path: Path) -> None:
+    full = cached_run(STEPS, max_train_steps=4, dump_steps=None)
+    cached_run.fresh(**{**STEPS, "dump_steps": None}, output_dir=tmp_path / "out")
     more = {**STEPS, "max_train_steps": 4, "dump_steps": None, "resume_from_checkpoint": "latest"}
-    resumed = bench.fresh(**more, output_dir=tmp_path / "out")
-    assert resumed.losses == whole.losses and rows(resumed) == rows(whole)
-    one, other = (run.weights("checkpoint-4/transformer") for run in (resumed, whole))
+    resumed = cached_run.fresh(**more, output_dir=tmp_path / "out")
+    assert resumed.losses == full.losses and rows(resumed) == rows(full)
+    one, other = (run.weights("checkpoint-4/transformer") for run in (resumed, full))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@shows("verify")
-def test_hashes_are_checked_when_asked_for(bench: Bench, tmp_path: Path) -> None:
-    first = bench.fresh(**STEPS, output_dir=tmp_path / "out")
+@covers("verify")
+def test_verify_checks_hashes(cached_run: CachedRuns, tmp_path: Path) -> None:
+    first = cached_run.fresh(**STEPS, output_dir=tmp_path / "out")
     path = first.folder / "checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
-    content[-2] ^= 1  # one bit of one weight: size and header stay
+    content[-2] ^= 1  # one bit of one weight; size and header are unchanged
     path.write_bytes(content)
     shutil.rmtree(first.folder / "checkpoint-1")
     argv = runs.wan_flags(
-        bench.model, bench.metadata, first.folder, **STEPS, resume_from_checkpoint=first.folder / "checkpoint-2"
+        cached_run.model,
+        cached_run.metadata,
+        first.folder,
+        **STEPS,
+        resume_from_checkpoint=first.folder / "checkpoint-2",
     )
     refused = runs.train([*argv, "--verify"])
     assert refused.code == 4 and "checkpoint-2" in refused.stderr
     assert runs.train(argv).code == 0
 
 
-@shows("export_dtype")
-def test_the_export_has_the_precision_asked_for(bench: Bench) -> None:
-    fp32_params = bench(STEPS).weights("checkpoint-2/transformer")
+@covers("export_dtype")
+def test_the_export_has_the_requested_dtype(cached_run: CachedRuns) -> None:
+    fp32_params = cached_run(STEPS).weights("checkpoint-2/transformer")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        exported = bench(STEPS, export_dtype=name).weights()
+        exported = cached_run(STEPS, export_dtype=name).weights()
         assert exported["blocks.0.attn1.to_q.weight"].dtype == dtype
-        assert exported["scale_shift_table"].dtype == torch.float32  # one of those that diffusers keeps so
+        assert exported["scale_shift_table"].dtype == torch.float32  # one of those that diffusers keeps in float32
         assert all(torch.equal(tensor, fp32_params[key].to(tensor.dtype)) for key, tensor in exported.items())
 
 
-@shows("report_to", "logging_dir", "tracker_project_name")
-def test_the_tracker_writes_where_it_is_told(bench: Bench) -> None:
-    silent = bench(STEPS)
-    assert not list(silent.folder.rglob("events.out.tfevents.*"))
+@covers("report_to", "logging_dir", "tracker_project_name")
+def test_the_tracker_writes_to_the_logging_dir(cached_run: CachedRuns) -> None:
+    without = cached_run(STEPS)
+    assert not list(without.folder.rglob("events.out.tfevents.*"))
     changes = {"report_to": "tensorboard", "logging_dir": "curves", "tracker_project_name": "rabbits"}
-    (events,) = bench(STEPS, **changes).folder.rglob("events.out.tfevents.*")
-    assert events.relative_to(bench(STEPS, **changes).folder).parts[:2] == ("curves", "rabbits")
+    (events,) = cached_run(STEPS, **changes).folder.rglob("events.out.tfevents.*")
+    assert events.relative_to(cached_run(STEPS, **changes).folder).parts[:2] == ("curves", "rabbits")
     assert b"train/loss" in events.read_bytes()
 
 
-@shows("validation_paths")
-def test_sample_clips_start_from_the_images_that_were_named(bench: Bench, image_model: Path, tmp_path: Path) -> None:
+@covers("validation_paths")
+def test_sample_clips_start_from_the_validation_images(
+    cached_run: CachedRuns, image_model: Path, tmp_path: Path
+) -> None:
     images = [tiny.write_image(tmp_path / f"{number}.png", 128, 96, seed=number) for number in range(2)]
 
     def samples(*paths: Path) -> list[bytes]:
         settings = {**STEPS, "model": image_model, "train_mode": "i2v", "max_train_steps": 1, "dump_steps": None}
         prompts = {"validation_prompts": ["a rabbit walks"] * len(paths), "validation_paths": list(paths)}
-        folder = bench(settings, **prompts).folder / "samples"
+        folder = cached_run(settings, **prompts).folder / "samples"
         return [path.read_bytes() for path in sorted(folder.glob("step-000000-prompt-*"))]
 
     one, other = samples(images[0]), samples(images[1])
     assert len(one) == len(other) == 1 and one != other
     assert samples(images[0], images[1])[0] == one[0]
-    argv = runs.wan_flags(bench.model, bench.metadata, tmp_path / "out", validation_paths=images)
-    assert runs.train(argv).code == 2  # text-to-video has no use for them
+    argv = runs.wan_flags(cached_run.model, cached_run.metadata, tmp_path / "out", validation_paths=images)
+    assert runs.train(argv).code == 2  # text-to-video does not use them
 
 
-@shows("validation_epochs")
-def test_validation_comes_after_so_many_epochs(bench: Bench) -> None:
-    one_step = {"fix_sample_size": [64, 64], "video_sample_n_frames": 1, "train_batch_size": 16}  # is an epoch
+@covers("validation_epochs")
+def test_validation_runs_every_n_epochs(cached_run: CachedRuns) -> None:
+    one_step = {
+        "fix_sample_size": [64, 64],
+        "video_sample_n_frames": 1,
+        "train_batch_size": 16,
+    }  # one step is one epoch
     four = {**one_step, "num_train_epochs": 4, "validation_rows": 1, "validation_steps": 10**6}
     for every, due in ((2, [0, 2, 4]), (3, [0, 3, 4]), (0, [0, 4])):
-        outcome = bench(**four, validation_epochs=every)
+        outcome = cached_run(**four, validation_epochs=every)
         assert [record["step"] for record in outcome.validation] == due and len(outcome.metrics) == 4
 
 
-# ------------------------------------------------------------------------------------------ nothing is left out
+# -------------------------------------------------------------------------------------------------------- completeness
 
 
-def test_every_flag_of_the_parser_has_an_effect_that_a_test_shows(bench: Bench) -> None:
-    flags = set(vars(runs.train_script().parse_args(runs.wan_flags(bench.model, bench.metadata, bench.folder / "unused"))))
-    assert not SHOWN.keys() & SHOWN_ELSEWHERE.keys()
-    assert SHOWN.keys() | SHOWN_ELSEWHERE.keys() == flags
-    for place in SHOWN_ELSEWHERE.values():
-        module, test = place.split(".")
+def test_every_flag_of_the_parser_is_covered_by_a_test(cached_run: CachedRuns) -> None:
+    flags = set(
+        vars(
+            runs.train_script().parse_args(
+                runs.wan_flags(cached_run.model, cached_run.metadata, cached_run.folder / "unused")
+            )
+        )
+    )
+    assert not COVERED.keys() & COVERED_ELSEWHERE.keys()
+    assert COVERED.keys() | COVERED_ELSEWHERE.keys() == flags
+    for name in COVERED_ELSEWHERE.values():
+        module, test = name.split(".")
         (path,) = (tiny.ROOT / "tests").rglob(f"{module}.py")
-        assert re.search(rf"^def {test}\b", path.read_text(encoding="utf-8"), flags=re.MULTILINE), place
+        assert re.search(rf"^def {test}\b", path.read_text(encoding="utf-8"), flags=re.MULTILINE), name
 
 
-def test_the_users_command_is_shown_here() -> None:
+def test_the_flags_of_the_published_command_are_covered_here() -> None:
     paths = {"pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "output_dir"}
-    assert paths | runs.WAN_FLAGS.keys() <= SHOWN.keys()
+    assert paths | runs.WAN_FLAGS.keys() <= COVERED.keys()

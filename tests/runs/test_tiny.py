@@ -1,4 +1,4 @@
-"""Serves the other tests: what tiny.py writes is what diffusers and the decoders read."""
+"""Tests of tests/support/tiny.py: diffusers and the decoders can read the small models, clips and data sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 from PIL import Image
 
-# name: (builder, its keywords, pipeline class, channels into the transformer, frames sampled when 9 are asked for)
+# name: (build function, its arguments, pipeline class, input channels, frames sampled for num_frames=9)
 MODELS: dict[str, tuple[Callable[..., Path], dict, type[DiffusionPipeline], int, int]] = {
     "wan_t2v": (tiny.build_wan_t2v, {}, WanPipeline, 16, 9),
     "wan_i2v": (tiny.build_wan_i2v, {}, WanImageToVideoPipeline, 36, 9),
@@ -50,7 +50,7 @@ WITHOUT_WEIGHTS = {"transformer": None, "vae": None, "text_encoder": None}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Returns a function from a name in MODELS to its folder, written when first asked for."""
+    """Return a function from a name in MODELS to its folder, which is written at the first call."""
     parent = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -87,11 +87,11 @@ def test_pipeline_loads_and_samples(built: Callable[[str], Path], name: str) -> 
     assert np.isfinite(first).all()
     assert first.std() > 0
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)  # the caption counts
+    assert not np.array_equal(first, other)  # the caption has an effect
 
 
 def transformer_inputs(model: WanTransformer3DModel | HunyuanVideoTransformer3DModel) -> dict[str, torch.Tensor]:
-    """Returns keywords of forward() for 3 latent frames of 8 x 6, with every input that this model takes."""
+    """Return arguments of forward() for 3 latent frames of 8 x 6, with every input that this model accepts."""
     config = model.config
     inputs = {"hidden_states": torch.randn(1, config.in_channels, 3, 8, 6), "timestep": torch.tensor([500.0])}
     if isinstance(model, WanTransformer3DModel):
@@ -119,18 +119,18 @@ def test_gradient_reaches_every_weight(built: Callable[[str], Path], name: str) 
     assert not [key for key, grad in gradients.items() if not grad.any()]
 
 
-def test_image_embedder_is_there_or_null(built: Callable[[str], Path]) -> None:
-    for name, there in (("wan_i2v", True), ("wan_i2v_bare", False)):
+def test_image_embedder_exists_or_is_null(built: Callable[[str], Path]) -> None:
+    for name, exists in (("wan_i2v", True), ("wan_i2v_bare", False)):
         folder = built(name)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         for component in ("image_encoder", "image_processor"):
-            assert (folder / component).exists() == there
-            assert (index[component] != [None, None]) == there
-        assert (config["image_dim"], config["added_kv_proj_dim"]) == ((32, 24) if there else (None, None))
+            assert (folder / component).exists() == exists
+            assert (index[component] != [None, None]) == exists
+        assert (config["image_dim"], config["added_kv_proj_dim"]) == ((32, 24) if exists else (None, None))
 
 
-def test_captions_give_varied_t5_tokens(built: Callable[[str], Path]) -> None:
+def test_each_known_word_is_one_t5_token(built: Callable[[str], Path]) -> None:
     tokenizer = WanPipeline.from_pretrained(built("wan_t2v"), **WITHOUT_WEIGHTS).tokenizer
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     rows = [tokenizer(caption)["input_ids"] for caption in tiny.CAPTIONS]
@@ -142,10 +142,10 @@ def test_captions_give_varied_t5_tokens(built: Callable[[str], Path]) -> None:
         assert tokenizer.decode(row, skip_special_tokens=True) == caption
 
 
-def test_hunyuan_is_of_its_published_kind(built: Callable[[str], Path]) -> None:
-    kinds = {"hunyuan_t2v": (None, True), "hunyuan_i2v": ("token_replace", True)}
-    kinds["hunyuan_i2v_concat"] = ("latent_concat", False)
-    for name, (condition, guidance) in kinds.items():
+def test_hunyuan_has_the_published_condition_guidance_and_scheduler(built: Callable[[str], Path]) -> None:
+    expected = {"hunyuan_t2v": (None, True), "hunyuan_i2v": ("token_replace", True)}
+    expected["hunyuan_i2v_concat"] = ("latent_concat", False)
+    for name, (condition, guidance) in expected.items():
         folder = built(name)
         config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         assert (config["image_condition_type"], config["guidance_embeds"]) == (condition, guidance)
@@ -154,7 +154,7 @@ def test_hunyuan_is_of_its_published_kind(built: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_template_is_cut_before_the_caption(built: Callable[[str], Path], name: str) -> None:
+def test_the_template_has_crop_start_tokens_before_the_caption(built: Callable[[str], Path], name: str) -> None:
     template = TEMPLATES[name]
     tokenizer = MODELS[name][2].from_pretrained(built(name), **WITHOUT_WEIGHTS, text_encoder_2=None).tokenizer
     before, after = template["template"].split("{}")
@@ -175,24 +175,24 @@ def test_template_is_cut_before_the_caption(built: Callable[[str], Path], name: 
 def test_empty_caption_leaves_one_text_token(built: Callable[[str], Path], name: str) -> None:
     pipeline = MODELS[name][2].from_pretrained(built(name), transformer=None, vae=None)
     image = {"image": picture()} if "i2v" in name else {}
-    images = 288 if "i2v" in name else 0  # every second of the 576 image tokens
+    images = 288 if "i2v" in name else 0  # the pipeline uses every second of the 576 image tokens
     for caption, tokens in (("", 1), ("a rabbit walks out of its burrow", 8)):
         with torch.no_grad():
             embeds, pooled, mask = pipeline.encode_prompt(prompt=caption, **image)
         assert mask.tolist() == [[1] * (images + tokens) + [0] * (embeds.shape[1] - images - tokens)]
         assert embeds.isfinite().all()
         assert pooled.isfinite().all()
-        assert embeds[mask.bool()][images:].std() > 0.1  # nearly nothing would leave the captions without effect
+        assert embeds[mask.bool()][images:].std() > 0.1  # embeddings near 0 would make the captions have no effect
 
 
-def test_captions_give_varied_clip_tokens(built: Callable[[str], Path]) -> None:
+def test_each_known_word_is_one_clip_token(built: Callable[[str], Path]) -> None:
     tokenizer = HunyuanVideoPipeline.from_pretrained(built("hunyuan_t2v"), **WITHOUT_WEIGHTS).tokenizer_2
     rows = [tokenizer(caption)["input_ids"] for caption in tiny.CAPTIONS]
     assert {(row[0], row[-1]) for row in rows} == {(len(tokenizer) - 2, len(tokenizer) - 1)}
     for row, caption in zip(rows, tiny.CAPTIONS, strict=True):
         assert len(row) == 2 + len(caption.split())  # each known word is one token
         assert tokenizer.decode(row, skip_special_tokens=True) == caption
-    for code in range(33, 127):  # the end token stands for unknown ones, and would end the caption for the pooling
+    for code in range(33, 127):  # an unknown token is the end token, at which the pooling ends
         assert tokenizer.eos_token_id not in tokenizer(f"x{chr(code)} {chr(code)}x {chr(code)}")["input_ids"][:-1]
 
 
@@ -211,7 +211,7 @@ def test_equal_arguments_give_equal_files(built: Callable[[str], Path], tmp_path
         assert (folder / weights).read_bytes() != (other / weights).read_bytes()
 
 
-def test_calibration_gives_latents_unit_deviation(tmp_path: Path) -> None:
+def test_calibration_gives_latents_of_standard_deviation_1(tmp_path: Path) -> None:
     clips = torch.stack([torch.from_numpy(tiny.moving_square(9, 64, 48, seed)) for seed in range(3)])
     clips = clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     wan, hunyuan = tiny.build_wan_i2v(tmp_path / "wan"), tiny.build_hunyuan_i2v(tmp_path / "hunyuan")
@@ -233,10 +233,10 @@ def test_calibration_gives_latents_unit_deviation(tmp_path: Path) -> None:
     assert abs(latents.std() - 1) < 0.02
 
 
-def test_demo_sizes_are_alike_wide() -> None:
+def test_both_demo_transformers_have_the_same_width() -> None:
     wan, hunyuan = (tiny.load_script(f"scripts/demo_{family}.py") for family in ("model", "hunyuan"))
-    components = wan.wan_components(**wan.WAN_DEMO), hunyuan.hunyuan_components(**hunyuan.HUNYUAN_DEMO)
-    configs = [each["transformer"].config for each in components]
+    models = wan.wan_components(**wan.WAN_DEMO), hunyuan.hunyuan_components(**hunyuan.HUNYUAN_DEMO)
+    configs = [components["transformer"].config for components in models]
     assert [config.num_attention_heads * config.attention_head_dim for config in configs] == [96, 96]
 
 
@@ -247,12 +247,12 @@ def test_clip_reads_back(tmp_path: Path, suffix: str) -> None:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         assert float(container.streams.video[0].average_rate) == 24.0
     assert frames.shape == (13, 64, 96, 3)
-    for i in range(13):  # the square is where it was drawn, so a frame tells its own number
+    for i in range(13):  # the square's position shows the number of the frame
         bright = np.flatnonzero(frames[i, 32, :, 0] > 200)
         assert abs(int(bright[0]) - tiny.square_left(i, 96)) <= 1
 
 
-def test_dataset_is_what_its_metadata_says(tmp_path: Path) -> None:
+def test_the_dataset_matches_its_metadata(tmp_path: Path) -> None:
     rows = json.loads(tiny.make_dataset(tmp_path, copies=2, declare_sizes=True).read_text(encoding="utf-8"))
     assert len(rows) == 2 * len(tiny.DATASET)
     lengths = set()

@@ -1,4 +1,4 @@
-"""Serves scripts/wan2.1/train.py: the users' command runs whole, and a step is what the formulas say, to the bit."""
+"""Tests of scripts/wan2.1/train.py: the published command, one training step recomputed, bad samples, error lines."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-import videox.training.build as wiring
 from videox.data.plan.buckets import Fate
+from videox.training import data as data_pipeline
 
 METRICS_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "planned_balance", "rows",
     "buckets",
 }  # fmt: skip
-CLOCK = ("tokens_per_second", "data_wait")  # what a run's metrics do not share with an equal run
+TIMING_KEYS = ("tokens_per_second", "data_wait")  # measured, so they differ between equal runs
 FLOAT32 = {"mixed_precision": "no", "gradient_checkpointing": None}
-RATE, CLIP = 2e-3, 0.05  # of the users' command
+LR, CLIP = 2e-3, 0.05  # of the published command
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +45,21 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_dataset(tmp_path_factory.mktemp("data"), copies=2)
 
 
-def numbers(outcome: runs.Outcome) -> list[dict]:
-    """Returns the metrics without what the clock measured."""
-    return [{name: value for name, value in record.items() if name not in CLOCK} for record in outcome.metrics]
+def metrics_of(outcome: runs.Outcome) -> list[dict]:
+    """Return the metrics without the measured times."""
+    return [{name: value for name, value in record.items() if name not in TIMING_KEYS} for record in outcome.metrics]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ------------------------------------------------------------------------------------------- the users' command
+# ----------------------------------------------------------------------------------------------- the published command
 
 
 @pytest.fixture(scope="module")
 def launched(model: Path, metadata: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Outcome:
-    """Returns the users' command as they launch it, with two decoding processes, over an epoch's end."""
+    """The published command through accelerate launch, with two data loader workers, for two epochs."""
     argv = runs.wan_flags(
         model, metadata, tmp_path_factory.mktemp("runs") / "out",
         dataloader_num_workers=2, num_train_epochs=2, checkpointing_steps=10, report_to=None,
@@ -68,7 +68,7 @@ def launched(model: Path, metadata: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_the_users_command_ends_well(launched: runs.Outcome, metadata: Path) -> None:
+def test_the_published_command_trains_to_the_end(launched: runs.Outcome, metadata: Path) -> None:
     assert launched.code == 0, launched.stderr
     rows = len(json.loads(metadata.read_text(encoding="utf-8")))
     records = launched.metrics
@@ -82,16 +82,16 @@ def test_the_users_command_ends_well(launched: runs.Outcome, metadata: Path) -> 
         assert record["tokens"] == ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
     status = launched.status
     assert (status["state"], status["exit_code"], status["step"], status["error"]) == ("finished", 0, 2 * rows, "")
-    told = json.loads((launched.folder / "args.json").read_text(encoding="utf-8"))
-    assert told["asked"]["video_sample_n_frames"] == 13
-    assert (told["resolved"]["seed"], told["resolved"]["slots"], told["resolved"]["shift"]) == (42, 1, 5.0)
-    assert list(launched.folder.rglob("events.out.tfevents.*"))  # the tracker that they get unasked
+    written = json.loads((launched.folder / "args.json").read_text(encoding="utf-8"))
+    assert written["asked"]["video_sample_n_frames"] == 13
+    assert (written["resolved"]["seed"], written["resolved"]["slots"], written["resolved"]["shift"]) == (42, 1, 5.0)
+    assert list(launched.folder.rglob("events.out.tfevents.*"))  # the default tracker
     saved = sorted(path.name for path in launched.folder.glob("checkpoint-*"))
     assert saved == ["checkpoint-10", "checkpoint-20", f"checkpoint-{2 * rows}"]
 
 
 @pytest.mark.slow
-def test_diffusers_samples_from_what_the_users_command_made(launched: runs.Outcome, model: Path) -> None:
+def test_diffusers_samples_with_the_export_of_the_published_command(launched: runs.Outcome, model: Path) -> None:
     transformer = WanTransformer3DModel.from_pretrained(launched.folder / "transformer")
     pipeline = WanPipeline.from_pretrained(model, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
@@ -105,20 +105,20 @@ def test_diffusers_samples_from_what_the_users_command_made(launched: runs.Outco
 
 
 @pytest.mark.slow
-def test_a_launch_and_a_run_in_this_process_are_the_same_run(
+def test_a_launched_run_equals_one_in_this_process(
     launched: runs.Outcome, model: Path, metadata: Path, tmp_path: Path
 ) -> None:
     argv = runs.wan_flags(model, metadata, tmp_path / "out", num_train_epochs=2, checkpointing_steps=10)
-    here = runs.train(argv)  # decodes in the loop, where the launched one has two workers
-    assert numbers(here) == numbers(launched)
-    assert equal(here.weights(), launched.weights())
+    in_process = runs.train(argv)  # decodes in this process, without workers
+    assert metrics_of(in_process) == metrics_of(launched)
+    assert equal(in_process.weights(), launched.weights())
 
 
-# ----------------------------------------------------------------------------------- a step, computed once more
+# ----------------------------------------------------------------------------------------- a training step, recomputed
 
 
-def stepwise(model: Path, metadata: Path, output_dir: Path, **changes: object) -> runs.Outcome:
-    """Returns four optimizer steps in float32, each of two micro-batches of two samples, all of them dumped."""
+def run_four_steps(model: Path, metadata: Path, output_dir: Path, **changes: object) -> runs.Outcome:
+    """Run four optimizer steps in float32, each of two micro-batches of two samples, and dump all of them."""
     settings = {
         **FLOAT32, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 4,
         "checkpointing_steps": 4, "vae_sample_mode": "mode", "dump_steps": [1, 2, 3, 4], **changes,
@@ -130,31 +130,31 @@ def stepwise(model: Path, metadata: Path, output_dir: Path, **changes: object) -
 
 @pytest.fixture(scope="module")
 def stepped(model: Path, metadata: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Outcome:
-    return stepwise(model, metadata, tmp_path_factory.mktemp("stepped") / "out")
+    return run_four_steps(model, metadata, tmp_path_factory.mktemp("stepped") / "out")
 
 
 def dumps_of(outcome: runs.Outcome) -> list[list[runs.Dump]]:
-    """Returns the dumped micro-batches of each step."""
+    """Return the dumped micro-batches of each step."""
     steps = range(1, 1 + len(outcome.metrics))
     return [[outcome.dump(step, micro) for micro in range(2)] for step in steps]
 
 
-def real(dump: runs.Dump) -> list[int]:
-    """Returns the positions of a micro-batch that are no padding."""
+def real_positions(dump: runs.Dump) -> list[int]:
+    """Return the positions in a micro-batch that are not padding."""
     return [position for position, row in enumerate(dump.rows) if row >= 0]
 
 
 def decode(path: Path, frames: list[int]) -> np.ndarray:
-    """Decodes a file from its first to its last frame and returns the frames asked for."""
+    """Decode a file from its first to its last frame and return the requested frames."""
     if path.suffix in (".png", ".jpg"):
         return np.array(Image.open(path).convert("RGB"))[None]
     with av.open(str(path)) as container:
-        whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    return whole[frames]
+        video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return video[frames]
 
 
-def cover(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Scales frames in float until they cover height x width and cuts the centre: float32 [T, height, width, 3]."""
+def resize_and_crop(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Scale frames in float until they cover height x width and crop the center: float32 [T, height, width, 3]."""
     scale = max(height / frames.shape[1], width / frames.shape[2])
     size = (max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale)))
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
@@ -163,48 +163,48 @@ def cover(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
     return scaled[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
 
 
-def test_the_dumped_pixels_are_the_named_frames(stepped: runs.Outcome, metadata: Path) -> None:
+def test_dumped_pixels_are_the_frames_of_the_dumped_indices(stepped: runs.Outcome, metadata: Path) -> None:
     table = json.loads(metadata.read_text(encoding="utf-8"))
     kinds = Counter()
     for dump in (dump for step in dumps_of(stepped) for dump in step):
-        for position in real(dump):
+        for position in real_positions(dump):
             row, indices = table[dump.rows[position]], dump.frame_indices[position]
             frames, height, width = dump.bucket
             assert len(indices) == frames and all(b - a == 2 for a, b in itertools.pairwise(indices))
-            wanted = cover(decode(metadata.parent / row["file_path"], indices), height, width)
+            wanted = resize_and_crop(decode(metadata.parent / row["file_path"], indices), height, width)
             assert (dump["pixels"][position].float() - wanted).abs().max() <= 3
             assert dump.captions[position] in (row["text"], "")
             kinds[row["type"]] += 1
     assert kinds["video"] >= 3 and kinds["image"] >= 2
 
 
-def test_the_schedule_of_the_dump_is_that_of_the_metrics(stepped: runs.Outcome) -> None:
+def test_dump_and_metrics_have_the_same_schedule(stepped: runs.Outcome) -> None:
     for record, step in zip(stepped.metrics, dumps_of(stepped), strict=True):
-        assert [dump.rows[i] for dump in step for i in real(dump)] == record["rows"]
-        assert [dump.bucket for dump in step for _ in real(dump)] == record["buckets"]
-        weights = torch.cat([dump["weight"][real(dump)] for dump in step])
+        assert [dump.rows[i] for dump in step for i in real_positions(dump)] == record["rows"]
+        assert [dump.bucket for dump in step for _ in real_positions(dump)] == record["buckets"]
+        weights = torch.cat([dump["weight"][real_positions(dump)] for dump in step])
         assert weights.tolist() == [1 / len(record["rows"])] * len(record["rows"])
         assert all(dump["weight"][i] == 0 for dump in step for i, row in enumerate(dump.rows) if row < 0)
 
 
 def posterior(model: Path, dump: runs.Dump) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the posterior's mean and standard deviation on dumped pixels, and the latents' mean and deviation."""
+    """Return mean and standard deviation of the VAE posterior on dumped pixels, and latents_mean and latents_std."""
     vae = AutoencoderKLWan.from_pretrained(model / "vae").eval()
     with torch.no_grad():
-        found = vae.encode(dump["pixels"].permute(0, 4, 1, 2, 3).float() / 255 * 2 - 1).latent_dist
-    middle, spread = (
+        distribution = vae.encode(dump["pixels"].permute(0, 4, 1, 2, 3).float() / 255 * 2 - 1).latent_dist
+    latents_mean, latents_std = (
         torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    return found.mean, found.std, middle, spread
+    return distribution.mean, distribution.std, latents_mean, latents_std
 
 
-def test_the_dumped_latents_are_those_of_the_autoencoder(stepped: runs.Outcome, model: Path) -> None:
+def test_dumped_latents_are_those_of_the_vae(stepped: runs.Outcome, model: Path) -> None:
     for dump in (dump for step in dumps_of(stepped) for dump in step):
-        mean, _, middle, spread = posterior(model, dump)
-        assert torch.allclose(dump["latents"], (mean - middle) / spread, rtol=0, atol=1e-5)
+        mean, _, latents_mean, latents_std = posterior(model, dump)
+        assert torch.allclose(dump["latents"], (mean - latents_mean) / latents_std, rtol=0, atol=1e-5)
 
 
-def test_the_prompt_embeddings_are_those_of_the_pipeline(stepped: runs.Outcome, model: Path) -> None:
+def test_prompt_embeddings_equal_those_of_the_pipeline(stepped: runs.Outcome, model: Path) -> None:
     pipeline = WanPipeline.from_pretrained(model, transformer=None, vae=None)
     for dump in (dump for step in dumps_of(stepped) for dump in step):
         with torch.no_grad():
@@ -219,20 +219,20 @@ def test_the_prompt_embeddings_are_those_of_the_pipeline(stepped: runs.Outcome, 
 
 def test_sigmas_are_stratified_over_the_step_and_shifted(stepped: runs.Outcome) -> None:
     for step in dumps_of(stepped):
-        sigma = torch.cat([dump["sigma"][real(dump)] for dump in step]).double()
+        sigma = torch.cat([dump["sigma"][real_positions(dump)] for dump in step]).double()
         assert torch.equal(
             torch.cat([dump["timestep"] for dump in step]), 1000 * torch.cat([d["sigma"] for d in step])
         )
-        place = 1000 * (1 - sigma / (5 - 4 * sigma))  # sigma = 5 t / (1 + 4 t), t = 1 - place / 1000
-        assert (place - place.round()).abs().max() < 1e-2  # one of 1000 timesteps
-        grid = sorted(place.round().long().tolist())
-        assert torch.allclose(sigma, 5 * (1 - place.round() / 1000) / (1 + 4 * (1 - place.round() / 1000)), atol=1e-7)
-        for stratum, index in enumerate(grid):  # each sample lies in a share of the range that only it has
-            assert 1000 * stratum / len(grid) - 1 < index < 1000 * (stratum + 1) / len(grid)
+        index = 1000 * (1 - sigma / (5 - 4 * sigma))  # sigma = 5 t / (1 + 4 t), t = 1 - index / 1000
+        assert (index - index.round()).abs().max() < 1e-2  # one of 1000 timesteps
+        grid = sorted(index.round().long().tolist())
+        assert torch.allclose(sigma, 5 * (1 - index.round() / 1000) / (1 + 4 * (1 - index.round() / 1000)), atol=1e-7)
+        for stratum, timestep in enumerate(grid):  # one sample in each stratum of the range
+            assert 1000 * stratum / len(grid) - 1 < timestep < 1000 * (stratum + 1) / len(grid)
 
 
 def key_of(*parts: int) -> int:
-    """Returns the key of a combination of whole numbers: splitmix64's finaliser, folded over them."""
+    """Return the RNG key of a sequence of integers: the splitmix64 finalizer, folded over them."""
     key, top = 0, 2**64
     for part in parts:
         key = (key * 0xD1342543DE82EF95 + part + 0x9E3779B97F4A7C15) % top
@@ -247,13 +247,13 @@ def noise_of(key: int, shape: torch.Size) -> torch.Tensor:
     return torch.from_numpy(drawn)
 
 
-SAMPLE, POSTERIOR, NOISE = 1, 13, 14  # purposes of a key
+SAMPLE, POSTERIOR, NOISE = 1, 13, 14  # values of videox.rng.Purpose
 
 
-def test_noise_is_normal_and_of_each_samples_own_key(stepped: runs.Outcome) -> None:
+def test_noise_is_normal_and_keyed_by_sample(stepped: runs.Outcome) -> None:
     pool = []
     for dump in (dump for step in dumps_of(stepped) for dump in step):
-        for i in real(dump):
+        for i in real_positions(dump):
             sample = key_of(42, 0, dump.rows[i], 0, SAMPLE)  # seed, epoch, row, copy
             assert torch.equal(dump["noise"][i], noise_of(key_of(sample, NOISE), dump["noise"][i].shape))
             pool.append(dump["noise"][i].flatten())
@@ -265,20 +265,24 @@ def test_noise_is_normal_and_of_each_samples_own_key(stepped: runs.Outcome) -> N
     assert (torch.corrcoef(starts) - torch.eye(len(starts))).abs().max() < 0.4
 
 
-def test_a_posteriors_sample_is_its_mean_and_keyed_noise(model: Path, metadata: Path, tmp_path: Path) -> None:
-    outcome = stepwise(model, metadata, tmp_path / "out", vae_sample_mode="sample", max_train_steps=1, dump_steps=[1])
-    far = 0.0
+def test_vae_samples_are_the_mean_plus_keyed_noise(model: Path, metadata: Path, tmp_path: Path) -> None:
+    outcome = run_four_steps(
+        model, metadata, tmp_path / "out", vae_sample_mode="sample", max_train_steps=1, dump_steps=[1]
+    )
+    largest = 0.0
     for dump in dumps_of(outcome)[0]:
-        mean, deviation, middle, spread = posterior(model, dump)
-        for i in real(dump):
+        mean, deviation, latents_mean, latents_std = posterior(model, dump)
+        for i in real_positions(dump):
             key = key_of(key_of(42, 0, dump.rows[i], 0, SAMPLE), POSTERIOR)
             z = mean[i] + deviation[i] * noise_of(key, mean.shape[1:])
-            assert torch.allclose(dump["latents"][i], ((z - middle) / spread)[0], rtol=0, atol=1e-5)
-            far = max(far, float((dump["latents"][i] - ((mean[i] - middle) / spread)[0]).abs().max()))
-    assert far > 1e-3  # so that the mean alone would not pass
+            assert torch.allclose(dump["latents"][i], ((z - latents_mean) / latents_std)[0], rtol=0, atol=1e-5)
+            largest = max(
+                largest, float((dump["latents"][i] - ((mean[i] - latents_mean) / latents_std)[0]).abs().max())
+            )
+    assert largest > 1e-3  # so the mean alone would fail this test
 
 
-def test_plain_torch_gives_the_same_losses_and_weights(stepped: runs.Outcome, model: Path) -> None:
+def test_plain_torch_trains_to_the_same_losses_and_weights(stepped: runs.Outcome, model: Path) -> None:
     for dump in (dump for step in dumps_of(stepped) for dump in step):
         sigma = dump["sigma"].view(-1, 1, 1, 1, 1)
         assert torch.equal(dump["model.hidden_states"], (1 - sigma) * dump["latents"] + sigma * dump["noise"])
@@ -287,62 +291,62 @@ def test_plain_torch_gives_the_same_losses_and_weights(stepped: runs.Outcome, mo
     transformer, losses, norms = runs.replay(model, dumps_of(stepped), warm_up=2)
     assert losses == pytest.approx(stepped.losses, abs=1e-6)
     assert norms == pytest.approx([record["grad_norm"] for record in stepped.metrics], rel=1e-5)
-    assert min(norms) > 4 * CLIP  # clipping binds
-    assert [record["lr"] for record in stepped.metrics] == pytest.approx([0, RATE / 2, RATE, RATE], rel=1e-12)
+    assert min(norms) > 4 * CLIP  # so every step is clipped
+    assert [record["lr"] for record in stepped.metrics] == pytest.approx([0, LR / 2, LR, LR], rel=1e-12)
     saved, base = stepped.weights("checkpoint-4/transformer"), runs.read_weights(model / "transformer")
     for name, tensor in transformer.state_dict().items():
         assert torch.allclose(tensor, saved[name], rtol=0, atol=1e-6), name
-    assert max((saved[name] - base[name]).abs().max() for name in base) > RATE  # and they had moved far more
+    assert max((saved[name] - base[name]).abs().max() for name in base) > LR  # while training moved them much more
 
 
 def test_a_dump_changes_nothing(stepped: runs.Outcome, model: Path, metadata: Path, tmp_path: Path) -> None:
-    without = stepwise(model, metadata, tmp_path / "out", dump_steps=None)
+    without = run_four_steps(model, metadata, tmp_path / "out", dump_steps=None)
     assert not (without.folder / "dump").exists()
-    assert numbers(without) == numbers(stepped)
+    assert metrics_of(without) == metrics_of(stepped)
     assert equal(without.weights("checkpoint-4/transformer"), stepped.weights("checkpoint-4/transformer"))
 
 
-# ------------------------------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------------------------------------ trainable parameters
 
 
 def changed(outcome: runs.Outcome, model: Path, step: int) -> set[str]:
-    """Returns the names of the tensors that a run's checkpoint does not share, to the bit, with the base model."""
+    """Return the names of the tensors of a checkpoint that are not bitwise equal to the base model."""
     base, now = runs.read_weights(model / "transformer"), outcome.weights(f"checkpoint-{step}/transformer")
     assert base.keys() == now.keys()
     return {name for name in base if not torch.equal(base[name], now[name])}
 
 
-def test_a_dot_trains_everything_the_top_level_table_too(stepped: runs.Outcome, model: Path) -> None:
+def test_a_dot_trains_all_parameters(stepped: runs.Outcome, model: Path) -> None:
     names = set(runs.read_weights(model / "transformer"))
     assert "scale_shift_table" in names
     assert changed(stepped, model, 4) == names
 
 
-def test_chosen_modules_leave_the_rest_alone(model: Path, metadata: Path, tmp_path: Path) -> None:
+def test_trainable_modules_freeze_the_rest(model: Path, metadata: Path, tmp_path: Path) -> None:
     argv = runs.wan_flags(model, metadata, tmp_path / "out", **FLOAT32, max_train_steps=3, trainable_modules=["attn1"])
     names = set(runs.read_weights(model / "transformer"))
     assert changed(runs.train(argv), model, 3) == {name for name in names if "attn1" in name}
 
 
-def test_the_low_rate_list_gets_half(model: Path, metadata: Path, tmp_path: Path) -> None:
-    rate = 0.25  # of which float32 keeps enough digits after it is added to a weight
+def test_low_learning_rate_modules_get_half_the_lr(model: Path, metadata: Path, tmp_path: Path) -> None:
+    lr = 0.25  # large enough that float32 weights keep enough digits of the update
     settings = {
-        **FLOAT32, "max_train_steps": 1, "lr_warmup_steps": 0, "learning_rate": rate, "adam_weight_decay": 0,
+        **FLOAT32, "max_train_steps": 1, "lr_warmup_steps": 0, "learning_rate": lr, "adam_weight_decay": 0,
         "trainable_modules": ["attn1"], "trainable_modules_low_learning_rate": ["ffn", "attn1.to_q"],
     }  # fmt: skip
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
     base, now = runs.read_weights(model / "transformer"), outcome.weights("checkpoint-1/transformer")
     assert changed(outcome, model, 1) == {name for name in base if "attn1" in name or "ffn" in name}
-    for name in base:  # Adam's first step is the rate itself, whatever the gradient
-        wanted = rate * ("attn1" in name) or rate / 2 * ("ffn" in name)
+    for name in base:  # the first step of Adam is the LR itself, for any gradient
+        wanted = lr * ("attn1" in name) or lr / 2 * ("ffn" in name)
         assert (now[name] - base[name]).abs().median().item() == pytest.approx(wanted, rel=1e-4), name
 
 
-# ------------------------------------------------------------------------------------------ one epoch
+# ----------------------------------------------------------------------------------------------------------- one epoch
 
 
 def mixed_data(folder: Path) -> Path:
-    """Writes 17 good rows of three lengths and four aspect ratios, and one row of each kind that cannot be trained."""
+    """Write 17 good rows of three lengths and four aspect ratios, and one row of each kind that cannot be trained."""
     media = [
         (f"clip-{number}.mp4", *size, frames, 24.0)
         for number, (size, frames) in enumerate(
@@ -354,7 +358,7 @@ def mixed_data(folder: Path) -> Path:
     rows = json.loads(metadata.read_text(encoding="utf-8"))
     tiny.write_image(folder / "speck.png", 8, 8)
     rows[3:3] = [
-        {"file_path": "gone.mp4", "text": "a file that is not there"},
+        {"file_path": "gone.mp4", "text": "a missing file"},
         {"text": "a row without a file"},
         {"file_path": "speck.png", "text": "eight pixels"},
     ]
@@ -363,7 +367,7 @@ def mixed_data(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
-def test_an_epoch_trains_each_row_once_and_accounts_for_the_rest(model: Path, tmp_path: Path, slot_fill: str) -> None:
+def test_an_epoch_trains_each_row_once_and_reports_the_rest(model: Path, tmp_path: Path, slot_fill: str) -> None:
     metadata = mixed_data(tmp_path / "data")
     argv = runs.wan_flags(
         model, metadata, tmp_path / "out", train_batch_size=2, gradient_accumulation_steps=2, slot_fill=slot_fill
@@ -377,13 +381,13 @@ def test_an_epoch_trains_each_row_once_and_accounts_for_the_rest(model: Path, tm
     buckets = {tuple(bucket) for record in outcome.metrics for bucket in record["buckets"]}
     assert len({frames for frames, _, _ in buckets}) >= 3 and len({h / w for _, h, w in buckets}) >= 4
     largest = max(len(record["rows"]) for record in outcome.metrics)
-    assert 2 < largest <= 4 if slot_fill == "fixed" else largest > 4  # small samples come in greater number
+    assert 2 < largest <= 4 if slot_fill == "fixed" else largest > 4  # more samples per slot where they are small
 
 
-# ------------------------------------------------------------------------------------------ validation
+# ---------------------------------------------------------------------------------------------------------- validation
 
 
-def test_validation_repeats_to_the_bit_while_nothing_trains(model: Path, metadata: Path, tmp_path: Path) -> None:
+def test_validation_is_bit_identical_while_the_lr_is_zero(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"learning_rate": 0, "validation_rows": 2, "validation_steps": 2, "num_train_epochs": 2}
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
     assert outcome.code == 0, outcome.stderr
@@ -392,21 +396,21 @@ def test_validation_repeats_to_the_bit_while_nothing_trains(model: Path, metadat
     assert len({json.dumps([record["loss"], record["per_sigma"]]) for record in records}) == 1
     assert len(records[0]["per_sigma"]) == 4 and len({loss for _, loss in records[0]["per_sigma"]}) == 4
     trained = Counter(row for record in outcome.metrics for row in record["rows"])
-    assert len(trained) == 10 and set(trained.values()) == {2}  # of 12 rows, two never occur
+    assert len(trained) == 10 and set(trained.values()) == {2}  # two of the 12 rows are held out
 
 
-def test_a_validation_changes_nothing(model: Path, metadata: Path, tmp_path: Path) -> None:
+def test_validation_does_not_change_training(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"validation_rows": 2, "max_train_steps": 4}
     rarely = runs.train(runs.wan_flags(model, metadata, tmp_path / "rarely", **settings))
     prompts = {"validation_prompts": ["a rabbit walks"], "validation_steps": 2}
     often = runs.train(runs.wan_flags(model, metadata, tmp_path / "often", **settings, **prompts))
-    assert numbers(rarely) == numbers(often) and equal(rarely.weights(), often.weights())
+    assert metrics_of(rarely) == metrics_of(often) and equal(rarely.weights(), often.weights())
     assert [record["step"] for record in rarely.validation] == [0, 4]
     assert [record["step"] for record in often.validation] == [0, 2, 4]
     assert often.validation[0]["loss"] == rarely.validation[0]["loss"] != often.validation[2]["loss"]
 
 
-def test_sample_clips_play_as_fast_as_the_data(model: Path, tmp_path: Path) -> None:
+def test_sample_clips_have_the_frame_rate_of_the_data(model: Path, tmp_path: Path) -> None:
     clips = [(f"{fps}.mp4", 128, 128, 21, float(fps)) for fps in (12, 24, 30)]
     metadata = tiny.make_dataset(tmp_path / "data", tuple(clips))
     settings = {"validation_prompts": ["a rabbit walks", "a red ball"], "max_train_steps": 2, "validation_steps": 1}
@@ -420,12 +424,12 @@ def test_sample_clips_play_as_fast_as_the_data(model: Path, tmp_path: Path) -> N
         for prompt in range(2):
             with av.open(str(samples / f"step-{step:06d}-prompt-{prompt}.mp4")) as container:
                 stream = container.streams.video[0]
-                assert float(stream.average_rate) == 24 / 3  # the median of the sources, every third frame kept
+                assert float(stream.average_rate) == 24 / 3  # median of the source frame rates, every third frame
                 shape = [stream.frames, stream.height, stream.width]
                 assert shape in [bucket for record in outcome.metrics for bucket in record["buckets"]]
 
 
-# ------------------------------------------------------------------------------------------ does it learn?
+# ------------------------------------------------------------------------------------------------------------ learning
 
 OVERFIT = {
     **FLOAT32, "max_train_steps": 300, "learning_rate": "2e-03", "lr_warmup_steps": 10, "adam_weight_decay": 0,
@@ -437,9 +441,9 @@ OVERFIT = {
 
 @pytest.fixture(scope="module")
 def one_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Returns a model of width 96 and a data set of one clip in two rows, one of which is held out.
+    """A model of width 96 and a data set with one clip in two rows, one of which is held out.
 
-    The model's first prediction is zero, so that a smaller output alone, which needs no look at the input, is no gain.
+    The output layer is zero at first, so the loss cannot fall by only making the output smaller.
     """
     folder = tmp_path_factory.mktemp("one_clip")
     model = tiny.build_wan_t2v(folder / "model", heads=4, head_dim=24, layers=2, ffn_dim=192)
@@ -458,7 +462,7 @@ def one_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def loss_ratio(one_clip: tuple[Path, Path], folder: Path) -> float:
-    """Returns what 300 steps make of the held-out loss, at fixed noise, as a share of the loss before them."""
+    """Return the held-out loss after 300 steps, at fixed noise, divided by that before training."""
     outcome = runs.train(runs.wan_flags(*one_clip, folder, **OVERFIT))
     assert outcome.code == 0, outcome.stderr
     first, last = outcome.validation
@@ -467,7 +471,7 @@ def loss_ratio(one_clip: tuple[Path, Path], folder: Path) -> float:
 
 
 @pytest.mark.slow
-def test_one_clip_is_learnt(one_clip: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_clip_is_learned(one_clip: tuple[Path, Path], tmp_path: Path) -> None:
     ratio = loss_ratio(one_clip, tmp_path / "out")
     print(f"one clip: the held-out loss is {ratio:.3f} of step 0's")
     assert ratio <= 0.7
@@ -477,17 +481,18 @@ def test_one_clip_is_learnt(one_clip: tuple[Path, Path], tmp_path: Path) -> None
 def test_shuffled_targets_teach_nothing(
     one_clip: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The training's targets alone are shuffled, element by element and anew in every step, against their inputs.
+    """Only the targets of training are shuffled, element by element and differently in every step.
 
-    Pairing with another noise would not do: the clip is the same in every sample, so minus the clip would still be
-    learnt. After the shuffle a target's size and spread are as before, and nothing in the input tells any of it.
+    Using another noise for the target would not be enough: the clip is the same in every sample, so the model could
+    still learn minus the clip. Shuffling keeps the mean and variance of a target, and the input has no information
+    about it.
     """
-    real_losses, order = runs.train_script().velocity_losses, torch.Generator().manual_seed(0)
+    velocity_losses, generator = runs.train_script().velocity_losses, torch.Generator().manual_seed(0)
 
     def shuffled(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         elements = target.flatten(1)
-        elements = elements[:, torch.randperm(elements.shape[1], generator=order)]
-        return real_losses(prediction, elements.view_as(target), weights)
+        elements = elements[:, torch.randperm(elements.shape[1], generator=generator)]
+        return velocity_losses(prediction, elements.view_as(target), weights)
 
     monkeypatch.setattr(runs.train_script(), "velocity_losses", shuffled)
     ratio = loss_ratio(one_clip, tmp_path / "out")
@@ -495,7 +500,7 @@ def test_shuffled_targets_teach_nothing(
     assert ratio > 0.9
 
 
-# ------------------------------------------------------------------------------------------ bad samples
+# --------------------------------------------------------------------------------------------------------- bad samples
 
 
 def damaged_run(
@@ -506,20 +511,20 @@ def damaged_run(
     damage: Callable[[], None],
     **changes,
 ) -> runs.Outcome:
-    """Runs the trainer and does damage to the data after the index was built and before the first batch is read."""
-    build_loader = wiring.build_loader
+    """Train, and damage the data after the index was built and before the first batch is read."""
+    build_loader = data_pipeline.build_loader
 
     def build_then_damage(*arguments, **settings) -> DataLoader:
         loader = build_loader(*arguments, **settings)
         damage()
         return loader
 
-    monkeypatch.setattr(wiring, "build_loader", build_then_damage)
+    monkeypatch.setattr(data_pipeline, "build_loader", build_then_damage)
     return runs.train(runs.wan_flags(model, metadata, output_dir, **changes))
 
 
-def spoil(path: Path) -> None:
-    """Spoils the compressed frames of an mp4 and leaves its index, its size and its time stamp as they were."""
+def corrupt_frames(path: Path) -> None:
+    """Corrupt the compressed frames of an mp4, without changing its index, size and modification time."""
     stamp, content = path.stat(), bytearray(path.read_bytes())
     first, last = content.index(b"mdat") + 4, content.index(b"moov") - 4
     content[first:last] = bytes(byte ^ 0xA5 for byte in content[first:last])
@@ -527,7 +532,7 @@ def spoil(path: Path) -> None:
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-def test_files_that_go_bad_while_training_count_nothing_and_stay_out(
+def test_files_that_become_bad_have_no_weight_and_are_left_out_later(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     media = [(f"{name}.mp4", 128, 128, 13, 24.0) for name in ("cut", "good", "gone", "fine", "other", "spoilt")]
@@ -535,11 +540,11 @@ def test_files_that_go_bad_while_training_count_nothing_and_stay_out(
     data = metadata.parent
 
     def damage() -> None:
-        whole = (data / "cut.mp4").read_bytes()
-        (data / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+        content = (data / "cut.mp4").read_bytes()
+        (data / "cut.mp4").write_bytes(content[: len(content) // 2])
         (data / "gone.mp4").unlink()
         (data / "other.mp4").write_bytes((data / "good.mp4").read_bytes())
-        spoil(data / "spoilt.mp4")
+        corrupt_frames(data / "spoilt.mp4")
 
     settings = {
         **FLOAT32, "train_batch_size": 3, "num_train_epochs": 2, "image_sample_size": 64, "dump_steps": [1, 2],
@@ -553,7 +558,7 @@ def test_files_that_go_bad_while_training_count_nothing_and_stay_out(
     assert {row: record["class"] for row, record in bad.items()} == {
         0: "changed", 2: "missing", 4: "changed", 5: "undecodable",
     }  # fmt: skip
-    assert len(outcome.bad_samples) == 4  # each once
+    assert len(outcome.bad_samples) == 4  # each row once
     for row, record in bad.items():
         assert record["path"] == str(data / media[row][0]) and record["detail"]
         assert record["rank"] == 0 and row in outcome.metrics[record["step"] - 1]["rows"]
@@ -561,17 +566,15 @@ def test_files_that_go_bad_while_training_count_nothing_and_stay_out(
         dump = outcome.dump(step)
         assert dump["weight"].tolist() == [0.0 if row in bad else 1 / 3 for row in dump.rows]
         assert all(not dump["pixels"][i].any() for i, row in enumerate(dump.rows) if row in bad)
-        counted = float((dump["loss"].double() * dump["weight"]).sum())
-        assert outcome.metrics[step - 1]["loss"] == pytest.approx(counted, rel=1e-12)  # of the planned three
+        expected = float((dump["loss"].double() * dump["weight"]).sum())
+        assert outcome.metrics[step - 1]["loss"] == pytest.approx(expected, rel=1e-12)  # divided by the planned three
     first, second = outcome.metrics[:2], outcome.metrics[2:]
     assert sorted(row for record in first for row in record["rows"]) == list(range(6))
     assert all(record["rows"] and set(record["rows"]) <= {1, 3} for record in second) and second
 
 
-def test_a_bad_sample_is_as_if_it_weighed_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The gradient of a step with a bad sample is that of its good ones, each with the share that was planned."""
+def test_a_bad_sample_has_zero_weight(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a step with a bad sample is the sum over its good ones, each with its planned weight."""
     media = [(f"{name}.mp4", 128, 128, 13, 24.0) for name in ("one", "two", "three", "four")]
     settings = {
         **FLOAT32, "train_batch_size": 4, "max_train_steps": 1, "image_sample_size": 64, "dump_steps": [1],
@@ -579,24 +582,24 @@ def test_a_bad_sample_is_as_if_it_weighed_nothing(
     }  # fmt: skip
     metadata = tiny.make_dataset(tmp_path / "data", tuple(media))
     good = runs.train(runs.wan_flags(model, metadata, tmp_path / "good", **settings))
-    lost = (metadata.parent / "three.mp4").unlink
-    bad = damaged_run(model, metadata, tmp_path / "bad", monkeypatch, lost, **settings)
+    remove = (metadata.parent / "three.mp4").unlink
+    bad = damaged_run(model, metadata, tmp_path / "bad", monkeypatch, remove, **settings)
     (before, after), position = (good.dump(1), bad.dump(1)), good.dump(1).rows.index(2)
     assert before.rows == after.rows and after["weight"][position] == 0
-    kept = [i for i in range(4) if i != position]
-    assert torch.allclose(before["loss"][kept], after["loss"][kept], rtol=1e-6)
-    assert bad.losses[0] == pytest.approx(float(before["loss"][kept].double().sum()) / 4, rel=1e-6)
+    good_positions = [i for i in range(4) if i != position]
+    assert torch.allclose(before["loss"][good_positions], after["loss"][good_positions], rtol=1e-6)
+    assert bad.losses[0] == pytest.approx(float(before["loss"][good_positions].double().sum()) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [(0, 3), (1, 0)])
-def test_more_bad_rows_than_allowed_end_the_run(
+def test_too_many_bad_rows_end_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: float, code: int
 ) -> None:
     media = [(f"{number}.png", 64, 64, 0, 0.0) for number in range(16)]
     metadata = tiny.make_dataset(tmp_path / "data", tuple(media))
 
     def damage() -> None:
-        for number in range(11):  # ten may always be bad
+        for number in range(11):  # ten bad rows are always allowed
             (metadata.parent / f"{number}.png").unlink()
 
     settings = {"train_batch_size": 16, "image_sample_size": 64, "max_bad_fraction": allowed, "vae_mini_batch": 16}
@@ -610,10 +613,8 @@ def test_more_bad_rows_than_allowed_end_the_run(
         assert outcome.status["state"] == "failed" and outcome.status["error"] == last
 
 
-def test_steps_of_bad_samples_alone_change_nothing_and_go_by(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten rows may always be bad, also when they come one after the other."""
+def test_steps_of_only_bad_samples_are_skipped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten bad rows are always allowed, also in consecutive steps."""
     media = [(f"{number}.png", 64, 64, 0, 0.0) for number in range(12)]
     metadata = tiny.make_dataset(tmp_path / "data", tuple(media))
 
@@ -626,30 +627,28 @@ def test_steps_of_bad_samples_alone_change_nothing_and_go_by(
     assert outcome.code == 0, outcome.stderr
     assert sorted(record["row"] for record in outcome.bad_samples) == list(range(10))
     assert all(outcome.metrics[bad["step"] - 1]["rows"] == [bad["row"]] for bad in outcome.bad_samples)
-    lost = {record["step"] for record in outcome.bad_samples}
+    skipped = {record["step"] for record in outcome.bad_samples}
     before = runs.read_weights(model / "transformer")
     for step in range(1, 13):
         after = outcome.weights(f"checkpoint-{step}/transformer")
-        assert equal(before, after) == (step in lost or step == 1)  # the first step's learning rate is 0
+        assert equal(before, after) == (step in skipped or step == 1)  # the LR of the first step is 0
         before = after
     assert all(set(record["rows"]) <= {10, 11} for record in outcome.metrics[12:])
 
 
-# ------------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.fixture(scope="module")
 def unloadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a model whose transformer is whole and holds nothing but NaN: whoever loads it finds out and says so."""
+    """A model whose transformer has only NaN weights, so a run that loads them fails with that message."""
     folder = tiny.build_wan_t2v(tmp_path_factory.mktemp("unloadable") / "wan")
     path = folder / "transformer/diffusion_pytorch_model.safetensors"
     save_file({name: tensor.fill_(math.nan) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     return folder
 
 
-def test_weights_that_are_not_finite_are_found_when_they_are_loaded(
-    unloadable: Path, metadata: Path, tmp_path: Path
-) -> None:
+def test_nonfinite_weights_are_an_error_at_load(unloadable: Path, metadata: Path, tmp_path: Path) -> None:
     outcome = runs.train(runs.wan_flags(unloadable, metadata, tmp_path / "out"))
     assert outcome.code == 4 and "values that are not finite" in outcome.status["error"]
 
@@ -691,9 +690,9 @@ def empty_yaml(model: Path) -> dict[str, object]:
     return {"config_path": model.parent / "empty.yaml"}
 
 
-# What is wrong, exit code, what the line must hold, and whether the run's folder was open by then.
-REFUSALS = {
-    "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a folder here", True),
+# case: (function that makes the change, exit code, part of the error line, whether the run folder exists by then)
+ERRORS = {
+    "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a local folder", True),
     "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Fix: give a model of WanPipeline", True),
     "incomplete model": (no_text_encoder, 4, "text_encoder: does not exist", True),
     "cut weights": (cut_weights, 4, "is truncated or damaged", True),
@@ -704,7 +703,7 @@ REFUSALS = {
     "unknown tracker": (lambda _: {"report_to": "paper"}, 2, "paper", True),
     "misspelt flag": (lambda _: {"learning_rat": 1}, 2, "--learning_rat: is not a flag of this script. Fix: did you mean --learning_rate.", False),
     "abbreviated flag": (lambda _: {"max_grad": 1}, 2, "--max_grad: is not a flag", False),
-    "flag that is gone": (lambda _: {"auto_tile_batch_size": True}, 2, "--auto_tile_batch_size: is gone. Fix: use --slot_fill cost", False),
+    "removed flag": (lambda _: {"auto_tile_batch_size": True}, 2, "--auto_tile_batch_size: was removed. Fix: use --slot_fill cost", False),
     "value out of range": (lambda _: {"caption_dropout": 1.5}, 2, "--caption_dropout: 1.5 is outside 0 to 1", False),
     "frames": (lambda _: {"video_sample_n_frames": 14}, 2, "--video_sample_n_frames: 14 is not 4k+1. Fix: use 13 or 17", False),
     "free text for the mode": (lambda _: {"train_mode": "control"}, 2, "--train_mode: invalid choice: 'control'", False),
@@ -713,17 +712,17 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", REFUSALS)
-def test_a_refusal_is_one_line_before_any_weight_is_loaded(
-    unloadable: Path, metadata: Path, tmp_path: Path, wrong: str
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_before_any_weight_is_loaded(
+    unloadable: Path, metadata: Path, tmp_path: Path, case: str
 ) -> None:
-    prepare, code, told, folder_open = REFUSALS[wrong]
+    prepare, code, message, folder_open = ERRORS[case]
     model = shutil.copytree(unloadable, tmp_path / "model")
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **prepare(model)))
     assert outcome.code == code
     lines = outcome.stderr.splitlines()
     assert len(lines) == 1, outcome.stderr
-    assert lines[0].startswith("error: ") and told in lines[0] and " Fix: " in lines[0]
+    assert lines[0].startswith("error: ") and message in lines[0] and " Fix: " in lines[0]
     if folder_open:
         status = outcome.status
         assert (status["state"], status["exit_code"], status["error"]) == ("failed", code, lines[0])
@@ -732,7 +731,9 @@ def test_a_refusal_is_one_line_before_any_weight_is_loaded(
         assert not outcome.folder.exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(unloadable: Path, metadata: Path, tmp_path: Path) -> None:
+def test_an_output_folder_with_a_run_is_refused_and_not_changed(
+    unloadable: Path, metadata: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step":1,"loss":0.5}\n', encoding="utf-8")
@@ -741,13 +742,15 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(unloadable: Path, m
     assert outcome.code == 2
     (line,) = outcome.stderr.splitlines()
     assert (
-        "already contains a run" in line and "--resume_from_checkpoint latest" in line and "another --output_dir" in line
+        "already contains a run" in line
+        and "--resume_from_checkpoint latest" in line
+        and "another --output_dir" in line
     )
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {name: after.get(name) for name in before} == before and "run_status.json" not in after
 
 
-def test_a_row_without_a_file_is_refused_alone(model: Path, metadata: Path, tmp_path: Path) -> None:
+def test_a_row_without_a_file_does_not_end_the_run(model: Path, metadata: Path, tmp_path: Path) -> None:
     data = shutil.copytree(metadata.parent, tmp_path / "data", ignore=shutil.ignore_patterns("*.arrow"))
     rows = json.loads((data / metadata.name).read_text(encoding="utf-8"))[:4]
     (data / metadata.name).write_text(json.dumps([{"text": "no file"}, *rows]), encoding="utf-8")
@@ -759,7 +762,7 @@ def test_a_row_without_a_file_is_refused_alone(model: Path, metadata: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_refusal_of_a_real_process_is_one_line(unloadable: Path, metadata: Path, tmp_path: Path) -> None:
+def test_an_error_of_a_real_process_is_one_line(unloadable: Path, metadata: Path, tmp_path: Path) -> None:
     argv = runs.wan_flags(unloadable, metadata, tmp_path / "out", pretrained_model_name_or_path="no/such/folder")
     outcome = runs.run_command([sys.executable, runs.WAN_SCRIPT, *argv], tmp_path / "out")
     assert outcome.code == 4

@@ -229,7 +229,7 @@ class ByName:
 @pytest.mark.parametrize(("stage", "name"), [(1, "optimizer_states"), (2, "gradients"), (3, "weights")])
 def test_zero_stage_can_be_pickled_by_name(tmp_path: Path, stage: int, name: str) -> None:
     groups = [{"w": torch.randn(10)}]
-    checkpoint = shard_maker.write_zero(tmp_path / "a", groups, stage=stage, world=2, spelled=ByName(name))
+    checkpoint = shard_maker.write_zero(tmp_path / "a", groups, stage=stage, world=2, pickled_stage=ByName(name))
     assert_equal(runs.read_weights(convert(checkpoint, tmp_path / "out")), {"w": bf16(groups[0]["w"])})
 
 

@@ -148,7 +148,7 @@ class TrainerProcess:
             self.seconds = time.monotonic() - self._start_time
             self.code = os.waitstatus_to_exitcode(self.server.request(reap=self.pid)["status"])
             os.close(self._pidfd)
-            assert ended, f"still running after {timeout} s:\n{self.said()[-4000:]}"
+            assert ended, f"still running after {timeout} s:\n{self.output()[-4000:]}"
         return self.code
 
     def signal(self, number: int) -> None:
@@ -172,7 +172,7 @@ class TrainerProcess:
                 return bool(condition())
             if time.monotonic() > deadline:
                 self.server.end_all()
-                raise AssertionError(f"the condition is still false after {timeout} s:\n{self.said()[-4000:]}")
+                raise AssertionError(f"the condition is still false after {timeout} s:\n{self.output()[-4000:]}")
             time.sleep(0.0003)
         return True
 

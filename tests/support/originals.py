@@ -1,7 +1,7 @@
-"""Serves the tests of foreign layouts: tiny models as their makers publish them, and what their modules compute.
+"""Tiny models in the original layouts, and reference computations of their modules, for tests.
 
-The names and shapes that the published checkpoints have stand in data/original_tensors.json, with numbers for layers.
-The small computations below follow the definitions of the original modules, on original names.
+data/original_tensors.json lists tensor names and shapes of the published checkpoints, with ranges of layer numbers.
+The reference computations follow the definitions of the original modules and use the original names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 
 
 def published(model: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Returns (diffusers configuration, shapes by original name) of a published checkpoint."""
+    """Return (diffusers configuration, shapes by original name) of a published checkpoint."""
     entry = json.loads(DATA.read_text(encoding="utf-8"))[model]
     shapes = {}
     for template, shape in entry["tensors"].items():
@@ -39,7 +39,7 @@ def published(model: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 
 def rebuilt(state: Mapping[str, Tensor], layout: str, *, back: bool = True) -> dict[str, Tensor]:
-    """Returns a state dict in the other layout, made in memory: back from diffusers' names to the original ones."""
+    """Convert a state dict in memory to the original layout; with back=False from the original layout to diffusers."""
     direction = layouts.to_original if back else layouts.to_diffusers
     entries = direction(layout, {name: tuple(tensor.shape) for name, tensor in state.items()})
     return {
@@ -51,12 +51,12 @@ def rebuilt(state: Mapping[str, Tensor], layout: str, *, back: bool = True) -> d
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Returns all tensors in a folder's safetensors files."""
+    """Load all tensors of a folder's safetensors files."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def wan_config(config: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Returns the config.json that goes with a Wan transformer in the original layout."""
+    """Return the config.json of a Wan transformer in the original layout."""
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
@@ -74,13 +74,13 @@ def wan_config(config: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def build_wan(folder: Path, model: Path, *, shards: int = 1, dtype: torch.dtype | None = None) -> Path:
-    """Writes a Wan model of diffusers' layout as its makers publish it, and returns the folder.
+    """Write a diffusers Wan model in the original layout; return the folder.
 
     Args:
-        folder: created.
-        model: in diffusers layout; an image encoder makes it image-to-video.
-        shards: files of the transformer.
-        dtype: of the transformer; None for its own.
+        folder: the folder to create.
+        model: model in diffusers layout; it is image-to-video if it has an image encoder.
+        shards: number of files of the transformer.
+        dtype: dtype of the transformer; None keeps its own.
     """
     folder.mkdir(parents=True)
     config = json.loads((model / "transformer/config.json").read_text())
@@ -99,7 +99,7 @@ def build_wan(folder: Path, model: Path, *, shards: int = 1, dtype: torch.dtype 
 
 
 def original_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns CLIP as published: its image tower under original names, and tensors that Wan has no use for."""
+    """Return CLIP as published: its image tower under original names, and tensors that Wan does not use."""
     plain = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
     found = rebuilt(
         {name: tensor for name, tensor in plain.items() if not name.endswith("position_ids")}, "clip_vision"
@@ -116,7 +116,7 @@ def original_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> None:
-    """Writes diffusion_pytorch_model*.safetensors, with an index where there are several."""
+    """Write diffusion_pytorch_model*.safetensors, with an index if there are several."""
     stem = "diffusion_pytorch_model"
     if shards == 1:
         save_file(dict(state), folder / f"{stem}.safetensors")
@@ -131,7 +131,7 @@ def write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> None
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-# ------------------------------------------------------------------------------------- what original modules compute
+# ------------------------------------------------------------------------------------------ reference computations
 
 
 def t5_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def t5_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def t5_bias(table: Tensor, length: int, max_distance: int = 128) -> Tensor:
-    """Returns the relative position bias [1, heads, L, L]: half of the buckets a side, far ones by logarithm."""
+    """Compute the relative position bias [1, heads, L, L]: half of the buckets per side, far ones logarithmic."""
     half = table.shape[0] // 2
     distance = torch.arange(length)[None] - torch.arange(length)[:, None]
     side, size, exact = (distance > 0).long() * half, distance.abs(), half // 2
@@ -148,7 +148,7 @@ def t5_bias(table: Tensor, length: int, max_distance: int = 128) -> Tensor:
 
 
 def t5_encode(w: Mapping[str, Tensor], ids: Tensor, mask: Tensor, layers: int) -> Tensor:
-    """Returns UMT5's embeddings [B, L, D] of token ids [B, L]; the position bias belongs to each layer."""
+    """Compute UMT5's embeddings [B, L, D] of token ids [B, L]; each layer has its own position bias."""
     x = w["token_embedding.weight"][ids]
     for layer in range(layers):
         p = f"blocks.{layer}."
@@ -166,7 +166,7 @@ def t5_encode(w: Mapping[str, Tensor], ids: Tensor, mask: Tensor, layers: int) -
 
 
 def clip_encode(w: Mapping[str, Tensor], pixels: Tensor, layers: int, heads: int) -> Tensor:
-    """Returns what Wan takes of CLIP's image tower, the output of all layers but the last, [B, N, D]."""
+    """Compute the features that Wan uses of CLIP's image tower: the output of the second-to-last layer, [B, N, D]."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
@@ -195,8 +195,8 @@ def _root_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def _wan_turned(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Returns queries or keys [B, N, heads, D] with each pair of numbers turned by its token's frame, row, column."""
+def _rotary_embedding(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Apply rotary embeddings to queries or keys [B, N, heads, D], by the token's frame, row and column."""
     third = 2 * (x.shape[-1] // 6)
     angles = []
     for axis, (length, size) in enumerate(zip(grid, (x.shape[-1] - 2 * third, third, third), strict=True)):
@@ -220,11 +220,11 @@ def wan_block(
     w: Mapping[str, Tensor], p: str, x: Tensor, text: Tensor, image: Tensor | None, e: Tensor, heads: int,
     grid: tuple[int, int, int],
 ) -> Tensor:  # fmt: skip
-    """Returns what a block of Wan makes of tokens x [B, N, C]; e: [B, 6, C], of the time; p: prefix of its names."""
+    """Compute a block of Wan for tokens x [B, N, C]; e: time modulation [B, 6, C]; p: prefix of the block's names."""
     shift1, scale1, gate1, shift2, scale2, gate2 = (w[f"{p}modulation"] + e).chunk(6, 1)
     y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
     q, k = (_root_norm(_linear(w, f"{p}self_attn.{n}", y), w[f"{p}self_attn.norm_{n}.weight"]) for n in "qk")
-    q, k = (_wan_turned(part.unflatten(-1, (heads, -1)), grid) for part in (q, k))
+    q, k = (_rotary_embedding(part.unflatten(-1, (heads, -1)), grid) for part in (q, k))
     y = _attend(q, k, _linear(w, f"{p}self_attn.v", y), heads)
     x = x + _linear(w, f"{p}self_attn.o", y) * gate1
     y = F.layer_norm(x, x.shape[-1:], w[f"{p}norm3.weight"], w[f"{p}norm3.bias"], eps=1e-6)
@@ -243,12 +243,16 @@ def wan_block(
 def wan_forward(
     w: Mapping[str, Tensor], x: Tensor, t: Tensor, text: Tensor, image: Tensor | None, *, layers: int, heads: int
 ) -> Tensor:
-    """Returns Wan's velocity [B, C, T, H, W] for latents x [B, C', T, H, W], by the published weights alone.
+    """Compute Wan's velocity [B, C, T, H, W] for latents x [B, C', T, H, W] from the published weights.
 
     Args:
+        w: weights by their published names.
+        x: latents [B, C', T, H, W].
         t: timesteps [B], 0 to 1000.
-        text: embeddings [B, L, D].
-        image: CLIP's features [B, 257, D], where the model takes them.
+        text: text embeddings [B, L, D].
+        image: CLIP's features [B, 257, D], for image-to-video models.
+        layers: number of blocks.
+        heads: number of attention heads.
     """
     kernel = w["patch_embedding.weight"]
     x = F.conv3d(x, kernel, w["patch_embedding.bias"], stride=kernel.shape[2:])

@@ -30,6 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+from videox.distributed.accelerator import compute_dtype
 from videox.encoders.encode import Encoder, LazyEncoders
 from videox.models.transformer import load_transformer
 from videox.run.lifecycle import run_script
@@ -167,15 +168,16 @@ class Dump:
         return self.tensors[name]
 
 
-def load_components(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
-    """Return the components of a family as a run without a latent cache loads them."""
-    parts = trainer.check_model(args)
-    shifts = [shift] if "open_pipeline" in vars(trainer) else []  # Wan builds its own scheduler
-    encoders = LazyEncoders(partial(trainer.load_encoders, args, parts, *shifts, accelerator))
-    encode = Encoder(trainer.recipes_of(args, parts, encoders, accelerator), accelerator.device)
+def build_model(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
+    """Return what a training step needs of the model, as a run without a latent cache builds it."""
+    components, is_wan = trainer.check_model(args), "WanTransformer3DModel" in vars(trainer)
+    shifts = [shift] if is_wan else []  # the scheduler of HunyuanVideo has its own shift
+    encoders = LazyEncoders(partial(trainer.load_encoders, args, components, *shifts, accelerator))
+    specs = trainer.encoding_specs(args, components, encoders, compute_dtype(accelerator))
     model_class = next(kind for name, kind in vars(trainer).items() if name.endswith("Transformer3DModel"))
-    transformer = load_transformer(model_class, parts["transformer"], accelerator)
-    return trainer.load_components(parts, shift, transformer, encoders, encode)
+    transformer = load_transformer(model_class, components["transformer"], accelerator)
+    build = trainer.build_model if is_wan else partial(trainer.build_model, args)
+    return build(components, shift, transformer, encoders, Encoder(specs, accelerator.device))
 
 
 def read_dump(path: Path) -> Dump:

@@ -1,8 +1,8 @@
-"""Serves the tests of conversion: checkpoints of real DeepSpeed engines and of FSDP, and ZeRO files written by hand.
+"""Sharded checkpoints for tests: real DeepSpeed and FSDP checkpoints, and synthetic ZeRO files.
 
-Run by itself it is one process of two that train a small Wan2.1 and save it, as the launcher starts it:
+As a script it is one of two ranks that train a small Wan2.1 and save it:
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/shard_maker.py FOLDER
+    python -m torch.distributed.run --nproc_per_node 2 tests/support/shard_maker.py FOLDER
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from bounded import run_bounded
 from torch import Tensor, nn
 
-TIME_LIMIT = 400  # seconds; the first run of an environment compiles DeepSpeed's part for CPUs
-TAG = "pytorch_model"  # as accelerate names it
-STEPS = (1, 2)  # saved after each
+TIME_LIMIT = 400  # seconds; the first run in an environment compiles DeepSpeed's CPU extension
+TAG = "pytorch_model"  # the name that accelerate uses
+STEPS = (1, 2)  # a checkpoint is saved after each
 FROZEN = "blocks.0.attn1"
 TINY = {
     "patch_size": (1, 2, 2),
@@ -31,7 +31,7 @@ TINY = {
     "out_channels": 16,
     "text_dim": 32,
     "freq_dim": 256,
-    "ffn_dim": 33,  # odd, so that pieces need padding
+    "ffn_dim": 33,  # odd, so that shards need padding
     "num_layers": 2,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -43,16 +43,16 @@ TINY = {
 
 
 def make_real(folder: Path) -> None:
-    """Writes FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each), by two processes."""
+    """Write FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each) with two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside the interpreter
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is in the interpreter's folder
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
     done = run_bounded([*command, __file__, str(folder)], TIME_LIMIT, cwd=Path.cwd(), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def build() -> nn.Module:
-    """Returns a Wan2.1 with a frozen part, a parameter under two names, and buffers of three kinds."""
+    """Build a Wan2.1 with frozen parameters, a parameter under two names, and buffers of three kinds."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def _save_fsdp(version: int, folder: Path) -> None:
     from torch.distributed.tensor import Shard
 
     model = build()
-    model.gain.fill_(1.001)  # nothing in these files tells a buffer from a parameter, and a parameter must be finite
+    model.gain.fill_(1.001)  # these files do not mark buffers, and parameters must be finite
     reference = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     config = model.to_json_string()
     shards = folder / "checkpoint-2" / "pytorch_model_fsdp_0"
@@ -115,7 +115,7 @@ def _save_fsdp(version: int, folder: Path) -> None:
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
             dcp.save({"model": model.state_dict()}, checkpoint_id=shards)
     else:
-        # A matrix is cut by columns, so that a shard is no single stretch of it; all else by rows, unevenly.
+        # Matrices are sharded by columns, so a shard is not contiguous in the full tensor; others unevenly by rows.
         fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 2 == 0 else None)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         _loss(model, torch.float32).backward()
@@ -141,7 +141,7 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------- by hand
+# -------------------------------------------------------------------------------------------- synthetic files
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
@@ -151,14 +151,14 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 def _flat_stage_2(
     groups: Sequence[Mapping[str, Tensor]], world: int, gap: int
 ) -> tuple[list[list[Tensor]], list[list[int]]]:
-    """Returns each rank's piece of each group, and the padding after each parameter, as the engine lays them out."""
+    """Return each rank's piece of each group, and the padding after each parameter, in the layout of the engine."""
     pieces: list[list[Tensor]] = [[] for _ in range(world)]
-    gaps = [[gap * (i % 2) for i, _ in enumerate(group)] for group in groups]
-    for group, holes in zip(groups, gaps, strict=True):
-        parts = [torch.cat([t.reshape(-1), t.new_zeros(hole)]) for t, hole in zip(group.values(), holes, strict=True)]
+    paddings = [[gap * (i % 2) for i, _ in enumerate(group)] for group in groups]
+    for group, sizes in zip(groups, paddings, strict=True):
+        parts = [torch.cat([t.reshape(-1), t.new_zeros(size)]) for t, size in zip(group.values(), sizes, strict=True)]
         for rank, piece in enumerate(_padded(torch.cat(parts), 2 * world).chunk(world)):
             pieces[rank].append(piece.clone())
-    return pieces, gaps
+    return pieces, paddings
 
 
 def _flat_stage_3(groups: Sequence[Mapping[str, Tensor]], world: int, sub_groups: int) -> list[list[Tensor]]:
@@ -186,39 +186,46 @@ def write_zero(
     sub_groups: int = 1,
     step: int = 7,
     moments: bool = False,
-    spelled: object = None,
+    pickled_stage: object = None,
 ) -> Path:
-    """Writes a DeepSpeed checkpoint of stage 1, 2 or 3 with the tensors given, and a config.json beside it.
+    """Write a DeepSpeed checkpoint of stage 1, 2 or 3 with the given tensors, and a config.json next to it.
 
     Args:
-        groups: trained parameters, float32, by parameter group.
-        frozen: stored whole (stage 1, 2) or in equal pieces (3).
-        shared: name to the name that holds its data.
+        folder: the checkpoint to create.
+        groups: trainable parameters, float32, by parameter group.
+        stage: ZeRO stage, 1 to 3.
+        world: number of ranks.
+        frozen: frozen parameters; stored in full (stage 1, 2) or in equal pieces (3).
+        buffers: buffers of the model.
+        shared: for each shared name, the name of the parameter that has its data.
         gap: elements of padding after every second parameter (stage 1, 2).
         sub_groups: flat groups per rank (stage 3).
-        moments: add Adam's two moments, which make up two thirds of a real file.
-        spelled: what stands for the stage (None = its number).
+        step: number of optimizer steps to record.
+        moments: add Adam's two moments, which are two thirds of a real file.
+        pickled_stage: object to pickle as the stage; None pickles its number.
     """
     frozen, buffers = frozen or {}, buffers or {}
     tag = folder / TAG
     tag.mkdir(parents=True)
     (folder / "latest").write_text(TAG, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}), encoding="utf-8")
-    whole = {name: tensor.bfloat16() for group in groups for name, tensor in group.items()} if stage < 3 else {}
+    weights_16bit = (
+        {name: tensor.bfloat16() for group in groups for name, tensor in group.items()} if stage < 3 else {}
+    )
     if stage < 3:
-        pieces, gaps = _flat_stage_2(groups, world, gap)
+        pieces, paddings = _flat_stage_2(groups, world, gap)
     else:
-        pieces, gaps = _flat_stage_3(groups, world, sub_groups), []
+        pieces, paddings = _flat_stage_3(groups, world, sub_groups), []
     for rank in range(world):
-        kept = dict(frozen)
+        fragments = dict(frozen)
         if stage == 3:
-            kept = {name: _padded(t.reshape(-1), world).chunk(world)[rank].clone() for name, t in frozen.items()}
+            fragments = {name: _padded(t.reshape(-1), world).chunk(world)[rank].clone() for name, t in frozen.items()}
         model = {
-            "module": OrderedDict({**whole, **buffers}),
+            "module": OrderedDict({**weights_16bit, **buffers}),
             "buffer_names": list(buffers),
             "param_shapes": [OrderedDict((name, t.shape) for name, t in group.items()) for group in groups],
             "frozen_param_shapes": OrderedDict((name, t.shape) for name, t in frozen.items()) or None,
-            "frozen_param_fragments": OrderedDict(kept) or None,
+            "frozen_param_fragments": OrderedDict(fragments) or None,
             "shared_params": dict(shared or {}),
             "global_steps": step,
             "dp_world_size": world,
@@ -233,14 +240,14 @@ def write_zero(
             adam |= {name: torch.zeros(sum(p.numel() for p in pieces[rank])) for name in ("exp_avg", "exp_avg_sq")}
         base = {"state": {0: adam}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
         state = {
-            "zero_stage": stage if spelled is None else spelled,
+            "zero_stage": stage if pickled_stage is None else pickled_stage,
             "partition_count": world if stage == 3 else [world] * len(groups),
         }
         if stage == 3:
             state |= {"fp32_flat_groups": pieces[rank], "optimizer_state_dict": base}
         else:
             state |= {"single_partition_of_fp32_groups": pieces[rank], "base_optimizer_state": base}
-            state |= {"param_alignment_paddings": gaps} if gap else {}
+            state |= {"param_alignment_paddings": paddings} if gap else {}
         torch.save(
             {"optimizer_state_dict": state, "ds_version": "0.19.8"},
             tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from videox.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_CODE = (str(ROOT / "videox"), str(ROOT / "scripts"))
@@ -150,13 +151,13 @@ def record_waits(on_device: DeviceTensors) -> Iterator[None]:
         yield
 
 
-def recording_iterate_steps(script: ModuleType) -> tuple[Any, list[list[str]]]:
-    """Return a replacement for `iterate_steps` of a train script, and a list that gets the waits of each step.
+def recording_iterate_steps() -> tuple[Any, list[list[str]]]:
+    """Return a replacement for `loop.iterate_steps`, and a list that gets the waits of each step.
 
     Validation and saves are not included. Waiting for an event of the previous step is not counted, because the device
     still has queued work then.
     """
-    iterate_steps, steps = script.iterate_steps, []
+    iterate_steps, steps = loop.iterate_steps, []
 
     def recording(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for step in iterate_steps(*args, **kwargs):

@@ -1,12 +1,16 @@
-"""Serves the tests that compare tensors: equal means equal to the last bit."""
+"""Tensor helpers for tests: bitwise comparison, and the devices to test on."""
 
 from __future__ import annotations
 
 import torch
 
+# For torch "cpu:0" is another device than "cpu": `.to` copies host tensors to it. Copies between host and device can
+# therefore be tested without an accelerator; if there is one, it is tested, too.
+DEVICES = [torch.device("cpu:0"), *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
+
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Equal names, dtypes and bits; NaN equals itself."""
+    """Return whether names, dtypes, shapes and bytes are equal; NaN equals itself."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype
         and left[name].shape == right[name].shape

@@ -1,4 +1,4 @@
-"""Serves every test that needs a model or media: tiny ones of the real classes and codecs, written in milliseconds."""
+"""Small models, clips, images and data sets for the tests, with the real classes and codecs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# (file name, width, height, frames, frames per second): three lengths, wide, tall and square; the shortest clip still
-# holds 5 frames at stride 2. Images follow with 0 frames.
+# (file name, width, height, frames, frames per second), with 0 frames for images. The clips have three lengths and are
+# wide, tall and square; the shortest one has 5 frames at stride 2.
 DATASET = (
     ("wide_long.mp4", 160, 96, 41, 24.0),
     ("tall_middle.mp4", 96, 160, 21, 30.0),
@@ -35,15 +35,15 @@ CAPTIONS = (
 
 
 def load_script(relative: str) -> ModuleType:
-    """Returns a script of this repository as a module, by its path from the root: `wan2.1` is no importable name."""
+    """Return a script as a module, by its path from the repository root: `wan2.1` is not an importable name."""
     path = ROOT / relative
     name = "script_" + "".join(c if c.isalnum() else "_" for c in relative.removesuffix(".py"))
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before execution: dataclasses look their module up by name
-    sys.path.insert(0, str(path.parent))  # as when it is run: it imports its neighbours by their plain names
+    sys.modules[name] = module  # before execution: dataclasses look up their module by name
+    sys.path.insert(0, str(path.parent))  # as when it is run, for imports from its own folder
     try:
         spec.loader.exec_module(module)
     finally:
@@ -52,39 +52,39 @@ def load_script(relative: str) -> ModuleType:
 
 
 def build_wan_t2v(folder: Path, **sizes: int | float) -> Path:
-    """Writes the 28-thousand-parameter Wan2.1 text-to-video; keywords as in scripts/demo_model.py."""
+    """Write a Wan2.1 text-to-video model with 28 thousand parameters; see scripts/demo_model.py."""
     return load_script("scripts/demo_model.py").build_wan_t2v(folder, **sizes)
 
 
 def build_wan_i2v(folder: Path, *, image_embedder: bool = True, **sizes: int | float) -> Path:
-    """Writes the 35-thousand-parameter Wan2.1 image-to-video; keywords as in scripts/demo_model.py."""
+    """Write a Wan2.1 image-to-video model with 35 thousand parameters; see scripts/demo_model.py."""
     return load_script("scripts/demo_model.py").build_wan_i2v(folder, image_embedder=image_embedder, **sizes)
 
 
 def build_hunyuan_t2v(folder: Path, **sizes: int | float | tuple[int, int, int]) -> Path:
-    """Writes the 96-thousand-parameter HunyuanVideo text-to-video; keywords as in scripts/demo_hunyuan.py."""
+    """Write a HunyuanVideo text-to-video model with 96 thousand parameters; see scripts/demo_hunyuan.py."""
     return load_script("scripts/demo_hunyuan.py").build_hunyuan_t2v(folder, **sizes)
 
 
 def build_hunyuan_i2v(
     folder: Path, *, image_condition_type: str = "token_replace", **sizes: int | float | tuple[int, int, int]
 ) -> Path:
-    """Writes the 96-thousand-parameter HunyuanVideo image-to-video; keywords as in scripts/demo_hunyuan.py."""
+    """Write a HunyuanVideo image-to-video model with 96 thousand parameters; see scripts/demo_hunyuan.py."""
     return load_script("scripts/demo_hunyuan.py").build_hunyuan_i2v(
         folder, image_condition_type=image_condition_type, **sizes
     )
 
 
 def moving_square(frames: int, width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Returns uint8 [frames, height, width, 3]: a colour ramp with a bright square that moves by a step each frame.
+    """Return uint8 [frames, height, width, 3]: a color gradient with a bright square that moves in each frame.
 
-    The square covers a quarter of each side; its left edge in frame i is `square_left(i, width)`. The ramp's colours
-    depend on the seed, so that two clips differ.
+    The square's side is a quarter of each side of the frame; its left edge in frame i is `square_left(i, width)`. The
+    colors of the gradient depend on the seed.
     """
-    colours = np.random.default_rng(seed).uniform(20, 140, size=(2, 3))
+    colors = np.random.default_rng(seed).uniform(20, 140, size=(2, 3))
     ramp = np.linspace(0, 1, width)[None, :, None] * 0.5 + np.linspace(0, 1, height)[:, None, None] * 0.5
-    ground = (colours[0] * (1 - ramp) + colours[1] * ramp).astype(np.uint8)
-    clip = np.repeat(ground[None], frames, axis=0)
+    background = (colors[0] * (1 - ramp) + colors[1] * ramp).astype(np.uint8)
+    clip = np.repeat(background[None], frames, axis=0)
     for i in range(frames):
         left, top = square_left(i, width), height * 3 // 8
         clip[i, top : top + height // 4, left : left + width // 4] = 235
@@ -92,7 +92,7 @@ def moving_square(frames: int, width: int, height: int, seed: int = 0) -> np.nda
 
 
 def square_left(frame: int, width: int) -> int:
-    """Returns the left edge, in pixels, of the moving square: 3 to the right a frame, back to 0 before it leaves."""
+    """Return the left edge of the moving square in pixels: 3 more per frame, modulo the free width."""
     return 3 * frame % (width - width // 4 + 1)
 
 
@@ -107,11 +107,11 @@ def write_clip(
     codec: str = "libx264",
     seed: int = 0,
 ) -> Path:
-    """Writes a clip with a real codec and returns its path; sides must be even.
+    """Write a clip with a real codec and return its path; sides must be even.
 
     Args:
-        path: the suffix chooses the container (.mp4, .mkv, .mov, .avi, ...).
-        pixels: uint8 [frames, height, width, 3] instead of the moving square (then its own shape counts).
+        path: the suffix selects the container (.mp4, .mkv, .mov, .avi, ...).
+        pixels: uint8 [frames, height, width, 3] instead of the moving square; its own shape is used then.
     """
     pixels = moving_square(frames, width, height, seed) if pixels is None else pixels
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def write_clip(
 
 
 def write_image(path: Path, width: int = 128, height: int = 96, *, seed: int = 0) -> Path:
-    """Writes one frame of the moving square as an image (.png, .jpg, .webp, ...) and returns its path."""
+    """Write one frame of the moving square as an image (.png, .jpg, .webp, ...) and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(moving_square(1, width, height, seed)[0]).save(path)
     return path
@@ -142,12 +142,12 @@ def make_dataset(
     copies: int = 1,
     declare_sizes: bool = False,
 ) -> Path:
-    """Writes clips and images with captions and returns the path of folder/metadata.json.
+    """Write clips and images with captions and return the path of folder/metadata.json.
 
     Args:
         folder: the train_data_dir; file paths in the metadata are relative to it.
         media: rows of (file name, width, height, frames, fps); 0 frames for an image.
-        copies: how many rows each file gets (each with another caption), for longer epochs at no cost.
+        copies: number of rows per file (each with another caption), for longer epochs without more files.
         declare_sizes: also write width, height, num_frames and fps into the rows.
     """
     rows = []

@@ -1,4 +1,4 @@
-"""Serves videox/dump.py: what is written is what the step held, whatever the tensors share or want."""
+"""Tests of videox.tracking.dump: the dump contains the tensors of the step, also shared and strided ones."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def batch(captions: list[str], micro: int = 0) -> Batch:
     )
 
 
-@given(step=st.integers(1, 1000), asked=st.lists(st.integers(1, 1000), max_size=5))
-def test_a_step_has_a_folder_when_it_was_asked_for(step: int, asked: list[int]) -> None:
-    found = dump_folder(Path("out"), step, asked)
-    assert found == (Path("out/dump") / f"step-{step}" if step in asked else None)
+@given(step=st.integers(1, 1000), dump_steps=st.lists(st.integers(1, 1000), max_size=5))
+def test_only_steps_in_dump_steps_have_a_folder(step: int, dump_steps: list[int]) -> None:
+    folder = dump_folder(Path("out"), step, dump_steps)
+    assert folder == (Path("out/dump") / f"step-{step}" if step in dump_steps else None)
 
 
 @pytest.mark.parametrize("captions", [["a rabbit", ""], ['line\nbreak \N{BLACK HEART SUIT} "quoted" \'\\']])
-def test_what_is_written_reads_back(tmp_path: Path, captions: list[str]) -> None:
+def test_dump_reads_back_equal(tmp_path: Path, captions: list[str]) -> None:
     latents = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     weight = torch.nn.Parameter(torch.ones(()))
     tensors = {
         "latents": latents,
-        "same": latents,  # one memory under two names
-        "turned": latents.transpose(1, 2),
-        "part": latents[:, 3:5],
-        "prediction": latents * weight,  # with a gradient still to be taken
+        "same": latents,  # the same memory under a second name
+        "transposed": latents.transpose(1, 2),
+        "slice": latents[:, 3:5],
+        "prediction": latents * weight,  # requires a gradient
         "half": latents.bfloat16(),
         "loss": torch.tensor(0.5, dtype=torch.float64),
     }
     inputs = {"hidden_states": latents, "timestep": torch.tensor([1.0, 2.0]), "return_dict": False}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     given_batch = batch(captions, micro=3)
-    path = write_dump(tmp_path / "dump" / "step-1", rank=1, batch=given_batch, tensors=tensors, model_inputs=inputs)
+    path = write_dump(tmp_path / "dump" / "step-1", 1, given_batch, inputs, **tensors)
     assert path == tmp_path / "dump" / "step-1" / "rank-1-micro-3.safetensors"
 
     dump = runs.read_dump(path)
@@ -73,5 +73,5 @@ def test_what_is_written_reads_back(tmp_path: Path, captions: list[str]) -> None
     assert torch.equal(dump["model.hidden_states"], latents)
     assert (dump.rows, dump.captions, dump.bucket) == (given_batch["rows"], captions, [5, 32, 48])
     assert dump.frame_indices == given_batch["frame_indices"]
-    tensors["prediction"].sum().backward()  # the dump took nothing away from the backward pass
+    tensors["prediction"].sum().backward()  # the dump does not change the backward pass
     assert weight.grad is not None

@@ -1,4 +1,4 @@
-"""Serves videox/jsonl.py: lines read back exactly, whatever the number, and a full disk leaves whole ones."""
+"""Tests of videox.tracking.jsonl: every number reads back exactly, and a full disk leaves only complete lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_line_reads_back_exactly(loss, lr, rows):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_becomes_null_at_any_depth(value):
+def test_non_finite_numbers_become_null_at_any_depth(value):
     def strict(name):
         raise AssertionError(f"{name} is not JSON")
 
@@ -43,7 +43,7 @@ def test_what_is_not_finite_becomes_null_at_any_depth(value):
     assert nested == {"per_sigma": [[0.5, 1.0], [0.9, None]], "non_finite": True}
 
 
-def test_a_full_disk_is_refused_and_leaves_whole_lines(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_complete_lines(tmp_path):
     code = (
         "import resource, sys, pathlib\n"
         "from videox.tracking.jsonl import append_line; from videox.errors import UserError\n"
@@ -51,7 +51,7 @@ def test_a_full_disk_is_refused_and_leaves_whole_lines(tmp_path):
         "append_line(path, {'step': 1, 'note': 'x' * 60})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
         "try: append_line(path, {'step': 2, 'note': 'x' * 60})\n"
-        "except UserError as refusal: print(refusal.exit_code, refusal.line())"
+        "except UserError as error: print(error.exit_code, error.line())"
     )
     path = tmp_path / "metrics.jsonl"
     done = run_python(code, path)
@@ -59,7 +59,7 @@ def test_a_full_disk_is_refused_and_leaves_whole_lines(tmp_path):
     assert path.read_bytes() == json_line({"step": 1, "note": "x" * 60})
 
 
-def test_appending_makes_the_folder_and_keeps_no_file_open(tmp_path):
+def test_append_creates_the_folder_and_closes_the_file(tmp_path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for step in range(100):
         append_line(tmp_path / "a" / "b.jsonl", {"step": step})

@@ -1,4 +1,4 @@
-"""Serves videox/metrics.py: each step stands there once and reads back exactly, whenever the run was killed."""
+"""Tests of videox.tracking.metrics: each step is stored exactly once and reads back exactly, also after a kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from videox.tracking.metrics import MetricsLog
 
 
 @pytest.mark.parametrize("value", [5e-324, 1.7976931348623157e308, 0.1 + 0.2, float(np.float32(0.1)), -0.0])
-def test_extreme_floats_go_through_the_file(tmp_path, value):
+def test_extreme_floats_read_back_exactly(tmp_path, value):
     log = MetricsLog(tmp_path)
     log.append(record(1, loss=np.float64(value), rows=np.array([7]), buckets=np.array([[5, 64, 64]])))
     (line,) = read_lines(tmp_path / "metrics.jsonl")
@@ -28,7 +28,7 @@ def test_extreme_floats_go_through_the_file(tmp_path, value):
     assert "non_finite" not in line
 
 
-def test_the_contract_of_a_line(tmp_path):
+def test_a_line_has_its_keys_in_order_and_steps_are_consecutive(tmp_path):
     log = MetricsLog(tmp_path)
     log.append(record(1))
     log.append(record(2))
@@ -57,15 +57,15 @@ def test_the_contract_of_a_line(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_cut_of_the_last_line_is_repaired(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("torn")
+def test_a_truncated_last_line_is_removed_and_written_again(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("truncated")
     log = MetricsLog(folder)
     for step in (1, 2, 3):
         log.append(record(step))
     path = folder / "metrics.jsonl"
     content = path.read_bytes()
-    whole = content.rindex(b"\n", 0, -1) + 1
-    path.write_bytes(content[: data.draw(st.integers(whole, len(content) - 1))])
+    complete = content.rindex(b"\n", 0, -1) + 1
+    path.write_bytes(content[: data.draw(st.integers(complete, len(content) - 1))])
     assert [line["step"] for line in read_lines(path)] == [1, 2]
     again = MetricsLog(folder)
     assert again.last_step == 2
@@ -73,9 +73,9 @@ def test_any_cut_of_the_last_line_is_repaired(tmp_path_factory, data):
     assert path.read_bytes() == content
 
 
-def test_a_killed_writer_leaves_at_most_one_torn_line(tmp_path):
+def test_a_killed_writer_leaves_at_most_one_truncated_line(tmp_path):
     code = (
-        "import sys, itertools, pathlib; sys.path.insert(0, 'tests')\n"
+        "import sys, itertools, pathlib; sys.path.insert(0, 'tests/support')\n"
         "from records import record; from videox.tracking.metrics import MetricsLog\n"
         "log = MetricsLog(pathlib.Path(sys.argv[1]))\n"
         "for step in itertools.count(1): log.append(record(step, rows=list(range(500)), buckets=[(1,16,16)] * 500))"
@@ -92,14 +92,14 @@ def test_a_killed_writer_leaves_at_most_one_torn_line(tmp_path):
     assert log.last_step > 50
 
 
-def test_a_broken_line_inside_is_refused_with_its_number(tmp_path):
+def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(json_line(record(1).as_dict()) + b'{"step": 2, "lo\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a JSON object") as refusal:
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a JSON object") as raised:
         MetricsLog(tmp_path)
-    assert refusal.value.exit_code == STORAGE
+    assert raised.value.exit_code == STORAGE
 
 
-def test_a_process_that_is_not_the_main_one_writes_no_metrics(tmp_path):
+def test_other_processes_than_the_main_one_write_no_metrics(tmp_path):
     log = MetricsLog(tmp_path / "run", enabled=False)
     log.append(record(1))
     log.sync()

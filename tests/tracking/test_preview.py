@@ -1,4 +1,4 @@
-"""Serves videox/preview.py: clips have the right speed and colours, sheets and curves show what is there."""
+"""Tests of videox.tracking.preview: frame rate and colors of clips, contact sheets, captions, loss curves."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from videox.tracking.preview import (
+    FONT_SIZE,
     GAP,
     LINE,
     SHEET_ENTRIES,
@@ -47,40 +48,40 @@ def read_back(path: Path) -> tuple[np.ndarray, Fraction, av.VideoStream]:
 @pytest.mark.parametrize(
     ("fps", "rate"), [(16.0, 16), (30000 / 1001, Fraction(30000, 1001)), (25 / 3, Fraction(25, 3))]
 )
-def test_a_clip_has_its_frames_rate_and_pictures(tmp_path, fps, rate):
+def test_a_clip_has_the_given_frames_and_frame_rate(tmp_path, fps, rate):
     frames = tiny.moving_square(9, 128, 96)
     path = write_clip(tmp_path / "new" / "clip.mp4", frames, fps)
-    found, average, stream = read_back(path)
-    assert (found.shape, average) == (frames.shape, rate)
+    decoded, average, stream = read_back(path)
+    assert (decoded.shape, average) == (frames.shape, rate)
     assert float(stream.duration * stream.time_base) == pytest.approx(9 / fps, rel=1e-3)
     assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-    assert np.abs(found.astype(int) - frames).mean() < 3
+    assert np.abs(decoded.astype(int) - frames).mean() < 3
     assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
 
 
-def test_equal_frames_give_equal_files_whatever_lay_in_the_memory_before(tmp_path):
+def test_equal_frames_give_equal_files_with_any_uninitialized_memory(tmp_path):
     code = (
         "import sys, pathlib, numpy as np; from videox.tracking.preview import write_clip\n"
         "blocks = np.random.default_rng(0).integers(0, 255, (9, 30, 52, 3), dtype=np.uint8)\n"
         "write_clip(pathlib.Path(sys.argv[1]), blocks.repeat(8, 1).repeat(8, 2), 16)"
     )
     files = []
-    for filling in ("1", "85", "255"):  # glibc fills fresh memory with it
-        path = tmp_path / f"{filling}.mp4"
-        environment = os.environ | {"MALLOC_PERTURB_": filling}
+    for fill in ("1", "85", "255"):  # glibc fills newly allocated memory with this byte
+        path = tmp_path / f"{fill}.mp4"
+        environment = os.environ | {"MALLOC_PERTURB_": fill}
         subprocess.run([sys.executable, "-c", code, path], cwd=tiny.ROOT, env=environment, check=True, timeout=60)
         files.append(path.read_bytes())
     assert files[0] == files[1] == files[2]
 
 
-def test_a_clip_can_be_played_before_it_is_whole(tmp_path):
+def test_the_index_of_a_clip_is_before_the_frames(tmp_path):
     content = write_clip(tmp_path / "clip.mp4", tiny.moving_square(5, 64, 64), 16).read_bytes()
     assert 0 < content.index(b"moov") < content.index(b"mdat")
 
 
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)])
-def test_a_player_that_follows_the_file_sees_the_same_colour(tmp_path, colour):
-    frames = np.broadcast_to(np.array(colour, np.uint8), (5, 64, 64, 3))
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)])
+def test_colors_are_right_when_decoded_as_the_file_declares(tmp_path, color):
+    frames = np.broadcast_to(np.array(color, np.uint8), (5, 64, 64, 3))
     path = write_clip(tmp_path / "clip.mp4", frames, 16)
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
@@ -91,10 +92,10 @@ def test_a_player_that_follows_the_file_sees_the_same_colour(tmp_path, colour):
     luma = y / 219
     red, blue = luma + 1.5748 * v / 224, luma + 1.8556 * u / 224
     green = (luma - 0.2126 * red - 0.0722 * blue) / 0.7152
-    assert np.abs(np.array([red, green, blue]) * 255 - colour).max() < 4
+    assert np.abs(np.array([red, green, blue]) * 255 - color).max() < 4
 
 
-def test_one_frame_is_a_png_without_loss(tmp_path):
+def test_a_single_frame_is_a_lossless_png(tmp_path):
     frames = tiny.moving_square(1, 33, 17)
     path = write_clip(tmp_path / "clip.mp4", frames, 0.0)
     assert path == tmp_path / "clip.png" and [p.name for p in tmp_path.iterdir()] == ["clip.png"]
@@ -102,7 +103,7 @@ def test_one_frame_is_a_png_without_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("frames", "fps", "what"),
+    ("frames", "fps", "message"),
     [
         (np.zeros((5, 33, 32, 3), np.uint8), 16.0, "33x32 are not even"),
         (np.zeros((5, 32, 32, 3), np.float32), 16.0, "not uint8"),
@@ -112,31 +113,31 @@ def test_one_frame_is_a_png_without_loss(tmp_path):
         (np.zeros((5, 32, 32, 3), np.uint8), math.nan, "not above 0"),
     ],
 )
-def test_what_is_no_clip_is_refused(tmp_path, frames, fps, what):
-    with pytest.raises(ValueError, match=what):
+def test_invalid_frames_or_rate_raise_valueerror(tmp_path, frames, fps, message):
+    with pytest.raises(ValueError, match=message):
         write_clip(tmp_path / "clip.mp4", frames, fps)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):
+def test_a_path_that_cannot_be_written_raises_oserror(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for frames in (tiny.moving_square(5, 64, 64), tiny.moving_square(1, 64, 64)):
         with pytest.raises(OSError, match="file"):
             write_clip(tmp_path / "file" / "clip.mp4", frames, 16)
     (tmp_path / "clip.mp4").mkdir()
-    for name in ("clip.mp4", "x" * 250 + ".mp4"):  # a folder; a name too long for anything beside it
+    for name in ("clip.mp4", "x" * 250 + ".mp4"):  # a folder; a name too long for a temporary file next to it
         with pytest.raises(OSError, match=name):
             write_clip(tmp_path / name, tiny.moving_square(5, 64, 64), 16)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-NASTY = 'a "cat"\n\x1b[31m in the rain \u202e\x00 ../../etc/passwd <b>&amp;</b> \ud800 é'
+UNTRUSTED = 'a "cat"\n\x1b[31m in the rain \u202e\x00 ../../etc/passwd <b>&amp;</b> \ud800 é'
 
 
-def test_the_first_batch_can_be_looked_at(tmp_path):
+def test_a_batch_is_written_as_clips_images_listing_and_sheet(tmp_path):
     clip, still = tiny.moving_square(9, 128, 96), tiny.moving_square(1, 96, 128, seed=3)
     samples = [
-        BatchSample(12, clip, NASTY, fps=30.0, stride=3),
+        BatchSample(12, clip, UNTRUSTED, fps=30.0, stride=3),
         BatchSample(7, still, "", fps=0.0),
         BatchSample(12, clip[:5], "again", fps=0.0, stride=2),
     ]
@@ -148,7 +149,7 @@ def test_the_first_batch_can_be_looked_at(tmp_path):
     listing = paths[3].read_bytes()
     assert listing.isascii() and b"\x1b" not in listing and b"\x00" not in listing
     first, second, third = json.loads(listing)
-    assert (first["caption"], first["row"], first["bucket"], first["fps"]) == (NASTY, 12, [9, 96, 128], 10.0)
+    assert (first["caption"], first["row"], first["bucket"], first["fps"]) == (UNTRUSTED, 12, [9, 96, 128], 10.0)
     assert (second["file"], second["bucket"], second["fps"]) == ("row-000007.png", [1, 128, 96], 0.0)
     assert (third["file"], third["source_fps"], third["fps"], third["stride"]) == ("row-000012-2.mp4", 0.0, 8.0, 2)
 
@@ -158,7 +159,7 @@ def cell(sheet: np.ndarray, top: int, position: int) -> np.ndarray:
     return sheet[top : top + THUMB_SIDE, left : left + THUMB_SIDE].astype(float)
 
 
-def test_the_sheet_has_first_middle_and_last_frame_and_text_under_them(tmp_path):
+def test_the_sheet_has_first_middle_and_last_frame_and_text_below_them(tmp_path):
     frames = np.zeros((9, THUMB_SIDE, THUMB_SIDE, 3), np.uint8)
     frames[:, :, :, 0] = np.arange(9)[:, None, None] * 25
     path = write_contact_sheet(
@@ -178,7 +179,7 @@ def test_the_sheet_has_first_middle_and_last_frame_and_text_under_them(tmp_path)
 
 @settings(max_examples=30, deadline=None)
 @given(sides=st.lists(st.tuples(st.integers(4, 40), st.integers(4, 40)), min_size=1, max_size=4))
-def test_each_row_of_a_sheet_is_as_high_as_its_own_pictures(tmp_path_factory, sides):
+def test_each_row_of_a_sheet_is_as_high_as_its_own_frames(tmp_path_factory, sides):
     frames = [np.full((1, height, width, 3), 90, np.uint8) for height, width in sides]
     path = tmp_path_factory.mktemp("sheet") / "sheet.png"
     sheet = np.asarray(Image.open(write_contact_sheet(path, [SheetEntry(f, "", "i") for f in frames])))
@@ -193,7 +194,7 @@ def test_each_row_of_a_sheet_is_as_high_as_its_own_pictures(tmp_path_factory, si
     assert len(sheet) == starts[-1] + heights[-1] + 2 * LINE + 3 * GAP
 
 
-def test_sheets_of_many_and_of_odd_shapes(tmp_path):
+def test_sheets_with_many_entries_and_extreme_aspect_ratios(tmp_path):
     tall, wide = np.full((1, 992, 256, 3), 9, np.uint8), np.full((2, 256, 992, 3), 9, np.uint8)
     entries = [SheetEntry(tall, "tall", ""), SheetEntry(wide, "wide", "x" * 10**6)] * SHEET_ENTRIES
     sheet = Image.open(write_contact_sheet(tmp_path / "sheet.png", entries))
@@ -205,9 +206,10 @@ def test_sheets_of_many_and_of_odd_shapes(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=300), st.integers(40, 400), st.integers(1, 4))
+@given(st.text(max_size=300), st.integers(120, 600), st.integers(1, 4))
 def test_wrapped_text_fits_and_is_the_text(text, width, lines):
-    font, text = ImageFont.load_default(15), printable(text)
+    text = printable(text)
+    font = _font(text) or ImageFont.load_default(FONT_SIZE)
     wrapped = _wrap(text, font, width, lines)
     assert len(wrapped) <= lines and all(font.getlength(line) <= width for line in wrapped)
     joined = "".join(wrapped).replace(" ", "")
@@ -218,32 +220,53 @@ def test_wrapped_text_fits_and_is_the_text(text, width, lines):
 
 
 @given(st.text())
-def test_printable_text_is_one_line_that_shows_everything(text):
-    shown = printable(text)
-    assert shown.isprintable()
-    assert printable(shown) == shown
+def test_printable_text_is_printable_and_stays_the_same(text):
+    line = printable(text)
+    assert line.isprintable()
+    assert printable(line) == line
 
 
-@pytest.mark.parametrize("caption", ["кошка идёт под дождём", "ένα γατί στη βροχή", "hôtel, garçon, naïve, straße"])
-def test_letters_of_other_scripts_are_drawn_by_a_font_that_has_them(caption, monkeypatch):
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the system may have none
-    monkeypatch.setattr(
-        "videox.tracking.preview.FONTS",
-        ("no such font.ttf", str(fonts / "STIXGeneral.ttf"), str(fonts / "DejaVuSans.ttf")),
-    )
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "кошка идёт под дождём",
+        "ένα γατί στη βροχή",
+        "hôtel, garçon, naïve, straße",
+        "قطة تمشي في المطر",
+        "חתול הולך בגשם",
+    ],
+)
+def test_captions_in_other_scripts_have_a_font_without_system_fonts(caption, monkeypatch):
+    monkeypatch.setattr("videox.tracking.preview.SYSTEM_FONTS", ())
     font = _font(caption)
-    pictures = {bytes(font.getmask(c)) for c in set(caption) - {" "}}
-    assert len(pictures) == len(set(caption) - {" "})  # none of them is the same box
+    glyphs = {bytes(font.getmask(c)) for c in set(caption) - {" "}}
+    assert len(glyphs) == len(set(caption) - {" "})  # a missing character would be a box, the same for all
 
 
-def test_a_caption_that_no_font_shows_is_said_to_be_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("videox.tracking.preview.FONTS", ())
+def test_one_emoji_does_not_hide_a_caption(monkeypatch):
+    monkeypatch.setattr("videox.tracking.preview.SYSTEM_FONTS", ())
+    assert _font("a cat 🐈 walks in the rain") is not None
+
+
+def test_a_system_font_is_used_for_characters_that_matplotlibs_fonts_lack(monkeypatch):
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    monkeypatch.setattr("videox.tracking.preview.MATPLOTLIB_FONTS", ("cmr10.ttf",))
+    monkeypatch.setattr("videox.tracking.preview.SYSTEM_FONTS", ("not installed.ttf", str(fonts / "DejaVuSans.ttf")))
+    assert _font("кошка идёт под дождём").getname() == ("DejaVu Sans", "Book")
+
+
+def test_the_sheet_says_that_no_font_can_show_a_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr("videox.tracking.preview.SYSTEM_FONTS", ())
     frames = tiny.moving_square(1, 64, 64)
-    names = ["一只猫在雨中走过街道", "(no font of this system shows this caption)"]
-    paths = [
-        write_contact_sheet(tmp_path / f"{i}.png", [SheetEntry(frames, "row 1", name)]) for i, name in enumerate(names)
-    ]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    chinese = write_contact_sheet(tmp_path / "chinese.png", [SheetEntry(frames, "row 1", "一只猫在雨中走过街道")])
+    monkeypatch.setattr("videox.tracking.preview.MATPLOTLIB_FONTS", ())  # then no caption has a font
+    english = write_contact_sheet(tmp_path / "english.png", [SheetEntry(frames, "row 1", "a cat")])
+    assert chinese.read_bytes() == english.read_bytes()
+
+
+@pytest.mark.parametrize("caption", ["一只猫在雨中走过街道" * 50, "x" * 2000, "\u0301", "\u200b", "🐈", " "])
+def test_every_caption_can_be_drawn(caption, tmp_path):
+    write_contact_sheet(tmp_path / "sheet.png", [SheetEntry(tiny.moving_square(1, 64, 64), "row 1", caption)])
 
 
 def write_lines(path: Path, records: list[dict]) -> Path:
@@ -255,7 +278,7 @@ def step_line(step: int, loss: float | None) -> dict:
     return {"step": step, "loss": loss, "lr": 1e-5 * min(step, 50), "grad_norm": 1 / step, "tokens": 5}
 
 
-def test_the_curves_are_drawn_with_gaps_torn_lines_and_without_validation(tmp_path):
+def test_curves_are_plotted_with_gaps_truncated_lines_and_without_validation(tmp_path):
     rng = np.random.default_rng(0)
     losses = [1 / math.sqrt(i) + rng.normal() * 0.1 for i in range(1, 201)]
     metrics = write_lines(tmp_path / "metrics.jsonl", [step_line(i, loss) for i, loss in enumerate(losses, start=1)])
@@ -279,19 +302,19 @@ def test_the_curves_are_drawn_with_gaps_torn_lines_and_without_validation(tmp_pa
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
 
 
-def test_without_a_step_nothing_is_drawn(tmp_path):
+def test_without_a_step_nothing_is_plotted(tmp_path):
     assert not plot_losses(tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", tmp_path / "loss.png")
     assert list(tmp_path.iterdir()) == []
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
-def test_the_smoothed_series_stays_within_the_series_and_starts_at_its_first_value(values):
+def test_the_smoothed_series_is_bounded_by_the_series_and_starts_at_its_first_value(values):
     series = smooth(np.array(values))
     assert series[0] == pytest.approx(values[0])
     slack = 1e-9 * max(map(abs, values))
     assert all(min(values[: i + 1]) - slack <= x <= max(values[: i + 1]) + slack for i, x in enumerate(series))
 
 
-def test_smoothing_skips_what_is_not_a_number():
+def test_smoothing_skips_non_finite_values():
     series = smooth(np.array([math.nan, 2.0, math.nan, 2.0, math.inf]))
     assert math.isnan(series[0]) and series[1:].tolist() == [2.0] * 4

@@ -1,4 +1,4 @@
-"""Serves videox/progress.py: the clock counts what it should, and no lost terminal ends a run."""
+"""Tests of videox.tracking.progress: the step clock, bar and log lines, and output streams that are closed or lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Clock:
         return self.time
 
 
-def test_the_clock_counts_waiting_and_leaves_out_what_is_aside():
+def test_the_clock_counts_waiting_and_excludes_pauses():
     now = Clock()
     clock = StepClock(now=now)
     with clock.waiting():
@@ -33,7 +33,7 @@ def test_the_clock_counts_waiting_and_leaves_out_what_is_aside():
     now.time += 2
     with clock.waiting():
         now.time += 1
-    with clock.aside():
+    with clock.paused():
         now.time += 100
     assert clock.data_wait == 2
     waited, seconds = clock.data_wait, clock.split()
@@ -47,7 +47,7 @@ def test_the_clock_counts_waiting_and_leaves_out_what_is_aside():
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0.001, 100)), min_size=1, max_size=50))
-def test_the_smoothed_speed_lies_within_the_steps_and_is_theirs_where_they_agree(steps):
+def test_smoothed_throughput_is_between_the_throughputs_of_the_steps(steps):
     now = Clock()
     clock, steady = StepClock(now=now), StepClock(now=now)
     speeds = []
@@ -60,7 +60,7 @@ def test_the_smoothed_speed_lies_within_the_steps_and_is_theirs_where_they_agree
         assert same.smooth_tokens_per_second == pytest.approx(1000, abs=501 / min(s for _, s in steps))
 
 
-def test_an_exception_while_waiting_is_still_counted():
+def test_waiting_that_ends_with_an_exception_is_counted():
     now = Clock()
     clock = StepClock(now=now)
     with pytest.raises(StopIteration), clock.waiting():
@@ -69,7 +69,7 @@ def test_an_exception_while_waiting_is_still_counted():
     assert clock.data_wait == 3
 
 
-def test_without_a_terminal_there_are_lines_and_no_bar():
+def test_without_a_terminal_lines_are_printed_instead_of_a_bar():
     stream = io.StringIO()
     bar = ProgressBar(120, initial=20, stream=stream, every_steps=40)
     for _ in range(100):
@@ -87,7 +87,7 @@ def test_without_a_terminal_there_are_lines_and_no_bar():
     assert "loss 0.5000, 1,234 tokens/s, data wait 2%, 00:0" in lines[1] and "\r" not in stream.getvalue()
 
 
-def test_without_a_terminal_slow_steps_are_seen_by_the_time():
+def test_without_a_terminal_lines_are_printed_by_elapsed_time():
     stream = io.StringIO()
     bar = ProgressBar(1000, stream=stream, every_seconds=0.0)
     for _ in range(5):
@@ -97,14 +97,14 @@ def test_without_a_terminal_slow_steps_are_seen_by_the_time():
 
 def read_all(main: int) -> str:
     chunks = []
-    with suppress(OSError):  # EIO is how Linux ends a terminal whose other side is closed
+    with suppress(OSError):  # Linux raises EIO when the other side of the terminal is closed
         while chunk := os.read(main, 65536):
             chunks.append(chunk)
     os.close(main)
     return b"".join(chunks).decode()
 
 
-def test_on_a_terminal_a_bar_starts_at_the_resumed_step():
+def test_on_a_terminal_the_bar_starts_at_the_resumed_step():
     main, worker = pty.openpty()
     termios.tcsetwinsize(worker, (24, 120))
     with os.fdopen(worker, "w") as stream:
@@ -114,12 +114,12 @@ def test_on_a_terminal_a_bar_starts_at_the_resumed_step():
             time.sleep(0.11)
         bar.note("a note")
         bar.close()
-    shown = read_all(main)
-    assert "4/10" in shown and "10/10" in shown and "loss 0.1250, 2,000 tokens/s, data wait 50%" in shown
-    assert "a note" in shown and "\r" in shown
+    output = read_all(main)
+    assert "4/10" in output and "10/10" in output and "loss 0.1250, 2,000 tokens/s, data wait 50%" in output
+    assert "a note" in output and "\r" in output
 
 
-def test_on_a_terminal_without_a_width_there_are_lines():
+def test_on_a_terminal_of_unknown_width_lines_are_printed():
     main, worker = pty.openpty()
     with os.fdopen(worker, "w") as stream:
         ProgressBar(1, stream=stream).update(0.125, 2000.0, 0.5)
@@ -127,7 +127,7 @@ def test_on_a_terminal_without_a_width_there_are_lines():
 
 
 @pytest.mark.parametrize("loss", ["closed", "gone", "pipe", "terminal"])
-def test_a_lost_stream_ends_no_run(loss):
+def test_a_lost_output_stream_does_not_end_the_run(loss):
     main = None
     if loss == "closed":
         stream = io.StringIO()
@@ -153,7 +153,7 @@ def test_a_lost_stream_ends_no_run(loss):
     assert bar.step == 100
 
 
-def test_a_run_without_any_stderr_goes_on(tmp_path):
+def test_a_run_without_stderr_continues(tmp_path):
     code = (
         "import sys; from videox.tracking.progress import ProgressBar\n"
         "assert sys.stderr is None\n"
@@ -167,7 +167,7 @@ def test_a_run_without_any_stderr_goes_on(tmp_path):
     assert (done.returncode, done.stdout) == (0, "done 3\n")
 
 
-def test_a_process_that_is_not_the_main_one_shows_nothing():
+def test_other_processes_than_the_main_one_print_nothing():
     stream = io.StringIO()
     ProgressBar(2, enabled=False, stream=stream).update(1.0, 1.0, 0.0)
     assert stream.getvalue() == ""

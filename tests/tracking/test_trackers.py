@@ -1,4 +1,4 @@
-"""Serves videox/tracker.py: TensorBoard shows what was logged, and a tracker that fails ends no run."""
+"""Tests of videox.tracking.trackers: TensorBoard contains what was logged, a failing tracker does not end the run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from videox.errors import FLAGS, UserError
 from videox.tracking.trackers import TRACKERS, Tracker, check_tracker
 
 
-def test_tensorboard_shows_the_same_numbers(tmp_path):
+def test_tensorboard_contains_the_logged_values(tmp_path):
     tracker = Tracker("tensorboard", tmp_path, project="videox", settings={"lr": 2e-5, "path": Path("x")})
     for step in (1, 2, 3):
         tracker.log(record(step, loss=1 / step))
     tracker.scalars({"validation/loss": 0.25}, 3)
     tracker.close()
-    tracker.log(record(4))  # after the end it is silent
+    tracker.log(record(4))  # after close, nothing is written
     events = EventAccumulator(str(tmp_path / "videox"))
     events.Reload()
     losses = events.Scalars("train/loss")
@@ -32,31 +32,31 @@ def test_tensorboard_shows_the_same_numbers(tmp_path):
     )
 
 
-def test_a_resumed_tracker_hides_what_was_rewound(tmp_path):
+def test_a_resumed_tracker_hides_the_steps_after_the_checkpoint(tmp_path):
     for first, last in ((1, 6), (4, 5)):
         tracker = Tracker("tensorboard", tmp_path, project="videox", settings={}, first_step=first)
         for step in range(first, last + 1):
             tracker.log(record(step, loss=float(first)))
         tracker.close()
-        time.sleep(1.1)  # the names of its files, and so their order, come from whole seconds
+        time.sleep(1.1)  # file names, and so their order, have a resolution of one second
     events = EventAccumulator(str(tmp_path / "videox"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)]
 
 
-def test_a_tracker_without_a_folder_warns_once_and_training_goes_on(tmp_path, caplog):
+def test_a_tracker_without_a_folder_warns_once_and_training_continues(tmp_path, caplog):
     (tmp_path / "logs").write_text("a file in the way")
     with caplog.at_level(logging.WARNING):
         tracker = Tracker("tensorboard", tmp_path / "logs", project="videox", settings={})
         for step in range(1, 50):
             tracker.log(record(step))
         tracker.close()
-    assert [r.name for r in caplog.records] == ["videox.tracking.trackers"] and "is off from now on" in caplog.text
+    assert [r.name for r in caplog.records] == ["videox.tracking.trackers"] and "is now turned off" in caplog.text
 
 
-def test_a_tracker_whose_disk_fills_up_warns_once_and_training_goes_on(tmp_path):
+def test_a_tracker_on_a_full_disk_warns_once_and_training_continues(tmp_path):
     code = (
-        "import resource, sys, pathlib, time; sys.path.insert(0, 'tests')\n"
+        "import resource, sys, pathlib, time; sys.path.insert(0, 'tests/support')\n"
         "from records import record; from videox.tracking.trackers import Tracker\n"
         "tracker = Tracker('tensorboard', pathlib.Path(sys.argv[1]), project='p', settings={})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
@@ -65,13 +65,13 @@ def test_a_tracker_whose_disk_fills_up_warns_once_and_training_goes_on(tmp_path)
     )
     done = run_python(code, tmp_path)
     assert done.stdout == "trained 3000\n", done.stderr
-    assert done.returncode == 0 and done.stderr.count("is off from now on") == 1
+    assert done.returncode == 0 and done.stderr.count("is now turned off") == 1
 
 
-def test_unknown_and_absent_trackers_are_refused(monkeypatch):
-    with pytest.raises(UserError, match=r"no tracker 'tensorbord'.*tensorboard, wandb, none") as refusal:
+def test_unknown_and_missing_trackers_are_errors(monkeypatch):
+    with pytest.raises(UserError, match=r"unknown tracker 'tensorbord'.*tensorboard, wandb, none") as raised:
         check_tracker("tensorbord")
-    assert refusal.value.exit_code == FLAGS
+    assert raised.value.exit_code == FLAGS
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path_importer_cache", {})
@@ -81,6 +81,6 @@ def test_unknown_and_absent_trackers_are_refused(monkeypatch):
     assert list(TRACKERS) == ["tensorboard", "wandb", "none"]
 
 
-def test_a_process_that_is_not_the_main_one_tracks_nothing(tmp_path):
+def test_other_processes_than_the_main_one_track_nothing(tmp_path):
     Tracker("tensorboard", tmp_path / "logs", project="p", settings={}, enabled=False).log(record(1))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Serves videox/args.py: each flag is explained, read and bounded; whoever errs is told the way out in one line."""
+"""Tests of videox.training.args: every flag has help, is read and is bounded; errors are one line with a fix."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import videox.training.args as flags
-import videox.training.dry_run as planning
 from videox.errors import FLAGS, UserError
-from videox.training.argument_parser import GONE
+from videox.training.argument_parser import REMOVED, SHARE, Parser, number
+from videox.training.flags import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
@@ -45,29 +45,23 @@ PURE_NUMBERS = {
     "seed",
 }
 UNITS = re.compile(
-    r"pixels|frames|steps?\b|epochs|rows|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
+    r"pixels|frames|steps?\b|epochs|rows?\b|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
     r"|norm|per |this much higher"
 )
 
 
-def shared_parser() -> flags.Parser:
-    parser = flags.Parser()
-    flags.add_model_and_data(parser)
-    flags.add_shapes(parser)
-    flags.add_training(parser, modes=("normal", "i2v", "inpaint"))
-    flags.add_run(parser)
-    planning.add_flags(parser)
-    return parser
+def shared_parser() -> Parser:
+    return make_parser(None, modes=("normal", "i2v", "inpaint"))
 
 
 def actions() -> dict[str, tuple[argparse.Action, str]]:
-    """Returns flag -> (action, title of its group), without --help."""
-    found = {}
+    """Return flag -> (action, title of its group), without --help."""
+    actions = {}
     for group in shared_parser()._action_groups:
         for action in group._group_actions:
             if action.dest != "help":
-                found[action.dest] = (action, group.title)
-    return found
+                actions[action.dest] = (action, group.title)
+    return actions
 
 
 ACTIONS = actions()
@@ -91,17 +85,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def refusal(words: list[str]) -> UserError:
-    """Returns the refusal that these words meet: exit code 2, one line that names a way out."""
-    with pytest.raises(UserError) as refused:
+def error_of(words: list[str]) -> UserError:
+    """Return the error that these words raise; it must have exit code 2, one line and a hint."""
+    with pytest.raises(UserError) as error:
         parse(words)
-    assert refused.value.exit_code == FLAGS
-    assert refused.value.hint
-    assert "\n" not in refused.value.line()
-    return refused.value
+    assert error.value.exit_code == FLAGS
+    assert error.value.hint
+    assert "\n" not in error.value.line()
+    return error.value
 
 
-# ---------------------------------------------------------------------------------------------------------- help
+# ---------------------------------------------------------------------------------------------------------------- help
 
 
 @pytest.mark.parametrize("name", ACTIONS)
@@ -110,13 +104,13 @@ def test_every_flag_has_help(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_help_of_a_number_has_its_unit(name: str) -> None:
+def test_help_of_a_number_has_a_unit(name: str) -> None:
     action, title = ACTIONS[name]
     assert name in PURE_NUMBERS or UNITS.search(f"{title} {action.help}"), name
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_help_says_what_zero_is(name: str) -> None:
+def test_help_explains_zero(name: str) -> None:
     action, _ = ACTIONS[name]
     try:
         zero = action.type("0")
@@ -130,18 +124,18 @@ def test_help_can_be_printed(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         tiny.load_script("scripts/wan2.1/train.py").parse_args(["--help"])
     assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(f"--{name} " in shown or f"--{name}\n" in shown for name in (*ACTIONS, "tokenizer_max_length"))
+    output = capsys.readouterr().out
+    assert all(f"--{name} " in output or f"--{name}\n" in output for name in (*ACTIONS, "tokenizer_max_length"))
 
 
 # -------------------------------------------------------------------------------------------------- every flag is read
 
 
-def read_flags() -> set[str]:
-    """Returns the attributes of `args` that script and package read, and those that two functions read by getattr."""
-    read = inspect.getsource(flags.check) + inspect.getsource(flags.optimizer_of)
+def flags_that_are_read() -> set[str]:
+    """Return the attributes of `args` that script and package read, and those that two functions read by getattr."""
+    source = inspect.getsource(flags.check) + inspect.getsource(flags.optimizer_of)
     by_name = ("use_deepspeed", "use_fsdp", "use_8bit_adam", "use_came")
-    found = {name for name in by_name if f'"{name}"' in read}
+    found = {name for name in by_name if f'"{name}"' in source}
     for path in (TRAIN, *(ROOT / "videox").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
@@ -156,34 +150,34 @@ def own_flags_of_the_script() -> set[str]:
 
 
 def test_every_flag_is_read_and_every_read_is_a_flag() -> None:
-    every = set(ACTIONS) | (own_flags_of_the_script() & {"config_path", "tokenizer_max_length"})
-    assert {"config_path", "tokenizer_max_length"} < every
-    assert read_flags() == every
+    all_flags = set(ACTIONS) | (own_flags_of_the_script() & {"config_path", "tokenizer_max_length"})
+    assert {"config_path", "tokenizer_max_length"} < all_flags
+    assert flags_that_are_read() == all_flags
 
 
-# ------------------------------------------------------------------------------------------------- flags that are gone
+# ------------------------------------------------------------------------------------------------------- removed flags
 
 
-def test_the_table_of_gone_flags_is_whole() -> None:
-    assert set(GONE) == set(REPLACED) | set(NEVER_READ)
-    assert not set(GONE) & set(ACTIONS)
+def test_all_removed_flags_are_listed() -> None:
+    assert set(REMOVED) == set(REPLACED) | set(NEVER_READ)
+    assert not set(REMOVED) & set(ACTIONS)
 
 
 @pytest.mark.parametrize("form", ["--{}", "--{}=1", "--{} 1"])
 @pytest.mark.parametrize("name", [*REPLACED, *NEVER_READ])
-def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str, form: str) -> None:
-    refused = refusal([*base, *form.format(name).split()])
-    assert refused.where == f"--{name}"
-    assert refused.hint == GONE[name]
-    assert REPLACED.get(name, "never read it") in refused.hint
-    assert refused.line() == refusal(form.format(name).split()).line()  # said first, whatever else is missing
+def test_a_removed_flag_names_its_replacement(base: list[str], name: str, form: str) -> None:
+    error = error_of([*base, *form.format(name).split()])
+    assert error.where == f"--{name}"
+    assert error.hint == REMOVED[name]
+    assert REPLACED.get(name, "never used it") in error.hint
+    assert error.line() == error_of(form.format(name).split()).line()  # reported first, before missing flags
 
 
-# ------------------------------------------------------------------------------------------------- unknown flags
+# ------------------------------------------------------------------------------------------------------- unknown flags
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"),
+    ("word", "suggestion"),
     [
         ("--gradient_ckeckpointing", "--gradient_checkpointing"),
         ("--learning-rate=1e-5", "--learning_rate"),
@@ -193,32 +187,32 @@ def test_a_gone_flag_is_answered_by_what_replaces_it(base: list[str], name: str,
         ("--enable_buckets", "--enable_bucket"),
     ],
 )
-def test_a_misspelt_flag_names_the_nearest(base: list[str], word: str, meant: str) -> None:
-    for words in ([*base, word], [word]):  # also where the flag that was meant is required
-        refused = refusal(words)
-        assert refused.where == word.split("=")[0]
-        assert refused.hint == f"did you mean {meant}"
+def test_a_misspelled_flag_suggests_the_nearest(base: list[str], word: str, suggestion: str) -> None:
+    for words in ([*base, word], [word]):  # also when required flags are missing
+        error = error_of(words)
+        assert error.where == word.split("=")[0]
+        assert error.hint == f"did you mean {suggestion}"
 
 
 @pytest.mark.parametrize("name", sorted(ACTIONS))
-def test_abbreviations_are_off(base: list[str], name: str) -> None:
+def test_abbreviations_are_not_allowed(base: list[str], name: str) -> None:
     short = f"--{name[:-1]}"
     if short[2:] not in ACTIONS:
-        assert refusal([*base, short, "1"]).where == short
+        assert error_of([*base, short, "1"]).where == short
 
 
 @pytest.mark.parametrize("word", ["stray", "-x", "--", "--zzzzzzzzzzzzzzzzzz"])
 def test_stray_words_are_refused(base: list[str], word: str) -> None:
-    refused = refusal([*base, word])
-    assert refused.where == word
-    assert "not a flag" in refused.what
+    error = error_of([*base, word])
+    assert error.where == word
+    assert "not a flag" in error.what
 
 
 @pytest.mark.parametrize("missing", ["pretrained_model_name_or_path", "train_data_meta"])
 def test_a_missing_flag_is_named(base: list[str], missing: str) -> None:
-    refused = refusal([word for word in base if missing not in word])
-    assert refused.where == f"--{missing}"
-    assert "required" in refused.what
+    error = error_of([word for word in base if missing not in word])
+    assert error.where == f"--{missing}"
+    assert "required" in error.what
 
 
 def test_a_prompt_may_begin_with_dashes(base: list[str]) -> None:
@@ -226,9 +220,9 @@ def test_a_prompt_may_begin_with_dashes(base: list[str]) -> None:
     assert parse([*base, "--validation_prompts", *prompts]).validation_prompts == prompts
 
 
-# -------------------------------------------------------------------------------------------------- values
+# -------------------------------------------------------------------------------------------------------------- values
 
-EVIL = ["0", "-0", "-1", "nan", "inf", "-inf", "1e400", "1e308", "-1e-9", "", " ", "text", "0x10", "1e3", "9" * 5000, "½",
+EXTREME_VALUES = ["0", "-0", "-1", "nan", "inf", "-inf", "1e400", "1e308", "-1e-9", "", " ", "text", "0x10", "1e3", "9" * 5000, "½",
         "%s", "None", "True", "[1]", "18446744073709551616"]  # fmt: skip
 
 
@@ -240,29 +234,29 @@ def words_of(name: str, value: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_no_value_of_a_number_does_more_than_be_refused(base: list[str], name: str) -> None:
-    for value in EVIL:
+def test_extreme_numbers_are_refused_or_valid(base: list[str], name: str) -> None:
+    for value in EXTREME_VALUES:
         try:
             found = getattr(parse([*base, "--enable_bucket", *words_of(name, value)]), name)
-        except UserError as refused:
-            assert refused.exit_code == FLAGS
-            assert "\n" not in refused.line()
+        except UserError as error:
+            assert error.exit_code == FLAGS
+            assert "\n" not in error.line()
             continue
-        for number in found if isinstance(found, list) else [found]:
-            assert isinstance(number, int | float)
-            assert math.isfinite(number)
-            assert number >= 0 or name in {"logit_mean", "mode_scale"}
+        for item in found if isinstance(found, list) else [found]:
+            assert isinstance(item, int | float)
+            assert math.isfinite(item)
+            assert item >= 0 or name in {"logit_mean", "mode_scale"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "text", "", "9" * 5000])
 def test_no_number_is_infinite_or_text(base: list[str], name: str, value: str) -> None:
-    assert refusal([*base, *words_of(name, value)]).where == f"--{name}"
+    assert error_of([*base, *words_of(name, value)]).where == f"--{name}"
 
 
 @given(st.integers(-50, 50), st.integers(0, 50), st.integers(-200, 200))
-def test_whole_numbers_lie_within_their_bounds(low: int, width: int, value: int) -> None:
-    kind = flags.number(int, low, low + width)
+def test_integers_are_within_their_bounds(low: int, width: int, value: int) -> None:
+    kind = number(int, low, low + width)
     if low <= value <= low + width:
         assert kind(str(value)) == value
     else:
@@ -271,18 +265,18 @@ def test_whole_numbers_lie_within_their_bounds(low: int, width: int, value: int)
 
 
 @pytest.mark.parametrize("value", ["inf", "1e400", "nan", "-inf"])
-def test_a_number_without_an_upper_bound_is_finite_all_the_same(value: str) -> None:
-    assert flags.number(float, 0)("1e300") == 1e300
+def test_a_number_without_an_upper_bound_must_be_finite(value: str) -> None:
+    assert number(float, 0)("1e300") == 1e300
     with pytest.raises(argparse.ArgumentTypeError, match="outside 0 or more"):
-        flags.number(float, 0)(value)
+        number(float, 0)(value)
 
 
 @given(st.floats(), st.floats(0, 1))
-def test_shares_lie_between_zero_and_one(value: float, share: float) -> None:
-    assert flags.SHARE(repr(share)) == share
+def test_shares_are_between_zero_and_one(value: float, share: float) -> None:
+    assert SHARE(repr(share)) == share
     if not 0 <= value <= 1:
         with pytest.raises(argparse.ArgumentTypeError):
-            flags.SHARE(repr(value))
+            SHARE(repr(value))
 
 
 @pytest.mark.parametrize(
@@ -305,21 +299,21 @@ def test_bounds_of_single_flags(base: list[str], name: str, accepted: list[str],
         found = getattr(parse([*base, f"--{name}={value}"]), name)
         assert found == type(found)(value)
     for value in refused:
-        assert refusal([*base, f"--{name}={value}"]).where == f"--{name}"
+        assert error_of([*base, f"--{name}={value}"]).where == f"--{name}"
 
 
 @pytest.mark.parametrize("name", [n for n, (action, _) in ACTIONS.items() if action.choices])
-def test_a_choice_that_is_none_lists_those_that_are(base: list[str], name: str) -> None:
-    refused = refusal([*base, f"--{name}=nonsense"])
-    assert refused.where == f"--{name}"
-    assert all(choice in refused.what for choice in ACTIONS[name][0].choices)
+def test_an_invalid_choice_lists_the_valid_ones(base: list[str], name: str) -> None:
+    error = error_of([*base, f"--{name}=nonsense"])
+    assert error.where == f"--{name}"
+    assert all(choice in error.what for choice in ACTIONS[name][0].choices)
 
 
-# ---------------------------------------------------------------------------------------------- across flags
+# -------------------------------------------------------------------------------------------------------- across flags
 
 
 @pytest.mark.parametrize(
-    ("words", "where", "said"),
+    ("words", "where", "message"),
     [
         (["--gradient_checkpointing", "--selective_ac=0.5"], "--selective_ac", "--gradient_checkpointing"),
         (["--random_hw_adapt"], "--random_hw_adapt", "--enable_bucket"),
@@ -334,59 +328,66 @@ def test_a_choice_that_is_none_lists_those_that_are(base: list[str], name: str) 
         (["--use_fsdp"], "--use_fsdp", "accelerate launch"),
     ],
 )
-def test_contradictions_name_both_sides(
-    base: list[str], monkeypatch: pytest.MonkeyPatch, words: list[str], where: str, said: str
+def test_contradictory_flags_are_both_named(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, words: list[str], where: str, message: str
 ) -> None:
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(variable, raising=False)
-    refused = refusal([*base, *words])
-    assert refused.where == where
-    assert said in refused.line()
+    error = error_of([*base, *words])
+    assert error.where == where
+    assert message in error.line()
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
-def test_what_the_launcher_runs_may_be_said(base: list[str], monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_backend_flags_are_accepted_under_their_launcher(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{backend.upper()}", "true")
     assert getattr(parse([*base, f"--use_{backend}"]), f"use_{backend}")
-    assert not getattr(parse(base), f"use_{backend}")  # and need not
+    assert not getattr(parse(base), f"use_{backend}")  # the flag is optional
 
 
-def test_output_has_a_folder_of_its_own(base: list[str], tmp_path: Path) -> None:
+def test_the_output_folder_must_be_separate(base: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder, said in [("model", "model"), ("data", "train_data_dir"), ("", "model"), ("file", "is a file")]:
-        refused = refusal([*base, f"--output_dir={tmp_path / folder}"])
-        assert refused.where == "--output_dir"
-        assert said in refused.what
+    for folder, message in [("model", "model"), ("data", "train_data_dir"), ("", "model"), ("file", "is a file")]:
+        error = error_of([*base, f"--output_dir={tmp_path / folder}"])
+        assert error.where == "--output_dir"
+        assert message in error.what
     for inside in ("transformer", "runs/new"):
-        assert "is inside --pretrained" in refusal([*base, f"--output_dir={tmp_path / 'model' / inside}"]).what
+        assert "is inside --pretrained" in error_of([*base, f"--output_dir={tmp_path / 'model' / inside}"]).what
     for flag in ("transformer_path", "vae_path"):
-        part = [f"--{flag}={tmp_path / 'parts' / 'own'}"]
-        assert f"is or contains --{flag}" in refusal([*base, *part, f"--output_dir={tmp_path / 'parts' / 'own'}"]).what
-        assert f"is inside --{flag}" in refusal([*base, *part, f"--output_dir={tmp_path / 'parts/own/run'}"]).what
-        parse([*base, *part, f"--output_dir={tmp_path / 'parts'}"])
+        component = [f"--{flag}={tmp_path / 'parts' / 'own'}"]
+        assert (
+            f"is or contains --{flag}"
+            in error_of([*base, *component, f"--output_dir={tmp_path / 'parts' / 'own'}"]).what
+        )
+        assert (
+            f"is inside --{flag}" in error_of([*base, *component, f"--output_dir={tmp_path / 'parts/own/run'}"]).what
+        )
+        parse([*base, *component, f"--output_dir={tmp_path / 'parts'}"])
     parse([*base, f"--output_dir={tmp_path / 'data' / 'runs'}"])
     parse([*base, f"--output_dir={tmp_path / 'new' / 'run'}"])
-    assert not (tmp_path / "new").exists()  # checking makes nothing
+    assert not (tmp_path / "new").exists()  # the check creates no folder
 
 
-def test_output_is_found_out_behind_a_link(base: list[str], tmp_path: Path) -> None:
+def test_the_output_folder_is_resolved_through_links(base: list[str], tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "model")
-    assert refusal([*base, f"--output_dir={tmp_path / 'link'}"]).where == "--output_dir"
+    assert error_of([*base, f"--output_dir={tmp_path / 'link'}"]).where == "--output_dir"
 
 
 @pytest.mark.parametrize("name", flags.PATHS)
 def test_impossible_paths_are_refused(base: list[str], tmp_path: Path, name: str) -> None:
-    assert refusal([*base, f"--{name}={'x' * 5000}"]).where == f"--{name}"
-    assert refusal([*base, f"--{name}={tmp_path / ('y' * 300)}"]).where == f"--{name}"
+    assert error_of([*base, f"--{name}={'x' * 5000}"]).where == f"--{name}"
+    assert error_of([*base, f"--{name}={tmp_path / ('y' * 300)}"]).where == f"--{name}"
 
 
-def test_data_folder_is_the_metadatas_where_none_is_given(base: list[str], tmp_path: Path) -> None:
+def test_the_data_folder_defaults_to_that_of_the_metadata(base: list[str], tmp_path: Path) -> None:
     assert flags.data_dir(parse(base)) == tmp_path / "data"
     assert flags.data_dir(parse([*base, f"--train_data_meta={tmp_path / 'data'}"])) == tmp_path / "data"
     assert flags.data_dir(parse([*base, f"--train_data_dir={tmp_path}/elsewhere"])) == tmp_path / "elsewhere"
 
 
-# ---------------------------------------------------------------------------------------- the published command
+# ----------------------------------------------------------------------------------------------- the published command
 
 PUBLISHED = """--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 --video_sample_stride=3
 --video_sample_n_frames=81 --train_batch_size=1 --video_repeat=1 --gradient_accumulation_steps=1
@@ -397,7 +398,7 @@ PUBLISHED = """--image_sample_size=1024 --video_sample_size=256 --token_sample_s
 --trainable_modules ."""
 
 
-def test_the_published_wan_command_is_taken_as_it_is(base: list[str]) -> None:
+def test_the_published_wan_command_is_accepted(base: list[str]) -> None:
     args = tiny.load_script("scripts/wan2.1/train.py").parse_args([*base, *PUBLISHED.split()])
     policy = flags.size_policy(args)
     assert policy.video_sizes() == policy.image_sizes() == (256, 384, 512, 640, 768, 896, 1024)
@@ -407,7 +408,7 @@ def test_the_published_wan_command_is_taken_as_it_is(base: list[str]) -> None:
     assert args.trainable_modules == ["."]
 
 
-def test_the_fixed_size_reaches_the_policy(base: list[str]) -> None:
+def test_the_fixed_size_is_in_the_size_policy(base: list[str]) -> None:
     args = parse([*base, "--enable_bucket", "--fix_sample_size", "480", "832"])
     assert flags.size_policy(args).fix_sample_size == (480, 832)
     assert flags.size_policy(parse(base)).fix_sample_size is None

@@ -1,4 +1,4 @@
-"""Serves videox/validation.py: the held-out loss repeats to the bit, learning lowers it, sampling leaves no trace."""
+"""Tests of videox.training.validation_loss and sampling: held-out loss, restored state, sample clips."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from PIL import Image
 from torch import nn
 
 from videox.diffusion.flow_matching import keyed_noise
+from videox.shapes import Bucket
 from videox.tracking.jsonl import read_lines
 from videox.tracking.preview import THUMB_SIDE
+from videox.training.sampling import SampledClips, SampleSettings, sample_clips
 from videox.training.validation_loss import (
     HeldOut,
+    HeldOutLoss,
     ValidationLoss,
     append_validation,
     change_since_first,
+    evaluation_mode,
     fixed_sigmas,
-    sample_clips,
-    undisturbed,
     validation_loss,
 )
 
-SIZE = {"height": 32, "width": 48, "num_frames": 5, "fps": 16.0, "steps": 2, "guidance_scale": 3.0}
+SHAPE = Bucket(5, 32, 48)
+SETTINGS = {"shape": SHAPE, "fps": 16.0, "seed": 3, "steps": 2, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -71,36 +74,44 @@ def predict_with(model: nn.Module):
     return predict
 
 
-def measure(model: nn.Module, samples: list[HeldOut], **changed) -> ValidationLoss:
-    settings = {"model": model, "shift": 5.0, "sigmas_per_sample": 3, "noise_key": 42}
-    return validation_loss(samples, predict_with(model), **(settings | changed))
+def loss_of(model: nn.Module, samples: list[HeldOut], **changed) -> ValidationLoss:
+    noise_key = changed.pop("noise_key", 42)
+    measure = HeldOutLoss(predict_with(model), model, shift=5.0, noise_key=noise_key, sigmas_per_sample=3)
+    return validation_loss(samples, measure, **changed)
+
+
+def sample(pipeline: WanPipeline, prompts: list[str], folder: Path, step: int, **changed) -> SampledClips:
+    """Sample clips; keywords are those of sample_clips, or replace a setting."""
+    keywords = {name: changed.pop(name) for name in ("write", "collective") if name in changed}
+    settings = SampleSettings(prompts, **{**SETTINGS, **changed})
+    return sample_clips(pipeline, settings, folder, step, **keywords)
 
 
 def global_states() -> list[bytes]:
     return [
         torch.get_rng_state().numpy().tobytes(),
-        b"".join(np.asarray(part).tobytes() for part in np.random.get_state()[1:]),  # noqa: NPY002 - what is guarded
+        b"".join(np.asarray(part).tobytes() for part in np.random.get_state()[1:]),  # noqa: NPY002 - the state under test
         repr(random.getstate()).encode(),
     ]
 
 
 @given(count=st.integers(1, 40), shift=st.floats(0.1, 20))
-def test_the_sigmas_are_quantiles_of_what_training_draws(count, shift):
+def test_sigmas_are_quantiles_of_the_training_distribution(count, shift):
     sigmas = fixed_sigmas(count, shift)
     assert len(sigmas) == count and all(0 < sigma < 1 for sigma in sigmas) and list(sigmas) == sorted(sigmas)
     for i, sigma in enumerate(sigmas):
-        t = sigma / (shift - (shift - 1) * sigma)  # the shift undone
+        t = sigma / (shift - (shift - 1) * sigma)  # without the shift
         assert t == pytest.approx((i + 0.5) / count, rel=1e-9)
 
 
-def test_sigmas_by_hand_and_out_of_range():
+def test_sigma_values_and_invalid_arguments():
     assert fixed_sigmas(2, 5.0) == pytest.approx((5 / 8, 15 / 16), rel=1e-12)
     for count, shift in ((0, 5.0), (3, 0.0), (3, math.nan)):
         with pytest.raises(ValueError, match="at least 1"):
             fixed_sigmas(count, shift)
 
 
-def test_the_loss_is_the_formula(transformer):
+def test_the_loss_equals_the_formula(transformer):
     samples = held_out(2)
     seen = []
 
@@ -108,44 +119,45 @@ def test_the_loss_is_the_formula(transformer):
         seen.append((noisy.clone(), timestep, sample))
         return torch.full_like(noisy, 0.25, dtype=torch.bfloat16)
 
-    result = validation_loss(samples, predict, model=transformer, shift=5.0, sigmas_per_sample=3, noise_key=1)
+    measure = HeldOutLoss(predict, transformer, shift=5.0, noise_key=1, sigmas_per_sample=3)
+    result = validation_loss(samples, measure)
     assert [id(sample) for _, _, sample in seen] == [id(samples[0])] * 3 + [id(samples[1])] * 3
-    by_hand, noises = [], []
+    expected, noises = [], []
     for noisy, timestep, sample in seen:
         sigma = timestep.double().item() / 1000
         noise = (noisy.double() - (1 - sigma) * sample.latents.double()) / sigma
         assert noise.std() == pytest.approx(1, abs=0.15)
         noises.append(noise.flatten()[:96])
-        by_hand.append((0.25 - (noise - sample.latents.double())).square().mean().item())
-    assert result.mean == pytest.approx(np.mean(by_hand), rel=1e-5)
-    assert result.per_sigma == pytest.approx(np.reshape(by_hand, (2, 3)).mean(0), rel=1e-5)
+        expected.append((0.25 - (noise - sample.latents.double())).square().mean().item())
+    assert result.mean == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result.per_sigma == pytest.approx(np.reshape(expected, (2, 3)).mean(0), rel=1e-5)
     assert [timestep.item() / 1000 for _, timestep, _ in seen[:3]] == pytest.approx(result.sigmas)
     correlation = torch.corrcoef(torch.stack(noises)) - torch.eye(6)
-    assert correlation.abs().max() < 0.5  # each sample and each sigma has noise of its own
+    assert correlation.abs().max() < 0.5  # each sample and each sigma has its own noise
 
 
-def test_the_same_weights_give_the_same_number_and_no_trace_is_left(transformer):
-    transformer.blocks[0].eval()  # a part that the training keeps in eval mode stays in it
+def test_validation_repeats_exactly_and_restores_all_state(transformer):
+    transformer.blocks[0].eval()  # a module that is in eval mode during training stays in eval mode
     flags = [module.training for module in transformer.modules()]
     samples = held_out(3)
     before = global_states()
-    first = measure(transformer, samples)
+    first = loss_of(transformer, samples)
     assert global_states() == before
     torch.rand(5)
-    assert measure(transformer, samples) == first
+    assert loss_of(transformer, samples) == first
     assert [module.training for module in transformer.modules()] == flags and not all(flags) and any(flags)
     assert all(parameter.grad is None for parameter in transformer.parameters())
-    assert measure(transformer, samples, noise_key=43).mean != first.mean
+    assert loss_of(transformer, samples, noise_key=43).mean != first.mean
 
 
-def disturb() -> None:
+def use_global_generators() -> None:
     before = global_states()
-    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - what is guarded
+    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - the state under test
     assert all(a != b for a, b in zip(before, global_states(), strict=True))
 
 
 class Noisy(nn.Module):
-    """A model with dropout and a taste for every global generator."""
+    """A model with dropout that draws from every global generator."""
 
     def __init__(self):
         super().__init__()
@@ -153,24 +165,24 @@ class Noisy(nn.Module):
 
     def forward(self, hidden_states, **_):
         assert not torch.is_grad_enabled() and not self.dropout.training
-        disturb()
+        use_global_generators()
         return (self.dropout(self.inner(hidden_states)),)
 
 
-def test_dropout_is_off_and_the_generators_are_put_back_even_after_an_error():
+def test_dropout_is_off_and_generators_are_restored_after_an_error():
     model = Noisy()
     before = global_states()
-    assert measure(model, held_out(2)) == measure(model, held_out(2))
+    assert loss_of(model, held_out(2)) == loss_of(model, held_out(2))
     assert model.dropout.training and global_states() == before
-    with pytest.raises(ZeroDivisionError), undisturbed([model]):
-        disturb()
+    with pytest.raises(ZeroDivisionError), evaluation_mode([model]):
+        use_global_generators()
         raise ZeroDivisionError
     assert model.dropout.training and global_states() == before and torch.is_grad_enabled()
 
 
-def test_the_loss_falls_when_the_model_learns_the_sample(transformer):
+def test_the_loss_falls_when_the_model_learns(transformer):
     samples = held_out(1)
-    before = measure(transformer, samples)
+    before = loss_of(transformer, samples)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
     predict = predict_with(transformer)
     for step in range(30):
@@ -181,17 +193,17 @@ def test_the_loss_falls_when_the_model_learns_the_sample(transformer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = measure(transformer, samples)
+    after = loss_of(transformer, samples)
     assert after.mean < 0.9 * before.mean
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(3, 2), (5, 4), (2, 4), (4, 2), (1, 3)])
-def test_shared_work_gives_the_same_number_with_equally_many_passes(transformer, count, world_size):
+def test_sharded_validation_has_the_same_loss_and_equal_passes_per_rank(transformer, count, world_size):
     samples = held_out(count)
-    alone = measure(transformer, samples)
+    single = loss_of(transformer, samples)
     tables, passes = [], []
 
-    def keep(table):
+    def record(table):
         tables.append(table)
         return table
 
@@ -202,31 +214,22 @@ def test_shared_work_gives_the_same_number_with_equally_many_passes(transformer,
             calls.append(sample)
             return predict_with(transformer)(noisy, timestep, sample)
 
-        validation_loss(
-            samples,
-            predict,
-            model=transformer,
-            shift=5.0,
-            sigmas_per_sample=3,
-            noise_key=42,
-            rank=rank,
-            world_size=world_size,
-            all_reduce_sum=keep,
-        )
+        measure = HeldOutLoss(predict, transformer, shift=5.0, noise_key=42, sigmas_per_sample=3)
+        validation_loss(samples, measure, rank=rank, world_size=world_size, all_reduce_sum=record)
         passes.append(len(calls))
     total = sum(tables)
     assert len(set(passes)) == 1 and passes[0] == 3 * math.ceil(count / world_size)
-    last = measure(transformer, samples, rank=world_size - 1, world_size=world_size, all_reduce_sum=lambda _: total)
-    assert last == alone
+    last = loss_of(transformer, samples, rank=world_size - 1, world_size=world_size, all_reduce_sum=lambda _: total)
+    assert last == single
 
 
-def test_without_samples_or_without_a_sum_it_is_refused(transformer):
+def test_samples_and_a_reduction_are_required(transformer):
     for samples, world_size in (([], 1), (held_out(1), 2)):
-        with pytest.raises(ValueError, match="samples and a sum are needed"):
-            measure(transformer, samples, world_size=world_size)
+        with pytest.raises(ValueError, match="samples and a sum are required"):
+            loss_of(transformer, samples, world_size=world_size)
 
 
-def test_the_line_of_validation_jsonl(tmp_path):
+def test_lines_of_validation_jsonl(tmp_path):
     path = tmp_path / "validation.jsonl"
     append_validation(path, 0, ValidationLoss(0.1 + 0.2, (0.625, 0.9375), (1 / 3, 2.0)))
     append_validation(path, 20, ValidationLoss(math.nan, (0.625, 0.9375), (math.inf, 2.0)))
@@ -238,7 +241,7 @@ def test_the_line_of_validation_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "text"),
     [
         ([0.5], ""),
         ([0.5, 0.4, 0.2025], " (-59.5 % since step 0)"),
@@ -247,21 +250,21 @@ def test_the_line_of_validation_jsonl(tmp_path):
         ([math.inf, 0.5], ""),
     ],
 )
-def test_a_loss_is_compared_with_the_first_of_the_run(tmp_path, losses, said):
+def test_the_change_since_the_first_validation(tmp_path, losses, text):
     path = tmp_path / "validation.jsonl"
     for step, loss in enumerate(losses):
         append_validation(path, 20 * step, ValidationLoss(loss, (), ()))
-    assert change_since_first(path) == said
+    assert change_since_first(path) == text
 
 
-def test_clips_are_sampled_at_the_right_rate_and_leave_no_trace(pipeline, tmp_path):
-    pipeline.set_progress_bar_config(desc="mine", disable=True)
+def test_clips_have_the_frame_rate_and_sampling_restores_all_state(pipeline, tmp_path):
+    pipeline.set_progress_bar_config(desc="custom", disable=True)
     pipeline.scheduler.set_timesteps(7)
     scheduler, timesteps = pipeline.scheduler, pipeline.scheduler.timesteps.clone()
     config = dict(pipeline.config)
     before = global_states()
     prompts = ["a bright square moves over a dark background", "../../a cat\n\x1b[31m"]
-    result = sample_clips(pipeline, prompts, seed=3, folder=tmp_path / "samples", step=20, **SIZE)
+    result = sample(pipeline, prompts, tmp_path / "samples", 20)
     assert result.warnings == []
     names = ["step-000020-prompt-0.mp4", "step-000020-prompt-1.mp4", "step-000020.png"]
     assert [path.name for path in result.paths] == names == sorted(p.name for p in (tmp_path / "samples").iterdir())
@@ -273,76 +276,73 @@ def test_clips_are_sampled_at_the_right_rate_and_leave_no_trace(pipeline, tmp_pa
     assert Image.open(result.paths[2]).size[0] > 3 * THUMB_SIDE
     assert global_states() == before
     assert pipeline.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
-    assert pipeline._progress_bar_config == {"desc": "mine", "disable": True} and dict(pipeline.config) == config
+    assert pipeline._progress_bar_config == {"desc": "custom", "disable": True} and dict(pipeline.config) == config
     assert all(module.training for module in pipeline.transformer.modules())
     assert not any(module.training for module in pipeline.vae.modules())
     assert all(parameter.grad is None for parameter in pipeline.transformer.parameters())
 
 
-def test_the_noise_is_the_same_at_every_step_and_differs_between_prompts(pipeline, tmp_path):
-    def sample(step, prompts, **changed):
-        settings = SIZE | {"num_frames": 1, "folder": tmp_path, "seed": 3, "step": step} | changed
-        paths = sample_clips(pipeline, prompts, **settings).paths
+def test_sampling_noise_is_fixed_per_prompt(pipeline, tmp_path):
+    def sample_images(step, prompts, **changed):
+        paths = sample(pipeline, prompts, tmp_path, step, shape=Bucket(1, 32, 48), **changed).paths
         assert [path.suffix for path in paths] == [".png"] * (len(prompts) + 1)
         return [np.asarray(Image.open(path)).astype(int) for path in paths[:-1]]
 
-    same = sample(10, ["a cat", "a cat"])
+    first = sample_images(10, ["a cat", "a cat"])
     torch.rand(10)
-    again = sample(20, ["a cat", "a cat"])
-    assert np.array_equal(same, again) and not np.array_equal(same[0], same[1])
-    assert not np.array_equal(sample(30, ["a cat"], seed=4)[0], same[0])
-    assert np.array_equal(sample(35, ["a cat"], seed=4)[0], same[1])  # prompt i has the noise of seed + i
+    again = sample_images(20, ["a cat", "a cat"])
+    assert np.array_equal(first, again) and not np.array_equal(first[0], first[1])
+    assert not np.array_equal(sample_images(30, ["a cat"], seed=4)[0], first[0])
+    assert np.array_equal(sample_images(35, ["a cat"], seed=4)[0], first[1])  # prompt i has the noise of seed + i
     with torch.no_grad():
         pipeline.transformer.proj_out.weight.mul_(3)
-    assert not np.array_equal(sample(40, ["a cat"])[0], same[0])
+    assert not np.array_equal(sample_images(40, ["a cat"])[0], first[0])
 
 
-def test_embeddings_made_ahead_give_the_same_picture_without_a_text_encoder(pipeline, tmp_path):
-    first = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "a", step=1, negative_prompt="blurry", **SIZE)
+def test_precomputed_embeddings_sample_the_same_clip(pipeline, tmp_path):
+    first = sample(pipeline, ["a cat"], tmp_path / "a", 1, negative_prompt="blurry")
     with torch.no_grad():
         embeddings = pipeline.encode_prompt("a cat", "blurry", True, max_sequence_length=512)
     pipeline.text_encoder = None
-    second = sample_clips(
-        pipeline, ["a cat"], seed=3, folder=tmp_path / "b", step=1, prompt_embeddings=[embeddings], **SIZE
-    )
+    second = sample(pipeline, ["a cat"], tmp_path / "b", 1, prompt_embeddings=[embeddings])
     assert second.warnings == [] and first.paths[0].read_bytes() == second.paths[0].read_bytes()
 
 
-def test_a_sample_that_fails_is_a_warning_and_the_others_are_made(pipeline, tmp_path):
+def test_a_failed_sample_is_a_warning_and_the_others_are_written(pipeline, tmp_path):
     good, bad = keyed_noise(1, (1, 512, 32)), keyed_noise(2, (1, 512, 31))
-    arguments = {"seed": 3, "folder": tmp_path, "step": 5, "prompt_embeddings": [(bad, bad), (good, good)]} | SIZE
+    embeddings = [(bad, bad), (good, good)]
     scheduler = pipeline.scheduler
-    result = sample_clips(pipeline, ["bad", "good"], **arguments)
+    result = sample(pipeline, ["bad", "good"], tmp_path, 5, prompt_embeddings=embeddings)
     assert [path.name for path in result.paths] == ["step-000005-prompt-1.mp4", "step-000005.png"]
     (warning,) = result.warnings
     assert warning.startswith("no sample at step 5, prompt 0: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert pipeline.scheduler is scheduler and pipeline.transformer.training
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        sample_clips(pipeline, ["bad", "good"], **arguments | {"collective": True})
+        sample(pipeline, ["bad", "good"], tmp_path, 5, prompt_embeddings=embeddings, collective=True)
     assert pipeline.scheduler is scheduler and pipeline.transformer.training and torch.is_grad_enabled()
 
 
 def test_sizes_that_the_pipeline_refuses_are_a_warning(pipeline, tmp_path):
-    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path, step=5, **SIZE | {"height": 33})
+    result = sample(pipeline, ["a cat"], tmp_path, 5, shape=Bucket(5, 33, 48))
     assert result.paths == [] and "ValueError" in result.warnings[0] and "\n" not in result.warnings[0]
 
 
-def test_a_diverged_model_is_said_to_be_so(pipeline, tmp_path):
+def test_nonfinite_samples_are_a_warning(pipeline, tmp_path):
     with torch.no_grad():
         pipeline.transformer.proj_out.bias.fill_(math.nan)
-    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path, step=5, **SIZE)
+    result = sample(pipeline, ["a cat"], tmp_path, 5)
     assert result.paths == [] and result.warnings == ["no sample at step 5, prompt 0: the picture is not finite"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(pipeline, tmp_path):
     (tmp_path / "samples").write_text("in the way")
-    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "samples", step=5, **SIZE)
+    result = sample(pipeline, ["a cat"], tmp_path / "samples", 5)
     assert result.paths == [] and len(result.warnings) == 2 and "was not written" in result.warnings[0]
 
 
-def test_a_process_that_does_not_write_takes_part_all_the_same(pipeline, tmp_path):
+def test_a_rank_that_does_not_write_takes_part_in_sampling(pipeline, tmp_path):
     passes = []
     handle = pipeline.transformer.register_forward_hook(lambda *_: passes.append(1))
-    result = sample_clips(pipeline, ["a cat"], seed=3, folder=tmp_path / "s", step=5, write=False, **SIZE)
+    result = sample(pipeline, ["a cat"], tmp_path / "s", 5, write=False)
     handle.remove()
     assert len(passes) == 4 and result.paths == [] and not (tmp_path / "s").exists()

@@ -1,4 +1,4 @@
-"""Serves videox/layouts.py: each published tensor has one place in diffusers' model, and its way back."""
+"""Tests of videox.weights.layouts: each published tensor maps to one place in the diffusers model and back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 
 def model_shapes(layout: str, config: dict) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of diffusers' class for a configuration, without its memory."""
+    """The shapes of the diffusers class for a configuration, without allocating it."""
     with init_empty_weights():
         model = CLASSES[layout].from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -48,7 +48,7 @@ def mapped(layout: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[i
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_every_published_tensor_has_its_place_and_its_way_back(model: str) -> None:
+def test_every_published_tensor_maps_to_diffusers_and_back(model: str) -> None:
     layout, tensors, parameters = PUBLISHED[model]
     config, shapes = originals.published(model)
     assert (len(shapes), sum(prod(shape) for shape in shapes.values())) == (tensors, parameters)
@@ -57,7 +57,7 @@ def test_every_published_tensor_has_its_place_and_its_way_back(model: str) -> No
     assert mapped(layout, shapes) == wanted
     assert layouts.family_of(wanted) == layout and layouts.layout_of(wanted) is None
     assert {entry.name: entry.shape for entry in layouts.to_original(layout, wanted)} == shapes
-    # every element of each side is used once, and there is nothing else
+    # Every element of each side is used exactly once.
     for entries, source in (
         (layouts.to_diffusers(layout, shapes), shapes),
         (layouts.to_original(layout, wanted), wanted),
@@ -72,7 +72,7 @@ def test_every_published_tensor_has_its_place_and_its_way_back(model: str) -> No
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_the_configuration_shows_in_the_shapes(model: str) -> None:
+def test_configuration_is_inferred_from_the_shapes(model: str) -> None:
     layout, *_ = PUBLISHED[model]
     config, shapes = originals.published(model)
     known = {"image_condition_type": config["image_condition_type"]} if layout == "hunyuan" else {}
@@ -82,10 +82,10 @@ def test_the_configuration_shows_in_the_shapes(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_diffusers_converter_says_the_same(model: str) -> None:
-    """Values too: every row has a number of its own, in tensors that are one element wide behind the first dimension.
+def test_diffusers_converter_agrees(model: str) -> None:
+    """Compare values too: every row has a unique number, in tensors whose other dimensions are 1.
 
-    diffusers' converter cuts along the first dimension at published sizes, which these tensors keep.
+    diffusers' converter splits along the first dimension at published sizes, which these tensors keep.
     """
     layout, *_ = PUBLISHED[model]
     _, shapes = originals.published(model)
@@ -105,7 +105,7 @@ def test_diffusers_converter_says_the_same(model: str) -> None:
         assert torch.equal(torch.cat(rows), theirs[entry.name].flatten()), entry.name
 
 
-def test_the_autoencoders_map_is_diffusers_own() -> None:
+def test_vae_layout_equals_diffusers_converter() -> None:
     with init_empty_weights():
         state = AutoencoderKLWan().state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -122,7 +122,7 @@ def test_the_autoencoders_map_is_diffusers_own() -> None:
 
 
 @given(blocks=st.integers(1, 4), resnets=st.integers(1, 3), z=st.integers(2, 4))
-def test_an_autoencoder_of_any_depth_has_its_way_back(blocks: int, resnets: int, z: int) -> None:
+def test_vae_of_any_depth_round_trips(blocks: int, resnets: int, z: int) -> None:
     sizes = {"base_dim": 2, "z_dim": z, "dim_mult": [*[1, 2, 1, 2][:blocks], 1], "num_res_blocks": resnets}
     sizes["temperal_downsample"] = [False, True, True, True][:blocks]
     with init_empty_weights():
@@ -153,24 +153,24 @@ COMFYUI = {
 }
 
 
-@pytest.mark.parametrize(("theirs", "name"), COMFYUI.items(), ids=COMFYUI)
-def test_comfyuis_own_names_are_known(theirs: str, name: str) -> None:
-    assert layouts.published_name(theirs) == name
+@pytest.mark.parametrize(("comfyui", "published"), COMFYUI.items(), ids=COMFYUI)
+def test_comfyui_names_map_to_published_names(comfyui: str, published: str) -> None:
+    assert layouts.published_name(comfyui) == published
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_published_names_stay_as_they_are(model: str) -> None:
+def test_published_names_are_unchanged(model: str) -> None:
     _, shapes = originals.published(model)
     assert [layouts.published_name(name) for name in shapes] == list(shapes)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model.model.", "module."])
-def test_a_prefix_before_every_name_is_found(prefix: str) -> None:
+def test_shared_prefix_is_detected(prefix: str) -> None:
     assert layouts.shared_prefix([f"{prefix}blocks.0.ffn.0.weight", f"{prefix}head.modulation"]) == prefix
     assert layouts.shared_prefix([f"{prefix}blocks.0.ffn.0.weight", "other"]) == ""
 
 
-def test_a_tensor_that_nobody_knows_keeps_its_name() -> None:
+def test_unknown_tensor_keeps_its_name() -> None:
     shapes = {"blocks.0.self_attn.q.weight": (4, 4), "blocks.0.self_attn.q.lora": (2,), "stray": (3,)}
     assert [entry.name for entry in layouts.to_diffusers("wan", shapes)] == [
         "blocks.0.attn1.to_q.weight", "blocks.0.self_attn.q.lora", "stray",

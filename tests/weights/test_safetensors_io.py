@@ -1,4 +1,4 @@
-"""Serves whoever changes how tensors are kept: round trips are bit-exact, and diffusers itself reads what we write."""
+"""Tests of videox.weights.safetensors_io: round trips are bit-identical, and diffusers reads what is written."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_from_pretrained_reads_what_save_weights_wrote(wan, tmp_path, shard_size
     assert (INDEX in files) == (shard_size == 20_000) and (len(files) > 4) == (shard_size == 20_000)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.float32)
     assert same(loaded.state_dict(), wan.state_dict())
-    built_alike = set(wan.config) - {"_use_default_values", "patch_size"}  # JSON has no tuples
-    assert {key: loaded.config[key] for key in built_alike} == {key: wan.config[key] for key in built_alike}
+    compared = set(wan.config) - {"_use_default_values", "patch_size"}  # JSON has no tuples
+    assert {key: loaded.config[key] for key in compared} == {key: wan.config[key] for key in compared}
 
 
 def test_shards_are_named_and_indexed_as_diffusers_does(wan, tmp_path):
@@ -89,14 +89,14 @@ def test_load_weights_reads_what_diffusers_wrote_in_place(wan, tmp_path):
     assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == addresses
 
 
-def test_the_dtype_of_the_parameter_wins(wan, tmp_path):
+def test_load_weights_casts_to_the_dtype_of_the_parameter(wan, tmp_path):
     save_weights(tmp_path, wan.state_dict(), wan.to_json_string())
     other = tiny_wan(seed=1).to(torch.bfloat16)
     load_weights(tmp_path, other)
     assert same(other.state_dict(), {name: tensor.to(torch.bfloat16) for name, tensor in wan.state_dict().items()})
 
 
-def test_the_path_of_the_source_is_not_kept(tmp_path, wan):
+def test_path_of_the_source_is_not_saved(tmp_path, wan):
     save_weights(tmp_path, {}, {**wan.config, "_class_name": "WanTransformer3DModel", "_name_or_path": "/home/me/x"})
     assert "/home/me" not in (tmp_path / CONFIG).read_text()
 
@@ -112,7 +112,7 @@ DTYPES = st.sampled_from(
     shard_size=st.integers(1, 400),
     one_by_one=st.booleans(),
 )
-def test_any_tensors_come_back_bit_for_bit(tmp_path_factory, specs, shard_size, one_by_one):
+def test_any_tensors_round_trip_bit_identical(tmp_path_factory, specs, shard_size, one_by_one):
     folder = tmp_path_factory.mktemp("tensors")
     tensors = {
         f"layer.{number}": torch.randint(0, 2 if dtype is torch.bool else 100, shape).to(dtype)
@@ -126,7 +126,7 @@ def test_any_tensors_come_back_bit_for_bit(tmp_path_factory, specs, shard_size, 
         assert sum(sizes) <= shard_size or sum(size > 0 for size in sizes) == 1
 
 
-def test_views_transposes_and_tied_tensors_are_written_whole(tmp_path):
+def test_views_transposed_and_tied_tensors_are_written_in_full(tmp_path):
     table = torch.arange(12.0).reshape(3, 4)
     tensors = {"rows": table[1:], "transposed": table.T, "tied": table, "again": table}
     save_tensors(tmp_path, tensors, stem="x")
@@ -146,21 +146,21 @@ def test_a_name_given_twice_is_refused(tmp_path, shard_size):
         save_tensors(tmp_path, twice, stem="x", max_shard_size=shard_size)
 
 
-def test_a_full_disk_is_reported_and_the_gathering_goes_on_to_its_end(tmp_path):
-    """The iterable may be a collective on every process: stopping early would leave the others waiting."""
+def test_full_disk_is_reported_after_the_iterable_is_exhausted(tmp_path):
+    """The iterable may run a collective on every rank: stopping early would leave the others waiting."""
 
     def full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        asked = []
+        requested = []
 
         def gathered() -> Iterator[tuple[str, torch.Tensor]]:
             for number in range(5):
-                asked.append(number)
+                requested.append(number)
                 yield f"t{number}", torch.zeros(1000)
 
         with pytest.raises((OSError, SafetensorError), match="File too large"):
             save_tensors(tmp_path, gathered(), stem="x", max_shard_size=4000)
-        assert asked == [0, 1, 2, 3, 4]
+        assert requested == [0, 1, 2, 3, 4]
 
     assert wait_for(fork(full_disk)) == 0
 
@@ -175,7 +175,7 @@ def refusal(folder: Path, target) -> str:
     return caught.value.line()
 
 
-def test_a_missing_extra_or_misshapen_tensor_is_named_and_nothing_is_copied(wan, tmp_path):
+def test_missing_extra_and_mismatched_tensors_are_named_and_nothing_is_copied(wan, tmp_path):
     state = dict(wan.state_dict())
     state["proj_out.bias"] = torch.zeros(7)
     state["new.weight"] = torch.zeros(1)
@@ -184,13 +184,13 @@ def test_a_missing_extra_or_misshapen_tensor_is_named_and_nothing_is_copied(wan,
     other = tiny_wan(seed=1)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     line = refusal(tmp_path, other)
-    for part in ("scale_shift_table is missing", "new.weight is not in the model", "proj_out.bias is [7]"):
-        assert part in line
+    for fragment in ("scale_shift_table is missing", "new.weight is not in the model", "proj_out.bias is [7]"):
+        assert fragment in line
     assert same(other.state_dict(), before)
     state["proj_out.bias"] = wan.state_dict()["proj_out.bias"]
     save_weights(tmp_path / "lax", state, wan.to_json_string())
-    passed_over = load_weights(tmp_path / "lax", other, strict=False)
-    assert passed_over == ["scale_shift_table is missing", "new.weight is not in the model"]
+    ignored = load_weights(tmp_path / "lax", other, strict=False)
+    assert ignored == ["scale_shift_table is missing", "new.weight is not in the model"]
     assert torch.equal(other.proj_out.weight, wan.proj_out.weight)
     assert torch.equal(other.scale_shift_table, before["scale_shift_table"])
 
@@ -200,11 +200,11 @@ def test_many_differences_are_counted(tmp_path):
     assert "and 15 more" in refusal(tmp_path, {f"p{number}": torch.zeros(1) for number in range(20)})
 
 
-def test_broken_folders_are_refused_by_file(wan, tmp_path):
+def test_broken_file_of_a_folder_is_named(wan, tmp_path):
     save_weights(tmp_path, wan.state_dict(), wan.to_json_string(), max_shard_size=30_000)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    whole = shards[1].read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 100):
+    intact = shards[1].read_bytes()
+    for content in (intact[: len(intact) // 2], intact[:4], b"", b"\xff" * 100):
         shards[1].write_bytes(content)
         assert shards[1].name in refusal(tmp_path, tiny_wan(1))
     shards[1].unlink()
@@ -214,13 +214,13 @@ def test_broken_folders_are_refused_by_file(wan, tmp_path):
         assert INDEX in refusal(tmp_path, tiny_wan(1))
 
 
-def test_a_folder_without_weights_says_what_it_has(tmp_path):
+def test_error_for_a_folder_without_weights_lists_its_files(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert "found: pytorch_model.bin" in refusal(tmp_path, {})
     assert "no such folder" in refusal(tmp_path / "absent", {})
 
 
-def test_meta_tensors_are_not_silently_left_empty(tmp_path):
+def test_meta_tensors_raise(tmp_path):
     save_tensors(tmp_path, {"w": torch.ones(2)})
     with pytest.raises(ValueError, match="w is on the meta device"):
         load_weights(tmp_path, torch.nn.ParameterDict({"w": torch.empty(2, device="meta")}))
@@ -230,12 +230,12 @@ def test_meta_tensors_are_not_silently_left_empty(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_export_holds_what_diffusers_casts_at_load(wan, tmp_path, dtype):
-    wan.save_pretrained(tmp_path / "masters")
+def test_export_equals_the_cast_of_from_pretrained(wan, tmp_path, dtype):
+    wan.save_pretrained(tmp_path / "fp32")
     export_transformer(
         wan.state_dict(), wan.to_json_string(), tmp_path / "out", dtype, WanTransformer3DModel._keep_in_fp32_modules
     )
-    cast = WanTransformer3DModel.from_pretrained(tmp_path / "masters", torch_dtype=dtype).state_dict()
+    cast = WanTransformer3DModel.from_pretrained(tmp_path / "fp32", torch_dtype=dtype).state_dict()
     assert same(dict(StoredTensors(tmp_path / "out")), dict(cast))
     assert {tensor.dtype for tensor in cast.values()} == {dtype, torch.float32}
     again = WanTransformer3DModel.from_pretrained(tmp_path / "out", torch_dtype=dtype).state_dict()
@@ -260,7 +260,7 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, valu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_export_moves_the_first_aside(tmp_path):
+def test_a_second_export_renames_the_first(tmp_path):
     for value in (1.0, 2.0, 3.0):
         export_transformer({"w": torch.full((2,), value)}, "{}", tmp_path / "transformer", torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -270,7 +270,7 @@ def test_a_second_export_moves_the_first_aside(tmp_path):
     assert StoredTensors(tmp_path / "transformer-superseded")["w"].tolist() == [1.0, 1.0]
 
 
-def test_files_of_equal_content_are_equal(tmp_path):
+def test_equal_saves_are_byte_identical(tmp_path):
     facts = {name: name.upper() for name in ("steps", "shift", "task", "größe", 'quote " and \\')}
     tensors = {"weight": torch.arange(6.0), "bias": torch.ones(2)}
     for number in range(8):
@@ -282,7 +282,7 @@ def test_files_of_equal_content_are_equal(tmp_path):
         assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_failed_export_leaves_the_old_one_in_place(tmp_path):
+def test_failed_export_leaves_the_old_one_unchanged(tmp_path):
     export_transformer({"w": torch.ones(2)}, "{}", tmp_path / "out", torch.float32)
 
     def full_disk() -> None:
@@ -295,11 +295,11 @@ def test_a_failed_export_leaves_the_old_one_in_place(tmp_path):
     assert StoredTensors(tmp_path / "out")["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_published_folder_is_readable_by_the_team(tmp_path):
-    """Temporary folders are private by default; what is renamed from one must follow the user's umask."""
+def test_published_folder_has_the_permissions_of_the_umask(tmp_path):
+    """Temporary folders are private by default; folders renamed from them must follow the user's umask."""
     before = os.umask(0o022)
     try:
-        publish_folder(tmp_path / "out", lambda aside: save_tensors(aside, {"w": torch.zeros(1)}, stem="x"))
+        publish_folder(tmp_path / "out", lambda folder: save_tensors(folder, {"w": torch.zeros(1)}, stem="x"))
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755

@@ -1,8 +1,8 @@
-"""Serves training, validation and sampling: what an image-to-video model is given, built in one place. Tensors only.
+"""The condition of image-to-video and inpainting models, built in one place for training, validation and sampling.
 
-Masks say what is known: 1 where the model is given the picture, 0 where it is to make it. The order of Wan's 36
-channels (16 noisy, 4 mask, 16 condition), and grey for what is not known, are those of diffusers'
-WanImageToVideoPipeline; a test holds both equal.
+Functions of tensors only. In a mask, 1 means known (the model gets the pixels) and 0 means to be generated. The order
+of Wan's 36 channels (16 noisy, 4 mask, 16 condition) and grey for unknown pixels are those of diffusers'
+WanImageToVideoPipeline; a test verifies that both are equal.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
 
 MODES = ("normal", "i2v", "inpaint")
-IMAGE_DROP = 0.9  # share of images whose condition is zeroed, so that text-to-video ability is kept
+IMAGE_DROP = 0.9  # share of images whose condition is zeroed, to preserve text-to-video ability
 
-# Families of masks that inpainting trains on, with their share; for an image, one frame, two say something.
+# Families of masks for inpainting, with their shares; for an image, which has one frame, only two make sense.
 CLIP_MASKS = {"first": 0.3, "first_and_last": 0.2, "boxes": 0.2, "frames": 0.2, "nothing": 0.1}
 IMAGE_MASKS = {"boxes": 0.75, "nothing": 0.25}
-MOST_BOXES = 4
+MAX_BOXES = 4
 
 
 def known_mask(
     mode: str, keys: Sequence[int], frames: int, height: int, width: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Returns what each sample is given: float32 [B, 1, T, H, W], 1 = known.
+    """Return the mask of known pixels of each sample: float32 [B, 1, T, H, W], 1 = known.
 
     Args:
-        mode: "i2v" (the first frame; nothing of an image) | "inpaint" (a family of masks drawn by the sample's key).
+        mode: "i2v" (the first frame of a clip; nothing of an image) | "inpaint" (a family of masks drawn by the
+            sample's key).
         keys: one per sample.
         frames, height, width: of the bucket, in pixels.
-        device: where the mask is made.
+        device: where the mask is created.
     """
     masks = torch.zeros(len(keys), 1, frames, height, width, device=device)
     for mask, key in zip(masks, keys, strict=True):
@@ -46,14 +47,27 @@ def known_mask(
     return masks
 
 
+def known_pixels(mode: str, video: torch.Tensor, keys: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the known pixels of a video [B, 3, T, H, W], grey (0) elsewhere, and their mask [B, 1, T, H, W].
+
+    Args:
+        mode: as in known_mask.
+        video: float [B, 3, T, H, W] in [-1, 1].
+        keys: of the masks, one per sample.
+    """
+    frames, height, width = video.shape[2:]
+    mask = known_mask(mode, keys, frames, height, width, device=video.device)
+    return video * mask, mask
+
+
 def draw_family(families: dict[str, float], key: int) -> str:
-    """Returns the name of a family, drawn by the key with the shares given."""
+    """Draw the name of a family by the key, with the given shares."""
     edges = np.cumsum(list(families.values()))
     return list(families)[int(np.searchsorted(edges / edges[-1], uniform(key, Purpose.MASK_FAMILY), side="right"))]
 
 
 def mask_name(mode: str, key: int, frames: int) -> str:
-    """Returns a name of the mask that known_mask gives a sample: equal names mean equal masks of the same size."""
+    """Return a name of the mask that known_mask makes for a sample: equal names mean equal masks of the same size."""
     if mode != "inpaint":
         return "first" if mode == "i2v" and frames > 1 else "nothing"
     family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
@@ -61,11 +75,11 @@ def mask_name(mode: str, key: int, frames: int) -> str:
 
 
 def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
-    """Fills one sample's mask [T, H, W], which is zero, in place.
+    """Fill one sample's mask [T, H, W], which is zero, in place.
 
-    first, first_and_last: these frames are known. frames: each frame with a probability that the key draws, but not
-    all. boxes: all is known but one to four boxes, the same in every frame, on the transformer's grid of 16
-    pixels. nothing: left as it is.
+    first, first_and_last: these frames are known. frames: each frame is known with a probability drawn by the key, but
+    never all of them. boxes: everything is known except one to four boxes, the same in every frame, on the
+    transformer's grid of 16 pixels. nothing: the mask stays zero.
     """
     frames, height, width = mask.shape
     if family == "first":
@@ -73,20 +87,22 @@ def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
     elif family == "first_and_last":
         mask[0] = mask[-1] = 1
     elif family == "frames":
-        chosen = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
-        chosen[int(hash_key(key, Purpose.MASK_SHARE)) % frames] = False
-        for frame in np.flatnonzero(chosen).tolist():  # not by the array, for whose copy the host would wait
+        known = uniform(key, Purpose.MASK_FRAME, np.arange(frames)) < uniform(key, Purpose.MASK_SHARE)
+        known[int(hash_key(key, Purpose.MASK_SHARE)) % frames] = False
+        for frame in np.flatnonzero(
+            known
+        ).tolist():  # not indexed by the array: copying it to the device would make the host wait
             mask[frame] = 1
     elif family == "boxes":
         mask[:] = 1
-        for box in range(1 + int(hash_key(key, Purpose.MASK_BOX)) % MOST_BOXES):
+        for box in range(1 + int(hash_key(key, Purpose.MASK_BOX)) % MAX_BOXES):
             top, bottom = box_edges(height, key, 2 * box)
             left, right = box_edges(width, key, 2 * box + 1)
             mask[:, top:bottom, left:right] = 0
 
 
 def box_edges(side: int, key: int, number: int) -> tuple[int, int]:
-    """Returns (start, end) in pixels of a box along one side: a quarter to three quarters of it, on a grid of 16."""
+    """Return (start, end) in pixels of a box along one side: a quarter to three quarters of it, on a grid of 16."""
     cells = side // GRID
     size, place = uniform(key, Purpose.MASK_BOX, number, np.arange(2))
     length = max(1, round(cells * (0.25 + 0.5 * float(size))))
@@ -95,10 +111,10 @@ def box_edges(side: int, key: int, number: int) -> tuple[int, int]:
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Returns Wan's mask channels, [B, 4, t, h, w], of a pixel mask [B, 1, T, H, W] with T = 4 (t - 1) + 1.
+    """Return Wan's mask channels, [B, 4, t, h, w], of a pixel mask [B, 1, T, H, W] with T = 4 (t - 1) + 1.
 
-    The first frame stands four times, so that every latent frame has four mask channels, one for each of its frames;
-    a latent pixel is known where all of its 8 x 8 pixels are.
+    The first frame is repeated four times, so that every latent frame has four mask channels, one for each of its
+    frames. A latent pixel is known if all of its 8 x 8 pixels are.
     """
     spatial = reduce(mask, "b c t (h p) (w q) -> b c t h w", "min", p=SPATIAL_RATIO, q=SPATIAL_RATIO)
     first = spatial[:, :, :1].repeat(1, 1, TEMPORAL_RATIO, 1, 1)
@@ -106,13 +122,13 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
-    """Returns 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for nine in ten images of which nothing is known.
+    """Return 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for nine in ten images of which nothing is known.
 
-    They are trained as text-to-image, so that the model keeps that ability. Clips always keep theirs, as do images of
-    which something is known.
+    These are trained as text-to-image, so that the model keeps that ability. Clips always keep their condition, and so
+    do images of which something is known.
 
     Args:
-        mask: of known_mask, [B, 1, T, H, W], on the host.
+        mask: as returned by known_mask, [B, 1, T, H, W], on the host.
         keys: one per sample.
     """
     keep = torch.ones(len(keys), 1, 1, 1, 1)
@@ -123,10 +139,10 @@ def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
 
 
 def keep_on_host(mode: str, variants: Sequence[int], bucket: Bucket, keys: Sequence[int]) -> torch.Tensor:
-    """Returns keep_condition of known_mask, on the host, which then need not wait for a mask on the device.
+    """Return keep_condition of known_mask on the host, so that the host need not wait for a mask on the device.
 
     Args:
-        mode, variants, bucket: as known_mask's mode, keys, and frames, height, width.
+        mode, variants, bucket: known_mask's mode, its keys, and its frames, height and width.
         keys: one per sample.
     """
     if bucket.frames > 1:
@@ -135,7 +151,7 @@ def keep_on_host(mode: str, variants: Sequence[int], bucket: Bucket, keys: Seque
 
 
 def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Returns HunyuanVideo's latent_concat input [B, 33, t, h, w]: noisy, first frame (zeros after it), its mask.
+    """Return HunyuanVideo's latent_concat input [B, 33, t, h, w]: noisy, first frame (zeros after it), its mask.
 
     Args:
         latents: noisy, [B, 16, t, h, w].
@@ -149,5 +165,5 @@ def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tens
 
 
 def replace_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Returns HunyuanVideo's token_replace input [B, 16, t, h, w]: noisy latents with the given first frame."""
+    """Return HunyuanVideo's token_replace input [B, 16, t, h, w]: noisy latents with the given first frame."""
     return torch.cat([first, latents[:, :, 1:]], 2)

@@ -1,7 +1,8 @@
-"""Serves the training step and validation: sigmas, noise, target and loss of flow matching, by key. Tensors only.
+"""Flow matching: sigmas, noise, target and loss as functions of tensors and keys.
 
 x_t = (1 - sigma) x_0 + sigma noise, target = noise - x_0 (rectified flow: Liu et al., arXiv:2209.03003; Lipman et al.,
-arXiv:2210.02747); the shift of sigma is equation 23 of Esser et al., arXiv:2403.03206, the densities its section 3.1.
+arXiv:2210.02747). The shift of sigma is equation 23 of Esser et al., arXiv:2403.03206; the densities are from its
+section 3.1.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ import torch
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 
 
-
 def keyed_noise(key: int, shape: Sequence[int]) -> torch.Tensor:
-    """Returns standard normal noise, float32 on the CPU: a function of the 64-bit key, equal for every device."""
+    """Return standard normal noise, float32 on the CPU: a function of the 64-bit key, the same for every device."""
     generator = np.random.Generator(np.random.Philox(key=int(key)))
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def batch_noise(keys: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Returns [B, *shape] float32 noise, one key per sample."""
+    """Return [B, *shape] float32 noise, one key per sample."""
     return torch.stack([keyed_noise(key, shape) for key in keys])
 
 
 def timestep_density(
     draw: np.ndarray, scheme: str, logit_mean: float, logit_std: float, mode_scale: float
 ) -> np.ndarray:
-    """Turns uniform draws in (0, 1) into draws of the scheme's density over (0, 1), by its inverse where it has one.
+    """Map uniform draws in (0, 1) to draws from the scheme's density over (0, 1), by its inverse CDF where it has one.
 
     Args:
         draw: float64 [B].
         scheme: "logit_normal" (sigmoid of a normal with logit_mean and logit_std) | "mode" (heavy tails, mode_scale) |
             any other weighting scheme, which leaves the draws uniform.
+        logit_mean, logit_std, mode_scale: parameters of the two densities.
     """
     u = torch.from_numpy(np.asarray(draw, np.float64))
     if scheme == "logit_normal":
@@ -46,28 +47,29 @@ def timestep_density(
 
 
 def draw_sigmas(draw: np.ndarray, shift: float, train_sampling_steps: int = NUM_TRAIN_TIMESTEPS) -> torch.Tensor:
-    """Returns sigmas in (0, 1], float32 [B], from draws in (0, 1).
+    """Return sigmas in (0, 1], float32 [B], from draws in (0, 1).
 
-    The draw picks one of the first train_sampling_steps of 1000 training timesteps t = 1, 0.999, ... 0.001, noisiest
-    first (fewer steps than 1000 train the noisiest part alone); sigma = shift t / (1 + (shift - 1) t).
+    The draw selects one of the first train_sampling_steps of the 1000 training timesteps t = 1, 0.999, ... 0.001,
+    noisiest first (with fewer than 1000 steps, only the noisiest part is trained); sigma = shift t / (1 + (shift - 1)
+    t).
     """
     index = np.clip(np.floor(np.asarray(draw, np.float64) * train_sampling_steps), 0, train_sampling_steps - 1)
     return shifted(torch.from_numpy((NUM_TRAIN_TIMESTEPS - index) / NUM_TRAIN_TIMESTEPS), shift).float()
 
 
 def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """Returns sigma = shift t / (1 + (shift - 1) t), elementwise, for t in [0, 1]."""
+    """Return sigma = shift t / (1 + (shift - 1) t), elementwise, for t in [0, 1]."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Returns x_t, float32 [B, C, T, H, W], of float32 latents and noise and sigmas [B]."""
+    """Return x_t, float32 [B, C, T, H, W], for float32 latents and noise and sigmas [B]."""
     sigma = sigmas.view(-1, *[1] * (latents.dim() - 1))
     return (1 - sigma) * latents + sigma * noise
 
 
 def loss_weights(sigmas: torch.Tensor, scheme: str) -> torch.Tensor:
-    """Returns each sample's loss weight, float32 [B]: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
+    """Return each sample's loss weight, float32 [B]: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
     if scheme == "sigma_sqrt":
         return sigmas**-2.0
     if scheme == "cosmap":
@@ -76,24 +78,25 @@ def loss_weights(sigmas: torch.Tensor, scheme: str) -> torch.Tensor:
 
 
 def velocity_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns each sample's weighted mean squared error over all latent elements: float32 [B].
+    """Return each sample's weighted mean squared error over all latent elements: float32 [B].
 
-    Where leading frames are given to the model, the caller leaves them out of prediction and target.
+    If leading frames are given to the model, the caller removes them from prediction and target.
     """
     return (prediction.float() - target.float()).square().flatten(1).mean(1) * weights
 
 
 def motion_losses(prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Mixes in how well the change from one latent frame to the next is met: float32 [B].
+    """Mix the error of the change from each latent frame to the next into the losses: float32 [B].
 
-    losses (1 - ratio) + ratio * mean squared error of neighbouring frames' differences, unweighted; clips of at most
-    two latent frames are left alone, since their one difference says little about motion.
+    losses (1 - ratio) + ratio * mean squared error of the differences of neighbouring frames, unweighted. Clips of at
+    most two latent frames are left as they are, because their single difference contains little about motion.
 
     Args:
         prediction, target: [B, C, T, H, W].
+        losses: float32 [B], as returned by velocity_losses.
         ratio: share of the motion term, 0 to 1.
     """
     if prediction.shape[2] <= 2:
         return losses
-    change, wanted = prediction.float().diff(dim=2), target.float().diff(dim=2)
-    return (1 - ratio) * losses + ratio * (change - wanted).square().flatten(1).mean(1)
+    change, target_change = prediction.float().diff(dim=2), target.float().diff(dim=2)
+    return (1 - ratio) * losses + ratio * (change - target_change).square().flatten(1).mean(1)

@@ -36,18 +36,19 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def accumulate(accelerator: Accelerator, model: Any, last: bool) -> Iterator[None]:  # noqa: ANN401 - wrapped or an engine
-    """Postpone the gradient reduction to the step's last micro-batch.
+    """Run the forward and backward pass of a micro-batch; gradients are reduced in the step's last one only.
 
     Under FSDP gradients are reduced after every micro-batch: unsharded gradients of the whole model would not fit.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.set_gradient_accumulation_boundary(last)
-        yield
-    elif last or accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.FSDP:
-        yield
-    else:
-        with accelerator.no_sync(model):
+    with memory_phase("the forward pass"):  # `backward` names its own
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            model.set_gradient_accumulation_boundary(last)
             yield
+        elif last or accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.FSDP:
+            yield
+        else:
+            with accelerator.no_sync(model):
+                yield
 
 
 def backward(accelerator: Accelerator, model: Any, loss: torch.Tensor) -> None:  # noqa: ANN401 - as above

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from einops import rearrange
 
 from videox.data.cache.cache import CacheField, CacheView, cache_key, fingerprint, restore_zeros, trim_zeros
 from videox.data.dataset import Batch
 from videox.device import memory_phase, to_device
-from videox.encoders.vae import to_video
 from videox.shapes import Bucket, latent_shape
 
 Encoders = TypeVar("Encoders")
@@ -61,6 +61,11 @@ class LazyEncoders(Generic[Encoders]):
             self._loaded = before
 
 
+def to_video(pixels: torch.Tensor) -> torch.Tensor:
+    """Return float32 [B, 3, T, H, W] in [-1, 1] of uint8 pixels [B, T, H, W, 3], bitwise equal to diffusers'."""
+    return 2 * (rearrange(pixels, "b t h w c -> b c t h w").float() / 255) - 1
+
+
 class EncoderInput(NamedTuple):
     """The encoders' input for n samples: video [n, 3, T, H, W] in [-1, 1]; captions; keys of their masks.
 
@@ -80,8 +85,7 @@ class EncodingSpec:
         name: the tensor's name.
         uses: the parts of a SampleKey that the tensor depends on, as CacheField.uses.
         encode: a plain callable that encodes an EncoderInput of n samples, with gradients disabled. It returns n
-            tensors,
-            in the order of the samples: a sequence of tensors, or one tensor whose first dimension is n.
+            tensors in the order of the samples, as a sequence or as one tensor whose first dimension is n.
         shape: the shape of a sample's tensor, as a function of the bucket.
         dtype: the dtype of a sample's tensor.
         weights: the encoder's files and folders, hashed into the cache key.

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from videox.encoders.encode import EncoderInput
-from videox.encoders.offload import OffloadedModule
+from videox.encoders.encode import EncoderInput, LazyEncoders
 from videox.encoders.vae import to_images
 
 
@@ -35,22 +34,17 @@ def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def encode_text(
-    encoder: OffloadedModule,
-    pipeline: Any,  # noqa: ANN401 - of diffusers
-    inputs: EncoderInput,
-    settings: Mapping[str, int],
-) -> list[torch.Tensor]:
-    """Return the text encoder's embeddings [L, D] of each caption, without padding, as the pipeline computes them.
+def encode_text(encoders: LazyEncoders[Any], settings: Mapping[str, int], inputs: EncoderInput) -> list[torch.Tensor]:
+    """Return Llama's embeddings [L, D] of each caption, without padding, as the pipeline computes them.
 
     Each caption is encoded alone: its embedding must be bit-identical whatever the other captions are.
 
     Args:
-        encoder: the pipeline's text encoder.
-        pipeline: a HunyuanVideo pipeline of diffusers.
-        inputs: captions, and the video whose first frame is part of an image-to-video prompt.
+        encoders: of the family, with `text_encoder` and diffusers' `pipeline`; loaded on first use.
         settings: keyword arguments of the pipeline's function; with `image_embed_interleave` it is image-to-video.
+        inputs: captions, and the video whose first frame is part of an image-to-video prompt.
     """
+    encoder, pipeline = encoders().text_encoder, encoders().pipeline
     # Each pipeline's module has its own template: image-to-video prompts have a place for the image.
     template = sys.modules[type(pipeline).__module__].DEFAULT_PROMPT_TEMPLATE
     encode = partial(pipeline._get_llama_prompt_embeds, device=encoder.device, **settings)
@@ -63,8 +57,9 @@ def encode_text(
 
 
 @torch.no_grad()
-def encode_pooled(encoder: OffloadedModule, pipeline: Any, inputs: EncoderInput) -> torch.Tensor:  # noqa: ANN401 - of diffusers
-    """Return CLIP's pooled embeddings [B, P], each caption encoded alone; see encode_text."""
+def encode_pooled(encoders: LazyEncoders[Any], inputs: EncoderInput) -> torch.Tensor:
+    """Return CLIP's pooled embeddings [B, P], each caption encoded alone; encoders: with `text_encoder_2`."""
+    encoder, pipeline = encoders().text_encoder_2, encoders().pipeline
     with encoder.on_device():
         pooled = [pipeline._get_clip_prompt_embeds([text], device=encoder.device) for text in inputs.captions]
     return torch.cat(pooled)

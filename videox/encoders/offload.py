@@ -13,8 +13,7 @@ class OffloadedModule:
 
     Frozen weights never change, so nothing is copied back: the device copies are dropped, and the module's tensors
     point at the host weights again. With a GPU the host weights are pinned, for copies at the full bandwidth of the
-    bus, and
-    copied in a separate stream: a module that is prefetched while another one computes is copied during that
+    bus, and copied in a separate stream: a module that is prefetched while another one computes is copied during that
     computation.
 
     Args:

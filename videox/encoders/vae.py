@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from einops import rearrange
 from PIL import Image
 
 from videox.device import to_device
 from videox.diffusion.flow_matching import batch_noise
+from videox.encoders.encode import EncoderInput, LazyEncoders
 from videox.encoders.offload import OffloadedModule
 from videox.rng import Purpose, hash_key
-
-
-def to_video(pixels: torch.Tensor) -> torch.Tensor:
-    """Return float32 [B, 3, T, H, W] in [-1, 1] of uint8 pixels [B, T, H, W, 3], bitwise equal to diffusers'."""
-    return 2 * (rearrange(pixels, "b t h w c -> b c t h w").float() / 255) - 1
 
 
 @torch.no_grad()
@@ -50,7 +46,9 @@ def sample_latents(moments: torch.Tensor, channels: int, keys: Sequence[int] | N
     return posterior.mean + posterior.std * to_device(noise, moments.device)
 
 
-def encode_latents(vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int) -> torch.Tensor:
+def encode_latents(
+    vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int
+) -> torch.Tensor:
     """Return the VAE's latents z, float32 [B, C, t, h, w], not yet scaled; see encode_moments and sample_latents."""
     moments = encode_moments(vae, video, mini_batch=mini_batch)
     return sample_latents(moments, moments.shape[1] // 2, keys)
@@ -60,3 +58,26 @@ def to_images(frames: torch.Tensor) -> list[Image.Image]:
     """Return PIL images of frames [B, 3, H, W] in [-1, 1], the input of image encoders."""
     pixels = ((frames + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in pixels]
+
+
+def clip_moments(
+    encoders: LazyEncoders[Any], mini_batch: int, inputs: EncoderInput, frames: int | None = None
+) -> torch.Tensor:
+    """Return the moments of the posterior of clips, float32 [n, 2C, t, h, w]; as EncodingSpec.encode.
+
+    Args:
+        encoders: of the family, with the VAE as `vae`; loaded on first use.
+        mini_batch: as in encode_moments.
+        inputs: of the samples.
+        frames: encode these first frames alone; None encodes all.
+    """
+    return encode_moments(encoders().vae, inputs.video[:, :, :frames], mini_batch=mini_batch)
+
+
+def latent_statistics(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - of diffusers
+    """Return mean and standard deviation of latents per channel, [1, C, 1, 1, 1], from the VAE's configuration."""
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, std

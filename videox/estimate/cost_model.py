@@ -1,4 +1,4 @@
-"""Serves the next run's plan: what a sample really costs, fitted to the times of this run's steps."""
+"""Cost model: the cost of a sample, fitted to the measured durations of steps, for the plan of the next run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from videox.errors import UserError
 from videox.files import write_json_atomically
 
 COST_MODEL = "cost_model.json"
-REMEMBERED = 4096  # steps, the last ones
-LEAST = 12  # steps below which nothing is fitted
-ROUNDS, TIGHT = 12, 1.345  # of reweighting, and Huber's constant
+MAX_STEPS = 4096  # the most recent steps that are remembered
+MIN_STEPS = 12  # with fewer steps nothing is fitted
+ROUNDS, HUBER = 12, 1.345  # rounds of reweighting; Huber's constant (95 % efficiency for normally distributed errors)
 
 
 class Fit(NamedTuple):
     """Seconds of a micro-batch of B samples of S tokens: linear * B * S + quadratic * B * S^2 + fixed.
 
-    fixed: of each step besides; error: median relative error of a step's time; steps: fitted to.
+    fixed: further seconds of each step; error: median relative error of a step's time; steps: number of steps in the
+    fit.
     """
 
     linear: float
@@ -40,118 +41,134 @@ class Fit(NamedTuple):
 def step_sizes(
     plan: EpochPlan, epoch_step: int, world_size: int, barrier: str, cost: tuple[float, float]
 ) -> tuple[float, float]:
-    """Returns the sums of B * S and of B * S^2 over the micro-batches that a step's time depends on.
+    """Return the sums of B * S and of B * S^2 over the micro-batches that determine the duration of a step.
 
-    Those are the micro-batches of the dearest rank, or at each of them of the rank that is dearest there.
+    They are those of the most expensive rank, or at each micro-batch of the rank that is the most expensive there.
 
     Args:
-        barrier: one of BARRIERS; cost: a and b by which the plan tells what is dear.
+        barrier: where ranks synchronize, one of BARRIERS.
+        cost: a and b of the cost a*S + b*S^2 by which ranks are compared.
     """
     tokens, samples, slot, place = plan.shape_of_step(epoch_step)
-    turn = slot // world_size * (int(place.max()) + 1) + place
-    sizes = np.zeros((world_size, int(turn.max()) + 1, 2))
-    sizes[slot % world_size, turn, 0] = samples * tokens
-    sizes[slot % world_size, turn, 1] = samples * tokens.astype(np.float64) ** 2
+    micro = slot // world_size * (int(place.max()) + 1) + place
+    sizes = np.zeros((world_size, int(micro.max()) + 1, 2))
+    sizes[slot % world_size, micro, 0] = samples * tokens
+    sizes[slot % world_size, micro, 1] = samples * tokens.astype(np.float64) ** 2
     costs = sizes @ np.array(cost)
     chosen = sizes[costs.argmax(0), np.arange(sizes.shape[1])] if barrier == "micro" else sizes[costs.sum(1).argmax()]
     return float(chosen[:, 0].sum()), float(chosen[:, 1].sum())
 
 
 def fit(sizes: np.ndarray, seconds: np.ndarray) -> Fit | None:
-    """Returns the cost model nearest to measured steps, by least squares of relative errors with Huber's weights.
+    """Fit the cost model to measured steps, by least squares of relative errors with Huber's weights.
 
-    Coefficients are not negative: where the best has a negative one, that is left out. None where there are too few
-    steps, or all of one size, from which two coefficients cannot be told.
+    Coefficients are not negative: where the best fit has a negative one, it is left out. Returns None where there are
+    too few steps, or steps of one size only, which do not determine two coefficients.
 
     Args:
-        sizes: float64 [N, 2], as step_sizes; seconds: float64 [N], above 0.
+        sizes: float64 [N, 2], as returned by step_sizes.
+        seconds: float64 [N], above 0.
     """
-    if len(seconds) < LEAST:
+    if len(seconds) < MIN_STEPS:
         return None
     scale = np.append(sizes.max(0), 1.0)
+    # divided by the measured seconds, so that the errors are relative; scaled, so that columns are comparable
     columns = np.column_stack([sizes, np.ones(len(sizes))]) / scale / seconds[:, None]
+    # steps of a single size cannot tell the linear from the quadratic coefficient
     if np.linalg.matrix_rank(columns[:, :2] * seconds[:, None], tol=1e-6) < 2:
         return None
-    weights, found = np.ones(len(seconds)), np.zeros(3)
+    weights, solution = np.ones(len(seconds)), np.zeros(3)
     for _ in range(ROUNDS):
-        found = _not_negative(columns * weights[:, None], weights)
-        off = np.abs(columns @ found - 1)
-        width = max(float(np.median(off)) / 0.6745, 1e-9)
-        weights = np.sqrt(np.minimum(1, TIGHT * width / np.maximum(off, 1e-12)))
-    linear, quadratic, fixed = (found / scale).tolist()
+        solution = _non_negative_least_squares(columns * weights[:, None], weights)
+        errors = np.abs(columns @ solution - 1)
+        # the median absolute error of a normal distribution is 0.6745 standard deviations
+        scale_of_errors = max(float(np.median(errors)) / 0.6745, 1e-9)
+        weights = np.sqrt(np.minimum(1, HUBER * scale_of_errors / np.maximum(errors, 1e-12)))
+    linear, quadratic, fixed = (solution / scale).tolist()
     if linear == 0 and quadratic == 0:
         return None
-    return Fit(linear, quadratic, fixed, float(np.median(np.abs(columns @ found - 1))), len(seconds))
+    return Fit(linear, quadratic, fixed, float(np.median(np.abs(columns @ solution - 1))), len(seconds))
 
 
-def _not_negative(columns: np.ndarray, aim: np.ndarray) -> np.ndarray:
-    """Returns the least squares solution without negative entries: the best over all choices of columns."""
-    best, least = np.zeros(columns.shape[1]), math.inf
+def _non_negative_least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the least squares solution without negative entries: the best over all subsets of columns."""
+    best, least_error = np.zeros(columns.shape[1]), math.inf
     for choice in range(1, 2 ** columns.shape[1]):
         used = [i for i in range(columns.shape[1]) if choice >> i & 1]
-        part = np.linalg.lstsq(columns[:, used], aim, rcond=None)[0]
-        error = float(((columns[:, used] @ part - aim) ** 2).sum())
-        if part.min() >= 0 and error < least - 1e-15:
-            best, least = np.zeros(columns.shape[1]), error
-            best[used] = part
+        solution = np.linalg.lstsq(columns[:, used], target, rcond=None)[0]
+        squared_error = float(((columns[:, used] @ solution - target) ** 2).sum())
+        if solution.min() >= 0 and squared_error < least_error - 1e-15:
+            best, least_error = np.zeros(columns.shape[1]), squared_error
+            best[used] = solution
     return best
 
 
 class StepTimes:
-    """Remembers what each step computed and how long it took, on the main process; nothing waits for the device.
+    """Records the size and the duration of each step on the main process, without synchronizing with the device.
 
-    A step's time is that from its record to the next one's, without validation, checkpoints and waiting for data. The
-    device runs behind the host by less than a step, so that a single time may belong to its neighbour in part; over
-    many steps it does not. The first ones, in which kernels are chosen and compiled, are outliers to the fit.
+    The duration of a step is the time from its record to the next one's, without validation, checkpoints and waiting
+    for data. The device is less than a step behind the host, so that a single duration may partly belong to the
+    neighbouring step; over many steps this averages out. The first steps, in which kernels are selected and compiled,
+    are outliers to the fit.
 
     Args:
-        world_size, barrier, cost: as step_sizes'; device: in words, for the file.
+        world_size, barrier, cost: as for step_sizes.
+        device: name of the device, for the file.
     """
 
     def __init__(self, *, world_size: int, barrier: str, cost: tuple[float, float], device: str) -> None:
         self.world_size, self.barrier, self.cost, self.device = world_size, barrier, cost, device
-        self._sizes: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
-        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._sizes: deque[tuple[float, float]] = deque(maxlen=MAX_STEPS)
+        self._seconds: deque[float] = deque(maxlen=MAX_STEPS)
 
     def add(self, plan: EpochPlan, epoch_step: int, seconds: float) -> None:
-        """Keeps one step."""
+        """Record one step."""
         self._sizes.append(step_sizes(plan, epoch_step, self.world_size, self.barrier, self.cost))
         self._seconds.append(seconds)
 
     def write(self, folder: Path) -> bool:
-        """Writes cost_model.json as far as there is enough to fit; returns whether it did."""
-        found = fit(np.array(self._sizes).reshape(-1, 2), np.array(self._seconds))
-        if found is None:
+        """Write cost_model.json if there are enough steps for a fit; return whether it was written."""
+        fitted = fit(np.array(self._sizes).reshape(-1, 2), np.array(self._seconds))
+        if fitted is None:
             return False
-        asked = {"cost_linear": self.cost[0], "cost_quadratic": self.cost[1]}
-        about = {"device": self.device, "processes": self.world_size, "barrier": self.barrier, "planned_with": asked}
-        write_json_atomically(folder / COST_MODEL, {**found._asdict(), **about})
+        planned_with = {"cost_linear": self.cost[0], "cost_quadratic": self.cost[1]}
+        context = {
+            "device": self.device,
+            "processes": self.world_size,
+            "barrier": self.barrier,
+            "planned_with": planned_with,
+        }
+        write_json_atomically(folder / COST_MODEL, {**fitted._asdict(), **context})
         return True
 
 
 def read_cost_model(path: Path) -> tuple[float, float]:
-    """Returns a and b of a sample's cost a*S + b*S^2 from a cost_model.json.
+    """Read a and b of a sample's cost a*S + b*S^2 from a cost_model.json.
 
     Raises:
-        UserError: it is not there, or holds no usable pair.
+        UserError: the file is missing, or has no usable pair of numbers.
     """
-    hint = "give the cost_model.json of a run, or leave the flag out"
+    hint = "pass the cost_model.json of a run, or omit the flag"
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as why:
-        raise UserError("--cost_model", f"{path} is no readable cost model ({why})", hint) from why
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("--cost_model", f"{path} is not a readable cost model ({error})", hint) from error
     try:
-        pair = float(held["linear"]), float(held["quadratic"])
-    except (ValueError, KeyError, TypeError) as why:
-        what = f"{path} is no cost model: it is no JSON object with numbers `linear` and `quadratic`"
-        raise UserError("--cost_model", what, hint) from why
+        pair = float(content["linear"]), float(content["quadratic"])
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{path} is not a cost model: not a JSON object with numbers `linear` and `quadratic`"
+        raise UserError("--cost_model", what, hint) from error
     if not all(math.isfinite(value) and value >= 0 for value in pair) or not any(pair):
-        raise UserError("--cost_model", f"{path} says {pair[0]:g} and {pair[1]:g}, which order nothing", hint)
+        raise UserError(
+            "--cost_model",
+            f"{path} has linear {pair[0]:g} and quadratic {pair[1]:g}: both must be 0 or more, and one above 0",
+            hint,
+        )
     return pair
 
 
 def step_times(accelerator: Accelerator, settings: PlanSettings) -> StepTimes:
-    """Returns an empty StepTimes of this launch."""
+    """Return an empty StepTimes for this launch."""
     device = accelerator.device
     return StepTimes(
         world_size=accelerator.num_processes,

@@ -1,4 +1,4 @@
-"""Serves whoever asks after one row: what becomes of it in each epoch, or why nothing does."""
+"""--explain ROW: how a row is used in each epoch, or why it is not used."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from videox.shapes import GRID, token_count
 
 
 def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
-    """Returns lines about one metadata row: its file, and its size, start and cut in each epoch, or why it has none.
+    """Return lines about one metadata row: its file, and bucket, start and cropping per epoch, or why it is not used.
 
     Args:
-        index: for the file and its problem.
-        columns: what the plan reads of it.
-        settings: of the run.
-        row: number in the metadata, from 0.
-        epochs: of the run.
+        index: has the file and its problem.
+        columns: what the plan reads of the index.
+        settings: of the run's plan.
+        row: row number in the metadata, from 0.
+        epochs: number of epochs to list.
 
     Raises:
         UserError: there is no such row.
     """
     if not 0 <= row < len(columns):
-        raise UserError("--explain", f"{row}: the metadata has rows 0 to {len(columns) - 1}", "give one of them")
+        raise UserError(
+            "--explain", f"{row}: the metadata has rows 0 to {len(columns) - 1}", "pass one of these row numbers"
+        )
     lines = [
-        f"row {row}: {index.file_path[row].as_py()!r}, {_file_words(index, columns, row)}",
+        f"row {row}: {index.file_path[row].as_py()!r}, {_describe_file(index, columns, row)}",
         f"caption: {index.caption(row)!r}",
     ]
     fate = Fate(int(row_fates(columns, settings, np.zeros(0, np.int64))[row]))
@@ -40,32 +42,35 @@ def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row:
     return [*lines, *_epoch_lines(columns, settings, row, epochs)]
 
 
-def _file_words(index: Index, columns: PlanColumns, row: int) -> str:
-    """Returns what is known of a row's file, which is nothing where the row itself or the look at it failed."""
+def _describe_file(index: Index, columns: PlanColumns, row: int) -> str:
+    """Return what is known of a row's file: nothing where the row is invalid or the file could not be probed."""
     if not (columns.width[row] > 0 and columns.height[row] > 0):
-        return "of which kind and size is not known, since the row is refused"
+        return "kind and size unknown, because the row is refused"
     size = f"{columns.width[row]} x {columns.height[row]} pixels"
     if columns.kind[row] == IMAGE:
         return f"image, {size}"
-    rate = f" at {index.fps[row]:g} per second" if index.fps[row] > 0 else ""
+    rate = f" at {index.fps[row]:g} fps" if index.fps[row] > 0 else ""
     return f"video, {size}, {columns.frames[row]} frames{rate}"
 
 
 def _reason(index: Index, columns: PlanColumns, settings: PlanSettings, row: int, fate: Fate) -> str:
+    """Return why a row is not trained."""
     policy = settings.policy
     if fate is Fate.REFUSED:
         problems = {number: f"{kind} ({detail})" for number, _, kind, detail in index.problems()}
         return problems.get(row, "it cannot be used")
     if fate is Fate.HELD_OUT:
-        return "--validation_rows keeps it for the validation loss"
+        return "held out by --validation_rows for the validation loss"
     if fate is Fate.TOO_SMALL:
-        return f"a side is below {GRID} pixels"
+        return f"a side is smaller than {GRID} pixels"
     if columns.kind[row] == 0:
-        return "an image has no frame beside the one that is given"
-    fit = int(np.ravel(frames_at_pace(columns.frames[[row]].astype(np.int64), _pace(columns, settings, row)))[0])
+        return "an image has no frame besides the one that is given to the model"
+    available = int(np.ravel(frames_at_pace(columns.frames[[row]].astype(np.int64), _pace(columns, settings, row)))[0])
     needed = policy.min_frames if policy.enable_bucket else policy.n_frames
-    by = f"--video_sample_fps {policy.sample_fps:g}" if policy.sample_fps else f"--video_sample_stride {policy.stride}"
-    return f"{fit} frames fit at {by}, {needed} are needed"
+    rate_flag = (
+        f"--video_sample_fps {policy.sample_fps:g}" if policy.sample_fps else f"--video_sample_stride {policy.stride}"
+    )
+    return f"it has {available} frames at {rate_flag}, but {needed} are needed"
 
 
 def _pace(columns: PlanColumns, settings: PlanSettings, row: int) -> np.ndarray | int:
@@ -73,30 +78,35 @@ def _pace(columns: PlanColumns, settings: PlanSettings, row: int) -> np.ndarray 
 
 
 def _epoch_lines(columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
-    """Draws depend on the row alone, so that a plan without the other rows tells its bucket and start."""
+    """Return one line per epoch and copy.
+
+    Draws depend on the row alone, so that a plan without the other rows has its bucket and start.
+    """
     usable = np.zeros(len(columns), bool)
     usable[row] = True
-    alone = replace(columns, usable=usable)
-    own = replace(
+    only_this_row = replace(columns, usable=usable)
+    one_slot = replace(
         settings, held_out=0, slots=1, accumulation=1, batch_size=1, slot_fill="fixed", balance="none"
     )  # fmt: skip
     pace = _pace(columns, settings, row)
     lines = [
-        f"  {'epoch':>5} {'frames x height x width':>24} {'tokens':>8} {'first frame':>11} {'last':>6} {'cut':>6}"
+        f"  {'epoch':>5} {'frames x height x width':>24} {'tokens':>8} {'first frame':>11} {'last':>6} {'cropped':>7}"
     ]
     for epoch in range(epochs):
-        fates = row_fates(alone, own, np.zeros(0, np.int64))
-        draw_samples(alone, own, epoch, fates)
+        fates = row_fates(only_this_row, one_slot, np.zeros(0, np.int64))
+        draw_samples(only_this_row, one_slot, epoch, fates)
         if fates[row] == Fate.NOT_DRAWN:
-            lines.append(f"  {epoch:>5} {'not drawn, by its weight':>24}")
+            lines.append(f"  {epoch:>5} {'not drawn (weight)':>24}")
             continue
-        plan = plan_epoch(alone, own, epoch)
+        plan = plan_epoch(only_this_row, one_slot, epoch)
         for micro, copy in enumerate(plan.copy.tolist()):
             bucket = plan.buckets[plan.micro_bucket[micro]]
             start = int(plan.start[micro])
             last = start + int(np.ravel(frame_offsets(bucket.frames - 1, pace))[0])
-            cut = crop_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
+            cropped = crop_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
             name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
-            again = f"  (time {copy + 1})" if copy else ""
-            lines.append(f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cut:>6.1%}{again}")
+            copy_note = f"  (copy {copy + 1})" if copy else ""
+            lines.append(
+                f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cropped:>7.1%}{copy_note}"
+            )
     return lines

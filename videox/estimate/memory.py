@@ -1,8 +1,8 @@
-"""Serves the dry run: what each backend keeps on a GPU, on a host and on the disk, in bytes, and what would fit.
+"""Memory estimates: bytes per GPU, per host and per checkpoint of each backend, and which changed settings would fit.
 
-The states are exact: they are what the engines allocate (tests measure them). Activations follow
-videox.estimate.flops, whose peak is that of a traced pass. Counted besides are what a library sets aside for
-communication, and a round sum for the CUDA context.
+The states (weights, gradients, optimizer) are exact: they are what the engines allocate, which tests measure.
+Activations follow videox.estimate.flops, whose peak is that of a traced pass. In addition, buffers that a library
+allocates for communication are counted, and a rough figure for the CUDA context.
 """
 
 from __future__ import annotations
@@ -18,86 +18,95 @@ from videox.models.activation_checkpoint import select_blocks
 from videox.optim.registry import OPTIMIZERS, moments_of
 
 GB = 1e9
-CONTEXT = 1.5 * GB  # CUDA context, cuBLAS and cuDNN workspaces: a round sum
-FRAGMENTS = 0.05  # of what the allocator holds: blocks that are free, and of the wrong size
-WORKER = 0.6 * GB  # host memory of a decoding process at 81 frames
-CLOSE = 0.95  # of a GPU's memory: what takes more may not fit after all
-LIVE, PREFETCH, BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9  # DeepSpeed's own, in numbers
-WHOLE = ("single", "ddp")
-DIVIDE = (*WHOLE, "zero2", "fsdp1", "zero3", "fsdp2")  # backends, the more they divide the later
-TITLES = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
+CONTEXT = 1.5 * GB  # CUDA context, cuBLAS and cuDNN workspaces: a rough figure
+FRAGMENTATION = 0.05  # share of the allocated memory: free blocks of the wrong size
+WORKER = 0.6 * GB  # host memory of a data loader worker at 81 frames
+SAFE_SHARE = 0.95  # share of a GPU's memory up to which an estimate surely fits
+LIVE_PARAMETERS, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP = (
+    10**9,
+    5 * 10**7,
+    5 * 10**8,
+    10**9,
+)  # DeepSpeed's defaults, in elements
+UNSHARDED = ("single", "ddp")
+BY_SHARDING = (*UNSHARDED, "zero2", "fsdp1", "zero3", "fsdp2")  # backends in order of how much they shard
+LABELS = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a transformer's parameters are.
+    """The number of parameters of a transformer.
 
-    total: all; trained: those that get gradients, a LoRA's alone if there is one; block: the largest repeated block;
-    outside: in no block.
+    total: all; trainable: those that get gradients, with a LoRA those of the adapters alone; block: of the largest
+    repeated block; outside: of all layers outside the repeated blocks.
     """
 
     total: int
-    trained: int
+    trainable: int
     block: int
     outside: int
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen parts, in bytes as they are loaded. weights: by name; work: of the VAE's encoder at its peak."""
+    """Bytes of the frozen encoders as they are loaded.
+
+    weights: of each encoder, by name; vae_peak: peak activations of the VAE's encoder.
+    """
 
     weights: Mapping[str, int]
-    work: float
+    vae_peak: float
 
     def total(self) -> int:
-        """Returns the bytes of all."""
+        """Return the bytes of all encoders' weights."""
         return sum(self.weights.values())
 
 
 @dataclass(frozen=True)
 class MemorySetup:
-    """What memory depends on.
+    """The settings that memory depends on.
 
     Attributes:
         backend: single | ddp | zero2 | zero3 | fsdp1 | fsdp2.
-        processes: one per GPU.
-        per_host: of them on one machine.
+        processes: number of processes, one per GPU.
+        per_host: number of processes on one machine.
         half: computes in bfloat16.
-        recomputed: share of the blocks, 0 to 1, that are recomputed; 1 with gradient_checkpointing.
-        rest: encoders leave the GPU between uses (--low_vram).
-        workers: decoding processes beside each process.
-        tokens: of the largest sample.
+        recompute_share: share of the blocks, 0 to 1, under activation checkpointing; 1 with gradient_checkpointing.
+        offload_encoders: encoders leave the GPU between uses (--low_vram).
+        workers: data loader workers per process.
+        tokens: tokens of the largest sample.
         batch: samples of its micro-batch.
-        zero: zero_optimization of the DeepSpeed file; {} = DeepSpeed's own.
-        average: where an EMA of the masters is kept: "accelerator", "cpu", or "" for none.
-        whole: checkpoints of divided weights also hold whole ones.
-        optimizer: of videox.optim.registry.OPTIMIZERS.
-        adapters: a LoRA trains; the rest is frozen, and kept in the dtype of computation but for FSDP1.
+        zero: zero_optimization of the DeepSpeed file; {} = DeepSpeed's defaults.
+        ema_device: where an EMA of the fp32 parameters is stored: "accelerator", "cpu", or "" for no EMA.
+        full_weights: checkpoints of sharded weights also contain the full weights.
+        optimizer: a name in videox.optim.registry.OPTIMIZERS.
+        lora: a LoRA is trained; the base model is frozen, and stored in the computing dtype except under FSDP1
+            (float32).
     """
 
     backend: str
     processes: int
     per_host: int
     half: bool
-    recomputed: float
-    rest: bool
+    recompute_share: float
+    offload_encoders: bool
     workers: int
     tokens: int
     batch: int
     zero: Mapping[str, Any]
-    average: str = ""
-    whole: bool = False
+    ema_device: str = ""
+    full_weights: bool = False
     optimizer: str = "adamw"
-    adapters: bool = False
+    lora: bool = False
 
     @property
-    def frozen(self) -> int:
-        """Bytes of a weight that is not trained, where it is not DeepSpeed's."""
-        fp32_params = OPTIMIZERS[self.optimizer].fp32_params and not self.adapters
-        return 2 if self.half and not fp32_params and self.backend != "fsdp1" else 4
+    def frozen_bytes(self) -> int:
+        """Bytes of a frozen weight, except under DeepSpeed, which stores its own."""
+        fp32_weights = OPTIMIZERS[self.optimizer].fp32_params and not self.lora
+        return 2 if self.half and not fp32_weights and self.backend != "fsdp1" else 4
 
     def offloads(self, what: str) -> bool:
-        """Returns whether DeepSpeed keeps "optimizer" or "param" on the host."""
+        """Return whether DeepSpeed offloads "optimizer" or "param" to the host."""
         device = (self.zero.get(f"offload_{what}") or {}).get("device", "none")
         return self.backend.startswith("zero") and device != "none"
 
@@ -106,7 +115,7 @@ class MemorySetup:
 class Memory:
     """Bytes of one process on its GPU and of one machine on its host.
 
-    States stay; of the phases (training, encoding, optimizer step) one runs at a time.
+    States are allocated all the time; of the phases (training, encoding, optimizer step) one runs at a time.
     """
 
     states: Mapping[str, float]
@@ -114,34 +123,41 @@ class Memory:
     host: Mapping[str, float]
 
     def total(self) -> float:
-        """Returns the most bytes at once on a GPU."""
-        held = sum(self.states.values()) + max(sum(phase.values()) for phase in self.phases.values())
-        return held * (1 + FRAGMENTS) + CONTEXT
+        """Return the peak bytes on a GPU."""
+        allocated = sum(self.states.values()) + max(sum(phase.values()) for phase in self.phases.values())
+        return allocated * (1 + FRAGMENTATION) + CONTEXT
 
     def items(self) -> dict[str, float]:
-        """Returns every item, and the total."""
-        named = {name: size for phase in self.phases.values() for name, size in phase.items()}
-        fragments = self.total() - CONTEXT - (self.total() - CONTEXT) / (1 + FRAGMENTS)
-        return {**self.states, **named, "context": CONTEXT, "fragments": fragments, "total": self.total()}
+        """Return every item, and the total; the names are keys of plan_report.json."""
+        by_phase = {name: size for phase in self.phases.values() for name, size in phase.items()}
+        fragments = self.total() - CONTEXT - (self.total() - CONTEXT) / (1 + FRAGMENTATION)
+        return {**self.states, **by_phase, "context": CONTEXT, "fragments": fragments, "total": self.total()}
 
 
 def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
-    """Returns weights, masters, gradients and optimizer of one process, as its engine keeps them on the GPU.
+    """Return weights, fp32 parameters ("masters"), gradients and optimizer state of one process on its GPU, by engine.
 
-    Masters are float32, but for optimizers that round at random. Where weights are whole or FSDP's they are the
-    masters; DeepSpeed keeps bfloat16 weights beside them. AdamW has two float32 moments for each trained number.
+    The trainable parameters are float32, except for optimizers with stochastic rounding. Under DDP and FSDP the
+    weights themselves are these parameters; DeepSpeed stores bfloat16 weights in addition. AdamW has two float32
+    moments for each trainable parameter.
     """
-    everything, trained, share = parameters.total, parameters.trained, 1 / setup.processes
-    if setup.backend in WHOLE or setup.backend.startswith("fsdp"):
-        optimizer, part = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in WHOLE else share
-        sizes = {"weights": setup.frozen * (everything - trained) + optimizer.weight_bytes * trained, "masters": 0}
-        # FSDP1 lays a block end to end, and the gradient of all of it is held if a part of it trains
-        learning = everything - parameters.outside if setup.backend == "fsdp1" and trained < everything else trained
-        sizes |= {"gradients": optimizer.weight_bytes * learning, "optimizer": optimizer.moment_bytes * trained}
-        return {name: part * size for name, size in sizes.items()}
-    weights = (2.0 if setup.half else 4.0) * everything * (share if setup.backend == "zero3" else 1)
-    divided = {"masters": 4.0 * trained, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
-    states = {"weights": weights, **{name: size * share for name, size in divided.items()}}
+    total, trainable, share = parameters.total, parameters.trainable, 1 / setup.processes
+    if setup.backend in UNSHARDED or setup.backend.startswith("fsdp"):
+        optimizer, sharding = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in UNSHARDED else share
+        sizes = {
+            "weights": setup.frozen_bytes * (total - trainable) + optimizer.weight_bytes * trainable,
+            "masters": 0,
+        }
+        # FSDP1 flattens a block into one tensor: if a part of the block trains, the gradient of all of it is allocated
+        with_gradients = total - parameters.outside if setup.backend == "fsdp1" and trainable < total else trainable
+        sizes |= {
+            "gradients": optimizer.weight_bytes * with_gradients,
+            "optimizer": optimizer.moment_bytes * trainable,
+        }
+        return {name: sharding * size for name, size in sizes.items()}
+    weights = (2.0 if setup.half else 4.0) * total * (share if setup.backend == "zero3" else 1)
+    sharded = {"masters": 4.0 * trainable, "gradients": 4.0 * trainable, "optimizer": 8.0 * trainable}
+    states = {"weights": weights, **{name: size * share for name, size in sharded.items()}}
     if setup.offloads("optimizer"):
         states |= {"masters": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if setup.offloads("param"):
@@ -150,25 +166,28 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
 
 
 def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
-    """Returns what a backend sets aside, beside the states, to compute and to exchange: gathers, buckets, casts."""
+    """Return the bytes of a backend's buffers for computing and communication: gathers, buckets, casts."""
     size = 2 if setup.half else 4
-    if setup.backend in WHOLE:
+    if setup.backend in UNSHARDED:
         weight = OPTIMIZERS[setup.optimizer].weight_bytes
-        cast = parameters.trained * (weight == 4) + (parameters.total - parameters.trained) * (setup.frozen == 4)
-        copies = 2 * cast if setup.half else 0  # autocast's, for the length of a forward pass
-        buckets = weight * parameters.trained if setup.backend == "ddp" else 0  # the reducer's
-        return float(copies + buckets)
+        # autocast keeps bfloat16 copies of float32 weights for the length of a forward pass
+        frozen = parameters.total - parameters.trainable
+        cast_elements = parameters.trainable * (weight == 4) + frozen * (setup.frozen_bytes == 4)
+        weight_copies = 2 * cast_elements if setup.half else 0
+        buckets = weight * parameters.trainable if setup.backend == "ddp" else 0  # DDP's gradient buckets
+        return float(weight_copies + buckets)
     share = 1 / setup.processes
     if setup.backend.startswith("fsdp"):
-        gathered = parameters.outside + 2 * parameters.block  # the next block is gathered meanwhile
-        return gathered * size * (1 + share) + parameters.block * (size + 4)  # a block's gradients, cast to reduce
-    bucket = min(int(_number(setup.zero, "reduce_bucket_size", BUCKET)), parameters.trained)
+        # the next block is gathered during the current one; a block's gradients are cast for their reduction
+        gathered = parameters.outside + 2 * parameters.block
+        return gathered * size * (1 + share) + parameters.block * (size + 4)
+    bucket = min(int(_number(setup.zero, "reduce_bucket_size", REDUCE_BUCKET)), parameters.trainable)
     if setup.backend == "zero2":
         buffers = 2 if setup.zero.get("overlap_comm", True) else 1
         return buffers * bucket * size + 2.0 * parameters.block * size
-    live = int(_number(setup.zero, "stage3_max_live_parameters", LIVE))
-    live += int(_number(setup.zero, "stage3_prefetch_bucket_size", PREFETCH))
-    return (min(max(live, parameters.block), parameters.total) + bucket + parameters.block) * float(size)
+    live_parameters = int(_number(setup.zero, "stage3_max_live_parameters", LIVE_PARAMETERS))
+    live_parameters += int(_number(setup.zero, "stage3_prefetch_bucket_size", PREFETCH_BUCKET))
+    return (min(max(live_parameters, parameters.block), parameters.total) + bucket + parameters.block) * float(size)
 
 
 def _number(zero: Mapping[str, Any], name: str, default: float) -> float:
@@ -177,149 +196,156 @@ def _number(zero: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setup: MemorySetup) -> Memory:
-    """Returns what a run with this setup takes."""
+    """Return the memory of a run with this setup."""
     states = state_bytes(parameters, setup)
-    if setup.average == "accelerator":
-        states["average"] = _divided(4.0 * parameters.trained, setup)
-    kept = float(encoders.total())
-    if not setup.rest:
-        states["encoders"] = kept
-    chosen = select_blocks(len(network.blocks), setup.recomputed) if setup.recomputed else []
+    if setup.ema_device == "accelerator":
+        states["average"] = _sharded_bytes(4.0 * parameters.trainable, setup)
+    encoder_bytes = float(encoders.total())
+    if not setup.offload_encoders:
+        states["encoders"] = encoder_bytes
+    recomputed_blocks = select_blocks(len(network.blocks), setup.recompute_share) if setup.recompute_share else []
     training = {
-        "activations": setup.batch * network.peak(setup.tokens, chosen),
+        "activations": setup.batch * network.peak_bytes(setup.tokens, recomputed_blocks),
         "communication": communication_bytes(parameters, setup),
     }
-    encoding = {"encoding": encoders.work}
-    if setup.rest:  # one part is awake at a time, and the next one is on its way; the VAE is the last
-        sizes = encoders.weights
-        pairs = [s + max((t for m, t in sizes.items() if m != n), default=0) for n, s in sizes.items() if n != "vae"]
-        encoding = {"encoding": max([sizes.get("vae", 0) + encoders.work, *pairs])}
+    encoding = {"encoding": encoders.vae_peak}
+    if setup.offload_encoders:
+        # one encoder is on the GPU at a time while the next one is prefetched; after the VAE, the last, none is
+        weights = encoders.weights
+        with_next = [
+            size + max((other for other_name, other in weights.items() if other_name != name), default=0)
+            for name, size in weights.items()
+            if name != "vae"
+        ]
+        encoding = {"encoding": max([weights.get("vae", 0) + encoders.vae_peak, *with_next])}
     step: dict[str, float] = {}
-    if setup.backend == "zero3" and not setup.offloads("optimizer"):  # flattens a sub-group's gradients once more
-        part = int(_number(setup.zero, "sub_group_size", SUB_GROUP))
-        step = {"optimizer step": 4.0 * min(parameters.trained / setup.processes, part)}
+    if setup.backend == "zero3" and not setup.offloads("optimizer"):
+        # ZeRO-3 flattens the gradients of a sub-group once more
+        sub_group = int(_number(setup.zero, "sub_group_size", SUB_GROUP))
+        step = {"optimizer step": 4.0 * min(parameters.trainable / setup.processes, sub_group)}
     return Memory(
         states, {"training": training, "encoding": encoding, "step": step}, host_bytes(parameters, encoders, setup)
     )
 
 
-def _divided(size: float, setup: MemorySetup) -> float:
-    """Returns this process's part of what is divided as the masters are."""
-    return size if setup.backend in WHOLE else size / setup.processes
+def _sharded_bytes(size: float, setup: MemorySetup) -> float:
+    """Return the bytes per process of something that is sharded like the fp32 parameters."""
+    return size if setup.backend in UNSHARDED else size / setup.processes
 
 
 def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -> dict[str, float]:
-    """Returns the bytes on one machine's host: while loading, and while training.
+    """Return the bytes of host memory of one machine: while loading, and while training.
 
-    Every process loads the whole transformer, as it is to be kept, before it is moved or divided; under ZeRO-3 and
-    FSDP2 it reads its own part alone. Encoders lie there once for all processes of a machine.
+    Every process loads the whole transformer, in its final dtype, before it is moved or sharded; under ZeRO-3 and
+    FSDP2 a process reads its own shard alone. Encoders are in shared memory, once for all processes of a machine.
     """
-    count, trained = setup.per_host, float(parameters.trained)
+    count, trainable = setup.per_host, float(parameters.trainable)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
     training = {
-        "resting encoders": float(encoders.total()) if setup.rest else 0.0,
+        "resting encoders": float(encoders.total()) if setup.offload_encoders else 0.0,
         "workers": count * setup.workers * WORKER,
     }
     if setup.offloads("optimizer"):
-        training["offloaded optimizer"] = count * 16 * trained / setup.processes
+        # fp32 parameters, gradients and two moments, 4 bytes each
+        training["offloaded optimizer"] = count * 16 * trainable / setup.processes
     if OPTIMIZERS[setup.optimizer].on_host:
-        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moment_bytes * trained
+        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moment_bytes * trainable
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
-    if setup.average == "cpu":
-        training["average"] = count * _divided(4.0 * trained, setup)
-    return {"loading": count * setup.frozen * parameters.total * share + encoders.total(), **training}
+    if setup.ema_device == "cpu":
+        training["average"] = count * _sharded_bytes(4.0 * trainable, setup)
+    return {"loading": count * setup.frozen_bytes * parameters.total * share + encoders.total(), **training}
 
 
 def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:
-    """Returns the bytes of one checkpoint: weights and moments, and what DeepSpeed writes besides.
+    """Return the bytes of one checkpoint: weights and moments, and what DeepSpeed writes in addition.
 
-    An average is one more copy of what is kept; so are whole weights where the backend's own are divided. Of a LoRA's
-    base nothing is kept.
+    An EMA is one more copy of the saved weights; so are full weights where the backend's own are sharded. With a LoRA,
+    the base model is not saved.
     """
     optimizer = OPTIMIZERS[moments_of(setup.optimizer)]
-    usual = (optimizer.weight_bytes + optimizer.moment_bytes, setup.frozen)
-    trained, frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, usual)
-    kept = parameters.trained if setup.adapters else parameters.total
-    copies = int(bool(setup.average)) + int(setup.whole and setup.backend in ("zero3", "fsdp1", "fsdp2"))
-    own = trained * parameters.trained + frozen * (kept - parameters.trained)
-    return float(own + copies * 4 * kept)
+    plain = (optimizer.weight_bytes + optimizer.moment_bytes, setup.frozen_bytes)
+    per_trainable, per_frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, plain)
+    saved = parameters.trainable if setup.lora else parameters.total
+    copies = int(bool(setup.ema_device)) + int(setup.full_weights and setup.backend in ("zero3", "fsdp1", "fsdp2"))
+    main_copy = per_trainable * parameters.trainable + per_frozen * (saved - parameters.trainable)
+    return float(main_copy + copies * 4 * saved)
 
 
-# ------------------------------------------------------------------------------------------------------- verdict
+# ------------------------------------------------------------------------------------------- changes that make it fit
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing to set otherwise: the words for it, and what it makes of a setup (None where it changes nothing)."""
+    """One setting to change: its label, and the changed setup (None where it changes nothing)."""
 
-    words: str
+    label: str
     apply: Callable[[MemorySetup], MemorySetup | None]
 
 
 def _recompute(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, recomputed=1.0) if setup.recomputed < 1 else None
+    return replace(setup, recompute_share=1.0) if setup.recompute_share < 1 else None
 
 
-def _rest(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, rest=True) if not setup.rest else None
+def _offload_encoders(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, offload_encoders=True) if not setup.offload_encoders else None
 
 
-def _single(setup: MemorySetup) -> MemorySetup | None:
+def _single_sample(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, batch=1) if setup.batch > 1 else None
 
 
-def _divide(setup: MemorySetup, backend: str) -> MemorySetup | None:
+def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
     if backend not in OPTIMIZERS[setup.optimizer].backends or setup.processes == 1:
         return None
-    return replace(setup, backend=backend) if DIVIDE.index(backend) > DIVIDE.index(setup.backend) else None
+    return replace(setup, backend=backend) if BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend) else None
 
 
-def _plainly(setup: MemorySetup) -> MemorySetup | None:
+def _use_adamw(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, optimizer="adamw") if setup.optimizer != "adamw" else None
 
 
-def _offload(setup: MemorySetup) -> MemorySetup | None:
+def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
     done = setup.offloads("optimizer") and setup.offloads("param")
     if done or "zero3" not in OPTIMIZERS[setup.optimizer].backends:
         return None
-    away = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    return replace(setup, backend="zero3", zero={**setup.zero, **away})
+    to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return replace(setup, backend="zero3", zero={**setup.zero, **to_cpu})
 
 
-def _moments_away(setup: MemorySetup, name: str) -> MemorySetup | None:
+def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
     fits = setup.optimizer == OPTIMIZERS[name].moments_of and setup.backend in OPTIMIZERS[name].backends
     return replace(setup, optimizer=name) if fits else None
 
 
-def _times(setup: MemorySetup, factor: int, processes: int) -> MemorySetup | None:
-    if setup.backend in WHOLE or setup.processes != processes:
+def _multiply_processes(setup: MemorySetup, factor: int, processes: int) -> MemorySetup | None:
+    if setup.backend in UNSHARDED or setup.processes != processes:
         return None
     return replace(setup, processes=setup.processes * factor)
 
 
-def _changes(divided: str) -> list[Change]:
-    """Returns what may be changed, the cheapest in time first; divided: the family's backend that divides weights."""
+def _cheap_changes(sharded_backend: str) -> list[Change]:
+    """Return changes in order of the time they cost; sharded_backend: the family's backend that shards weights."""
     return [
-        Change("--optimizer adamw", _plainly),  # which every backend takes
-        Change("--low_vram", _rest),
+        Change("--optimizer adamw", _use_adamw),  # supported by every backend
+        Change("--low_vram", _offload_encoders),
         Change("--gradient_checkpointing", _recompute),
-        Change("--train_batch_size 1", _single),
-        Change("ZeRO-2", partial(_divide, backend="zero2")),
-        Change(TITLES[divided], partial(_divide, backend=divided)),
-        Change(TITLES["fsdp2"], partial(_divide, backend="fsdp2")),
+        Change("--train_batch_size 1", _single_sample),
+        Change("ZeRO-2", partial(_shard, backend="zero2")),
+        Change(LABELS[sharded_backend], partial(_shard, backend=sharded_backend)),
+        Change(LABELS["fsdp2"], partial(_shard, backend="fsdp2")),
     ]
 
 
-def _dearer(processes: int) -> tuple[list[Change], list[Change]]:
-    """Returns what may be changed at a price: in time, and in GPUs; processes: that there are."""
-    host = "ZeRO-3 with weights and optimizer on the host, config/zero_stage3_config_cpu_offload.json"
-    more = {"twice": 2, "four times": 4, "eight times": 8}
-    away = [name for name, kind in OPTIMIZERS.items() if kind.on_host]
-    moments = [Change(f"--optimizer {name}", partial(_moments_away, name=name)) for name in away]
-    return [*moments, Change(host, _offload)], [
-        Change(f"{words} the processes", partial(_times, factor=factor, processes=processes))
-        for words, factor in more.items()
+def _costly_changes(processes: int) -> tuple[list[Change], list[Change]]:
+    """Return changes that cost much time, and those that need more GPUs; processes: number of processes at present."""
+    to_host = "ZeRO-3 with weights and optimizer offloaded to the host (config/zero_stage3_config_cpu_offload.json)"
+    multiples = {"twice": 2, "four times": 4, "eight times": 8}
+    on_host = [name for name, kind in OPTIMIZERS.items() if kind.on_host]
+    moments = [Change(f"--optimizer {name}", partial(_offload_moments, name=name)) for name in on_host]
+    return [*moments, Change(to_host, _offload_to_host)], [
+        Change(f"{label} as many processes", partial(_multiply_processes, factor=factor, processes=processes))
+        for label, factor in multiples.items()
     ]
 
 
@@ -328,54 +354,55 @@ def nearest_that_fits(
     limit: float,
     memory: Callable[[MemorySetup], Memory],
     *,
-    divided: str = "zero3",
-    shorter: Sequence[int] = (),
+    sharded_backend: str = "zero3",
+    fewer_tokens: Sequence[int] = (),
 ) -> list[tuple[list[str], MemorySetup]]:
-    """Returns the fewest changes after which a run fits, in words, and the setup; none where none is found.
+    """Return the fewest changes after which a run fits, as labels, and the changed setup; empty where none is found.
 
-    Only where nothing else fits on the processes that there are, the ways are to put states on the host, which costs
-    time at each step, and to have more processes; and where these fail, a smaller largest sample.
+    Only where nothing else fits on the present number of processes, two more kinds are tried: offloading states to the
+    host, which costs time in each step, and more processes; and where these fail, a smaller largest sample.
 
     Args:
         setup: that does not fit.
         limit: bytes of a GPU.
-        memory: of a setup.
-        divided: the backend of the family that divides the weights.
-        shorter: token counts of smaller budgets, descending; tried last, since they change what is trained.
+        memory: returns the memory of a setup.
+        sharded_backend: the backend of the family that shards the weights.
+        fewer_tokens: token counts of smaller largest samples, descending; tried last, since they change what is
+            trained.
     """
-    changes = _changes(divided)
+    changes = _cheap_changes(sharded_backend)
 
-    def first(*more: Change) -> list[tuple[list[str], MemorySetup]]:
-        ways = _combinations(setup, [*changes, *more])
-        return [*islice((way for way in ways if memory(way[1]).total() <= limit), 1)]
+    def first_fitting(*more: Change) -> list[tuple[list[str], MemorySetup]]:
+        changed = _combinations(setup, [*changes, *more])
+        return [*islice((each for each in changed if memory(each[1]).total() <= limit), 1)]
 
-    found = first()
-    for more in () if found else _dearer(setup.processes):
-        found += first(*more)
-    if found:
-        return found
-    most = setup
-    said: list[str] = []
+    fitting = first_fitting()
+    for more in () if fitting else _costly_changes(setup.processes):
+        fitting += first_fitting(*more)
+    if fitting:
+        return fitting
+    smallest = setup
+    labels: list[str] = []
     for change in changes:
-        other = change.apply(most)
-        if other is not None:
-            most, said = other, [*said, change.words]
-    for tokens in shorter:
-        smaller = replace(most, tokens=tokens)
-        if memory(smaller).total() <= limit:
-            return [([*said, f"a largest sample of {tokens:,} tokens"], smaller)]
+        changed_setup = change.apply(smallest)
+        if changed_setup is not None:
+            smallest, labels = changed_setup, [*labels, change.label]
+    for tokens in fewer_tokens:
+        shorter = replace(smallest, tokens=tokens)
+        if memory(shorter).total() <= limit:
+            return [([*labels, f"samples of at most {tokens:,} tokens"], shorter)]
     return []
 
 
 def _combinations(setup: MemorySetup, changes: Sequence[Change]) -> Iterator[tuple[list[str], MemorySetup]]:
-    """Yields one change, then two, then three: each with its words."""
+    """Yield the setup after one change, then after two, then after three, each with the labels of its changes."""
     level: list[tuple[list[str], MemorySetup, int]] = [([], setup, 0)]
     for _ in range(3):
-        found = []
-        for words, before, first in level:
-            for number in range(first, len(changes)):
+        next_level = []
+        for labels, before, start in level:
+            for number in range(start, len(changes)):
                 after = changes[number].apply(before)
                 if after is not None:
-                    found.append(([*words, changes[number].words], after, number + 1))
-        yield from ((words, after) for words, after, _ in found)
-        level = found
+                    next_level.append(([*labels, changes[number].label], after, number + 1))
+        yield from ((labels, after) for labels, after, _ in next_level)
+        level = next_level

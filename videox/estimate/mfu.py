@@ -1,4 +1,4 @@
-"""Serves the report and the running log: which share of a GPU's arithmetic goes into the model."""
+"""MFU and planned balance of a step: the share of a GPU's FLOPs that go into the model."""
 
 from __future__ import annotations
 
@@ -13,67 +13,70 @@ from videox.data.plan.settings import PlanSettings
 from videox.estimate.flops import Network, Polynomial
 from videox.shapes import token_count
 
-# Dense bfloat16 operations per second by the makers' data sheets; the first part of a name that fits counts.
+# Dense bfloat16 FLOPs per second from the vendors' data sheets. The first entry found in a GPU's name is used, so that
+# "H100 PCIe" comes before "H100".
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
     "GH200": 989e12, "B200": 2250e12, "B300": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12,
     "A6000": 154.8e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
     "RTX 5090": 209.5e12, "A10": 125e12,
 }  # fmt: skip
-USUAL = "H100"  # of a dry run on a machine without a GPU
+DEFAULT_GPU = "H100"  # assumed by a dry run on a machine without a known GPU
 
 
 def peak_of(name: str) -> float | None:
-    """Returns the operations per second of a GPU by its name, None for one that is not known."""
+    """Return the peak FLOPs per second of a GPU by its name, None for an unknown one."""
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def device_peak(given: float | None) -> tuple[float, str]:
-    """Returns (operations per second, whose they are): of the flag in TFLOP/s, of the GPU here, or of an H100."""
+    """Return (peak FLOPs per second, its source): from the flag in TFLOP/s, of the GPU here, or of an H100."""
     if given is not None:
-        return given * 1e12, "as --peak_tflops says"
+        return given * 1e12, "from --peak_tflops"
     if torch.cuda.is_available() and (peak := peak_of(torch.cuda.get_device_name())):
         return peak, torch.cuda.get_device_name()
-    return PEAKS[USUAL], USUAL
+    return PEAKS[DEFAULT_GPU], DEFAULT_GPU
 
 
 class Meter:
-    """Compares a step with what the hardware and the plan promise.
+    """Compares the duration of a step with what the hardware and the plan allow.
 
     Args:
-        operations: of forward and backward pass of one sample, recomputation left out, from its tokens.
-        peak: operations per second of one device; None where that is not known.
-        processes: that share a step.
+        flops_per_sample: FLOPs of the forward and backward pass of one sample, without recomputation, by its tokens.
+        peak: FLOPs per second of one device; None where it is not known.
+        processes: number of processes that share a step.
         settings: of the plan.
     """
 
-    def __init__(self, operations: Polynomial, peak: float | None, processes: int, settings: PlanSettings) -> None:
-        self.operations, self.peak, self.processes, self.settings = operations, peak, processes, settings
+    def __init__(
+        self, flops_per_sample: Polynomial, peak: float | None, processes: int, settings: PlanSettings
+    ) -> None:
+        self.flops_per_sample, self.peak, self.processes, self.settings = flops_per_sample, peak, processes, settings
         self._plan: EpochPlan | None = None
         self._costs = self._padding = np.zeros((0, 0, 0))
 
     def measure(self, plan: EpochPlan, epoch_step: int, seconds: float) -> dict[str, float]:
-        """Returns what a step of some seconds reached.
+        """Return the metrics of a step that took `seconds`.
 
-        planned_balance is the share (0 to 1) of the devices' time in which none had to wait for another, as the plan
-        has it; mfu the share of their arithmetic that went into the model, where its peak is known.
+        planned_balance is the planned share (0 to 1) of the devices' time in which none waits for another; mfu, where
+        the peak is known, is the share of the devices' FLOPs that went into the model.
         """
         if plan is not self._plan:
             self._plan = plan
             self._costs, self._padding = plan_costs(plan, self.settings, self.processes)
-        this = slice(epoch_step, epoch_step + 1)
-        found = {"planned_balance": balance(self._costs[this], self.settings.barrier, self._padding[this])}
+        step = slice(epoch_step, epoch_step + 1)
+        metrics = {"planned_balance": balance(self._costs[step], self.settings.barrier, self._padding[step])}
         if self.peak is not None:
-            work = sum(self.operations(token_count(bucket)) for bucket in plan.buckets_of_step(epoch_step))
-            found["mfu"] = work / (seconds * self.peak * self.processes)
-        return found
+            flops = sum(self.flops_per_sample(token_count(bucket)) for bucket in plan.buckets_of_step(epoch_step))
+            metrics["mfu"] = flops / (seconds * self.peak * self.processes)
+        return metrics
 
 
 def run_meter(
     network: Network, *, peak_tflops: float | None, processes: int, settings: PlanSettings, device: torch.device
 ) -> Meter:
-    """Returns the meter of a run; peak_tflops: None takes the GPU's own, and nothing on other devices."""
+    """Return the meter of a run; peak_tflops: None uses the GPU's own peak, and reports no MFU on other devices."""
     peak = None if peak_tflops is None else peak_tflops * 1e12
     if peak is None and device.type == "cuda":
         peak = peak_of(torch.cuda.get_device_name(device))
-    return Meter(network.model_polynomial(), peak, processes, settings)
+    return Meter(network.forward_backward_polynomial(), peak, processes, settings)

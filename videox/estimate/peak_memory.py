@@ -1,4 +1,4 @@
-"""Serves the dry run: how many bytes a computation holds at once, found by running it on tensors without data."""
+"""Peak memory of a function, measured by running it on tensors without data (meta or fake tensors)."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Held(TorchDispatchMode):
-    """Adds up the storages that operations make, and takes them off when they are freed."""
+class _StorageTracker(TorchDispatchMode):
+    """Adds the size of each storage that an operation allocates, and subtracts it when the storage is freed."""
 
-    def __init__(self, leave: Callable[[Tensor], bool] | None) -> None:
+    def __init__(self, ignore: Callable[[Tensor], bool] | None) -> None:
         super().__init__()
-        self.now = self.most = 0
-        self._leave, self._known = leave, set[int]()
+        self.now = self.peak = 0
+        self._ignore, self._live = ignore, set[int]()
 
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        given: tuple[Any, ...] = (),
-        by_name: dict[str, Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
-        result = func(*given, **(by_name or {}))
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not (self._leave and self._leave(tensor)):
-                self._note(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and not (self._ignore and self._ignore(tensor)):
+                self._track(tensor.untyped_storage())
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        name, size = storage._cdata, storage.nbytes()
-        if name in self._known:
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
             return
-        self._known.add(name)
+        self._live.add(key)
         self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, name, size)
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, name: int, size: int) -> None:
-        self._known.discard(name)
+    def _free(self, key: int, size: int) -> None:
+        self._live.discard(key)
         self.now -= size
 
 
-def peak_bytes(run: Callable[[], object], leave: Callable[[Tensor], bool] | None = None) -> int:
-    """Returns the most bytes of tensors that a function holds at once, those it was given left out.
+def peak_bytes(run: Callable[[], object], ignore: Callable[[Tensor], bool] | None = None) -> int:
+    """Return the most bytes of tensors that a function allocates at once, without those that existed before.
 
-    It runs without gradients, on whatever device its tensors are; on the meta device nothing is computed. What a
-    kernel needs for itself is not seen.
+    It runs without gradients, on the device of its tensors; on the meta device nothing is computed. The workspace of
+    kernels is not seen.
 
     Args:
         run: the function.
-        leave: of the tensors that operations return, those that do not count (None = all do).
+        ignore: returns whether a tensor that an operation returned is not counted (None = all are counted).
     """
-    with torch.no_grad(), _Held(leave) as held:
+    with torch.no_grad(), _StorageTracker(ignore) as tracker:
         run()
-    return held.most
+    return tracker.peak
 
 
 def module_bytes(module: nn.Module, element_size: int) -> int:
-    """Returns the bytes of a module's parameters and buffers, in a dtype of element_size bytes."""
+    """Return the bytes of a module's parameters and buffers, in a dtype of element_size bytes."""
     return element_size * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))

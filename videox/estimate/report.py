@@ -1,4 +1,4 @@
-"""Serves whoever plans a run: what the data becomes, what a step costs, and what it needs, before a GPU is rented."""
+"""Report of a dry run: what the data becomes, what a step costs and what it needs, for planning GPUs before a run."""
 
 from __future__ import annotations
 
@@ -14,34 +14,47 @@ from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pac
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.estimate.flops import Network
-from videox.estimate.memory import CLOSE, Memory, MemorySetup
+from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup
 from videox.shapes import token_count
 
-WORLDS = (1, 8, 64, 512)  # processes for which balance and mix are told
-MUCH_PADDING = 0.02  # share of the slots; a balance that lacks less needs no words
+WORLD_SIZES = (1, 8, 64, 512)  # numbers of processes for which balance and mix are reported
+MUCH_PADDING = 0.02  # share of the slots that are padding, from which it is pointed out
 GIB = 2**30
 EXTRA_FATES = {fate.name.lower() for fate in (Fate.HELD_OUT, Fate.NOT_DRAWN)}
-CUT_NOTHING = 1e-6  # a share of the area below this is rounding
+CROP_EPSILON = 1e-6  # a cropped share of the area below this is float rounding
+WIDTH = 36  # characters of a name in the table of memory
+# what the items of Memory, whose names are keys of plan_report.json, are called in the printed report
+LABELS = {
+    "masters": "fp32 parameters", "optimizer": "optimizer state", "average": "EMA", "communication": "communication buffers",
+    "encoding": "encoding (text, VAE)", "loading": "while loading", "resting encoders": "offloaded encoders",
+    "workers": "data loader workers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Work:
-    """Operations of an epoch.
+class EpochFlops:
+    """FLOPs of an epoch.
 
     Attributes:
-        model: forward and backward, of all samples.
-        recomputed: what recomputation adds.
-        by_bucket: both together, for each bucket of the plan, of one sample.
+        model: forward and backward passes of all samples.
+        recomputed: what activation checkpointing adds.
+        per_sample: both together, float64 per bucket of the plan, for one sample.
     """
 
     model: float
     recomputed: float
-    by_bucket: np.ndarray
+    per_sample: np.ndarray
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How fast a GPU is taken to be: its peak (operations per second), the share of it that is used, and whence."""
+class GpuSpeed:
+    """The assumed speed of a GPU.
+
+    Attributes:
+        peak: FLOPs per second.
+        share: MFU, the share of the peak that is used, 0 to 1.
+        source: both, and where they are from, for the report.
+    """
 
     peak: float
     share: float
@@ -49,24 +62,24 @@ class Speed:
 
 
 def samples_of(plan: EpochPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (metadata row, bucket number) of each sample of an epoch, int64."""
+    """Return (metadata row, bucket number) of each sample of an epoch, int64."""
     return plan.row, np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
 
 
-def cut_of(columns: PlanColumns, plan: EpochPlan) -> np.ndarray:
-    """Returns the share of its source's area that each sample loses."""
+def crop_shares(columns: PlanColumns, plan: EpochPlan) -> np.ndarray:
+    """Return the share of its source's area that is cropped from each sample."""
     rows, bucket = samples_of(plan)
     heights, widths = (np.array([getattr(b, side) for b in plan.buckets])[bucket] for side in ("height", "width"))
     return crop_share(columns.height[rows], columns.width[rows], heights, widths)
 
 
 def attributes(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy) -> dict[str, int]:
-    """Returns how many trained rows are repeated, clipped (frames left over), cropped or upscaled in this epoch."""
+    """Return how many trained rows are repeated, clipped (frames left over), cropped or upscaled in this epoch."""
     rows, bucket = samples_of(plan)
     frames, heights, widths = (np.array([b[side] for b in plan.buckets])[bucket] for side in range(3))
     pace = pace_of(policy, None if columns.fps is None else columns.fps[rows])
     clipped = (columns.kind[rows] == 1) & (frames < frames_at_pace(columns.frames[rows].astype(np.int64), pace))
-    cropped = cut_of(columns, plan) > CUT_NOTHING
+    cropped = crop_shares(columns, plan) > CROP_EPSILON
     upscaled = np.maximum(heights / columns.height[rows], widths / columns.width[rows]) > 1
     counted = {"clipped": clipped, "cropped": cropped, "upscaled": upscaled}
     times = np.unique(rows, return_counts=True)[1]
@@ -76,23 +89,23 @@ def attributes(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy) -> dic
     }
 
 
-def fates_of(plan: EpochPlan) -> dict[str, int]:
-    """Returns how many rows meet each fate; those held out or not drawn are named only where there are some."""
+def reported_fates(plan: EpochPlan) -> dict[str, int]:
+    """Return the number of rows of each fate; fates in EXTRA_FATES are left out where their count is 0."""
     counts = plan.fate_counts()
     return {name: count for name, count in counts.items() if count or name not in EXTRA_FATES}
 
 
-def work_of(plan: EpochPlan, network: Network, chosen: Sequence[int]) -> Work:
-    """Returns the operations of an epoch; chosen: numbers of the blocks that are recomputed."""
+def epoch_flops(plan: EpochPlan, network: Network, recomputed_blocks: Sequence[int]) -> EpochFlops:
+    """Return the FLOPs of an epoch; recomputed_blocks: numbers of the blocks under activation checkpointing."""
     tokens = np.array([token_count(bucket) for bucket in plan.buckets], np.float64)
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-    model = np.array([network.model(size) for size in tokens])
-    more = np.array([network.recomputed(size, chosen) for size in tokens])
-    return Work(float((model * counts).sum()), float((more * counts).sum()), model + more)
+    model = np.array([network.forward_backward(size) for size in tokens])
+    recomputed = np.array([network.recompute(size, recomputed_blocks) for size in tokens])
+    return EpochFlops(float((model * counts).sum()), float((recomputed * counts).sum()), model + recomputed)
 
 
 def samples_per_step(plan: EpochPlan, settings: PlanSettings) -> int:
-    """Returns the samples of a full step, or where slots are filled by cost, of a step on average."""
+    """Return the samples of a full step; where slots are filled by cost, of a step on average."""
     return (
         settings.slots * settings.batch_size if settings.slot_fill == "fixed" else round(len(plan.row) / plan.n_steps)
     )
@@ -103,29 +116,29 @@ def plan_report(
     plan: EpochPlan,
     settings: PlanSettings,
     *,
-    work: Work,
+    flops: EpochFlops,
     balanced: Mapping[int, PlanBalance],
     memory: Memory,
     checkpoint: float,
 ) -> dict[str, Any]:
-    """Returns the content of plan_report.json."""
-    cut = cut_of(columns, plan)
+    """Return the content of plan_report.json."""
+    cropped = crop_shares(columns, plan)
     table = plan.bucket_table()
-    told = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "step_variance_ratio"}
+    metric_fields = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "step_variance_ratio"}
     tokens = sum(token_count(bucket) * samples for bucket, samples, _ in table)
     return {
         "rows": len(columns),
-        "fates": fates_of(plan),
+        "fates": reported_fates(plan),
         "attributes": attributes(columns, plan, settings.policy),
         "cropped": {
-            "median": float(np.median(cut)), "p95": float(np.quantile(cut, 0.95)), "max": float(cut.max()),
+            "median": float(np.median(cropped)), "p95": float(np.quantile(cropped, 0.95)), "max": float(cropped.max()),
         },
         "buckets": [{**bucket._asdict(), "rows": n, "tokens": token_count(bucket)} for bucket, n, _ in table],
         "global_batch": samples_per_step(plan, settings),
         "steps_per_epoch": plan.n_steps,
         "tokens_per_step": tokens / plan.n_steps,
-        "flops_per_step": work.model / plan.n_steps,
-        **{name: {str(world): getattr(balanced[world], field) for world in WORLDS} for name, field in told.items()},
+        "flops_per_step": flops.model / plan.n_steps,
+        **{name: {str(world): getattr(balanced[world], field) for world in WORLD_SIZES} for name, field in metric_fields.items()},
         "memory": {
             **{name: int(size) for name, size in memory.items().items()},
             "host": {name: int(size) for name, size in memory.host.items()},
@@ -135,7 +148,7 @@ def plan_report(
 
 
 def plan_records(plan: EpochPlan, world_size: int) -> Iterator[dict[str, int]]:
-    """Yields the lines of plan-W.jsonl: each real sample of an epoch, as W processes run it; steps count from 1."""
+    """Yield the lines of plan-W.jsonl: each real sample of an epoch, as W processes run it; steps count from 1."""
     for step in range(plan.n_steps):
         for rank in range(world_size):
             for micro, batch in enumerate(plan.micro_batches(step, rank, world_size)):
@@ -145,164 +158,175 @@ def plan_records(plan: EpochPlan, world_size: int) -> Iterator[dict[str, int]]:
                         yield {**place, **batch.bucket._asdict(), "clip_start": start}
 
 
-# --------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------------- printed lines
 
 
-def ladder_lines(policy: SizePolicy) -> list[str]:
-    """Returns the target sizes that videos and images may be trained at."""
+def target_size_lines(policy: SizePolicy) -> list[str]:
+    """Return the target sizes of videos (with the most frames at each) and of images."""
     videos = ", ".join(f"{size} ({policy.max_frames(size)} frames)" for size in policy.video_sizes())
     return [f"videos: {videos}", f"images: {', '.join(map(str, policy.image_sizes()))}"]
 
 
-def attribute_line(found: Mapping[str, int]) -> str:
-    """Returns how many of the trained rows are changed, and how."""
-    words = {"repeated": "occur more than once", "clipped": "are longer than their clip", "cropped": "lose a border"}
-    words["upscaled"] = "are enlarged"
-    return "of the trained rows " + ", ".join(f"{found[name]:,} {text}" for name, text in words.items())
+def attribute_line(counts: Mapping[str, int]) -> str:
+    """Return how many of the trained rows are changed, and how."""
+    descriptions = {
+        "repeated": "occur more than once",
+        "clipped": "are longer than their clip",
+        "cropped": "are cropped",
+    }
+    descriptions["upscaled"] = "are upscaled"
+    return "of the trained rows, " + ", ".join(f"{counts[name]:,} {text}" for name, text in descriptions.items())
 
 
 def tail_line(plan: EpochPlan, settings: PlanSettings) -> str:
-    """Returns what becomes of samples that fill no batch, and of batches that fill no step."""
+    """Return what happens to samples that do not fill a micro-batch, and to micro-batches that do not fill a step."""
     sizes = np.diff(plan.micro_first)
     smaller = np.count_nonzero(sizes < settings.batch_size) if settings.slot_fill == "fixed" else 0
     missing = plan.n_steps * plan.slots - (len(plan.slot_first) - 1)
     parts = []
     if smaller:
-        parts.append(f"{smaller} of {len(sizes)} batches are smaller, since their bucket ends")
+        parts.append(f"{smaller} of {len(sizes)} micro-batches are smaller (the last ones of their buckets)")
     if missing:
-        parts.append(f"{missing} of the last step's {plan.slots} slots are padding of weight 0")
-    return "tail: " + ("; ".join(parts) if parts else "every batch and every step is full") + "; no row is dropped"
+        parts.append(f"{missing} of the {plan.slots} slots of the last step are padding (weight 0)")
+    return (
+        "remainders: "
+        + ("; ".join(parts) if parts else "none, every micro-batch and step is full")
+        + "; no row is dropped"
+    )
 
 
-def time_lines(plan: EpochPlan, work: Work, most: int = 20) -> list[str]:
-    """Returns the table of buckets: samples, tokens, and the share of the time that they take, dearest first."""
+def time_lines(plan: EpochPlan, flops: EpochFlops, max_rows: int = 20) -> list[str]:
+    """Return the table of buckets: samples, tokens, and their share of the time, most time first."""
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-    spent = counts * work.by_bucket
-    order = np.argsort(-spent, kind="stable")
+    flops_of_bucket = counts * flops.per_sample
+    order = np.argsort(-flops_of_bucket, kind="stable")
     tokens = counts * np.array([token_count(bucket) for bucket in plan.buckets])
     lines = [
         f"epoch 0: {len(plan.buckets)} buckets, {tokens.sum():,} tokens",
-        f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'of tokens':>9} {'of time':>8}",
+        f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'token share':>11} {'time share':>10}",
     ]
-    shown = order if len(order) <= most else order[: most - 1]
-    for number in shown:
+    listed = order if len(order) <= max_rows else order[: max_rows - 1]
+    for number in listed:
         bucket = plan.buckets[number]
         name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
-        shares = f"{tokens[number] / tokens.sum():>9.1%} {spent[number] / spent.sum():>8.1%}"
+        shares = f"{tokens[number] / tokens.sum():>11.1%} {flops_of_bucket[number] / flops_of_bucket.sum():>10.1%}"
         lines.append(f"  {name:>24} {token_count(bucket):>8,} {counts[number]:>8,} {shares}")
-    rest = order[len(shown) :]
-    if len(rest):
-        shares = f"{tokens[rest].sum() / tokens.sum():>9.1%} {spent[rest].sum() / spent.sum():>8.1%}"
-        lines.append(f"  {f'{len(rest)} others':>24} {'':>8} {counts[rest].sum():>8,} {shares}")
+    others = order[len(listed) :]
+    if len(others):
+        shares = f"{tokens[others].sum() / tokens.sum():>11.1%} {flops_of_bucket[others].sum() / flops_of_bucket.sum():>10.1%}"
+        lines.append(f"  {f'{len(others)} other buckets':>24} {'':>8} {counts[others].sum():>8,} {shares}")
     return lines
 
 
 def step_lines(
-    plan: EpochPlan, settings: PlanSettings, work: Work, processes: int, speed: Speed, efficiency: float
+    plan: EpochPlan, settings: PlanSettings, flops: EpochFlops, processes: int, speed: GpuSpeed, balance: float
 ) -> list[str]:
-    """Returns tokens and operations of a step, and how long an epoch takes.
+    """Return tokens and FLOPs of a step, and the duration of an epoch.
 
     Args:
-        processes: that share the work.
-        efficiency: of the balance at that number of processes.
+        processes: number of GPUs.
+        balance: of the plan at that number of processes.
     """
     tokens = sum(token_count(bucket) * samples for bucket, samples, _ in plan.bucket_table())
-    rate = processes * speed.peak * speed.share * efficiency
-    hours = work.model / rate / 3600
-    more = f" and {work.recomputed / plan.n_steps / 1e15:,.3g} PFLOP of recomputation" if work.recomputed else ""
+    flops_per_second = processes * speed.peak * speed.share * balance
+    hours = flops.model / flops_per_second / 3600
+    model_pflop, recomputed_pflop = (size / plan.n_steps / 1e15 for size in (flops.model, flops.recomputed))
+    recompute = f" + {recomputed_pflop:,.3g} PFLOP of recomputation" if flops.recomputed else ""
     batch = f"global batch {samples_per_step(plan, settings):,}"
     if settings.slot_fill == "cost":
         batch += f" on average, in {settings.slots:,} slots"
     return [
         f"{batch}, {plan.n_steps:,} steps per epoch",
-        f"a step: {tokens / plan.n_steps:,.0f} tokens, {work.model / plan.n_steps / 1e15:,.3g} PFLOP of model{more}, on average",
-        f"an epoch: {hours:,.1f} hours on {processes} GPUs ({speed.source}, balance {efficiency:.2f}), "
-        f"{hours * processes:,.0f} GPU hours",
+        f"step: {tokens / plan.n_steps:,.0f} tokens, {model_pflop:,.3g} PFLOP of the model{recompute}, on average",
+        f"epoch: {hours:,.1f} hours on {processes} GPUs, {hours * processes:,.0f} GPU hours "
+        f"(assumed MFU {speed.source}; balance {balance:.2f})",
     ]
 
 
-def balance_lines(found: Mapping[int, PlanBalance], settings: PlanSettings) -> list[str]:
-    """Returns the table of balance and mix by the number of processes, and why a number is worse than promised."""
+def balance_lines(by_world: Mapping[int, PlanBalance], settings: PlanSettings) -> list[str]:
+    """Return the table of balance and mix by number of processes, with the reasons for unusually bad numbers."""
     lines = [f"  {'processes':>9} {'steps':>9} {'balance':>8} {'unplanned':>10} {'mix':>6}"]
-    for world, load in found.items():
-        without = "n/a" if load.unplanned is None else f"{load.unplanned:.3f}"
+    for world, metrics in by_world.items():
+        unplanned = "n/a" if metrics.unplanned is None else f"{metrics.unplanned:.3f}"
         lines.append(
-            f"  {world:>9} {load.steps:>9,} {load.balance:>8.3f} {without:>10} {load.step_variance_ratio:>6.2f}"
+            f"  {world:>9} {metrics.steps:>9,} {metrics.balance:>8.3f} {unplanned:>10} {metrics.step_variance_ratio:>6.2f}"
         )
-    lines.append(
-        "  (balance: share of the GPUs' time in which none waits for another; mix: 1 as varied as random steps)"
-    )
-    padded = {world: load for world, load in found.items() if load.padded >= MUCH_PADDING}
-    if padded:
-        shares = ", ".join(f"{load.padded:.0%} on {world}" for world, load in padded.items())
-        lines.append(f"  (share of the slots that are padding of the last step: {shares}; it counts as waiting, while")
-        lines.append("  without a plan the samples that fill no step are left out, n/a where they are all samples)")
-    above = [
-        (world, load)
-        for world, load in found.items()
-        if load.step_variance_ratio > MAX_VARIANCE_RATIO and settings.balance == "mixed"
+    lines += [
+        "  balance: share of GPU time not spent waiting for other ranks; unplanned: the balance without a plan",
+        "  mix: variance of the step composition relative to random steps (1 = random)",
     ]
-    if above:
-        steps = ", ".join(f"{load.steps:,} on {world}" for world, load in above)
+    padded = {world: metrics for world, metrics in by_world.items() if metrics.padded >= MUCH_PADDING}
+    if padded:
+        shares = ", ".join(f"{metrics.padded:.0%} on {world}" for world, metrics in padded.items())
+        lines.append(f"  padding in the last step, share of all slots: {shares} processes; it counts as waiting")
         lines.append(
-            f"  (too few steps for a mix below {MAX_VARIANCE_RATIO:g}: {steps}; what is left for the last one weighs too much)"
+            "  (without a plan, samples that do not fill a step are left out; n/a: not even one step is full)"
+        )
+    above = {world: m for world, m in by_world.items() if m.step_variance_ratio > MAX_VARIANCE_RATIO}
+    if above and settings.balance == "mixed":
+        steps = ", ".join(f"{metrics.steps:,} on {world}" for world, metrics in above.items())
+        lines.append(
+            f"  mix above {MAX_VARIANCE_RATIO:g}: too few steps ({steps} processes), so that the last one weighs too much"
         )
     return lines
 
 
-def way_words(words: Sequence[str], memory: Memory) -> str:
-    """Returns what fits, in words; memory: with these changes."""
-    text = f"{' and '.join(words)} ({memory.total() / GIB:.1f} GiB"
-    host = sum(memory.host.get(name, 0.0) for name in ("offloaded optimizer", "offloaded weights"))
-    if host:
-        text += f"; {host / GIB:,.0f} GiB of each host besides, and slower steps"
+def format_changes(changes: Sequence[str], memory: Memory) -> str:
+    """Return changed settings that fit as text; memory: with these changes."""
+    text = f"{' and '.join(changes)} ({memory.total() / GIB:.1f} GiB per GPU"
+    host_bytes = sum(memory.host.get(name, 0.0) for name in ("offloaded optimizer", "offloaded weights"))
+    if host_bytes:
+        text += f", plus {host_bytes / GIB:,.0f} GiB of host memory per machine, and slower steps"
     return f"{text})"
 
 
-def memory_lines(memory: Memory, setup: MemorySetup, limit: float, ways: Sequence[str]) -> list[str]:
-    """Returns the table of bytes and the verdict.
+def memory_lines(memory: Memory, setup: MemorySetup, limit: float, changes: Sequence[str]) -> list[str]:
+    """Return the table of memory and whether it fits.
 
     Args:
         limit: bytes of a GPU.
-        ways: what fits with room to spare, where this does not.
+        changes: changed settings that fit with a margin, where these do not.
     """
-    held = [(name, size) for name, size in memory.states.items() if size]
+    states = [(name, size) for name, size in memory.states.items() if size]
     phases = {name: phase for name, phase in memory.phases.items() if sum(phase.values())}
     lines = [
-        f"memory per GPU, {setup.backend} on {setup.processes}, largest micro-batch {setup.batch} x {setup.tokens:,} tokens:"
+        f"memory per GPU with {setup.backend} on {setup.processes} GPUs, largest micro-batch "
+        f"{setup.batch} x {setup.tokens:,} tokens:"
     ]
-    lines += [f"  {name:>30} {size / GIB:>8.2f} GiB" for name, size in held]
-    lines.append("  and the largest of:")
+    lines += [f"  {LABELS.get(name, name):>{WIDTH}} {size / GIB:>8.2f} GiB" for name, size in states]
+    lines.append("  plus the largest of these phases:")
     for phase in phases.values():
-        words = " + ".join(name for name, size in phase.items() if size)
-        parts = " = " + " + ".join(f"{size / GIB:.2f}" for size in phase.values() if size) if "+" in words else ""
-        lines.append(f"  {words:>30} {sum(phase.values()) / GIB:>8.2f} GiB{parts}")
+        names = " + ".join(LABELS.get(name, name) for name, size in phase.items() if size)
+        sizes = " = " + " + ".join(f"{size / GIB:.2f}" for size in phase.values() if size) if "+" in names else ""
+        lines.append(f"  {names:>{WIDTH}} {sum(phase.values()) / GIB:>8.2f} GiB{sizes}")
     items = memory.items()
-    lines.append(f"  {'context, fragments':>30} {(items['context'] + items['fragments']) / GIB:>8.2f} GiB")
+    lines.append(
+        f"  {'CUDA context + fragmentation':>{WIDTH}} {(items['context'] + items['fragments']) / GIB:>8.2f} GiB"
+    )
     total = memory.total()
-    verdict = "fits" if total <= limit else "does not fit"
-    spare = f", with {(limit - total) / GIB:.1f} GiB to spare: too close to be sure"
-    close = spare if CLOSE * limit < total <= limit else ""
-    lines.append(f"  {'together':>30} {total / GIB:>8.2f} GiB: {verdict} into {limit / GIB:g} GiB{close}")
-    if total > CLOSE * limit:
+    verdict = "fits in" if total <= limit else "does not fit in"
+    spare = f", but only {(limit - total) / GIB:.1f} GiB to spare: too close to be sure"
+    close = spare if SAFE_SHARE * limit < total <= limit else ""
+    lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{close}")
+    if total > SAFE_SHARE * limit:
         lines.append(
-            f"  {'nearest that surely does':>30} {'; or '.join(ways) or 'none of the settings that were tried'}"
+            f"  {'smallest change that fits':>{WIDTH}} {'; or '.join(changes) or 'none of those that were tried'}"
         )
-    host = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
-    return [*lines, f"memory per host of {setup.per_host} processes, GiB: {host}"]
+    host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
+    return [*lines, f"host memory per machine ({setup.per_host} processes), GiB: {host}"]
 
 
 def disk_lines(checkpoint: float, every: int, steps: int, keep: int | None) -> list[str]:
-    """Returns the bytes of a checkpoint and of all that a run keeps.
+    """Return the size of a checkpoint and of all checkpoints that a run keeps.
 
     Args:
-        checkpoint: bytes of one.
-        every: optimizer steps from one to the next.
-        steps: of the whole run.
-        keep: how many are kept; None = all.
+        checkpoint: bytes of one checkpoint.
+        every: optimizer steps from one checkpoint to the next.
+        steps: optimizer steps of the whole run.
+        keep: number of checkpoints that are kept; None = all.
     """
     count = -(-steps // every)
     kept = min(count, keep) if keep else count
-    limit = f"the newest {keep}" if keep else "all of them: --checkpoints_total_limit keeps fewer"
-    text = f"disk: a checkpoint of {checkpoint / 1e9:,.1f} GB every {every} steps, {count:,} in {steps:,} steps; kept are {limit}"
+    which = f"the newest {keep} are kept" if keep else "all are kept (--checkpoints_total_limit keeps fewer)"
+    text = f"disk: {checkpoint / 1e9:,.1f} GB per checkpoint, {count:,} checkpoints in {steps:,} steps (one per {every}), {which}"
     return [f"{text}: {kept * checkpoint / 1e12:,.2f} TB"]

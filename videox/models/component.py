@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.reader import lora_file
 from videox.models import infer_config
-from videox.models.folder import check_finite, load_strictly, read_component, read_json, read_yaml
+from videox.models.folder import check_finite, load_strictly, read_component, read_json, read_model_folder, read_yaml
 from videox.weights.header import header_config
 from videox.weights.layouts import family_of
 from videox.weights.reader import LayoutTensors, open_tensors
@@ -54,8 +54,9 @@ class Component:
         return None if self.tensors is None else self.config
 
 
-
-def find_component(path: Path, kind: str, known: Mapping[str, Any] | None = None, *, check_weights: bool = True) -> Component:
+def find_component(
+    path: Path, kind: str, known: Mapping[str, Any] | None = None, *, check_weights: bool = True
+) -> Component:
     """Return a component in any supported layout, identified by its tensors' names and not by its file name.
 
     Args:
@@ -117,7 +118,13 @@ def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
 
 
 def choose_component(
-    name: str, flag_value: str | None, default: Path, kind: str, known: Mapping[str, Any], *, check_weights: bool = True
+    name: str,
+    flag_value: str | None,
+    default: Path,
+    kind: str,
+    known: Mapping[str, Any],
+    *,
+    check_weights: bool = True,
 ) -> Component:
     """Return the component that --<name>_path points to, or the model's own at its default path; see find_component.
 
@@ -136,6 +143,35 @@ def choose_component(
         hint = "pass a folder or file of weights; only --pretrained_model_name_or_path accepts a Hugging Face Hub id"
         raise UserError(f"--{name}_path", f"{flag_value} does not exist", hint, MODEL)
     return find_component(Path(flag_value) if flag_value else default, kind, known, check_weights=check_weights)
+
+
+def diffusers_components(
+    root: Path,
+    pipelines: Sequence[str],
+    names: Sequence[str],
+    overrides: Mapping[str, tuple[str, str | None]],
+    with_weights: Sequence[str],
+) -> dict[str, Component]:
+    """Return the components of a model folder in diffusers layout; no weights are loaded.
+
+    Args:
+        root: the model folder.
+        pipelines: pipeline classes that its model_index.json may name.
+        names: subfolders to read.
+        overrides: component name -> (kind as in find_component, path given by the user or None), for the components
+            that a flag can replace.
+        with_weights: names whose weight files must be complete; if empty (a dry run), configurations alone are read.
+
+    Raises:
+        UserError: (MODEL) a component is missing or damaged, or a path does not hold such a component.
+    """
+    configs = read_model_folder(str(root), pipelines, names, with_weights)
+    components = {name: Component(root / name, configs[name]) for name in names}
+    for name, (kind, path) in overrides.items():
+        components[name] = choose_component(
+            name, path, root / name, kind, configs[name], check_weights=bool(with_weights)
+        )
+    return components
 
 
 def load_component(model_class: Any, component: Component, dtype: torch.dtype | None) -> torch.nn.Module:  # noqa: ANN401 - of diffusers or transformers
@@ -191,9 +227,7 @@ def load_checked(
     return model
 
 
-def check_shapes(
-    tensors: LayoutTensors, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()
-) -> None:
+def check_shapes(tensors: LayoutTensors, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
     """Raise UserError (MODEL) naming missing, unexpected and wrongly shaped tensors by their names in the file.
 
     Args:

@@ -97,7 +97,6 @@ def wan_vae_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
     base, stages, downsample = shapes["encoder.conv_in.weight"][0], [], []
     blocks = count_modules(shapes, "encoder.down_blocks")
     # diffusers numbers residual blocks and downsamplers in one list: each downsampler ends a stage.
-    # diffusers numbers residual blocks and downsamplers in one list: each downsampler ends a stage.
     ends = [i for i in range(blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
     for end in [*ends, blocks]:
         stages.append(shapes[f"encoder.down_blocks.{end - 1}.conv2.weight"][0] // base)

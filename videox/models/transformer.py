@@ -62,7 +62,9 @@ def frozen_notes(accelerator: Accelerator) -> list[str]:
     return ["FSDP1 stores the frozen weights in float32; --fsdp_version 2 stores them in bfloat16, half the memory"]
 
 
-def attach_adapters(transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], accelerator: Accelerator) -> list[str]:
+def attach_adapters(
+    transformer: nn.Module, lora: Lora, values: Mapping[str, Tensor], accelerator: Accelerator
+) -> list[str]:
     """Add adapters to a transformer of load_transformer, as its backend needs them, and freeze all other weights.
 
     Returns:

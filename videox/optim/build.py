@@ -82,7 +82,7 @@ def make_optimizer(
     epsilon: float,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over the groups; AdamW is fused, which allocates no temporaries and can skip steps (step_if).
+    """Return an optimizer over the groups; AdamW is fused: it allocates no temporaries and can skip steps (step_if).
 
     Args:
         groups: parameter groups of parameter_groups.

@@ -57,7 +57,9 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         stage_bytes: int = STAGE_BYTES,
     ) -> None:
         groups = list(groups)
-        self._host_params = {p: nn.Parameter(torch.empty(0, dtype=p.dtype)) for group in groups for p in group["params"]}
+        self._host_params = {
+            p: nn.Parameter(torch.empty(0, dtype=p.dtype)) for group in groups for p in group["params"]
+        }
         inner_groups = [{**group, "params": [self._host_params[p] for p in group["params"]]} for group in groups]
         self._inner = make(inner_groups, lr=lr)
         super().__init__(groups, dict(self._inner.defaults))

@@ -14,7 +14,8 @@ from videox.weights.safetensors_io import join_first
 QUANTISED = "@"  # separates the key of a quantized moment from the name of one of its tensors
 STATELESS = ""  # the state key of a parameter that the optimizer has not yet touched
 PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-SCALARS: dict[str, tuple[type, torch.dtype]] = {  # suffix of a state key -> Python type of the value, dtype of its tensor
+# Suffix of a state key -> Python type of the value, dtype of the tensor that is saved for it.
+SCALARS: dict[str, tuple[type, torch.dtype]] = {
     ":bool": (bool, torch.bool),
     ":int": (int, torch.int64),
     ":float": (float, torch.float64),
@@ -142,7 +143,9 @@ def load_optimizer_tensors(
             if base in PARAMETER_SHAPED and value.shape != parameter.shape:
                 faults.append(f"{base} of {name} is {list(value.shape)}, the parameter {list(parameter.shape)}")
     if faults:
-        raise UserError("optimizer state", join_first(faults), "resume with the model and flags it was saved with", MODEL)
+        raise UserError(
+            "optimizer state", join_first(faults), "resume with the model and flags it was saved with", MODEL
+        )
     for parameter, state in restored.items():
         optimizer.state.pop(parameter, None)
         if state:

@@ -18,23 +18,20 @@ def dump_folder(output_dir: Path, step: int, dump_steps: Sequence[int]) -> Path 
 
 
 def write_dump(
-    folder: Path,
-    *,
-    rank: int,
-    batch: Batch,
-    tensors: Mapping[str, torch.Tensor],
-    model_inputs: Mapping[str, object],
-) -> Path:
-    """Write rank-R-micro-M.safetensors and return its path.
+    folder: Path | None, rank: int, batch: Batch, model_inputs: Mapping[str, object], **tensors: torch.Tensor
+) -> Path | None:
+    """Write rank-R-micro-M.safetensors and return its path; do nothing if folder is None.
 
     Args:
         folder: output_dir/dump/step-N, N counted from 1; created if it does not exist.
         rank: rank of this process.
         batch: the micro-batch. Its pixels are stored as a tensor; its rows, frame_indices, captions (after dropout)
             and bucket are stored as JSON strings in the file's metadata.
-        tensors: latents, noise, sigma, timestep, weight, target, prediction, loss.
         model_inputs: keyword arguments of the transformer's forward; tensors among them are stored as model.<name>.
+        tensors: latents, noise, sigma, timestep, weight, target, prediction, loss.
     """
+    if folder is None:
+        return None
     path = folder / f"rank-{rank}-micro-{batch['micro']}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {f"model.{name}": value for name, value in model_inputs.items() if isinstance(value, torch.Tensor)}

@@ -46,7 +46,7 @@ class PendingStep:
 
         The host only queues work for a GPU and runs ahead of it, so its clock does not show when a step ended.
         """
-        end = self.scalars.moment
+        end = self.scalars.event
         return max(end.since(self.begin), 1e-9) if end.on_device else self.host_seconds
 
     def busy(self) -> float:

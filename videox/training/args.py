@@ -78,6 +78,11 @@ def check(args: argparse.Namespace) -> None:
     )
 
 
+def is_dry_run(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for a plan alone: --dry_run or --explain."""
+    return bool(args.dry_run or args.explain is not None)
+
+
 def optimizer_of(args: argparse.Namespace) -> str:
     """Returns the optimizer that was asked for, by whichever flag; raises UserError where two flags disagree."""
     asked = {"use_8bit_adam": "adamw8bit", "use_came": "came"}

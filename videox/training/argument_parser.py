@@ -33,7 +33,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        says_nothing = action.default is None or action.default is False or action.default == []
+        says_nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
         return text if says_nothing or action.required else f"{text} (default: %(default)s)"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from videox.engine.ddp import DdpEngine
 from videox.engine.ema import EmaEngine
 from videox.engine.export import export_bytes
 from videox.engine.fsdp import FsdpEngine
-from videox.engine.train_state import checkpoint_bytes
+from videox.engine.train_state import TrainState, checkpoint_bytes
 from videox.estimate.cost_model import step_times
 from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
@@ -35,20 +35,20 @@ from videox.lora.checkpoint import LoraWeights, prepare_lora
 from videox.models.activation_checkpoint import recompute_blocks
 from videox.models.component import Component
 from videox.models.meta_init import is_sharded
-from videox.models.transformer import attach_adapters, frozen_notes
+from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
 from videox.optim.build import choose_trainable, clip_limit, lr_schedule, make_optimizer, parameter_groups
 from videox.optim.registry import OPTIMIZERS
 from videox.rng import Purpose, uniform
 from videox.tracking.progress import ProgressBar
 from videox.tracking.trackers import Tracker
-from videox.training.args import optimizer_of
+from videox.training.args import optimizer_of, with_fp32_params
 from videox.training.checkpointing import Checkpointer, ExportSettings
 from videox.training.context import Context
-from videox.training.data import DataPipeline
 from videox.training.guard import StepGuard
 from videox.training.recorder import Instruments, Recorder
 from videox.training.sampling import SampleSettings
 from videox.training.schedule import Schedule, most_common_shape
+from videox.training.startup import prepare_folder
 from videox.training.validation_loss import HeldOut, HeldOutLoss
 from videox.training.validator import SIGMAS, FamilyValidation, Validator, validation_images
 
@@ -89,6 +89,17 @@ def build_lora(
     )
     ctx.print(*lines, *frozen_notes(ctx.accelerator))
     return weights
+
+
+def load_model(
+    args: argparse.Namespace,
+    ctx: Context,
+    model_class: Any,  # noqa: ANN401 - of diffusers
+    component: Component,
+) -> Any:  # noqa: ANN401 - of diffusers
+    """Load the transformer: trainable weights in float32, the frozen ones of a LoRA run in the compute dtype."""
+    with memory_phase("loading the model"):
+        return load_transformer(model_class, component, ctx.accelerator, fp32_params=with_fp32_params(args))
 
 
 def base_lr(args: argparse.Namespace, schedule: Schedule) -> float:
@@ -197,49 +208,34 @@ def _engine_of_backend(
     return DdpEngine(ctx.accelerator, transformer, make, lora)
 
 
-def build_recorder(
-    args: argparse.Namespace, ctx: Context, schedule: Schedule, engine: Engine, profile: ModelProfile
-) -> tuple[Recorder, StepGuard]:
-    """The records of the run, and the limits on skipped steps and unreadable rows."""
-    state = schedule.state
-    network = profile.network(half=ctx.accelerator.mixed_precision == "bf16")
-    bar = ProgressBar(schedule.total, initial=state.step, enabled=ctx.is_main)
-    guard = StepGuard(ctx, state, args.max_bad_fraction, bar.note)
-    instruments = Instruments(
-        bar=bar,
-        tracker=Tracker(
-            args.report_to,
-            ctx.output_dir / args.logging_dir,
-            project=args.tracker_project_name,
-            settings=vars(args),
-            first_step=state.step + 1,
-            enabled=ctx.is_main,
-        ),
-        meter=run_meter(
-            replace(network, frozen=args.lora_rank > 0), peak_tflops=args.peak_tflops, processes=ctx.world_size,
-            settings=schedule.settings, device=ctx.device,
-        ),
-        times=step_times(ctx.accelerator, schedule.settings),
-        timer=backward_timer(ctx.accelerator, engine.model),
-    )  # fmt: skip
-    return Recorder(ctx, schedule, instruments, guard.count), guard
+class Records(NamedTuple):
+    """What records, limits and saves the steps of a run."""
+
+    recorder: Recorder
+    guard: StepGuard
+    checkpoints: Checkpointer
 
 
-def build_checkpointer(
+def build_records(
     args: argparse.Namespace,
     ctx: Context,
     schedule: Schedule,
     engine: Engine,
-    recorder: Recorder,
+    profile: ModelProfile,
     model: Any,  # noqa: ANN401 - of diffusers
     facts: Mapping[str, object],
-) -> Checkpointer:
-    """What saves and ends the run.
+) -> Records:
+    """Prepare the run folder and build recorder, guard and checkpointer.
 
     Args:
+        profile: of the model, for MFU.
         model: of diffusers, for the names of tensors that stay float32.
-        facts: task and shift, for the headers of exported files and the manifest.
+        facts: task and flow shift, for args.json, the manifest and the headers of exported files.
     """
+    prepare_folder(args, ctx, schedule, {"shift": facts["shift"]}, engine.checkpoint_bytes)
+    bar = ProgressBar(schedule.total, initial=schedule.state.step, enabled=ctx.is_main)
+    guard = StepGuard(ctx, schedule.state, args.max_bad_fraction, bar.note)
+    recorder = Recorder(ctx, schedule, _instruments(args, ctx, schedule, engine, profile, bar), guard.count)
     known = {"backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype}
     settings = ExportSettings(
         dtype=DTYPES[args.export_dtype],
@@ -249,7 +245,30 @@ def build_checkpointer(
         facts={**facts, **{name: getattr(args, name) for name in SIZES}, **known},
         keep=args.checkpoints_total_limit,
     )
-    return Checkpointer(ctx, schedule.state, engine, recorder, settings)
+    return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings))
+
+
+def _instruments(
+    args: argparse.Namespace, ctx: Context, schedule: Schedule, engine: Engine, profile: ModelProfile, bar: ProgressBar
+) -> Instruments:
+    network = profile.network(half=ctx.accelerator.mixed_precision == "bf16")
+    return Instruments(
+        bar=bar,
+        tracker=Tracker(
+            args.report_to,
+            ctx.output_dir / args.logging_dir,
+            project=args.tracker_project_name,
+            settings=vars(args),
+            first_step=schedule.state.step + 1,
+            enabled=ctx.is_main,
+        ),
+        meter=run_meter(
+            replace(network, frozen=args.lora_rank > 0), peak_tflops=args.peak_tflops, processes=ctx.world_size,
+            settings=schedule.settings, device=ctx.device,
+        ),
+        times=step_times(ctx.accelerator, schedule.settings),
+        timer=backward_timer(ctx.accelerator, engine.model),
+    )  # fmt: skip
 
 
 def build_validator(
@@ -283,15 +302,10 @@ def build_validator(
     return Validator(ctx, recorder, held_out, measure, samples, family.pipeline, ema)
 
 
-def write_first_batch(recorder: Recorder, schedule: Schedule, data: DataPipeline) -> None:
-    """Write what the model gets first to output_dir/first_batch, also where the cache has everything."""
-    recorder.first_batch(schedule.plan, data.dataset.with_pixels(), schedule.index.fps)
-
-
-def validation_due(args: argparse.Namespace, step: int, epochs: int) -> bool:
-    """Whether to validate after `step` optimizer steps; epochs: epochs done if one has just ended, otherwise 0."""
-    by_epoch = epochs > 0 and args.validation_epochs > 0 and epochs % args.validation_epochs == 0
-    return by_epoch or step % args.validation_steps == 0
+def validation_due(args: argparse.Namespace, state: TrainState, epoch_ended: bool) -> bool:
+    """Whether to validate now; epoch_ended: the last step was the last one of an epoch."""
+    by_epoch = epoch_ended and args.validation_epochs > 0 and state.epoch % args.validation_epochs == 0
+    return by_epoch or state.step % args.validation_steps == 0
 
 
 def clip_limit_of_step(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor], torch.Tensor]:

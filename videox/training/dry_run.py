@@ -27,11 +27,11 @@ from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
 from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
-from videox.estimate.data_report import ledger_lines
+from videox.estimate.data_report import row_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.memory import (
-    CLOSE,
-    WHOLE,
+    SAFE_SHARE,
+    UNSHARDED,
     Encoders,
     Memory,
     MemorySetup,
@@ -46,23 +46,23 @@ from videox.estimate.peak_memory import module_bytes, peak_bytes
 from videox.estimate.plot import plot_plan
 from videox.estimate.report import (
     GIB,
-    WORLDS,
-    Speed,
-    Work,
+    WORLD_SIZES,
+    EpochFlops,
+    GpuSpeed,
     attribute_line,
     attributes,
     balance_lines,
     disk_lines,
-    ladder_lines,
+    epoch_flops,
+    format_changes,
     memory_lines,
     plan_records,
     plan_report,
     samples_of,
     step_lines,
     tail_line,
+    target_size_lines,
     time_lines,
-    way_words,
-    work_of,
 )
 from videox.files import atomic_write, write_json_atomically
 from videox.lora.adapters import adapter_sizes, choose_targets
@@ -148,8 +148,8 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         return
     plan = plan_epoch(columns, settings, 0)
     _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *notes(args))
-    _say(*ledger_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
-    _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in ladder_lines(settings.policy)))
+    _say(*row_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
+    _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
     _Forecast(args, model, launch, columns, settings, plan).tell()
 
 
@@ -173,30 +173,32 @@ class _Forecast:
             processes=launch.processes,
             per_host=launch.per_host,
             half=launch.half,
-            recomputed=share,
-            rest=args.low_vram,
+            recompute_share=share,
+            offload_encoders=args.low_vram,
             workers=args.dataloader_num_workers,
             tokens=token_count(largest_bucket(columns, settings)),
             batch=args.train_batch_size,
             zero=launch.zero,
-            average=args.ema_device if args.use_ema else "",
-            whole=args.save_whole_weights,
+            ema_device=args.ema_device if args.use_ema else "",
+            full_weights=args.save_whole_weights,
             optimizer=optimizer_of(args),
-            adapters=args.lora_rank > 0,
+            lora=args.lora_rank > 0,
         )
-        cast = launch.backend in WHOLE and self.setup.frozen == 4
-        self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.adapters)
+        cast = launch.backend in UNSHARDED and self.setup.frozen_bytes == 4
+        self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.lora)
 
     def tell(self) -> None:
         """Prints the forecast and writes plan_report.json, plan_report.png and the plans asked for."""
         args, plan, settings = self.args, self.plan, self.settings
-        chosen = select_blocks(len(self.network.blocks), self.setup.recomputed) if self.setup.recomputed else []
-        work = work_of(plan, self.network, chosen)
-        worlds = sorted({*WORLDS, self.launch.processes})
+        chosen = (
+            select_blocks(len(self.network.blocks), self.setup.recompute_share) if self.setup.recompute_share else []
+        )
+        flops = epoch_flops(plan, self.network, chosen)
+        worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
-        _say(*time_lines(plan, work))
+        _say(*time_lines(plan, flops))
         efficiency = balanced[self.launch.processes].balance
-        _say(*step_lines(plan, settings, work, self.launch.processes, speed_of(args), efficiency))
+        _say(*step_lines(plan, settings, flops, self.launch.processes, speed_of(args), efficiency))
         _say("how evenly processes are loaded:", *balance_lines(balanced, settings))
         parameters = self._parameters()
         memory = self._memory(parameters)
@@ -204,9 +206,9 @@ class _Forecast:
         steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
         _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
         report = plan_report(
-            self.columns, plan, settings, work=work, balanced=balanced, memory=memory, checkpoint=checkpoint
+            self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
-        self._write(report, work, balanced)
+        self._write(report, flops, balanced)
 
     def _parameters(self) -> Parameters:
         args = self.args
@@ -230,23 +232,23 @@ class _Forecast:
         memory = partial(memory_of, parameters, self.network, encoders)
         found, limit = memory(self.setup), args.gpu_memory * GIB
         ways: list[str] = []
-        if found.total() > CLOSE * limit:
+        if found.total() > SAFE_SHARE * limit:
             tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
             fitting = nearest_that_fits(
-                self.setup, CLOSE * limit, memory, divided=self.model.sharded_backend, shorter=tokens
+                self.setup, SAFE_SHARE * limit, memory, sharded_backend=self.model.sharded_backend, fewer_tokens=tokens
             )
-            ways = [way_words(words, memory(setup)) for words, setup in fitting]
-        rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} billion trained"
+            ways = [format_changes(words, memory(setup)) for words, setup in fitting]
+        rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
         _say(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
-    def _write(self, report: Mapping[str, Any], work: Work, balanced: Mapping[int, PlanBalance]) -> None:
+    def _write(self, report: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance]) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
         with _written_to(folder):
             write_json_atomically(folder / "plan_report.json", report)
             counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-            plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * work.by_bucket, balanced)
+            plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * flops.per_sample, balanced)
             written = ["plan_report.json", "plan_report.png"]
             for world in args.dry_run_plan:
                 own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
@@ -268,10 +270,10 @@ def encoders_of(args: argparse.Namespace, model: ModelProfile, half: bool, large
     return Encoders(weights, work + 4.0 * pixels.numel())
 
 
-def speed_of(args: argparse.Namespace) -> Speed:
+def speed_of(args: argparse.Namespace) -> GpuSpeed:
     """Returns how fast a GPU is taken to be: from the flags, or from the GPU here."""
     peak, name = device_peak(args.peak_tflops)
-    return Speed(peak, args.assumed_mfu, f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {name}")
+    return GpuSpeed(peak, args.assumed_mfu, f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {name}")
 
 
 def _index(args: argparse.Namespace) -> Index:

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Sample, TokenLengthDataset
-from videox.data.plan.epoch import PADDING, EpochPlan
+from videox.data.plan.epoch import PADDING
 from videox.device import DeviceEvent
 from videox.distributed.step_sync import StepReport
 from videox.distributed.straggler import BackwardTimer, straggler_share
@@ -86,17 +85,15 @@ class Recorder:
             ):  # a failed device has no numbers; the exception reports the failure
                 self._record()
 
-    def first_batch(self, plan: EpochPlan, dataset: TokenLengthDataset, fps: np.ndarray) -> None:
+    def first_batch(self, schedule: Schedule, dataset: TokenLengthDataset) -> None:
         """Write the first micro-batch of the run to output_dir/first_batch, as the model gets it.
 
-        Args:
-            plan: of the first epoch.
-            dataset: which reads the pixels also where the cache has everything.
-            fps: source frames per second of each metadata row.
+        The pixels are decoded for this also where the cache has everything.
         """
         folder = self.ctx.output_dir / "first_batch"
         if not self.ctx.is_main or folder.exists():
             return
+        plan, fps, dataset = schedule.plan, schedule.index.fps, dataset.with_pixels()
         batch = plan.micro_batches(0, 0, plan.slots)[0]
         samples = [dataset[planned] for planned in planned_samples(batch, 0, last=True)]
         visible = [
@@ -132,7 +129,7 @@ class Recorder:
             step_scalars(loss, update.grad_norm, update.applied), seconds, waited, self._start,
             self.timer.take() if self.timer else None,
         )  # fmt: skip
-        self._start = self._pending.scalars.moment
+        self._start = self._pending.scalars.event
 
     def busy(self) -> float:
         """Seconds that this rank worked in the step that is not recorded yet; 0 where it is not known."""

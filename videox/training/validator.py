@@ -14,7 +14,7 @@ from PIL import Image
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.data.media.video import BadMedia, read_image
-from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.plan import held_out_plan
 from videox.device import memory_phase
 from videox.distributed.collectives import sum_over_ranks
 from videox.errors import DATA, UserError
@@ -22,6 +22,7 @@ from videox.shapes import Bucket
 from videox.training.context import Context
 from videox.training.recorder import Recorder
 from videox.training.sampling import SampleSettings, sample_clips
+from videox.training.schedule import Schedule
 from videox.training.validation_loss import HeldOut, HeldOutLoss, Predict, ValidationLoss, validation_loss
 
 SIGMAS = 4  # noise levels at which each held-out row is measured
@@ -46,21 +47,21 @@ class FamilyValidation:
 
 def encode_held_out(
     dataset: TokenLengthDataset,
-    plan: EpochPlan | None,
+    schedule: Schedule,
     encode: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
 ) -> list[HeldOut]:
     """The held-out samples in host memory, with their captions.
 
     Args:
         dataset: of the run.
-        plan: of the held-out rows; None if there are none.
+        schedule: whose settings decide which rows are held out.
         encode: returns a batch's latents, by the mode of the posterior, and the other inputs of the model.
 
     Raises:
         UserError: (DATA) a row cannot be read.
     """
     encoded, with_captions = [], dataset.without_dropout()
-    for planned in held_out_samples(plan):
+    for planned in held_out_samples(held_out_plan(schedule.columns, schedule.settings)):
         sample = with_captions[planned]
         if sample["bad"] is not None:
             bad = sample["bad"]

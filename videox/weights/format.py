@@ -15,6 +15,7 @@ from videox.weights.layout_writer import export_file
 from videox.weights.safetensors_io import NamedTensors, StoredTensors, export_transformer, load_weights, save_weights
 
 TRANSFORMER = "transformer"  # name of the weights in training inside a checkpoint; the EMA has another name
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their command-line names
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class FullWeights:
         save_weights(checkpoint / name, tensors, config)
 
     def export(self, output_dir: Path, name: str, tensors: NamedTensors, config: str, options: ExportOptions) -> None:
-        """As WeightFormat.export: a diffusers folder, and one file for each other layout beside it."""
+        """As WeightFormat.export: a diffusers folder, and one file next to it for each other layout."""
         folder = output_dir / name
         export_transformer(tensors, config, folder, options.dtype, options.keep_fp32, metadata=options.metadata)
         for layout in options.layouts:

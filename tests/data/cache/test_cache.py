@@ -234,11 +234,11 @@ def check_cache_changes_nothing(
     tiny_models: TinyModels, name: str, variants: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = record_encoder_loads(monkeypatch, MODELS[name][0])
-    more = {"cache_variants": variants, "validation_rows": 1}
-    plain = tiny_models.train(name, tmp_path / "plain", **more)
-    filling = tiny_models.train(name, tmp_path / "filling", **more, latent_cache=tmp_path / "cache")
+    flags = {"cache_variants": variants, "validation_rows": 1}
+    plain = tiny_models.train(name, tmp_path / "plain", **flags)
+    filling = tiny_models.train(name, tmp_path / "filling", **flags, latent_cache=tmp_path / "cache")
     assert len(loaded) == 2 and same_run(filling, plain) and filling.validation == plain.validation
-    check_full_cache(tiny_models, name, CachedRun(plain, tmp_path / "cache", more), tmp_path, monkeypatch)
+    check_full_cache(tiny_models, name, CachedRun(plain, tmp_path / "cache", flags), tmp_path, monkeypatch)
 
 
 class CachedRun(NamedTuple):
@@ -264,11 +264,11 @@ def check_full_cache(
     """Check that a full cache needs no encoder and changes nothing, also if --cache_only filled it in advance."""
     loaded, settings = record_encoder_loads(monkeypatch, MODELS[name][0]), reference.settings
     cached = tiny_models.train(name, tmp_path / "cached", **settings, latent_cache=reference.cache)
-    assert not loaded and "training needs no encoder" in cached.stdout
+    assert not loaded and "no encoder is needed for training" in cached.stdout
     assert same_run(cached, reference.plain) and cached.validation == reference.plain.validation
     prefilled = {**settings, "latent_cache": tmp_path / "prefilled"}
     only = tiny_models.train(name, tmp_path / "only", **prefilled, cache_only=True)
-    assert ": 0 of " in only.stdout and " MB at most; " in only.stdout
+    assert ": 0 of " in only.stdout and " to encode, at most " in only.stdout
     assert len(loaded) == 1 and not only.metrics and not (only.folder / "transformer").exists()
     assert same_run(tiny_models.train(name, tmp_path / "only", **prefilled), reference.plain)
     assert len(loaded) == 1 and verify(reference.cache)[1] == verify(tmp_path / "prefilled")[1] == []
@@ -342,7 +342,7 @@ def test_only_changed_inputs_are_encoded_again(
     changes = {**reference.settings, **change(tiny_models, tmp_path)}
     before, number = count_entries(cache), expected or count_entries(cache)[name]  # None = all entries of the name
     cached = tiny_models.train("wan", tmp_path / "cached", latent_cache=cache, **changes)
-    assert f"; {number} to make, " in cached.stdout
+    assert f"; {number} to encode, " in cached.stdout
     assert count_entries(cache) - before == {name: number}
     plain = tiny_models.train("wan", tmp_path / "plain", **changes)
     assert same_run(cached, plain) and cached.validation == plain.validation
@@ -398,7 +398,7 @@ def test_unusable_folder_and_full_disk_are_rejected(
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda folder: disk._replace(free=5000))
     small = runs.train(tiny_models.command("wan", tmp_path / "out", latent_cache=tmp_path / "cache"))
-    assert small.code == 5 and "0.01 MB are free" in small.stderr and not shard_files(tmp_path / "cache")
+    assert small.code == 5 and "0.01 MB free disk space" in small.stderr and not shard_files(tmp_path / "cache")
 
 
 def test_cache_script_rejects_wrong_arguments_and_full_disk(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Serves whoever changes the index: what is measured, what a second start may do, and what a kill may leave behind."""
+"""Tests of videox.data.index: measurements, what a later start reuses, and recovery from kills and damaged files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from videox.data.index import index as index_module
-from videox.data.index import scan as survey
-from videox.data.index.index import Index, build_index, index_summary, load_index
+from videox.data.index import scan
+from videox.data.index.index import DataLocation, Index, MediaColumns, build_index, index_summary, load_index
 from videox.data.index.probe import probe_each
 from videox.data.index.table import SCHEMA, VERSION, load_table, write_table
 from videox.data.media.container import BadMedia, MediaInfo
@@ -58,26 +58,30 @@ def make_image(path: Path, width: int = 32, height: int = 16) -> Path:
 def write_metadata(folder: Path, rows: Sequence[dict]) -> Path:
     path = folder / "metadata.json"
     path.write_text(json.dumps([{"text": "", **row} for row in rows]))
-    os.utime(path, ns=(time.time_ns() - 10**10,) * 2)  # old enough to be known by its time alone
+    os.utime(path, ns=(time.time_ns() - 10**10,) * 2)  # old enough that the index trusts its time
     return path
 
 
-def build(folder: Path, **options: object) -> Index:
-    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False} | options
-    return build_index(folder / "metadata.json", folder, folder / "metadata.json.videox-index.arrow", **given)
+def location_of(folder: Path, allow_outside_data_dir: bool = False) -> DataLocation:
+    index_path = folder / "metadata.json.videox-index.arrow"
+    return DataLocation(folder / "metadata.json", folder, index_path, allow_outside_data_dir)
+
+
+def build(folder: Path, allow_outside_data_dir: bool = False, **options: object) -> Index:
+    return build_index(location_of(folder, allow_outside_data_dir), **{"workers": 1, "progress": False, **options})
 
 
 @pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that child processes were asked about."""
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were probed."""
     names: list[str] = []
-    real = survey.probe_each
+    real = scan.probe_each
 
-    def recording(paths: Sequence[str], **options: object) -> object:
+    def recording_probe_each(paths: Sequence[str], **options: object) -> object:
         names.extend(Path(path).name for path in paths)
         return real(paths, **options)
 
-    monkeypatch.setattr(survey, "probe_each", recording)
+    monkeypatch.setattr(scan, "probe_each", recording_probe_each)
     return names
 
 
@@ -92,7 +96,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with images, videos, two rows of one file, a row for each kind of problem, and its index."""
+    """A data set with images, videos, two rows of one file and a row for each kind of problem, and its index."""
     folder = tmp_path_factory.mktemp("measured")
     make_video(folder / "a.mp4", frames=9)
     make_video(folder / "b.mp4", width=48, height=64, rate=30)
@@ -125,19 +129,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def indexed(measured: Path, tmp_path: Path) -> Path:
-    """A copy of that data set with its index; nothing needs to be looked at."""
+    """A copy of that data set with its index; no file needs to be probed."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 @pytest.fixture
-def mixed(indexed: Path) -> Path:
-    """The same without an index."""
+def unindexed(indexed: Path) -> Path:
+    """A copy of that data set without its index."""
     (indexed / "metadata.json.videox-index.arrow").unlink()
     return indexed
 
 
-def test_the_files_are_measured_and_every_row_has_its_place(indexed: Path) -> None:
+def test_files_are_measured_and_rows_keep_their_order(indexed: Path) -> None:
     index = build(indexed)
     assert len(index) == 9
     assert index.usable.tolist() == [True] * 4 + [False] * 5
@@ -165,7 +169,7 @@ def test_the_files_are_measured_and_every_row_has_its_place(indexed: Path) -> No
     ]
 
 
-def test_what_metadata_and_files_disagree_about_is_counted(indexed: Path) -> None:
+def test_contradictions_of_metadata_and_files_are_counted(indexed: Path) -> None:
     notes = "\n".join(build(indexed).notes)
     assert "1 rows: type differs from the file's content, which is used (first: row 1)" in notes
     assert "1 rows: width or height differs from the file, whose size is used (first: row 2)" in notes
@@ -174,7 +178,7 @@ def test_what_metadata_and_files_disagree_about_is_counted(indexed: Path) -> Non
     assert "1 rows name a file that an earlier row names" in notes
 
 
-def test_the_summary_tells_counts_sizes_and_problems(indexed: Path) -> None:
+def test_summary_reports_counts_sizes_and_problems(indexed: Path) -> None:
     lines = index_summary(build(indexed))
     assert lines[0] == "9 rows, 4 usable"
     assert lines[1].startswith("1 images, mean side 23 / 23 / 23")
@@ -182,7 +186,7 @@ def test_the_summary_tells_counts_sizes_and_problems(indexed: Path) -> None:
     assert any("1 rows cannot be used: missing (first: row 6, no such file)" in line for line in lines)
 
 
-def test_real_clips_are_measured_as_the_reader_measures_them(tmp_path: Path) -> None:
+def test_real_clips_are_measured_as_by_probe(tmp_path: Path) -> None:
     names = sorted(path.name for path in REAL_CLIPS.glob("*.mp4"))
     assert len(names) == 4
     for name in names:
@@ -195,57 +199,63 @@ def test_real_clips_are_measured_as_the_reader_measures_them(tmp_path: Path) -> 
         assert index.fps[row] == np.float32(info.fps)
 
 
-def test_a_second_start_reads_no_media_and_parses_no_metadata(
-    mixed: Path, looked_at: list[str], parsed: list[Path]
+def test_second_start_probes_no_media_and_parses_no_metadata(
+    unindexed: Path, probed: list[str], parsed: list[Path]
 ) -> None:
-    first = build(mixed)
-    assert sorted(looked_at) == ["a.mp4", "b.mp4", "c.png", "empty.mp4", "noise.mp4"]  # each once, the missing never
+    first = build(unindexed)
+    assert sorted(probed) == [
+        "a.mp4",
+        "b.mp4",
+        "c.png",
+        "empty.mp4",
+        "noise.mp4",
+    ]  # each file once, missing files never
     written = first.stored[0].stat().st_mtime_ns
-    looked_at.clear()
+    probed.clear()
     parsed.clear()
-    second = build(mixed)
-    assert (looked_at, parsed) == ([], [])
+    second = build(unindexed)
+    assert (probed, parsed) == ([], [])
     assert first.stored[0].stat().st_mtime_ns == written
     assert second.fingerprint() == first.fingerprint()
     assert (second.notes, second.problems()) == (first.notes, first.problems())
-    os.utime(mixed / "metadata.json")  # touched, but the bytes are the same
-    build(mixed)
-    assert (looked_at, parsed) == ([], [])
+    os.utime(unindexed / "metadata.json")  # only touched, the bytes are the same
+    build(unindexed)
+    assert (probed, parsed) == ([], [])
 
 
-def test_only_what_changed_is_looked_at_again(indexed: Path, looked_at: list[str], parsed: list[Path]) -> None:
+def test_only_changed_files_are_probed_again(indexed: Path, probed: list[str], parsed: list[Path]) -> None:
     before = build(indexed)
-    looked_at.clear()
+    probed.clear()
     parsed.clear()
     make_video(indexed / "b.mp4", frames=7)
     make_image(indexed / "image.png").rename(indexed / "gone.mp4")
     (indexed / "c.png").unlink()
     after = build(indexed)
-    assert sorted(looked_at) == ["b.mp4", "gone.mp4"]
+    assert sorted(probed) == ["b.mp4", "gone.mp4"]
     assert parsed == []
     assert (after.frames[2], after.width[2]) == (7, 64)
     assert after.usable[[1, 6]].tolist() == [False, True]
     assert after.fingerprint() != before.fingerprint()
-    assert before.frames[2] == 5  # the old index is still mapped and whole
-    looked_at.clear()
+    assert before.frames[2] == 5  # the old index is still mapped and unchanged
+    probed.clear()
     build(indexed)
-    assert looked_at == []
+    assert probed == []
 
 
-def test_edited_metadata_is_parsed_and_known_files_are_kept(indexed: Path, looked_at: list[str]) -> None:
+def test_edited_metadata_is_parsed_and_known_files_are_reused(indexed: Path, probed: list[str]) -> None:
     build(indexed)
-    looked_at.clear()
+    probed.clear()
     make_image(indexed / "new.png")
     write_metadata(
         indexed, [{"file_path": "new.png"}, {"file_path": "b.mp4", "text": "other"}, {"file_path": "empty.mp4"}]
     )
     index = build(indexed)
-    assert looked_at == ["new.png"]
+    assert probed == ["new.png"]
     assert index.frames.tolist() == [1, 5, 0]
     assert index.problems() == [(2, "empty.mp4", "empty", "0 bytes")]
 
 
-def test_a_same_size_edit_right_after_the_build_is_seen(tmp_path: Path) -> None:
+def test_same_size_edit_right_after_the_build_is_noticed(tmp_path: Path) -> None:
     make_image(tmp_path / "a.png")
     path = tmp_path / "metadata.json"
     path.write_text(json.dumps([{"file_path": "a.png", "text": "cat"}]))
@@ -256,30 +266,32 @@ def test_a_same_size_edit_right_after_the_build_is_seen(tmp_path: Path) -> None:
     assert build(tmp_path).caption(0) == "dog"
 
 
-def test_a_folder_of_pairs_is_known_by_its_listing(tmp_path: Path, looked_at: list[str], parsed: list[Path]) -> None:
+def test_folder_of_pairs_is_read_again_only_if_it_changed(
+    tmp_path: Path, probed: list[str], parsed: list[Path]
+) -> None:
     make_image(tmp_path / "a.png").with_suffix(".txt").write_text("cat")
-    options = {"allow_outside_data_dir": False, "workers": 1, "progress": False}
-    index_path = tmp_path / "index.arrow"
-    assert build_index(tmp_path, tmp_path, index_path, **options).caption(0) == "cat"
+    location = DataLocation(tmp_path, tmp_path, tmp_path / "index.arrow")
+    options = {"workers": 1, "progress": False}
+    assert build_index(location, **options).caption(0) == "cat"
     parsed.clear()
-    build_index(tmp_path, tmp_path, index_path, **options)
+    build_index(location, **options)
     assert parsed == []
     (tmp_path / "a.txt").write_text("a dog")
-    assert build_index(tmp_path, tmp_path, index_path, **options).caption(0) == "a dog"
-    assert looked_at == ["a.png"]
+    assert build_index(location, **options).caption(0) == "a dog"
+    assert probed == ["a.png"]
 
 
-def test_a_moved_data_set_keeps_what_was_measured(indexed: Path, looked_at: list[str]) -> None:
+def test_moved_data_set_keeps_its_measurements(indexed: Path, probed: list[str]) -> None:
     fingerprint = build(indexed).fingerprint()
-    looked_at.clear()
+    probed.clear()
     moved = indexed.rename(indexed.with_name("moved"))
     index = build(moved)
-    assert looked_at == []
+    assert probed == []
     assert index.fingerprint() == fingerprint
     assert index.file(0).exists()
 
 
-def test_a_link_put_in_a_files_place_is_refused(tmp_path: Path) -> None:
+def test_file_replaced_by_a_link_is_rejected(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     make_image(data / "a.png")
@@ -297,7 +309,7 @@ def test_a_link_put_in_a_files_place_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("on_disk", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_another_unicode_form_of_the_name_is_found(tmp_path: Path, on_disk: str, written: str) -> None:
+def test_file_is_found_under_another_unicode_form_of_its_name(tmp_path: Path, on_disk: str, written: str) -> None:
     make_image(tmp_path / unicodedata.normalize(on_disk, "é.png"))
     write_metadata(tmp_path, [{"file_path": unicodedata.normalize(written, "é.png")}])
     for _ in range(2):
@@ -306,22 +318,26 @@ def test_another_unicode_form_of_the_name_is_found(tmp_path: Path, on_disk: str,
         assert index.file(0).exists()
 
 
-def test_trusted_metadata_needs_no_files_and_is_checked_later(mixed: Path, looked_at: list[str]) -> None:
-    given = {"type": "image", "width": 640, "height": 480}
-    rows = [{"file_path": "gone.png", **given}, {"file_path": "c.png", **given}, {"file_path": "b.mp4", "width": 1}]
-    write_metadata(mixed, rows)
-    dry = build(mixed, trust_metadata=True)
-    assert looked_at == ["b.mp4"]
-    assert dry.usable.all()
-    assert dry.width.tolist() == [640, 640, 48]
-    assert dry.frames.tolist() == [1, 1, 5]
-    real = build(mixed)
-    assert looked_at == ["b.mp4", "c.png"]
-    assert real.usable.tolist() == [False, True, True]
-    assert real.width.tolist() == [0, 32, 48]
+def test_trusted_metadata_needs_no_files_and_is_checked_later(unindexed: Path, probed: list[str]) -> None:
+    declared = {"type": "image", "width": 640, "height": 480}
+    rows = [
+        {"file_path": "gone.png", **declared},
+        {"file_path": "c.png", **declared},
+        {"file_path": "b.mp4", "width": 1},
+    ]
+    write_metadata(unindexed, rows)
+    trusting = build(unindexed, trust_metadata=True)
+    assert probed == ["b.mp4"]
+    assert trusting.usable.all()
+    assert trusting.width.tolist() == [640, 640, 48]
+    assert trusting.frames.tolist() == [1, 1, 5]
+    checked = build(unindexed)
+    assert probed == ["b.mp4", "c.png"]
+    assert checked.usable.tolist() == [False, True, True]
+    assert checked.width.tolist() == [0, 32, 48]
 
 
-def test_a_file_over_its_deadline_is_a_timeout_and_gets_another_chance(tmp_path: Path, looked_at: list[str]) -> None:
+def test_file_over_the_time_limit_is_a_timeout_and_is_probed_again(tmp_path: Path, probed: list[str]) -> None:
     shutil.copy(REAL_CLIPS / "bikes.mp4", tmp_path)
     (tmp_path / "empty.mp4").write_bytes(b"")
     write_metadata(tmp_path, [{"file_path": "bikes.mp4"}, {"file_path": "gone.mp4"}])
@@ -330,7 +346,7 @@ def test_a_file_over_its_deadline_is_a_timeout_and_gets_another_chance(tmp_path:
         ("missing", "no such file"),
     ]
     assert build(tmp_path).usable.tolist() == [True, False]
-    assert looked_at == ["bikes.mp4", "bikes.mp4"]
+    assert probed == ["bikes.mp4", "bikes.mp4"]
 
 
 def children_of_this_process() -> list[int]:
@@ -338,29 +354,29 @@ def children_of_this_process() -> list[int]:
     return [int(pid) for pids in lists for pid in pids if b"serve_probes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_a_decoder_that_crashes_costs_one_file(tmp_path: Path) -> None:
+def test_crash_of_a_decoder_affects_one_file(tmp_path: Path) -> None:
     path = str(REAL_CLIPS / "bikes.mp4")
-    answers = {}
-    for position, answer in probe_each([path] * 200, workers=1):
-        if not answers:
+    results = {}
+    for position, result in probe_each([path] * 200, workers=1):
+        if not results:
             (child,) = children_of_this_process()
             os.kill(child, signal.SIGSEGV)
-        answers[position] = answer
-    assert sorted(answers) == list(range(200))
-    bad = [answer for answer in answers.values() if isinstance(answer, BadMedia)]
-    assert [(answer.media_class, "SIGSEGV" in answer.detail) for answer in bad] == [("crashed", True)]
-    assert sum(isinstance(answer, MediaInfo) for answer in answers.values()) == 199
+        results[position] = result
+    assert sorted(results) == list(range(200))
+    bad = [result for result in results.values() if isinstance(result, BadMedia)]
+    assert [(result.media_class, "SIGSEGV" in result.detail) for result in bad] == [("crashed", True)]
+    assert sum(isinstance(result, MediaInfo) for result in results.values()) == 199
 
 
-def test_a_stopped_look_leaves_no_process_behind() -> None:
-    answers = probe_each([str(REAL_CLIPS / "bigbuckbunny.mp4")] * 10_000, workers=2)
-    next(answers)
+def test_stopped_probing_leaves_no_process() -> None:
+    results = probe_each([str(REAL_CLIPS / "bigbuckbunny.mp4")] * 10_000, workers=2)
+    next(results)
     assert len(children_of_this_process()) == 2
-    answers.close()
+    results.close()
     assert children_of_this_process() == []
 
 
-def test_the_children_end_with_their_parent(tmp_path: Path) -> None:
+def test_children_end_with_their_parent(tmp_path: Path) -> None:
     code = f"from videox.data.index.probe import probe_each\na = probe_each([{str(REAL_CLIPS / 'bikes.mp4')!r}] * 10**6, workers=1)"
     code += "\nnext(a)\nimport pathlib, sys\nfor p in pathlib.Path('/proc/self/task').glob('*/children'):"
     code += "\n    print(p.read_text(), end=' ', flush=True)\nprint(flush=True)\nsys.stdin.read()"
@@ -382,7 +398,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_killed_build_is_taken_up_where_it_was(tmp_path: Path, looked_at: list[str]) -> None:
+def test_killed_build_is_continued(tmp_path: Path, probed: list[str]) -> None:
     for i in range(40):
         shutil.copy(REAL_CLIPS / "bigbuckbunny.mp4", tmp_path / f"{i}.mp4")
     write_metadata(tmp_path, [{"file_path": f"{i}.mp4"} for i in range(40)])
@@ -393,8 +409,8 @@ def test_a_killed_build_is_taken_up_where_it_was(tmp_path: Path, looked_at: list
         from videox.data.index import index, scan
         scan._COMMIT_SECONDS = 0
         folder = Path({str(tmp_path)!r})
-        index.build_index(folder / "metadata.json", folder, Path({str(index_path)!r}),
-                          allow_outside_data_dir=False, workers=1, progress=False)
+        location = index.DataLocation(folder / "metadata.json", folder, Path({str(index_path)!r}))
+        index.build_index(location, workers=1, progress=False)
     """
     build_process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     while not partial.exists() and build_process.poll() is None:
@@ -405,14 +421,14 @@ def test_a_killed_build_is_taken_up_where_it_was(tmp_path: Path, looked_at: list
     known = load_table(partial).num_rows
     assert 0 < known < 40
     index = build(tmp_path)
-    assert len(looked_at) == 40 - known
+    assert len(probed) == 40 - known
     assert index.frames.tolist() == [132] * 40
     assert not partial.exists()
 
 
-def test_a_kill_while_writing_leaves_the_old_index_or_the_new(indexed: Path) -> None:
-    whole = build(indexed)
-    path = whole.stored[0]
+def test_kill_while_writing_leaves_the_old_or_the_new_index(indexed: Path) -> None:
+    original = build(indexed)
+    path = original.stored[0]
     code = f"""
         from pathlib import Path
         from videox.data.index.table import header_of, load_table, write_table
@@ -431,18 +447,18 @@ def test_a_kill_while_writing_leaves_the_old_index_or_the_new(indexed: Path) -> 
         writer.kill()
         writer.communicate()
         index = load_index(path, indexed)
-        assert dataclasses.replace(index, stored=None).fingerprint() == whole.fingerprint()
-    for left in indexed.glob(".tmp-*"):
-        os.utime(left, (0, 0))
+        assert dataclasses.replace(index, stored=None).fingerprint() == original.fingerprint()
+    for leftover in indexed.glob(".tmp-*"):
+        os.utime(leftover, (0, 0))
     write_table(load_table(path), {"version": 1}, path)
     assert list(indexed.glob(".tmp-*")) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "folder", "other_table"])
-def test_a_damaged_index_is_built_again(indexed: Path, damage: str) -> None:
-    whole = build(indexed)
-    path = whole.stored[0]
-    fingerprint, content = whole.fingerprint(), path.read_bytes()
+def test_damaged_index_is_rebuilt(indexed: Path, damage: str) -> None:
+    original = build(indexed)
+    path = original.stored[0]
+    fingerprint, content = original.fingerprint(), path.read_bytes()
     if damage == "other_table":
         with pa.ipc.new_file(str(path), pa.schema({"a": pa.int8()})) as writer:
             writer.write_table(pa.table({"a": pa.array([1], pa.int8())}))
@@ -464,15 +480,15 @@ def test_a_damaged_index_is_built_again(indexed: Path, damage: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255))
-def test_a_flipped_byte_of_a_saved_index_breaks_no_process(
+def test_flipped_byte_of_a_saved_index_crashes_nothing(
     tmp_path_factory: pytest.TempPathFactory, at: int, value: int
 ) -> None:
     folder = tmp_path_factory.mktemp("flip")
     path = folder / "index.arrow"
     row = {"type": "image", "width": 9, "height": 9}
     write_metadata(folder, [{"file_path": f"{i}.png", **row} for i in range(3)])
-    given = {"allow_outside_data_dir": False, "workers": 1, "progress": False, "trust_metadata": True}
-    build_index(folder / "metadata.json", folder, path, **given)
+    location = DataLocation(folder / "metadata.json", folder, path)
+    build_index(location, workers=1, progress=False, trust_metadata=True)
     content = bytearray(path.read_bytes())
     content[at % len(content)] = value
     path.write_bytes(content)
@@ -480,37 +496,31 @@ def test_a_flipped_byte_of_a_saved_index_breaks_no_process(
     assert table is None or table.num_rows == 3
 
 
-def test_an_index_folder_that_takes_no_file_is_a_storage_refusal(mixed: Path) -> None:
-    (mixed / "file").write_text("")
+def test_unwritable_index_folder_is_a_storage_error(unindexed: Path) -> None:
+    (unindexed / "file").write_text("")
+    location = DataLocation(unindexed / "metadata.json", unindexed, unindexed / "file" / "index.arrow")
     with pytest.raises(UserError) as caught:
-        build_index(
-            mixed / "metadata.json",
-            mixed,
-            mixed / "file" / "index.arrow",
-            allow_outside_data_dir=False,
-            workers=1,
-            progress=False,
-        )
+        build_index(location, workers=1, progress=False)
     assert caught.value.exit_code == STORAGE
 
 
-def test_a_data_folder_that_is_not_mounted_costs_no_measurement(indexed: Path, looked_at: list[str]) -> None:
+def test_unmounted_data_folder_keeps_the_measurements(indexed: Path, probed: list[str]) -> None:
     fingerprint = load_index(indexed / "metadata.json.videox-index.arrow", indexed).fingerprint()
-    aside = indexed.with_name("aside")
-    aside.mkdir()
+    elsewhere = indexed.with_name("elsewhere")
+    elsewhere.mkdir()
     media = [path for path in indexed.iterdir() if path.suffix in (".mp4", ".png")]
     for path in media:
-        path.rename(aside / path.name)
+        path.rename(elsewhere / path.name)
     with pytest.raises(UserError, match="none of its 6 files exists") as caught:
         build(indexed)
     assert caught.value.exit_code == DATA
     for path in media:
-        (aside / path.name).rename(path)
+        (elsewhere / path.name).rename(path)
     assert build(indexed).fingerprint() == fingerprint
-    assert looked_at == []
+    assert probed == []
 
 
-def test_faults_of_metadata_come_through_as_they_are(tmp_path: Path) -> None:
+def test_errors_of_metadata_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         build(tmp_path)
     (tmp_path / "metadata.json").write_text("[]")
@@ -518,20 +528,23 @@ def test_faults_of_metadata_come_through_as_they_are(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def columns_of(rows: int, **changed: object) -> dict[str, object]:
+def index_of(rows: int, **changed: object) -> Index:
+    """Return an index in memory; changed: fields of MediaColumns and arguments of from_columns that differ."""
     numbers = np.arange(rows)
-    given = {
+    media = {
         "kind": numbers % 2,
         "width": 64 + numbers % 900,
         "height": 480 + 0 * numbers,
         "frames": 1 + numbers % 200,
+        "fps": None,
     }
-    return given | changed
+    media |= {name: changed.pop(name) for name in list(changed) if name in media}
+    return Index.from_columns(MediaColumns(**media), **changed)
 
 
-def test_the_fingerprint_depends_on_what_a_plan_depends_on() -> None:
-    base = Index.from_columns(**columns_of(4)).fingerprint()
-    assert Index.from_columns(**columns_of(4, fps=np.ones(4), data_dir=Path("x"))).fingerprint() == base
+def test_fingerprint_depends_on_the_inputs_of_a_plan() -> None:
+    base = index_of(4).fingerprint()
+    assert index_of(4, fps=np.ones(4), data_dir=Path("x")).fingerprint() == base
     variants: list[dict[str, object]] = [
         {"kind": np.ones(4)},
         {"width": np.ones(4)},
@@ -543,11 +556,11 @@ def test_the_fingerprint_depends_on_what_a_plan_depends_on() -> None:
         {"file_path": ["0", "1", "2", "x"]},
         {"file_path": ["01", "", "2", "3"]},
     ]
-    prints = {Index.from_columns(**columns_of(4, **variant)).fingerprint() for variant in variants}
-    assert len(prints | {base}) == len(variants) + 1
+    fingerprints = {index_of(4, **variant).fingerprint() for variant in variants}
+    assert len(fingerprints | {base}) == len(variants) + 1
 
 
-def test_a_copied_or_touched_data_set_has_the_same_fingerprint(
+def test_copied_or_touched_data_set_has_the_same_fingerprint(
     indexed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     copy = tmp_path_factory.mktemp("copy")
@@ -556,12 +569,12 @@ def test_a_copied_or_touched_data_set_has_the_same_fingerprint(
     assert build(copy).fingerprint() == build(indexed).fingerprint()
 
 
-def test_the_stored_fingerprint_is_the_computed_one(indexed: Path) -> None:
+def test_stored_fingerprint_equals_the_computed_one(indexed: Path) -> None:
     index = build(indexed)
     assert index.fingerprint() == dataclasses.replace(index, stored=None).fingerprint()
 
 
-def test_pickling_a_saved_index_sends_its_path(tmp_path: Path) -> None:
+def test_saved_index_is_pickled_as_its_path(tmp_path: Path) -> None:
     rows = 100_000
     row = {"type": "image", "width": 640, "height": 480}
     write_metadata(tmp_path, [{"file_path": f"{i}.png", "text": f"caption {i}", **row} for i in range(rows)])
@@ -581,17 +594,17 @@ def test_pickling_a_saved_index_sends_its_path(tmp_path: Path) -> None:
     assert index.caption(rows - 1) == f"caption {rows - 1}"
 
 
-def test_an_index_in_memory_pickles_whole() -> None:
-    index = Index.from_columns(**columns_of(5, usable=np.array([True, False, True, True, True])))
+def test_index_in_memory_is_pickled_completely() -> None:
+    index = index_of(5, usable=np.array([True, False, True, True, True]))
     received = pickle.loads(pickle.dumps(index))
     assert received.fingerprint() == index.fingerprint()
     assert received.problems() == index.problems() == [(1, "1", "missing", "")]
 
 
-def test_a_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> None:
+def test_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> None:
     rows = 1_000_000
     path = tmp_path / "index.arrow"
-    index = Index.from_columns(**columns_of(rows, text=["a caption of some forty characters"] * rows))
+    index = index_of(rows, text=["a caption of some forty characters"] * rows)
     names = ("file_path", "text", "detail", "kind", "width", "height", "frames", "fps", "file_size", "mtime_ns")
     columns = {name: getattr(index, name) for name in names} | {"problem": index.problem}
     columns |= {
@@ -615,16 +628,16 @@ def test_a_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> No
     assert mebibytes < 400
 
 
-def test_the_index_loads_no_decoder_and_no_torch() -> None:
+def test_index_imports_no_decoder_and_no_torch() -> None:
     code = "import sys, videox.data.index.index as _; print([m for m in ('torch', 'av', 'PIL', 'diffusers') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
-def test_the_bar_is_shown_only_when_asked_for(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    build(mixed)
+def test_progress_bar_is_optional(unindexed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build(unindexed)
     assert capfd.readouterr() == ("", "")
-    (mixed / "metadata.json.videox-index.arrow").unlink()
-    build(mixed, progress=True)
+    (unindexed / "metadata.json.videox-index.arrow").unlink()
+    build(unindexed, progress=True)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "probing media files" in captured.err

@@ -1,4 +1,4 @@
-"""Serves whoever changes how metadata is read: each format, each fault with its place, and no traceback ever."""
+"""Tests of videox.data.index.metadata: every format, every error with its position, and no traceback for any bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = [
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    """Writes rows in the format of the suffix, by other means than the reader's."""
+    """Write rows in the format of the suffix, independently of the readers."""
     names = list({name: None for row in rows for name in row})
     if path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
@@ -50,7 +50,7 @@ def read(path: Path, **options: bool) -> Metadata:
     return read_metadata(path, path.parent, **options)
 
 
-def refusal(path: Path, data_dir: Path | None = None, **options: bool) -> UserError:
+def read_error(path: Path, data_dir: Path | None = None, **options: bool) -> UserError:
     with pytest.raises(UserError) as caught:
         read_metadata(path, data_dir or path.parent, **options)
     assert "\n" not in caught.value.line()
@@ -70,7 +70,7 @@ def test_every_format_gives_the_same_columns(tmp_path: Path, suffix: str) -> Non
     assert metadata.source == path
 
 
-def test_a_folder_of_pairs(tmp_path: Path) -> None:
+def test_folder_of_pairs_is_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "sub").mkdir(parents=True)
     for name, text in {"b.mp4": " a dog\n", "sub/a.png": "\ufeffa cat", "lonely.JPG": None, "bad.webm": None}.items():
         media = tmp_path / "set" / name
@@ -78,7 +78,7 @@ def test_a_folder_of_pairs(tmp_path: Path) -> None:
         if text is not None:
             media.with_suffix(".txt").write_text(text)
     (tmp_path / "set" / "bad.txt").write_bytes(b"\xff")
-    (tmp_path / "set" / "orphan.txt").write_text("nobody")
+    (tmp_path / "set" / "orphan.txt").write_text("no media file of this name")
     (tmp_path / "set" / "notes.md").write_text("no media")
     (tmp_path / "set" / "._b.mp4").write_bytes(b"")
     metadata = read_metadata(tmp_path / "set", tmp_path)
@@ -90,12 +90,12 @@ def test_a_folder_of_pairs(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "set", tmp_path / "set").file_path[0] == "b.mp4"
 
 
-def test_a_folder_without_media_holds_no_samples(tmp_path: Path) -> None:
-    assert refusal(tmp_path).exit_code == DATA
+def test_folder_without_media_has_no_samples(tmp_path: Path) -> None:
+    assert read_error(tmp_path).exit_code == DATA
 
 
 @pytest.mark.parametrize("value", [0, -1, "", "x", None, True, 1e400, 10**400, 2**40, [3], "nan", 640.5, "6_4x"])
-def test_a_size_that_is_none_counts_as_not_given(tmp_path: Path, value: object) -> None:
+def test_invalid_size_counts_as_not_given(tmp_path: Path, value: object) -> None:
     content = json.dumps([{"file_path": "a", "text": "", "width": value}]).replace("Infinity", "1e999")
     path = tmp_path / "m.json"
     path.write_text(content)
@@ -103,22 +103,22 @@ def test_a_size_that_is_none_counts_as_not_given(tmp_path: Path, value: object) 
 
 
 @pytest.mark.parametrize("value", ["640", "640.0", 640, 640.0, " 640 "])
-def test_a_size_may_be_a_number_or_a_string(tmp_path: Path, value: object) -> None:
+def test_size_may_be_a_number_or_a_string(tmp_path: Path, value: object) -> None:
     assert read(write(tmp_path / "m.json", [{"file_path": "a", "text": "", "width": value}])).width == [640]
 
 
-def test_type_in_any_case_and_an_unknown_one(tmp_path: Path) -> None:
+def test_type_ignores_case_and_rejects_unknown_values(tmp_path: Path) -> None:
     rows = [{"file_path": "a", "text": "", "type": kind} for kind in ("Video", "IMAGE ", "", None)]
     assert read(write(tmp_path / "m.json", rows)).kind == ["video", "image", "", ""]
     rows[2]["type"] = "movie"
-    refused = refusal(write(tmp_path / "m.json", rows))
-    assert "row 2" in refused.where
-    assert "'movie'" in refused.what
-    assert "image, video" in refused.hint
-    assert refused.exit_code == DATA
+    error = read_error(write(tmp_path / "m.json", rows))
+    assert "row 2" in error.where
+    assert "'movie'" in error.what
+    assert "image, video" in error.hint
+    assert error.exit_code == DATA
 
 
-def test_a_row_with_a_fault_keeps_its_number_and_has_one_problem(tmp_path: Path) -> None:
+def test_bad_row_keeps_its_number_and_has_one_problem(tmp_path: Path) -> None:
     rows = [
         {"file_path": "a", "text": "fine"},
         {"text": "no path"},
@@ -136,16 +136,16 @@ def test_a_row_with_a_fault_keeps_its_number_and_has_one_problem(tmp_path: Path)
     assert metadata.problem == [*expected, "no_text", "no_text", "bad_text", ""]
     assert set(metadata.problem) - {""} == set(ROW_PROBLEMS)
     assert metadata.text[-1] == "lone \ufffd nul \0"
-    pa.array(metadata.file_path + metadata.text)  # all of it can be stored
+    pa.array(metadata.file_path + metadata.text)  # all of it can be stored as Arrow strings
 
 
-def test_unnamed_columns_at_the_end_of_a_csv_are_fine(tmp_path: Path) -> None:
+def test_unnamed_columns_at_the_end_of_a_csv_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("file_path,text,,\na.mp4,b,,\n")
     assert (read(path).file_path, read(path).text) == (["a.mp4"], ["b"])
 
 
-def test_a_csv_row_without_a_path_is_the_rows_own_problem(tmp_path: Path) -> None:
+def test_csv_row_without_a_path_is_a_problem_of_the_row(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("file_path,text\r\n,a\r\n\r\nb.mp4,\r\n", newline="")
     metadata = read(path)
@@ -184,14 +184,14 @@ def test_a_csv_row_without_a_path_is_the_rows_own_problem(tmp_path: Path) -> Non
         ("m.parquet", b"", "parquet"),
     ],
 )
-def test_a_fault_of_the_file_names_its_place(tmp_path: Path, name: str, content: bytes, place: str) -> None:
+def test_error_of_the_file_names_its_position(tmp_path: Path, name: str, content: bytes, place: str) -> None:
     (tmp_path / name).write_bytes(content)
-    refused = refusal(tmp_path / name)
-    assert place in str(refused)
-    assert refused.exit_code == DATA
+    error = read_error(tmp_path / name)
+    assert place in str(error)
+    assert error.exit_code == DATA
 
 
-def test_parquet_of_other_types(tmp_path: Path) -> None:
+def test_parquet_columns_of_other_types(tmp_path: Path) -> None:
     paths = pa.array(["a", "b"]).dictionary_encode()
     pq.write_table(pa.table({"file_path": paths, "text": [[1], None], "width": [1.0, None]}), tmp_path / "m.parquet")
     metadata = read(tmp_path / "m.parquet")
@@ -199,10 +199,10 @@ def test_parquet_of_other_types(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"file_path": paths.slice(0, 0), "text": pa.array([], pa.string())}), tmp_path / "m.parquet"
     )
-    assert "0 samples" in refusal(tmp_path / "m.parquet").what
+    assert "0 samples" in read_error(tmp_path / "m.parquet").what
 
 
-def test_a_byte_order_mark_and_a_long_caption_are_fine(tmp_path: Path) -> None:
+def test_byte_order_mark_and_long_caption_are_accepted(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     path = tmp_path / "m.csv"
     path.write_text("file_path,text\na," + "x" * 10_000_000, encoding="utf-8-sig")
@@ -213,8 +213,8 @@ def test_a_byte_order_mark_and_a_long_caption_are_fine(tmp_path: Path) -> None:
     assert read(path).file_path == ["a"]
 
 
-def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
-    fine = {
+def test_invalid_numbers_are_reported(tmp_path: Path) -> None:
+    valid = {
         "file_path": "a.mp4",
         "text": "",
         "type": "video",
@@ -223,10 +223,10 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
         "num_frames": 9,
         "fps": 24.5,
     }
-    image = {**fine, "type": "image", "num_frames": 0, "fps": 0}
-    assert read(write(tmp_path / "m.json", [fine, image, {"file_path": "a", "text": ""}])).notes == []
-    wrong = {"width": -5, "height": "abc", "num_frames": 0, "fps": 0}
-    metadata = read(write(tmp_path / "m.json", [fine, {**fine, **wrong}, {**fine, "width": 0.5}]))
+    image = {**valid, "type": "image", "num_frames": 0, "fps": 0}
+    assert read(write(tmp_path / "m.json", [valid, image, {"file_path": "a", "text": ""}])).notes == []
+    invalid = {"width": -5, "height": "abc", "num_frames": 0, "fps": 0}
+    metadata = read(write(tmp_path / "m.json", [valid, {**valid, **invalid}, {**valid, "width": 0.5}]))
     assert metadata.notes == [
         "2 rows: width is not an integer above 0 and is ignored (first: row 1, -5)",
         "1 rows: height is not an integer above 0 and is ignored (first: row 1, 'abc')",
@@ -236,24 +236,24 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing", "x" * 300 + ".json", "folder.json", "m.txt", "pipe.csv"])
-def test_a_file_that_cannot_be_metadata_is_a_wrong_flag(tmp_path: Path, name: str) -> None:
+def test_unusable_metadata_path_is_a_flag_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "m.txt").write_text("[]")
     os.mkfifo(tmp_path / "pipe.csv")
-    assert refusal(tmp_path / name).exit_code == FLAGS
+    assert read_error(tmp_path / name).exit_code == FLAGS
 
 
-def test_an_unknown_suffix_lists_the_known_and_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_unknown_suffix_and_missing_folder_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "m.txt"
     path.write_text("")
-    assert ".json, .jsonl, .csv, .parquet" in refusal(path).hint
-    assert "nowhere" in refusal(write(tmp_path / "m.json", ROWS), tmp_path / "nowhere").where
+    assert ".json, .jsonl, .csv, .parquet" in read_error(path).hint
+    assert "nowhere" in read_error(write(tmp_path / "m.json", ROWS), tmp_path / "nowhere").where
 
 
 @pytest.mark.parametrize(
     "outside", ["/etc/passwd", "../other/a.mp4", "sub/../../other/a.mp4", "link.mp4", "folder/a.mp4"]
 )
-def test_a_path_that_leaves_the_data_folder_is_refused(tmp_path: Path, outside: str) -> None:
+def test_path_outside_of_the_data_folder_is_rejected(tmp_path: Path, outside: str) -> None:
     data = tmp_path / "data"
     (data / "sub").mkdir(parents=True)
     (tmp_path / "other").mkdir()
@@ -261,13 +261,13 @@ def test_a_path_that_leaves_the_data_folder_is_refused(tmp_path: Path, outside: 
     (data / "link.mp4").symlink_to("../other/a.mp4")
     (data / "folder").symlink_to("../other")
     path = write(tmp_path / "m.json", [{"file_path": "fine.mp4", "text": ""}, {"file_path": outside, "text": ""}])
-    refused = refusal(path, data)
-    assert (refused.where, refused.exit_code) == (f"{path} row 1, key file_path", DATA)
-    assert "--allow_outside_data_dir" in refused.hint
+    error = read_error(path, data)
+    assert (error.where, error.exit_code) == (f"{path} row 1, key file_path", DATA)
+    assert "--allow_outside_data_dir" in error.hint
     assert read_metadata(path, data, allow_outside_data_dir=True).file_path[1] == outside
 
 
-def test_links_and_dots_that_stay_inside_are_fine(tmp_path: Path) -> None:
+def test_links_and_dots_inside_the_data_folder_are_accepted(tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "sub").mkdir(parents=True)
     (data / "sub" / "a.mp4").write_bytes(b"")
@@ -289,35 +289,35 @@ def test_links_and_dots_that_stay_inside_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["http://x/a.mp4", "concat:a|b", "subfile,,start,0,end,9,,:a.mp4", "file:a.mp4", "pipe:0", "-", "S3://b/k"]
 )
-def test_a_decoders_protocol_is_no_local_file(tmp_path: Path, name: str) -> None:
+def test_protocols_of_the_decoder_are_rejected(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "m.json", [{"file_path": name, "text": ""}])
     for allowed in (False, True):
-        refused = refusal(path, allow_outside_data_dir=allowed)
-        assert "not a local file" in refused.what
-        assert refused.exit_code == DATA
+        error = read_error(path, allow_outside_data_dir=allowed)
+        assert "not a local file" in error.what
+        assert error.exit_code == DATA
 
 
-def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_are_escaped_in_messages(tmp_path: Path) -> None:
     path = write(tmp_path / "m.json", [{"file_path": "../\x1b[2J\n", "text": ""}])
-    assert "\x1b" not in refusal(path).line()
+    assert "\x1b" not in read_error(path).line()
 
 
-def test_a_hundred_thousand_rows_take_a_second_or_two(tmp_path: Path) -> None:
+def test_hundred_thousand_rows_are_read_in_seconds(tmp_path: Path) -> None:
     rows = [{"file_path": f"d{i % 100}/{i}.mp4", "text": f"caption {i}", "width": 640} for i in range(100_000)]
     path = write(tmp_path / "m.json", rows)
     code = "import time; from pathlib import Path; from videox.data.index.metadata import read_metadata; t = time.process_time()"
     code += f"; n = len(read_metadata(Path({str(path)!r}), Path({str(tmp_path)!r})).text); print(n, time.process_time() - t)"
     rows_read, seconds = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert int(rows_read) == 100_000
-    assert float(seconds) < 4  # 0.5 where it was written
+    assert float(seconds) < 4  # 0.5 s on the development machine
 
 
-def test_reading_metadata_loads_no_torch() -> None:
+def test_reading_metadata_imports_no_torch() -> None:
     code = "import sys, videox.data.index.metadata as _; print([m for m in ('torch', 'av', 'diffusers') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-loads_or_refuses = settings(
+fuzzing_settings = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 values = st.recursive(
@@ -331,38 +331,38 @@ records = st.lists(
 )
 
 
-def check(path: Path, content: bytes) -> None:
-    """The rule: whatever the bytes are, they load in equal columns or are refused."""
+def check_loads_or_raises(path: Path, content: bytes) -> None:
+    """Check that any bytes either load as columns of equal length or raise a UserError with one line."""
     path.write_bytes(content)
     try:
         metadata = read(path)
-    except UserError as refused:
-        assert refused.exit_code == DATA
-        assert refused.line().isprintable()
+    except UserError as error:
+        assert error.exit_code == DATA
+        assert error.line().isprintable()
         return
     columns = (metadata.text, metadata.kind, metadata.width, metadata.height, metadata.num_frames, metadata.fps)
     assert {len(column) for column in (*columns, metadata.problem)} == {len(metadata.file_path)}
     pa.array(metadata.file_path + metadata.text)
 
 
-@loads_or_refuses
+@fuzzing_settings
 @given(content=st.binary(max_size=64), suffix=st.sampled_from((".json", ".jsonl", ".csv", ".parquet")))
-def test_any_bytes_load_or_are_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
-    check(tmp_path / f"m{suffix}", content)
+def test_any_bytes_load_or_raise_user_error(tmp_path: Path, content: bytes, suffix: str) -> None:
+    check_loads_or_raises(tmp_path / f"m{suffix}", content)
 
 
-@loads_or_refuses
+@fuzzing_settings
 @given(rows=records, lines=st.booleans(), at=st.integers(0, 400), put=st.binary(max_size=3), cut=st.integers(0, 9))
 @example(rows=[{"file_path": "a", "text": "b"}], lines=False, at=400, put=b"", cut=0)
-def test_broken_json_loads_or_is_refused(
+def test_broken_json_loads_or_raises_user_error(
     tmp_path: Path, rows: list[dict], lines: bool, at: int, put: bytes, cut: int
 ) -> None:
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     content = text.encode()
-    check(tmp_path / f"m.json{'l' * lines}", content[:at] + put + content[at + cut :])
+    check_loads_or_raises(tmp_path / f"m.json{'l' * lines}", content[:at] + put + content[at + cut :])
 
 
-@loads_or_refuses
+@fuzzing_settings
 @given(
     table=st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), min_size=2, max_size=4), max_size=4),
     delimiter=st.sampled_from(",;\t|"),
@@ -370,18 +370,18 @@ def test_broken_json_loads_or_is_refused(
     at=st.integers(0, 200),
     put=st.binary(max_size=3),
 )
-def test_broken_csv_loads_or_is_refused(
+def test_broken_csv_loads_or_raises_user_error(
     tmp_path: Path, table: list[list[str]], delimiter: str, quoting: int, at: int, put: bytes
 ) -> None:
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter, quoting=quoting).writerows([["file_path", "text"], *table])
     content = text.getvalue().encode()
-    check(tmp_path / "m.csv", content[:at] + put + content[at:])
+    check_loads_or_raises(tmp_path / "m.csv", content[:at] + put + content[at:])
 
 
-@loads_or_refuses
+@fuzzing_settings
 @given(at=st.integers(0, 2000), put=st.binary(min_size=1, max_size=4))
-def test_broken_parquet_loads_or_is_refused(tmp_path: Path, at: int, put: bytes) -> None:
+def test_broken_parquet_loads_or_raises_user_error(tmp_path: Path, at: int, put: bytes) -> None:
     content = write(tmp_path / "whole.parquet", ROWS).read_bytes()
     at %= len(content)
-    check(tmp_path / "m.parquet", content[:at] + put + content[at + len(put) :])
+    check_loads_or_raises(tmp_path / "m.parquet", content[:at] + put + content[at + len(put) :])

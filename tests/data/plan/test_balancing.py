@@ -1,4 +1,4 @@
-"""Serves videox/data/dealing.py, slots.py and balance.py: ranks wait little, steps stay varied, nothing is lost."""
+"""Tests of videox.data.plan.balancing, batching and balance: ranks wait little, steps stay varied, no slot is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
-from test_plan import COLUMNS, SETTINGS, WORLD_SIZES, all_batches, columns_of, data, real, samples, settings_of
+from plans import (
+    COLUMNS,
+    SETTINGS,
+    WORLD_SIZES,
+    all_batches,
+    make_columns,
+    random_columns,
+    random_settings,
+    real_batches,
+    samples_of,
+)
 
 from videox.data.plan.balance import (
     balance,
@@ -36,45 +46,45 @@ from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import BALANCES, BARRIERS, PlanSettings, sample_cost
 from videox.shapes import token_count
 
-WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of the 1.3-billion-parameter model, rounded
-MANY = columns_of(6000)
-planned = st.builds(
+WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of Wan2.1 1.3B, rounded
+MANY = make_columns(6000)
+planned_settings = st.builds(
     lambda settings, balance, barrier, accumulation, ranks: replace(
         settings, balance=balance, barrier=barrier, accumulation=accumulation, slots=ranks * accumulation, **WAN
     ),
-    settings_of, st.sampled_from(BALANCES), st.sampled_from(BARRIERS), st.integers(1, 4), st.sampled_from([1, 2, 3, 6]),
+    random_settings, st.sampled_from(BALANCES), st.sampled_from(BARRIERS), st.integers(1, 4), st.sampled_from([1, 2, 3, 6]),
 )  # fmt: skip
 
 
-def lottery(slots: int, seed: int = 0) -> SlotCosts:
-    """Returns slots of a mixed data set: a third cheap images, clips that differ eightfold."""
+def random_slots(slots: int, seed: int = 0) -> SlotCosts:
+    """Return slots of a mixed data set: a third are cheap images, clips differ in cost by a factor of eight."""
     rng = np.random.default_rng(seed)
     logs = np.where(rng.random(slots) < 0.3, rng.normal(6, 0.5, slots), rng.normal(9.4, 0.5, slots))
     deviation = np.rint((logs - logs.mean()) * 4096).astype(np.int64)
     return SlotCosts(np.rint(np.exp(1.4 * logs)).astype(np.int64), deviation, np.ones(slots, np.int64))
 
 
-# ----------------------------------------------------------------------------------------------- the two rules
+# ------------------------------------------------------------------------------------------------ grouping and packing
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
-def test_every_slot_is_dealt_once(n: int, rows: int, width: int, seed: int) -> None:
-    deck = lottery(n * rows * width, seed)
-    cost, deviation = deck.cost.reshape(n, -1), deck.deviation.reshape(n, -1)
-    dealt = [equal_sums(cost, width), *(rows_in_blocks(cost, deviation, width, block) for block in (1, 2, 8))]
-    dealt += [rows_with_drift(cost, deviation, width, stray) for stray in (0.0, 3000.0, math.inf)]
-    for order in dealt:
+def test_every_slot_is_assigned_once(n: int, rows: int, width: int, seed: int) -> None:
+    slots = random_slots(n * rows * width, seed)
+    cost, deviation = slots.cost.reshape(n, -1), slots.deviation.reshape(n, -1)
+    assigned = [equal_sums(cost, width), *(rows_in_blocks(cost, deviation, width, block) for block in (1, 2, 8))]
+    assigned += [rows_with_drift(cost, deviation, width, drift) for drift in (0.0, 3000.0, math.inf)]
+    for order in assigned:
         assert order.shape == (n, rows, width)
         assert np.array_equal(np.sort(order.reshape(n, -1), axis=1), np.tile(np.arange(rows * width), (n, 1)))
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_slots_of_one_bucket_are_dealt_once(barrier: str, accumulation: int) -> None:
+def test_slots_of_one_bucket_are_assigned_once(barrier: str, accumulation: int) -> None:
     alike = SlotCosts(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
-    dealt = assign_slots(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
-    assert dealt.shape == (12 // accumulation, accumulation, 2)
-    assert sorted(dealt.flatten()) == list(range(24))
+    assigned = assign_slots(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
+    assert assigned.shape == (12 // accumulation, accumulation, 2)
+    assert sorted(assigned.flatten()) == list(range(24))
 
 
 @pytest.mark.parametrize(("size", "limit"), [(2, 0.05), (3, 0.04), (4, 0.01), (8, 0.01)])
@@ -84,42 +94,42 @@ def test_sums_are_nearly_equal(size: int, limit: float) -> None:
     assert sums.std() < limit * sums.mean()
 
 
-def test_how_far_rows_may_stray_trades_mix_for_balance() -> None:
-    deck = lottery(4096)
-    cost, deviation = deck.cost[None], deck.deviation[None]
-    spread = math.sqrt(float((deck.deviation**2).mean()) * 16)
-    found = []
-    for stray in (0.0, 1.0, 2.0, 4.0, math.inf):
-        rows = rows_with_drift(cost, deviation, 16, stray * spread)[0]
-        strayed = deck.deviation[rows].sum(1) / spread
-        found.append((balance(deck.cost[rows][:, None, :].astype(float), "step"), float(np.mean(strayed**2))))
-    balances, mixes = zip(*found, strict=True)
+def test_drift_trades_step_variance_for_balance() -> None:
+    slots = random_slots(4096)
+    cost, deviation = slots.cost[None], slots.deviation[None]
+    spread = math.sqrt(float((slots.deviation**2).mean()) * 16)
+    results = []
+    for drift in (0.0, 1.0, 2.0, 4.0, math.inf):
+        rows = rows_with_drift(cost, deviation, 16, drift * spread)[0]
+        deviations = slots.deviation[rows].sum(1) / spread
+        results.append((balance(slots.cost[rows][:, None, :].astype(float), "step"), float(np.mean(deviations**2))))
+    balances, mixes = zip(*results, strict=True)
     assert balances == tuple(sorted(balances))
     assert balances[-1] > 0.95
     assert mixes[0] < 0.1
-    assert mixes[1] == pytest.approx(1, rel=0.2)  # stray is the rms, in units of what random rows have
+    assert mixes[1] == pytest.approx(1, rel=0.2)  # drift is an rms, in units of that of random rows
     assert mixes[2] == pytest.approx(4, rel=0.2)
 
 
-def test_a_few_micro_steps_level_what_the_others_are() -> None:
-    """Images that fill too few micro-steps for each step to have one: nearly as even as sorted by cost, and varied."""
+def test_a_few_micro_steps_correct_the_others() -> None:
+    """Images fill too few micro-steps for each step to have one: nearly as balanced as sorting by cost, and varied."""
     ranks, steps, rng = 64, 24, np.random.default_rng(0)
     images = rng.random(steps * 4 * ranks) < 0.07
     logs = np.where(images, -4.0, rng.normal(0.3, 0.25, len(images)))
     cost = np.rint(1e6 * np.exp(1.4 * logs)).astype(np.int64)
-    deck = SlotCosts(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
-    whole, spread = deck.at(np.arange(len(logs))[None]), math.sqrt(float((deck.deviation**2).mean()))
-    found = []
-    by_cost, even, *few = [Strategy(ranks, 4, "micro", drift=stray) for stray in (math.inf, 0.0)] + [
+    slots = SlotCosts(cost, np.rint((logs - logs.mean()) * 4096).astype(np.int64), np.ones(len(logs), np.int64))
+    all_slots, spread = slots.at(np.arange(len(logs))[None]), math.sqrt(float((slots.deviation**2).mean()))
+    results = []
+    by_cost, level, *corrected = [Strategy(ranks, 4, "micro", drift=drift) for drift in (math.inf, 0.0)] + [
         Strategy(ranks, 4, "micro", corrections=1, correct_by=by) for by in CORRECT_BY
     ]
-    for way in (by_cost, even, *few):
-        dealt = way.build_steps(whole, spread)
-        assert sorted(dealt.flatten()) == list(range(len(logs)))
-        found.append(evaluate(whole, dealt, "micro", spread))
-    assert found[0][1] > MAX_VARIANCE_RATIO  # by cost alone
-    for balanced, mixed in found[2:]:
-        assert balanced > (found[0][0] + found[1][0]) / 2
+    for strategy in (by_cost, level, *corrected):
+        assigned = strategy.build_steps(all_slots, spread)
+        assert sorted(assigned.flatten()) == list(range(len(logs)))
+        results.append(evaluate(all_slots, assigned, "micro", spread))
+    assert results[0][1] > MAX_VARIANCE_RATIO  # sorted by cost alone
+    for balanced, mixed in results[2:]:
+        assert balanced > (results[0][0] + results[1][0]) / 2
         assert mixed < 0.1
 
 
@@ -128,18 +138,20 @@ def test_a_few_micro_steps_level_what_the_others_are() -> None:
     st.integers(1, 16), st.integers(1, 4), st.sampled_from(BARRIERS), st.integers(32, 80), st.integers(0, 9999),
     st.sampled_from([1, 2, 7]),
 )  # fmt: skip
-def test_no_epoch_is_less_varied_than_promised(
-    ranks: int, accumulation: int, barrier: str, steps: int, seed: int, together: int
+def test_the_variance_ratio_stays_below_its_limit(
+    ranks: int, accumulation: int, barrier: str, steps: int, seed: int, max_samples: int
 ) -> None:
-    """Whatever the balance costs; slots of several samples are clumped, so that slots at random are so as well."""
-    deck = lottery(steps * ranks * accumulation, seed)
-    count = 1 + np.random.default_rng(seed).integers(0, together, len(deck.cost))
-    deck = SlotCosts(deck.cost, np.rint(deck.deviation * np.sqrt(count)).astype(np.int64), count)
-    deck = replace(deck, deviation=deck.deviation - deck.samples * (deck.deviation.sum() // deck.samples.sum()))
-    spread = math.sqrt(float((deck.deviation**2 / deck.samples).mean()))
-    dealt = assign_slots(deck, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False)
-    whole = deck.at(np.arange(len(deck.cost))[None])
-    assert evaluate(whole, dealt[None], barrier, spread)[1] * steps / (steps - 1) <= MAX_VARIANCE_RATIO
+    """At any balance, also where slots of several similar samples make random slots less varied."""
+    slots = random_slots(steps * ranks * accumulation, seed)
+    count = 1 + np.random.default_rng(seed).integers(0, max_samples, len(slots.cost))
+    slots = SlotCosts(slots.cost, np.rint(slots.deviation * np.sqrt(count)).astype(np.int64), count)
+    slots = replace(slots, deviation=slots.deviation - slots.samples * (slots.deviation.sum() // slots.samples.sum()))
+    spread = math.sqrt(float((slots.deviation**2 / slots.samples).mean()))
+    assigned = assign_slots(
+        slots, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False
+    )
+    all_slots = slots.at(np.arange(len(slots.cost))[None])
+    assert evaluate(all_slots, assigned[None], barrier, spread)[1] * steps / (steps - 1) <= MAX_VARIANCE_RATIO
 
 
 @given(st.lists(st.integers(1, COST_UNITS), min_size=1, max_size=200))
@@ -152,7 +164,7 @@ def test_no_slot_is_overfull_and_none_is_empty(costs: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, COST_UNITS), min_size=1, max_size=200), st.integers(1, 8))
-def test_whole_steps_are_never_more_than_with_a_short_one(costs: list[int], size: int) -> None:
+def test_pack_steps_never_adds_a_step(costs: list[int], size: int) -> None:
     even, plain = (
         np.bincount(slot, weights=costs) for slot in (pack_steps(np.array(costs), size), pack(np.array(costs)))
     )
@@ -162,7 +174,7 @@ def test_whole_steps_are_never_more_than_with_a_short_one(costs: list[int], size
         assert len(even) % size == 0
 
 
-def test_the_last_step_is_full_where_a_little_more_or_less_does_it() -> None:
+def test_the_last_step_is_full_if_small_changes_achieve_it() -> None:
     costs = np.random.default_rng(0).integers(1, COST_UNITS // 4, 4000)
     slots = int(pack(costs).max()) + 1
     for size in (7, 16, 24):
@@ -173,13 +185,13 @@ def test_the_last_step_is_full_where_a_little_more_or_less_does_it() -> None:
 
 
 @settings_(max_examples=40, deadline=None)
-@given(data, planned)
+@given(random_columns, planned_settings)
 def test_any_plan_trains_each_row_once_at_every_world_size(columns: object, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
-    alone = samples(all_batches(plan))
+    alone = samples_of(all_batches(plan))
     assert len({(row, copy) for _, _, _, row, copy, *_ in alone}) == len(alone) == len(plan.row)
     for world_size in (w for w in WORLD_SIZES if settings.slots % w == 0):
-        assert sorted(samples(all_batches(plan, world_size))) == sorted(alone)
+        assert sorted(samples_of(all_batches(plan, world_size))) == sorted(alone)
     again = plan_epoch(columns, settings, 0)
     assert all(
         np.array_equal(getattr(plan, name), getattr(again, name)) for name in ("row", "micro_first", "slot_first")
@@ -190,8 +202,8 @@ def test_any_plan_trains_each_row_once_at_every_world_size(columns: object, sett
 
 
 @settings_(max_examples=25, deadline=None)
-@given(data, planned)
-def test_costs_are_those_of_the_micro_batches_that_run(columns: object, settings: PlanSettings) -> None:
+@given(random_columns, planned_settings)
+def test_plan_costs_equal_the_costs_of_the_executed_micro_batches(columns: object, settings: PlanSettings) -> None:
     plan = plan_epoch(columns, settings, 0)
     ranks = settings.slots // settings.accumulation
     costs, padding = plan_costs(plan, settings, ranks)
@@ -203,12 +215,12 @@ def test_costs_are_those_of_the_micro_batches_that_run(columns: object, settings
     for step in range(plan.n_steps):
         for rank in range(ranks):
             batches = plan.micro_batches(step, rank, ranks)
-            spent = (costs + padding)[step, :, rank]
-            assert spent[spent > 0] == pytest.approx([cost(batch) for batch in batches])
-            assert costs[step, :, rank].sum() == pytest.approx(sum(cost(b) for b in real(batches)))
+            rank_costs = (costs + padding)[step, :, rank]
+            assert rank_costs[rank_costs > 0] == pytest.approx([cost(batch) for batch in batches])
+            assert costs[step, :, rank].sum() == pytest.approx(sum(cost(b) for b in real_batches(batches)))
 
 
-def numbers_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:
+def metrics_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:
     return balance_and_variance_ratio(plan_epoch(MANY, settings, 0), settings, world_size)
 
 
@@ -220,7 +232,7 @@ def test_ranks_wait_less_and_steps_stay_varied(barrier: str, slot_fill: str, acc
         SETTINGS, batch_size=1, slots=8 * accumulation, accumulation=accumulation, barrier=barrier, slot_fill=slot_fill,
         **WAN,
     )  # fmt: skip
-    found = {kind: numbers_of(replace(settings, balance=kind), 8) for kind in BALANCES}
+    found = {kind: metrics_of(replace(settings, balance=kind), 8) for kind in BALANCES}
     assert found["none"][0] < found["mixed"][0] <= found["strict"][0] + 0.005
     assert found["strict"][0] > 0.96
     assert found["mixed"][1] < 4.05
@@ -235,12 +247,12 @@ def test_fixed_fill_keeps_the_samples_of_a_step() -> None:
         assert {len(plan.rows_of_step(step)) for step in range(plan.n_steps - 1)} == {settings.slots}
 
 
-def test_one_process_has_the_plan_of_many() -> None:
+def test_one_process_has_the_plan_of_many_processes() -> None:
     alone, several = (plan_epoch(COLUMNS, replace(SETTINGS, accumulation=a), 0) for a in (SETTINGS.slots, 1))
-    assert samples(all_batches(alone)) == samples(all_batches(several))
+    assert samples_of(all_batches(alone)) == samples_of(all_batches(several))
 
 
-def test_no_rank_keeps_the_dearest_slots() -> None:
+def test_no_rank_always_gets_the_most_expensive_slots() -> None:
     settings = replace(SETTINGS, batch_size=1, slots=8, accumulation=2, **WAN)
     plan = plan_epoch(MANY, settings, 0)
     costs, _ = plan_costs(plan, settings, 4)
@@ -250,7 +262,7 @@ def test_no_rank_keeps_the_dearest_slots() -> None:
     assert np.ptp([third.mean() for third in thirds]) < 0.1 * costs.sum((1, 2)).mean()
 
 
-# ------------------------------------------------------------------------------------------- the numbers themselves
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 def test_balance_by_hand() -> None:
@@ -262,7 +274,7 @@ def test_balance_by_hand() -> None:
         balance(costs, "layer")
 
 
-def test_mix_of_random_steps_is_one_and_of_sorted_ones_their_size() -> None:
+def test_the_variance_ratio_is_one_for_random_steps_and_the_size_for_sorted_ones() -> None:
     tokens = np.random.default_rng(1).integers(100, 30000, 64 * 400)
     step = np.arange(len(tokens)) // 64
     assert step_variance_ratio(tokens, step) == pytest.approx(1, abs=0.15)
@@ -271,7 +283,7 @@ def test_mix_of_random_steps_is_one_and_of_sorted_ones_their_size() -> None:
     assert step_variance_ratio(tokens[:64], np.zeros(64, int)) == 1
 
 
-def test_unplanned_is_a_random_order_of_whole_batches() -> None:
+def test_unplanned_costs_are_full_batches_in_random_order() -> None:
     bucket = np.random.default_rng(1).integers(0, 5, 4000)
     cost = (bucket + 1.0) ** 2
     found = unplanned_costs(cost, bucket, batch_size=2, ranks=8, accumulation=2)
@@ -281,7 +293,7 @@ def test_unplanned_is_a_random_order_of_whole_batches() -> None:
     assert balance(found, "micro") < balance(found, "step") < 0.75
 
 
-def test_padding_takes_time_and_counts_nothing() -> None:
+def test_padding_takes_time_but_is_no_useful_work() -> None:
     settings = replace(SETTINGS, slot_fill="cost", slots=4, batch_size=1, **WAN)
     plan: EpochPlan = plan_epoch(COLUMNS, settings, 0)
     costs, padding = plan_costs(plan, settings, 4)

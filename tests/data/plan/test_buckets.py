@@ -1,4 +1,4 @@
-"""Serves videox/data/buckets.py: the published size tables row by row, fair draws, and cuts as counted by hand."""
+"""Tests of videox.data.plan.buckets: the published size tables, distributions of draws, cropping."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draws(purpose: Purpose, count: int = DRAWS) -> np.ndarray:
 def assigned(
     policy: SizePolicy, kind: int, height: int, width: int, frames: int, count: int = 4000, seed: int = 42
 ) -> Assignment:
-    """Returns what `count` samples of one source become."""
+    """Return the buckets of `count` samples of one source."""
 
     def column(value: int) -> np.ndarray:
         return np.full(count, value, np.int32)
@@ -76,7 +76,7 @@ def buckets_of(assignment: Assignment) -> set[Bucket]:
 
 
 def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
-    """Returns by how many standard deviations the chi-square statistic of the given shares passes its mean."""
+    """Return how many standard deviations the chi-square statistic of the given shares is above its mean."""
     expected = counts.sum() * shares
     freedom = len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * max(freedom, 1))
@@ -143,7 +143,7 @@ def test_sides_are_floored_as_the_formula_says(position: int, target: int) -> No
 
 
 @given(st.integers(32, 4096), st.integers(32, 4096))
-def test_a_ladder_climbs_by_128_and_ends_at_the_top(one: int, other: int) -> None:
+def test_a_size_ladder_rises_by_128_and_ends_at_the_last_size(one: int, other: int) -> None:
     foot, top = sorted((one, other))
     rungs = size_ladder(foot, top)
     assert rungs[0] == foot
@@ -178,11 +178,13 @@ FROM_512 = (512, 640, 768, 896, 1024)
         (TOKENS, 1000, 300, (300, 428, 556, 684, 812, 940, 1000), (300, 428, 556, 684, 812, 940, 1000)),
     ],
 )
-def test_ladders(policy: SizePolicy, image: int, video: int, images: tuple[int, ...], videos: tuple[int, ...]) -> None:
+def test_size_ladders(
+    policy: SizePolicy, image: int, video: int, images: tuple[int, ...], videos: tuple[int, ...]
+) -> None:
     policy = sized(policy, image, video)
     assert policy.image_sizes() == images
     assert policy.video_sizes() == videos
-    # and what samples of a large source are given is just that
+    # and these are the sizes of samples of a large source
     assert set(assigned(policy, 0, 4000, 4000, 1).target.tolist()) == set(images)
     assert set(assigned(policy, 1, 4000, 4000, 1000).target.tolist()) == set(videos)
 
@@ -217,7 +219,7 @@ def test_frames_at_each_size(
 
 
 @pytest.mark.parametrize(("image", "video"), [(256, 1024), (1024, 256)])
-def test_token_budget_of_1024_shows_the_published_ranges(image: int, video: int) -> None:
+def test_a_token_budget_of_1024_gives_the_published_ranges(image: int, video: int) -> None:
     policy = sized(TOKENS, image, video, token=1024)
     clips = sorted(buckets_of(assigned(policy, 1, 3000, 3000, 1000)))
     assert clips[0] == Bucket(49, 256, 256)
@@ -236,7 +238,7 @@ def test_adapted_sizes_keep_all_frames(image: int, video: int) -> None:
     st.integers(0, 60).map(lambda k: 4 * k + 1), st.integers(32, 2048), st.integers(32, 2048), st.integers(32, 2048),
     st.sampled_from([TOKENS, BOTH]), st.integers(16, 4000), st.integers(16, 4000), st.integers(1, 600), st.integers(1, 8),
 )  # fmt: skip
-def test_every_token_length_clip_keeps_the_budget(
+def test_every_token_length_clip_is_within_the_budget(
     n_frames: int, token: int, image: int, video: int, policy: SizePolicy, height: int, width: int, frames: int, stride: int
 ) -> None:  # fmt: skip
     policy = replace(sized(policy, image, video, token, n_frames), stride=stride)
@@ -244,7 +246,7 @@ def test_every_token_length_clip_keeps_the_budget(
     spent = found.frames.astype(np.int64) * found.target**2
     assert np.all((spent <= n_frames * token**2) | (found.frames == 1))
     assert np.all(found.frames % 4 == 1)
-    assert np.all((found.frames.astype(np.int64) - 1) * stride < frames)  # the clip lies within its video
+    assert np.all((found.frames.astype(np.int64) - 1) * stride < frames)  # the clip is within its video
     assert np.all(found.height % GRID == 0)
     assert np.all(found.width % GRID == 0)
 
@@ -256,7 +258,7 @@ def test_a_clip_is_as_long_as_its_video_allows(frames: int, stride: int) -> None
     assert set(assigned(policy, 1, 600, 600, frames, count=4).frames.tolist()) == {min(49, (fit - 1) // 4 * 4 + 1)}
 
 
-def test_an_image_is_one_frame_whatever_the_flags() -> None:
+def test_an_image_is_one_frame_with_any_flags() -> None:
     policy = replace(sized(BOTH, 1024, 256, n_frames=81), random_frame_crop=True, random_ratio_crop=True)
     assert set(assigned(policy, 0, 600, 900, 1).frames.tolist()) == {1}
 
@@ -265,7 +267,7 @@ def test_an_image_is_one_frame_whatever_the_flags() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_the_largest_size_has_three_quarters_and_the_rest_share_one(count: int) -> None:
+def test_the_largest_size_has_three_quarters_of_the_draws(count: int) -> None:
     sizes = tuple(256 + 128 * i for i in range(count))
     drawn = draw_sizes(sizes, np.full(DRAWS, 4000.0), draws(Purpose.SIZE), even=False)
     counts = np.array([np.count_nonzero(drawn == size) for size in sizes])
@@ -275,7 +277,7 @@ def test_the_largest_size_has_three_quarters_and_the_rest_share_one(count: int) 
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_even_draws_are_even(count: int) -> None:
+def test_uniform_draws_of_sizes_are_uniform(count: int) -> None:
     sizes = tuple(256 + 128 * i for i in range(count))
     drawn = draw_sizes(sizes, np.full(DRAWS, 4000.0), draws(Purpose.SIZE), even=True)
     counts = np.array([np.count_nonzero(drawn == size) for size in sizes])
@@ -283,7 +285,7 @@ def test_even_draws_are_even(count: int) -> None:
     assert abs(chi_square(counts, np.full(count, 1 / count))) < 5 or count == 1
 
 
-def test_which_kinds_draw_evenly() -> None:
+def test_only_token_length_videos_draw_sizes_uniformly() -> None:
     def share_of_largest(policy: SizePolicy, kind: int) -> float:
         target = assigned(sized(policy, 1024, 1024 if policy is ADAPT else 256), kind, 3000, 3000, 1000, DRAWS).target
         return float(np.mean(target == 1024))
@@ -310,7 +312,7 @@ def test_the_limit_is_a_quarter_above_the_mean_side(mean: float, largest: int) -
 
 
 @pytest.mark.parametrize(("policy", "kind"), [(ADAPT, 0), (ADAPT, 1), (TOKENS, 0), (TOKENS, 1), (BOTH, 0), (BOTH, 1)])
-def test_a_small_source_is_not_blown_up(policy: SizePolicy, kind: int) -> None:
+def test_a_small_source_is_not_upscaled_beyond_the_limit(policy: SizePolicy, kind: int) -> None:
     policy = sized(policy, 1024, 1024 if policy is ADAPT else 256)
     found = assigned(policy, kind, 400, 624, 1000)  # mean side 512, so at most 640
     assert found.target.max() == 640
@@ -318,7 +320,7 @@ def test_a_small_source_is_not_blown_up(policy: SizePolicy, kind: int) -> None:
 
 
 @pytest.mark.parametrize("whole", [5, 9, 13, 49, 81])
-def test_one_clip_in_ten_is_shortened_evenly(whole: int) -> None:
+def test_one_clip_in_ten_is_shortened_uniformly(whole: int) -> None:
     found = crop_frames(np.full(DRAWS, whole), draws(Purpose.FRAMES))
     shorter = list(range(5, whole, 4))
     counts = np.array([np.count_nonzero(found == frames) for frames in [*shorter, whole]])
@@ -332,20 +334,20 @@ def test_one_clip_in_ten_is_shortened_evenly(whole: int) -> None:
 
 def test_a_frame_crop_reaches_the_bucket() -> None:
     policy = replace(sized(TOKENS, 512, 512, n_frames=81), random_frame_crop=True, stride=1)
-    found = assigned(policy, 1, 700, 700, 60, count=10_000).frames  # 57 of 81 frames are there
+    found = assigned(policy, 1, 700, 700, 60, count=10_000).frames  # 57 of 81 frames are available
     assert set(found.tolist()) == set(range(5, 58, 4))
     assert abs(np.mean(found == 57) - 0.9) < 0.01
     assert set(assigned(policy, 1, 700, 700, 4, count=100).frames.tolist()) == {1}
 
 
-# Weights out of 62: squarish shapes most often, each ratio and its inverse alike.
+# Weights out of 62: nearly square shapes most often; a ratio and its inverse have the same weight.
 CROP_WEIGHTS = {
     0.42: 1, 0.5: 2, 0.57: 4, 0.68: 4, 0.78: 4, 0.88: 4, 0.94: 8, 1.0: 8, 1.07: 8, 1.13: 4, 1.29: 4, 1.46: 4, 1.75: 4,
     2.0: 2, 2.4: 1,
 }  # fmt: skip
 
 
-def test_ratio_crop_draws_by_weight_whatever_the_source() -> None:
+def test_ratio_crop_draws_by_weight_for_any_source() -> None:
     policy = replace(sized(BUCKETS, 512, 512), random_ratio_crop=True)
     weights = np.array(list(CROP_WEIGHTS.values()), float)
     assert dict(CROP_RATIOS) == CROP_WEIGHTS
@@ -358,13 +360,13 @@ def test_ratio_crop_draws_by_weight_whatever_the_source() -> None:
         assert abs(chi_square(counts, weights / weights.sum())) < 5
 
 
-# ---------------------------------------------------------------------------------------- one size, and squares
+# --------------------------------------------------------------------------------------------- fixed sizes and squares
 
 
-def test_fixed_size_is_everybodys() -> None:
+def test_fix_sample_size_applies_to_every_sample() -> None:
     policy = replace(sized(BOTH, 1024, 256, n_frames=49), fix_sample_size=(490, 840))
     assert buckets_of(assigned(policy, 0, 900, 300, 1)) == {Bucket(1, 480, 832)}
-    assert buckets_of(assigned(policy, 1, 300, 900, 1000)) == {Bucket(49, 480, 832)}  # and no frame limit
+    assert buckets_of(assigned(policy, 1, 300, 900, 1000)) == {Bucket(49, 480, 832)}  # without a limit on frames
 
 
 @pytest.mark.parametrize(("image", "video"), [(512, 256), (500, 300)])
@@ -375,7 +377,7 @@ def test_without_buckets_everything_is_square(image: int, video: int) -> None:
     assert buckets_of(assigned(policy, 1, 300, 900, 1000)) == {Bucket(49, side[video], side[video])}
 
 
-# ------------------------------------------------------------------------------------------------------ refusals
+# ---------------------------------------------------------------------------------------------------- invalid settings
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_flags_that_contradict_each_other_are_refused(flag: str, changed: dict) 
 
 
 @given(st.integers(-5, 500).filter(lambda n: n < 1 or n % 4 != 1))
-def test_a_refused_length_is_told_its_neighbours(n_frames: int) -> None:
+def test_the_hint_for_an_invalid_length_names_its_neighbours(n_frames: int) -> None:
     with pytest.raises(UserError) as refused:
         SizePolicy(n_frames=n_frames)
     near = [int(word) for word in refused.value.hint.split() if word.isdigit()]
@@ -441,11 +443,11 @@ def test_fates_of_rows() -> None:
     assert bucketed == [trained, trained, trained, trained, short, small, trained, small, refused, refused]
 
 
-# -------------------------------------------------------------------------------------------- cuts, clip starts
+# -------------------------------------------------------------------------------------------- cropping and clip starts
 
 
-def cut_by_hand(height: int, width: int, bucket_height: int, bucket_width: int) -> Fraction:
-    """Scales the source to cover the bucket and counts the area that sticks out."""
+def crop_by_hand(height: int, width: int, bucket_height: int, bucket_width: int) -> Fraction:
+    """Return the cropped share of the area when the source is scaled to cover the bucket."""
     scale = max(Fraction(bucket_height, height), Fraction(bucket_width, width))
     scaled = (height * scale) * (width * scale)
     return 1 - Fraction(bucket_height * bucket_width) / scaled
@@ -453,14 +455,14 @@ def cut_by_hand(height: int, width: int, bucket_height: int, bucket_width: int) 
 
 @given(PIXELS, PIXELS, PIXELS, PIXELS)
 @example(1080, 1920, 384, 672)
-def test_cut_share_is_the_area_that_sticks_out(height: int, width: int, bucket_height: int, bucket_width: int) -> None:
+def test_crop_share_is_the_cropped_area(height: int, width: int, bucket_height: int, bucket_width: int) -> None:
     share = crop_share(np.array([height]), np.array([width]), np.array([bucket_height]), np.array([bucket_width]))
-    assert math.isclose(share[0], cut_by_hand(height, width, bucket_height, bucket_width), abs_tol=1e-12)
+    assert math.isclose(share[0], crop_by_hand(height, width, bucket_height, bucket_width), abs_tol=1e-12)
     assert 0 <= share[0] < 1
 
 
 @given(st.integers(1, 40), st.integers(0, 9), st.integers(1, 6))
-def test_every_clip_start_leaves_room(extra: int, k: int, stride: int) -> None:
+def test_the_clip_fits_at_every_start(extra: int, k: int, stride: int) -> None:
     kept = 4 * k + 1
     frames = (kept - 1) * stride + extra  # `extra` starts are possible
     starts = clip_starts(np.full(4000, frames), np.full(4000, kept), stride, draws(Purpose.START, 4000))
@@ -472,7 +474,7 @@ def test_every_clip_start_leaves_room(extra: int, k: int, stride: int) -> None:
 
 
 @pytest.mark.parametrize("draw", [2.0**-54, 0.5, 1 - 2.0**-53])
-def test_the_ends_of_the_draws_stay_in_range(draw: float) -> None:
+def test_extreme_draws_stay_in_range(draw: float) -> None:
     one = np.array([draw])
     assert 0 <= clip_starts(np.array([2**31 - 1]), np.array([1]), 1, one)[0] < 2**31 - 1
     assert crop_frames(np.array([81]), one)[0] in range(5, 82, 4)

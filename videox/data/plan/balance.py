@@ -158,7 +158,7 @@ def unplanned_costs(
 ) -> np.ndarray:
     """Return the costs of an epoch in which each rank takes the next batch of one bucket, independently of the others.
 
-    This is the scheme of the original trainer, where each process draws sizes by itself. The remainder of a bucket
+    This is the scheme of the original trainer, where each process draws sizes independently. The remainder of a bucket
     makes a smaller batch; batches that do not fill a step are left out.
 
     Args:

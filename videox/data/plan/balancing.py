@@ -6,8 +6,8 @@ similar cost into one row, which the ranks run at the same time, while the log t
 compensate for the rest of the step. How far they may drift is chosen on a part of the epoch, by the two metrics of
 balance.py.
 
-All arithmetic that decides an order is on whole numbers, which no machine rounds differently: every rank computes the
-plan by itself and must find the same one.
+All arithmetic that decides an order is on integers, which no machine rounds differently: every rank computes the plan
+independently, and all must get the same one.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _resplit_pairs(values: np.ndarray, members: np.ndarray) -> np.ndarray:
         # every other pass pairs the groups differently, or the same pairs would be split again
         largest = largest[:, ::-1] if turn % 2 == 0 else largest
         pair = np.concatenate([members[row, smallest], members[row, largest]], axis=2)
-        difference = np.abs(gather(values, pair).astype(np.float64) @ signs.T)  # exact: whole numbers below 2^53
+        difference = np.abs(gather(values, pair).astype(np.float64) @ signs.T)  # exact: integers below 2^53
         pair = np.take_along_axis(pair, split[difference.argmin(2)], 2)
         members[row, smallest], members[row, largest] = pair[:, :, :size], pair[:, :, size:]
     return members

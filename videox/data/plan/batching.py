@@ -10,7 +10,7 @@ import numpy as np
 from videox.data.plan.settings import PlanSettings, sample_cost
 from videox.shapes import Bucket, token_count
 
-COST_UNITS = 1 << 14  # cost of a full slot, in whole units
+COST_UNITS = 1 << 14  # cost of a full slot, in integer units
 # A slot may take 2 % more than its nominal cost. Without any slack the last micro-batches would fit nowhere and would
 # open new, nearly empty slots.
 CAPACITY = COST_UNITS * 102 // 100
@@ -89,7 +89,7 @@ def batch_sizes(settings: PlanSettings, buckets: tuple[Bucket, ...], counts: np.
     # (1 + 1e-12): an exact fit is not lost to float rounding
     sizes = np.minimum(np.floor(max_cost / cost * (1 + 1e-12)), np.floor(settings.batch_size * tokens.max() / tokens))
     sizes = np.maximum(sizes, 1).astype(np.int64)
-    # whole numbers, 1/4096 of a unit of log tokens: every machine finds the same limit
+    # integers, in units of 1/4096 of log tokens: every machine finds the same limit
     logs = np.rint(np.log(tokens) * 4096).astype(np.int64)
     weights = counts * (logs - int(counts @ logs) // int(counts.sum())) ** 2
     limit = 1

@@ -48,7 +48,7 @@ class MicroBatch(NamedTuple):
 class PlannedSample(NamedTuple):
     """One sample of a micro-batch as the sampler sends it to a data loader worker.
 
-    row: metadata row, -1 for padding; start: first source frame; key: key of the random draws made anew in each epoch;
+    row: metadata row, -1 for padding; start: first source frame; key: key of the draws that are new in each epoch;
     variant: key of the draws whose results a cache can store; weight: share of the step's loss; stratum: timestep draw
     in (0, 1); step: step within the epoch; micro: number of the rank's micro-batch in the step, from 0; last: whether
     it is the rank's last micro-batch of the step.
@@ -83,7 +83,7 @@ class ExecutedSample(NamedTuple):
 class EpochPlan:
     """One epoch's plan. Samples are in execution order; micro-batches and slots are ranges over them.
 
-    row, copy, start int64 [N]; key, variant uint64 [N], keys of the draws made anew in each epoch and of those that
+    row, copy, start int64 [N]; key, variant uint64 [N], keys of the draws that are new in each epoch and of those that
     may repeat (cache_variants); micro_first int64 [M + 1] into samples; micro_bucket int64 [M] into buckets;
     slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row; min_frames: the shortest sample that the
     model accepts.
@@ -153,7 +153,7 @@ class EpochPlan:
         """
         first, last = self._sample_range(step)
         count = last - first
-        # keyed by the step and not by the sample: the permutation covers all strata whatever samples the step has
+        # keyed by the step and not by the sample: the permutation covers all strata for any samples
         order = hash_key(self.seed, self.epoch, step, Purpose.STRATUM, np.arange(count))
         place = np.empty(count, np.int64)
         place[np.argsort(order, kind="stable")] = np.arange(count)

@@ -236,8 +236,8 @@ def slot_order(
     if settings.balance == "none" or ranks == 1:
         return shuffled
     unit = sample_cost(settings, buckets)
-    # Whole numbers: floats summed in another order differ in the last bit between machines, and with them the plan.
-    # 2**24 and 4096 are fine enough, and keep all sums below 2**53, where float64 adds whole numbers exactly.
+    # Integers: floats summed in another order differ in the last bit between machines, and with them the plan.
+    # 2**24 and 4096 are fine enough, and keep all sums below 2**53, where float64 adds integers exactly.
     unit = np.maximum(np.rint(unit / unit.max() * 2**24), 1)
     logs = np.rint(np.log([token_count(bucket) for bucket in buckets]) * 4096).astype(np.int64)
     logs -= int(counts @ logs) // int(counts.sum())
