@@ -86,8 +86,7 @@ from videox.training.data import build_data
 from videox.training.schedule import build_schedule
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
-# Layers that get adapters, by list of blocks.
-LORA_TARGETS = {"transformer_blocks": ("attn", "ff", "ff_context")}
+LORA_TARGETS = {"transformer_blocks": ("attn", "ff", "ff_context")}  # layers that get adapters, by list of blocks
 LORA_TARGETS["single_transformer_blocks"] = ("attn", "proj_mlp", "proj_out")
 LATENT_CHANNELS = 16
 PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
@@ -109,10 +108,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Hunyuan:
-    """What a training step needs of the model.
-
-    condition: None for text-to-video, otherwise how the first frame is given: "token_replace" | "latent_concat".
-    """
+    """What a training step needs of the model; condition: "token_replace", "latent_concat", None for text-to-video."""
 
     transformer: HunyuanVideoTransformer3DModel
     encoders: LazyEncoders[Encoders]
@@ -191,20 +187,22 @@ def load_encoders(
     classes, dtypes = classes_of(args.train_mode), {"vae": torch.float32, **dict.fromkeys(TEXT_ENCODERS, dtype)}
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     modules = {name: load(classes[name], components[name], dtype) for name, dtype in dtypes.items()}
-    pipeline_class = (
-        HunyuanVideoPipeline if args.train_mode == "normal" else diffusers.HunyuanVideoImageToVideoPipeline
-    )
-    # Not of the class that model_index.json names: transformers 5 would rebuild it without spaces and line breaks.
+    i2v = args.train_mode == "i2v"
+    pipeline_class = diffusers.HunyuanVideoImageToVideoPipeline if i2v else HunyuanVideoPipeline
+    # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **modules)
     check_tokenizer(tokenizer, root / "tokenizer", "A red fox,\n\n2 years old, runs <3")
     # The pipeline warns for each caption over CLIP's 77 tokens; only the pooled embedding is cut, which is expected.
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
     check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
-    rest = {
-        name: OffloadedModule(module, accelerator.device, offload=args.low_vram) for name, module in modules.items()
-    }
-    return Encoders(**rest, pipeline=pipeline)
+    offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}
+    return Encoders(**offloaded, pipeline=pipeline)
+
+
+def blocks_of(transformer: HunyuanVideoTransformer3DModel) -> list[torch.nn.Module]:
+    """The repeated blocks, in order."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def build_model(
@@ -213,7 +211,7 @@ def build_model(
 ) -> Hunyuan:  # fmt: skip
     """What a training step needs of the model; no encoder is loaded."""
     attention = MaskFreeAttention()
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for block in blocks_of(transformer):
         block.attn.set_processor(attention)
     scaling = full_config(AutoencoderKLHunyuanVideo, components["vae"].config).scaling_factor
     condition = transformer.config.image_condition_type
@@ -267,9 +265,8 @@ def encode_batch(
         keys: one per sample, draw the posterior's noise; None takes its mode.
     """
     encoded = hunyuan.encode(batch)
-    names = ("prompt_embeds", "prompt_mask")
-    given = dict(zip(names, pad_texts(encoded["prompt_embeds"]), strict=True))
-    given["pooled"] = torch.stack(encoded["pooled"])
+    embeds, mask = pad_texts(encoded["prompt_embeds"])
+    given = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": torch.stack(encoded["pooled"])}
     if hunyuan.given_frames:
         given["first_frame"] = torch.stack(encoded["first_frame"]) * hunyuan.scaling_factor
     latents = sample_latents(torch.stack(encoded["moments"]), LATENT_CHANNELS, keys) * hunyuan.scaling_factor
@@ -319,24 +316,19 @@ def accumulate_gradients(
     noisy_latents, target = flow_matching.add_noise(latents, noise, sigmas), noise - latents
     inputs = transformer_inputs(hunyuan, noisy_latents, sigmas, given)
 
-    generated = (
-        slice(None),
-        slice(None),
-        slice(hunyuan.given_frames, None),
-    )  # without the frame that the model is given
-    sample_weights = to_device(torch.from_numpy(batch["weights"]), device)  # their shares of the global batch
-    loss_weights = flow_matching.loss_weights(sigmas, args.weighting_scheme)
+    weights = to_device(torch.from_numpy(batch["weights"]), device)  # each planned sample's share of the global batch
+    generated = (slice(None), slice(None), slice(hunyuan.given_frames, None))  # without the given frame
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
-        losses = flow_matching.velocity_losses(prediction[generated], target[generated], loss_weights)
+        pair = prediction[generated], target[generated]
+        losses = flow_matching.velocity_losses(*pair, flow_matching.loss_weights(sigmas, args.weighting_scheme))
         if args.motion_sub_loss:
-            ratio = args.motion_sub_loss_ratio
-            losses = flow_matching.motion_losses(prediction[generated], target[generated], losses, ratio)
-        loss = (losses.double() * sample_weights).sum()
+            losses = flow_matching.motion_losses(*pair, losses, args.motion_sub_loss_ratio)
+        loss = (losses.double() * weights).sum()
         backward(accelerator, model, loss)
     write_dump(
         dump_to, accelerator.process_index, batch, inputs, latents=latents, noise=noise, sigma=sigmas, target=target,
-        timestep=inputs["timestep"], weight=sample_weights, prediction=prediction, loss=losses,
+        timestep=inputs["timestep"], weight=weights, prediction=prediction, loss=losses,
     )  # fmt: skip
     return loss.detach()
 
@@ -373,8 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components = check_model(args)
-    shift = read_number(components["scheduler"].config, "shift", "scheduler")
-    profile = describe(args, components)
+    profile, shift = describe(args, components), read_number(components["scheduler"].config, "shift", "scheduler")
     startup.announce(args, ctx, profile.task)
 
     # schedule: all samples, steps and random draws of the run follow from it
@@ -392,8 +383,8 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     # model: weights in float32, compute in the accelerator's precision; resumed from the checkpoint
     transformer = build.load_model(args, ctx, HunyuanVideoTransformer3DModel, components["transformer"])
     hunyuan = build_model(args, components, shift, transformer, encoders, data.encode)
-    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    engine = build.build_engine(args, ctx, schedule, transformer, blocks, components["transformer"], lora)
+    blocks, component = blocks_of(transformer), components["transformer"]
+    engine = build.build_engine(args, ctx, schedule, transformer, blocks, component, lora)
     hunyuan = replace(hunyuan, transformer=engine.network)
 
     # records, checkpoints, validation
@@ -403,7 +394,6 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     predict, pipeline = partial(predict_held_out, hunyuan), partial(sampling_pipeline, hunyuan)
     family = FamilyValidation(predict, pipeline, args.guidance_scale, hunyuan.given_frames)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
-
     gradients = partial(accumulate_gradients, args, ctx.accelerator, hunyuan, engine.model, dump_to=None)
     memory_check.try_largest(args, ctx, schedule, engine, data.dataset, gradients)
     if state.step == 0:
@@ -423,7 +413,6 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit)
             epoch_ended = state.advance(step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
-
             done = state.step == schedule.total
             if report.stop and not done:
                 checkpoints.save()

@@ -391,7 +391,6 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, args, wan, keys=None))
     family = FamilyValidation(partial(predict_held_out, wan), partial(sampling_pipeline, wan), SAMPLING_GUIDANCE)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
-
     gradients = partial(accumulate_gradients, args, ctx.accelerator, wan, engine.model, dump_to=None)
     memory_check.try_largest(args, ctx, schedule, engine, data.dataset, gradients)
     if state.step == 0:
@@ -411,7 +410,6 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit)
             epoch_ended = state.advance(step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
-
             done = state.step == schedule.total
             if report.stop and not done:
                 checkpoints.save()
