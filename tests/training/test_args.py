@@ -45,7 +45,7 @@ PURE_NUMBERS = {
     "seed",
 }
 UNITS = re.compile(
-    r"pixels|frames|steps?\b|epochs|rows?\b|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
+    r"GiB|pixels|frames|steps?\b|epochs|rows?\b|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
     r"|norm|per |this much higher"
 )
 

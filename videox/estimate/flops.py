@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from videox.shapes import PATCH
@@ -157,9 +158,8 @@ def cross_attention_network(
         constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
         linear=2 * inputs * dim,
     )
-    image_projection = (
-        image_tokens * image_dim * (image_dim + dim)
-    )  # the gradient is needed: the norm before it has weights
+    # not among first_layers: the norm before the projection has weights, so that its input needs a gradient
+    image_projection = image_tokens * image_dim * (image_dim + dim)
     outside = Polynomial(
         constant=2 * (7 * dim * dim + text_tokens * dim * dim + image_projection),
         linear=2 * dim * outputs,
@@ -171,6 +171,34 @@ def cross_attention_network(
     outside_transient = Polynomial(linear=dim * (10 if half else 8))
     return Network(
         (block,) * config["num_layers"], total(outside, first_layers), first_layers, outside_saved, outside_transient
+    )
+
+
+def _joint_block(
+    dim: int, ratio: float, text: int, size: int, *, modulation: float, saved: float, transient: float
+) -> Block:
+    """Return a block in which S latent and `text` text tokens attend to each other.
+
+    Args:
+        dim: width of a token.
+        ratio: width of the feed-forward layer, in units of dim.
+        text: tokens of the text.
+        size: bytes of a number in the computing precision.
+        modulation: vectors of width dim that the modulation of the block outputs.
+        saved, transient: bytes per token.
+    """
+    per_token = 2 * (4 + 2 * ratio) * dim * dim
+    forward = Polynomial(
+        constant=per_token * text + 4 * dim * text * text + 2 * modulation * dim * dim,
+        linear=per_token + 8 * dim * text,
+        quadratic=4 * dim,
+    )
+    return Block(
+        forward,
+        attention=Polynomial(4 * dim * text * text, 8 * dim * text, 4 * dim),
+        saved=Polynomial(saved * text, saved),
+        input=Polynomial(dim * size * text, dim * size),
+        transient=Polynomial(transient * text, transient),
     )
 
 
@@ -190,21 +218,6 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     area = PATCH**2
     inputs, outputs = area * config["in_channels"], area * (config.get("out_channels") or config["in_channels"])
 
-    def joint(modulation: float, saved_per_token: float, transient_per_token: float) -> Block:
-        per_token = 2 * (4 + 2 * ratio) * dim * dim
-        forward = Polynomial(
-            constant=per_token * text + 4 * dim * text * text + 2 * modulation * dim * dim,
-            linear=per_token + 8 * dim * text,
-            quadratic=4 * dim,
-        )
-        return Block(
-            forward,
-            attention=Polynomial(4 * dim * text * text, 8 * dim * text, 4 * dim),
-            saved=Polynomial(saved_per_token * text, saved_per_token),
-            input=Polynomial(dim * size * text, dim * size),
-            transient=Polynomial(transient_per_token * text, transient_per_token),
-        )
-
     # norms with float32 weights return queries and keys in float32, in each stream
     float32_qk = cast and half
     double_saved = (
@@ -215,8 +228,11 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     )
     # attention and feed-forward of a single-stream block are concatenated in the dtype of its queries
     single_transient = dim * ((16 + 5 * ratio if float32_qk else 6) if half else 12)
-    double = joint(6 + 6 + (6 if replaced else 0), double_saved, dim * (2 if half else 4))
-    single = joint(3 + (3 if replaced else 0), single_saved, single_transient)
+    joint_block = partial(_joint_block, dim, ratio, text, size)
+    double = joint_block(
+        modulation=6 + 6 + (6 if replaced else 0), saved=double_saved, transient=dim * (2 if half else 4)
+    )
+    single = joint_block(modulation=3 + (3 if replaced else 0), saved=single_saved, transient=single_transient)
 
     refiners, text_dim = config["num_refiner_layers"], config["text_embed_dim"]
     embedders = (

@@ -248,7 +248,7 @@ def _font(text: str) -> Font | None:
     from matplotlib import get_data_path  # imported here because it loads slowly
 
     installed = Path(get_data_path(), "fonts", "ttf")
-    for name in (*(installed / name for name in MATPLOTLIB_FONTS), *SYSTEM_FONTS):
+    for name in (*(str(installed / name) for name in MATPLOTLIB_FONTS), *SYSTEM_FONTS):
         try:
             font = ImageFont.truetype(name, FONT_SIZE)
         except OSError:  # not installed
