@@ -39,7 +39,7 @@ PROMPT = "a red fox"
 
 
 @dataclass
-class Found:
+class CellResult:
     """Outcome of a cell: distances from the one-process run, and the failed checks by column."""
 
     loss_distance: float = float("nan")
@@ -54,38 +54,38 @@ class Found:
             self.wrong[column] = self.wrong.get(column, "") + f"{check.__name__}: {why}"
 
 
-def ground_of(kind: str, folder: Path) -> launches.BackendRuns:
+def train_baseline(kind: str, folder: Path) -> launches.BackendRuns:
     """Build a model and a data set, and train the baseline: one process with two micro-batches per step."""
-    ground = launches.BackendRuns(folder, kind, STEPS, **SETTINGS)
-    norms = [line["grad_norm"] for line in forkserver.read_steps(ground.baseline)]
+    setup = launches.BackendRuns(folder, kind, STEPS, **SETTINGS)
+    norms = [line["grad_norm"] for line in forkserver.read_steps(setup.baseline)]
     assert min(norms) > SETTINGS["max_grad_norm"], f"gradient clipping is not active in each step: {norms}"
-    return ground
+    return setup
 
 
-def run_cell(ground: launches.BackendRuns, recipe: str, folder: Path) -> Found:
+def run_cell(setup: launches.BackendRuns, recipe: str, folder: Path) -> CellResult:
     """Train, resume, convert and resume again; the run is written to `folder`."""
-    found, world_size = Found(), 1 if recipe == "plain" else 2
+    result, world_size = CellResult(), 1 if recipe == "plain" else 2
     changes: dict[str, object] = {"gradient_accumulation_steps": 2 // world_size}
-    if ground.mode == "normal":
+    if setup.mode == "normal":
         changes["validation_prompts"] = [PROMPT]
-    found.note("trained", launch_checks.check_launch, ground, recipe, folder, world_size, **changes)
-    if found.wrong:
-        found.wrong |= dict.fromkeys(("resumed", "converted"), "not tried")
-        return found
-    losses = [[line["loss"] for line in forkserver.read_steps(run)] for run in (folder, ground.baseline)]
-    found.loss_distance = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    moved = [launch_checks.weight_change(ground.model, run / "transformer") for run in (folder, ground.baseline)]
-    found.cosine = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
+    result.note("trained", launch_checks.check_launch, setup, recipe, folder, world_size, **changes)
+    if result.wrong:
+        result.wrong |= dict.fromkeys(("resumed", "converted"), "not tried")
+        return result
+    losses = [[line["loss"] for line in forkserver.read_steps(run)] for run in (folder, setup.baseline)]
+    result.loss_distance = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    moved = [launch_checks.weight_change(setup.model, run / "transformer") for run in (folder, setup.baseline)]
+    result.cosine = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
     for check in (launch_checks.check_matches_baseline, launch_checks.check_export):
-        found.note("trained", check, ground, folder)
-    found.note("trained", launch_checks.check_checkpoint, ground, recipe, folder, world_size)
-    found.note("resumed", launch_checks.check_resume, ground, recipe, folder, world_size, **changes)
-    found.note("converted", check_converted, ground, recipe, folder)
-    found.note("resumed", check_goes_on_beside_outputs, ground, recipe, folder, world_size, **changes)
-    return found
+        result.note("trained", check, setup, folder)
+    result.note("trained", launch_checks.check_checkpoint, setup, recipe, folder, world_size)
+    result.note("resumed", launch_checks.check_resume, setup, recipe, folder, world_size, **changes)
+    result.note("converted", check_converted, setup, recipe, folder)
+    result.note("resumed", check_resume_next_to_outputs, setup, recipe, folder, world_size, **changes)
+    return result
 
 
-def check_converted(ground: launches.BackendRuns, recipe: str, folder: Path) -> None:
+def check_converted(setup: launches.BackendRuns, recipe: str, folder: Path) -> None:
     """Check that the published command writes the trained weights cast to bfloat16, and that diffusers loads them."""
     converted = launch_checks.convert_checkpoint(folder, STEPS)
     if "transformer" in launch_checks.CHECKPOINT_FILES[recipe]:
@@ -93,23 +93,23 @@ def check_converted(ground: launches.BackendRuns, recipe: str, folder: Path) -> 
     weights, trained = (runs.read_weights(place) for place in (converted.folder, folder / "transformer"))
     assert weights.keys() == trained.keys()
     assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in trained.items()), "different weights"
-    kind = getattr(diffusers, launches.TRANSFORMER_CLASSES[ground.family])
+    kind = getattr(diffusers, launches.TRANSFORMER_CLASSES[setup.family])
     loaded = kind.from_pretrained(converted.folder, torch_dtype=torch.bfloat16)
     assert all(torch.equal(weights[name], value.bfloat16()) for name, value in loaded.state_dict().items())
 
 
-def check_goes_on_beside_outputs(
-    ground: launches.BackendRuns, recipe: str, folder: Path, world_size: int, **changes: object
+def check_resume_next_to_outputs(
+    setup: launches.BackendRuns, recipe: str, folder: Path, world_size: int, **changes: object
 ) -> None:
     """Check that `latest` selects the newest checkpoint, not the folder that the conversion wrote next to it."""
     more = {**changes, "max_train_steps": STEPS + 1, "resume_from_checkpoint": "latest"}
-    ranks = ground.run_ranks(recipe, folder, world_size, **more)
+    ranks = setup.run_ranks(recipe, folder, world_size, **more)
     assert launches.exit_codes(ranks) == [0] * world_size, launches.output_of(ranks)
     assert [line["step"] for line in forkserver.read_steps(folder)] == list(range(1, STEPS + 2))
     assert (folder / f"checkpoint-{STEPS}-outputs").is_dir()
 
 
-def lines_of(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
+def read_rows(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Return the rows of an existing table, by family, mode and recipe."""
     split = (tuple(line.strip("| ").split(" | ")) for line in file.read_text(encoding="utf-8").splitlines())
     return {
@@ -117,10 +117,10 @@ def lines_of(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
     }
 
 
-def row(kind: str, recipe: str, found: Found) -> tuple[str, ...]:
+def row(kind: str, recipe: str, result: CellResult) -> tuple[str, ...]:
     """Return one row of the table."""
-    words = ["NO" if column in found.wrong else "yes" for column in ("trained", "resumed", "converted")]
-    return (*kind.split(), recipe, f"{found.loss_distance:.4f}", f"{found.cosine:.4f}", *words)
+    words = ["NO" if column in result.wrong else "yes" for column in ("trained", "resumed", "converted")]
+    return (*kind.split(), recipe, f"{result.loss_distance:.4f}", f"{result.cosine:.4f}", *words)
 
 
 def page(lines: list[tuple[str, ...]]) -> str:
@@ -164,16 +164,16 @@ def main() -> int:
         help="Markdown file to update: rows of other families and modes are kept (default: print only)",
     )
     args = parser.parse_args()
-    lines = lines_of(args.output) if args.output and args.output.exists() else {}
+    lines = read_rows(args.output) if args.output and args.output.exists() else {}
     wrong = []
     with tempfile.TemporaryDirectory(prefix="videox-backends-") as name:
         for kind in args.kinds:
-            ground = ground_of(kind, Path(name) / kind.replace(" ", "-"))
+            setup = train_baseline(kind, Path(name) / kind.replace(" ", "-"))
             for recipe in RECIPES:
                 begin = time.monotonic()
-                found = run_cell(ground, recipe, ground.folder / recipe)
-                lines[*kind.split(), recipe] = row(kind, recipe, found)
-                wrong += [f"{kind} {recipe}: {column}: {why}" for column, why in found.wrong.items()]
+                result = run_cell(setup, recipe, setup.folder / recipe)
+                lines[*kind.split(), recipe] = row(kind, recipe, result)
+                wrong += [f"{kind} {recipe}: {column}: {why}" for column, why in result.wrong.items()]
                 print(*lines[*kind.split(), recipe], f"{time.monotonic() - begin:.0f} s", sep="\t", flush=True)
     print("\n".join(wrong), file=sys.stderr)
     cells = [(*kind.split(), recipe) for kind in launches.MODEL_BUILDERS for recipe in RECIPES]

@@ -178,7 +178,7 @@ def goals(table: list[str]) -> list[str]:
     ddp = [cell for cell in several if cell[0][4] == "DDP"]
     sharded = [cell for cell in several if cell[0][4] == "sharded"]
 
-    def asked(words: str, found: list[tuple], met: Callable[[tuple], bool]) -> str:
+    def goal(words: str, found: list[tuple], met: Callable[[tuple], bool]) -> str:
         missed = [cell for cell in found if not met(cell)]
         which = "; ".join(f"{', '.join(row[:3])} ranks, {name}: {b:.3f} / {m:.2f}" for row, name, b, m in missed)
         return f"- {words}: {len(found) - len(missed)} of {len(found)} cells{f'; missed by {which}' if missed else ''}"
@@ -190,24 +190,24 @@ def goals(table: list[str]) -> list[str]:
 
     default, strict = ("fixed, mixed", "cost, mixed"), ("fixed, strict", "cost, strict")
     return [
-        asked("default: mix of at most 4", [c for c in cells if c[1] in default], lambda c: c[3] <= 4),
-        asked("balance of at least the original scheme's", cells, lambda c: c[2] >= float(c[0][5])),
-        asked(
+        goal("default: mix of at most 4", [c for c in cells if c[1] in default], lambda c: c[3] <= 4),
+        goal("balance of at least the original scheme's", cells, lambda c: c[2] >= float(c[0][5])),
+        goal(
             "4 slots per rank, DDP, default: balance of at least 0.95 and mix of at most 2",
             [c for c in ddp if c[1] in default],
             lambda c: c[2] >= 0.95 and c[3] <= 2,
         ),
-        asked(
+        goal(
             "4 slots per rank, DDP, strict: balance of at least 0.98",
             [c for c in ddp if c[1] in strict],
             lambda c: c[2] >= 0.98,
         ),
-        asked(
+        goal(
             "4 slots per rank, sharded, default: balance of at least 0.96 and mix of at most 4",
             [c for c in sharded if c[1] in default],
             lambda c: c[2] >= 0.96 and c[3] <= 4,
         ),
-        asked(
+        goal(
             "4 slots per rank, sharded, default or strict: balance of at least 0.96 and mix of at most strat4's",
             [
                 max(pair, key=lambda c: (c[3] <= other(c)[1], c[2]))
@@ -215,12 +215,12 @@ def goals(table: list[str]) -> list[str]:
             ],
             lambda c: c[2] >= 0.96 and c[3] <= other(c)[1],
         ),
-        asked(
+        goal(
             "1 slot per rank, DDP, cost fill, default: balance of at least winpack1R's and mix of at most 4",
             [c for c in one if c[0][4] == "DDP" and c[1] == "cost, mixed"],
             lambda c: c[2] >= other(c)[0] and c[3] <= 4,
         ),
-        asked(
+        goal(
             "1 slot per rank, DDP, cost fill, strict: balance of at least winpack1R's",
             [c for c in one if c[0][4] == "DDP" and c[1] == "cost, strict"],
             lambda c: c[2] >= other(c)[0],

@@ -80,7 +80,7 @@ def cells() -> list[Cell]:
 
 
 @dataclass(frozen=True)
-class Found:
+class CellResult:
     """Outcome of a cell: three lists of problems, empty if there are none, and the held-out losses."""
 
     differences: list[str]
@@ -94,7 +94,7 @@ class Found:
         return [*self.differences, *self.not_loaded, *self.not_sampled]
 
 
-def run_cell(cell: Cell, metadata: Path, folder: Path) -> Found:
+def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
     """Train without and with an interruption, and sample with the exported weights; all files go to folder."""
     model = cell.build(folder / "model")
     whole, interrupted = folder / "whole", folder / "interrupted"
@@ -112,11 +112,11 @@ def run_cell(cell: Cell, metadata: Path, folder: Path) -> Found:
     outcomes = [runs.train(argv, runs.train_script(cell.family)) for argv in argvs]
     failed = [f"a run ended with {run.code}: {run.stderr[-2000:]}" for run in outcomes if run.code]
     if failed:
-        return Found(failed, failed, failed, [])
+        return CellResult(failed, failed, failed, [])
     not_loaded, exported = load(cell, whole / "transformer")
     not_sampled = sample(cell, model, exported) if exported is not None else ["nothing to sample with"]
     losses = [record["loss"] for record in outcomes[0].validation]
-    return Found(differences(outcomes[0], outcomes[2]), not_loaded, not_sampled, losses)
+    return CellResult(differences(outcomes[0], outcomes[2]), not_loaded, not_sampled, losses)
 
 
 def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
@@ -182,7 +182,7 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     return wrong if not np.array_equal(*clips) else [*wrong, "the exported weights sample what the base model samples"]
 
 
-def row(cell: Cell, found: Found) -> tuple[str, ...]:
+def row(cell: Cell, found: CellResult) -> tuple[str, ...]:
     """Return one row of the table."""
     losses = f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}" if found.losses else "none"
     good = ["yes" if not wrong else "NO" for wrong in (found.differences, found.not_loaded, found.not_sampled)]

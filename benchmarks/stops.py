@@ -97,18 +97,18 @@ def kill_in_save(
 
 
 def resume(
-    server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, unbroken: Path, steps: int
+    server: forkserver.ForkServer, argv: Callable[[Path], list[str]], output_dir: Path, uninterrupted: Path, steps: int
 ) -> Kill:
     """Check the folder that a kill left, resume the run to its end, and compare it with the uninterrupted run."""
     in_save = bool(saves_under_way(output_dir))
     newest, half = latest_checkpoint(output_dir, hashes=True)
     step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
     again = server.run([*argv(output_dir), "--resume_from_checkpoint", "latest"], output_dir.with_suffix(".log"))
-    said = [] if again.code == 0 else [f"resume ended with {again.code}: {again.said()[-2000:]}"]
-    said += forkserver.differences(output_dir, unbroken, steps) if not said else []
-    said += [f"{path.name} is left" for path in saves_under_way(output_dir)]
-    said += [] if len(find_checkpoints(output_dir)) == 2 else ["not exactly two checkpoints are kept"]
-    return Kill(in_save, step, half, resumes=1, differences=said)
+    problems = [] if again.code == 0 else [f"resume ended with {again.code}: {again.output()[-2000:]}"]
+    problems += forkserver.differences(output_dir, uninterrupted, steps) if not problems else []
+    problems += [f"{path.name} is left" for path in saves_under_way(output_dir)]
+    problems += [] if len(find_checkpoints(output_dir)) == 2 else ["not exactly two checkpoints are kept"]
+    return Kill(in_save, step, half, resumes=1, differences=problems)
 
 
 def kill_many(
@@ -123,8 +123,8 @@ def kill_many(
 ) -> list[Kill]:
     """Kill `kills` runs, `in_saves` of them during a save, the others at a random moment of a run's wall time."""
     draw = random.Random(seed)
-    unbroken = folder / "unbroken"
-    whole = server.run(argv(unbroken), folder / "unbroken.log")
+    uninterrupted = folder / "uninterrupted"
+    whole = server.run(argv(uninterrupted), folder / "uninterrupted.log")
     assert whole.code == 0, whole.output()[-4000:]
     met = []
     for number in range(kills):
@@ -134,7 +134,7 @@ def kill_many(
                 shutil.rmtree(output_dir)
         else:
             kill_at(server, argv, output_dir, draw.uniform(0, whole.seconds))
-        met.append(resume(server, argv, output_dir, unbroken, steps))
+        met.append(resume(server, argv, output_dir, uninterrupted, steps))
     return met
 
 

@@ -68,3 +68,10 @@ def cache_extension(extension: Path) -> None:
     with contextlib.suppress(OSError):  # another session was faster
         (temporary / extension.name).rename(BUILT / extension.name)
     shutil.rmtree(temporary)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what was skipped at the end of the run; each reason is in the summary above it (-ra)."""
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} tests were skipped: see the reasons above")

@@ -1,8 +1,9 @@
-"""Serves the reader who expects everything where the layout says it is: the rules of the house, kept by machine."""
+"""Tests of the repository itself: order of packages, sizes of functions and files, language, pins, documents."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.util
 import re
 import sys
@@ -32,6 +33,18 @@ TAKE_ARGS = "training"  # the package whose functions take the parsed flags
 MOST_ENTRIES = 22  # files and packages directly under videox/
 
 LINES = 460  # a train.py tells a whole family; a module of the package is split long before
+FUNCTION_LINES, MOST_PARAMETERS = 60, 8
+ALIKE, EQUAL_LINES = 0.45, 25  # of the Wan story in the HunyuanVideo story; consecutive code lines
+STORIES = ("scripts/wan2.1/train.py", "scripts/hunyuanvideo/train.py")
+MAY_PRINT = {"videox.doctor"}
+# Functions that may catch Exception, as "module.function": decoder child, sample, compile probe. Each reports what it
+# caught.
+BROAD_BOUNDARIES: set[str] = set()
+# Figures of speech and private words that this code once had in their place.
+BANNED = re.compile(
+    r"\b(Serves|what becomes of|to the bit|to the last bit|by computation|without a goodbye|the way out|whoever|whom it)\b|Mend:"
+)
+SKIP_HELPER = "tests/support/skips.py"
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "manager", "misc"}
 IMPORT_NAMES = {
     "av": "av",
@@ -137,7 +150,7 @@ def test_the_plan_needs_no_torch(path: Path) -> None:
 
 
 def test_no_family_class_below_scripts() -> None:
-    for path in modules_of_videox():
+    for path in (p for p in modules_of_videox() if package(module_name(p)) != "families"):
         for module, name, line in imports(path):
             assert not re.match(r"(AutoencoderKL)?(Wan|HunyuanVideo)", name), f"{path}:{line} imports {module}.{name}"
         for node in ast.walk(tree(path)):
@@ -178,13 +191,83 @@ def test_parsed_flags_stay_in_args(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules_of_videox(), ids=module_name)
 def test_no_failure_is_hidden_and_nothing_is_printed(path: Path) -> None:
+    boundaries = {
+        handler.lineno
+        for function in functions(path)
+        if f"{module_name(path)}.{function.name}" in BROAD_BOUNDARIES
+        for handler in ast.walk(function)
+        if isinstance(handler, ast.ExceptHandler)
+    }
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path}:{node.lineno}: bare except"
             caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
-            assert not caught & {"Exception", "BaseException"}, f"{path}:{node.lineno}: catches everything"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            broad = caught & {"Exception", "BaseException"} and node.lineno not in boundaries
+            assert not broad, f"{path}:{node.lineno}: catches everything and is not in BROAD_BOUNDARIES"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and module_name(path) not in MAY_PRINT:
             assert node.func.id != "print", f"{path}:{node.lineno}: prints"
+
+
+@pytest.mark.parametrize("path", files(".py", under=("videox", "scripts")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
+    for function in functions(path):
+        where, lines = f"{path}:{function.lineno} {function.name}", function.end_lineno - function.lineno + 1
+        assert lines <= FUNCTION_LINES, f"{where}: {lines} lines"
+        taken = [p.arg for p in parameters(function) if p.arg not in {"self", "cls"}]
+        assert len(taken) <= MOST_PARAMETERS, (
+            f"{where}: {len(taken)} parameters; put those that go together in a dataclass"
+        )
+
+
+def code_lines(path: Path) -> list[str]:
+    """Returns the lines of code, stripped, without blank lines, comments and docstrings."""
+    text, documented = path.read_text(encoding="utf-8"), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [line for number, line in lines if number not in documented and line and not line.startswith("#")]
+
+
+def test_the_two_stories_are_not_copies() -> None:
+    wan, hunyuan = (code_lines(ROOT / story) for story in STORIES)
+    runs = difflib.SequenceMatcher(None, wan, hunyuan, autojunk=False).get_matching_blocks()
+    share, longest = sum(run.size for run in runs) / len(wan), max(runs, key=lambda run: run.size)
+    print(f"{share:.1%} of the code lines of {STORIES[0]} are in {STORIES[1]}, at most {longest.size} in a row")
+    assert share <= ALIKE
+    assert longest.size <= EQUAL_LINES, "\n".join(wan[longest.a : longest.a + longest.size])
+
+
+def test_no_function_body_stands_in_two_scripts() -> None:
+    seen: dict[str, str] = {}
+    for path in files(".py", under=("scripts",)):
+        for function in functions(path):
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            text = "\n".join(map(ast.unparse, body))
+            if len(body) < 3 and len(text) < 200:
+                continue
+            where = f"{path.relative_to(ROOT)} {function.name}"
+            assert text not in seen, f"{where} is {seen[text]}"
+            seen[text] = where
+
+
+def test_text_is_plain() -> None:
+    found = []
+    for path in [*files(".py", ".sh", ".md", ".toml", ".yaml"), ROOT / "Makefile", ROOT / ".ci/run"]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if BANNED.search(line) and path != Path(__file__).resolve():
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+def test_sizes_come_from_one_builder() -> None:
+    built = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files(".py", under=("videox", "scripts"))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "SizePolicy"
+    ]
+    assert len(built) == 1 and built[0].startswith("videox/training/args.py"), built
 
 
 def test_no_vague_file_names() -> None:
@@ -210,12 +293,12 @@ def test_text_is_about_the_project_alone() -> None:
     unwanted = re.compile(
         r"(?<![\w.$}~-])/(root/|home/(?!me\b)|work/|tmp/|Users/|mnt/|opt/wheels)"
         r"|\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|Not" + r"ImplementedError)\b"
-        r"|pytest\.(mark\.)?(sk" + r"ip|xf" + r"ail)"
+        r"|pytest\.(mark\.)?(sk" + r"ip|xf" + r"ail|import" + r"orskip)"
     )
     found = []
     for path in [*files(".py", ".sh", ".md", ".toml", ".yaml", ".json", ".txt"), ROOT / "Makefile", ROOT / ".ci/run"]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if unwanted.search(line) and path != Path(__file__).resolve():
+            if unwanted.search(line) and path not in (Path(__file__).resolve(), ROOT / SKIP_HELPER):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
 

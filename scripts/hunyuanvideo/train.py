@@ -155,7 +155,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
     return components
 
 
-def describe(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
+def hunyuan_profile(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
     """The model's profile from its configurations alone, for the plan and the estimates."""
     config, text_tokens = components["transformer"].config, args.tokenizer_max_length
     condition = config.get("image_condition_type")
@@ -358,15 +358,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
     if flags.is_dry_run(args):
-        return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
+        return dry_run.plan_run(args, lambda: hunyuan_profile(args, check_model(args)))
     return launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components = check_model(args)
-    profile, shift = describe(args, components), read_number(components["scheduler"].config, "shift", "scheduler")
-    startup.announce(args, ctx, profile.task)
+    shift = read_number(components["scheduler"].config, "shift", "scheduler")
+    startup.announce(args, ctx, (profile := hunyuan_profile(args, components)).task)
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)

@@ -149,7 +149,7 @@ def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise UserError("--tokenizer_max_length", what, "remove the flag")
 
 
-def describe(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
+def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
     """The model's profile from its configurations alone, for the plan and the estimates."""
     config, images = components["transformer"].config, 0
     if "image_encoder" in components:
@@ -357,14 +357,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
     if flags.is_dry_run(args):
-        return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
+        return dry_run.plan_run(args, lambda: wan_profile(args, check_model(args)))
     return launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components, shift = check_model(args), read_shift(args.config_path)
-    profile = describe(args, components)
+    profile = wan_profile(args, components)
     startup.announce(args, ctx, profile.task)
 
     # schedule: all samples, steps and random draws of the run follow from it

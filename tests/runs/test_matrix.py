@@ -13,7 +13,7 @@ backends = tiny.load_script("benchmarks/backends.py")
 
 @pytest.fixture(scope="module", params=MODEL_BUILDERS)
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BackendRuns:
-    return backends.ground_of(request.param, tmp_path_factory.mktemp("setup"))
+    return backends.train_baseline(request.param, tmp_path_factory.mktemp("setup"))
 
 
 @pytest.mark.slow

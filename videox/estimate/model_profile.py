@@ -17,7 +17,7 @@ class ModelProfile:
         task: what is trained, in words.
         network: returns FLOPs and activation bytes; keywords `half` (compute in bfloat16) and `cast` (the weights are
             float32 and cast for it).
-        blocks: names of the transformer's lists of repeated blocks, each with the layers that a LoRA adapts by default.
+        blocks: names of the transformer's lists of repeated blocks, each with the layers that get LoRA adapters.
         components: class and configuration of each component that has weights, by name.
         min_frames: samples with fewer frames teach the model nothing and are not trained.
         sharded_backend: the backend that is proposed where the weights do not fit one GPU.

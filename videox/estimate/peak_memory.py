@@ -24,10 +24,10 @@ class _StorageTracker(TorchDispatchMode):
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
+        arguments: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operation returns
-        result = func(*args, **(kwargs or {}))
+        result = func(*arguments, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and not (self._ignore and self._ignore(tensor)):
                 self._track(tensor.untyped_storage())

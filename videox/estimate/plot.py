@@ -104,7 +104,7 @@ def _plot_balance(axes: Axes, balanced: Mapping[int, PlanBalance]) -> None:
     axes.set_xticks(
         positions, [f"{world}\nmix {metrics.step_variance_ratio:.2f}" for world, metrics in balanced.items()]
     )
-    axes.set_xlabel("processes\n(mix: variance of steps relative to random ones, 1 = random)")
+    axes.set_xlabel("processes\n(mix: variance of steps relative\nto random ones, 1 = random)")
     axes.set_ylabel("balance (1 = no rank waits)")
     axes.set_ylim(0, 1.18)
     axes.set_yticks(np.arange(0, 1.01, 0.2))
