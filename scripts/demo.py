@@ -122,7 +122,7 @@ def demo(family: str, mode: str, folder: Path) -> None:
     with phase(f"resume: from checkpoint-{stopped_step}"):
         train([*command, "--resume_from_checkpoint", "latest"], run, folder / "train-2.log")
         expect_finished(run)
-    with phase("validation: the held-out loss fell"):
+    with phase("check: the held-out loss must have fallen"):
         validation = expect_learning(run)
     with phase("sampling: from the exported weights, with diffusers"):
         sample(variant, mode, folder, folder / "sample.mp4")

@@ -354,7 +354,7 @@ def test_an_out_of_memory_error_names_bucket_phase_and_fix(setup: PlanSetup, mon
     bucket = read_lines(outcome.folder / "metrics.jsonl")
     assert outcome.code == outcome.status["exit_code"] == FLAGS and len(bucket) == 2
     line = outcome.stderr.strip().splitlines()[-1]
-    assert "GPU memory: ran out in the forward pass of the micro-batch 1 x" in line and "--dry_run" in line
+    assert "GPU memory: out of memory (OOM) in the forward pass of the micro-batch 1 x" in line and "--dry_run" in line
     assert outcome.status["error"] == line
 
 
