@@ -38,7 +38,7 @@ def header(path: Path) -> dict[str, str]:
 
 def peak_anonymous(arguments: list[str]) -> int:
     """Run a command and return its peak of anonymous memory in bytes, sampled every millisecond."""
-    process = subprocess.Popen(arguments, cwd=tiny.ROOT, env=runs.environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments, cwd=tiny.ROOT, env=runs.child_environment(), stdout=subprocess.DEVNULL)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     done = threading.Event()
 

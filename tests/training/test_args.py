@@ -7,6 +7,9 @@ import ast
 import inspect
 import math
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -412,3 +415,38 @@ def test_the_fixed_size_is_in_the_size_policy(base: list[str]) -> None:
     args = parse([*base, "--enable_bucket", "--fix_sample_size", "480", "832"])
     assert flags.size_policy(args).fix_sample_size == (480, 832)
     assert flags.size_policy(parse(base)).fix_sample_size is None
+
+
+# ------------------------------------------------------------------------------------ flags before the heavy imports
+
+HEAVY = ("torch", "diffusers", "accelerate", "transformers", "deepspeed", "peft")
+
+
+def imported_by(code: str) -> set[str]:
+    """Returns the heavy packages that a fresh interpreter has imported after running the code."""
+    report = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", f"{code}\n{report}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+def test_the_modules_of_the_flags_import_nothing_heavy() -> None:
+    modules = ("flags", "args", "argument_parser")
+    assert imported_by("\n".join(f"import videox.training.{name}" for name in modules)) == set()
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "hunyuanvideo"])
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--learning_rat=1"], FLAGS)])
+def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(family: str, words: list[str], code: int) -> None:
+    script = f"scripts/{family}/train.py"
+    run = f"""
+        import runpy, sys
+        sys.argv = [{script!r}, *{words!r}]
+        try:
+            runpy.run_path({script!r}, run_name="__main__")
+        except SystemExit as end:
+            assert end.code == {code}, end.code
+        else:
+            raise AssertionError("it went on")
+    """
+    assert imported_by(textwrap.dedent(run)) == set()

@@ -20,7 +20,7 @@ PATHS = (
 
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
-    """Returns the flags that decide sizes; raises UserError when they contradict each other."""
+    """Build the size policy from the flags. Raises UserError where they contradict each other."""
     return SizePolicy(
         video_sample_size=args.video_sample_size,
         image_sample_size=args.image_sample_size,
@@ -40,38 +40,36 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Checks flags against each other and against the file system, before anything slow.
+    """Check the flags against each other and against the file system, before anything slow.
 
     Raises:
-        UserError: naming both flags.
+        UserError: naming the flags that contradict each other, or the path that cannot be used.
     """
     size_policy(args)
     if args.gradient_checkpointing and args.selective_ac:
         raise UserError(
-            "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "give one of them"
+            "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "use one of them"
         )
     without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}
     for flag, default in without_effect.items():
         if not args.use_ema and getattr(args, flag) != default:
-            raise UserError(
-                f"--{flag}", "there is no average without --use_ema", "add --use_ema, or leave the flag out"
-            )
+            raise UserError(f"--{flag}", "there is no EMA without --use_ema", "add --use_ema, or remove the flag")
     _check_lora(args)
     check_installed(optimizer_of(args))
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise UserError(
-                f"--{marker}", "the launcher does not run it", f"add --{marker} to accelerate launch, or drop it here"
+                f"--{marker}",
+                "the launcher does not run it",
+                f"add --{marker} to accelerate launch, or remove it here",
             )
     for flag in PATHS:
         if path := getattr(args, flag):
             refuse_impossible(f"--{flag}", path)
     wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
     if len(args.validation_paths) != wanted:
-        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} samples from {wanted}"
-        raise UserError(
-            "--validation_paths", what, "give one image for each of --validation_prompts in i2v and inpaint"
-        )
+        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
+        raise UserError("--validation_paths", what, "pass one image per --validation_prompts entry in i2v and inpaint")
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
     refuse_output_dir_conflicts(
         args.output_dir, model=args.pretrained_model_name_or_path, data=data_dir(args), parts=parts
@@ -84,18 +82,18 @@ def is_dry_run(args: argparse.Namespace) -> bool:
 
 
 def optimizer_of(args: argparse.Namespace) -> str:
-    """Returns the optimizer that was asked for, by whichever flag; raises UserError where two flags disagree."""
+    """The optimizer, from whichever flag names it; raises UserError where two flags disagree."""
     asked = {"use_8bit_adam": "adamw8bit", "use_came": "came"}
     chosen = {"optimizer": args.optimizer} if args.optimizer != "adamw" else {}
     chosen |= {flag: name for flag, name in asked.items() if getattr(args, flag)}
     if len({*chosen.values()}) > 1:
         named = " and ".join(f"--{flag}" for flag in chosen)
-        raise UserError(f"--{next(iter(chosen))}", f"{named} ask for two optimizers", "give one of them")
+        raise UserError(f"--{next(iter(chosen))}", f"{named} name two optimizers", "use one of them")
     return next(iter(chosen.values()), "adamw")
 
 
 def with_fp32_params(args: argparse.Namespace) -> bool:
-    """Returns whether the transformer's own weights are loaded in float32: they train, and no less will do."""
+    """Whether the transformer's weights are loaded in float32: they are trained, by an optimizer that needs it."""
     return not args.lora_rank and OPTIMIZERS[optimizer_of(args)].fp32_params
 
 
@@ -106,34 +104,32 @@ def _check_lora(args: argparse.Namespace) -> None:
         ):  # fmt: skip
             if getattr(args, flag) != default:
                 raise UserError(
-                    f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or leave it out"
+                    f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or remove the flag"
                 )
         if MERGED in args.export_layouts:
             what = "merged: there is no LoRA without --lora_rank"
-            raise UserError("--export_layouts", what, "add --lora_rank, or leave it out")
+            raise UserError("--export_layouts", what, "add --lora_rank, or remove merged")
         return
     for flag, usual in (("trainable_modules", ["."]), ("trainable_modules_low_learning_rate", [])):
         if getattr(args, flag) != usual:
-            what = f"{' '.join(getattr(args, flag))}: a LoRA trains its adapters alone"
-            raise UserError(f"--{flag}", what, "name the layers by --lora_target_modules, or leave --lora_rank out")
+            what = f"{' '.join(getattr(args, flag))}: a LoRA run trains its adapters only"
+            raise UserError(f"--{flag}", what, "select layers by --lora_target_modules, or remove --lora_rank")
     if args.save_whole_weights:
-        what = "a LoRA's checkpoints hold its adapters whole, and nothing of what is frozen"
-        raise UserError("--save_whole_weights", what, "leave it out")
+        what = "checkpoints of a LoRA run contain all of its adapters, and no frozen weights"
+        raise UserError("--save_whole_weights", what, "remove the flag")
     if "original" in args.export_layouts:
-        raise UserError(
-            "--export_layouts", "a LoRA has no layout called original", "give comfyui (its names), or merged"
-        )
+        raise UserError("--export_layouts", "a LoRA has no layout called original", "use comfyui or merged")
 
 
 def refuse_impossible(flag: str, path: str) -> None:
-    """Raises UserError for a path that the file system cannot even be asked about: too long, or a loop of links."""
+    """Raise UserError for a path that cannot be looked up: too long, or a loop of symbolic links."""
     try:
         Path(path).resolve().exists()
     except (OSError, RuntimeError) as why:
-        raise UserError(flag, f"{path} cannot be looked up ({why})", "give another path") from why
+        raise UserError(flag, f"{path} cannot be looked up ({why})", "use another path") from why
 
 
 def data_dir(args: argparse.Namespace) -> Path:
-    """Returns the folder that file_path entries are relative to."""
+    """The folder that file_path entries are relative to."""
     meta = Path(args.train_data_meta)
     return Path(args.train_data_dir) if args.train_data_dir else (meta if meta.is_dir() else meta.parent)

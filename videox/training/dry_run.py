@@ -81,7 +81,15 @@ PER_HOST = 8  # processes per machine, unless the launcher says otherwise
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher starts, or what is asked about instead. zero: zero_optimization of the DeepSpeed file."""
+    """What the launcher starts, or the dry run's flags state instead.
+
+    Attributes:
+        backend: name of a backend.
+        processes: number of processes.
+        per_host: processes on each machine.
+        half: compute in bfloat16.
+        zero: `zero_optimization` of the DeepSpeed configuration file.
+    """
 
     backend: str
     processes: int
@@ -105,7 +113,7 @@ def plan_run(args: argparse.Namespace, describe: Callable[[], ModelProfile]) -> 
 
 
 def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
-    """Returns what the launcher's variables say, and what --dry_run_processes and --dry_run_backend say instead."""
+    """The launch to plan for: the launcher's variables, overridden by --dry_run_processes and --dry_run_backend."""
     kind, zero = requested_engine(environment), _zero_settings(environment)
     processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
     if kind == "deepspeed":
@@ -113,8 +121,8 @@ def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launc
     else:
         backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
     if args.dry_run_backend == "single" and processes > 1:
-        hint = "give --dry_run_backend ddp or --dry_run_processes 1"
-        raise UserError("--dry_run_backend", f"single is one process, planned are {processes}", hint)
+        hint = "use --dry_run_backend ddp or --dry_run_processes 1"
+        raise UserError("--dry_run_backend", f"single is one process, but {processes} are planned", hint)
     backend = args.dry_run_backend or backend
     if backend in ("single", "ddp"):
         backend = "ddp" if processes > 1 else "single"
@@ -142,19 +150,19 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
     )  # fmt: skip
     if args.seed is None:
-        _say("no --seed is given: shown is seed 0, a run draws its own")
+        _print("no --seed is given: the plan below is of seed 0; a run draws its own seed")
     if args.explain is not None:
-        _say(*explain_row(index, columns, settings, args.explain, args.num_train_epochs))
+        _print(*explain_row(index, columns, settings, args.explain, args.num_train_epochs))
         return
     plan = plan_epoch(columns, settings, 0)
-    _say(f"{model.task}; dry run: nothing is trained, no weight is loaded", *notes(args))
-    _say(*row_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
-    _say(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
-    _Forecast(args, model, launch, columns, settings, plan).tell()
+    _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *notes(args))
+    _print(*row_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
+    _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
+    _Estimates(args, model, launch, columns, settings, plan).report()
 
 
-class _Forecast:
-    """What follows from a plan: work, balance, memory, disk, time; and the files that say it."""
+class _Estimates:
+    """The estimates for a plan: FLOPs, balance, memory, disk, time; and the files that contain them."""
 
     def __init__(
         self,
@@ -187,8 +195,8 @@ class _Forecast:
         cast = launch.backend in UNSHARDED and self.setup.frozen_bytes == 4
         self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.lora)
 
-    def tell(self) -> None:
-        """Prints the forecast and writes plan_report.json, plan_report.png and the plans asked for."""
+    def report(self) -> None:
+        """Print the estimates and write plan_report.json, plan_report.png and the requested plans."""
         args, plan, settings = self.args, self.plan, self.settings
         chosen = (
             select_blocks(len(self.network.blocks), self.setup.recompute_share) if self.setup.recompute_share else []
@@ -196,19 +204,19 @@ class _Forecast:
         flops = epoch_flops(plan, self.network, chosen)
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
-        _say(*time_lines(plan, flops))
+        _print(*time_lines(plan, flops))
         efficiency = balanced[self.launch.processes].balance
-        _say(*step_lines(plan, settings, flops, self.launch.processes, speed_of(args), efficiency))
-        _say("how evenly processes are loaded:", *balance_lines(balanced, settings))
+        _print(*step_lines(plan, settings, flops, self.launch.processes, speed_of(args), efficiency))
+        _print("balance by number of processes:", *balance_lines(balanced, settings))
         parameters = self._parameters()
         memory = self._memory(parameters)
         checkpoint = checkpoint_size(parameters, self.setup)
         steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
-        _say(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
-        report = plan_report(
+        _print(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
+        values = plan_report(
             self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
-        self._write(report, flops, balanced)
+        self._write(values, flops, balanced)
 
     def _parameters(self) -> Parameters:
         args = self.args
@@ -239,29 +247,29 @@ class _Forecast:
             )
             ways = [format_changes(words, memory(setup)) for words, setup in fitting]
         rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
-        _say(rows, *memory_lines(found, self.setup, limit, ways))
+        _print(rows, *memory_lines(found, self.setup, limit, ways))
         return found
 
-    def _write(self, report: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance]) -> None:
+    def _write(self, values: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance]) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
         with _written_to(folder):
-            write_json_atomically(folder / "plan_report.json", report)
+            write_json_atomically(folder / "plan_report.json", values)
             counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
             plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * flops.per_sample, balanced)
             written = ["plan_report.json", "plan_report.png"]
             for world in args.dry_run_plan:
-                own = replace(self.settings, slots=world * args.gradient_accumulation_steps)
-                with atomic_write(folder / f"plan-{world}.jsonl") as aside, aside.open("wb") as file:
-                    file.writelines(map(json_line, plan_records(plan_epoch(self.columns, own, 0), world)))
+                settings = replace(self.settings, slots=world * args.gradient_accumulation_steps)
+                with atomic_write(folder / f"plan-{world}.jsonl") as temporary, temporary.open("wb") as file:
+                    file.writelines(map(json_line, plan_records(plan_epoch(self.columns, settings, 0), world)))
                 written.append(f"plan-{world}.jsonl")
-        _say(f"written to {folder}: {', '.join(written)}")
+        _print(f"written to {folder}: {', '.join(written)}")
 
 
 def encoders_of(args: argparse.Namespace, model: ModelProfile, half: bool, largest: Bucket) -> Encoders:
-    """Returns the bytes of the model's frozen parts, and what the VAE's encoder holds at its largest batch of clips.
+    """The bytes of the frozen encoders, and the peak of the VAE encoder at its largest batch of clips.
 
-    Text encoders are loaded in the precision of the computation, the others in float32.
+    Text encoders are loaded in the compute dtype, the others in float32.
     """
     frozen: dict[str, Any] = {n: build_on_meta(*part) for n, part in model.components.items() if n != "transformer"}
     weights = {n: module_bytes(module, 2 if half and n.startswith("text") else 4) for n, module in frozen.items()}
@@ -271,7 +279,7 @@ def encoders_of(args: argparse.Namespace, model: ModelProfile, half: bool, large
 
 
 def speed_of(args: argparse.Namespace) -> GpuSpeed:
-    """Returns how fast a GPU is taken to be: from the flags, or from the GPU here."""
+    """The assumed speed of a GPU: from the flags, or from the GPU of this machine."""
     peak, name = device_peak(args.peak_tflops)
     return GpuSpeed(peak, args.assumed_mfu, f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {name}")
 
@@ -284,26 +292,26 @@ def _index(args: argparse.Namespace) -> Index:
         workers=max(args.dataloader_num_workers, 1),
         progress=True,
         trust_metadata=True,
-        announce=_say_probing,
+        announce=_print_probing,
     )
     return load_index(location.index_path, location.data_dir)
 
 
 @contextmanager
 def _written_to(folder: Path) -> Iterator[None]:
-    """Makes the output folder, and has a disk that refuses it or a file in it end in one line."""
+    """Create the output folder; an OSError of it or of a file in it becomes one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        hint = "free some room, or give an --output_dir you can write"
-        raise UserError(str(folder), f"the plan cannot be written there ({error})", hint, STORAGE) from error
+        hint = "free disk space, or use an --output_dir that you can write to"
+        raise UserError(str(folder), f"the plan cannot be written ({error})", hint, STORAGE) from error
 
 
-def _say_probing(files: int, seconds: float) -> None:
-    _say(f"{files:,} files are not described by the metadata: looking at them takes about {seconds / 60:,.1f} minutes")
+def _print_probing(files: int, seconds: float) -> None:
+    _print(f"{files:,} files are not described by the metadata: probing them takes about {seconds / 60:,.1f} minutes")
 
 
-def _say(*lines: str) -> None:
+def _print(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()

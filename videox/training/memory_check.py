@@ -1,4 +1,4 @@
-"""Out-of-memory errors as one line that names what ran, and a test of the largest micro-batch before the first step."""
+"""Out-of-memory errors as one line that names what ran, and a test of the largest micro-batch before step 1."""
 
 from __future__ import annotations
 
