@@ -1,4 +1,4 @@
-"""Fine-tunes HunyuanVideo: text-to-video and image-to-video, the whole model or a LoRA.
+r"""Fine-tunes HunyuanVideo: text-to-video and image-to-video, the whole model or a LoRA.
 
 One process, or one per GPU (DDP); everything after the script's name is the same for both:
 

@@ -1,4 +1,4 @@
-"""Fine-tunes Wan2.1: text-to-video, image-to-video and inpainting, the whole model or a LoRA.
+r"""Fine-tunes Wan2.1: text-to-video, image-to-video and inpainting, the whole model or a LoRA.
 
 One process, or one per GPU (DDP); everything after the script's name is the same for both:
 

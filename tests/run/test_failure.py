@@ -196,7 +196,7 @@ def test_full_disk_on_one_rank_ends_all_with_one_line(
     assert [rank.wait() for rank in ranks] == [STORAGE, STORAGE], output_of(ranks)
     lines = [line for rank in ranks for line in rank.output().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, output_of(ranks)
-    assert "the save at step 3 failed like the one before" in lines[0]
+    assert "the save at step 3 failed, as the one before did" in lines[0]
     assert "warning: no checkpoint at step 2" in ranks[0].output()
     assert not any("Traceback" in rank.output() for rank in ranks), output_of(ranks)
     status = forkserver.read_status(folder)

@@ -195,7 +195,7 @@ def test_an_output_folder_that_cannot_be_written_is_a_one_line_error(setup: Plan
     for outcome, folder in ((refused, "file/out"), (full, "full")):
         line = outcome.stderr.strip().splitlines()[-1]
         assert outcome.code == STORAGE and "Traceback" not in outcome.stderr
-        assert line.startswith(f"error: {tmp_path / folder}: the plan cannot be written there (")
+        assert line.startswith(f"error: {tmp_path / folder}: the plan cannot be written (")
     assert [path.name for path in full.folder.iterdir()] == ["plan_report.json"]
 
 
@@ -205,7 +205,7 @@ def test_impossible_launches_are_refused(setup: PlanSetup, tmp_path: Path) -> No
         assert outcome.code == FLAGS, outcome.stderr
         return outcome.stderr
 
-    assert "single is one process, planned are 8" in refused(dry_run_backend="single", dry_run_processes=8)
+    assert "single is one process, but 8 are planned" in refused(dry_run_backend="single", dry_run_processes=8)
     assert "65537 is outside 1 to 65536" in refused(dry_run_processes=65537)
     assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
 
@@ -213,7 +213,7 @@ def test_impossible_launches_are_refused(setup: PlanSetup, tmp_path: Path) -> No
 def test_the_unplanned_balance_needs_a_full_step(setup: PlanSetup) -> None:
     outcome, report = setup.dry_run("few", dry_run_processes=4)
     samples = sum(bucket["rows"] for bucket in report["buckets"])
-    table = outcome.stdout.partition("how evenly processes are loaded:")[2]
+    table = outcome.stdout.partition("balance by number of processes:")[2]
     lines = [line.split() for line in table.splitlines()]
     for world in WORLDS:
         value = report["balance_unplanned"][world]

@@ -358,7 +358,7 @@ def test_a_second_run_in_the_same_folder_is_refused(setup: ResumeRuns, tmp_path:
 def test_a_first_batch_preview_that_cannot_be_written_is_a_warning(setup: ResumeRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     trainer = setup.start(folder, largest_file=LARGEST_IMAGE)
-    trainer.wait_until(lambda: "warning: the first batch cannot be looked at" in trainer.output())
+    trainer.wait_until(lambda: "warning: the first batch was not written" in trainer.output())
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert trainer.wait() == 0, trainer.output()[-4000:]
     assert not list(folder.glob("*first_batch*"))
@@ -371,7 +371,7 @@ def test_one_failed_save_is_a_warning(setup: ResumeRuns, tmp_path: Path) -> None
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert trainer.wait() == 0, trainer.output()[-4000:]
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-8", "checkpoint-12"]
-    assert "the run goes on" in trainer.output()
+    assert "training continues" in trainer.output()
     assert not list(folder.glob(".tmp-*"))
     assert setup.differences(folder) == []
 
@@ -382,7 +382,7 @@ def test_a_second_failed_save_ends_the_run(setup: ResumeRuns, tmp_path: Path) ->
     trainer = setup.resume(folder, largest_file=LARGEST_FILE)
     assert trainer.code == STORAGE, trainer.output()[-4000:]
     assert "warning: no checkpoint at step 8" in trainer.output()
-    assert "the save at step 12 failed like the one before" in trainer.error_line()
+    assert "the save at step 12 failed, as the one before did" in trainer.error_line()
     status = forkserver.read_status(folder)
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", STORAGE, STEPS)
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-4"]

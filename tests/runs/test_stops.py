@@ -142,7 +142,7 @@ def check_stopped(
     status, step = forkserver.read_status(folder), written_steps(folder)
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", STOPPED, step)
     assert name in status["error"]
-    assert f"at step {step}; --resume_from_checkpoint latest goes on" in status["error"]
+    assert f"at step {step}; resume with --resume_from_checkpoint latest" in status["error"]
     assert 0 < step < STEPS
     assert verify(folder / f"checkpoint-{step}", hashes=True) == []
     assert setup.resume(folder).code == 0

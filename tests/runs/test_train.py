@@ -609,7 +609,7 @@ def test_too_many_bad_rows_end_the_run(
     assert outcome.status["exit_code"] == code
     if code:
         last = outcome.stderr.splitlines()[-1]
-        assert last.startswith("error: --max_bad_fraction: 11 of 16 rows turned out bad. Fix: ")
+        assert last.startswith("error: --max_bad_fraction: 11 of 16 rows are unreadable. Fix: ")
         assert outcome.status["state"] == "failed" and outcome.status["error"] == last
 
 
@@ -693,15 +693,15 @@ def empty_yaml(model: Path) -> dict[str, object]:
 # case: (function that makes the change, exit code, part of the error line, whether the run folder exists by then)
 ERRORS = {
     "no model folder": (lambda _: {"pretrained_model_name_or_path": "no/such/folder"}, 4, "is not a local folder", True),
-    "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Fix: give a model of WanPipeline", True),
+    "another model": (other_class, 4, "is a HunyuanVideoPipeline model. Fix: pass a WanPipeline", True),
     "incomplete model": (no_text_encoder, 4, "text_encoder: does not exist", True),
     "cut weights": (cut_weights, 4, "is truncated or damaged", True),
     "image-to-video model": (image_to_video, 4, "--train_mode normal: the transformer takes 36 channels: it is made for --train_mode i2v", True),
     "no metadata": (lambda _: {"train_data_meta": "no/such.json"}, 2, "no/such.json", True),
     "rows without a file": (nameless_rows, 3, "nameless.json: no row has file_path; columns found: 'text'", True),
-    "no shift": (empty_yaml, 2, "it needs scheduler_kwargs.shift", True),
+    "no shift": (empty_yaml, 2, "Fix: set scheduler_kwargs.shift", True),
     "unknown tracker": (lambda _: {"report_to": "paper"}, 2, "paper", True),
-    "misspelt flag": (lambda _: {"learning_rat": 1}, 2, "--learning_rat: is not a flag of this script. Fix: did you mean --learning_rate.", False),
+    "misspelled flag": (lambda _: {"learning_rat": 1}, 2, "--learning_rat: is not a flag of this script. Fix: did you mean --learning_rate.", False),
     "abbreviated flag": (lambda _: {"max_grad": 1}, 2, "--max_grad: is not a flag", False),
     "removed flag": (lambda _: {"auto_tile_batch_size": True}, 2, "--auto_tile_batch_size: was removed. Fix: use --slot_fill cost", False),
     "value out of range": (lambda _: {"caption_dropout": 1.5}, 2, "--caption_dropout: 1.5 is outside 0 to 1", False),

@@ -31,17 +31,27 @@ REMOVED = {
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the description and its example command as written; shows defaults that say something."""
 
+    def __init__(self, prog: str, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
+        super().__init__(prog, **{"max_help_position": 34, **settings})
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         says_nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
         return text if says_nothing or action.required else f"{text} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        is_place = action.dest.endswith(("path", "dir", "meta", "from", "from_checkpoint", "paths"))
+        return getattr(action.type, "metavar", "PATH" if is_place else "VALUE")
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
-        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
+        required = "--pretrained_model_name_or_path MODEL --train_data_meta METADATA"
+        usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
+        defaults = {"usage": usage, "allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(**{**defaults, **settings})
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
@@ -104,6 +114,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             raise argparse.ArgumentTypeError(f"{text} is outside {bottom} {reach}")
         return value
 
+    parse.metavar = "N" if kind is int else "X"  # type: ignore[attr-defined]
     return parse
 
 

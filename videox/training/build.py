@@ -51,8 +51,8 @@ from videox.training.schedule import Schedule, most_common_shape
 from videox.training.startup import prepare_folder
 from videox.training.validation_loss import HeldOut, HeldOutLoss
 from videox.training.validator import SIGMAS, FamilyValidation, Validator, validation_images
+from videox.weights.format import EXPORT_DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of --export_dtype
 SIZES = (
     "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
 )  # fmt: skip
@@ -153,7 +153,7 @@ def build_engine(
                 engine, is_main=ctx.is_main, decay=args.ema_decay, device=device, full_weights_bytes=full_weights
             )
     engine.checkpoint_bytes += export_bytes(
-        numbers, extra_layouts(args), DTYPES[args.export_dtype], lora=lora is not None, ema=args.use_ema
+        numbers, extra_layouts(args), EXPORT_DTYPES[args.export_dtype], lora=lora is not None, ema=args.use_ema
     )
     if ctx.checkpoint:
         with memory_phase("loading the checkpoint"):
@@ -238,7 +238,7 @@ def build_records(
     recorder = Recorder(ctx, schedule, _instruments(args, ctx, schedule, engine, profile, bar), guard.count)
     known = {"backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype}
     settings = ExportSettings(
-        dtype=DTYPES[args.export_dtype],
+        dtype=EXPORT_DTYPES[args.export_dtype],
         keep_fp32=type(model)._keep_in_fp32_modules or (),
         layouts=extra_layouts(args),
         base_model=args.pretrained_model_name_or_path,
