@@ -28,6 +28,7 @@ from videox.diffusion.conditioning import (
     fill_mask,
     keep_condition,
     known_mask,
+    known_pixels,
     pack_mask,
     replace_first_frame,
 )
@@ -261,10 +262,10 @@ def model_inputs(trainer: ModuleType, components: Any, video: torch.Tensor, mode
     specs = [spec for spec in components.encode.specs if spec.name in ("moments", "prompt_embeds")]
     encoded = {spec.name: list(torch.zeros(count, *spec.shape(bucket))) for spec in specs}
     if mode != "normal":
-        encoders = components.encoders()
-        known, mask = trainer.known_pixels(mode, EncoderInput(video, [""] * count, keys))
-        encoded["known"] = list(encode_moments(encoders.vae, known, mini_batch=count)[:, :16])
-        encoded["image_embeds"] = list(trainer.encode_images(encoders, known, mask))
+        known, _ = known_pixels(mode, video, keys)
+        encoded["known"] = list(encode_moments(components.encoders().vae, known, mini_batch=count)[:, :16])
+        sources = EncoderInput(video, [""] * count, keys)
+        encoded["image_embeds"] = list(trainer.encode_first_frames(components.encoders, mode, sources))
     batch = {"keys": keys, "variants": keys, "bucket": bucket}
     return trainer.encode_batch(args, replace(components, encode=lambda _: encoded), batch, None)[1]
 
