@@ -89,7 +89,8 @@ def check_converted(setup: launches.BackendRuns, recipe: str, folder: Path) -> N
     """Check that the published command writes the trained weights cast to bfloat16, and that diffusers loads them."""
     converted = launch_checks.convert_checkpoint(folder, STEPS)
     if "transformer" in launch_checks.CHECKPOINT_FILES[recipe]:
-        assert "already holds the weights whole, in float32" in converted.stdout, converted.stdout
+        for words in ("full float32 weights in transformer", "already contains the full weights"):
+            assert words in converted.stdout, converted.stdout
     weights, trained = (runs.read_weights(place) for place in (converted.folder, folder / "transformer"))
     assert weights.keys() == trained.keys()
     assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in trained.items()), "different weights"

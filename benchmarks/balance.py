@@ -125,7 +125,7 @@ def figures(columns: PlanColumns, settings: PlanSettings, ranks: int) -> dict[st
     bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
     cost, rng = sample_cost(settings, plan.buckets)[bucket], np.random.default_rng(0)
     scheme = unplanned_costs(
-        cost, bucket, batch_size=settings.batch_size, ranks=ranks, accumulation=settings.accumulation
+        cost, bucket, batch_size=settings.batch_size, data_groups=ranks, accumulation=settings.accumulation
     )
     found["original"] = f"{balance(scheme, settings.barrier):.3f}"
     order = rng.permutation(len(cost))

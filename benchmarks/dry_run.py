@@ -201,9 +201,9 @@ def verdict(printed: str) -> str:
     """Return the verdict without its number, and the nearest setting that fits where this one does not."""
     lines = [line.strip() for line in printed.splitlines()]
     words = next(line for line in lines if line.startswith("total ")).split(": ", 1)[1]
-    prefix = "smallest change that fits "
+    prefix = "smallest change that fits: "
     changes = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
-    return "; ".join([words, *(f"{prefix.strip()}: {change}" for change in changes)])
+    return "; ".join([words, *(f"{prefix}{change}" for change in changes)])
 
 
 def main() -> None:

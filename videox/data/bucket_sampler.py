@@ -13,25 +13,25 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
     """Yields micro-batches as lists of planned samples; used for all epochs, because persistent workers keep it.
 
     Args:
-        rank: rank of this process.
-        world_size: number of processes; must divide the number of slots of the plan.
+        data_group: index of this rank's data group, the ranks that get the same samples (today each rank alone).
+        data_groups: their number; must divide the number of slots of the plan.
     """
 
-    def __init__(self, *, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, *, data_group: int, data_groups: int) -> None:
+        self.data_group = data_group
+        self.data_groups = data_groups
         self._plan: EpochPlan | None = None
         self._start = 0
 
     def set_plan(self, plan: EpochPlan, start: int = 0) -> None:
         """Set the epoch of the next iteration and its first step (0-based); earlier steps are skipped at no cost."""
-        check_world_size(plan.slots, self.world_size)
+        check_world_size(plan.slots, self.data_groups)
         self._plan, self._start = plan, start
 
     def __iter__(self) -> Iterator[list[PlannedSample]]:
         plan = self._current()
         for step in range(self._start, plan.n_steps):
-            batches = plan.micro_batches(step, self.rank, self.world_size)
+            batches = plan.micro_batches(step, self.data_group, self.data_groups)
             for number, batch in enumerate(batches):
                 yield planned_samples(batch, number, last=number == len(batches) - 1)
 

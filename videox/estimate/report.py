@@ -310,7 +310,7 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, changes: Sequ
     lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{close}")
     if total > SAFE_SHARE * limit:
         lines.append(
-            f"  {'smallest change that fits':>{WIDTH}} {'; or '.join(changes) or 'none of those that were tried'}"
+            f"  {'smallest change that fits:':>{WIDTH}} {'; or '.join(changes) or 'none of those that were tried'}"
         )
     host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
     return [*lines, f"host memory per machine ({setup.per_host} processes), GiB: {host}"]

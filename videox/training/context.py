@@ -55,6 +55,16 @@ class Context:
         return self.accelerator.num_processes
 
     @property
+    def data_group(self) -> int:
+        """Index of the data group of this rank: ranks that get the same samples. Today each rank is a group of one."""
+        return self.rank
+
+    @property
+    def data_groups(self) -> int:
+        """Number of data groups, which the plan assigns slots to; today the number of ranks."""
+        return self.world_size
+
+    @property
     def checkpoint(self) -> Path | None:
         """Checkpoint that the run resumes from; None for a new run."""
         return self.run.resume.path

@@ -65,7 +65,7 @@ def build_data(
         ctx.print(*format_missing(missing, encode.cache))
     if any(ctx.gather(encode.cache is None or any(todo.jobs for todo in missing))):
         encoders.load(ctx.gather)
-    sampler = BucketBatchSampler(rank=ctx.rank, world_size=ctx.world_size)
+    sampler = BucketBatchSampler(data_group=ctx.data_group, data_groups=ctx.data_groups)
     pin = ctx.device.type == "cuda"
     loader = build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pin)
     return DataPipeline(encode, dataset, sampler, loader, missing)

@@ -82,7 +82,7 @@ def test_every_slot_is_assigned_once(n: int, rows: int, width: int, seed: int) -
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_slots_of_one_bucket_are_assigned_once(barrier: str, accumulation: int) -> None:
     alike = SlotCosts(np.full(24, 7), np.zeros(24, np.int64), np.ones(24, np.int64))
-    assigned = assign_slots(alike, ranks=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
+    assigned = assign_slots(alike, data_groups=2, accumulation=accumulation, barrier=barrier, spread=0.0, strict=False)
     assert assigned.shape == (12 // accumulation, accumulation, 2)
     assert sorted(assigned.flatten()) == list(range(24))
 
@@ -148,7 +148,7 @@ def test_the_variance_ratio_stays_below_its_limit(
     slots = replace(slots, deviation=slots.deviation - slots.samples * (slots.deviation.sum() // slots.samples.sum()))
     spread = math.sqrt(float((slots.deviation**2 / slots.samples).mean()))
     assigned = assign_slots(
-        slots, ranks=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False
+        slots, data_groups=ranks, accumulation=accumulation, barrier=barrier, spread=spread, strict=False
     )
     all_slots = slots.at(np.arange(len(slots.cost))[None])
     assert evaluate(all_slots, assigned[None], barrier, spread)[1] * steps / (steps - 1) <= MAX_VARIANCE_RATIO
@@ -286,7 +286,7 @@ def test_the_variance_ratio_is_one_for_random_steps_and_the_size_for_sorted_ones
 def test_unplanned_costs_are_full_batches_in_random_order() -> None:
     bucket = np.random.default_rng(1).integers(0, 5, 4000)
     cost = (bucket + 1.0) ** 2
-    found = unplanned_costs(cost, bucket, batch_size=2, ranks=8, accumulation=2)
+    found = unplanned_costs(cost, bucket, batch_size=2, data_groups=8, accumulation=2)
     assert found.shape[1:] == (2, 8)
     assert set(np.unique(found)) <= {2 * (b + 1.0) ** 2 for b in range(5)} | {(b + 1.0) ** 2 for b in range(5)}
     assert found.size == pytest.approx(2000, abs=20)

@@ -47,7 +47,7 @@ def balance_by_world_size(
         plan = plan_epoch(columns, world_settings, 0)
         bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
         costs = unplanned_costs(
-            sample_cost(world_settings, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, ranks=world,
+            sample_cost(world_settings, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, data_groups=world,
             accumulation=accumulation, seed=settings.seed,
         )  # fmt: skip
         filled = (len(plan.slot_first) - 1) / (plan.n_steps * plan.slots)
@@ -58,7 +58,7 @@ def balance_by_world_size(
 
 
 def balance_and_variance_ratio(
-    plan: EpochPlan, settings: PlanSettings, world_size: int, barrier: str | None = None
+    plan: EpochPlan, settings: PlanSettings, data_groups: int, barrier: str | None = None
 ) -> tuple[float, float]:
     """Return (balance, step variance ratio) of an epoch on world_size ranks.
 
@@ -68,7 +68,7 @@ def balance_and_variance_ratio(
     Raises:
         UserError: world_size does not divide the slots of a step.
     """
-    costs, padding = plan_costs(plan, settings, world_size)
+    costs, padding = plan_costs(plan, settings, data_groups)
     steps = np.arange(len(plan.slot_first) - 1) // plan.slots
     counts = np.diff(plan.micro_first[plan.slot_first])
     tokens = np.array([token_count(bucket) for bucket in plan.buckets])[plan.micro_bucket]
@@ -78,7 +78,7 @@ def balance_and_variance_ratio(
     )
 
 
-def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+def plan_costs(plan: EpochPlan, settings: PlanSettings, data_groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (costs, padding), float64 [steps, micro-batches, ranks]: cost of each rank's real and padding samples.
 
     They are those of EpochPlan.micro_batches: a slot runs on rank slot modulo world_size, and each slot of a step has
@@ -87,7 +87,7 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tupl
     Raises:
         UserError: world_size does not divide the slots of a step.
     """
-    check_world_size(plan.slots, world_size)
+    check_world_size(plan.slots, data_groups)
     unit = sample_cost(settings, plan.buckets)
     depths = np.zeros((plan.n_steps, plan.slots), np.int64)
     depths.flat[: len(plan.slot_first) - 1] = np.diff(plan.slot_first)
@@ -106,8 +106,8 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, world_size: int) -> tupl
 
     def by_rank(by_slot: np.ndarray) -> np.ndarray:
         """Turn [steps, slots, depth] into [steps, accumulation x depth, ranks]."""
-        split = by_slot.reshape(plan.n_steps, plan.slots // world_size, world_size, -1)
-        return split.transpose(0, 1, 3, 2).reshape(plan.n_steps, -1, world_size)
+        split = by_slot.reshape(plan.n_steps, plan.slots // data_groups, data_groups, -1)
+        return split.transpose(0, 1, 3, 2).reshape(plan.n_steps, -1, data_groups)
 
     return by_rank(costs), by_rank(padding)
 
@@ -154,7 +154,7 @@ def step_variance_ratio(tokens: np.ndarray, step: np.ndarray) -> float:
 
 
 def unplanned_costs(
-    cost: np.ndarray, bucket: np.ndarray, *, batch_size: int, ranks: int, accumulation: int = 1, seed: int = 0
+    cost: np.ndarray, bucket: np.ndarray, *, batch_size: int, data_groups: int, accumulation: int = 1, seed: int = 0
 ) -> np.ndarray:
     """Return the costs of an epoch in which each rank takes the next batch of one bucket, independently of the others.
 
@@ -179,5 +179,5 @@ def unplanned_costs(
     batch = np.cumsum(within % batch_size == 0) - 1
     costs = np.bincount(batch, weights=cost[order])
     costs = costs[np.argsort(hash_key(seed, Purpose.MICRO_BATCH, np.arange(len(costs))), kind="stable")]
-    steps = len(costs) // (ranks * accumulation)
-    return costs[: steps * ranks * accumulation].reshape(steps, accumulation, ranks)
+    steps = len(costs) // (data_groups * accumulation)
+    return costs[: steps * data_groups * accumulation].reshape(steps, accumulation, data_groups)

@@ -182,7 +182,7 @@ class Strategy:
     this, one of CORRECT_BY; random: slots stay in the order in which they come, which is random.
     """
 
-    ranks: int
+    data_groups: int
     accumulation: int
     barrier: str
     drift: float = 0.0
@@ -199,7 +199,7 @@ class Strategy:
             spread: rms of the sum of deviations of one random slot.
         """
         n, m = slots.cost.shape
-        shape = (n, m // (self.ranks * self.accumulation), self.accumulation, self.ranks)
+        shape = (n, m // (self.data_groups * self.accumulation), self.accumulation, self.data_groups)
         if self.random:
             return np.tile(np.arange(m), (n, 1)).reshape(shape)
         if self.corrections:
@@ -216,38 +216,40 @@ class Strategy:
         cost, deviation = gather(slots.cost, bins).sum(2), gather(slots.deviation, bins).sum(2)
         rows = self._rows(cost, deviation, spread * math.sqrt(self.accumulation))
         members = np.take_along_axis(bins, rows.reshape(n, -1)[:, :, None], 1)
-        return members.reshape(n, -1, self.ranks, self.accumulation).transpose(0, 1, 3, 2)
+        return members.reshape(n, -1, self.data_groups, self.accumulation).transpose(0, 1, 3, 2)
 
     def _with_corrections(self, slots: SlotCosts, shape: tuple[int, int, int, int]) -> np.ndarray:
         """Return steps whose micro-steps are sorted by cost, but for a few that compensate the others' deviations."""
-        n, steps, accumulation, ranks = shape
+        n, steps, accumulation, data_groups = shape
         key = getattr(slots, self.correct_by)
         order = np.argsort(-key, axis=1, kind="stable")
-        others, correcting = np.split(order, [steps * (accumulation - self.corrections) * ranks], axis=1)
-        rows = gather(others, np.argsort(-gather(slots.cost, others), axis=1, kind="stable")).reshape(n, -1, ranks)
+        others, correcting = np.split(order, [steps * (accumulation - self.corrections) * data_groups], axis=1)
+        rows = gather(others, np.argsort(-gather(slots.cost, others), axis=1, kind="stable")).reshape(
+            n, -1, data_groups
+        )
         sums = gather(slots.deviation, rows).sum(2)
         groups = equal_sums(sums, accumulation - self.corrections)
         offset = gather(sums, groups).sum(2)
         # steps farthest from the mean come first, while there are still many slots to choose from
         farthest = np.argsort(-np.abs(offset - offset.sum(1, keepdims=True) // steps), axis=1, kind="stable")
         groups, offset = np.take_along_axis(groups, farthest[:, :, None], 1), gather(offset, farthest)
-        main_slots = np.take_along_axis(rows, groups.reshape(n, -1)[:, :, None], 1).reshape(n, steps, -1, ranks)
+        main_slots = np.take_along_axis(rows, groups.reshape(n, -1)[:, :, None], 1).reshape(n, steps, -1, data_groups)
         correction = rows_from_both_ends(
-            gather(key, correcting), gather(slots.deviation, correcting), self.corrections * ranks, offset
+            gather(key, correcting), gather(slots.deviation, correcting), self.corrections * data_groups, offset
         )
         correction = gather(correcting, correction)
         correction = np.take_along_axis(
             correction, np.argsort(-gather(slots.cost, correction), axis=2, kind="stable"), 2
         )
-        return np.concatenate([main_slots, correction.reshape(n, steps, self.corrections, ranks)], axis=2)
+        return np.concatenate([main_slots, correction.reshape(n, steps, self.corrections, data_groups)], axis=2)
 
     def _rows(self, cost: np.ndarray, deviation: np.ndarray, spread: float) -> np.ndarray:
         """Return rows of slots that the ranks run at the same time, by blocks or by drift."""
         if self.block:
-            return rows_in_blocks(cost, deviation, self.ranks, self.block)
+            return rows_in_blocks(cost, deviation, self.data_groups, self.block)
         if math.isinf(self.drift) or spread == 0:  # with equal tokens everywhere no order drifts
-            return rows_with_drift(cost, deviation, self.ranks, math.inf)
-        return rows_with_drift(cost, deviation, self.ranks, self.drift * spread * math.sqrt(self.ranks))
+            return rows_with_drift(cost, deviation, self.data_groups, math.inf)
+        return rows_with_drift(cost, deviation, self.data_groups, self.drift * spread * math.sqrt(self.data_groups))
 
 
 def evaluate(slots: SlotCosts, steps: np.ndarray, barrier: str, spread: float) -> tuple[float, float]:
@@ -315,21 +317,21 @@ def rank_strategies(
 
 
 def assign_slots(
-    slots: SlotCosts, *, ranks: int, accumulation: int, barrier: str, spread: float, strict: bool
+    slots: SlotCosts, *, data_groups: int, accumulation: int, barrier: str, spread: float, strict: bool
 ) -> np.ndarray:
-    """Return the slots of an epoch's full steps, int64 [steps, accumulation, ranks]; the order of steps is arbitrary.
+    """Return the slots of an epoch's full steps, int64 [steps, accumulation, data groups]; the order of steps is arbitrary.
 
     Args:
         slots: the epoch's slots in random order; the last ones, which do not fill a step, are left out.
-        ranks, accumulation: of the launch that the plan is made for.
+        data_groups, accumulation: of the launch that the plan is made for.
         barrier: one of BARRIERS.
         spread: rms of one sample's deviation.
         strict: balance alone counts.
     """
-    size = ranks * accumulation
+    size = data_groups * accumulation
     count = len(slots.cost) // size
     if count == 0:
-        return np.empty((0, accumulation, ranks), np.int64)
+        return np.empty((0, accumulation, data_groups), np.int64)
     windows = -(-count // max(WINDOW_STEPS, WINDOW_SLOTS // size))
     base_steps, n_longer = count // windows, count % windows  # steps per window; n_longer windows have one more
     boundary = n_longer * (base_steps + 1) * size
@@ -342,12 +344,12 @@ def assign_slots(
     sampled = slots.at(largest[: max(SAMPLE_SLOTS // largest.shape[1], 1)])
     epoch_slots, assigned = slots.at(np.arange(count * size)[None]), np.empty(0, np.int64)
     for strategy in rank_strategies(
-        sampled, partial(Strategy, ranks, accumulation, barrier=barrier), spread, per_slot, strict
+        sampled, partial(Strategy, data_groups, accumulation, barrier=barrier), spread, per_slot, strict
     ):
         steps_of_groups = [
             gather(group, strategy.build_steps(slots.at(group), per_slot)) for group in groups if len(group)
         ]
-        assigned = np.concatenate([steps.reshape(-1, accumulation, ranks) for steps in steps_of_groups])
+        assigned = np.concatenate([steps.reshape(-1, accumulation, data_groups) for steps in steps_of_groups])
         # steps draw the epoch's samples without replacement, which lowers the variance of random steps by this factor
         variance_ratio = evaluate(epoch_slots, assigned[None], barrier, spread)[1] * count / max(count - 1, 1)
         if strict or variance_ratio <= MAX_VARIANCE_RATIO:

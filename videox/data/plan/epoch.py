@@ -159,16 +159,17 @@ class EpochPlan:
         place[np.argsort(order, kind="stable")] = np.arange(count)
         return (place + uniform(self.key[first:last], Purpose.TIMESTEP)) / count
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
-        """Return what one rank runs in a step; at every world size the ranks together run the same step.
+    def micro_batches(self, step: int, data_group: int, data_groups: int) -> list[MicroBatch]:
+        """Return what one data group runs in a step; all groups together run the same step at any number of groups.
 
-        Rank r runs slots r, r + world_size, ... of the step. Slots with fewer micro-batches than the fullest one, and
+        A data group is a set of ranks that get the same samples; today each rank is a group of one. Group g of n runs
+        slots g, g + n, ... of the step. Slots with fewer micro-batches than the fullest one, and
         the missing slots of the epoch's last step, are padded with micro-batches of weight 0 (padding_buckets).
 
         Raises:
-            UserError: world_size does not divide the number of slots.
+            UserError: the number of groups does not divide the number of slots.
         """
-        check_world_size(self.slots, world_size)
+        check_world_size(self.slots, data_groups)
         slots = self._slot_range(step)
         max_batches = max(int(self.slot_first[s + 1] - self.slot_first[s]) for s in slots)
         cheapest, smallest = self.padding_buckets(step)
@@ -176,7 +177,7 @@ class EpochPlan:
         strata = self.strata_of_step(step)
         batches = []
         # Slots are assigned round-robin: every world size that divides the slots runs the same step.
-        for slot in range(rank, self.slots, world_size):
+        for slot in range(data_group, self.slots, data_groups):
             number = slots.start + slot
             micro_range = range(self.slot_first[number], self.slot_first[number + 1]) if number in slots else range(0)
             for m in micro_range:
@@ -194,15 +195,15 @@ class EpochPlan:
             batches += [padding(step, slot, smallest if micro_range else cheapest)] * (max_batches - len(micro_range))
         return batches
 
-    def executed_samples(self, world_size: int) -> Iterator[ExecutedSample]:
+    def executed_samples(self, data_groups: int) -> Iterator[ExecutedSample]:
         """Yield every real sample of the epoch as world_size ranks run it: by step, rank and micro-batch.
 
         Raises:
-            UserError: world_size does not divide the number of slots.
+            UserError: the number of groups does not divide the number of slots.
         """
         for step in range(self.n_steps):
-            for rank in range(world_size):
-                for micro, batch in enumerate(self.micro_batches(step, rank, world_size)):
+            for rank in range(data_groups):
+                for micro, batch in enumerate(self.micro_batches(step, rank, data_groups)):
                     for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True):
                         if row != PADDING:
                             yield ExecutedSample(step, rank, micro, row, *batch.bucket, start)
@@ -244,12 +245,12 @@ def padding(step: int, slot: int, bucket: Bucket) -> MicroBatch:
     )  # fmt: skip
 
 
-def check_world_size(slots: int, world_size: int) -> None:
-    """Raise UserError unless world_size divides the number of slots of a step."""
-    if slots % world_size:
+def check_world_size(slots: int, data_groups: int) -> None:
+    """Raise UserError unless the number of data groups divides the slots of a step."""
+    if slots % data_groups:
         divisors = [str(w) for w in range(1, slots + 1) if slots % w == 0]
         raise UserError(
             "number of processes",
-            f"{world_size} does not divide the {slots} slots of an optimizer step",
+            f"{data_groups} does not divide the {slots} slots of an optimizer step",
             f"launch one of {', '.join(divisors)} processes, or start a new run in another --output_dir",
         )

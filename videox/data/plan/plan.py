@@ -229,11 +229,11 @@ def slot_order(
     Slots that do not fill a step come last.
     """
     shuffled = np.argsort(hash_key(settings.seed, epoch, Purpose.MICRO_BATCH, np.arange(filling.slots)), kind="stable")
-    ranks, accumulation = settings.slots // settings.accumulation, settings.accumulation
+    data_groups, accumulation = settings.slots // settings.accumulation, settings.accumulation
     # A single rank never waits. It gets the plan of one rank per slot, which also suits a later run on more ranks.
-    if ranks == 1:
-        ranks, accumulation = settings.slots, 1
-    if settings.balance == "none" or ranks == 1:
+    if data_groups == 1:
+        data_groups, accumulation = settings.slots, 1
+    if settings.balance == "none" or data_groups == 1:
         return shuffled
     unit = sample_cost(settings, buckets)
     # Integers: floats summed in another order differ in the last bit between machines, and with them the plan.
@@ -248,7 +248,7 @@ def slot_order(
     slots = SlotCosts(*(column[shuffled] for column in sums))
     assigned = assign_slots(
         slots,
-        ranks=ranks,
+        data_groups=data_groups,
         accumulation=accumulation,
         barrier=settings.barrier,
         spread=math.sqrt(int(counts @ logs**2) / int(counts.sum())),
@@ -257,7 +257,9 @@ def slot_order(
     # Rows and steps come sorted by cost. Shuffle the ranks within each step, or one rank would always get the most
     # expensive slots; and shuffle the steps, or the epoch would begin with the most expensive ones.
     steps = np.arange(len(assigned))
-    by_rank = uniform(settings.seed, epoch, Purpose.STEP, steps[:, None], np.arange(ranks)).argsort(1, kind="stable")
+    by_rank = uniform(settings.seed, epoch, Purpose.STEP, steps[:, None], np.arange(data_groups)).argsort(
+        1, kind="stable"
+    )
     assigned = np.take_along_axis(assigned, by_rank[:, None, :], 2)
     assigned = assigned[np.argsort(hash_key(settings.seed, epoch, Purpose.STEP, steps), kind="stable")]
     # the last, incomplete step: sorted by cost, so that slots run side by side with similar ones
