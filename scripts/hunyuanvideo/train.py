@@ -1,6 +1,6 @@
 r"""Fine-tunes HunyuanVideo: text-to-video and image-to-video, the whole model or a LoRA.
 
-One process, or one per GPU (DDP); everything after the script's name is the same for both:
+One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part after the script's name stays the same:
 
     accelerate launch --mixed_precision="bf16" scripts/hunyuanvideo/train.py \
       --pretrained_model_name_or_path=models/Diffusion_Transformer/HunyuanVideo \
@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from videox.training import args as flags
+from videox.training.args import check_args, is_dry_run
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
 
@@ -36,12 +36,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     every = "use every k-th image token of the prompt, 1 to 5; default: 4 for token_replace, 2 for latent_concat"
     add("--image_embed_interleave", type=number(int, 1, 5), help=every)
     args = parser.parse(argv)
-    flags.check(args)
+    check_args(args)
     return args
 
 
 if __name__ == "__main__":
-    parse_or_exit(parse_args)  # answers --help and wrong flags before the imports below, which take seconds
+    parse_or_exit(parse_args)  # answers --help and wrong flags before the slow imports below; main parses again
 
 import logging
 from contextlib import contextmanager
@@ -143,7 +143,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Find and check the model's components; loads no weights. Raises UserError where they do not fit --train_mode."""
     root = local_folder(args.pretrained_model_name_or_path)
     overrides = {"transformer": ("hunyuan", args.transformer_path), "vae": ("hunyuan_vae", args.vae_path)}
-    with_weights = () if flags.is_dry_run(args) else TEXT_ENCODERS
+    with_weights = () if is_dry_run(args) else TEXT_ENCODERS
     components = diffusers_components(root, PIPELINES, NAMES, overrides, with_weights)
     condition = components["transformer"].config.get("image_condition_type")
     mode = "normal" if condition is None else "i2v"
@@ -209,7 +209,7 @@ def build_model(
     args: argparse.Namespace, components: dict[str, Component], shift: float, transformer: torch.nn.Module,
     encoders: LazyEncoders[Encoders], encode: Encoder,
 ) -> Hunyuan:  # fmt: skip
-    """What a training step needs of the model; no encoder is loaded."""
+    """Set the attention processors and collect what a training step needs; no encoder is loaded."""
     attention = MaskFreeAttention()
     for block in blocks_of(transformer):
         block.attn.set_processor(attention)
@@ -277,6 +277,8 @@ def transformer_inputs(
     hunyuan: Hunyuan, noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Keywords of HunyuanVideoTransformer3DModel; timestep is 1000 sigma, guidance 1000 x scale, both float32 [B].
+
+    Also tells the attention whether all text tokens are real, so that it needs no mask.
 
     Args:
         given: of encode_batch; in image-to-video with `first_frame`, its latents [B, 16, 1, h, w].
@@ -357,7 +359,7 @@ def sampling_pipeline(
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
-    if flags.is_dry_run(args):
+    if is_dry_run(args):
         return dry_run.plan_run(args, lambda: hunyuan_profile(args, check_model(args)))
     return launch.launch(args, train)
 
@@ -379,14 +381,12 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     data = build_data(args, ctx, schedule, specs, encoders)
     if args.cache_only:
         return precompute.fill_cache(ctx, data.missing, data.encode, args.dataloader_num_workers)
-
-    # model: weights in float32, compute in the accelerator's precision; resumed from the checkpoint
+    # model: build_engine freezes what is not trained, and loads the checkpoint if the run resumes
     transformer = build.load_model(args, ctx, HunyuanVideoTransformer3DModel, components["transformer"])
     hunyuan = build_model(args, components, shift, transformer, encoders, data.encode)
     blocks, component = blocks_of(transformer), components["transformer"]
     engine = build.build_engine(args, ctx, schedule, transformer, blocks, component, lora)
-    hunyuan = replace(hunyuan, transformer=engine.network)
-
+    hunyuan = replace(hunyuan, transformer=engine.network)  # as validation and sampling call it
     # records, checkpoints, validation
     facts = {"task": f"hunyuanvideo {args.train_mode}", "shift": shift}
     recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
@@ -394,8 +394,8 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     predict, pipeline = partial(predict_held_out, hunyuan), partial(sampling_pipeline, hunyuan)
     family = FamilyValidation(predict, pipeline, args.guidance_scale, hunyuan.given_frames)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
-    gradients = partial(accumulate_gradients, args, ctx.accelerator, hunyuan, engine.model, dump_to=None)
-    memory_check.try_largest(args, ctx, schedule, engine, data.dataset, gradients)
+    run_batch = partial(accumulate_gradients, args, ctx.accelerator, hunyuan, engine.model, dump_to=None)
+    memory_check.try_largest(args, ctx, schedule, engine, data.dataset, run_batch)
     if state.step == 0:
         recorder.first_batch(schedule, data.dataset)
         validate()
@@ -409,9 +409,10 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
                     dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
                     loss += accumulate_gradients(args, ctx.accelerator, hunyuan, engine.model, batch, dump_to)
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
-            loss, limit = sum_over_ranks(loss), build.clip_limit_of_step(args, state.step)
-            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit)
-            epoch_ended = state.advance(step.plan.n_steps)
+            loss = sum_over_ranks(loss)
+            limit_of_norm = build.clip_limit_at(args, state.step)
+            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit_of_norm)
+            epoch_ended = state.advance(steps_of_epoch=step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
             done = state.step == schedule.total
             if report.stop and not done:
@@ -421,7 +422,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
                 checkpoints.save()
-    return checkpoints.finish()
+    return checkpoints.export_and_finish()
 
 
 if __name__ == "__main__":

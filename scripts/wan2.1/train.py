@@ -1,6 +1,6 @@
 r"""Fine-tunes Wan2.1: text-to-video, image-to-video and inpainting, the whole model or a LoRA.
 
-One process, or one per GPU (DDP); everything after the script's name is the same for both:
+One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part after the script's name stays the same:
 
     accelerate launch --mixed_precision="bf16" scripts/wan2.1/train.py \
       --pretrained_model_name_or_path=models/Diffusion_Transformer/Wan2.1-T2V-14B \
@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from videox.training import args as flags
+from videox.training.args import check_args, is_dry_run
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
 
@@ -33,12 +33,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config_path", default=config, help="yaml file with the flow shift (scheduler_kwargs.shift)")
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
-    flags.check(args)
+    check_args(args)
     return args
 
 
 if __name__ == "__main__":
-    parse_or_exit(parse_args)  # answers --help and wrong flags before the imports below, which take seconds
+    parse_or_exit(parse_args)  # answers --help and wrong flags before the slow imports below; main parses again
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -117,7 +117,7 @@ class Wan:
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Find and check the model's components; loads no weights. Raises UserError where they do not fit --train_mode."""
-    root, check_weights = local_folder(args.pretrained_model_name_or_path), not flags.is_dry_run(args)
+    root, check_weights = local_folder(args.pretrained_model_name_or_path), not is_dry_run(args)
     if paths := models.original_paths(root, args.config_path):
         components = models.original_components(paths, args.config_path, args.transformer_path, args.vae_path)
     else:
@@ -219,7 +219,7 @@ def encode_captions(encoders: LazyEncoders[Encoders], max_length: int, inputs: E
 
 
 def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, inputs: EncoderInput) -> torch.Tensor:
-    """Moments of the VAE's posterior for the known pixels, float32 [B, 32, t, h, w]."""
+    """Moments of the VAE's posterior for the known pixels, float32 [B, 32, t, h, w]; only their mean is used."""
     pixels, _ = known_pixels(mode, inputs.video, inputs.variants)
     return encode_moments(encoders().vae, pixels, mini_batch=mini_batch)
 
@@ -283,6 +283,7 @@ def encode_batch(
     if args.train_mode != "normal":
         mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=wan.latents_mean.device)
         keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
+        # keep: 0 for nine in ten images of which nothing is known, which are trained as text-to-image
         given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
     if "image_embeds" in encoded:
         given["image_embeds"] = encoded["image_embeds"]
@@ -356,7 +357,7 @@ def sampling_pipeline(wan: Wan) -> Iterator[WanPipeline | diffusers.WanImageToVi
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
-    if flags.is_dry_run(args):
+    if is_dry_run(args):
         return dry_run.plan_run(args, lambda: wan_profile(args, check_model(args)))
     return launch.launch(args, train)
 
@@ -378,21 +379,19 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     data = build_data(args, ctx, schedule, specs, encoders)
     if args.cache_only:
         return precompute.fill_cache(ctx, data.missing, data.encode, args.dataloader_num_workers)
-
-    # model: weights in float32, compute in the accelerator's precision; resumed from the checkpoint
+    # model: build_engine freezes what is not trained, and loads the checkpoint if the run resumes
     transformer = build.load_model(args, ctx, WanTransformer3DModel, components["transformer"])
     wan = build_model(components, shift, transformer, encoders, data.encode)
     engine = build.build_engine(args, ctx, schedule, transformer, transformer.blocks, components["transformer"], lora)
-    wan = replace(wan, transformer=engine.network)
-
+    wan = replace(wan, transformer=engine.network)  # as validation and sampling call it
     # records, checkpoints, validation
     facts = {"task": f"wan2.1 {args.train_mode}", "shift": shift}
     recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
     held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, args, wan, keys=None))
     family = FamilyValidation(partial(predict_held_out, wan), partial(sampling_pipeline, wan), SAMPLING_GUIDANCE)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
-    gradients = partial(accumulate_gradients, args, ctx.accelerator, wan, engine.model, dump_to=None)
-    memory_check.try_largest(args, ctx, schedule, engine, data.dataset, gradients)
+    run_batch = partial(accumulate_gradients, args, ctx.accelerator, wan, engine.model, dump_to=None)
+    memory_check.try_largest(args, ctx, schedule, engine, data.dataset, run_batch)
     if state.step == 0:
         recorder.first_batch(schedule, data.dataset)
         validate()
@@ -406,9 +405,10 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
                     dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
                     loss += accumulate_gradients(args, ctx.accelerator, wan, engine.model, batch, dump_to)
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
-            loss, limit = sum_over_ranks(loss), build.clip_limit_of_step(args, state.step)
-            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit)
-            epoch_ended = state.advance(step.plan.n_steps)
+            loss = sum_over_ranks(loss)
+            limit_of_norm = build.clip_limit_at(args, state.step)
+            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit_of_norm)
+            epoch_ended = state.advance(steps_of_epoch=step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
             done = state.step == schedule.total
             if report.stop and not done:
@@ -418,7 +418,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
                 validate()
             if done or state.step % args.checkpointing_steps == 0:
                 checkpoints.save()
-    return checkpoints.finish()
+    return checkpoints.export_and_finish()
 
 
 if __name__ == "__main__":

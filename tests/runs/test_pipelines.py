@@ -717,6 +717,8 @@ def test_a_prompt_without_tokens_is_finite(models: Callable[[str], Path], tmp_pa
 def test_a_wan_prompt_without_tokens_is_finite(models: Callable[[str], Path], tmp_path: Path) -> None:
     latents, sigmas = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)), torch.tensor([0.4])
     with open_run(WAN_T2V, models("wan"), tmp_path) as (_, _, components, _), torch.no_grad():
-        embeds = torch.zeros_like(WAN_T2V.trainer.encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0])))
+        embeds = torch.zeros_like(
+            WAN_T2V.trainer.encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0]))
+        )
         inputs = WAN_T2V.trainer.transformer_inputs(latents, sigmas, {"prompt_embeds": embeds})
         assert torch.isfinite(components.transformer(**inputs)[0]).all()

@@ -84,7 +84,7 @@ def base(tmp_path: Path) -> list[str]:
 
 def parse(words: list[str]) -> argparse.Namespace:
     args = shared_parser().parse(words)
-    flags.check(args)
+    flags.check_args(args)
     return args
 
 
@@ -136,7 +136,7 @@ def test_help_can_be_printed(capsys: pytest.CaptureFixture) -> None:
 
 def flags_that_are_read() -> set[str]:
     """Return the attributes of `args` that script and package read, and those that two functions read by getattr."""
-    source = inspect.getsource(flags.check) + inspect.getsource(flags.optimizer_of)
+    source = inspect.getsource(flags.check_args) + inspect.getsource(flags.optimizer_of)
     by_name = ("use_deepspeed", "use_fsdp", "use_8bit_adam", "use_came")
     found = {name for name in by_name if f'"{name}"' in source}
     for path in (TRAIN, *(ROOT / "videox").rglob("*.py")):

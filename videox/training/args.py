@@ -39,7 +39,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
     )
 
 
-def check(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Check the flags against each other and against the file system, before anything slow.
 
     Raises:

@@ -308,7 +308,7 @@ def validation_due(args: argparse.Namespace, state: TrainState, epoch_ended: boo
     return by_epoch or state.step % args.validation_steps == 0
 
 
-def clip_limit_of_step(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def clip_limit_at(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The gradient norm to clip to, as a function of the step's own norm; step: optimizer steps done."""
     return partial(
         clip_limit, step=step, max_grad_norm=args.max_grad_norm, initial_ratio=args.initial_grad_norm_ratio,

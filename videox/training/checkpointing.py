@@ -122,7 +122,7 @@ class Checkpointer:
         self.recorder.bar.note(line)
         return STOPPED
 
-    def finish(self) -> int:
+    def export_and_finish(self) -> int:
         """Export the trained weights, plot the losses and end the run; return the exit code.
 
         What an earlier process exported at this very step is not written again, unless this one trained up to it.

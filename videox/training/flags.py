@@ -173,7 +173,12 @@ def add_optimizer(parser: Parser) -> None:
     add("--max_grad_norm", type=number(float, 1e-12, 1e12), default=1.0, help=clip)
     ratio = "the clipping norm starts at this many times max_grad_norm and decreases to it (1 = off)"
     add("--initial_grad_norm_ratio", type=number(float, 1, 1e6), default=1.0, help=ratio)
-    add("--abnormal_norm_clip_start", type=COUNT, default=1000, help="step at which that decrease ends")
+    add(
+        "--abnormal_norm_clip_start",
+        type=COUNT,
+        default=1000,
+        help="step at which that decrease ends; after it, abnormally large gradient norms are clipped harder",
+    )
 
 
 def add_timesteps(parser: Parser) -> None:

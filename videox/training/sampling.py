@@ -44,7 +44,7 @@ class SampleSettings:
         shape: frames (4k+1; a single frame is written as .png), height and width (multiples of 16) of the clips.
         fps: the model's frames per second (Wan 16, HunyuanVideo 24).
         seed: prompt i starts from the noise of a CPU generator seeded with seed + i.
-        guidance_scale: classifier-free guidance (1 = off).
+        guidance_scale: as the pipeline's: classifier-free for Wan (1 = off), embedded for HunyuanVideo.
         steps: denoising steps.
         negative_prompt: used where guidance_scale > 1.
         prompt_embeddings: (prompt, negative or None) for each prompt, [1, L, D], in place of a text encoder.

@@ -319,7 +319,7 @@ def rank_strategies(
 def assign_slots(
     slots: SlotCosts, *, data_groups: int, accumulation: int, barrier: str, spread: float, strict: bool
 ) -> np.ndarray:
-    """Return the slots of an epoch's full steps, int64 [steps, accumulation, data groups]; the order of steps is arbitrary.
+    """Return the slots of an epoch's full steps, int64 [steps, accumulation, data groups], in any order.
 
     Args:
         slots: the epoch's slots in random order; the last ones, which do not fill a step, are left out.
