@@ -29,11 +29,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS))
     add = parser.add_argument_group("HunyuanVideo").add_argument
-    add("--guidance_scale", type=number(float, 1, 100), default=6.0, help="embedded guidance scale")
-    add("--tokenizer_max_length", type=number(int, 1, 4096), default=256, help="text tokens after the template")
-    skipped = "number of last Llama layers that are skipped"
+    add("--guidance_scale", type=number(float, 1, 100), default=6.0, help="guidance that the model gets as input")
+    tokens = "maximum text tokens of a caption, after the prompt template"
+    add("--tokenizer_max_length", type=number(int, 1, 4096), default=256, help=tokens)
+    skipped = "number of last Llama layers to skip: the text embedding is taken before them"
     add("--num_hidden_layers_to_skip", type=number(int, 0, 31), default=2, help=skipped)
-    every = "use every k-th image token of the prompt, 1 to 5; default: 4 for token_replace, 2 for latent_concat"
+    every = "keep every n-th image token of the prompt, n = 1 to 5; default: 4 for token_replace, 2 for latent_concat"
     add("--image_embed_interleave", type=number(int, 1, 5), help=every)
     args = parser.parse(argv)
     check_args(args)

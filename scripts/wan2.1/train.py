@@ -30,7 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, modes=tuple(TASKS))
     add = parser.add_argument_group("Wan2.1").add_argument
     config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
-    add("--config_path", default=config, help="yaml file with the flow shift (scheduler_kwargs.shift)")
+    content = "yaml file with the flow shift (scheduler_kwargs.shift) and the paths inside a model in original layout"
+    add("--config_path", default=config, help=content)
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
     check_args(args)

@@ -177,7 +177,10 @@ def test_videos_trained_as_one_frame_are_named(setup: PlanSetup, tmp_path: Path)
     rows = rows_with_sizes(setup.metadata)
     shortest = min(row["num_frames"] for row in rows if row.get("type") == "video" or row["file_path"].endswith("mp4"))
     outcome, _ = setup.dry_run("stills", video_sample_stride=shortest)
-    assert "videos are trained as a single frame, too short for more at this stride or frame rate: rows " in outcome.stdout
+    assert (
+        "videos are trained as a single frame, too short for more at this stride or frame rate: rows "
+        in outcome.stdout
+    )
     assert "as a single frame" not in setup.dry_run("moving")[0].stdout
     refused = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path / "out", dry_run=True, validation_rows=99))
     assert "lower --validation_rows" in refused.stderr

@@ -120,7 +120,9 @@ def hide_from_wan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the image condition: mask channels and image embeddings are zero, condition latents are of a grey clip."""
     known_mask = conditioning.known_mask
     for module in (conditioning, runs.train_script("wan2.1")):
-        monkeypatch.setattr(module, "known_mask", lambda *args, **kwargs: torch.zeros_like(known_mask(*args, **kwargs)))
+        monkeypatch.setattr(
+            module, "known_mask", lambda *args, **kwargs: torch.zeros_like(known_mask(*args, **kwargs))
+        )
 
 
 def hide_from_hunyuan(monkeypatch: pytest.MonkeyPatch) -> None:

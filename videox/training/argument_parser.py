@@ -48,9 +48,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
-        required = "--pretrained_model_name_or_path MODEL --train_data_meta METADATA"
-        usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
-        defaults = {"usage": usage, "allow_abbrev": False, "formatter_class": HelpFormatter}
+        defaults = {"allow_abbrev": False, "formatter_class": HelpFormatter}
         super().__init__(**{**defaults, **settings})
 
     def error(self, message: str) -> NoReturn:

@@ -29,7 +29,9 @@ def make_parser(description: str | None, modes: Sequence[str]) -> Parser:
         description: shown at the top of --help, as written.
         modes: values of --train_mode that the family supports.
     """
-    parser = Parser(description=description)
+    required = "--pretrained_model_name_or_path MODEL --train_data_meta METADATA"
+    usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
+    parser = Parser(description=description, usage=usage)
     add_model_and_data(parser)
     add_shapes(parser)
     add_training(parser, modes)
@@ -52,24 +54,24 @@ def add_model_and_data(parser: Parser) -> None:
     add("--transformer_path", help="folder or file of other transformer weights, in any layout")
     add("--vae_path", help="folder or file of another VAE, in any layout")
     add("--train_data_meta", required=True, help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
-    add("--train_data_dir", help="folder that file_path entries are relative to; by default the metadata's folder")
+    add("--train_data_dir", help="folder that each file_path is relative to; by default the metadata's folder")
     add("--allow_outside_data_dir", action="store_true", help="accept files outside train_data_dir")
     repeat = "times that each video occurs in an epoch; images occur once (0 = once)"
     add("--video_repeat", type=COUNT_OR_ZERO, default=0, help=repeat)
-    clips = "maximum number of clips of n_frames frames taken from one video per epoch (fewer if it is too short)"
+    clips = "clips of video_sample_n_frames frames to take from one video per epoch (fewer if it is too short)"
     add("--clips_per_video", type=COUNT, default=1, help=clips)
-    starts = "where clips start: at random, spread evenly, or at multiples of the clip length from the first frame"
+    starts = "where clips start: random; uniform: spread evenly; head: one after the other from the first frame"
     add("--clip_sampling", choices=SAMPLINGS, default=SAMPLINGS[0], help=starts)
     add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, replaced by the empty caption")
-    loaders = "worker processes that decode media, per rank (0 = decode in the training process)"
+    loaders = "worker processes that decode media, per training process (0 = decode in the training process)"
     add("--dataloader_num_workers", type=number(int, 0, 256), default=0, help=loaders)
     add("--video_reader", choices=READERS, default=READERS[0], help="video decoder; both return the same frames")
-    bad = "share of rows, 0 to 1, that may be unreadable before the run is ended; ten rows are always allowed"
+    bad = "share of rows, 0 to 1, that may be unreadable before the run ends with an error; ten are always allowed"
     add("--max_bad_fraction", type=SHARE, default=0.01, help=bad)
     cache = "folder of the latent cache: encoder outputs are stored and reused; several runs may share it"
     add("--latent_cache", metavar="DIR", help=cache)
     add("--cache_only", action="store_true", help="fill --latent_cache with everything the run needs, then exit")
-    variants = "epochs after which clip starts, sizes and masks repeat, so that the cache stays bounded (0 = they never repeat)"
+    variants = "epochs after which clip starts, sizes, crops and masks repeat, to limit the cache's size (0 = never)"
     add("--cache_variants", type=COUNT_OR_ZERO, default=0, help=variants)
 
 
@@ -77,27 +79,37 @@ def add_shapes(parser: Parser) -> None:
     """Add the flags that decide the size and length of samples."""
     add = parser.add_argument_group("shapes (sizes are in pixels: the side of a square of that area)").add_argument
     size = number(int, 32, 8192)
-    add("--video_sample_size", type=size, default=512, help="target size of videos")
-    add("--image_sample_size", type=size, default=512, help="target size of images")
-    budget = "size that sets the token budget of a sample: n_frames x size^2 pixels"
+    video, image = "target size of videos", "target size of images"
+    ends = "; with training_with_video_token_length one end of the range of target sizes"
+    add("--video_sample_size", type=size, default=512, help=video + ends)
+    add("--image_sample_size", type=size, default=512, help=image + ends.replace("one", "the other"))
+    budget = "token budget of a video: the target size up to which it has all video_sample_n_frames frames"
     add("--token_sample_size", type=size, default=512, help=budget)
     stride = "every n-th source frame is used (1 = every frame)"
     add("--video_sample_stride", type=COUNT, default=4, help=stride)
-    fps = "frames per second to sample a video at, instead of the stride, where its file states a frame rate (0 = off)"
+    fps = "frames per second to sample videos at, instead of the stride, if the file has a frame rate (0 = off)"
     add("--video_sample_fps", type=number(float, 0, 1000), default=0.0, help=fps)
     add("--video_sample_n_frames", type=COUNT, default=17, help="maximum frames of a clip, 4k+1")
     fixed = "use this one size for all samples"
     add("--fix_sample_size", type=size, nargs=2, metavar=("HEIGHT", "WIDTH"), help=fixed)
-    add("--enable_bucket", action="store_true", help="keep aspect ratios by buckets; otherwise crop centred squares")
-    grid = "bucket sides: from 40 aspect ratios, or exact: each source's own ratio in multiples of 16"
+    buckets = (
+        "keep aspect ratios by buckets; otherwise crop centred squares; fix_sample_size and the next five flags need "
+        "buckets"
+    )
+    add("--enable_bucket", action="store_true", help=buckets)
+    grid = "sides of buckets: ratios: the nearest of 40 aspect ratios; exact: the source's own, in multiples of 16"
     add("--bucket_grid", choices=GRIDS, default=GRIDS[0], help=grid)
-    add("--random_hw_adapt", action="store_true", help="draw the target size of each sample between the sample sizes")
-    length = "use fewer frames at larger sizes, within the token budget; otherwise n_frames at every size"
+    sizes = "draw each sample's target size: images up to the larger sample size, videos up to the smaller one"
+    add("--random_hw_adapt", action="store_true", help=sizes)
+    length = (
+        "draw target sizes from the whole range, with fewer frames at larger sizes, within the token budget; "
+        "otherwise video_sample_n_frames at every size"
+    )
     add("--training_with_video_token_length", action="store_true", help=length)
     add("--random_frame_crop", action="store_true", help="shorten one clip in ten to a random number of frames, 4k+1")
     add("--random_ratio_crop", action="store_true", help="crop to a random aspect ratio; otherwise to the nearest one")
     add("--vae_mini_batch", type=COUNT, default=32, help="samples per VAE call")
-    posterior = "VAE posterior: sample it (noise drawn per sample), or use its mode"
+    posterior = "latents: sample: drawn from the VAE's posterior; mode: the mode of the posterior"
     add("--vae_sample_mode", choices=("sample", "mode"), default="sample", help=posterior)
 
 
@@ -107,19 +119,20 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--train_mode", choices=tuple(modes), default="normal", help="normal is text-to-video; must fit the model")
     trained = "train the parameters whose names contain one of these strings ('.' matches all)"
     add("--trainable_modules", nargs="+", default=["."], help=trained)
-    half = "the same, at half the learning rate"
+    half = "the same, but trained at half the learning rate"
     add("--trainable_modules_low_learning_rate", nargs="+", default=[], help=half)
     add("--train_batch_size", type=COUNT, default=16, help="samples per micro-batch and process")
-    fill = "fixed: a micro-batch has train_batch_size samples; cost: small samples are added up to the same cost"
+    fill = (
+        "fixed: train_batch_size samples of any size; cost: more samples if they are small, up to the cost of "
+        "train_batch_size of the largest ones"
+    )
     add("--slot_fill", choices=("fixed", "cost"), default="fixed", help=fill)
     balance = (
-        "which micro-batches run at the same time on different ranks: mixed: of similar cost as long as steps stay as "
-        "varied as the data; strict: of similar cost first; none: random"
+        "which micro-batches the processes run at the same time: strict: those of similar cost; mixed: the same, but "
+        "only as far as each step stays about as varied as the data; none: random ones"
     )
     add("--balance", choices=BALANCES, default=BALANCES[0], help=balance)
-    cost = (
-        "cost_model.json of an earlier run: measured cost of a sample, instead of the estimate from the model's sizes"
-    )
+    cost = "cost_model.json of an earlier run: measured costs of samples; by default estimated from the model's sizes"
     add("--cost_model", help=cost)
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs to train")
@@ -128,11 +141,11 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
         "--seed", type=number(int, 0, 2**63 - 1), help="seed of all random draws; by default drawn, printed and stored"
     )
     add("--motion_sub_loss", action="store_true", help="add a loss on the difference of consecutive frames")
-    add("--motion_sub_loss_ratio", type=SHARE, default=0.25, help="share of that loss in the total, 0 to 1")
-    add("--use_ema", action="store_true", help="keep an exponential moving average (EMA) of the float32 weights")
+    add("--motion_sub_loss_ratio", type=SHARE, default=0.25, help="share of motion_sub_loss in the total loss, 0 to 1")
+    add("--use_ema", action="store_true", help="keep an exponential moving average (EMA) of the trained weights")
     decay = "largest EMA decay; at optimizer step n the decay is at most n / (9 + n)"
     add("--ema_decay", type=SHARE, default=EMA_DECAY, help=decay)
-    where = "where the EMA is stored: with the weights, or in host memory"
+    where = "where the EMA is stored: accelerator: with the weights; cpu: in host memory"
     add("--ema_device", choices=EMA_DEVICES, default=EMA_DEVICES[0], help=where)
 
 
@@ -144,7 +157,7 @@ def add_lora(parser: Parser) -> None:
     add(
         "--lora_alpha",
         type=number(float, 1e-6, 1e6),
-        help="the adapters are scaled by alpha / rank; default: the rank",
+        help="the adapters' output is scaled by alpha / rank; default: the rank",
     )
     targets = "linear layers that get adapters, by parts of their names; default: attention and feed-forward layers"
     add("--lora_target_modules", nargs="+", help=targets)
@@ -156,11 +169,11 @@ def add_lora(parser: Parser) -> None:
 def add_optimizer(parser: Parser) -> None:
     """Add the flags of the optimizer, the learning rate and gradient clipping."""
     add = parser.add_argument_group("optimizer (steps are optimizer steps)").add_argument
-    add("--learning_rate", type=number(float, 0, 10), default=1e-4, help="per optimizer step")
+    add("--learning_rate", type=number(float, 0, 10), default=1e-4, help="peak learning rate, per step")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule over the steps")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=LR_WARMUP_STEPS, help="warm-up steps (0 = no warm-up)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the samples per optimizer step")
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="optimizer; README_TRAIN.md compares them")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="optimizer; compared in README_TRAIN.md")
     add("--use_8bit_adam", action="store_true", help="same as --optimizer adamw8bit")
     add("--use_came", action="store_true", help="same as --optimizer came")
     add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9, help="decay of the first moment")
@@ -177,7 +190,7 @@ def add_optimizer(parser: Parser) -> None:
         "--abnormal_norm_clip_start",
         type=COUNT,
         default=1000,
-        help="step at which that decrease ends; after it, abnormally large gradient norms are clipped harder",
+        help="step at which that decrease ends; from then on, unusually large gradient norms are clipped harder",
     )
 
 
@@ -186,10 +199,10 @@ def add_timesteps(parser: Parser) -> None:
     add = parser.add_argument_group("timesteps and loss weights").add_argument
     strata = "stratify timesteps over the global batch; otherwise draw each independently"
     add("--uniform_sampling", action="store_true", help=strata)
-    noisiest = "train on the noisiest of 1000 timesteps only (1000 = all)"
+    noisiest = "train only on this many of the 1000 timesteps, the noisiest ones (1000 = all)"
     last = NUM_TRAIN_TIMESTEPS
     add("--train_sampling_steps", type=number(int, 1, last), default=last, help=noisiest)
-    scheme = "density of timesteps without uniform_sampling, and weight of the loss (none: uniform, weight 1)"
+    scheme = "weight of the loss, and density of the timesteps without uniform_sampling (none: weight 1, uniform)"
     add("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help=scheme)
     add("--logit_mean", type=number(float, -20, 20), default=0.0, help="mean of the logit_normal density")
     deviation = "standard deviation of the logit_normal density"
@@ -200,16 +213,16 @@ def add_timesteps(parser: Parser) -> None:
 def add_memory(parser: Parser) -> None:
     """Add the flags of precision and GPU memory, and those that state the backend."""
     add = parser.add_argument_group("precision, memory, backend").add_argument
-    precision = "compute precision; weights stay float32; by default as the launcher says"
+    precision = "compute precision, by default the launcher's; only bf16 optimizers keep trained weights in bf16"
     add("--mixed_precision", choices=("no", "bf16"), help=precision)
     add("--allow_tf32", action="store_true", help="allow TensorFloat-32 in float32 matrix products on GPUs")
-    full = "activation checkpointing: recompute every block in the backward pass"
+    full = "recompute the activations of every block in the backward pass, to save memory"
     add("--gradient_checkpointing", action="store_true", help=full)
-    selective = "selective activation checkpointing: share of blocks, 0 to 1, that are recomputed (0 = off)"
+    selective = "instead of gradient_checkpointing: recompute only this share of the blocks, 0 to 1 (0 = off)"
     add("--selective_ac", type=SHARE, default=0.0, help=selective)
     add("--low_vram", action="store_true", help="offload the encoders to host memory while they are not used")
-    add("--use_deepspeed", action="store_true", help="check that the launcher runs DeepSpeed")
-    add("--use_fsdp", action="store_true", help="check that the launcher runs FSDP")
+    add("--use_deepspeed", action="store_true", help="refuse to start unless the launcher runs DeepSpeed")
+    add("--use_fsdp", action="store_true", help="refuse to start unless the launcher runs FSDP")
 
 
 def add_run(parser: Parser) -> None:
@@ -228,11 +241,11 @@ def add_run(parser: Parser) -> None:
     )
     add("--save_whole_weights", action="store_true", help=full)
     add("--resume_from_checkpoint", help="'latest', or the path of a checkpoint")
-    verify = "check all hashes of the checkpoint before resuming; without it only after a crash"
+    verify = "check the hashes of the checkpoint before any resume; by default only after a crash"
     add("--verify", action="store_true", help=verify)
     layouts = (
-        "layouts of the exported weights, at the end and in the exports/ folder of each checkpoint; diffusers is always "
-        "written at the end; original and comfyui: one file each; merged: base model with the LoRA merged, in diffusers layout"
+        "layouts of the exported weights, at the end and in the exports/ folder of each checkpoint; diffusers: "
+        "always, at the end only; original, comfyui: one file; merged: the base model with the LoRA merged, for diffusers"
     )
     choices = ("diffusers", *LAYOUTS, MERGED)
     add("--export_layouts", nargs="+", choices=choices, default=["diffusers"], help=layouts)
@@ -251,9 +264,9 @@ def add_validation(parser: Parser) -> None:
         help="rows held out of training for the held-out loss (0 = off)",
     )
     add("--validation_prompts", nargs="+", default=[], help="prompts to sample clips from")
-    add("--validation_paths", nargs="+", default=[], help="images that these clips start from, in i2v and inpaint")
+    add("--validation_paths", nargs="+", default=[], help="i2v, inpaint: first frames of these clips, one per prompt")
     add("--validation_steps", type=COUNT, default=2000, help="steps between validations")
-    add("--validation_epochs", type=COUNT_OR_ZERO, default=5, help="epochs between validations (0 = off)")
+    add("--validation_epochs", type=COUNT_OR_ZERO, default=5, help="epochs between further validations (0 = off)")
     ema = "sample clips with the EMA of --use_ema, and report its held-out loss as well"
     add("--validate_ema", action="store_true", help=ema)
 
@@ -264,7 +277,7 @@ def add_dry_run(parser: Parser) -> None:
     add("--dry_run", action="store_true", help="print what would be trained and what it needs, then exit")
     explain = "print how this row of the metadata is used in every epoch, then exit (0 = the first row)"
     add("--explain", type=COUNT_OR_ZERO, metavar="ROW", help=explain)
-    plans = "dry run: also write the plan of the first epoch for these numbers of processes"
+    plans = "dry run: also write the plan of the first epoch, as plan-N.jsonl for each of these numbers of processes"
     add("--dry_run_plan", type=PROCESSES, nargs="+", default=[], metavar="PROCESSES", help=plans)
     add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes; by default as launched")
     add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend; by default as launched")
@@ -272,8 +285,9 @@ def add_dry_run(parser: Parser) -> None:
     mfu = "dry run: model FLOPs utilization (MFU), share of the GPU's peak, 0 to 1; a run measures its own"
     add("--assumed_mfu", type=number(float, 0.001, 1), default=0.35, help=mfu)
     first = (
-        "run the largest micro-batch of all epochs before the first step, without changing anything (auto: on GPUs)"
+        "before the first step, try whether the largest micro-batch of all epochs fits in memory; the training does "
+        "not change (auto: on GPUs)"
     )
     add("--try_largest_first", choices=("auto", "on", "off"), default="auto", help=first)
-    peak = "dense bf16 peak of a GPU in TFLOP per second; by default looked up by the GPU's name"
+    peak = "bf16 peak of a GPU without sparsity, in TFLOP per second; by default looked up by the GPU's name"
     add("--peak_tflops", type=number(float, 0.001, 10**6), help=peak)
