@@ -306,7 +306,7 @@ def llava() -> LlavaForConditionalGeneration:
 
 ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
     "UMT5-XXL (text)": umt5,
-    "CLIP ViT-H (image embedder)": lambda: CLIPVisionModel(
+    "CLIP ViT-H (image encoder)": lambda: CLIPVisionModel(
         vision(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, image_size=224)
     ),
     "Llama 3 8B (text-to-video)": lambda: LlamaModel(llama()),

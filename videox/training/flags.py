@@ -245,7 +245,7 @@ def add_run(parser: Parser) -> None:
     add("--verify", action="store_true", help=verify)
     layouts = (
         "layouts of the exported weights, at the end and in the exports/ folder of each checkpoint; diffusers: "
-        "always, at the end only; original, comfyui: one file; merged: the base model with the LoRA merged, for diffusers"
+        "always, at the end only; original, comfyui: one file; merged: base model with the LoRA merged, for diffusers"
     )
     choices = ("diffusers", *LAYOUTS, MERGED)
     add("--export_layouts", nargs="+", choices=choices, default=["diffusers"], help=layouts)
