@@ -59,9 +59,9 @@ def test_an_unknown_optimizer_and_two_at_once_are_errors(wan: BackendRuns, tmp_p
     line = error_line(wan, tmp_path, optimizer="adam")
     assert all(name in line for name in OPTIMIZERS)
     line = error_line(wan, tmp_path, use_8bit_adam=True, use_came=True)
-    assert "--use_8bit_adam and --use_came ask for two optimizers" in line
+    assert "--use_8bit_adam and --use_came name two optimizers" in line
     line = error_line(wan, tmp_path, use_came=True, optimizer="adamw_bf16")
-    assert "--optimizer and --use_came ask for two optimizers" in line
+    assert "--optimizer and --use_came name two optimizers" in line
     line = error_line(wan, tmp_path, optimizer="adamw_bf16", mixed_precision="no")
     assert "--mixed_precision bf16" in line
     line = error_line(wan, tmp_path, optimizer="adamw_bf16", lora_rank=4)
