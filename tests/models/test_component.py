@@ -17,12 +17,14 @@ import tiny
 import torch
 from diffusers import AutoencoderKLWan, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from launches import launcher_flags
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, UserError
 from videox.models.component import (
     choose_component,
+    diffusers_components,
     find_component,
     load_component,
     original_components,
@@ -277,6 +279,93 @@ def test_missing_and_unexpected_tensors_are_named_as_in_the_file(t2v: Path, tmp_
         check_error(lambda: load(tmp_path / "less.safetensors"), name)
     save_file({**state, "blocks.1.ffn.0.weight": torch.ones(5, 24)}, tmp_path / "odd.safetensors")
     check_error(lambda: load(tmp_path / "odd.safetensors"), "blocks.1.ffn.0.weight is [5, 24]")
+
+
+def without_blocks(path: Path, target: Path, *prefixes: str) -> Path:
+    """Write a copy of a safetensors file without the tensors whose names begin with one of the prefixes."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefixes)}
+    save_file(state, target, metadata=metadata)
+    return target
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "comfyui"])
+@pytest.mark.parametrize(
+    ("family", "prefix", "key"),
+    [
+        ("wan", "blocks.", "num_layers"),
+        ("hunyuan", "transformer_blocks.", "num_layers"),
+        ("hunyuan", "single_transformer_blocks.", "num_single_layers"),
+        ("hunyuan", "context_embedder.token_refiner.refiner_blocks.", "num_refiner_layers"),
+    ],
+)
+def test_missing_blocks_of_a_file_are_an_error(
+    tmp_path: Path, family: str, prefix: str, key: str, layout: str
+) -> None:
+    """Without its last block, a file is that of a shallower model: only a configuration shows that it is missing."""
+    if family == "wan":
+        folder = tiny.build_wan_t2v(tmp_path / "model") / "transformer"
+    else:
+        folder = tiny.build_hunyuan_t2v(tmp_path / "model", refiner_layers=2) / "transformer"
+    known = json.loads((folder / "config.json").read_bytes())
+    depth = known[key]
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if layout != "diffusers":
+        path = tmp_path / "complete.safetensors"
+        export_file(folder, path, layout, torch.float32, {})
+        if family == "hunyuan":
+            prefix = {
+                "transformer_blocks.": "double_blocks.",
+                "single_transformer_blocks.": "single_blocks.",
+            }.get(prefix, "txt_in.individual_token_refiner.blocks.")
+    assert find_component(path, family, known).config[key] == depth
+    stored = {"comfyui": "model.diffusion_model."}.get(layout, "")
+    less = without_blocks(path, tmp_path / "less.safetensors", f"{stored}{prefix}{depth - 1}.")
+    named = f"has {depth - 1} of {depth} blocks ({key} = {depth} in the model's configuration)"
+    check_error(partial(find_component, less, family, known), less, f"{named}, {prefix}{depth - 1} is missing")
+    if layout != "diffusers":  # its header contains the configuration, which takes precedence
+        for other in ({}, {**known, key: depth - 1}):
+            check_error(partial(find_component, less, family, other), f"{named}, {prefix}{depth - 1} is missing")
+        assert find_component(path, family, {**known, key: depth + 1}).config[key] == depth
+    else:
+        check_error(
+            partial(find_component, path, family, {**known, key: depth - 1}),
+            f"has {depth} blocks in place of {depth - 1} ({key} = {depth - 1} in",
+            f"{prefix}{depth - 1} is left over",
+        )
+
+
+def test_a_gap_between_blocks_is_an_error_without_a_configuration(tmp_path: Path) -> None:
+    path = tiny.build_wan_t2v(tmp_path / "model", layers=4) / "transformer/diffusion_pytorch_model.safetensors"
+    less = without_blocks(path, tmp_path / "less.safetensors", "blocks.1.", "blocks.2.")
+    known = {"attention_head_dim": 12}
+    check_error(partial(find_component, less, "wan", known), "has 2 of 4 blocks, blocks.1 is missing")
+    check_error(
+        partial(find_component, less, "wan", known | {"num_layers": 4}),
+        "has 2 of 4 blocks (num_layers = 4 in the model's configuration), blocks.1 is missing",
+    )
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_transformer_file_has_the_depth_of_the_model_folder(tmp_path: Path, layout: str) -> None:
+    model = tiny.build_wan_t2v(tmp_path / "model", layers=3)
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    less = without_blocks(path, tmp_path / "less.safetensors", "blocks.2.")
+    if layout == "original":
+        folder = originals.build_wan(tmp_path / "original", model)
+        call = partial(components_of, folder, transformer_path=str(less))
+    else:
+        overrides = {"transformer": ("wan", str(less))}
+        call = partial(diffusers_components, model, ("WanPipeline",), ("transformer",), overrides, ())
+    check_error(call, less, "has 2 of 3 blocks", "blocks.2 is missing")
+
+
+def test_an_original_folder_without_its_last_blocks_is_an_error(t2v: Path, tmp_path: Path) -> None:
+    folder = originals.build_wan(tmp_path / "original", t2v)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    without_blocks(path, tmp_path / "less.safetensors", "blocks.1.").replace(path)
+    check_error(lambda: components_of(folder), "has 1 of 2 blocks", "blocks.1 is missing")
 
 
 def test_a_config_that_contradicts_the_weights_is_an_error(t2v: Path, tmp_path: Path) -> None:

@@ -63,13 +63,14 @@ def find_component(
         path: a folder with config.json and weights, in diffusers' or the original layout, or a single weight file.
         kind: a layout of videox.weights.layouts.TABLES, or the kind of a component that has diffusers' names
             everywhere.
-        known: the closest known configuration, for values that neither a single file's weights nor its header define.
+        known: the closest known configuration, for values that neither a single file's weights nor its header define,
+            and for the number of blocks of a transformer, where its own configuration does not define it.
         check_weights: False trusts a folder's config.json and does not open its weight files; a single file is always
             opened.
 
     Raises:
         UserError: (MODEL) the path does not exist, the weights are of another kind, a file is damaged, or the
-            configuration contradicts the weights.
+            configuration contradicts the weights, or blocks of a transformer are missing or left over.
     """
     if lora_file(path) is not None:
         what, hint = "is a LoRA, which contains adapters only", "start from it with --init_lora_from"
@@ -97,10 +98,43 @@ def find_component(
     except (ValueError, ZeroDivisionError, TypeError, IndexError) as error:
         what = f"has tensors of unexpected shapes ({error})"
         raise UserError(str(path), what, "download the model again", MODEL) from error
+    check_depth(tensors, detected, known)
     if tensors.layout == "wan" and (faults := infer_config.contradictions(config, own)):
         what = f"its config.json contradicts its weights: {join_first(faults)}"
         raise UserError(str(path), what, "download the model again", MODEL)
     return Component(path, {**known, **config} if tensors.layout is None else config, tensors)
+
+
+def check_depth(tensors: LayoutTensors, kind: str, config: Mapping[str, Any]) -> None:
+    """Check that the blocks of a transformer are numbered without a gap and are as many as its configuration defines.
+
+    The weights alone do not show that the last blocks are missing: the file is that of a shallower model.
+
+    Args:
+        tensors: the tensors of the weights.
+        kind: the layout that they belong to.
+        config: the configuration that defines the number of blocks; without it, only gaps are detected.
+
+    Raises:
+        UserError: (MODEL) naming the first block that is missing or left over, as in the file.
+    """
+    for key, tensor in infer_config.BLOCK_TENSORS.get(kind, {}).items():
+        present = infer_config.module_numbers(tensors.shapes(), tensor.partition(".#.")[0])
+        defined = config.get(key)
+        count = defined if isinstance(defined, int) else 1 + max(present, default=-1)
+        expected = set(range(count))
+        if present == expected:
+            continue
+        first = min(expected - present or present - expected)
+        # The name in the file up to the block's number, which is the first number in it.
+        block = re.sub(r"^(.*?\.\d+)\..*", r"\1", tensors.name_in_file(tensor.replace("#", str(first))))
+        source = "" if defined is None else f" ({key} = {defined} in the model's configuration)"
+        if present > expected:
+            what = f"has {len(present)} blocks in place of {count}{source}, {block} is left over"
+        else:
+            what = f"has {len(present & expected)} of {count} blocks{source}, {block} is missing"
+        hint = "pass the complete weights of one model, with a model folder of the same number of blocks"
+        raise UserError(str(tensors.path), what, hint, MODEL)
 
 
 def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:

@@ -18,10 +18,26 @@ CLIP_HEAD_DIM = 80  # in the published CLIP ViT-H
 Config = dict[str, Any]
 
 
-def count_modules(shapes: Shapes, prefix: str) -> int:
-    """Return the number of numbered modules under a prefix."""
+# Kind of transformer -> configuration key of a number of blocks -> a tensor that each of these blocks has.
+BLOCK_TENSORS: Mapping[str, Mapping[str, str]] = {
+    "wan": {"num_layers": "blocks.#.ffn.net.0.proj.weight"},
+    "hunyuan": {
+        "num_layers": "transformer_blocks.#.ff.net.0.proj.weight",
+        "num_single_layers": "single_transformer_blocks.#.proj_mlp.weight",
+        "num_refiner_layers": "context_embedder.token_refiner.refiner_blocks.#.norm1.weight",
+    },
+}
+
+
+def module_numbers(shapes: Shapes, prefix: str) -> set[int]:
+    """Return the numbers of the numbered modules under a prefix."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=-1)
+    return {int(match[1]) for name in shapes if (match := pattern.match(name))}
+
+
+def count_modules(shapes: Shapes, prefix: str) -> int:
+    """Return the number of numbered modules under a prefix, counted up to the highest number."""
+    return 1 + max(module_numbers(shapes, prefix), default=-1)
 
 
 def wan_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
