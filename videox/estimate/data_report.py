@@ -8,11 +8,12 @@ import numpy as np
 
 from videox.data.index.index import Index, index_summary
 from videox.data.plan.balance import balance_and_variance_ratio
-from videox.data.plan.buckets import Fate, crop_share
+from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
-from videox.shapes import token_count
+from videox.shapes import TEMPORAL_RATIO, token_count
 
+FRAMES_OF_TWO_LATENTS = TEMPORAL_RATIO + 1
 MUCH_CROPPED = 0.12  # share of a sample's area; rows that lose more are listed
 UNFIT = {
     Fate.TOO_SHORT: "too few frames for a sample at this stride or frame rate; --explain with this row number prints how many",
@@ -20,31 +21,45 @@ UNFIT = {
 }
 
 
-def data_lines(index: Index, columns: PlanColumns, plan: EpochPlan, max_buckets: int = 20) -> list[str]:
+def data_lines(
+    index: Index, columns: PlanColumns, plan: EpochPlan, policy: SizePolicy, max_buckets: int = 20
+) -> list[str]:
     """Return the lines on rows and cropping, and the table of buckets with their share of the tokens."""
-    return [*row_lines(index, columns, plan), *bucket_lines(plan, max_buckets)]
+    return [*row_lines(index, columns, plan, policy), *bucket_lines(plan, max_buckets)]
 
 
-def row_lines(index: Index, columns: PlanColumns, plan: EpochPlan) -> list[str]:
+def row_lines(index: Index, columns: PlanColumns, plan: EpochPlan, policy: SizePolicy) -> list[str]:
     """Return lines on the files, on how each row is used, and on what is cropped."""
     fates = {name: count for name, count in plan.fate_counts().items() if count}
     lines = [
         *index_summary(index),
         f"rows: {len(index)} = " + " + ".join(f"{count} {name}" for name, count in fates.items()),
     ]
-    return [*lines, *single_frame_lines(columns, plan), *crop_lines(index, columns, plan)]
+    return [*lines, *single_frame_lines(columns, plan, policy), *crop_lines(index, columns, plan)]
 
 
-def single_frame_lines(columns: PlanColumns, plan: EpochPlan, max_rows: int = 5) -> list[str]:
-    """Return a line on videos that are trained as a single frame, if there are any."""
+def single_frame_lines(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy, max_rows: int = 5) -> list[str]:
+    """Return a line for each reason why videos are trained as a single frame although more frames are requested."""
+    if policy.n_frames == 1:
+        return []  # requested for every video
     frames = np.array([bucket.frames for bucket in plan.buckets])[plan.micro_bucket]
     rows = plan.row[np.repeat(frames, np.diff(plan.micro_first)) == 1]
     videos = np.unique(rows[columns.kind[rows] == 1])
-    if not len(videos):
-        return []
-    listed = ", ".join(map(str, videos[:max_rows])) + (", ..." if len(videos) > max_rows else "")
+    pace = pace_of(policy, None if columns.fps is None else columns.fps[videos])
+    fit = frames_at_pace(columns.frames[videos].astype(np.int64), pace)
+    # The fewest frames above one are those of a second latent frame. A video that has them is cut by the token budget.
+    too_short = fit < FRAMES_OF_TWO_LATENTS
+    reasons = {
+        "too short for more at this stride or frame rate": videos[too_short],
+        f"as the token budget (--token_sample_size {policy.token_sample_size}) allows no more at their target size": (
+            videos[~too_short]
+        ),
+    }
     return [
-        f"{len(videos)} videos are trained as a single frame, too short for more at this stride or frame rate: rows {listed}"
+        f"{len(rows)} videos are trained as a single frame, {reason}: rows {', '.join(map(str, rows[:max_rows]))}"
+        + (", ..." if len(rows) > max_rows else "")
+        for reason, rows in reasons.items()
+        if len(rows)
     ]
 
 

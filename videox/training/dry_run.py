@@ -156,7 +156,9 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         return
     plan = plan_epoch(columns, settings, 0)
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *notes(args))
-    _print(*row_lines(index, columns, plan), attribute_line(attributes(columns, plan, settings.policy)))
+    _print(
+        *row_lines(index, columns, plan, settings.policy), attribute_line(attributes(columns, plan, settings.policy))
+    )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
     _Estimates(args, model, launch, columns, settings, plan).report()
 

@@ -100,7 +100,8 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
     schedule = Schedule(index, columns, settings, state, plan, total)
-    ctx.print(*report.unreadable_lines(index, columns, current), *report.data_lines(index, columns, plan))
+    ctx.print(*report.unreadable_lines(index, columns, current))
+    ctx.print(*report.data_lines(index, columns, plan, settings.policy))
     ctx.print(report.balance_line(plan, settings, ctx.world_size))
     _write_refused_rows(ctx, schedule)
     if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
