@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from videox.data.media.container import (
     open_container,
     raise_system_error,
 )
+from videox.data.media.png import open_png
 
 # What Pillow and its codecs raise for damaged content.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
@@ -82,7 +83,8 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """Read an image, rotated to upright, scaled to cover height x width and cropped at the centre.
 
     Of an animation, the first picture is read. Transparent pixels become white. 16- and 32-bit grey is scaled by the
-    range of its type; float grey must be in 0..1. Colour profiles are not applied.
+    range of its type; float grey must be in 0..1. Colour profiles are not applied. Text
+    and profiles in a PNG file are left out, so that neither their size nor damage in them matters (open_png).
 
     Returns:
         uint8 [1, height, width, 3], RGB.
@@ -99,18 +101,17 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(resize_cover(pixels, height, width)[None])
 
 
-def _open_image(path: Path) -> Image.Image:
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
     container = open_container(path)
     if container.kind != "image":
         raise BadMedia("undecodable", "a video where an image is expected")
-    with _pillow_errors_to_bad_media():
-        image = Image.open(path, formats=[container.format])
-    try:
+    with ExitStack() as stack:
+        with _pillow_errors_to_bad_media():
+            source = stack.enter_context(open_png(path)) if container.format == "PNG" else path
+            image = stack.enter_context(Image.open(source, formats=[container.format]))
         check_pixels(*image.size)
-    except BadMedia:
-        image.close()
-        raise
-    return image
+        yield image
 
 
 @contextmanager
