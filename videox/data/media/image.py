@@ -83,8 +83,8 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """Read an image, rotated to upright, scaled to cover height x width and cropped at the centre.
 
     Of an animation, the first picture is read. Transparent pixels become white. 16- and 32-bit grey is scaled by the
-    range of its type; float grey must be in 0..1. Colour profiles are not applied. Text
-    and profiles in a PNG file are left out, so that neither their size nor damage in them matters (open_png).
+    range of its type; float grey must be in 0..1. Colour profiles are not applied. Text and profiles in a PNG file are
+    left out, so that neither their size nor damage in them matters (open_png).
 
     Returns:
         uint8 [1, height, width, 3], RGB.

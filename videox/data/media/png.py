@@ -11,6 +11,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -84,12 +85,10 @@ def open_png(path: Path) -> io.BufferedReader:
     Raises:
         OSError: the file cannot be read.
     """
-    file = path.open("rb", buffering=0)
-    try:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb", buffering=0))
         spans = _needed_spans(file, os.fstat(file.fileno()).st_size)
-    except BaseException:
-        file.close()
-        raise
+        stack.pop_all()  # the caller closes the file
     return io.BufferedReader(_Spans(file, spans))
 
 
