@@ -184,16 +184,61 @@ def test_probe_returns_size_frames_and_fps_of_a_video(clip):
     assert probe(clip) == MediaInfo("video", 128, 96, 50, 25.0)
 
 
-def turn(path, quarters):
-    """Set the display matrix in the track header (ISO 14496-12, 8.3.2) to `quarters` clockwise quarter turns."""
+def with_matrix(path, a, b, c, d):
+    """Set the display matrix in the track header (ISO 14496-12, 8.3.2): (x, y) -> (a * x + c * y, b * x + d * y)."""
     data = bytearray(path.read_bytes())
-    cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters]
     at = data.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    data[at : at + 36] = struct.pack(">9i", cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30)
-    turned = path.with_name(f"turned{quarters}.mp4")
-    turned.write_bytes(data)
-    return turned
+    values = [round(value * (1 << 16)) for value in (a, b, 0, c, d, 0, 0, 0)]
+    data[at : at + 36] = struct.pack(">9i", *values, 1 << 30)
+    path = path.with_name(f"matrix {a} {b} {c} {d}.mp4")
+    path.write_bytes(data)
+    return path
+
+
+def turn(path, quarters):
+    """Set the display matrix to `quarters` clockwise quarter turns."""
+    cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters]
+    return with_matrix(path, cosine, sine, -sine, cosine)
+
+
+def as_displayed(frames, a, b, c, d):
+    """Apply a display matrix of 0, 1 and -1 to frames [T, h, w, 3], pixel by pixel."""
+    height, width = frames.shape[1:3]
+    y, x = np.mgrid[0:height, 0:width]
+    columns, rows = a * x + c * y, b * x + d * y
+    columns, rows = columns - columns.min(), rows - rows.min()
+    shown = np.empty((len(frames), rows.max() + 1, columns.max() + 1, 3), np.uint8)
+    shown[:, rows, columns] = frames
+    return shown
+
+
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(("width", "height"), [(128, 96), (64, 48)])
+def test_the_whole_display_matrix_is_applied(tmp_path, width, height, matrix):
+    plain = write_clip(tmp_path / "plain.mp4", width=width, height=height, frames=12, options={"bf": "2"})
+    expected = as_displayed(read_clip(plain, [3, 7], height, width), *matrix)
+    high, wide = expected.shape[1:3]
+    path = with_matrix(plain, *matrix)
+    assert (probe(path).width, probe(path).height) == (wide, high)
+    for reader in READERS:
+        np.testing.assert_array_equal(read_clip(path, [3, 7], high, wide, reader), expected, err_msg=reader)
+
+
+def test_a_display_matrix_between_quarter_turns_is_rounded(tmp_path):
+    plain = write_clip(tmp_path / "plain.mp4", frames=6)
+    for matrix, nearest in (
+        ((0.9, 0.3, -0.3, 0.9), (1, 0, 0, 1)),  # turned by 18 degrees
+        ((-0.9, 0.3, 0.3, 0.9), (-1, 0, 0, 1)),  # the same, mirrored
+        ((0.3, 0.9, -0.9, 0.3), (0, 1, -1, 0)),
+        ((0, 0, 0, 0), (1, 0, 0, 1)),  # not a display matrix
+    ):
+        expected = as_displayed(read_clip(plain, [2], 96, 128), *nearest)
+        for reader in READERS:
+            path = with_matrix(plain, *matrix)
+            np.testing.assert_array_equal(read_clip(path, [2], *expected.shape[1:3], reader), expected)
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 96), (64, 48)])
@@ -446,8 +491,9 @@ def test_images_of_all_formats_are_read(tmp_path):
         np.testing.assert_array_equal(read[0], expected)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     upright = picture(0, 40, 30)
     stored = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
@@ -455,9 +501,11 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    assert probe(tmp_path / "a.png") == MediaInfo("image", 40, 30, 1, 0.0)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 30, 40)[0], upright)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    assert probe(path) == MediaInfo("image", 40, 30, 1, 0.0)
+    difference = np.abs(read_image(path, 30, 40)[0].astype(int) - upright)
+    assert difference.max() == 0 if suffix in ("png", "tiff") else difference.mean() < 8
 
 
 def test_image_with_broken_exif_is_read_as_upright(tmp_path):

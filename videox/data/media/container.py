@@ -57,8 +57,8 @@ class MediaInfo:
 
     Attributes:
         kind: "image" or "video".
-        width: in pixels, after rotation to upright.
-        height: in pixels, after rotation to upright.
+        width: in pixels, of the upright image or frame.
+        height: in pixels, of the upright image or frame.
         frames: number of frames, 1 for an image.
         fps: frames per second, 0.0 for an image and for a video whose rate is unknown.
     """

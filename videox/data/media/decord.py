@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from videox.data.media.container import BadMedia
+from videox.data.media.display_matrix import AS_STORED, display_transform
 from videox.errors import UserError
 
 _FORMATS = ("mov", "matroska", "flv")
@@ -22,7 +23,7 @@ def matches_pyav(format_name: str, codec: str, first: av.VideoFrame, key_packets
 
     decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
     program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values
-    differently, and raises for some sizes of rotated videos.
+    differently, ignores that a video is mirrored, and raises for some sizes of rotated videos.
 
     Args:
         format_name: format of the container.
@@ -32,7 +33,7 @@ def matches_pyav(format_name: str, codec: str, first: av.VideoFrame, key_packets
     """
     if format_name not in _FORMATS or codec not in _CODECS or first.format.name not in _PIXELS:
         return False
-    if first.rotation or first.interlaced_frame:
+    if display_transform(first) != AS_STORED or first.interlaced_frame:
         return False
     return codec != "h264" or all(_has_idr(packet) for packet in key_packets)
 

@@ -74,13 +74,14 @@ def probe_image(path: Path) -> MediaInfo:
     """Return the upright size of an image, read from its header; raise BadMedia as `read_image` does."""
     with _open_image(path) as image:
         width, height = image.size
-        if _orientation(image) >= 5:
+        # Pillow exchanges the sides of a TIFF file by itself, on opening it, and turns the pixels when it loads them.
+        if _orientation(image) >= 5 and image.format != "TIFF":
             width, height = height, width
         return MediaInfo("image", width, height, 1, 0.0)
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """Read an image, rotated to upright, scaled to cover height x width and cropped at the centre.
+    """Read an image, made upright by its EXIF orientation, scaled to cover height x width and cropped at the centre.
 
     Of an animation, the first picture is read. Transparent pixels become white. 16- and 32-bit grey is scaled by the
     range of its type; float grey must be in 0..1. Colour profiles are not applied. Text and profiles in a PNG file are

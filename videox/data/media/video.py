@@ -24,6 +24,7 @@ from videox.data.media.container import (
     raise_system_error,
     sniff,
 )
+from videox.data.media.display_matrix import display_transform
 from videox.data.media.image import probe_image, read_image, resize_cover
 
 __all__ = ["READERS", "BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
@@ -49,7 +50,7 @@ def probe(path: Path) -> MediaInfo:
     """Return the size, frames and fps of an image or video.
 
     Frames are counted, because the count in a header may be wrong: by the index entries where the container has a
-    complete index, else by the packets. One frame is decoded, to read its rotation.
+    complete index, else by the packets. One frame is decoded, to read its display matrix.
 
     Raises:
         BadMedia: the classes of `open_container`, no_video_stream, too_large, truncated, or undecodable.
@@ -64,7 +65,7 @@ def probe(path: Path) -> MediaInfo:
         fps = _average_fps(stream, times)
         first = _first_frame(file, stream)
     width, height = first.width, first.height
-    if _quarter_turns(first) % 2:
+    if display_transform(first).transpose:
         width, height = height, width
     return MediaInfo("video", width, height, count, fps)
 
@@ -72,8 +73,9 @@ def probe(path: Path) -> MediaInfo:
 def read_clip(
     path: Path, frame_indices: Sequence[int], height: int, width: int, reader: str = READERS[0]
 ) -> np.ndarray:
-    """Read exactly these frames, rotated to upright, each scaled to cover height x width and cropped at the centre.
+    """Read exactly these frames, made upright, each scaled to cover height x width and cropped at the centre.
 
+    The whole display matrix of a frame is applied: quarter turns and mirroring.
     Frames are converted and resized one by one, so that a long clip is never in memory at full size. Both readers
     return the same frames. Pixels are assumed to be square; HDR is not tone-mapped.
 
@@ -187,12 +189,7 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     plane = converted.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
     pixels = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
-    return np.rot90(pixels, _quarter_turns(frame))
-
-
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Return by how many counter-clockwise quarter turns the stored frame becomes upright."""
-    return round(frame.rotation / 90) % 4
+    return display_transform(frame).apply(pixels)
 
 
 def _read_with_decord(
@@ -305,7 +302,7 @@ def _average_fps(stream: VideoStream, times: list[int]) -> float:
 
 
 def _first_frame(file: InputContainer, stream: VideoStream) -> av.VideoFrame:
-    """Return a frame from the beginning of the stream, to read its size, format and rotation."""
+    """Return a frame from the beginning of the stream, to read its size, format and display matrix."""
     file.seek(0)
     context = stream.codec_context
     for packet in file.demux(stream):
