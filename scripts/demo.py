@@ -69,7 +69,7 @@ WAN = "--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 
 HUNYUAN = "--image_sample_size=640 --video_sample_size=640 --token_sample_size=640 --video_sample_stride=2"
 MODES = {
     "wan2.1": {
-        "normal": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.1-T2V-14B", WAN),
+        "normal": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.1-T2V-1.3B", WAN),
         "i2v": Variant("WanTransformer3DModel", "WanImageToVideoPipeline", "Wan2.1-I2V-14B-480P", WAN),
     },
     "hunyuanvideo": {

@@ -4,7 +4,7 @@
     python scripts/export.py outputs/wan/transformer    wan.safetensors --layout original
     python scripts/export.py wan2.1_t2v_14B_bf16.safetensors a_new_folder --layout diffusers
     python scripts/export.py outputs/lora/checkpoint-500 lora.safetensors --layout comfyui
-    python scripts/export.py outputs/lora/checkpoint-500 merged --layout diffusers --base models/Wan2.1-T2V-14B
+    python scripts/export.py outputs/lora/checkpoint-500 merged --layout diffusers --base $MODEL_NAME
 
 It reads a run's checkpoint-N or transformer folder, a diffusers transformer folder, Wan's original folder, and single
 files (.safetensors, .pt, .pth) in bf16, fp16, float32 or 8-bit with scales. `diffusers` writes a folder that

@@ -46,7 +46,7 @@ def read_model_folder(
     root = Path(folder)
     flag = "--pretrained_model_name_or_path"
     if not root.is_dir():
-        raise UserError(flag, f"{folder} is not a local folder", "pass a model folder in diffusers layout", MODEL)
+        raise UserError(flag, f"{folder} is not a local folder", "pass a model folder, or an id of the Hub", MODEL)
     if not (root / "model_index.json").is_file():
         original = any((root / name).exists() for name in ORIGINAL_MARKS)
         layout = "Wan2.1 in the original layout" if original else "without model_index.json"

@@ -77,7 +77,10 @@ def _not_a_checkpoint_error(folder: Path, output_dir: Path) -> UserError:
     else:
         what = "is a file, not a checkpoint folder" if folder.exists() else "does not exist"
     return UserError(
-        str(folder), what, f"pass {candidates[-1]}" if candidates else "pass a checkpoint-<step> folder", MODEL
+        str(folder),
+        what,
+        f"pass {candidates[-1]}" if candidates else "pass latest, or a checkpoint-<step> folder",
+        MODEL,
     )
 
 

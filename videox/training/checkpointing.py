@@ -14,12 +14,13 @@ from videox.engine.base import Engine
 from videox.engine.export import FOLDER, earlier_exports, export_weights
 from videox.engine.train_state import TrainState
 from videox.errors import STOPPED, STORAGE, SaveError, UserError
+from videox.lora.reader import STEM
 from videox.run.checkpoint import publish_checkpoint
 from videox.run.folder import prune
 from videox.tracking.preview import plot_losses
 from videox.training.context import Context
 from videox.training.recorder import Recorder
-from videox.weights.format import ExportOptions
+from videox.weights.format import TRANSFORMER, ExportOptions
 from videox.weights.header import base_model_name, model_metadata
 
 
@@ -129,7 +130,7 @@ class Checkpointer:
         """
         ctx, state = self.ctx, self.state
         untouched = ctx.run.finished_step == ctx.run.resume.step == state.step
-        exported = untouched and (ctx.output_dir / "transformer").is_dir()
+        exported = untouched and (ctx.output_dir / TRANSFORMER).is_dir()
         if not ctx.gather(exported)[0]:
             with memory_phase("the export"):
                 run_on_all(self._export_final, gather=ctx.gather)
@@ -137,7 +138,9 @@ class Checkpointer:
             plot_losses(*(ctx.output_dir / name for name in ("metrics.jsonl", "validation.jsonl", "losses.png")))
         self.recorder.close()
         ctx.run.status.write("finished", step=state.step, exit_code=0)
-        self.recorder.bar.note(f"finished at step {state.step}; the trained weights are in {ctx.output_dir}")
+        lora = self.engine.weight_format.trainable_only
+        weights = ctx.output_dir / (f"{STEM}.safetensors" if lora else TRANSFORMER)
+        self.recorder.bar.note(f"finished at step {state.step}; trained weights: {weights}")
         return 0
 
     def _export_final(self) -> None:
