@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,7 @@ IMPORT_NAMES = {
 }  # unlike the package
 
 
+@cache
 def files(*suffixes: str, under: tuple[str, ...] = (".",)) -> list[Path]:
     """Returns the repository's own files with these suffixes: nothing that git ignores, nothing that starts with a dot
     but .ci."""
@@ -69,6 +71,7 @@ def files(*suffixes: str, under: tuple[str, ...] = (".",)) -> list[Path]:
     return found
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -87,13 +90,19 @@ def imports(path: Path) -> Iterator[tuple[str, str, int]]:
             yield from ((node.module, alias.name, node.lineno) for alias in node.names)
 
 
+@cache
 def modules_of_videox() -> list[Path]:
     return files(".py", under=("videox",))
 
 
+@cache
+def module_names() -> frozenset[str]:
+    return frozenset(module_name(p) for p in modules_of_videox())
+
+
 def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
     """Yields (module of videox, line), with `from videox.data import plan` resolved to videox.data.plan.plan."""
-    known = {module_name(p) for p in modules_of_videox()}
+    known = module_names()
     for module, name, line in imports(path):
         if module.split(".")[0] == "videox":
             full = f"{module}.{name}"
