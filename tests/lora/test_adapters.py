@@ -307,7 +307,7 @@ def test_flag_conflicts_of_lora_are_errors(wan: BackendRuns, tmp_path: Path) -> 
     ):
         none = {"lora_rank": None, "lora_alpha": None, flag: value}
         assert f"--{flag}: there is no LoRA without --lora_rank" in error_line(wan, tmp_path / "none", **none)
-    assert "a LoRA trains its adapters alone" in error_line(wan, tmp_path / "none", trainable_modules=["attn1"])
+    assert "a LoRA run trains its adapters only" in error_line(wan, tmp_path / "none", trainable_modules=["attn1"])
     assert "--save_whole_weights" in error_line(wan, tmp_path / "none", save_whole_weights=True)
     assert "--export_layouts" in error_line(wan, tmp_path / "none", export_layouts=["original"])
 

@@ -110,9 +110,9 @@ def test_the_innermost_phase_counts_and_the_type_stays() -> None:
 
 
 def test_the_backward_pass_has_its_own_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = runs.Accelerator(cpu=True)
-    model = torch.nn.Linear(2, 1)
     monkeypatch.setattr(torch.Tensor, "backward", raise_oom)
-    with pytest.raises(torch.OutOfMemoryError) as error, collectives.accumulate(accelerator, model, True):
-        collectives.backward(accelerator, model, model(torch.ones(2)).sum())
+    with runs.restored_process_state():
+        accelerator, model = runs.Accelerator(cpu=True), torch.nn.Linear(2, 1)
+        with pytest.raises(torch.OutOfMemoryError) as error, collectives.accumulate(accelerator, model, True):
+            collectives.backward(accelerator, model, model(torch.ones(2)).sum())
     assert error.value.phase == "the backward pass"
