@@ -6,7 +6,7 @@ import warnings
 __version__ = "0.1.0"
 
 # Log messages of optional packages, by logger, that every process prints when it imports diffusers. They are about
-# kernels for 4-bit weights or other GPUs and about quantized checkpoints, none of which the trainer uses.
+# kernels for 4-bit weights or other GPUs and about quantized checkpoints. The trainer uses none of these.
 IGNORED_MESSAGES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "torchao": "Failed to load ",

@@ -284,7 +284,7 @@ def encode_batch(
     if args.train_mode != "normal":
         mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=wan.latents_mean.device)
         keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
-        # keep: 0 for nine in ten images of which nothing is known, which are trained as text-to-image
+        # keep: 0 drops the condition of 90 % of the images without known pixels: they train text-to-image
         given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
     if "image_embeds" in encoded:
         given["image_embeds"] = encoded["image_embeds"]

@@ -172,7 +172,7 @@ def test_a_partly_frozen_model_is_clipped_by_the_global_norm(
 
 
 def train_with_an_unreadable_step() -> int:
-    """Train on several ranks, none of which can read a sample of step 2."""
+    """Train on several ranks; no rank can read a sample of step 2."""
     script = runs.train_script()
     accumulate, calls = script.accumulate_gradients, iter(range(1, 100))
 

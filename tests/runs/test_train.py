@@ -441,7 +441,7 @@ OVERFIT = {
 
 @pytest.fixture(scope="module")
 def one_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model of width 96 and a data set with one clip in two rows, one of which is held out.
+    """A model of width 96 and a data set with one clip in two rows; one row is held out.
 
     The output layer is zero at first, so the loss cannot fall by only making the output smaller.
     """

@@ -122,7 +122,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
-    """Return 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for nine in ten images of which nothing is known.
+    """Return 1 or 0 per sample, float32 [B, 1, 1, 1, 1]: 0 for 90 % of the images without known pixels.
 
     These are trained as text-to-image, so that the model keeps that ability. Clips always keep their condition, and so
     do images of which something is known.

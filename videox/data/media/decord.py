@@ -1,4 +1,4 @@
-"""Reading of clips with decord, for those of which decord returns the same frames as PyAV."""
+"""Read clips with decord, if decord returns the same frames of the file as PyAV."""
 
 from __future__ import annotations
 
