@@ -16,11 +16,19 @@ from PIL import Image
 
 from videox.encoders.encode import to_video
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import encode_latents
+from videox.encoders.vae import encode_moments, sample_latents
 from videox.rng import Purpose, hash_key
 
 COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
 KEYS = [int(key) for key in hash_key(23, np.arange(COUNT))]
+
+
+def encode_latents(
+    vae: OffloadedModule, video: torch.Tensor, *, keys: list[int] | None, mini_batch: int
+) -> torch.Tensor:
+    """Return latents as a training step computes them: the moments of all samples, then one draw per sample."""
+    moments = encode_moments(vae, video, mini_batch=mini_batch)
+    return sample_latents(moments, moments.shape[1] // 2, keys)
 
 
 @settings(deadline=None, max_examples=25)

@@ -46,14 +46,6 @@ def sample_latents(moments: torch.Tensor, channels: int, keys: Sequence[int] | N
     return posterior.mean + posterior.std * to_device(noise, moments.device)
 
 
-def encode_latents(
-    vae: OffloadedModule, video: torch.Tensor, *, keys: Sequence[int] | None, mini_batch: int
-) -> torch.Tensor:
-    """Return the VAE's latents z, float32 [B, C, t, h, w], not yet scaled; see encode_moments and sample_latents."""
-    moments = encode_moments(vae, video, mini_batch=mini_batch)
-    return sample_latents(moments, moments.shape[1] // 2, keys)
-
-
 def to_images(frames: torch.Tensor) -> list[Image.Image]:
     """Return PIL images of frames [B, 3, H, W] in [-1, 1], the input of image encoders."""
     pixels = ((frames + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

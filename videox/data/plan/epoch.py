@@ -6,7 +6,6 @@ samples of one bucket. G is fixed at first launch, so that the same steps run at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,19 +63,6 @@ class PlannedSample(NamedTuple):
     step: int
     micro: int
     last: bool
-
-
-class ExecutedSample(NamedTuple):
-    """One real sample and where it runs: micro is the rank's micro-batch number in the step, sizes are in pixels."""
-
-    step: int
-    rank: int
-    micro: int
-    row: int
-    frames: int
-    height: int
-    width: int
-    clip_start: int
 
 
 @dataclass(frozen=True)
@@ -194,19 +180,6 @@ class EpochPlan:
             # sharded engines synchronize in every micro-batch: all ranks must run the same number
             batches += [padding(step, slot, smallest if micro_range else cheapest)] * (max_batches - len(micro_range))
         return batches
-
-    def executed_samples(self, data_groups: int) -> Iterator[ExecutedSample]:
-        """Yield every real sample of the epoch as world_size ranks run it: by step, rank and micro-batch.
-
-        Raises:
-            UserError: the number of groups does not divide the number of slots.
-        """
-        for step in range(self.n_steps):
-            for rank in range(data_groups):
-                for micro, batch in enumerate(self.micro_batches(step, rank, data_groups)):
-                    for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True):
-                        if row != PADDING:
-                            yield ExecutedSample(step, rank, micro, row, *batch.bucket, start)
 
     def padding_buckets(self, step: int) -> tuple[Bucket, Bucket]:
         """Return the buckets of padding micro-batches: for an empty slot, and for a slot with too few micro-batches.
