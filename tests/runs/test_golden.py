@@ -1,12 +1,17 @@
-"""Tests with a run of an earlier version: its checkpoint resumes, and its plan is the same, in today's code.
+"""Tests with runs of earlier versions: their checkpoints resume, and their plans are the same, in today's code.
 
-tests/data/golden_wan.tar.gz holds the data set, the model and the run folder of ten steps of a tiny Wan2.1, written
-before the modules were moved into packages, with checkpoint-4 as the only checkpoint.
+Each archive in tests/data holds the run folder of ten steps of a tiny Wan2.1 with one checkpoint, checkpoint-4:
+
+- golden_wan.tar.gz: full fine-tuning, written before the modules were moved into packages; also the data set and the
+  model of both runs.
+- golden_wan_lora.tar.gz: a LoRA with EMA, validation and a latent cache, written before the index had a version for
+  each media format; also the cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -14,21 +19,36 @@ import pytest
 import runs
 import tiny
 
-ARCHIVE = tiny.ROOT / "tests" / "data" / "golden_wan.tar.gz"
+ARCHIVES = {
+    "full": ("golden_wan.tar.gz",),
+    "lora": ("golden_wan.tar.gz", "golden_wan_lora.tar.gz"),
+}
 STEPS = 10
 
 
-def test_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+def extract(names: tuple[str, ...], folder: Path) -> None:
+    """Extract archives over each other; only the last one's run folder is kept."""
+    for name in names:
+        with tarfile.open(tiny.ROOT / "tests" / "data" / name) as archive:
+            members = [m for m in archive.getmembers() if name == names[-1] or not m.name.startswith("run")]
+            archive.extractall(folder, members, filter="data")
+    for path in folder.glob("data/*"):  # the cache's keys have modification times; these were whole seconds
+        os.utime(path, (seconds := int(path.stat().st_mtime), seconds))
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_checkpoint_of_an_earlier_version_resumes(kind: str, tmp_path: Path) -> None:
+    extract(ARCHIVES[kind], tmp_path)
     recorded = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     asked = json.loads((tmp_path / "run/args.json").read_text())["asked"]
+    cached = sorted(path.name for path in tmp_path.glob("cache/*"))
     asked |= {
         "pretrained_model_name_or_path": str(tmp_path / "model"),
         "train_data_meta": str(tmp_path / "data/metadata.json"),
         "train_data_dir": None,
         "output_dir": str(tmp_path / "run"),
         "resume_from_checkpoint": "latest",
+        "latent_cache": str(tmp_path / "cache") if cached else None,
     }
     del asked["config_path"]  # a path of the tree that wrote it; the shipped file is the default
     outcome = runs.train(runs.to_argv({name: value for name, value in asked.items() if value != []}))
@@ -39,3 +59,4 @@ def test_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
         assert [line[name] for line in resumed] == [line[name] for line in recorded], name
     # Bitwise equal on the machine that wrote it; other processors round differently.
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in recorded], rel=1e-3)
+    assert sorted(path.name for path in tmp_path.glob("cache/*")) == cached, "samples were encoded again"
