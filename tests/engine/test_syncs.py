@@ -161,7 +161,7 @@ def test_no_step_waits_with_any_feature(
 
 
 # Without a cache the encoders' libraries need their inputs, images and text lengths, on the host.
-ENCODING = {("latents.py", "cpu"), ("latents.py", "numpy"), ("text.py", "aten._local_scalar_dense.default")}
+ENCODING = {("vae.py", "cpu"), ("vae.py", "numpy"), ("hunyuan_text.py", "aten._local_scalar_dense.default")}
 
 
 @pytest.mark.slow
