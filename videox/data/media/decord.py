@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import av
-import numpy as np
-
-from videox.data.media.container import BadMedia
+from videox.data.media.container import Container
 from videox.data.media.display_matrix import AS_STORED, display_transform
+from videox.data.media.frames import Keep, display_order
+from videox.data.media.packets import decode_from_start, listing_of
 from videox.errors import UserError
 
 _FORMATS = ("mov", "matroska", "flv")
 _CODECS = ("h264", "vp8", "vp9", "mjpeg")
 _PIXELS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray")
-_IDR = 5  # NAL unit type, H.264 table 7-1
+_SMALL_FILE = 4_000_000  # bytes; reading all of it costs nothing beside the decoding
+_LEAST_SHARE = 0.25  # of the frames of a larger file, from the first wanted one to the last
 
 
-def matches_pyav(format_name: str, codec: str, first: av.VideoFrame, key_packets: Iterable[bytes]) -> bool:
-    """Return whether decord 0.6 returns the same frames as PyAV; False where it was observed to return others.
-
-    decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
-    program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values
-    differently, ignores that a video is mirrored, and raises for some sizes of rotated videos.
-
-    Args:
-        format_name: format of the container.
-        codec: name of the codec.
-        first: the first frame.
-        key_packets: the packets of all keyframes.
-    """
-    if format_name not in _FORMATS or codec not in _CODECS or first.format.name not in _PIXELS:
-        return False
-    if display_transform(first) != AS_STORED or first.interlaced_frame:
-        return False
-    return codec != "h264" or all(_has_idr(packet) for packet in key_packets)
+class DecordCannotRead(Exception):
+    """decord does not read this file, or not as PyAV does; the argument says why."""
 
 
-def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], None]) -> None:
+def read(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> None:
     """Pass the frames of `indices` (ascending), uint8 [h, w, 3], to `keep(index, frame)`, one by one.
 
     decord hides damage silently, where the PyAV reader raises BadMedia.
 
     Raises:
-        BadMedia: undecodable.
+        DecordCannotRead: the frames must be read with PyAV; some may have been passed to `keep`.
+        BadMedia: the classes of `listing_of`.
         UserError: decord is not installed.
     """
+    decord = _import_decord()
+    _check_usable(path, container, indices)
+    frames = listing_of(path, container, complete=True).packets.frames
+    try:
+        video = decord.VideoReader(str(path.absolute()), num_threads=1)
+        if len(video) != frames:
+            raise DecordCannotRead("decord counts other frames")
+        for index in sorted(set(indices)):
+            keep(index, video[index].asnumpy())
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
+        raise DecordCannotRead("decord cannot open or decode it") from error
+
+
+def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> None:
+    """Raise DecordCannotRead where decord 0.6 was observed to return other frames than PyAV, or to read too much.
+
+    decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
+    program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values
+    differently, ignores that a video is mirrored, and raises for some sizes of rotated videos. It orders frames by
+    their times, and reads the whole file, about three times, before it returns the first frame.
+    """
+    listing = listing_of(path, container)
+    if container.format not in _FORMATS or listing.codec not in _CODECS:
+        raise DecordCannotRead("its container or codec is not read exactly by decord")
+    wanted = indices[-1] - indices[0] + 1
+    if container.size > _SMALL_FILE and wanted < _LEAST_SHARE * listing.packets.frames:
+        raise DecordCannotRead("decord would read the whole file for a short part of it")
+    listing = listing_of(path, container, complete=True)
+    packets = listing.packets
+    order = display_order(listing, packets)
+    if not listing.countable or order is None or not packets.shown.all() or not indices[-1] < packets.frames:
+        raise DecordCannotRead("its frames are not ordered or counted by their times")
+    if not packets.closed[packets.key].all():
+        raise DecordCannotRead("decoding cannot start at each of its keyframes")
+    first = next((frame for _, frame in decode_from_start(path, container)), None)
+    if first is None or first.format.name not in _PIXELS or first.interlaced_frame:
+        raise DecordCannotRead("its pixels are converted differently by decord")
+    if display_transform(first) != AS_STORED:
+        raise DecordCannotRead("it is turned or mirrored")
+
+
+def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
     try:
         import decord  # imported here, because it is optional
     except ImportError as error:
         hint = "pip install decord or use --video_reader pyav"
         raise UserError("--video_reader decord", "decord is not installed", hint) from error
-    try:
-        video = decord.VideoReader(str(path.absolute()), num_threads=1)
-        for index in sorted(set(indices)):
-            keep(index, video[index].asnumpy())
-    except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
-        raise BadMedia("undecodable", str(error).strip().splitlines()[0]) from error
-
-
-def _has_idr(packet: bytes) -> bool:
-    """Return whether a packet of NAL units, each after its length in 4 bytes (ISO 14496-15), has an IDR slice."""
-    at = 0
-    while at + 4 < len(packet):
-        if packet[at + 4] & 31 == _IDR:
-            return True
-        at += 4 + int.from_bytes(packet[at : at + 4])
-    return False
+    return decord

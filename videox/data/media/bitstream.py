@@ -1,0 +1,290 @@
+"""What a packet of a video stream contains, read from its headers: pictures, fields, and places to start decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+# Profiles whose sequence parameter set states a chroma format (H.264, 7.3.2.1.1).
+_H264_HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)
+_H264_SLICES = (1, 2, 5)  # NAL unit types whose payload begins with a slice header (H.264, table 7-1)
+_H264_IDR, _H264_SPS, _H264_PPS = 5, 7, 8
+_HEVC_CLOSED = (19, 20)  # IDR_W_RADL and IDR_N_LP (H.265, table 7-1): no frame after them refers to one before them
+_HEVC_VCL = range(32)
+_B_PICTURES = {"mpeg4": 2, "mpeg1video": 3, "mpeg2video": 3}  # the coding type that means a B-picture
+_SMALL = 20  # bytes; an MPEG-4 packet below this may be a placeholder that gives no frame
+
+
+class Content(NamedTuple):
+    """What a packet contains.
+
+    Attributes:
+        frames: frames that begin in it: 1, except 0 for the second field of a frame, for frames that are not displayed
+            and for packets without a picture, and 2 or more for packed frames.
+        closed: every frame after it can be decoded from here on; None if its headers do not say.
+        reordered: it is a B-picture, which comes out of the decoder before a picture that precedes it in the stream;
+            None if its headers do not say.
+        certain: `frames` is known; if not, only decoding shows how many frames come of it.
+    """
+
+    frames: int
+    closed: bool | None = None
+    reordered: bool | None = None
+    certain: bool = True
+
+
+def content_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Content]:
+    """Return the function that reads the content of the packets of one stream, called once for each, in order.
+
+    Args:
+        codec: FFmpeg's name of the codec.
+        extradata: the codec's headers as the container stores them.
+    """
+    if codec == "h264":
+        return H264(extradata or b"").read
+    if codec == "hevc":
+        length = _hevc_length_size(extradata or b"")
+        return lambda data: _hevc(data, length)
+    if codec in _B_PICTURES:
+        return lambda data: _mpeg(data, codec)
+    return {"vp8": _vp8, "vp9": _vp9}.get(codec, _one_frame)
+
+
+def may_be_interlaced(codec: str, extradata: bytes | None) -> bool:
+    """Return whether the frames of a stream may be stored as two packets, one for each field."""
+    if codec != "h264":
+        return False
+    sets = H264(extradata or b"").sequences.values()
+    return not sets or any(not sequence.frames_only for sequence in sets)
+
+
+class _Sequence(NamedTuple):
+    """What reading a slice header needs of a sequence parameter set."""
+
+    frame_number_bits: int
+    frames_only: bool
+    separate_planes: bool
+
+
+class H264:
+    """Reads the packets of an H.264 stream (ITU-T H.264, 7.3) as far as the fields in the slice headers.
+
+    Args:
+        extradata: an avcC box (ISO 14496-15), or NAL units after start codes.
+    """
+
+    def __init__(self, extradata: bytes) -> None:
+        self.sequences: dict[int, _Sequence] = {}
+        self._sequence_of_picture: dict[int, int] = {}
+        self._first_field: tuple[int, bool] | None = None  # (frame number, bottom) of a field without its second
+        self._length_size = 0
+        if len(extradata) > 6 and extradata[0] == 1:
+            self._length_size = (extradata[4] & 3) + 1
+            for unit in _avcc_parameter_sets(extradata):
+                self._parameter_set(unit)
+        else:
+            for unit in _units(extradata, 0):
+                self._parameter_set(unit)
+
+    def read(self, data: bytes) -> Content:
+        """Return the content of the next packet. A field is paired with the field before it as FFmpeg's decoder does:
+        if it has the same frame number and the other parity.
+        """
+        frames, closed, reordered = 0, False, False
+        pictures = 0
+        for unit in _units(data, self._length_size):
+            kind = unit[0] & 31
+            if kind in (_H264_SPS, _H264_PPS):
+                self._parameter_set(unit)
+            if kind not in _H264_SLICES or len(unit) < 3:
+                continue
+            bits = _Bits(_without_emulation(unit[1:33]))
+            if bits.ue() != 0 and pictures:  # first_mb_in_slice: not the first slice of a picture
+                continue
+            pictures += 1
+            slice_type, field = bits.ue() % 5, self._field(bits)
+            closed = closed or kind == _H264_IDR
+            reordered = reordered or slice_type == 1
+            if field is None:
+                self._first_field = None
+                return Content(frames + 1, closed, reordered)
+            frames += self._begins_frame(field)
+        return Content(frames, closed and frames > 0, reordered)
+
+    def _begins_frame(self, field: tuple[int, bool]) -> bool:
+        first = self._first_field
+        if first is not None and first == (field[0], not field[1]):
+            self._first_field = None
+            return False
+        self._first_field = field
+        return True
+
+    def _field(self, bits: _Bits) -> tuple[int, bool] | None:
+        """Return (frame number, bottom) of a field; None for a frame. `bits` is after slice_type."""
+        sequence = self.sequences.get(self._sequence_of_picture.get(bits.ue(), -1))
+        if sequence is None and len(self.sequences) == 1:
+            sequence = next(iter(self.sequences.values()))
+        if sequence is None or sequence.frames_only:
+            return None
+        if sequence.separate_planes:
+            bits.u(2)
+        number = bits.u(sequence.frame_number_bits)
+        return (number, bool(bits.u(1))) if bits.u(1) else None
+
+    def _parameter_set(self, unit: bytes) -> None:
+        if not unit:
+            return
+        bits = _Bits(_without_emulation(unit[1:]))
+        if unit[0] & 31 == _H264_SPS:
+            number, sequence = _sequence_parameter_set(bits)
+            self.sequences[number] = sequence
+        elif unit[0] & 31 == _H264_PPS:
+            number = bits.ue()
+            self._sequence_of_picture[number] = bits.ue()
+
+
+def _sequence_parameter_set(bits: _Bits) -> tuple[int, _Sequence]:
+    profile = bits.u(8)
+    bits.u(16)
+    number, separate = bits.ue(), False
+    if profile in _H264_HIGH_PROFILES:
+        chroma = bits.ue()
+        separate = chroma == 3 and bool(bits.u(1))
+        bits.ue(), bits.ue(), bits.u(1)
+        if bits.u(1):
+            _skip_scaling_lists(bits, 8 if chroma != 3 else 12)
+    frame_number_bits = bits.ue() + 4
+    order_type = bits.ue()
+    if order_type == 0:
+        bits.ue()
+    elif order_type == 1:
+        bits.u(1), bits.ue(), bits.ue()
+        for _ in range(min(bits.ue(), 255)):
+            bits.ue()
+    bits.ue(), bits.u(1), bits.ue(), bits.ue()  # reference frames, gaps, width, height
+    return number, _Sequence(frame_number_bits, bool(bits.u(1)), separate)
+
+
+def _skip_scaling_lists(bits: _Bits, lists: int) -> None:
+    for number in range(lists):
+        if not bits.u(1):
+            continue
+        last = following = 8
+        for _ in range(16 if number < 6 else 64):
+            if following:
+                code = bits.ue()  # signed: 0, 1, -1, 2, -2, ...
+                following = (last + ((code + 1) // 2 if code % 2 else -(code // 2))) % 256
+            last = following or last
+
+
+class _Bits:
+    """Reads unsigned and Exp-Golomb numbers (H.264, 9.1) from bytes; past the end, bits are 0."""
+
+    def __init__(self, data: bytes) -> None:
+        self._value, self._left = int.from_bytes(data), 8 * len(data)
+
+    def u(self, count: int) -> int:
+        self._left -= count
+        if self._left < 0:
+            return 0
+        return self._value >> self._left & ((1 << count) - 1)
+
+    def ue(self) -> int:
+        zeros = 0
+        while self._left > 0 and not self.u(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.u(zeros)
+
+
+def _units(data: bytes, length_size: int) -> Iterator[bytes]:
+    """Yield the NAL units of a packet, each after its length, or after a start code if length_size is 0."""
+    if not length_size or data[: length_size + 1] in (b"\0\0\0\1\x09", b"\0\0\1\x09"):
+        at = data.find(b"\0\0\1")
+        while at >= 0:
+            end = data.find(b"\0\0\1", at + 3)
+            unit = data[at + 3 : end if end >= 0 else len(data)]
+            if unit:
+                yield unit
+            at = end
+        return
+    at = 0
+    while at + length_size < len(data):
+        length = int.from_bytes(data[at : at + length_size])
+        at += length_size
+        unit = data[at : at + length]
+        if unit:
+            yield unit
+        at += length
+
+
+def _avcc_parameter_sets(extradata: bytes) -> Iterator[bytes]:
+    at = 5
+    for mask in (31, 255):  # sequence parameter sets, then picture parameter sets
+        if at >= len(extradata):
+            return
+        count = extradata[at] & mask
+        at += 1
+        for _ in range(count):
+            length = int.from_bytes(extradata[at : at + 2])
+            yield extradata[at + 2 : at + 2 + length]
+            at += 2 + length
+
+
+def _without_emulation(data: bytes) -> bytes:
+    return data.replace(b"\0\0\3", b"\0\0")
+
+
+def _hevc_length_size(extradata: bytes) -> int:
+    """Return the bytes of a NAL unit's length in an hvcC stream (ISO 14496-15); 0 for start codes."""
+    is_hvcc = len(extradata) > 22 and (extradata[0] or extradata[1] or extradata[2] > 1)
+    return (extradata[21] & 3) + 1 if is_hvcc else 0
+
+
+def _hevc(data: bytes, length_size: int) -> Content:
+    for unit in _units(data, length_size):
+        kind = unit[0] >> 1 & 63
+        if kind in _HEVC_VCL:
+            return Content(1, kind in _HEVC_CLOSED)
+    return Content(0, False)
+
+
+def _mpeg(data: bytes, codec: str) -> Content:
+    """Return the content of an MPEG-1, MPEG-2 or MPEG-4 packet.
+
+    MPEG-4 packets of AVI files may hold two pictures ("packed bitstream") or a placeholder of a few bytes. MPEG-1 and
+    MPEG-2 packets hold one frame, of one or two pictures.
+    """
+    code = b"\0\0\1\xb6" if codec == "mpeg4" else b"\0\0\1\0"
+    at = data.find(code)
+    if at < 0:
+        return Content(0, False, False, certain=codec != "mpeg4")
+    if codec == "mpeg4":
+        second = data.find(code, at + 4)
+        kind = data[at + 4] >> 6 if at + 4 < len(data) else 0
+        return Content(1, None, kind == _B_PICTURES[codec], certain=second < 0 and len(data) >= _SMALL)
+    kind = data[at + 5] >> 3 & 7 if at + 5 < len(data) else 0
+    return Content(1, None, kind == _B_PICTURES[codec])
+
+
+def _one_frame(data: bytes) -> Content:
+    del data
+    return Content(1)
+
+
+def _vp8(data: bytes) -> Content:
+    """VP8 stores frames that are only referred to, never displayed; bit 4 is the display flag (RFC 6386, 9.1)."""
+    return Content(1 if data and data[0] & 0x10 else 0)
+
+
+def _vp9(data: bytes) -> Content:
+    """A packet of one VP9 frame that is not displayed gives none; a superframe ends in a frame that is displayed."""
+    if not data or data[-1] & 0xE0 == 0xC0:
+        return Content(1)
+    bits = _Bits(data[:2])
+    bits.u(2)
+    if (bits.u(1) | bits.u(1) << 1) == 3:  # profile; the fourth has a reserved bit
+        bits.u(1)
+    if bits.u(1):  # show_existing_frame
+        return Content(1)
+    bits.u(1)
+    return Content(bits.u(1))

@@ -1,0 +1,236 @@
+"""Frame-exact reading with PyAV: frames are counted in the order in which the decoder delivers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from videox.data.media.container import BadMedia, Container
+from videox.data.media.display_matrix import display_transform
+from videox.data.media.packets import (
+    MISSING,
+    REORDER,
+    Listing,
+    OrderError,
+    Packets,
+    decode_from_start,
+    listing_of,
+    packet_number,
+    packets_from,
+    window,
+)
+from videox.data.media.source import open_video
+
+# Decoders whose skip_frame = NONREF skips only frames that no other frame refers to. The HEVC decoder also skips
+# frames that are referred to by frames of a higher temporal layer.
+_EXACT_NONREF_SKIP = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+
+_reformatter = VideoReformatter()  # keeps the tables of the last conversion
+Keep = Callable[[int, np.ndarray], None]
+
+
+def read_frames(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> None:
+    """Pass the frames of `indices` (ascending), uint8 [h, w, 3], upright, to `keep(index, frame)`, one by one.
+
+    Frame 0 is the first that a decoder delivers when it reads the whole file, and so on. Where the times of the
+    packets give that order, decoding starts at the keyframe before the first wanted frame, and frames are known by
+    their packet. Where they do not (`display_order`), frames are counted from a keyframe whose place is known. Where
+    neither works, they are counted from the start of the file: that costs the decoding of everything before them.
+
+    Raises:
+        BadMedia: out_of_range, undecodable, and the classes of `open_video`.
+    """
+    listing = listing_of(path, container)
+    if listing.countable and (indices[0] < 0 or indices[-1] >= listing.packets.frames):
+        raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {listing.packets.frames}")
+    missing = set(indices)
+    if listing.countable:
+        try:
+            packets = window(path, container, listing, indices[0], indices[-1])
+            _read_from_keyframe(path, container, listing, packets, missing, keep)
+        except OrderError:
+            missing = set(indices)
+    if missing:
+        _read_from_start(path, container, missing, keep)
+    if missing:
+        raise BadMedia("undecodable", f"frame {min(missing)} was not delivered")
+
+
+def display_order(listing: Listing, packets: Packets) -> np.ndarray | None:
+    """Return the packets that give frames, in the order of the frames: int64 [frames]; None if times do not tell it.
+
+    If there are B-frames and presentation times that ascend from packet to packet, then these are decoding times (of
+    a file made from an AVI or from a raw stream without new times), and only the decoder can order the frames. The
+    same is true if a keyframe is displayed before a frame that precedes it in the stream: times begin anew there.
+    """
+    shown = np.flatnonzero(packets.shown)
+    if listing.always_in_order or packets.reordered is False:
+        return shown
+    times = packets.pts[shown]
+    if listing.made_up_times or (times == MISSING).any() or len(np.unique(times)) < len(times):
+        return None
+    if (np.diff(times) > 0).all():
+        return None
+    keys = packets.key[shown]
+    latest_before = np.maximum.accumulate(times)[:-1]
+    if (latest_before[keys[1:]] > times[1:][keys[1:]]).any():
+        return None
+    return shown[np.argsort(times)]
+
+
+def _read_from_keyframe(
+    path: Path, container: Container, listing: Listing, packets: Packets, missing: set[int], keep: Keep
+) -> None:
+    """Read frames of `missing` and remove them from it; those that stay were not delivered.
+
+    Raises:
+        OrderError: the frames came in another order than expected; all must be read again.
+    """
+    order = display_order(listing, packets)
+    if order is None:
+        _count_from_keyframe(path, container, packets, missing, keep)
+        return
+    place = np.full(len(packets.pts), -1)
+    place[order] = packets.frames_before + np.arange(len(order))
+    wanted = {int(at) for at in np.flatnonzero(np.isin(place, list(missing)))}
+    # Both fields of a frame are needed; and to skip frames, their packets must be known by one frame each.
+    skip_others = not listing.has_fields
+    starts = np.flatnonzero((packets.key | packets.closed) & packets.shown & (place <= min(missing)))
+    closed = starts[packets.closed[starts]]
+    stop = max(wanted) + REORDER
+    # A keyframe that the container states may not be one; a closed one always is.
+    for start in dict.fromkeys([*starts[-1:].tolist(), *closed[-1:].tolist()]):
+        latest, damage = -1, _Damage()
+        for at, frame in _decode(path, container, packets, (start, stop), wanted if skip_others else None):
+            position = int(place[at]) if at < len(place) else -1
+            damaged = damage.reaches(frame)
+            if position < 0:
+                continue
+            if position < latest:  # the decoder does not follow the times
+                raise OrderError
+            latest = position
+            if position in missing:
+                _keep(position, frame, damaged, keep)
+                missing.discard(position)
+            if not missing:
+                return
+
+
+def _count_from_keyframe(path: Path, container: Container, packets: Packets, missing: set[int], keep: Keep) -> None:
+    """Read frames of `missing`, counted from a keyframe whose position is known, and remove them from it.
+
+    The position of a keyframe from which all that follows can be decoded is the number of frames before it in the
+    stream. Any other keyframe is displayed after some frames that follow it in the stream: decoding begins at the
+    keyframe before it, and these frames are counted until it comes out.
+
+    Raises:
+        OrderError: a frame was not delivered, so that those after it cannot be counted.
+    """
+    ranks, first = packets.ranks(), min(missing)
+    closed = np.flatnonzero(packets.closed & packets.shown & (ranks <= first))
+    keys = np.flatnonzero(packets.key & packets.shown & (ranks <= first - REORDER))
+    if len(closed) and (len(keys) < 2 or closed[-1] >= keys[-2]):
+        start = anchor = int(closed[-1])
+        position = int(ranks[start])
+    elif len(keys) > 1:
+        start, anchor, position = int(keys[-2]), int(keys[-1]), -1
+    else:
+        return
+    stop = int(np.searchsorted(ranks, max(missing) + 1 + REORDER))
+    delivered: set[int] = set()
+    oldest, damage = anchor, _Damage()  # oldest: the first packet from the anchor on whose frame is not delivered yet
+    for at, frame in _decode(path, container, packets, (start, stop), None):
+        damaged = damage.reaches(frame)
+        delivered.add(at)
+        if position < 0:
+            if at == anchor:
+                position = int(ranks[anchor]) + sum(number > anchor for number in delivered)
+            else:
+                continue
+        if position in missing:
+            _keep(position, frame, damaged, keep)
+            missing.discard(position)
+        if not missing:
+            return
+        position += 1
+        while oldest in delivered or (oldest < len(packets.shown) and not packets.shown[oldest]):
+            oldest += 1
+        if at - oldest > 2 * REORDER:
+            raise OrderError
+
+
+def _read_from_start(path: Path, container: Container, missing: set[int], keep: Keep) -> None:
+    """Read frames of `missing` and remove them from it; those that stay are beyond the last frame."""
+    damage = _Damage()
+    for position, (_, frame) in enumerate(decode_from_start(path, container)):
+        damaged = damage.reaches(frame)
+        if position in missing:
+            _keep(position, frame, damaged, keep)
+            missing.discard(position)
+        if not missing:
+            return
+
+
+def _decode(
+    path: Path, container: Container, packets: Packets, span: tuple[int, int], wanted: set[int] | None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield (position of its packet in `packets`, frame), in the order of the decoder.
+
+    Args:
+        path: the file.
+        container: what it is.
+        packets: packets of its video stream.
+        span: the packets to decode, first and last; the first is a keyframe.
+        wanted: packets whose frames are needed; frames that are neither wanted nor referred to are then skipped.
+            None = decode everything.
+
+    Raises:
+        OrderError: the packets are not those of `packets`.
+    """
+    with open_video(path, container) as (file, stream):
+        context = stream.codec_context
+        skipping = wanted is not None and context.name in _EXACT_NONREF_SKIP
+        for at, packet in packets_from(file, stream, packets, span[0]):
+            if at > span[1]:
+                break
+            expected = packets.pts[at] if at < len(packets.pts) and packets.shown[at] else MISSING
+            if packet.pts is not None and expected not in (MISSING, packet.pts):
+                raise OrderError
+            packet.opaque = at
+            if skipping:
+                context.skip_frame = "DEFAULT" if at in (wanted or ()) else "NONREF"
+            for frame in context.decode(packet):
+                yield packet_number(frame), frame
+        for frame in context.decode(None):
+            yield packet_number(frame), frame
+
+
+class _Damage:
+    """Follows damage from frame to frame: those that refer to a damaged frame are damaged, until the next keyframe."""
+
+    def __init__(self) -> None:
+        self._damaged = False
+
+    def reaches(self, frame: av.VideoFrame) -> bool:
+        """Return whether the next frame is damaged."""
+        self._damaged = frame.is_corrupt or (self._damaged and not frame.key_frame)
+        return self._damaged
+
+
+def _keep(position: int, frame: av.VideoFrame, damaged: bool, keep: Keep) -> None:
+    if damaged:
+        raise BadMedia("undecodable", f"the file is damaged at or before frame {position}")
+    keep(position, _rgb(frame))
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """Return uint8 [h, w, 3], upright, converted by the matrix and range of the frame (BT.601 if it states none)."""
+    converted = _reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
+    plane = converted.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
+    pixels = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
+    return display_transform(frame).apply(pixels)

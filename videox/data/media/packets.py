@@ -1,0 +1,345 @@
+"""The packets of a video file in decoding order, and which of them give a frame, without decoding the file."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from videox.data.media.bitstream import Content, content_reader, may_be_interlaced
+from videox.data.media.container import BadMedia, Container
+from videox.data.media.source import data_packets, open_video
+
+MISSING = np.iinfo(np.int64).min  # the time of a packet that has none
+# Packets by which a frame may be moved when it is put in the order of display. H.264 and HEVC keep at most 16 frames,
+# and a keyframe of HEVC is followed by at most 31 frames that are displayed before it.
+REORDER = 32
+
+# Their frames come out of the decoder in the order of the packets, and any keyframe begins anew.
+_IN_ORDER = frozenset(
+    (
+        "av1", "cfhd", "cinepak", "dnxhd", "dvvideo", "ffv1", "ffvhuff", "flashsv", "flashsv2", "flv1", "gif", "h261",
+        "h263", "h263p", "hap", "huffyuv", "jpeg2000", "jpegls", "magicyuv", "mjpeg", "mjpegb", "msmpeg4v1",
+        "msmpeg4v2", "msmpeg4v3", "msrle", "msvideo1", "png", "prores", "qtrle", "rawvideo", "rpza", "rv10", "rv20",
+        "smc", "speedhq", "svq1", "theora", "utvideo", "v210", "vble", "vp3", "vp6", "vp6f", "vp8", "vp9", "wmv1",
+        "wmv2", "zlib", "zmbv",
+    )
+)  # fmt: skip
+# Each packet gives one frame, except those that `bitstream` knows of. For any other codec, frames are counted by
+# decoding the whole file.
+_COUNTABLE = _IN_ORDER | frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "svq3", "vc1", "wmv3"))
+_CACHED_PACKETS = 4_000_000  # about 100 MB in each process that reads
+_PEEKED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """Packets that follow each other in a video stream, in decoding order.
+
+    Attributes:
+        pts: int64 [n], presentation time; MISSING where there is none.
+        dts: int64 [n], decoding time; MISSING where there is none.
+        key: bool [n], the container says that decoding can start here.
+        closed: bool [n], decoding can start here, and every frame after it in the stream is then delivered.
+        shown: bool [n], the decoder delivers a frame that begins in this packet.
+        reordered: whether a packet is a B-picture: None if it is not known.
+        number: number of the first of them in the stream.
+        frames_before: frames that the packets before them give.
+    """
+
+    pts: np.ndarray
+    dts: np.ndarray
+    key: np.ndarray
+    closed: np.ndarray
+    shown: np.ndarray
+    reordered: bool | None
+    number: int = 0
+    frames_before: int = 0
+
+    def ranks(self) -> np.ndarray:
+        """Return for each packet the number of frames that the packets before it give: int64 [n]."""
+        return self.frames_before + np.cumsum(self.shown) - self.shown
+
+    @property
+    def frames(self) -> int:
+        """The number of frames that the packets give."""
+        return int(self.shown.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What is known of a video stream without decoding it.
+
+    Attributes:
+        packets: all packets of the stream.
+        codec: FFmpeg's name of the codec.
+        complete: every packet was read; else they come from the container's index, without presentation times.
+        countable: the number of frames is that of the packets that are shown; else only decoding tells it.
+        has_fields: the two fields of a frame are two packets.
+        made_up_times: the presentation times were invented by FFmpeg and do not order the frames.
+    """
+
+    packets: Packets
+    codec: str
+    complete: bool
+    countable: bool
+    has_fields: bool = False
+    made_up_times: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        """Whether frames come out of the decoder in the order of their packets."""
+        return self.codec in _IN_ORDER or self.packets.reordered is False
+
+    @property
+    def always_in_order(self) -> bool:
+        """Whether the codec has no frames that are displayed before a frame that precedes them in the stream."""
+        return self.codec in _IN_ORDER
+
+
+_cache: OrderedDict[tuple[str, int, int, bool], Listing] = OrderedDict()
+
+
+def listing_of(path: Path, container: Container, *, complete: bool = False) -> Listing:
+    """Return the packets of a file's video stream; the listings of the files read last are kept.
+
+    The packets come from the container's index where it has one that is complete: an MP4 without fragments, or an AVI.
+    Else, and if `complete`, the whole file is read.
+
+    Raises:
+        BadMedia: the classes of `open_video`, and truncated.
+    """
+    status = path.stat()
+    key = (str(path.absolute()), status.st_size, status.st_mtime_ns, complete)
+    if key not in _cache:
+        listing = _list_packets(path, container, complete)
+        _cache[key] = replace(listing, packets=_without_undelivered(path, container, listing))
+        while sum(len(kept.packets.pts) for kept in _cache.values()) > _CACHED_PACKETS and len(_cache) > 1:
+            _cache.popitem(last=False)
+    _cache.move_to_end(key)
+    return _cache[key]
+
+
+def _list_packets(path: Path, container: Container, complete: bool) -> Listing:
+    with open_video(path, container) as (file, stream):
+        context = stream.codec_context
+        entries = None if complete else _index_entries(stream, container)
+        if entries is not None and not may_be_interlaced(context.name, context.extradata):
+            look = content_reader(context.name, context.extradata)
+            contents = [look(bytes(packet)) for packet in islice(data_packets(file, stream), _PEEKED)]
+            if all(content.certain and content.frames == 1 for content in contents):
+                return _from_index(entries, contents, context.name, container)
+    with open_video(path, container) as (file, stream):
+        context = stream.codec_context
+        packets, contents = _read_packets(data_packets(file, stream), stream)
+        countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
+        fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
+        return Listing(packets, context.name, True, countable, fields, container.format == "avi")
+
+
+def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
+    """Return int64 [n, 4] (time, size, is keyframe, is discarded) of the container's index; None if not complete."""
+    if not (container.format == "mov" and not container.fragmented) and container.format != "avi":
+        return None
+    if stream.codec_context.name not in _COUNTABLE or stream.codec_context.name in ("vp8", "vp9"):
+        return None
+    entries = list(stream.index_entries)
+    end = max((entry.pos + entry.size for entry in entries), default=0)
+    if end > container.size and container.format == "mov":
+        raise BadMedia("truncated", f"{container.size} bytes, its index refers to byte {end}")
+    if container.format == "avi" and (not entries or len(entries) != stream.frames or end > container.size):
+        return None
+    rows = [(e.timestamp, e.size, e.is_keyframe, e.is_discard) for e in entries if e.size]
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    # A placeholder of a packed MPEG-4 stream is a few bytes long: such files are read whole.
+    placeholders = stream.codec_context.name == "mpeg4" and bool((table[:, 1] < 20).any())
+    return None if placeholders or len(np.unique(table[:, 0])) < len(table) else table
+
+
+def _from_index(entries: np.ndarray, contents: list[Content], codec: str, container: Container) -> Listing:
+    times, key, shown = entries[:, 0].copy(), entries[:, 2].astype(bool), entries[:, 3] == 0
+    closed = np.zeros(len(key), bool)
+    count = min(len(contents), len(key))
+    closed[:count] = _closed(key[:count], contents[:count], codec)
+    packets = Packets(np.full(len(key), MISSING), times, key, closed, shown, None)
+    return Listing(packets, codec, False, True, made_up_times=container.format == "avi")
+
+
+def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packets, list[Content]]:
+    context = stream.codec_context
+    look = content_reader(context.name, context.extradata)
+    rows, contents, truncated = [], [], False
+    for packet in source:
+        truncated = packet.is_corrupt
+        content = look(bytes(packet))
+        pts, dts = (MISSING if time is None else time for time in (packet.pts, packet.dts))
+        rows.append((pts, dts, packet.is_keyframe, not packet.is_discard and content.frames > 0))
+        contents.append(content)
+    if truncated:
+        raise BadMedia("truncated", "its last packet is incomplete")
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    key, shown = table[:, 2].astype(bool), table[:, 3].astype(bool)
+    kinds = {content.reordered for content in contents}
+    reordered = True if True in kinds else None if None in kinds or not kinds else False
+    closed = _closed(key, contents, context.name)
+    return Packets(table[:, 0].copy(), table[:, 1].copy(), key, closed, shown, reordered), contents
+
+
+def _closed(key: np.ndarray, contents: list[Content], codec: str) -> np.ndarray:
+    if codec in _IN_ORDER:
+        return key.copy()
+    closed = np.array([bool(content.closed) for content in contents], bool)
+    # MPEG-1, 2 and 4 do not state it; frames that are displayed before a keyframe are the B-pictures right after it.
+    following = [content.reordered is not False for content in contents[1:]] + [True]
+    unknown = np.array([content.closed is None for content in contents], bool)
+    return closed | (key & unknown & ~np.array(following, bool))
+
+
+def window(path: Path, container: Container, listing: Listing, first: int, last: int) -> Packets:
+    """Return the packets around the frames `first` to `last`, with their presentation times.
+
+    Of a listing that comes from an index, only these packets are read. They begin at the keyframe before the last one
+    that surely precedes the frame `first`, and end where all later packets are displayed after `last`.
+
+    Raises:
+        BadMedia: the classes of `open_video`.
+        OrderError: the file does not contain what its index states.
+    """
+    packets = listing.packets
+    if listing.complete:
+        return packets
+    margin = 0 if listing.always_in_order else REORDER
+    ranks = packets.ranks()
+    keys = np.flatnonzero(packets.key & (ranks <= max(0, first - margin)))
+    start = int(keys[-2 if margin else -1]) if len(keys) > 1 else int(keys[0]) if margin == 0 and len(keys) else 0
+    stop = int(np.searchsorted(ranks, last + 1 + margin, side="right"))
+    part = slice(start, stop)
+    place = Packets(
+        packets.pts[part], packets.dts[part], packets.key[part], packets.closed[part], packets.shown[part], None,
+        start, int(ranks[start]),
+    )  # fmt: skip
+    if listing.always_in_order:
+        return place
+    with open_video(path, container) as (file, stream):
+        found = islice((packet for _, packet in packets_from(file, stream, place, 0)), stop - start)
+        read, _ = _read_packets(found, stream)
+    if len(read.dts) != len(place.dts) or not np.array_equal(read.dts, place.dts):
+        raise OrderError
+    return replace(read, shown=place.shown & read.shown, number=start, frames_before=place.frames_before)
+
+
+class OrderError(Exception):
+    """The packets or frames of a file are not those that were expected from its index or times."""
+
+
+def packets_from(
+    file: InputContainer, stream: VideoStream, packets: Packets, start: int
+) -> Iterator[tuple[int, Packet]]:
+    """Yield (position in `packets`, packet) from the packet `start` on, to the end of the stream.
+
+    Raises:
+        OrderError: the file cannot be read from there: the packet has no time, or is not found by it.
+    """
+    at, started = start, packets.number + start == 0
+    if not started:
+        seek_time, times = _place(file, packets, start)
+        if np.count_nonzero(times == times[start]) > 1:
+            raise OrderError
+        try:
+            file.seek(seek_time, stream=stream)
+        except av.error.FFmpegError as error:
+            raise OrderError from error
+    for packet in data_packets(file, stream):
+        if not started:
+            found = packet.dts if times is packets.dts else packet.pts
+            if found is not None and found > times[start] and packet.is_keyframe:
+                raise OrderError
+            started = found == times[start]
+            if not started:
+                continue
+        yield at, packet
+        at += 1
+    if not started:
+        raise OrderError
+
+
+def _place(file: InputContainer, packets: Packets, start: int) -> tuple[int, np.ndarray]:
+    """Return the time to seek to for the packet `start`, and the times of packets by which it is found after that."""
+    pts, dts = int(packets.pts[start]), int(packets.dts[start])
+    if pts == dts == MISSING:
+        raise OrderError
+    # Decoding times are what indices contain, except Matroska's. After a seek they may be missing or estimated in
+    # streams whose packets are cut by a parser, where the presentation time is stored.
+    by_pts = pts != MISSING and (dts == MISSING or file.format.name.startswith("matroska"))
+    return (pts if by_pts else dts), (packets.dts if pts == MISSING else packets.pts)
+
+
+def _without_undelivered(path: Path, container: Container, listing: Listing) -> Packets:
+    """Return the packets, without those at the beginning of which the decoder delivers no frame.
+
+    A recording that begins between keyframes, or at a keyframe whose neighbours refer to frames before it, begins with
+    packets that cannot be decoded. Where that is possible, they are found by decoding up to the second keyframe.
+    """
+    packets = listing.packets
+    if not listing.countable or not packets.frames or _begins_well(listing):
+        return packets
+    shown = packets.shown.copy()
+    delivered, first, end = set(), None, len(shown)
+    for number, frame in decode_from_start(path, container):
+        delivered.add(number)
+        if first is None:
+            first = number
+        elif frame.key_frame and number > first:
+            end = number
+            break
+    shown[[number for number in range(end) if number not in delivered]] = False
+    return replace(packets, shown=shown)
+
+
+def _begins_well(listing: Listing) -> bool:
+    """Return whether the decoder surely delivers every frame from the first packet on."""
+    packets = listing.packets
+    first = int(np.argmax(packets.shown))
+    return bool(packets.key[first] and (listing.always_in_order or packets.closed[first]))
+
+
+def decode_from_start(path: Path, container: Container) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield (number of its packet, frame) for all frames, in the order in which the decoder delivers them.
+
+    Packets that cannot be decoded are passed over until a frame was delivered, as ffmpeg does.
+
+    Raises:
+        BadMedia: the classes of `open_video`.
+    """
+    with open_video(path, container) as (file, stream):
+        context = stream.codec_context
+        begun = False
+        for number, packet in enumerate(data_packets(file, stream)):
+            packet.opaque = number
+            try:
+                frames = context.decode(packet)
+            except av.error.InvalidDataError:
+                if begun:
+                    raise
+                continue
+            begun = begun or bool(frames)
+            for frame in frames:
+                yield packet_number(frame), frame
+        with suppress(av.error.EOFError):
+            for frame in context.decode(None):
+                yield packet_number(frame), frame
+
+
+def packet_number(frame: av.VideoFrame) -> int:
+    """Return the number that the packet of a frame was given; -1 if the decoder did not keep it."""
+    number = frame.opaque
+    return number if isinstance(number, int) else -1

@@ -1,0 +1,65 @@
+"""Opening a video file for PyAV, and the errors of FFmpeg."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from videox.data.media.container import MAX_PIXELS, BadMedia, Container, check_pixels, raise_system_error
+
+# FFmpeg uses these numbers of the operating system for states of its own, such as an index without a keyframe.
+_NOT_OF_THE_SYSTEM = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EDOM, errno.ERANGE)
+
+
+@contextmanager
+def open_video(path: Path, container: Container) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first video stream that is not a cover picture, single-threaded, in the recognised format only.
+
+    Raises:
+        BadMedia: no_video_stream, too_large, unreadable, or undecodable; also for errors of the block.
+    """
+    with (
+        ffmpeg_errors_to_bad_media(),
+        av.open(
+            str(path.absolute()),  # absolute, so that FFmpeg does not interpret the name as a protocol
+            format=container.format,
+            container_options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+        ) as file,
+    ):
+        videos = [video for video in file.streams.video if not video.disposition & av.stream.Disposition.attached_pic]
+        if not videos:
+            raise BadMedia("no_video_stream", f"{len(file.streams)} streams, none of them a video")
+        context = videos[0].codec_context
+        check_pixels(context.width, context.height)
+        context.thread_count = 1
+        context.copy_opaque = True  # frames carry the number of their packet
+        # Checked again by the decoder: the stream may state another size than its container.
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield file, videos[0]
+
+
+@contextmanager
+def ffmpeg_errors_to_bad_media() -> Iterator[None]:
+    """Raise BadMedia for errors of FFmpeg: unreadable where the system failed, else undecodable."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if error.errno in _NOT_OF_THE_SYSTEM:
+            raise BadMedia("undecodable", f"FFmpeg cannot read it ({error.__class__.__name__})") from error
+        raise_system_error(error)
+        raise BadMedia("undecodable", f"{error.strerror}") from error
+
+
+def data_packets(file: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Yield the stream's packets in decoding order, without the empty ones, which decoders take for the end."""
+    for packet in file.demux(stream):
+        if packet.size:
+            yield packet
