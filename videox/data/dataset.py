@@ -44,6 +44,7 @@ class Sample(TypedDict):
         cached: tensors found in the cache, by name.
         sample_key: its key in the cache; None without a cache, and for padding.
         bad: why the pixels are zeros; None if they are not.
+        fallback: why PyAV read the clip in place of decord; "" if it did not.
     """
 
     planned: PlannedSample
@@ -53,6 +54,7 @@ class Sample(TypedDict):
     cached: dict[str, torch.Tensor]
     sample_key: SampleKey | None
     bad: BadSample | None
+    fallback: str
 
 
 class Batch(TypedDict):
@@ -76,6 +78,7 @@ class Batch(TypedDict):
         micro: which of this rank's micro-batches of the step, from 0.
         last: whether it is the last micro-batch of the step on this rank.
         bad: the samples that could not be read.
+        fallbacks: for each clip that PyAV read in place of decord, why.
     """
 
     pixels: torch.Tensor
@@ -95,6 +98,7 @@ class Batch(TypedDict):
     micro: int
     last: bool
     bad: list[BadSample]
+    fallbacks: list[str]
 
 
 class TokenLengthDataset(Dataset):
@@ -126,8 +130,9 @@ class TokenLengthDataset(Dataset):
         indices = planned.start + frame_offsets(np.arange(bucket.frames), self.pace(planned.row))
         zeros = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         sample = Sample(
-            planned=planned, pixels=zeros, caption="", frame_indices=indices, cached={}, sample_key=None, bad=None
-        )
+            planned=planned, pixels=zeros, caption="", frame_indices=indices, cached={}, sample_key=None, bad=None,
+            fallback="",
+        )  # fmt: skip
         if planned.row == PADDING:
             return sample
         sample["caption"] = self.caption_of(planned)
@@ -140,7 +145,7 @@ class TokenLengthDataset(Dataset):
         path = self.index.file(planned.row)
         try:
             with time_limit(READ_SECONDS, own_process=get_worker_info() is not None):
-                sample["pixels"] = self._read(planned, path, indices)
+                sample["pixels"] = self._read(sample, path)
         except BadMedia as why:
             sample["bad"] = BadSample(planned.row, str(path), why.media_class, why.detail)
             sample["planned"] = planned._replace(weight=0.0)
@@ -167,11 +172,17 @@ class TokenLengthDataset(Dataset):
         names = ("policy", "reader", "caption_dropout", "cache_view", "always_read")
         return TokenLengthDataset(self.index, **{name: getattr(self, name) for name in names} | changes)
 
-    def _read(self, planned: PlannedSample, path: Path, indices: np.ndarray) -> np.ndarray:
+    def _read(self, sample: Sample, path: Path) -> np.ndarray:
+        planned, indices = sample["planned"], sample["frame_indices"].tolist()
+        height, width = planned.bucket.height, planned.bucket.width
+
+        def note_fallback(why: str) -> None:
+            sample["fallback"] = why
+
         check_unchanged(path, int(self.index.file_size[planned.row]), int(self.index.mtime_ns[planned.row]))
         if self.index.kind[planned.row] == 0:
-            return read_image(path, planned.bucket.height, planned.bucket.width)
-        return read_clip(path, indices.tolist(), planned.bucket.height, planned.bucket.width, self.reader)
+            return read_image(path, height, width)
+        return read_clip(path, indices, height, width, self.reader, note_fallback)
 
 
 def sample_key_of(dataset: TokenLengthDataset, planned: PlannedSample, mode: str) -> SampleKey:
@@ -215,4 +226,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         micro=planned[0].micro,
         last=planned[0].last,
         bad=[sample["bad"] for sample in samples if sample["bad"] is not None],
+        fallbacks=[sample["fallback"] for sample in samples if sample["fallback"]],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Sample, TokenLengthDataset
+from videox.data.media.decord import fallback_line
 from videox.data.plan.epoch import PADDING
 from videox.device import DeviceEvent
 from videox.distributed.step_sync import StepReport
@@ -71,6 +73,7 @@ class Recorder:
         self.times, self.timer = instruments.times, instruments.timer
         self.metrics = MetricsLog(ctx.output_dir, enabled=ctx.is_main, after=self.state.step)
         self.clock = StepClock()
+        self.fallbacks: Counter[str] = Counter()  # clips that PyAV read in place of decord, by reason
         self._pending: PendingStep | None = None
         self._start = DeviceEvent(ctx.device)
 
@@ -123,6 +126,7 @@ class Recorder:
             loss: sum over all ranks, scalar on the device.
             update: of the engine.
         """
+        self.fallbacks.update(step.fallbacks)
         waited, seconds = self.clock.data_wait, self.clock.split()
         self._pending = PendingStep(
             self.state.step, step.plan, step.epoch_step, report, lr, step.is_empty(report),
@@ -207,7 +211,9 @@ class Recorder:
             self.bar.note(f"warning: {warning}")
 
     def close(self) -> None:
-        """Close bar and tracker."""
+        """Close bar and tracker, and print how often PyAV read in place of decord."""
+        if self.fallbacks:
+            self.bar.note(fallback_line(self.fallbacks))
         self.bar.close()
         self.tracker.close()
 

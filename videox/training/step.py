@@ -26,6 +26,7 @@ class PlannedStep:
         loaded: batches of this rank's loader.
         clock: measures the wait for data.
         bad: unreadable samples of this rank in the micro-batches so far.
+        fallbacks: for each clip of them that PyAV read in place of decord, why.
     """
 
     plan: EpochPlan
@@ -34,6 +35,7 @@ class PlannedStep:
     loaded: Iterator[Batch]
     clock: StepClock
     bad: list[BadSample] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches; the time until each is there counts as data wait.
@@ -46,6 +48,7 @@ class PlannedStep:
                 batch = next(self.loaded)
             seed_generators(int(hash_key(batch["keys"][0], Purpose.DROPOUT)))
             self.bad.extend(batch["bad"])
+            self.fallbacks.extend(batch["fallbacks"])
             yield batch
             last = batch["last"]
 

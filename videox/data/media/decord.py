@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ _LEAST_SHARE = 0.25  # of the frames of a larger file, from the first wanted one
 
 class DecordCannotRead(Exception):
     """decord does not read this file, or not as PyAV does; the argument says why."""
+
+
+def fallback_line(reasons: Counter[str]) -> str:
+    """Return the line that says how many clips of this process PyAV read in place of decord, by reason."""
+    listed = "; ".join(f"{why} ({count})" for why, count in reasons.most_common())
+    return f"--video_reader decord: PyAV read {reasons.total()} clips in place of decord: {listed}"
 
 
 def read(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> None:

@@ -29,7 +29,6 @@ from videox.data.media.source import open_video
 # frames that are referred to by frames of a higher temporal layer.
 _EXACT_NONREF_SKIP = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
-_reformatter = VideoReformatter()  # keeps the tables of the last conversion
 Keep = Callable[[int, np.ndarray], None]
 
 
@@ -97,6 +96,8 @@ def _read_from_keyframe(
     place = np.full(len(packets.pts), -1)
     place[order] = packets.frames_before + np.arange(len(order))
     wanted = {int(at) for at in np.flatnonzero(np.isin(place, list(missing)))}
+    if len(wanted) < len(missing):
+        raise OrderError
     # Both fields of a frame are needed; and to skip frames, their packets must be known by one frame each.
     skip_others = not listing.has_fields
     starts = np.flatnonzero((packets.key | packets.closed) & packets.shown & (place <= min(missing)))
@@ -104,18 +105,13 @@ def _read_from_keyframe(
     stop = max(wanted) + REORDER
     # A keyframe that the container states may not be one; a closed one always is.
     for start in dict.fromkeys([*starts[-1:].tolist(), *closed[-1:].tolist()]):
-        latest, damage = -1, _Damage()
+        latest, output = -1, _Output(keep)
         for at, frame in _decode(path, container, packets, (start, stop), wanted if skip_others else None):
             position = int(place[at]) if at < len(place) else -1
-            damaged = damage.reaches(frame)
-            if position < 0:
-                continue
-            if position < latest:  # the decoder does not follow the times
+            if 0 <= position < latest:  # the decoder does not follow the times
                 raise OrderError
-            latest = position
-            if position in missing:
-                _keep(position, frame, damaged, keep)
-                missing.discard(position)
+            latest = max(latest, position)
+            output.take(position, frame, missing)
             if not missing:
                 return
 
@@ -142,20 +138,16 @@ def _count_from_keyframe(path: Path, container: Container, packets: Packets, mis
         return
     stop = int(np.searchsorted(ranks, max(missing) + 1 + REORDER))
     delivered: set[int] = set()
-    oldest, damage = anchor, _Damage()  # oldest: the first packet from the anchor on whose frame is not delivered yet
+    oldest, output = anchor, _Output(keep)  # oldest: the first packet from the anchor on whose frame is awaited
     for at, frame in _decode(path, container, packets, (start, stop), None):
-        damaged = damage.reaches(frame)
         delivered.add(at)
-        if position < 0:
-            if at == anchor:
-                position = int(ranks[anchor]) + sum(number > anchor for number in delivered)
-            else:
-                continue
-        if position in missing:
-            _keep(position, frame, damaged, keep)
-            missing.discard(position)
+        if position < 0 and at == anchor:
+            position = int(ranks[anchor]) + sum(number > anchor for number in delivered)
+        output.take(position, frame, missing)
         if not missing:
             return
+        if position < 0:
+            continue
         position += 1
         while oldest in delivered or (oldest < len(packets.shown) and not packets.shown[oldest]):
             oldest += 1
@@ -165,12 +157,9 @@ def _count_from_keyframe(path: Path, container: Container, packets: Packets, mis
 
 def _read_from_start(path: Path, container: Container, missing: set[int], keep: Keep) -> None:
     """Read frames of `missing` and remove them from it; those that stay are beyond the last frame."""
-    damage = _Damage()
+    output = _Output(keep)
     for position, (_, frame) in enumerate(decode_from_start(path, container)):
-        damaged = damage.reaches(frame)
-        if position in missing:
-            _keep(position, frame, damaged, keep)
-            missing.discard(position)
+        output.take(position, frame, missing)
         if not missing:
             return
 
@@ -209,27 +198,36 @@ def _decode(
             yield packet_number(frame), frame
 
 
-class _Damage:
-    """Follows damage from frame to frame: those that refer to a damaged frame are damaged, until the next keyframe."""
+class _Output:
+    """Passes wanted frames to `keep`, unless they are damaged, and follows damage from frame to frame.
 
-    def __init__(self) -> None:
-        self._damaged = False
+    Frames that refer to a damaged frame are damaged too, until the next keyframe.
 
-    def reaches(self, frame: av.VideoFrame) -> bool:
-        """Return whether the next frame is damaged."""
+    Args:
+        keep: called with (index, uint8 [h, w, 3]).
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        self._keep, self._damaged, self._reformatter = keep, False, VideoReformatter()
+
+    def take(self, position: int, frame: av.VideoFrame, missing: set[int]) -> None:
+        """Take the next frame of the decoder, and remove it from `missing`; position: -1 if it is not known.
+
+        Raises:
+            BadMedia: undecodable, if a wanted frame is damaged.
+        """
         self._damaged = frame.is_corrupt or (self._damaged and not frame.key_frame)
-        return self._damaged
+        if position not in missing:
+            return
+        if self._damaged:
+            raise BadMedia("undecodable", f"the file is damaged at or before frame {position}")
+        self._keep(position, _rgb(frame, self._reformatter))
+        missing.discard(position)
 
 
-def _keep(position: int, frame: av.VideoFrame, damaged: bool, keep: Keep) -> None:
-    if damaged:
-        raise BadMedia("undecodable", f"the file is damaged at or before frame {position}")
-    keep(position, _rgb(frame))
-
-
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """Return uint8 [h, w, 3], upright, converted by the matrix and range of the frame (BT.601 if it states none)."""
-    converted = _reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
+    converted = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
     plane = converted.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
     pixels = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)

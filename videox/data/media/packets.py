@@ -133,17 +133,22 @@ def _list_packets(path: Path, container: Container, complete: bool) -> Listing:
     with open_video(path, container) as (file, stream):
         context = stream.codec_context
         entries = None if complete else _index_entries(stream, container)
-        if entries is not None and not may_be_interlaced(context.name, context.extradata):
-            look = content_reader(context.name, context.extradata)
-            contents = [look(bytes(packet)) for packet in islice(data_packets(file, stream), _PEEKED)]
-            if all(content.certain and content.frames == 1 for content in contents):
-                return _from_index(entries, contents, context.name, container)
+        if entries is None or may_be_interlaced(context.name, context.extradata):
+            return _scan(file, stream, container)
+        look = content_reader(context.name, context.extradata)
+        contents = [look(bytes(packet)) for packet in islice(data_packets(file, stream), _PEEKED)]
+        if all(content.certain and content.frames == 1 for content in contents):
+            return _from_index(entries, contents, context.name, container)
     with open_video(path, container) as (file, stream):
-        context = stream.codec_context
-        packets, contents = _read_packets(data_packets(file, stream), stream)
-        countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
-        fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
-        return Listing(packets, context.name, True, countable, fields, container.format == "avi")
+        return _scan(file, stream, container)
+
+
+def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Listing:
+    context = stream.codec_context
+    packets, contents = _read_packets(data_packets(file, stream), stream)
+    countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
+    fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
+    return Listing(packets, context.name, True, countable, fields, container.format == "avi")
 
 
 def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
