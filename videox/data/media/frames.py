@@ -44,8 +44,9 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
         BadMedia: out_of_range, undecodable, and the classes of `open_video`.
     """
     listing = listing_of(path, container)
-    if listing.countable and (indices[0] < 0 or indices[-1] >= listing.packets.frames):
-        raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {listing.packets.frames}")
+    frames = listing.packets.frames
+    if indices[0] < 0 or (listing.countable and indices[-1] >= frames):
+        raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     missing = set(indices)
     if listing.countable:
         try:
@@ -54,7 +55,9 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
         except OrderError:
             missing = set(indices)
     if missing:
-        _read_from_start(path, container, missing, keep)
+        frames = _read_from_start(path, container, missing, keep)
+    if missing and not listing.countable:
+        raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     if missing:
         raise BadMedia("undecodable", f"frame {min(missing)} was not delivered")
 
@@ -155,13 +158,19 @@ def _count_from_keyframe(path: Path, container: Container, packets: Packets, mis
             raise OrderError
 
 
-def _read_from_start(path: Path, container: Container, missing: set[int], keep: Keep) -> None:
-    """Read frames of `missing` and remove them from it; those that stay are beyond the last frame."""
-    output = _Output(keep)
-    for position, (_, frame) in enumerate(decode_from_start(path, container)):
+def _read_from_start(path: Path, container: Container, missing: set[int], keep: Keep) -> int:
+    """Read frames of `missing` and remove them from it; those that stay are beyond the last frame.
+
+    Returns:
+        The number of frames that were decoded.
+    """
+    output, position = _Output(keep), 0
+    for _, frame in decode_from_start(path, container):
         output.take(position, frame, missing)
+        position += 1
         if not missing:
-            return
+            break
+    return position
 
 
 def _decode(

@@ -17,6 +17,7 @@ from av.video.stream import VideoStream
 
 from videox.data.media.bitstream import Content, content_reader, may_be_interlaced
 from videox.data.media.container import BadMedia, Container
+from videox.data.media.matroska import video_blocks
 from videox.data.media.source import data_packets, open_video
 
 MISSING = np.iinfo(np.int64).min  # the time of a packet that has none
@@ -134,7 +135,8 @@ def _list_packets(path: Path, container: Container, complete: bool) -> Listing:
         context = stream.codec_context
         entries = None if complete else _index_entries(stream, container)
         if entries is None or may_be_interlaced(context.name, context.extradata):
-            return _scan(file, stream, container)
+            blocks = _from_blocks(path, file, stream) if container.format == "matroska" else None
+            return blocks or _scan(file, stream, container)
         look = content_reader(context.name, context.extradata)
         contents = [look(bytes(packet)) for packet in islice(data_packets(file, stream), _PEEKED)]
         if all(content.certain and content.frames == 1 for content in contents):
@@ -149,6 +151,28 @@ def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Li
     countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
     fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
     return Listing(packets, context.name, True, countable, fields, container.format == "avi")
+
+
+def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listing | None:
+    """Return the packets of a Matroska file by the headers of its blocks; None if they do not tell everything."""
+    codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+    known = codec in _IN_ORDER - {"vp9"} or codec in ("h264", "hevc")  # what VP9 displays, the last byte tells
+    if not known or len(file.streams.video) != 1 or may_be_interlaced(codec, extradata):
+        return None
+    blocks = video_blocks(path, stream.time_base, content_reader(codec, extradata))
+    if not blocks:
+        return None
+    contents = [block.content for block in blocks]
+    times = np.array([block.time for block in blocks], np.int64)
+    key = np.array([block.key for block in blocks], bool)
+    shown = np.array([content.frames > 0 for content in contents], bool)
+    closed, missing = _closed(key, contents, codec), np.full(len(key), MISSING)
+    return Listing(Packets(times, missing, key, closed, shown, _reordered(contents)), codec, True, True)
+
+
+def _reordered(contents: list[Content]) -> bool | None:
+    kinds = {content.reordered for content in contents}
+    return True if True in kinds else None if None in kinds or not kinds else False
 
 
 def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
@@ -193,10 +217,8 @@ def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packet
         raise BadMedia("truncated", "its last packet is incomplete")
     table = np.array(rows, np.int64).reshape(-1, 4)
     key, shown = table[:, 2].astype(bool), table[:, 3].astype(bool)
-    kinds = {content.reordered for content in contents}
-    reordered = True if True in kinds else None if None in kinds or not kinds else False
     closed = _closed(key, contents, context.name)
-    return Packets(table[:, 0].copy(), table[:, 1].copy(), key, closed, shown, reordered), contents
+    return Packets(table[:, 0].copy(), table[:, 1].copy(), key, closed, shown, _reordered(contents)), contents
 
 
 def _closed(key: np.ndarray, contents: list[Content], codec: str) -> np.ndarray:
