@@ -23,7 +23,7 @@ HEVC_CLOSED = {**HEVC, "x265-params": HEVC["x265-params"] + ":open-gop=0"}
 
 
 def write_clip(path: Path, codec: str = "libx264", options: dict[str, str] | None = None, frames: int = 40) -> Path:
-    """Write frames that brighten from one to the next, with a bar that moves."""
+    """Write frames that brighten from one to the next, with a bar that moves and a strip of noise."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -34,6 +34,7 @@ def write_clip(path: Path, codec: str = "libx264", options: dict[str, str] | Non
         for number in range(frames):
             pixels = np.full((HEIGHT, WIDTH, 3), 20 + number * 9 % 200, np.uint8)
             pixels[:, number % 60 : number % 60 + 4] = 250
+            pixels[:8] = np.random.default_rng(number).integers(0, 255, (8, WIDTH, 1))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 25)
             file.mux(stream.encode(frame))

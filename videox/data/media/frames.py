@@ -47,19 +47,30 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
     frames = listing.packets.frames
     if indices[0] < 0 or (listing.countable and indices[-1] >= frames):
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
-    missing = set(indices)
-    if listing.countable:
-        try:
-            packets = window(path, container, listing, indices[0], indices[-1])
-            _read_from_keyframe(path, container, listing, packets, missing, keep)
-        except OrderError:
-            missing = set(indices)
+    missing = _read_by_packets(path, container, indices, keep) if listing.countable else set(indices)
     if missing:
         frames = _read_from_start(path, container, missing, keep)
     if missing and not listing.countable:
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     if missing:
         raise BadMedia("undecodable", f"frame {min(missing)} was not delivered")
+
+
+def _read_by_packets(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> set[int]:
+    """Read frames from a keyframe near them; return those that were not delivered, or cannot be told apart.
+
+    Where the file does not contain what its index states, all of its packets are listed.
+    """
+    for complete in (False, True):
+        listing, missing = listing_of(path, container, complete=complete), set(indices)
+        try:
+            packets = window(path, container, listing, indices[0], indices[-1])
+            _read_from_keyframe(path, container, listing, packets, missing, keep)
+            return missing
+        except OrderError:
+            if listing.complete:
+                break
+    return set(indices)
 
 
 def display_order(listing: Listing, packets: Packets) -> np.ndarray | None:

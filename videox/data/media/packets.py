@@ -120,10 +120,14 @@ def listing_of(path: Path, container: Container, *, complete: bool = False) -> L
         BadMedia: the classes of `open_video`, and truncated.
     """
     status = path.stat()
-    key = (str(path.absolute()), status.st_size, status.st_mtime_ns, complete)
+    file = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+    key = (*file, True)
+    if key not in _cache and not complete:
+        key = (*file, False)
     if key not in _cache:
         listing = _list_packets(path, container, complete)
-        _cache[key] = replace(listing, packets=_without_undelivered(path, container, listing))
+        key = (*file, listing.complete)
+        _cache[key] = _without_undelivered(path, container, listing)
         while sum(len(kept.packets.pts) for kept in _cache.values()) > _CACHED_PACKETS and len(_cache) > 1:
             _cache.popitem(last=False)
     _cache.move_to_end(key)
@@ -310,26 +314,27 @@ def _place(file: InputContainer, packets: Packets, start: int) -> tuple[int, np.
     return (pts if by_pts else dts), (packets.dts if pts == MISSING else packets.pts)
 
 
-def _without_undelivered(path: Path, container: Container, listing: Listing) -> Packets:
-    """Return the packets, without those at the beginning of which the decoder delivers no frame.
+def _without_undelivered(path: Path, container: Container, listing: Listing) -> Listing:
+    """Return the listing, without those packets at the beginning of which the decoder delivers no frame.
 
     A recording that begins between keyframes, or at a keyframe whose neighbours refer to frames before it, begins with
     packets that cannot be decoded. Where that is possible, they are found by decoding up to the second keyframe.
     """
     packets = listing.packets
     if not listing.countable or not packets.frames or _begins_well(listing):
-        return packets
+        return listing
     shown = packets.shown.copy()
-    delivered, first, end = set(), None, len(shown)
+    delivered: list[int] = []
+    end = len(shown)
     for number, frame in decode_from_start(path, container):
-        delivered.add(number)
-        if first is None:
-            first = number
-        elif frame.key_frame and number > first:
+        delivered.append(number)
+        if frame.key_frame and number > delivered[0]:
             end = number
             break
-    shown[[number for number in range(end) if number not in delivered]] = False
-    return replace(packets, shown=shown)
+    shown[np.setdiff1d(np.arange(end), delivered)] = False
+    # FFmpeg's MPEG-4 decoder delivers a grey frame for the missing one that the first frames refer to.
+    countable = len(set(delivered)) == len(delivered)
+    return replace(listing, packets=replace(packets, shown=shown), countable=countable)
 
 
 def _begins_well(listing: Listing) -> bool:
