@@ -12,7 +12,7 @@ import pytest
 from tests.support.h264_fields import write_fields
 from videox.data.media import frames as reading
 from videox.data.media.container import BadMedia, open_container
-from videox.data.media.packets import decode_from_start, listing_of
+from videox.data.media.packets import decode_from_start, listing_of, number_packet
 from videox.data.media.video import READERS, probe, read_clip
 
 WIDTH, HEIGHT = 64, 48
@@ -200,3 +200,11 @@ def test_the_error_numbers_of_ffmpeg_are_not_those_of_the_system(tmp_path):
     assert sum(1 for _ in decode_from_start(path, open_container(path))) == 40
     with av.open(str(path)) as file, pytest.raises(PermissionError):
         file.seek(0)
+
+
+def test_the_number_of_a_packet_does_not_depend_on_other_packets():
+    first, second = av.Packet(b"a"), av.Packet(b"b")
+    number_packet(first, 49)
+    number_packet(second, 49)
+    del first
+    assert second.opaque == [49]

@@ -13,7 +13,7 @@ from videox.data.media.frames import Keep, display_order
 from videox.data.media.packets import decode_from_start, listing_of
 from videox.errors import UserError
 
-_FORMATS = ("mov", "matroska")
+_FORMATS = ("mov", "matroska", "flv")
 _CODECS = ("h264", "vp8", "vp9", "mjpeg")
 _PIXELS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "gray")
 _SMALL_FILE = 4_000_000  # bytes; reading all of it costs nothing beside the decoding
@@ -57,8 +57,7 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
     """Raise DecordCannotRead where decord 0.6 was observed to return other frames than PyAV, or to read too much.
 
     decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
-    program streams and in AVI; in FLV it was seen to return other frames once in a while. It does not support AV1,
-    converts the chroma of interlaced frames and 10-bit values differently, ignores that a video is mirrored, and
+    program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values differently, ignores that a video is mirrored, and
     raises for some sizes of rotated videos. It orders frames by their times, and reads the whole file, about three
     times, before it returns the first frame.
     """

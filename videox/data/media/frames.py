@@ -19,6 +19,7 @@ from videox.data.media.packets import (
     Packets,
     decode_from_start,
     listing_of,
+    number_packet,
     packet_number,
     packets_from,
     window,
@@ -209,13 +210,18 @@ def _decode(
             expected = packets.pts[at] if at < len(packets.pts) and packets.shown[at] else MISSING
             if packet.pts is not None and expected not in (MISSING, packet.pts):
                 raise OrderError
-            packet.opaque = at
+            number_packet(packet, at)
             if skipping:
                 context.skip_frame = "DEFAULT" if at in (wanted or ()) else "NONREF"
-            for frame in context.decode(packet):
-                yield packet_number(frame), frame
-        for frame in context.decode(None):
-            yield packet_number(frame), frame
+            yield from map(_numbered, context.decode(packet))
+        yield from map(_numbered, context.decode(None))
+
+
+def _numbered(frame: av.VideoFrame) -> tuple[int, av.VideoFrame]:
+    number = packet_number(frame)
+    if number < 0:
+        raise OrderError
+    return number, frame
 
 
 class _Output:

@@ -356,7 +356,7 @@ def decode_from_start(path: Path, container: Container) -> Iterator[tuple[int, a
         context = stream.codec_context
         begun = False
         for number, packet in enumerate(data_packets(file, stream)):
-            packet.opaque = number
+            number_packet(packet, number)
             try:
                 frames = context.decode(packet)
             except av.error.InvalidDataError:
@@ -371,7 +371,14 @@ def decode_from_start(path: Path, container: Container) -> Iterator[tuple[int, a
                 yield packet_number(frame), frame
 
 
+def number_packet(packet: Packet, number: int) -> None:
+    """Give a packet a number, which `packet_number` returns for its frame."""
+    # PyAV keeps the object by its identity until the first packet or frame that has it is freed: integers, which may
+    # be one object for several packets, would be lost.
+    packet.opaque = [number]
+
+
 def packet_number(frame: av.VideoFrame) -> int:
     """Return the number that the packet of a frame was given; -1 if the decoder did not keep it."""
-    number = frame.opaque
-    return number if isinstance(number, int) else -1
+    kept = frame.opaque
+    return kept[0] if isinstance(kept, list) else -1
