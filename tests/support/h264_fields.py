@@ -148,8 +148,8 @@ def write_fields(path: Path, count: int = 20, *, together: bool = False, times: 
                 packet = av.Packet(data)
                 packet.stream, packet.time_base, packet.dts = stream, tick, dts
                 packet.pts = dts if times == "decoding" else 2 * (number + reorder) + field
-                packet.duration = 2 if together or len(stored) == 1 else 1
+                packet.duration = ticks = 2 if together or len(stored) == 1 else 1
                 packet.is_keyframe = number % layout.get("group", 6) == 0 and field == 0  # type: ignore[operator]
                 file.mux(packet)
-                dts += packet.duration
+                dts += ticks
     return path

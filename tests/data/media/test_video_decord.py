@@ -1,4 +1,4 @@
-"""Tests of reading with decord: what decord does not read is read with PyAV, and said; long files are not read whole."""
+"""Tests of reading with decord: what it does not read is read with PyAV, and said; long files are not read whole."""
 
 from __future__ import annotations
 

@@ -57,9 +57,10 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
     """Raise DecordCannotRead where decord 0.6 was observed to return other frames than PyAV, or to read too much.
 
     decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
-    program streams and in AVI. It does not support AV1, converts the chroma of interlaced frames and 10-bit values differently, ignores that a video is mirrored, and
-    raises for some sizes of rotated videos. It orders frames by their times, and reads the whole file, about three
-    times, before it returns the first frame.
+    program streams and in AVI, and replaces frames by others if the first one is not marked as a keyframe. It does
+    not support AV1, converts the chroma of interlaced frames and 10-bit values differently, ignores that a video is
+    mirrored, and raises for some sizes of rotated videos. It orders frames by their times, and reads the whole file,
+    about three times, before it returns the first frame.
     """
     listing = listing_of(path, container)
     if container.format not in _FORMATS or listing.codec not in _CODECS:
