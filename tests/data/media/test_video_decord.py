@@ -80,7 +80,10 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "mjpeg"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("mkv", "mjpeg")])
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mp4", "mjpeg"), ("avi", "mpeg4"), ("mkv", "mjpeg"), pytest.param("mov", "mpeg4", marks=pytest.mark.slow)],
+)
 def test_a_short_clip_of_a_long_file_reads_a_small_part_of_it(tmp_path, monkeypatch, suffix, codec):
     monkeypatch.setattr(decord_reader, "_SMALL_FILE", 100_000)
     path, generator = tmp_path / f"long.{suffix}", np.random.default_rng(0)

@@ -106,7 +106,12 @@ DECODING_TIMES = {
 }
 
 
-@pytest.mark.parametrize("name", DECODING_TIMES)
+SLOW = ("h264 mov", "h264 ts", "mpeg4 mkv", "mpeg2 ts", "hevc closed groups mkv")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in DECODING_TIMES]
+)
 def test_frames_come_in_the_order_of_the_decoder_where_times_are_those_of_decoding(tmp_path, name):
     first, second, codec, options = DECODING_TIMES[name]
     clip = write_clip(tmp_path / f"clip.{first}", codec, options)
@@ -146,7 +151,9 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["ts", "m2ts", "mkv", "mp4"])
+@pytest.mark.parametrize(
+    "suffix", ["ts", pytest.param("m2ts", marks=pytest.mark.slow), "mkv", pytest.param("mp4", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FIELDS)
 def test_two_fields_are_one_frame(tmp_path, suffix, name):
     path = write_fields(tmp_path / f"fields.{suffix}", **FIELDS[name])
