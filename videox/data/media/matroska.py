@@ -122,6 +122,8 @@ def _block(descriptor: int, element: _Element, track: int, time: int | None, key
     number, width = _number(head, 0, marker=False)
     if number != track:
         return
+    if len(head) < width + 3:
+        raise _UnusualError
     flags = head[width + 2]
     start = element.start + width + 3
     if time is None or flags & _LACING:
