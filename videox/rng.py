@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     ADAPTER = 24
     DROPOUT = 25
     ROUNDING = 26
+    CAPTION = 27
+    CAPTION_TAGS = 28
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:

@@ -119,7 +119,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"file_path": "empty.mp4"},
         {"file_path": "noise.mp4"},
         {"file_path": "gone.mp4"},
-        {"file_path": "a.mp4", "text": None},
+        {"file_path": "a.mp4", "text": 7},
         {"text": "pathless"},
     ]
     write_metadata(folder, rows)
@@ -164,7 +164,7 @@ def test_files_are_measured_and_rows_keep_their_order(indexed: Path) -> None:
         (4, "empty.mp4", "empty"),
         (5, "noise.mp4", "unrecognised"),
         (6, "gone.mp4", "missing"),
-        (7, "a.mp4", "no_text"),
+        (7, "a.mp4", "bad_text"),
         (8, "", "no_file_path"),
     ]
 

@@ -128,13 +128,14 @@ def test_bad_row_keeps_its_number_and_has_one_problem(tmp_path: Path) -> None:
         {"file_path": "lone\udc80", "text": "t"},
         {"file_path": "b"},
         {"file_path": "b", "text": None},
-        {"file_path": "b", "text": ["t"]},
+        {"file_path": "b", "text": ["t", 3]},
         {"file_path": "b", "text": "lone \ud800 nul \0"},
     ]
     metadata = read(write(tmp_path / "m.json", rows))
     expected = ["", "no_file_path", "no_file_path", "bad_file_path", "bad_file_path", "bad_file_path"]
-    assert metadata.problem == [*expected, "no_text", "no_text", "bad_text", ""]
-    assert set(metadata.problem) - {""} == set(ROW_PROBLEMS)
+    assert metadata.problem == [*expected, "", "", "bad_text", ""]
+    assert set(metadata.problem) - {""} == set(ROW_PROBLEMS) - {"no_text"}
+    assert metadata.text[6:9] == ["", "", ""]
     assert metadata.text[-1] == "lone \ufffd nul \0"
     pa.array(metadata.file_path + metadata.text)  # all of it can be stored as Arrow strings
 
@@ -157,9 +158,16 @@ def test_csv_row_without_a_path_is_a_problem_of_the_row(tmp_path: Path) -> None:
     [
         ("m.json", b'[{"file_path": "a", "text": "b"},\n {"file_path": "c", "te', "2:"),
         ("m.json", b'[\n{"file_path": "a", "text": "b",}]', "2:"),
-        ("m.json", b'[{"file_path": "NaN \\" NaN",\n  "text": NaN}]', "2:11"),
+        ("m.json", b'[{"file_path": "Infinity \\" NaN",\n  "text": Infinity}]', "2:11"),
         ("m.jsonl", b'{"file_path": "a", "text": "b"}\n\n{"file_path": "a", "fps": -Infinity}\n', "3:27"),
-        ("m.json", b'{"file_path": "a", "text": "b"}', "an object"),
+        ("m.json", b'{"rows": [{"file_path": "a", "text": "b"}]}', "an object"),
+        (
+            "m.jsonl",
+            b'[{"file_path": "a", "text": "b"}]\n[{"file_path": "a", "text": "b"}]',
+            "row 0: the row is a list",
+        ),
+        ("m.json", b'{"file_path": "a", "text": "b"}\n\n{"file_path": "c", "te', "3:"),
+        ("m.json", b'[{"file_path": "a", "text": "b"}] and more', "1:35"),
         ("m.json", b'[{"file_path": "a", "text": "b"}, 3]', "row 1"),
         ("m.json", b'[{"file_path": "a", "text": "b", "text": "c"}]', "row 0, key text"),
         ("m.jsonl", b'{"file_path": "a", "text": "b"}\n{"file_path" "a"}\n', "2:14"),
@@ -170,10 +178,12 @@ def test_csv_row_without_a_path_is_a_problem_of_the_row(tmp_path: Path) -> None:
         ("m.csv", b"file_path,text,text\na,b,c\n", "'text' occurs 2 times"),
         ("m.csv", b'file_path,text\na,"b\nc,d\n', "not valid CSV"),
         ("m.csv", b"file_path;text\na;b\n", "'file_path;text'"),
-        ("m.csv", b"path,caption\na,b\n", "'path', 'caption'"),
-        ("m.json", b'[{"path": "a", "text": "b"}]', "no row has file_path"),
+        ("m.csv", b"source,label\na,b\n", "'source', 'label'"),
+        ("m.json", b'[{"file": "a", "text": "b"}]', "no row has file_path"),
+        ("m.json", b'[{"file_path": "a", "label": "b"}]', "no row has text"),
         ("m.json", '[{"file_path": "ä"}]'.encode("latin-1"), "byte 16 (0xe4)"),
-        ("m.json", '[{"file_path": "ä"}]'.encode("utf-16"), "UTF-16"),
+        ("m.json", '[{"file_path": "ä"}]'.encode("utf-16-le"), "seems to be UTF-16"),
+        ("m.json", '[{"file_path": "ä"}]'.encode("utf-16")[:-1], "is not UTF-16"),
         ("m.csv", "file_path,text\na,b".encode("utf-16-le"), "byte 1 "),
         ("m.json", b"", "0 samples"),
         ("m.json", b"[]", "0 samples"),
@@ -195,7 +205,7 @@ def test_parquet_columns_of_other_types(tmp_path: Path) -> None:
     paths = pa.array(["a", "b"]).dictionary_encode()
     pq.write_table(pa.table({"file_path": paths, "text": [[1], None], "width": [1.0, None]}), tmp_path / "m.parquet")
     metadata = read(tmp_path / "m.parquet")
-    assert (metadata.file_path, metadata.problem, metadata.width) == (["a", "b"], ["bad_text", "no_text"], [1, 0])
+    assert (metadata.file_path, metadata.problem, metadata.width) == (["a", "b"], ["bad_text", ""], [1, 0])
     pq.write_table(
         pa.table({"file_path": paths.slice(0, 0), "text": pa.array([], pa.string())}), tmp_path / "m.parquet"
     )

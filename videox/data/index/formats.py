@@ -5,36 +5,47 @@ Every error of a file names its position (line and column, or row and key).
 
 from __future__ import annotations
 
+import ast
+import codecs
 import csv
 import io
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from videox.data.index.columns import Columns, column_notes, field_of, find_columns, merge_columns
 from videox.errors import DATA, FLAGS, UserError
 
-FIELDS = ("file_path", "text", "type", "width", "height", "num_frames", "fps", "weight")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_REPEATED = 0  # a key that no JSON object can have: marks an object that contains one of FIELDS twice
-_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', re.DOTALL)
+CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
+_REPEATED = 0  # a key that no JSON object can have: marks an object that contains a column of a field twice
+_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity', re.DOTALL)
+_SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
+# Byte order marks and their encodings. UTF-32's begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
-Columns = dict[str, list[Any]]
+Table = tuple[Columns, list[str]]  # columns by field, and notes for the start report
 
 
 class _NotANumber(Exception):
-    """NaN or Infinity in a JSON text; Python's JSON reader accepts both and reports no position for them."""
+    """Infinity in a JSON text; Python's JSON reader accepts it and reports no position for it."""
 
 
 def list_folder(folder: Path) -> list[tuple[str, str]]:
-    """List the media and .txt files below a folder, sorted, as (path relative to it without suffix, suffix).
+    """List the media and caption files below a folder, sorted, as (path relative to it without suffix, suffix).
 
     Hidden files and folders are skipped; links to folders are not followed.
 
@@ -47,60 +58,75 @@ def list_folder(folder: Path) -> list[tuple[str, str]]:
         prefix = Path(parent).relative_to(folder)
         for name in names:
             suffix = Path(name).suffix
-            if not name.startswith(".") and (suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".txt")):
+            if not name.startswith(".") and (suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *CAPTION_SUFFIXES)):
                 found.append((str(prefix / name.removesuffix(suffix)), suffix))
     return sorted(found)
 
 
-def _read_json(path: Path) -> Columns:
-    rows = _parse_json(_read_text(path), path, lines_before=0)
-    if not isinstance(rows, list):
-        raise UserError(f"{path} 1:1", f"the top level is {_json_type(rows)}", "make it a list of objects", DATA)
-    return _to_columns(rows, path)
+def _read_json(path: Path) -> Table:
+    """Read a list of objects, or objects one after another (one per line, usually), whatever the suffix says."""
+    values = _parse_json(_read_text(path), path)
+    if len(values) > 1 or (isinstance(values[0], dict) and any(map(field_of, values[0]))):
+        return _to_columns(values, path)
+    if not isinstance(values[0], list):
+        what = f"the top level is {_json_type(values[0])}"
+        raise UserError(f"{path} 1:1", what, "make it a list of objects, or write one object per line", DATA)
+    return _to_columns(values[0], path)
 
 
-def _read_jsonl(path: Path) -> Columns:
-    # Not splitlines(), which also splits at U+2028 and similar characters: they are legal inside a JSON string.
-    lines = _read_text(path).split("\n")
-    return _to_columns([_parse_json(text, path, number) for number, text in enumerate(lines) if text.strip()], path)
-
-
-def _parse_json(text: str, path: Path, lines_before: int) -> object:
-    """Parse a JSON text; lines_before: number of lines of the file before this text, for positions in messages."""
+def _parse_json(text: str, path: Path) -> list[Any]:
+    """Return the JSON values of a text, one or more, with white space between them."""
     if not text.strip():
         raise no_samples_error(path)
+    decoder = json.JSONDecoder(parse_constant=_parse_constant, object_pairs_hook=_build_object)
+    values, at = [], _end_of_space(text, 0)
     try:
-        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_build_object)
+        while at < len(text):
+            value, end = decoder.raw_decode(text, at)
+            values.append(value)
+            at = _end_of_space(text, end)
+        return values
     except json.JSONDecodeError as error:
-        where, what = f"{path} {lines_before + error.lineno}:{error.colno}", f"not valid JSON ({error.msg})"
+        where, what = f"{path} {error.lineno}:{error.colno}", f"not valid JSON ({error.msg})"
     except _NotANumber as error:
         # The reader gave no position: search for the first such constant outside of strings.
-        start = next(match.start() for match in _CONSTANT.finditer(text) if not match[0].startswith('"'))
-        line = lines_before + text.count(chr(10), 0, start) + 1
+        start = next(match.start() for match in _CONSTANT.finditer(text, at) if not match[0].startswith('"'))
+        line = text.count(chr(10), 0, start) + 1
         where = f"{path} {line}:{start - text.rfind(chr(10), 0, start)}"
         what = f"not valid JSON ({error})"
     except RecursionError:
-        where, what = f"{path} {lines_before + 1}:1", "not readable JSON (nested too deeply)"
+        where, what = f"{path} {_line_of(text, at)}:1", "not readable JSON (nested too deeply)"
     except ValueError:  # the only other cause: Python's limit on the number of digits of an integer
-        where, what = f"{path} {lines_before + 1}:1", "not readable JSON (a number with thousands of digits)"
+        where, what = f"{path} {_line_of(text, at)}:1", "not readable JSON (a number with thousands of digits)"
     raise UserError(where, what, "correct the file at this position", DATA)
+
+
+def _end_of_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _line_of(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
     built: dict[Any, Any] = dict(pairs)
     if len(built) != len(pairs):
         keys = [key for key, _ in pairs]
-        repeated = [name for name in FIELDS if keys.count(name) > 1]
+        repeated = [name for name in built if field_of(name) is not None and keys.count(name) > 1]
         if repeated:
             built[_REPEATED] = repeated[0]
     return built
 
 
-def _reject_constant(name: str) -> NoReturn:
+def _parse_constant(name: str) -> float:
+    if name == "NaN":  # how pandas writes a missing value
+        return float("nan")
     raise _NotANumber(f"{name} is not a JSON value, null is")
 
 
-def _to_columns(rows: Sequence[object], path: Path) -> Columns:
+def _to_columns(rows: Sequence[object], path: Path) -> Table:
     objects: list[dict[Any, Any]] = []
     for row, value in enumerate(rows):
         if not isinstance(value, dict):
@@ -111,11 +137,36 @@ def _to_columns(rows: Sequence[object], path: Path) -> Columns:
     if not objects:
         raise no_samples_error(path)
     names = {key: None for fields in objects for key in fields}
-    _require_columns(names, path)
-    return {name: [fields.get(name) for fields in objects] for name in FIELDS if name in names}
+    columns = find_columns(names, path)
+    values = {name: [fields.get(name) for fields in objects] for known in columns.values() for name in known}
+    return merge_columns(columns, values, path), column_notes(columns)
 
 
-def _read_csv(path: Path) -> Columns:
+def _read_csv(path: Path) -> Table:
+    """Read a csv file with a header line; a cell that holds a list of strings becomes that list."""
+    columns, values = _read_csv_cells(path)
+    for name in columns["text"]:
+        values[name] = [_parse_list(value) for value in values[name]]
+    return merge_columns(columns, values, path), column_notes(columns)
+
+
+def _parse_list(cell: str) -> str | list[str]:
+    """Return the list of strings that a cell holds as JSON or as Python writes it; any other cell unchanged."""
+    text = cell.strip()
+    if not (text.startswith(("['", '["')) and text.endswith("]")):
+        return cell
+    for parse, errors in ((json.loads, (ValueError,)), (ast.literal_eval, (ValueError, SyntaxError, MemoryError))):
+        try:
+            items = parse(text)
+        except (*errors, RecursionError):
+            continue
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+    return cell
+
+
+def _read_csv_cells(path: Path) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
+    """Return the columns of each field, as `find_columns` does, and the cells of each of these columns."""
     text = _read_text(path)
     # Captions may be longer than the csv module's default limit of 128 KiB.
     default_limit = csv.field_size_limit(max(len(text), 131072))
@@ -125,9 +176,9 @@ def _read_csv(path: Path) -> Columns:
         header = next(reader, None)
         if header is None:
             raise no_samples_error(path)
-        _require_columns(header, path)
-        columns: Columns = {name: [] for name in FIELDS if name in header}
-        positions = [(columns[name], header.index(name)) for name in columns]
+        columns = find_columns(header, path)
+        cells: dict[str, list[Any]] = {name: [] for known in columns.values() for name in known}
+        positions = [(cells[name], header.index(name)) for name in cells]
         for row, values in enumerate(filter(None, reader)):
             if len(values) != len(header):
                 what = f"line {reader.line_num} has {len(values)} columns, the header has {len(header)}"
@@ -139,16 +190,17 @@ def _read_csv(path: Path) -> Columns:
         raise UserError(where, f"not valid CSV ({error})", "correct the quotes in this line", DATA) from error
     finally:
         csv.field_size_limit(default_limit)
-    return columns
+    return columns, cells
 
 
-def _read_parquet(path: Path) -> Columns:
+def _read_parquet(path: Path) -> Table:
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require_columns(names, path)
-            table = file.read(columns=[name for name in FIELDS if name in names])
-            return {name: _python_values(table.column(name)) for name in table.column_names}
+            columns = find_columns(file.schema_arrow.names, path)
+            wanted = [name for known in columns.values() for name in known]
+            table = file.read(columns=wanted)
+            values = {name: _python_values(table.column(name)) for name in wanted}
+            return merge_columns(columns, values, path), column_notes(columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(str(path), f"not readable as parquet ({reason})", "write the file again", DATA) from error
@@ -159,46 +211,79 @@ def _python_values(column: pa.ChunkedArray) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if is_text or is_number or pa.types.is_null(kind):
+    if _is_text(kind) or is_number or pa.types.is_null(kind) or _is_list_of_text(kind):
         return column.to_pylist()
     return [None if null else b"" for null in column.is_null().to_pylist()]
 
 
-def read_folder(folder: Path, data_dir: Path) -> tuple[Columns, list[str]]:
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list_of_text(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (is_list or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)):
+        return False
+    item = kind.value_type
+    return _is_text(item.value_type if pa.types.is_dictionary(item) else item)
+
+
+def read_folder(folder: Path, data_dir: Path) -> Table:
     """Read a folder of media and captions.
 
     Returns:
         Columns file_path (relative to data_dir) and text, and notes for the start report.
+
+    Raises:
+        UserError: exit code 3 if two files state different captions of one media file.
     """
     listing = list_folder(folder)
-    media = [(stem, suffix) for stem, suffix in listing if suffix.lower() != ".txt"]
-    captions = {stem: suffix for stem, suffix in listing if suffix.lower() == ".txt"}
+    media = [(stem, suffix) for stem, suffix in listing if suffix.lower() not in CAPTION_SUFFIXES]
+    captions: dict[str, list[Path]] = {}
+    for stem, suffix in listing:
+        if suffix.lower() in CAPTION_SUFFIXES:
+            captions.setdefault(stem, []).append(folder / (stem + suffix))
     prefix = Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(data_dir)))
     columns: Columns = {
         "file_path": [str(prefix / (stem + suffix)) for stem, suffix in media],
-        "text": [_read_caption(folder / (stem + captions[stem])) if stem in captions else "" for stem, _ in media],
+        "text": [_read_only_caption(captions[stem]) if stem in captions else "" for stem, _ in media],
     }
+    names = " or ".join(CAPTION_SUFFIXES)
     without_caption = [stem + suffix for stem, suffix in media if stem not in captions]
     without_media = sorted(captions.keys() - {stem for stem, _ in media})
     notes = []
     if without_caption:
-        count = len(without_caption)
-        notes.append(f"{count} media files have no .txt file, their caption is empty (first: {without_caption[0]!r})")
+        count, first = len(without_caption), without_caption[0]
+        notes.append(f"{count} media files have no {names} file, their caption is empty (first: {first!r})")
     if without_media:
         count = len(without_media)
-        notes.append(f"{count} .txt files have no media file, they are ignored (first: {without_media[0]!r})")
+        notes.append(f"{count} {names} files have no media file, they are ignored (first: {without_media[0]!r})")
     return columns, notes
 
 
+def _read_only_caption(paths: Sequence[Path]) -> str | bytes:
+    """Return the caption of a media file; its files, if there are several, must agree."""
+    (first, caption), *others = ((path, _read_caption(path)) for path in paths)
+    for path, other in others:
+        if other != caption:
+            what = f"{first.name} and {path.name} state different captions of one media file"
+            raise UserError(str(path.parent), what, "remove one of the two files", DATA)
+    return caption
+
+
 def _read_caption(path: Path) -> str | bytes:
-    """Read a caption; bytes that are not UTF-8 are returned unchanged and become the row's problem "bad_text"."""
+    """Read a caption; bytes that are not text are returned unchanged and become the row's problem "bad_text"."""
     content = _read_bytes(path)
     try:
-        return content.decode("utf-8-sig").strip()
+        return content.decode(_encoding_of(content)).strip()
     except UnicodeDecodeError:
         return content
+
+
+def _encoding_of(content: bytes) -> str:
+    """Return the encoding that the byte order mark at the beginning states; UTF-8 without one."""
+    return next((encoding for mark, encoding in _MARKS.items() if content.startswith(mark)), "utf-8")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -212,27 +297,17 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_text(path: Path) -> str:
     content = _read_bytes(path)
+    encoding = _encoding_of(content)
     hint = "save the file as UTF-8"
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
-        at = 0 if content[0] > 0x7F else content.index(b"\0")
+    if encoding.startswith("utf-8") and b"\0" in content[:4]:
+        at = content.index(b"\0")
         raise UserError(str(path), f"byte {at} is not UTF-8 text, the file seems to be UTF-16 or UTF-32", hint, DATA)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
-        what = f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8, the file may be Latin-1"
-        raise UserError(str(path), what, hint, DATA) from error
-
-
-def _require_columns(found: Iterable[object], path: Path) -> None:
-    names = [str(name) for name in found]
-    # Empty names are not counted: many exporters end each line with a comma.
-    name, count = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
-    if count > 1:
-        raise UserError(str(path), f"column {name!r} occurs {count} times in the header", "remove all but one", DATA)
-    missing = [name for name in ("file_path", "text") if name not in names]
-    if missing:
-        what = f"no row has {' nor '.join(missing)}; columns found: {', '.join(map(repr, names[:20])) or 'none'}"
-        raise UserError(str(path), what, "name the columns file_path and text, separated by commas in a csv", DATA)
+        what = f"byte {error.start} (0x{content[error.start]:02x}) is not {encoding.upper().removesuffix('-SIG')}"
+        guess = ", the file may be Latin-1" if encoding == "utf-8" else ""
+        raise UserError(str(path), what + guess, hint, DATA) from error
 
 
 def raise_row_error(path: Path, row: int, key: str, what: str, hint: str) -> NoReturn:
@@ -254,9 +329,9 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-READERS: dict[str, Callable[[Path], Columns]] = {
+READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _read_json,
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }

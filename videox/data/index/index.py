@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from videox.data.index.formats import list_folder
-from videox.data.index.metadata import check_paths, read_metadata
+from videox.data.index.captions import RowCaptions, unpack_captions
+from videox.data.index.formats import CAPTION_SUFFIXES, list_folder
+from videox.data.index.metadata import READER, check_paths, read_metadata
 from videox.data.index.probe import PROBE_SECONDS
 from videox.data.index.scan import (
     Files,
@@ -61,12 +62,14 @@ class DataLocation:
         data_dir: the folder that file_path is relative to.
         index_path: the saved index (an Arrow file, replaced atomically); its folder must be writable.
         allow_outside_data_dir: allow a file_path that leaves data_dir.
+        allow_absolute: allow absolute paths outside of data_dir; for metadata without a data folder of its own.
     """
 
     metadata_path: Path
     data_dir: Path
     index_path: Path
     allow_outside_data_dir: bool = False
+    allow_absolute: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Index:
     Attributes:
         data_dir: the folder that file_path is relative to.
         file_path: strings (Arrow).
-        text: the captions (Arrow).
+        text: the captions of each row, as `pack_captions` stores them (Arrow).
         kind: uint8, 0 image, 1 video.
         width: int32, pixels, upright.
         height: int32, pixels, upright.
@@ -141,9 +144,13 @@ class Index:
         """Return the path of a row's file."""
         return self.data_dir / self.file_path[int(row)].as_py()
 
+    def captions(self, row: int) -> RowCaptions:
+        """Return a row's captions, to which the rules of the run are not applied yet."""
+        return unpack_captions(self.text[int(row)].as_py())
+
     def caption(self, row: int) -> str:
-        """Return a row's caption."""
-        return str(self.text[int(row)].as_py())
+        """Return the first of a row's captions."""
+        return self.captions(row).captions[0]
 
     def problems(self) -> list[tuple[int, str, str, str]]:
         """Return (row, file_path, class, detail) of every unusable row, sorted by row."""
@@ -229,8 +236,10 @@ def build_index(
         UserError: as `read_metadata`; exit code 3 if none of the files exists, 5 if the index cannot be written.
     """
     metadata_path, data_dir, index_path = location.metadata_path, location.data_dir, location.index_path
-    outside = location.allow_outside_data_dir
-    options = {"data_dir": os.path.realpath(data_dir), "allow_outside_data_dir": outside}
+    allowed = {
+        "allow_outside_data_dir": location.allow_outside_data_dir, "allow_absolute": location.allow_absolute,
+    }  # fmt: skip
+    options = {"data_dir": os.path.realpath(data_dir), "reader": READER, **allowed}
     saved = load_table(index_path)
     header = {} if saved is None else header_of(saved)
     rows_are_saved = (
@@ -243,7 +252,7 @@ def build_index(
     else:
         # The stamp is computed before reading: the next start then notices a change that happens while we read.
         header = {"version": VERSION, "options": options, "stamp": _stamp(metadata_path, with_bytes=True)}
-        metadata = read_metadata(metadata_path, data_dir, allow_outside_data_dir=outside)
+        metadata = read_metadata(metadata_path, data_dir, **allowed)
         header["from_metadata"], rows = metadata.notes, rows_of_metadata(metadata)
         del metadata  # as Python objects, a million rows need much more memory than as columns
     partial = index_path.with_name(f"{index_path.name}.partial")
@@ -253,7 +262,7 @@ def build_index(
     # read_metadata has checked the paths of new rows. A saved row is checked again if its file changed, since a link
     # may have replaced it, or if it was found under another name.
     if (rows_are_saved and len(files.to_probe())) or files.renamed:
-        check_paths(files.paths_to_probe_by_row(), data_dir, metadata_path, allow_outside_data_dir=outside)
+        check_paths(files.paths_to_probe_by_row(), data_dir, metadata_path, **allowed)
     probe_files(files, partial, workers=workers, progress=progress, timeout=timeout, announce=announce)
     if saved is not None and files.matches_saved():
         return _to_index(saved, data_dir, index_path)
@@ -341,7 +350,9 @@ def _stamp(path: Path, *, with_bytes: bool) -> dict[str, Any]:
         return {}  # read_metadata reports it to the user
     if stat.S_ISDIR(status.st_mode):
         names = list_folder(path)
-        captions = (size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if suffix.lower() == ".txt")
+        captions = (
+            size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if suffix.lower() in CAPTION_SUFFIXES
+        )
         return {"listing": hashlib.sha256(repr((names, list(captions))).encode(errors="surrogateescape")).hexdigest()}
     stamp: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if with_bytes and stat.S_ISREG(status.st_mode):

@@ -14,16 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from videox.data.index.formats import FIELDS, READERS, Columns, no_samples_error, raise_row_error, read_folder
+from videox.data.index.captions import RowCaptions, clean_captions, pack_captions
+from videox.data.index.columns import FIELDS, Columns, is_given
+from videox.data.index.formats import READERS, Table, no_samples_error, raise_row_error, read_folder
 from videox.errors import UserError
 
+READER = 2  # increase it whenever the same metadata gives other rows than before: saved rows are then read again
 KINDS = ("image", "video")
 ROW_PROBLEMS = {
     "no_file_path": "the row has no file_path",
     "bad_file_path": "file_path is not a usable string",
-    "no_text": "the row has no text",
-    "bad_text": "text is not a UTF-8 string",
+    "no_text": "the row has no text",  # of indexes that an older version saved: now the caption is empty
+    "bad_text": "text is neither a UTF-8 string nor a list of them",
 }
+# What tables and lists contain where a number or a type is not given, besides nothing at all.
+_NOT_GIVEN = {"", "nan", "none", "null", "<na>"}
+_DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)
 MAX_WEIGHT = 10_000
 _MAX_INT = 2**31 - 1  # sizes and frame counts are stored in 32 bits
 # What FFmpeg interprets as a protocol instead of a file name. "-" means stdin; "-abc.mp4" is an ordinary file name.
@@ -40,7 +46,7 @@ class Metadata:
 
     Attributes:
         file_path: as written, relative to train_data_dir; a printable form of it where it is not usable.
-        text: the caption; '' where the row has no usable one.
+        text: the captions as `pack_captions` stores them: a single one as it is, '' where the row has none.
         kind: "image", "video" or "" (decided by the file's content).
         width: in pixels, 0 = not given.
         height: in pixels, 0 = not given.
@@ -65,33 +71,44 @@ class Metadata:
     notes: list[str] = field(default_factory=list)
 
 
-def read_metadata(path: Path, data_dir: Path, *, allow_outside_data_dir: bool = False) -> Metadata:
+def read_metadata(
+    path: Path, data_dir: Path, *, allow_outside_data_dir: bool = False, allow_absolute: bool = False
+) -> Metadata:
     """Read metadata into columns and check that every path is inside the data folder.
 
     Args:
         path: a .json (list of objects), .jsonl, .csv (with header) or .parquet file, or a folder of x.mp4 + x.txt.
         data_dir: the folder that file_path is relative to.
         allow_outside_data_dir: allow paths that leave data_dir (absolute, "..", symbolic links).
+        allow_absolute: allow absolute paths outside of data_dir, for a list that no data folder is given for.
 
     Raises:
         UserError: exit code 2 for a file that is missing, unreadable or of an unknown type; 3 for its content.
     """
     if not stat.S_ISDIR(_stat_mode(data_dir)):
         raise UserError(str(data_dir), "is not a folder", "pass the folder of the media files as --train_data_dir")
-    notes: list[str] = []
     mode, suffix = _stat_mode(path), path.suffix.lower()
     if stat.S_ISDIR(mode) and suffix not in READERS:
         columns, notes = read_folder(path, data_dir)
     else:
-        columns = _select_reader(path, mode, suffix)(path)
+        columns, notes = _select_reader(path, mode, suffix)(path)
+    if (note := _use_slashes(columns["file_path"], data_dir, path)) is not None:
+        notes = [*notes, note]
     metadata = _to_metadata(columns, path, notes)
     unusable = ("no_file_path", "bad_file_path")
     paths = ["" if p in unusable else f for f, p in zip(metadata.file_path, metadata.problem, strict=True)]
-    check_paths(paths, data_dir, path, allow_outside_data_dir=allow_outside_data_dir)
+    check_paths(paths, data_dir, path, allow_outside_data_dir=allow_outside_data_dir, allow_absolute=allow_absolute)
     return metadata
 
 
-def check_paths(paths: Sequence[str], data_dir: Path, source: Path, *, allow_outside_data_dir: bool) -> None:
+def check_paths(
+    paths: Sequence[str],
+    data_dir: Path,
+    source: Path,
+    *,
+    allow_outside_data_dir: bool,
+    allow_absolute: bool = False,
+) -> None:
     """Raise for the first path that is not the name of a local file, or that leaves data_dir after resolving links.
 
     Each directory is resolved and listed only once, so that a million rows do not need a system call each.
@@ -101,6 +118,7 @@ def check_paths(paths: Sequence[str], data_dir: Path, source: Path, *, allow_out
         data_dir: the folder that paths are relative to.
         source: the metadata file, for the message.
         allow_outside_data_dir: check only the names, not where they lead.
+        allow_absolute: the same for absolute paths alone.
 
     Raises:
         UserError: exit code 3, with the row.
@@ -111,7 +129,7 @@ def check_paths(paths: Sequence[str], data_dir: Path, source: Path, *, allow_out
         if (":" in name or "," in name or name == "-") and _PROTOCOL.match(name):
             hint = "use a path below --train_data_dir"
             raise_row_error(source, row, "file_path", f"{name!r} is not a local file", hint)
-        if allow_outside_data_dir or not name:
+        if allow_outside_data_dir or not name or (allow_absolute and name.startswith("/")):
             continue
         directory, base = os.path.split(name)
         links = links_of.get(directory)
@@ -123,6 +141,29 @@ def check_paths(paths: Sequence[str], data_dir: Path, source: Path, *, allow_out
             _require_inside(_resolve(root, name), root, name, source, row)
 
 
+def _use_slashes(paths: list[Any], data_dir: Path, source: Path) -> str | None:
+    """Write the backslashes of paths from Windows as slashes, in place; return a note if there are any.
+
+    A file whose name really has a backslash keeps it.
+
+    Raises:
+        UserError: exit code 3 for a path on a drive of Windows.
+    """
+    rows = [row for row, value in enumerate(paths) if isinstance(value, str) and ("\\" in value or ":" in value)]
+    changed = []
+    for row in rows:
+        name = paths[row]
+        if _DRIVE.match(name):
+            what = f"{name!r} is a path on a drive of Windows"
+            raise_row_error(source, row, "file_path", what, "make the paths relative to --train_data_dir")
+        if "\\" in name and "\0" not in name and not os.path.lexists(os.path.join(data_dir, name)):  # noqa: PTH118
+            paths[row] = name.replace("\\", "/")
+            changed.append((row, name))
+    if not changed:
+        return None
+    return f"{len(changed)} rows: \\ in file_path is read as / (first: row {changed[0][0]}, {changed[0][1]!r})"
+
+
 def _to_metadata(columns: Columns, path: Path, notes: list[str]) -> Metadata:
     """Convert raw columns to typed ones; a wrong value in one row becomes that row's problem."""
     rows = len(columns["file_path"])
@@ -130,7 +171,11 @@ def _to_metadata(columns: Columns, path: Path, notes: list[str]) -> Metadata:
         raise no_samples_error(path)
     empty: list[Any] = [None] * rows
     raw = {name: columns.get(name, empty) for name in FIELDS}
-    problem = [_path_problem(p) or _text_problem(t) for p, t in zip(raw["file_path"], raw["text"], strict=True)]
+    captions = [_captions(value) for value in raw["text"]]
+    problem = [
+        _path_problem(name) or ("bad_text" if row is None else "")
+        for name, row in zip(raw["file_path"], captions, strict=True)
+    ]
     unusable = ("no_file_path", "bad_file_path")
     kind = [_kind(value, row, path) for row, value in enumerate(raw["type"])]
     numbers: dict[str, Any] = {
@@ -140,7 +185,7 @@ def _to_metadata(columns: Columns, path: Path, notes: list[str]) -> Metadata:
     number_notes = [_note_on_bad_numbers(name, raw[name], parsed, kind) for name, parsed in numbers.items()]
     return Metadata(
         file_path=[_printable(v) if p in unusable else v for v, p in zip(raw["file_path"], problem, strict=True)],
-        text=[_replace_surrogates(value) if isinstance(value, str) else "" for value in raw["text"]],
+        text=[pack_captions(row or RowCaptions()) for row in captions],
         kind=kind,
         weight=[_weight(value, row, path) for row, value in enumerate(raw["weight"])],
         problem=problem,
@@ -159,11 +204,7 @@ def _note_on_bad_numbers(name: str, raw: Sequence[Any], parsed: Sequence[float],
     bad = [
         row
         for row, (value, number) in enumerate(zip(raw, parsed, strict=True))
-        if not number
-        and value is not None
-        and value != ""
-        and value == value  # not NaN
-        and not (only_for_videos and kind[row] == "image")
+        if not number and not _is_missing(value) and not (only_for_videos and kind[row] == "image")
     ]
     if not bad:
         return ""
@@ -172,17 +213,30 @@ def _note_on_bad_numbers(name: str, raw: Sequence[Any], parsed: Sequence[float],
     return f"{len(bad)} rows: {name} is not {expected} and is ignored ({first})"
 
 
+def _is_missing(value: object) -> bool:
+    """Return whether a cell that holds no free text is not given."""
+    return not is_given(value) or (isinstance(value, str) and value.strip().lower() in _NOT_GIVEN)
+
+
 def _path_problem(value: object) -> str:
-    if value is None or value == "":
+    if not is_given(value):
         return "no_file_path"
     usable = isinstance(value, str) and "\0" not in value and _replace_surrogates(value) == value
     return "" if usable else "bad_file_path"
 
 
-def _text_problem(value: object) -> str:
-    if value is None:
-        return "no_text"
-    return "" if isinstance(value, str) else "bad_text"
+def _captions(value: object) -> RowCaptions | None:
+    """Return the captions that a cell holds, ("",) if it holds none; None if it is not text."""
+    if not is_given(value):
+        return RowCaptions()
+    if isinstance(value, str):
+        return RowCaptions((_replace_surrogates(value),))
+    if not isinstance(value, list):
+        return None
+    items = [item for item in value if is_given(item)]
+    if not all(isinstance(item, str) for item in items):
+        return None
+    return clean_captions([_replace_surrogates(item) for item in items])
 
 
 def _printable(value: object) -> str:
@@ -197,7 +251,7 @@ def _replace_surrogates(text: str) -> str:
 
 
 def _kind(value: object, row: int, path: Path) -> str:
-    if value is None or value == "":
+    if _is_missing(value):
         return ""
     kind = value.strip().lower() if isinstance(value, str) else value
     if kind not in KINDS:
@@ -217,7 +271,7 @@ def _positive_float(value: object) -> float:
 
 
 def _weight(value: object, row: int, path: Path) -> float:
-    if value is None or value == "":
+    if _is_missing(value):
         return 1.0
     # 0 is a legal weight: the row is never used. Everything that is not a number becomes -1, which is rejected.
     weight = 0.0 if value in (0, "0") and not isinstance(value, bool) else _positive_float(value) or -1.0
@@ -242,7 +296,7 @@ def _stat_mode(path: Path) -> int:
         raise UserError(str(path), f"cannot be opened ({reason})", "correct the path or its permissions") from error
 
 
-def _select_reader(path: Path, mode: int, suffix: str) -> Callable[[Path], Columns]:
+def _select_reader(path: Path, mode: int, suffix: str) -> Callable[[Path], Table]:
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise UserError(str(path), f"unknown suffix {suffix!r}", f"use one of {known}, or a folder of x.mp4 + x.txt")

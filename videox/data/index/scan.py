@@ -148,10 +148,8 @@ class Files:
         """Return sentences about what is legal but may be unintended."""
         sound = pc.equal(self.rows["row_problem"], "")
         repeated = pc.sum(sound).as_py() - sum(path != "" for path in self.paths)
-        without_caption = pc.sum(pc.and_(sound, pc.equal(pc.binary_length(self.rows["text"]), 0))).as_py()
         counts = {
             "rows name a file that an earlier row names: each row is trained": repeated,
-            "rows have an empty caption": without_caption,
             "files were found under another Unicode form of their name": self.renamed,
         }
         return [f"{count} {what}" for what, count in counts.items() if count]
