@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from videox.data.cache.cache import CacheView, SampleKey
+from videox.data.index.captions import CaptionRules, draw_caption
 from videox.data.index.index import Index
 from videox.data.media.timeout import READ_SECONDS, time_limit
 from videox.data.media.video import BadMedia, read_clip, read_image
@@ -39,7 +40,7 @@ class Sample(TypedDict):
     Attributes:
         planned: what the plan says about it.
         pixels: uint8 [T, H, W, 3]; None if every tensor computed from them was found in the cache.
-        caption: "" if it is dropped.
+        caption: one of its row's captions with the run's rules applied; "" if it is dropped.
         frame_indices: source frames, int64 [T].
         cached: tensors found in the cache, by name.
         sample_key: its key in the cache; None without a cache, and for padding.
@@ -109,18 +110,21 @@ class TokenLengthDataset(Dataset):
         policy: the flags that decide which frames are kept.
         reader: "pyav" | "decord".
         caption_dropout: share of captions (0 to 1) replaced by "", drawn by each sample's key.
+        caption_rules: what is done to each caption before that.
         cache_view: cache of encoder outputs; a file is not read if all tensors computed from it are cached.
         always_read: read the files even then, for a caller that needs the pixels.
     """
 
     def __init__(
         self, index: Index, *, policy: SizePolicy, reader: str, caption_dropout: float,
+        caption_rules: CaptionRules | None = None,
         cache_view: CacheView | None = None, always_read: bool = False,
     ) -> None:  # fmt: skip
         self.index = index
         self.policy = policy
         self.reader = reader
         self.caption_dropout = caption_dropout
+        self.caption_rules = caption_rules or CaptionRules()
         self.cache_view = cache_view
         self.always_read = always_read
 
@@ -154,7 +158,11 @@ class TokenLengthDataset(Dataset):
     def caption_of(self, planned: PlannedSample) -> str:
         """Return a sample's caption, "" if it is dropped."""
         dropped = uniform(planned.key, Purpose.CAPTION_DROPOUT) < self.caption_dropout
-        return "" if dropped else self.index.caption(planned.row)
+        return "" if dropped else self.caption_before_dropout(planned)
+
+    def caption_before_dropout(self, planned: PlannedSample) -> str:
+        """Return the caption that a sample has if it is not dropped."""
+        return draw_caption(self.index.captions(planned.row), self.caption_rules, planned.key)
 
     def pace(self, row: int) -> float:
         """Return the number of source frames from one kept frame of a row to the next."""
@@ -169,7 +177,7 @@ class TokenLengthDataset(Dataset):
         return self._replace(cache_view=None)
 
     def _replace(self, **changes: Any) -> TokenLengthDataset:  # noqa: ANN401 - keyword arguments of the class
-        names = ("policy", "reader", "caption_dropout", "cache_view", "always_read")
+        names = ("policy", "reader", "caption_dropout", "caption_rules", "cache_view", "always_read")
         return TokenLengthDataset(self.index, **{name: getattr(self, name) for name in names} | changes)
 
     def _read(self, sample: Sample, path: Path) -> np.ndarray:

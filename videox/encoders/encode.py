@@ -179,7 +179,7 @@ class Encoder:
     Args:
         specs: the tensors of the family and task, in any order.
         device: the device of the returned tensors.
-        cache_view: the cache, with a CacheField for each spec; None encodes everything each time.
+        cache_view: the cache, with a CacheField for each spec that is cached; None encodes everything each time.
         encoders: the encoders with the modules that the specs name; each module is prefetched to the device while the
             previous one computes.
     """
@@ -218,15 +218,20 @@ class Encoder:
         """
         video, encoded = _LazyVideo(batch, self.device), {}
         for spec, following in zip(self.specs, (*self.specs[1:], None), strict=True):
-            if self.cache is None and any(batch["real"]):
-                self._prefetch(spec, following)
+            if only is None and any(batch["real"]):
+                self._prefetch(*(each for each in (spec, following) if each and each.name not in self.cache_fields))
             encoded[spec.name] = self._encode(spec, batch, video, only)
         return encoded
 
-    def _prefetch(self, *specs: EncodingSpec | None) -> None:
+    @property
+    def uncached(self) -> tuple[EncodingSpec, ...]:
+        """The specs whose tensors are encoded each time, although there is a cache."""
+        return tuple(spec for spec in self.specs if self.cache is not None and spec.name not in self.cache_fields)
+
+    def _prefetch(self, *specs: EncodingSpec) -> None:
         """Start copying the modules of these specs to the device, in this order."""
         for spec in specs:
-            if self.encoders is not None and spec is not None and spec.module:
+            if self.encoders is not None and spec.module:
                 getattr(self.encoders(), spec.module).prefetch()
 
     def _encode(
@@ -239,8 +244,10 @@ class Encoder:
                 tensors[place] = spec.placeholder(bucket)
             elif name in batch["cached"][place]:
                 tensors[place] = spec.from_cache(batch["cached"][place][name], bucket)
-            elif self.cache is not None:
+            elif name in self.cache_fields:
                 tensors |= self._from_cache(spec, batch, place, video, only)
+            elif only is not None:  # filling a cache that does not have this tensor
+                tensors[place] = spec.placeholder(bucket)
         missing = [place for place in range(len(batch["real"])) if place not in tensors]
         if missing:
             tensors |= dict(zip(missing, spec.run(video.select(missing)), strict=True))

@@ -33,6 +33,8 @@ FIRST_LAUNCH = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadrat
 # Values of settings that older checkpoints do not have: what their runs were planned with, by default or by flags that
 # did not exist yet.
 OLD_DEFAULTS = {"barrier": "step", "accumulation": 1, "balance": "none"}
+# Settings of captions are left out of plan_inputs at these values, so that the names of runs without them stay.
+CAPTION_DEFAULTS = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False}
 OLD_FLAGS = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "random"}
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
@@ -111,7 +113,12 @@ def read_state(checkpoint: Path) -> TrainState:
 def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
     """Return the plan's settings as plain JSON values, for storing and comparing."""
     version = {} if settings.balance == "none" else {"dealing": ASSIGNMENT_VERSION}
-    return json.loads(json.dumps(asdict(settings) | version))
+    values = {name: value for name, value in asdict(settings).items() if not _is_default(name, value)}
+    return json.loads(json.dumps(values | version))
+
+
+def _is_default(name: str, value: object) -> bool:
+    return name in CAPTION_DEFAULTS and CAPTION_DEFAULTS[name] == value
 
 
 def run_name(flags: str, index: str, settings: PlanSettings) -> str:
@@ -137,13 +144,23 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
     Raises:
         UserError: with each changed setting, its old and its new value.
     """
-    now, then = _flatten(plan_inputs(settings)), OLD_DEFAULTS | OLD_FLAGS | _flatten(state.settings)
-    changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if now.get(name) != then.get(name)]
+    now = CAPTION_DEFAULTS | _flatten(plan_inputs(settings))
+    then = OLD_DEFAULTS | OLD_FLAGS | CAPTION_DEFAULTS | _flatten(state.settings)
+    changed = [
+        f"{name} was {_shown(then.get(name))}, is {_shown(now.get(name))}"
+        for name in now
+        if now.get(name) != then.get(name)
+    ]
     if index_fingerprint != state.index:
         changed.append("the data's rows, captions or sizes have changed")
     if changed:
         hint = "resume with the original data and flags, or start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), hint, MODEL)
+
+
+def _shown(value: object) -> str:
+    """Return a setting's value as messages show it: text that is empty or has white space in quotes."""
+    return repr(value) if isinstance(value, str) and len(value.split()) != 1 else str(value)
 
 
 def first_launch_settings(state: TrainState) -> dict[str, Any]:
@@ -194,11 +211,13 @@ class IndexedData:
         fingerprint: of the index, over everything that the plan reads.
         names: fingerprint of the rows' names alone.
         columns: the values that the plan reads, one per row.
+        captionless: bool [rows], True for a row without a caption; None = every row has one.
     """
 
     fingerprint: str
     names: str
     columns: PlanColumns
+    captionless: np.ndarray | None = None
 
 
 def resume_or_begin(
@@ -215,7 +234,8 @@ def resume_or_begin(
     """Return the state of a checkpoint, or of a new run, and the settings of its plan.
 
     A resumed run keeps the columns that it began with: a file that became unreadable since then keeps its place in
-    the schedule, where it is found, reported and counted like any other bad sample.
+    the schedule, where it is found, reported and counted like any other bad sample. A row without a caption, which
+    older versions did not train, stays left out of a run that began without it.
 
     Args:
         checkpoint: None for a new run.
@@ -242,7 +262,7 @@ def resume_or_begin(
         only_lost = (
             state.names == data.names
             and state.columns is not None
-            and lost_rows(state.columns, data.columns) is not None
+            and lost_rows(state.columns, data.columns, data.captionless) is not None
         )
         refuse_changed_plan(state, state.index if only_lost else data.fingerprint, settings)
         state.columns = state.columns if only_lost else data.columns
@@ -253,15 +273,22 @@ def resume_or_begin(
     return state, settings
 
 
-def lost_rows(then: PlanColumns, now: PlanColumns) -> np.ndarray | None:
-    """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None."""
+def lost_rows(then: PlanColumns, now: PlanColumns, may_appear: np.ndarray | None = None) -> np.ndarray | None:
+    """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None.
+
+    Args:
+        then: columns that the run began with.
+        now: columns of this launch.
+        may_appear: bool [rows], rows that may have become usable since then; None = no row.
+    """
     both = then.usable & now.usable
     # A lost row's other columns are not known any more, so only rows that are readable in both are compared.
     pairs = [
         (getattr(then, name), getattr(now, name)) for name in ("kind", "width", "height", "frames", "fps", "weight")
     ]
     same = [a is b if a is None or b is None else np.array_equal(a[both], b[both]) for a, b in pairs]
-    only_lost = all(same) and not np.any(now.usable & ~then.usable)
+    appeared = now.usable & ~then.usable
+    only_lost = all(same) and not np.any(appeared if may_appear is None else appeared & ~may_appear)
     return np.flatnonzero(then.usable & ~now.usable) if only_lost else None
 
 

@@ -6,11 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from videox.data.index.captions import (
+    TRIGGER,
+    CaptionRules,
+    RowCaptions,
+    caption_counts,
+    draw_caption,
+    rows_with_placeholder,
+    rows_without_caption,
+)
 from videox.data.index.index import Index, index_summary
 from videox.data.plan.balance import balance_and_variance_ratio
 from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.errors import DATA, UserError
 from videox.shapes import TEMPORAL_RATIO, token_count
 
 FRAMES_OF_TWO_LATENTS = TEMPORAL_RATIO + 1
@@ -94,11 +104,55 @@ def balance_line(plan: EpochPlan, settings: PlanSettings, processes: int) -> str
     )
 
 
+def check_captions(index: Index, missing_caption: str) -> None:
+    """Raise UserError if a row that can be trained has no caption and missing_caption is "refuse"."""
+    if missing_caption != "refuse":
+        return
+    rows = np.flatnonzero(index.usable & rows_without_caption(index.text))
+    if len(rows):
+        paths = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in rows[:5])
+        what = f"{len(rows)} rows have no caption: rows {paths}{', ...' if len(rows) > 5 else ''}"
+        hint = "add their captions, or remove --missing_caption refuse to train them with the empty one"
+        raise UserError("--missing_caption refuse", what, hint, DATA)
+
+
+def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list[str]:
+    """Return a line each on rows without a caption, rows with several, and captions whose "[trigger]" stays."""
+    bare = np.flatnonzero(index.usable & rows_without_caption(index.text))
+    counts = caption_counts(index.text)
+    several = np.flatnonzero(index.usable & (counts > 1))
+    lines = []
+    if len(bare):
+        trained = draw_caption(RowCaptions(), rules, 0)
+        how = f"the caption {trained!r}" if trained else "an empty caption"
+        lines.append(f"{len(bare)} rows have no caption and are trained with {how}: rows {_listed(bare, max_rows)}")
+    if len(several):
+        lines.append(
+            f"{len(several)} rows have several captions (up to {counts[several].max()}): each sample of an epoch draws one"
+        )
+    left = np.flatnonzero(index.usable & rows_with_placeholder(index.text))
+    if len(left) and not rules.trigger_word:
+        lines.append(
+            f"warning: {TRIGGER} in the captions of {len(left)} rows is trained as it is, because there is no "
+            f"--trigger_word: rows {_listed(left, max_rows)}"
+        )
+    return lines
+
+
+def _listed(rows: np.ndarray, max_rows: int) -> str:
+    return ", ".join(map(str, rows[:max_rows])) + (", ..." if len(rows) > max_rows else "")
+
+
 def unreadable_lines(index: Index, before: PlanColumns, now: PlanColumns) -> list[str]:
-    """Return a line on rows that were readable when the run began and are no longer, if there are any."""
+    """Return lines on rows that the run began with and can no longer be read, and on those it began without."""
     unreadable = np.flatnonzero(before.usable & ~now.usable)
     listed = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in unreadable[:5])
-    return [f"{len(unreadable)} rows can no longer be read and get weight 0: {listed}"] if len(unreadable) else []
+    lines = [f"{len(unreadable)} rows can no longer be read and get weight 0: {listed}"] if len(unreadable) else []
+    if len(appeared := np.flatnonzero(now.usable & ~before.usable)):
+        lines.append(
+            f"{len(appeared)} rows without a caption stay left out, as when the run began: rows {_listed(appeared, 10)}"
+        )
+    return lines
 
 
 def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:

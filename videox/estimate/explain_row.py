@@ -6,17 +6,30 @@ from dataclasses import replace
 
 import numpy as np
 
+from videox.data.index.captions import draw_caption
 from videox.data.index.index import Index
 from videox.data.index.table import IMAGE
 from videox.data.plan.buckets import Fate, crop_share, frame_offsets, frames_at_pace, pace_of
 from videox.data.plan.plan import draw_samples, plan_epoch, row_fates
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import UserError
+from videox.rng import Purpose, uniform
 from videox.shapes import GRID, token_count
 
+MOST_CHARACTERS = 80  # of a caption in the line of an epoch
 
-def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
-    """Return lines about one metadata row: its file, and bucket, start and cropping per epoch, or why it is not used.
+
+def explain_row(
+    index: Index,
+    columns: PlanColumns,
+    settings: PlanSettings,
+    row: int,
+    epochs: int,
+    caption_dropout: float = 0.0,
+) -> list[str]:
+    """Return lines about one metadata row: its file, and what each epoch trains of it, or why it is not used.
+
+    A line of an epoch has bucket, start, cropping and caption.
 
     Args:
         index: has the file and its problem.
@@ -24,6 +37,7 @@ def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row:
         settings: of the run's plan.
         row: row number in the metadata, from 0.
         epochs: number of epochs to list.
+        caption_dropout: share of captions, 0 to 1, that are dropped.
 
     Raises:
         UserError: there is no such row.
@@ -34,12 +48,27 @@ def explain_row(index: Index, columns: PlanColumns, settings: PlanSettings, row:
         )
     lines = [
         f"row {row}: {index.file_path[row].as_py()!r}, {_describe_file(index, columns, row)}",
-        f"caption: {index.caption(row)!r}",
+        *_caption_lines(index, row),
     ]
     fate = Fate(int(row_fates(columns, settings, np.zeros(0, np.int64))[row]))
     if fate is not Fate.TRAINED:
         return [*lines, f"{fate.name.lower()}: {_reason(index, columns, settings, row, fate)}"]
-    return [*lines, *_epoch_lines(columns, settings, row, epochs)]
+    return [*lines, *_epoch_lines(index, columns, settings, row, epochs, caption_dropout)]
+
+
+def _caption_lines(index: Index, row: int) -> list[str]:
+    """Return lines on the captions of a row as the metadata states them."""
+    captions, prefix, trigger_word = index.captions(row)
+    of = f" of {len(captions)}"
+    lines = [
+        f"caption{f' {number}{of}' if len(captions) > 1 else ''}: {caption!r}"
+        for number, caption in enumerate(captions, 1)
+    ]
+    return [
+        *lines,
+        *([f"prefix of its list: {prefix!r}"] if prefix else []),
+        *([f"trigger word of its list: {trigger_word!r}"] if trigger_word else []),
+    ]
 
 
 def _describe_file(index: Index, columns: PlanColumns, row: int) -> str:
@@ -77,7 +106,9 @@ def _pace(columns: PlanColumns, settings: PlanSettings, row: int) -> np.ndarray 
     return pace_of(settings.policy, None if columns.fps is None else columns.fps[[row]])
 
 
-def _epoch_lines(columns: PlanColumns, settings: PlanSettings, row: int, epochs: int) -> list[str]:
+def _epoch_lines(
+    index: Index, columns: PlanColumns, settings: PlanSettings, row: int, epochs: int, caption_dropout: float
+) -> list[str]:
     """Return one line per epoch and copy.
 
     Draws depend on the row alone, so that a plan without the other rows has its bucket and start.
@@ -90,7 +121,7 @@ def _epoch_lines(columns: PlanColumns, settings: PlanSettings, row: int, epochs:
     )  # fmt: skip
     pace = _pace(columns, settings, row)
     lines = [
-        f"  {'epoch':>5} {'frames x height x width':>24} {'tokens':>8} {'first frame':>11} {'last':>6} {'cropped':>7}"
+        f"  {'epoch':>5} {'frames x height x width':>24} {'tokens':>8} {'first frame':>11} {'last':>6} {'cropped':>7}  caption"
     ]
     for epoch in range(epochs):
         fates = row_fates(only_this_row, one_slot, np.zeros(0, np.int64))
@@ -106,7 +137,18 @@ def _epoch_lines(columns: PlanColumns, settings: PlanSettings, row: int, epochs:
             cropped = crop_share(columns.height[row], columns.width[row], bucket.height, bucket.width)
             name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
             copy_note = f"  (copy {copy + 1})" if copy else ""
+            key = int(plan.key[micro])
+            is_dropped = bool(uniform(key, Purpose.CAPTION_DROPOUT) < caption_dropout)
+            caption = "" if is_dropped else draw_caption(index.captions(row), settings.caption_rules, key)
+            shown = f"{_shorten(caption)}{' (dropped)' if is_dropped else ''}"
             lines.append(
-                f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cropped:>7.1%}{copy_note}"
+                f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cropped:>7.1%}  {shown}"
+                f"{copy_note}"
             )
     return lines
+
+
+def _shorten(caption: str) -> str:
+    if len(caption) <= MOST_CHARACTERS:
+        return repr(caption)
+    return f"{caption[:MOST_CHARACTERS]!r}..."

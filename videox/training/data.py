@@ -55,15 +55,19 @@ def build_data(
     """
     if args.cache_only and not args.latent_cache:
         raise UserError("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
-    encode = open_encoder(specs, args.latent_cache, ctx, mode=args.train_mode, encoders=encoders)
+    rules = schedule.settings.caption_rules
+    encode = open_encoder(
+        specs, args.latent_cache, ctx, mode=args.train_mode, encoders=encoders, cache_text=not rules.shuffle_tags
+    )
     dataset = TokenLengthDataset(
         schedule.index, policy=schedule.settings.policy, reader=args.video_reader,
-        caption_dropout=args.caption_dropout, cache_view=encode.cache_view, always_read=bool(args.dump_steps),
+        caption_dropout=args.caption_dropout, caption_rules=rules, cache_view=encode.cache_view, always_read=bool(args.dump_steps),
     )  # fmt: skip
     missing = find_missing(schedule, dataset, encode)
     if encode.cache is not None:
-        ctx.print(*format_missing(missing, encode.cache))
-    if any(ctx.gather(encode.cache is None or any(todo.jobs for todo in missing))):
+        ctx.print(*format_missing(missing, encode.cache, encode.uncached))
+    needed = encode.cache is None or (bool(encode.uncached) and not args.cache_only)
+    if any(ctx.gather(needed or any(todo.jobs for todo in missing))):
         encoders.load(ctx.gather)
     sampler = BucketBatchSampler(data_group=ctx.data_group, data_groups=ctx.data_groups)
     pin = ctx.device.type == "cuda"

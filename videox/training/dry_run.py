@@ -27,7 +27,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
 from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
-from videox.estimate.data_report import row_lines
+from videox.estimate.data_report import caption_lines, check_captions, row_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.memory import (
     SAFE_SHARE,
@@ -142,6 +142,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     launch = launch_of(os.environ, args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     index = _index(args)
+    check_captions(index, args.missing_caption)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
     settings = plan_settings(
@@ -152,12 +153,14 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     if args.seed is None:
         _print("no --seed is given: the plan below is of seed 0; a run draws its own seed")
     if args.explain is not None:
-        _print(*explain_row(index, columns, settings, args.explain, args.num_train_epochs))
+        _print(*explain_row(index, columns, settings, args.explain, args.num_train_epochs, args.caption_dropout))
         return
     plan = plan_epoch(columns, settings, 0)
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *notes(args))
     _print(
-        *row_lines(index, columns, plan, settings.policy), attribute_line(attributes(columns, plan, settings.policy))
+        *row_lines(index, columns, plan, settings.policy),
+        *caption_lines(index, settings.caption_rules),
+        attribute_line(attributes(columns, plan, settings.policy)),
     )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
     _Estimates(args, model, launch, columns, settings, plan).report()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from videox.data.index.captions import MISSING_CAPTIONS
 from videox.data.media.video import READERS
 from videox.data.plan.buckets import GRIDS
 from videox.data.plan.settings import BALANCES, SAMPLINGS
@@ -33,6 +34,7 @@ def make_parser(description: str | None, modes: Sequence[str]) -> Parser:
     usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
     parser = Parser(description=description, usage=usage)
     add_model_and_data(parser)
+    add_captions(parser)
     add_shapes(parser)
     add_training(parser, modes)
     add_lora(parser)
@@ -62,7 +64,6 @@ def add_model_and_data(parser: Parser) -> None:
     add("--clips_per_video", type=COUNT, default=1, help=clips)
     starts = "where clips start: random; uniform: spread evenly; head: one after the other from the first frame"
     add("--clip_sampling", choices=SAMPLINGS, default=SAMPLINGS[0], help=starts)
-    add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, replaced by the empty caption")
     loaders = "worker processes that decode media, per training process (0 = decode in the training process)"
     add("--dataloader_num_workers", type=number(int, 0, 256), default=0, help=loaders)
     add("--video_reader", choices=READERS, default=READERS[0], help="video decoder; both return the same frames")
@@ -73,6 +74,20 @@ def add_model_and_data(parser: Parser) -> None:
     add("--cache_only", action="store_true", help="fill --latent_cache with everything the run needs, then exit")
     variants = "epochs after which clip starts, sizes, crops and masks repeat, to limit the cache's size (0 = never)"
     add("--cache_variants", type=COUNT_OR_ZERO, default=0, help=variants)
+
+
+def add_captions(parser: Parser) -> None:
+    """Add the flags of what is done to captions before they are encoded."""
+    add = parser.add_argument_group("captions").add_argument
+    add("--caption_dropout", type=SHARE, default=0.1, help="share of captions, 0 to 1, replaced by the empty caption")
+    prefix = "text put before each caption, with a space in between unless it ends with one"
+    add("--caption_prefix", default="", metavar="TEXT", help=prefix)
+    trigger = "replaces [trigger] in captions and prefixes; put before captions that do not have the word"
+    add("--trigger_word", default="", metavar="WORD", help=trigger)
+    tags = "put the comma-separated parts of each caption in a new random order in every epoch"
+    add("--caption_shuffle_tags", action="store_true", help=tags)
+    missing = "rows without a caption: empty: train them with the empty caption; refuse: name them and end the run"
+    add("--missing_caption", choices=MISSING_CAPTIONS, default=MISSING_CAPTIONS[0], help=missing)
 
 
 def add_shapes(parser: Parser) -> None:

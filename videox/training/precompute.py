@@ -21,6 +21,7 @@ from videox.data.bucket_sampler import held_out_samples
 from videox.data.cache.cache import Cache, CacheField, CacheView, cache_key, read_memo, write_memo
 from videox.data.cache.maintenance import format_size
 from videox.data.dataset import BadSample, TokenLengthDataset, collate, sample_key_of
+from videox.data.index.captions import caption_counts, drawn_caption
 from videox.data.loader import init_worker
 from videox.data.plan.epoch import PlannedSample
 from videox.data.plan.plan import count_steps, draw_epoch, held_out_plan, row_fates
@@ -81,22 +82,25 @@ class CacheTodo:
 
 
 def distinct_samples(schedule: Schedule, epochs: range, caption_dropout: float) -> Iterator[PlannedSample]:
-    """Yield every distinct sample of these epochs once: with its caption, without it, or both.
+    """Yield every distinct sample of these epochs once: with each caption of its row that it draws, and without one.
 
-    Where clips and sizes repeat after some epochs (cache_variants), so do the samples; caption dropout is drawn anew
-    in every epoch.
+    Where clips and sizes repeat after some epochs (cache_variants), so do the samples; the caption of a row with
+    several, and caption dropout, are drawn anew in every epoch.
     """
+    counts = caption_counts(schedule.index.text)
     columns, settings = schedule.columns, schedule.settings
     fates = row_fates(columns, settings, np.array(schedule.state.quarantined, np.int64))
     period = settings.cache_variants or len(epochs)
     for first in range(min(period, len(epochs))):
-        seen: dict[bool, np.ndarray] = {dropped: np.empty(0, np.uint64) for dropped in (False, True)}
+        seen: dict[int, np.ndarray] = {}  # number of the caption, -1 if it is dropped -> variants of the samples
         for epoch in epochs[first::period]:
             drawn = draw_epoch(columns, settings, epoch, fates)
             is_dropped = uniform(drawn.keys, Purpose.CAPTION_DROPOUT) < caption_dropout
-            for dropped, before in seen.items():
-                new = np.flatnonzero((is_dropped == dropped) & ~np.isin(drawn.variants, before))
-                seen[dropped] = np.concatenate([before, drawn.variants[new]])
+            captions = np.where(is_dropped, -1, drawn_caption(drawn.keys, counts[drawn.rows]))
+            for caption in np.unique(captions).tolist():
+                before = seen.get(caption, np.empty(0, np.uint64))
+                new = np.flatnonzero((captions == caption) & ~np.isin(drawn.variants, before))
+                seen[caption] = np.concatenate([before, drawn.variants[new]])
                 for i in new:
                     yield PlannedSample(
                         int(drawn.rows[i]), int(drawn.starts[i]), int(drawn.keys[i]), int(drawn.variants[i]), 1.0, 0.5,
@@ -119,7 +123,11 @@ def missing_of(
     jobs, before = [], len(seen)
     for planned in samples:
         sample_key = sample_key_of(dataset, planned, encoder.cache_view.mode)
-        specs = {cache_key(encoder.cache_fields[spec.name], sample_key): spec for spec in encoder.specs}
+        specs = {
+            cache_key(encoder.cache_fields[spec.name], sample_key): spec
+            for spec in encoder.specs
+            if spec.name in encoder.cache_fields
+        }
         new = specs.keys() - seen
         seen |= new
         if missing := frozenset(key for key in new if key not in encoder.cache):
@@ -147,8 +155,13 @@ def find_missing(schedule: Schedule, dataset: TokenLengthDataset, encoder: Encod
     ]
 
 
-def format_missing(todos: Sequence[CacheTodo], cache: Cache) -> list[str]:
+def format_missing(todos: Sequence[CacheTodo], cache: Cache, uncached: Sequence[EncodingSpec] = ()) -> list[str]:
     """Lines on damaged files, existing and missing entries, and the disk space that they take.
+
+    Args:
+        todos: of find_missing.
+        cache: the cache.
+        uncached: specs whose tensors are not cached.
 
     Raises:
         UserError: (STORAGE) the missing entries do not fit the disk, even without text.
@@ -158,19 +171,29 @@ def format_missing(todos: Sequence[CacheTodo], cache: Cache) -> list[str]:
         for numbers in zip(*((t.entries, t.missing, t.max_bytes, t.min_bytes) for t in todos), strict=True)
     )
     line = f"latent cache {cache.folder}: {entries - missing} of {entries} entries exist"
+    notes = cache.corruption_messages()
+    if uncached:
+        names = ", ".join(spec.name for spec in uncached)
+        notes.append(f"--caption_shuffle_tags: {names} are not cached, every step encodes its captions")
     if not missing:
-        return [*cache.corruption_messages(), f"{line}; no encoder is needed for training"]
+        return [*notes, line if uncached else f"{line}; no encoder is needed for training"]
     free = shutil.disk_usage(cache.folder).free
     line += f"; {missing} to encode, at most {format_size(largest)}; {format_size(free)} free disk space"
     if smallest > free:
         hint = "use a folder on a larger disk, fewer --cache_variants, or --vae_sample_mode mode, which takes half"
         raise UserError("--latent_cache", line, hint, STORAGE)
     warning = ["warning: the disk may be too small for the latent cache if all captions are long"]
-    return [*cache.corruption_messages(), line, *(warning if largest > free else [])]
+    return [*notes, line, *(warning if largest > free else [])]
 
 
 def open_encoder(
-    specs: Sequence[EncodingSpec], folder: str | None, ctx: Context, *, mode: str, encoders: LazyEncoders[Any]
+    specs: Sequence[EncodingSpec],
+    folder: str | None,
+    ctx: Context,
+    *,
+    mode: str,
+    encoders: LazyEncoders[Any],
+    cache_text: bool = True,
 ) -> Encoder:
     """The encoder outputs of micro-batches, over a cache if there is one; all ranks call it.
 
@@ -182,6 +205,7 @@ def open_encoder(
         ctx: of the run.
         mode: as known_mask's.
         encoders: with the modules that the specs name.
+        cache_text: cache tensors that depend on the caption; False where captions differ in every epoch.
     """
     if folder is None:
         return Encoder(specs, ctx.device, encoders=encoders)
@@ -200,7 +224,10 @@ def open_encoder(
         fields()
 
     run_on_main(prepare, is_main=ctx.is_main, gather=ctx.gather)
-    return Encoder(specs, ctx.device, CacheView(cache, fields(), mode))
+    found = fields()
+    cached = tuple(field for field in found if cache_text or "caption" not in field.uses)
+    needed = tuple(field for field in found if field not in cached)
+    return Encoder(specs, ctx.device, CacheView(cache, cached, mode, needed), encoders=encoders)
 
 
 def fill_cache(ctx: Context, todos: Sequence[CacheTodo], encoder: Encoder, workers: int) -> int:

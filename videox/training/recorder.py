@@ -220,6 +220,6 @@ class Recorder:
 
 def shown_caption(sample: Sample, dataset: TokenLengthDataset) -> str:
     """A sample's caption for people; one that was dropped is marked, since it would look like a missing one."""
-    if not sample["caption"] and dataset.index.caption(sample["planned"].row):
+    if not sample["caption"] and dataset.caption_before_dropout(sample["planned"]):
         return "(trained without its caption: --caption_dropout)"
     return sample["caption"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import videox.estimate.data_report as report
+from videox.data.index.captions import rows_without_caption
 from videox.data.index.index import DataLocation, Index, build_index, load_index
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import count_steps, plan_epoch
@@ -38,8 +39,11 @@ WITHOUT_NUMBERS = {
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
-    "peak_tflops", "try_largest_first",
+    "peak_tflops", "try_largest_first", "missing_caption",
 }  # fmt: skip
+
+# Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
+LATER_FLAGS: Mapping[str, Any] = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False}
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
         UserError: the data cannot be read or trained, or a resumed run would get another schedule.
     """
     index = shared_index(args, ctx)
+    report.check_captions(index, args.missing_caption)
     current = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else profile.cost
     requested_slots = ctx.world_size * args.gradient_accumulation_steps
@@ -87,7 +92,12 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             barrier=ctx.backend.barrier,
             accumulation=args.gradient_accumulation_steps,
         ),
-        IndexedData(columns_fingerprint(index, current), index.rows_fingerprint(), current),
+        IndexedData(
+            columns_fingerprint(index, current),
+            index.rows_fingerprint(),
+            current,
+            captionless=rows_without_caption(index.text),
+        ),
         seed=args.seed,
         slots=requested_slots,
         world_size=ctx.world_size,
@@ -102,6 +112,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     schedule = Schedule(index, columns, settings, state, plan, total)
     ctx.print(*report.unreadable_lines(index, columns, current))
     ctx.print(*report.data_lines(index, columns, plan, settings.policy))
+    ctx.print(*report.caption_lines(index, settings.caption_rules))
     ctx.print(report.balance_line(plan, settings, ctx.world_size))
     _write_refused_rows(ctx, schedule)
     if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
@@ -154,7 +165,8 @@ def most_common_shape(schedule: Schedule) -> Bucket:
 
 def name_of_flags(asked: Mapping[str, Any]) -> str:
     """A hash of the flags that change numbers; how a step is divided over ranks is part of the plan settings."""
-    numbers = {name: value for name, value in asked.items() if name not in WITHOUT_NUMBERS}
+    left_out = WITHOUT_NUMBERS | {name for name, default in LATER_FLAGS.items() if asked.get(name) == default}
+    numbers = {name: value for name, value in asked.items() if name not in left_out}
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -167,7 +179,13 @@ def index_path(args: argparse.Namespace) -> Path:
 
 def data_location(args: argparse.Namespace) -> DataLocation:
     """Return where the data set and its index are stored."""
-    return DataLocation(Path(args.train_data_meta), data_dir(args), index_path(args), args.allow_outside_data_dir)
+    return DataLocation(
+        Path(args.train_data_meta),
+        data_dir(args),
+        index_path(args),
+        args.allow_outside_data_dir,
+        allow_absolute=not args.train_data_dir,
+    )
 
 
 def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
@@ -194,5 +212,8 @@ def plan_settings(
         clips_per_video=args.clips_per_video,
         clip_sampling=args.clip_sampling,
         cache_variants=args.cache_variants,
+        caption_prefix=args.caption_prefix,
+        trigger_word=args.trigger_word,
+        caption_shuffle_tags=args.caption_shuffle_tags,
     )
     return PlanSettings(**{**fields, **launched})

@@ -67,7 +67,7 @@ class SampleKey(NamedTuple):
         pace: source frames per kept frame.
         bucket: number and size of the frames.
         mask: name of the mask of known frames.
-        caption: the caption after caption dropout.
+        caption: the caption as it is trained: drawn from its row's, with the run's rules and dropout applied.
     """
 
     file: str
@@ -245,13 +245,15 @@ class CacheView(NamedTuple):
 
     Attributes:
         cache: the cache.
-        fields: the tensors of a sample.
+        fields: the tensors of a sample that are cached.
         mode: the task, as in `known_mask`; it decides which masks are drawn.
+        needed: the tensors of a sample that are not cached but computed each time.
     """
 
     cache: Cache
     fields: tuple[CacheField, ...]
     mode: str
+    needed: tuple[CacheField, ...] = ()
 
     def find(self, sample_key: SampleKey) -> dict[str, torch.Tensor]:
         """Return the cached tensors of a sample, by name."""
@@ -260,7 +262,8 @@ class CacheView(NamedTuple):
 
     def needs_pixels(self, cached: Iterable[str]) -> bool:
         """Return whether a tensor that is not in `cached` is computed from the media file."""
-        return any(field.needs_pixels and field.name not in set(cached) for field in self.fields)
+        found = set(cached)
+        return any(field.needs_pixels and field.name not in found for field in (*self.fields, *self.needed))
 
 
 def trim_zeros(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from videox.data.index.captions import CaptionRules
 from videox.data.index.index import Index
 from videox.data.plan.buckets import SizePolicy
 from videox.shapes import Bucket, token_count
@@ -78,7 +79,8 @@ class PlanSettings:
     for S tokens; barrier: one of BARRIERS; balance: one of BALANCES, "none" leaves slots in random order;
     accumulation: gradient accumulation steps at first launch; clips_per_video: at most this many clips of a video that
     is long enough for several, chosen by clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their
-    own draws of clip starts, sizes and crops, after which these draws repeat (0 = they never repeat).
+    own draws of clip starts, sizes and crops, after which these draws repeat (0 = they never repeat); caption_prefix,
+    trigger_word, caption_shuffle_tags: as the fields of CaptionRules.
     """
 
     policy: SizePolicy
@@ -96,6 +98,14 @@ class PlanSettings:
     clips_per_video: int = 1
     clip_sampling: str = "random"
     cache_variants: int = 0
+    caption_prefix: str = ""
+    trigger_word: str = ""
+    caption_shuffle_tags: bool = False
+
+    @property
+    def caption_rules(self) -> CaptionRules:
+        """What the run does to each caption."""
+        return CaptionRules(self.caption_prefix, self.trigger_word, self.caption_shuffle_tags)
 
 
 def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:
