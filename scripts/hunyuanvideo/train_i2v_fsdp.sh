@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 export MODEL_NAME="${MODEL_NAME:-models/Diffusion_Transformer/HunyuanVideo-I2V}"
-export DATASET_NAME="${DATASET_NAME:-datasets/internal_datasets/}"
+export DATASET_NAME="${DATASET_NAME-datasets/internal_datasets/}"
 export DATASET_META_NAME="${DATASET_META_NAME:-datasets/internal_datasets/metadata.json}"
 export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
 # Only for several machines without RDMA. On a single machine, NCCL_P2P_DISABLE=1 turns NVLink off.
