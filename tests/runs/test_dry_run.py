@@ -97,6 +97,25 @@ def test_a_dry_run_needs_neither_weights_nor_media(setup: PlanSetup) -> None:
         assert word in outcome.stdout
 
 
+def test_absolute_paths_without_a_data_folder_are_planned(setup: PlanSetup, tmp_path: Path) -> None:
+    """VideoX-Fun's DATASET_NAME="": the paths of the list say where the files are."""
+    listed = tmp_path / "metadata.json"
+    rows = [
+        {**row, "file_path": str(setup.metadata.parent / row["file_path"])} for row in rows_with_sizes(setup.metadata)
+    ]
+    listed.write_text(json.dumps(rows), encoding="utf-8")
+
+    def plan(data_dir: Path | str | None) -> runs.Outcome:
+        flags = runs.wan_flags(setup.bare, listed, tmp_path / "out", dry_run=True, train_data_dir=data_dir)
+        return runs.train(flags)
+
+    for data_dir in ("", None, setup.metadata.parent):
+        outcome = plan(data_dir)
+        assert outcome.code == 0 and f"{len(rows)} rows, {len(rows)} usable" in outcome.stdout, outcome.stderr
+    refused = plan(tmp_path)
+    assert refused.code == 3 and "outside of train_data_dir" in refused.stderr
+
+
 def test_a_plan_file_is_what_a_run_trains(setup: PlanSetup) -> None:
     steps = {**QUICK, "gradient_accumulation_steps": 2, "dry_run_processes": 1}
     outcome, report = setup.dry_run("plan-1", **steps, dry_run_plan=[1, 2])
