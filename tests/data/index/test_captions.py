@@ -120,7 +120,7 @@ def test_trigger_word_with_signs_is_one_word() -> None:
 
 def test_prefixes_and_trigger_word_together() -> None:
     assert draw("a dog", prefix="photo of [trigger],", trigger_word="tok") == "photo of tok, a dog"
-    assert draw("a dog", prefix="film", row_prefix="set one:", trigger_word="tok") == "tok, film set one: a dog"
+    assert draw("a dog", prefix="film", row_prefix="set one: ", trigger_word="tok") == "tok, film set one: a dog"
     row = RowCaptions(("a dog",), trigger_word="own")
     assert draw_caption(row, CaptionRules(trigger_word="tok"), 0) == "own, a dog"
 
@@ -128,7 +128,7 @@ def test_prefixes_and_trigger_word_together() -> None:
 def test_rules_of_a_source_keep_those_of_the_row() -> None:
     packed = with_source_rules(pack_captions(RowCaptions(("a", "b"))), prefix="p", trigger_word="t")
     assert unpack_captions(packed) == RowCaptions(("a", "b"), "p", "t")
-    assert unpack_captions(with_source_rules(packed, prefix="q")) == RowCaptions(("a", "b"), "q p", "t")
+    assert unpack_captions(with_source_rules(packed, prefix="q, ")) == RowCaptions(("a", "b"), "q, p", "t")
     assert with_source_rules("a dog") == "a dog"
 
 

@@ -29,7 +29,7 @@ class RowCaptions(NamedTuple):
 
     Attributes:
         captions: at least one; ("",) where the row has none.
-        prefix: put before each of them, as `join_prefix` does; it is not shuffled with the tags.
+        prefix: put before each of them, without a space in between; it is not shuffled with the tags.
         trigger_word: used instead of the run's, if it is not "".
     """
 
@@ -74,12 +74,11 @@ def with_source_rules(text: str, *, prefix: str = "", trigger_word: str = "") ->
 
     Args:
         text: as `pack_captions` returns it.
-        prefix: of the source; it is put before a prefix that the row already has.
+        prefix: of the source, with the space that separates it; it is put before a prefix that the row already has.
         trigger_word: of the source; "" keeps the row's.
     """
     row = unpack_captions(text)
-    prefix = join_prefix(prefix, row.prefix) if row.prefix else prefix
-    return pack_captions(row._replace(prefix=prefix, trigger_word=trigger_word or row.trigger_word))
+    return pack_captions(row._replace(prefix=prefix + row.prefix, trigger_word=trigger_word or row.trigger_word))
 
 
 def caption_counts(texts: pa.LargeStringArray) -> np.ndarray:
@@ -112,8 +111,7 @@ def draw_caption(row: RowCaptions, rules: CaptionRules, key: int) -> str:
     trigger = row.trigger_word or rules.trigger_word
     if rules.shuffle_tags:
         caption = _shuffle_tags(caption, trigger, key)
-    caption = join_prefix(rules.prefix, join_prefix(row.prefix, caption))
-    return _insert_trigger(caption, trigger)
+    return _insert_trigger(join_prefix(rules.prefix, row.prefix + caption), trigger)
 
 
 def join_prefix(prefix: str, caption: str) -> str:
