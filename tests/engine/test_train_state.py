@@ -16,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from videox.data.media.container import MIRRORED
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
@@ -190,9 +191,48 @@ def test_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path
         )[0]  # fmt: skip
 
     assert resumed(columns_of(width=0, usable=False)).columns.usable.all()
-    for columns, names in ((columns_of(width=80), "names"), (columns_of(usable=False), "others")):
-        with pytest.raises(UserError, match="data's rows"):
-            resumed(columns, names)
+    with pytest.raises(UserError, match="data's rows"):
+        resumed(columns_of(usable=False), "others")
+    with pytest.raises(UserError) as refused:
+        resumed(columns_of(width=80))
+    what = "row 1 (1) was a video of 9 frames of 64x48, is a video of 9 frames of 80x48"
+    assert refused.value.what == f"1 rows have changed since the run began: {what}"
+
+
+def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> None:
+    state, _ = begin(None)
+    write_state(tmp_path / "checkpoint", state)  # as that of an older version: no decoding
+
+    def resumed(columns: PlanColumns) -> TrainState:
+        def settings_of(**changes: object) -> PlanSettings:
+            return replace(SETTINGS, **changes)
+
+        data = IndexedData("another", "names", columns, name_of=lambda row: ("'a.mp4'", "'b.gif'")[row])
+        return resume_or_begin(
+            tmp_path / "checkpoint", settings_of, data, seed=7, slots=4, world_size=1, flags_name="a run",
+            gather=gather_single,
+        )[0]  # fmt: skip
+
+    mirrored = replace(COLUMNS, decoding=np.array([MIRRORED, 0], np.uint32))
+    image = replace(COLUMNS, kind=np.array([1, 0], np.uint8), frames=np.array([9, 1], np.int32))
+    found = replace(columns_of(usable=False), decoding=None)
+    for columns, row in (
+        (mirrored, "row 0 ('a.mp4') is decoded otherwise by this version: a mirrored video"),
+        (image, "row 1 ('b.gif') was a video of 9 frames of 64x48, is an image of 64x48"),
+    ):
+        with pytest.raises(UserError) as refused:
+            resumed(columns)
+        assert refused.value.what == f"1 rows have changed since the run began: {row}"
+    assert resumed(found).columns.usable.all()  # a lost row is no change
+    state.columns = replace(COLUMNS, decoding=mirrored.decoding)
+    write_state(tmp_path / "checkpoint", state)
+    np.testing.assert_array_equal(resumed(mirrored).columns.decoding, mirrored.decoding)
+    lost = replace(columns_of(usable=True), usable=np.array([False, True]))
+    assert resumed(lost).columns.usable.all()  # the only mirrored row is lost: its decoding is not known any more
+    state.columns = found
+    write_state(tmp_path / "checkpoint", state)
+    with pytest.raises(UserError, match=r"row 1 \('b.gif'\) could not be read, is a video of 9 frames of 64x48"):
+        resumed(COLUMNS)
 
 
 def begin(checkpoint: Path | None, *, seed: int | None = 7, slots: int = 4, world_size: int = 1) -> tuple:

@@ -198,7 +198,8 @@ def sample_key_of(dataset: TokenLengthDataset, planned: PlannedSample, mode: str
     index, row = dataset.index, planned.row
     file = str(index.file_path[row].as_py()), int(index.file_size[row]), int(index.mtime_ns[row])
     mask = mask_name(mode, planned.variant, planned.bucket.frames)
-    return SampleKey(*file, planned.start, dataset.pace(row), planned.bucket, mask, dataset.caption_of(planned))
+    caption, decoding = dataset.caption_of(planned), int(index.decoding[row])
+    return SampleKey(*file, planned.start, dataset.pace(row), planned.bucket, mask, caption, decoding)
 
 
 def check_unchanged(path: Path, file_size: int, mtime_ns: int) -> None:

@@ -97,6 +97,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             index.rows_fingerprint(),
             current,
             captionless=rows_without_caption(index.text),
+            name_of=lambda row: repr(index.file_path[row].as_py()),
         ),
         seed=args.seed,
         slots=requested_slots,
@@ -191,7 +192,8 @@ def data_location(args: argparse.Namespace) -> DataLocation:
 def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
     """The index, brought up to date by the main process and memory-mapped by the others."""
     location = data_location(args)
-    build = partial(build_index, location, workers=max(args.dataloader_num_workers, 1), progress=True)
+    workers = max(args.dataloader_num_workers, 1)
+    build = partial(build_index, location, workers=workers, progress=True, notify=ctx.print)
     run_on_main(build, is_main=ctx.is_main, gather=ctx.gather)
     return load_index(location.index_path, location.data_dir)
 

@@ -92,6 +92,7 @@ FIELD = CacheField("moments", "vae", ("clip", "mask", "caption"))
     [
         {"file": "b.mp4"}, {"size": 11}, {"mtime_ns": 21}, {"start": 4}, {"pace": 3}, {"mask": "nothing"},
         {"bucket": Bucket(5, 64, 96)}, {"bucket": Bucket(9, 96, 64)}, {"caption": "a cat"},
+        {"decoding": 1},
     ],
 )  # fmt: skip
 def test_key_depends_on_every_input_of_a_tensor(changed: dict[str, object]) -> None:
@@ -100,8 +101,17 @@ def test_key_depends_on_every_input_of_a_tensor(changed: dict[str, object]) -> N
     assert cache_key(FIELD, CLIP) != cache_key(FIELD._replace(encoder="another"), CLIP)
     text, frame = FIELD._replace(uses=("caption",)), FIELD._replace(uses=("frame",))
     assert (cache_key(text, CLIP) == cache_key(text, CLIP._replace(**changed))) == ("caption" not in changed)
-    of_frame = {"file", "size", "mtime_ns", "start"} & changed.keys() or changed == {"bucket": Bucket(9, 96, 64)}
+    names = {"file", "size", "mtime_ns", "start", "decoding"}
+    of_frame = names & changed.keys() or changed == {"bucket": Bucket(9, 96, 64)}
     assert (cache_key(frame, CLIP) == cache_key(frame, CLIP._replace(**changed))) == (not of_frame)
+
+
+def test_key_of_a_file_that_every_version_decodes_alike_is_that_of_older_caches() -> None:
+    assert CLIP.decoding == 0
+    assert cache_key(FIELD, CLIP).hex() == "a44346ac7d70eb6c32186a21388c7a95"
+    assert cache_key(FIELD._replace(uses=("caption",)), CLIP) == cache_key(
+        FIELD._replace(uses=("caption",)), CLIP._replace(decoding=1)
+    )
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6), st.integers(0, 3))

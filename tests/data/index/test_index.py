@@ -606,6 +606,7 @@ def test_million_rows_load_in_a_second_and_little_memory(tmp_path: Path) -> None
     path = tmp_path / "index.arrow"
     index = index_of(rows, text=["a caption of some forty characters"] * rows)
     names = ("file_path", "text", "detail", "kind", "width", "height", "frames", "fps", "file_size", "mtime_ns")
+    names += ("format", "decoding")
     columns = {name: getattr(index, name) for name in names} | {"problem": index.problem}
     columns |= {
         f"declared_{name}": getattr(index, name) for name in ("kind", "width", "height", "frames", "fps", "weight")

@@ -570,7 +570,7 @@ def test_first_picture_of_an_animation_is_read(tmp_path):
         pictures[0].save(
             path, save_all=True, append_images=pictures[1:], **({"lossless": True} if suffix == "webp" else {})
         )
-        assert probe(path) == MediaInfo("image", 40, 30, 1, 0.0)
+        assert probe(path).kind == "video"
         difference = np.abs(read_image(path, 30, 40)[0].astype(int) - picture(0, 40, 30))
         assert np.median(difference) <= (12 if suffix == "gif" else 0)
 

@@ -68,6 +68,7 @@ class SampleKey(NamedTuple):
         bucket: number and size of the frames.
         mask: name of the mask of known frames.
         caption: the caption as it is trained: drawn from its row's, with the run's rules and dropout applied.
+        decoding: a sum of keys of DECODINGS (videox.data.media.container), 0 for most files.
     """
 
     file: str
@@ -78,11 +79,14 @@ class SampleKey(NamedTuple):
     bucket: Bucket
     mask: str
     caption: str
+    decoding: int = 0
 
 
 def cache_key(field: CacheField, sample_key: SampleKey) -> bytes:
     """Return the key of a sample's tensor: equal if and only if everything that the tensor depends on is equal."""
-    file = (sample_key.file, sample_key.size, sample_key.mtime_ns, sample_key.start)
+    file: tuple[Any, ...] = (sample_key.file, sample_key.size, sample_key.mtime_ns, sample_key.start)
+    if sample_key.decoding:  # else the key is that of earlier versions, which decoded the file alike
+        file = (*file, f"decoding {sample_key.decoding}")
     bucket = sample_key.bucket
     values: dict[str, Any] = {
         # The pace of a single frame is irrelevant: 1.0 lets runs with different strides share the entry.

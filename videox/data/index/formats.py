@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from videox.data.index.columns import Columns, column_notes, field_of, find_columns, merge_columns
+from videox.data.index.media_files import count_suffixes, find_media
 from videox.errors import DATA, FLAGS, UserError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
 _REPEATED = 0  # a key that no JSON object can have: marks an object that contains a column of a field twice
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity', re.DOTALL)
@@ -45,7 +44,7 @@ class _NotANumber(Exception):
 
 
 def list_folder(folder: Path) -> list[tuple[str, str]]:
-    """List the media and caption files below a folder, sorted, as (path relative to it without suffix, suffix).
+    """List the files below a folder, sorted, as (path relative to it without suffix, suffix).
 
     Hidden files and folders are skipped; links to folders are not followed.
 
@@ -58,7 +57,7 @@ def list_folder(folder: Path) -> list[tuple[str, str]]:
         prefix = Path(parent).relative_to(folder)
         for name in names:
             suffix = Path(name).suffix
-            if not name.startswith(".") and (suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *CAPTION_SUFFIXES)):
+            if not name.startswith("."):
                 found.append((str(prefix / name.removesuffix(suffix)), suffix))
     return sorted(found)
 
@@ -239,7 +238,11 @@ def read_folder(folder: Path, data_dir: Path) -> Table:
         UserError: exit code 3 if two files state different captions of one media file.
     """
     listing = list_folder(folder)
-    media = [(stem, suffix) for stem, suffix in listing if suffix.lower() not in CAPTION_SUFFIXES]
+    others = [(stem, suffix) for stem, suffix in listing if suffix.lower() not in CAPTION_SUFFIXES]
+    media = find_media(folder, others)
+    passed_over = sorted({*others} - {*media})
+    if not media:
+        raise _no_media_error(folder, listing)
     captions: dict[str, list[Path]] = {}
     for stem, suffix in listing:
         if suffix.lower() in CAPTION_SUFFIXES:
@@ -253,6 +256,11 @@ def read_folder(folder: Path, data_dir: Path) -> Table:
     without_caption = [stem + suffix for stem, suffix in media if stem not in captions]
     without_media = sorted(captions.keys() - {stem for stem, _ in media})
     notes = []
+    if passed_over:
+        named, first = count_suffixes(passed_over), "".join(passed_over[0])
+        notes.append(
+            f"{len(passed_over)} files are neither image, video nor caption, by their content ({named}; first: {first!r})"
+        )
     if without_caption:
         count, first = len(without_caption), without_caption[0]
         notes.append(f"{count} media files have no {names} file, their caption is empty (first: {first!r})")
@@ -270,6 +278,16 @@ def _read_only_caption(paths: Sequence[Path]) -> str | bytes:
             what = f"{first.name} and {path.name} state different captions of one media file"
             raise UserError(str(path.parent), what, "remove one of the two files", DATA)
     return caption
+
+
+def _no_media_error(folder: Path, listing: Sequence[tuple[str, str]]) -> UserError:
+    folders = len({os.path.dirname(stem) for stem, _ in listing})  # noqa: PTH120 - strings of a listing
+    what = f"0 samples: no image or video among the {len(listing)} files in {folders} folders at and below {folder.absolute()}"
+    what = f"{what} ({count_suffixes(listing)})" if listing else f"0 samples: {folder.absolute()} has no files"
+    linked = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
+    if linked:
+        what += f"; {len(linked)} links to folders are not followed (first: {linked[0]!r})"
+    return UserError(str(folder), what, "pass the folder that contains the clips, or a metadata file", DATA)
 
 
 def _read_caption(path: Path) -> str | bytes:

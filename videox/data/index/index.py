@@ -20,16 +20,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from videox.data.index.captions import RowCaptions, unpack_captions
-from videox.data.index.formats import CAPTION_SUFFIXES, list_folder
+from videox.data.index.formats import list_folder
+from videox.data.index.media_files import is_opened
 from videox.data.index.metadata import READER, check_paths, read_metadata
 from videox.data.index.probe import PROBE_SECONDS
 from videox.data.index.scan import (
     Files,
+    animation_notes,
     find_contradictions,
     probe_files,
     rows_of_metadata,
     rows_of_saved,
     size_and_mtime,
+    with_declared_stills,
 )
 from videox.data.index.table import (
     FINGERPRINTED,
@@ -48,6 +51,7 @@ from videox.data.index.table import (
     usable_of,
     write_table,
 )
+from videox.data.media.container import PROBE_VERSIONS
 from videox.errors import STORAGE, UserError
 
 _SETTLED_NS = 2_000_000_000  # a file younger than this may change again without a new modification time
@@ -106,6 +110,8 @@ class Index:
         fps: float32, frames per second (0 for an image).
         file_size: int64, bytes when probed; -1 for a file that was not probed.
         mtime_ns: int64, modification time when probed.
+        format: uint8, position in FORMATS of the file's format; 0 for a file that was not probed.
+        decoding: uint32, a sum of keys of DECODINGS.
         usable: bool, False where the row has a problem.
         problem: Arrow dictionary of strings: "", a key of ROW_PROBLEMS, a class of BadMedia, "timeout" or "crashed".
         detail: strings (Arrow), one line about the problem.
@@ -124,6 +130,8 @@ class Index:
     fps: np.ndarray
     file_size: np.ndarray
     mtime_ns: np.ndarray
+    format: np.ndarray
+    decoding: np.ndarray
     usable: np.ndarray
     problem: pa.DictionaryArray
     detail: pa.LargeStringArray
@@ -197,6 +205,7 @@ class Index:
         values = {"kind": media.kind, "width": media.width, "height": media.height, "frames": media.frames}
         values["fps"] = np.zeros(rows) if media.fps is None else media.fps
         values["file_size"] = values["mtime_ns"] = np.full(rows, -1)
+        values["format"] = values["decoding"] = np.zeros(rows)
         paths = pa.array(np.arange(rows)).cast(pa.large_string()) if file_path is None else string_array(file_path)
         texts = repeated_string("", rows) if text is None else string_array(text)
         measured: dict[str, Any] = {name: np.asarray(values[name]).astype(dtype) for name, dtype in MEASURED.items()}
@@ -220,6 +229,7 @@ def build_index(
     trust_metadata: bool = False,
     timeout: float = PROBE_SECONDS,
     announce: Callable[[int, float], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Index:
     """Return the index of the metadata: reuse what is still valid of the saved one, probe the rest, and save it.
 
@@ -231,30 +241,16 @@ def build_index(
             videos); for a dry run. A later build without it probes them.
         timeout: time limit for one file in seconds, after which it gets the problem "timeout".
         announce: called once while files are probed, with their number and the estimated seconds for all of them.
+        notify: called with a line for the user where files are probed again that an earlier version measured
+            otherwise, and with another one after that.
 
     Raises:
         UserError: as `read_metadata`; exit code 3 if none of the files exists, 5 if the index cannot be written.
     """
     metadata_path, data_dir, index_path = location.metadata_path, location.data_dir, location.index_path
-    allowed = {
-        "allow_outside_data_dir": location.allow_outside_data_dir, "allow_absolute": location.allow_absolute,
-    }  # fmt: skip
-    options = {"data_dir": os.path.realpath(data_dir), "reader": READER, **allowed}
+    allowed = _allowed(location)
     saved = load_table(index_path)
-    header = {} if saved is None else header_of(saved)
-    rows_are_saved = (
-        header.get("version") == VERSION
-        and header.get("options") == options
-        and _is_unchanged(header["stamp"], metadata_path)
-    )
-    if saved is not None and rows_are_saved:
-        rows = rows_of_saved(saved)
-    else:
-        # The stamp is computed before reading: the next start then notices a change that happens while we read.
-        header = {"version": VERSION, "options": options, "stamp": _stamp(metadata_path, with_bytes=True)}
-        metadata = read_metadata(metadata_path, data_dir, **allowed)
-        header["from_metadata"], rows = metadata.notes, rows_of_metadata(metadata)
-        del metadata  # as Python objects, a million rows need much more memory than as columns
+    rows, header, rows_are_saved = _read_rows(location, saved)
     partial = index_path.with_name(f"{index_path.name}.partial")
     files = Files(rows, data_dir, saved if rows_are_saved else None)
     files.load_known([table for table in (saved, load_table(partial)) if table is not None], trust_metadata)
@@ -263,15 +259,44 @@ def build_index(
     # may have replaced it, or if it was found under another name.
     if (rows_are_saved and len(files.to_probe())) or files.renamed:
         check_paths(files.paths_to_probe_by_row(), data_dir, metadata_path, **allowed)
+    if notify is not None and (line := files.line_before_probing()):
+        notify(line)
     probe_files(files, partial, workers=workers, progress=progress, timeout=timeout, announce=announce)
-    if saved is not None and files.matches_saved():
+    if notify is not None and (line := files.line_after_probing()):
+        notify(line)
+    if saved is not None and header.get("probed") == PROBE_VERSIONS and files.matches_saved():
         return _to_index(saved, data_dir, index_path)
     table = files.table()
-    header["notes"] = [*header["from_metadata"], *files.notes(), *find_contradictions(table)]
-    header["fingerprint"] = fingerprint_of(table)
+    as_trained = with_declared_stills(table)
+    about_files = [*files.notes(), *animation_notes(table), *find_contradictions(as_trained)]
+    header["notes"] = [*header["from_metadata"], *about_files]
+    header["fingerprint"], header["probed"] = fingerprint_of(as_trained), PROBE_VERSIONS
     write_table(table, header, index_path)
     partial.unlink(missing_ok=True)
     return load_index(index_path, data_dir)
+
+
+def _allowed(location: DataLocation) -> dict[str, bool]:
+    """Return which paths the rows of a location may have, as keywords of read_metadata."""
+    return {
+        "allow_outside_data_dir": location.allow_outside_data_dir, "allow_absolute": location.allow_absolute,
+    }  # fmt: skip
+
+
+def _read_rows(location: DataLocation, saved: pa.Table | None) -> tuple[pa.Table, dict[str, Any], bool]:
+    """Return the rows and the header of an index, and whether both are the saved one's, of unchanged metadata."""
+    metadata_path, allowed = location.metadata_path, _allowed(location)
+    options = {"data_dir": os.path.realpath(location.data_dir), "reader": READER, **allowed}
+    header = {} if saved is None else header_of(saved)
+    is_current = header.get("version") == VERSION and header.get("options") == options
+    if saved is not None and is_current and _is_unchanged(header["stamp"], metadata_path):
+        return rows_of_saved(saved), header, True
+    # The stamp is computed before reading: the next start then notices a change that happens while we read.
+    header = {"version": VERSION, "options": options, "stamp": _stamp(metadata_path, with_bytes=True)}
+    metadata = read_metadata(metadata_path, location.data_dir, **allowed)
+    header["from_metadata"] = metadata.notes
+    # As Python objects, a million rows need much more memory than as columns: they end with this function.
+    return rows_of_metadata(metadata), header, False
 
 
 def load_index(index_path: Path, data_dir: Path) -> Index:
@@ -316,7 +341,7 @@ def _spread(values: np.ndarray, digits: int = 0) -> str:
 
 
 def _to_index(table: pa.Table, data_dir: Path, path: Path) -> Index:
-    header = header_of(table)
+    header, table = header_of(table), with_declared_stills(table)
     return Index(
         data_dir=data_dir,
         **{name: table[name].chunk(0) for name in ("file_path", "text", "problem", "detail")},
@@ -350,10 +375,9 @@ def _stamp(path: Path, *, with_bytes: bool) -> dict[str, Any]:
         return {}  # read_metadata reports it to the user
     if stat.S_ISDIR(status.st_mode):
         names = list_folder(path)
-        captions = (
-            size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if suffix.lower() in CAPTION_SUFFIXES
-        )
-        return {"listing": hashlib.sha256(repr((names, list(captions))).encode(errors="surrogateescape")).hexdigest()}
+        # Captions, and files that were opened to find out what they are. The other files are compared when probed.
+        read = (size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if is_opened(suffix))
+        return {"listing": hashlib.sha256(repr((names, list(read))).encode(errors="surrogateescape")).hexdigest()}
     stamp: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if with_bytes and stat.S_ISREG(status.st_mode):
         stamp["settled"] = time.time_ns() - status.st_mtime_ns > _SETTLED_NS

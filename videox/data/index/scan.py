@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,16 +29,26 @@ from videox.data.index.table import (
     VERSION,
     VIDEO,
     class_array,
+    header_of,
     string_array,
     usable_of,
     write_table,
 )
-from videox.data.media.container import MAX_PIXELS, BadMedia, too_large_error
+from videox.data.media.container import (
+    ANIMATION,
+    DECODINGS,
+    MAX_PIXELS,
+    PROBE_VERSIONS,
+    BadMedia,
+    format_of,
+    too_large_error,
+)
+from videox.data.media.signatures import FORMATS
 from videox.errors import DATA, UserError
 
 _KINDS = {"image": IMAGE, "video": VIDEO, "": UNKNOWN}
 # Problems that may disappear while the file keeps its size and time: such files are probed again by every start.
-_PROBE_AGAIN = ("timeout", "crashed", "unreadable")
+_PROBE_AGAIN = ("timeout", "crashed", "unreadable", "needs_package")
 _COMMIT_SECONDS = 60.0
 _STAT_THREADS, _STAT_CHUNK = 16, 4096
 ESTIMATE_AFTER = 8  # files per worker after which the total time is estimated
@@ -68,6 +79,7 @@ class Files:
         self.problem, self.detail = [""] * count, [""] * count
         self.known = np.array([path == "" for path in self.paths])
         self.renamed = 0
+        self._outdated: dict[int, str] = {}  # file -> its format, of files that an earlier version measured otherwise
 
     def load_known(self, tables: Sequence[pa.Table], trust_metadata: bool) -> None:
         """Fill in everything that is known without opening a file; the rest is `to_probe`.
@@ -120,7 +132,8 @@ class Files:
             self.problem[number], self.detail[number] = result.media_class, result.detail
             return
         self.measured["kind"][number] = _KINDS[result.kind]
-        for name in ("width", "height", "frames", "fps"):
+        self.measured["format"][number] = FORMATS.index(result.format)
+        for name in ("width", "height", "frames", "fps", "decoding"):
             self.measured[name][number] = getattr(result, name)
 
     def matches_saved(self) -> bool:
@@ -153,6 +166,22 @@ class Files:
             "files were found under another Unicode form of their name": self.renamed,
         }
         return [f"{count} {what}" for what, count in counts.items() if count]
+
+    def line_before_probing(self) -> str:
+        """Return a line on the files that are probed again, as an earlier version may have measured them otherwise."""
+        if not self._outdated:
+            return ""
+        formats = Counter(name or "of unknown format" for name in self._outdated.values())
+        named = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+        return f"index: {len(self._outdated)} files are probed again, since an earlier version read some files of their formats otherwise ({named})"
+
+    def line_after_probing(self) -> str:
+        """Return a line on those of them that are decoded otherwise than by an earlier version; "" if none is."""
+        decoding = self.measured["decoding"][list(self._outdated)]
+        counts = {what: np.count_nonzero(decoding & bit) for bit, what in DECODINGS.items()}
+        named = ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
+        what = "are decoded otherwise than by an earlier version; their cached tensors are computed again"
+        return f"index: {np.count_nonzero(decoding)} of them {what} ({named})" if named else ""
 
     def _table_of(self, rows: pa.Table, files: np.ndarray) -> pa.Table:
         """Return the columns of some rows; files: int [rows], the number of each row's file."""
@@ -213,12 +242,48 @@ class Files:
             same = saved["file_size"][rows] == self.measured["file_size"][numbers]
             same &= saved["mtime_ns"][rows] == self.measured["mtime_ns"][numbers]
             numbers, rows = numbers[same], rows[same]
+        formats, alike = self._formats(table, numbers, rows, look=unchanged_only)
+        if unchanged_only:
+            self._outdated |= {int(number): FORMATS[formats[at]] for at, number in enumerate(numbers) if not alike[at]}
+            numbers, rows, formats = numbers[alike], rows[alike], formats[alike]
+        else:
+            formats[~alike] = 0  # the next start that has the files looks at them
         for name, values in saved.items():
             self.measured[name][numbers] = values[rows]
+        self.measured["format"][numbers] = formats
         self.known[numbers] = True
+        for number in numbers if self._outdated else ():
+            self._outdated.pop(int(number), None)
         bad = ~usable_of(table)[rows]
         for number, row in zip(numbers[bad], rows[bad], strict=True):
             self.problem[number], self.detail[number] = problem[row].as_py(), table["detail"][row].as_py()
+
+    def _formats(
+        self, table: pa.Table, numbers: np.ndarray, rows: np.ndarray, *, look: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the formats of files, and whether this version would measure them as a saved table did.
+
+        Args:
+            table: the saved table.
+            numbers: int [files], the files.
+            rows: int [files], their rows in the table.
+            look: open the files whose format the table does not contain, as those of older versions.
+
+        Returns:
+            uint8 [files], positions in FORMATS; bool [files].
+        """
+        probed = header_of(table).get("probed", {})
+        formats, usable = table["format"].to_numpy()[rows].copy(), usable_of(table)[rows]
+        versions = np.array([PROBE_VERSIONS.get(name, 1) == probed.get(name, 1) for name in FORMATS])
+        alike = versions[np.minimum(formats, len(FORMATS) - 1)]
+        # A file with a problem has no format: any version may have found the problem that another does not find.
+        alike[(formats == 0) & ~usable] = probed == PROBE_VERSIONS
+        unknown = np.flatnonzero((formats == 0) & usable) if look else np.empty(0, np.int64)
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            names = list(pool.map(lambda at: format_of(Path(self.full_path(int(numbers[at])))), unknown))
+        formats[unknown] = [FORMATS.index(name) for name in names]
+        alike[unknown] = [name != "" and PROBE_VERSIONS.get(name, 1) == 1 for name in names]
+        return formats, alike
 
     def _use_declared(self) -> None:
         """Use the sizes that metadata states for files whose first row states all of them."""
@@ -269,7 +334,7 @@ def probe_files(
         if announce is not None and done == estimate_at:
             announce(len(paths), (time.monotonic() - started) / estimate_at * len(paths))
         if time.monotonic() - committed > _COMMIT_SECONDS:
-            write_table(files.known_table(), {"version": VERSION}, partial)
+            write_table(files.known_table(), {"version": VERSION, "probed": PROBE_VERSIONS}, partial)
             committed = time.monotonic()
 
 
@@ -293,6 +358,32 @@ def rows_of_saved(table: pa.Table) -> pa.Table:
     problem = table["problem"].combine_chunks().cast(pa.large_string())
     row_problem = pc.if_else(pc.is_in(problem, value_set=string_array(ROW_PROBLEMS)), problem, "")
     return table.select(["file_path", "text", *DECLARED]).append_column("row_problem", row_problem)
+
+
+def with_declared_stills(table: pa.Table) -> pa.Table:
+    """Return a table in which an animation is an image of one frame where the type of its row says image."""
+    decoding = table["decoding"].to_numpy()
+    still = (decoding & ANIMATION != 0) & (table["declared_kind"].to_numpy() == IMAGE)
+    if not still.any():
+        return table
+    values = {"kind": IMAGE, "frames": 1, "fps": 0, "decoding": decoding & ~np.uint32(ANIMATION)}
+    for name, value in values.items():
+        column = np.where(still, value, table[name].to_numpy()).astype(MEASURED[name])
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(column))
+    return table
+
+
+def animation_notes(table: pa.Table) -> list[str]:
+    """Return a sentence on the rows whose file is an animation: of which formats, and what they are trained as."""
+    animated = usable_of(table) & (table["decoding"].to_numpy() & ANIMATION != 0)
+    if not animated.any():
+        return []
+    counts = Counter(FORMATS[code] for code in table["format"].to_numpy()[animated])
+    stills = np.count_nonzero(animated & (table["declared_kind"].to_numpy() == IMAGE))
+    formats = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    parts = [f"{np.count_nonzero(animated) - stills} as videos"]
+    parts += [f"{stills} as images of their first frame, because the row's type is image"] if stills else []
+    return [f"{np.count_nonzero(animated)} animations ({formats}) are trained: {', '.join(parts)}"]
 
 
 def find_contradictions(table: pa.Table) -> list[str]:

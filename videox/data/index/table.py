@@ -17,7 +17,7 @@ from videox.errors import STORAGE, UserError
 from videox.files import atomic_write
 
 IMAGE, VIDEO, UNKNOWN = 0, 1, 2  # values of the column kind; UNKNOWN only where metadata does not state the type
-VERSION = 2
+VERSION = 3
 MEASURED = {
     "kind": np.uint8,
     "width": np.int32,
@@ -26,6 +26,8 @@ MEASURED = {
     "fps": np.float32,
     "file_size": np.int64,
     "mtime_ns": np.int64,
+    "format": np.uint8,
+    "decoding": np.uint32,
 }
 KEYS = ("kind", "width", "height", "frames", "fps")
 WEIGHT = "declared_weight"  # read from metadata only, never measured
@@ -45,13 +47,17 @@ def load_table(path: Path) -> pa.Table | None:
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError):  # UnicodeDecodeError: a damaged column name
         return None
-    # Version 1 has no weights. Its rows are read from metadata again, the measurements of its files are reused.
-    if header_of(table).get("version") == 1 and WEIGHT not in table.schema.names:
-        ones = pa.array(np.ones(len(table), np.float32))
-        table = table.append_column(WEIGHT, ones).select(SCHEMA.names)
+    # Version 1 has no weights, versions 1 and 2 no formats. Their rows are read from metadata again, and measurements
+    # are reused of those files that this version measures alike.
+    if header_of(table).get("version") in (1, 2):
+        missing = {WEIGHT: 1, "format": 0, "decoding": 0}
+        for name in missing.keys() - {*table.schema.names}:
+            table = table.append_column(name, pa.array(np.full(len(table), missing[name]), NUMBERS[name]))
+        if sorted(table.schema.names) == sorted(SCHEMA.names):
+            table = table.select(SCHEMA.names)
     if not table.schema.equals(SCHEMA) or any(table[name].num_chunks != 1 for name in SCHEMA.names):
         return None
-    return table if header_of(table).get("version") in (1, VERSION) else None
+    return table if header_of(table).get("version") in (1, 2, VERSION) else None
 
 
 def header_of(table: pa.Table) -> dict[str, Any]:

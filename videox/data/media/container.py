@@ -6,32 +6,33 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from videox.data.media.signatures import HEAD_BYTES, brands_of, describe, kind_of, recognise
 
 # Pixels per image or frame. Without a limit, a file of a few kilobytes could allocate gigabytes of memory.
 MAX_PIXELS = 64_000_000
 
-_HEAD = 1024
 _PROCESS_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_PREFIXES = (
-    (b"\x89PNG\r\n\x1a\n", "image", "PNG"),
-    (b"\xff\xd8\xff", "image", "JPEG"),
-    (b"GIF87a", "image", "GIF"),
-    (b"GIF89a", "image", "GIF"),
-    (b"II*\0", "image", "TIFF"),
-    (b"MM\0*", "image", "TIFF"),
-    (b"II+\0", "image", "TIFF"),
-    (b"MM\0+", "image", "TIFF"),
-    (b"\x1a\x45\xdf\xa3", "video", "matroska"),
-    (b"\0\0\1\xba", "video", "mpeg"),
-    (b"FLV\1", "video", "flv"),
-    (b"OggS", "video", "ogg"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "video", "asf"),
-)
-_TOP_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"meta", b"free", b"skip", b"wide", b"uuid", b"pnot")
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+
+# Kinds of files that earlier versions decoded otherwise, as bits of MediaInfo.decoding. Indexes, cache keys and
+# checkpoints contain them: a bit is never reused, and a kind whose decoding changes again gets a new one.
+MIRRORED, ANIMATION, REORDERED, FIELD_CODED, BETWEEN_KEYFRAMES = 1, 2, 4, 8, 16
+DECODINGS = {
+    MIRRORED: "a mirrored video",
+    ANIMATION: "an animation",
+    REORDERED: "B-frames without composition times",
+    FIELD_CODED: "field-coded H.264",
+    BETWEEN_KEYFRAMES: "a recording that begins between keyframes",
+}
+# Version of what `probe` finds out of the files of a format; 1 where a format is not listed. It is increased when the
+# same file would be measured, accepted or decoded otherwise: an index probes the files of that format again.
+PROBE_VERSIONS = {
+    "PNG": 2, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 2, "matroska": 2, "mpegts": 2, "mpeg": 2, "flv": 2, "avi": 2,
+    "asf": 2,
+}  # fmt: skip
 
 
 class BadMedia(Exception):
@@ -39,7 +40,7 @@ class BadMedia(Exception):
 
     Args:
         media_class: one of missing, empty, unrecognised, truncated, no_video_stream, too_large, too_small,
-            unreadable, changed, undecodable, out_of_range.
+            unreadable, changed, undecodable, out_of_range, needs_package.
         detail: one line for bad_samples.jsonl, with the value found.
     """
 
@@ -61,6 +62,8 @@ class MediaInfo:
         height: in pixels, of the upright image or frame.
         frames: number of frames, 1 for an image.
         fps: frames per second, 0.0 for an image and for a video whose rate is unknown.
+        format: one of FORMATS; "" where it is unknown. Not compared.
+        decoding: a sum of keys of DECODINGS, 0 for most files. Not compared.
     """
 
     kind: str
@@ -68,6 +71,8 @@ class MediaInfo:
     height: int
     frames: int
     fps: float
+    format: str = field(default="", compare=False)
+    decoding: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +81,17 @@ class Container:
 
     Attributes:
         kind: "image" or "video".
-        format: the only format that a decoder may open it as.
+        format: the only format that a decoder may open it as, one of FORMATS.
         size: in bytes.
         fragmented: an MP4 whose index is stored in pieces between the media data.
+        sequence: an AVIF file with a track of pictures.
     """
 
     kind: str
     format: str
     size: int
     fragmented: bool = False
+    sequence: bool = False
 
 
 def open_container(path: Path) -> Container:
@@ -93,8 +100,9 @@ def open_container(path: Path) -> Container:
     A playlist or any other text is unrecognised, so that no decoder follows it to other files.
 
     Raises:
-        BadMedia: missing, unreadable (not a regular file, or the system refuses it), empty, unrecognised, or
-            truncated (shorter than its container states; not detected for formats that state no length).
+        BadMedia: missing, unreadable (not a regular file, or the system refuses it), empty, unrecognised,
+            no_video_stream (a format of sound only), or truncated (shorter than its container states; not detected
+            for formats that state no length).
     """
     try:
         status = path.stat()
@@ -104,14 +112,29 @@ def open_container(path: Path) -> Container:
         if status.st_size == 0:
             raise BadMedia("empty", "0 bytes")
         with path.open("rb") as file:
-            kind, format_name = _recognise(file.read(_HEAD))
+            head = file.read(HEAD_BYTES)
+            format_name = recognise(head)
+            if not format_name:
+                raise BadMedia(*describe(head))
             fragmented = _check_complete(file, format_name, status.st_size)
     except FileNotFoundError as error:
         raise BadMedia("missing", "no such file") from error
     except OSError as error:
         raise_system_error(error)
         raise BadMedia("unreadable", str(error)) from error
-    return Container(kind, format_name, status.st_size, fragmented)
+    is_sequence = format_name == "AVIF" and b"avis" in brands_of(head)
+    return Container(kind_of(format_name), format_name, status.st_size, fragmented, is_sequence)
+
+
+def format_of(path: Path) -> str:
+    """Return the format of a file by its first bytes alone, "" for one that is unknown or cannot be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return ""
+        with path.open("rb", buffering=0) as file:
+            return recognise(file.read(HEAD_BYTES))
+    except OSError:
+        return ""
 
 
 def sniff(path: Path) -> str:
@@ -145,54 +168,13 @@ def raise_system_error(error: Exception) -> None:
         raise BadMedia("unreadable", os.strerror(error.errno)) from error
 
 
-def _recognise(head: bytes) -> tuple[str, str]:
-    for prefix, kind, format_name in _PREFIXES:
-        if head.startswith(prefix):
-            return kind, format_name
-    found = _recognise_riff(head) or _recognise_boxes(head) or _recognise_bmp(head) or _recognise_ts(head)
-    if found is None:
-        raise BadMedia("unrecognised", f"no known image or video format begins with {head[:8].hex(' ')}")
-    return found
-
-
-def _recognise_riff(head: bytes) -> tuple[str, str] | None:
-    known = {b"WEBP": ("image", "WEBP"), b"AVI ": ("video", "avi")}
-    return known.get(head[8:12]) if head.startswith(b"RIFF") else None
-
-
-def _recognise_boxes(head: bytes) -> tuple[str, str] | None:
-    if head[4:8] not in _TOP_BOXES:
-        return None
-    if head[4:8] != b"ftyp":
-        return "video", "mov"
-    brands = {head[8:12]} | {head[i : i + 4] for i in range(16, min(int.from_bytes(head[:4]), _HEAD), 4)}
-    if head[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and brands & {b"avif", b"avis"}:
-        return "image", "AVIF"
-    if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"):
-        raise BadMedia("unrecognised", "HEIF image; convert it to PNG or JPEG")
-    return "video", "mov"
-
-
-def _recognise_bmp(head: bytes) -> tuple[str, str] | None:
-    is_bmp = head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS
-    return ("image", "BMP") if is_bmp else None
-
-
-def _recognise_ts(head: bytes) -> tuple[str, str] | None:
-    # Packets of 188 bytes, or of 192 where Blu-ray puts a 4-byte timestamp in front of each.
-    for first, step in ((0, 188), (4, 192)):
-        if len(head) > first + 2 * step and all(head[first + i * step] == 0x47 for i in range(3)):
-            return "video", "mpegts"
-    return None
-
-
 def _check_complete(file: BinaryIO, format_name: str, size: int) -> bool:
     """Raise BadMedia "truncated" if the container states more bytes than the file has.
 
     Returns:
         Whether an MP4 is fragmented: its index is stored in pieces between the media data.
     """
-    if format_name in ("mov", "AVIF"):
+    if format_name in ("mov", "AVIF", "HEIF"):
         names = set()
         for name, end in _boxes(file, size):
             names.add(name)
@@ -224,7 +206,7 @@ def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
 
 def _stated_size(file: BinaryIO, format_name: str) -> int | None:
     file.seek(0)
-    head = file.read(_HEAD)
+    head = file.read(HEAD_BYTES)
     if format_name in ("avi", "WEBP"):
         length = int.from_bytes(head[4:8], "little")
         # Recorders that cannot seek back write one of these two values instead of a length.

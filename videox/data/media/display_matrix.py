@@ -23,6 +23,11 @@ class DisplayTransform:
     reverse_rows: bool = False
     reverse_columns: bool = False
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether it mirrors the frame; otherwise it only turns it."""
+        return bool((self.transpose + self.reverse_rows + self.reverse_columns) % 2)
+
     def apply(self, pixels: np.ndarray) -> np.ndarray:
         """Return a view of a stored frame [h, w, channels] that is upright."""
         pixels = pixels.transpose(1, 0, 2) if self.transpose else pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from videox.data.media.container import (
 )
 from videox.data.media.png import open_png
 
-# What Pillow and its codecs raise for damaged content.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+# What Pillow and its codecs raise for damaged content: every error that their code can run into, but not MemoryError.
+_PILLOW_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
 _TO_UPRIGHT = {  # EXIF 2.3 table 4.6.4: orientation -> transform that makes the image upright
@@ -72,11 +76,8 @@ def cover_size(source_height: int, source_width: int, height: int, width: int) -
 
 def probe_image(path: Path) -> MediaInfo:
     """Return the upright size of an image, read from its header; raise BadMedia as `read_image` does."""
-    with _open_image(path) as image:
-        width, height = image.size
-        # Pillow exchanges the sides of a TIFF file by itself, on opening it, and turns the pixels when it loads them.
-        if _orientation(image) >= 5 and image.format != "TIFF":
-            width, height = height, width
+    with open_image(path) as image:
+        width, height = upright_size(image)
         return MediaInfo("image", width, height, 1, 0.0)
 
 
@@ -91,32 +92,62 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         uint8 [1, height, width, 3], RGB.
 
     Raises:
-        BadMedia: the classes of `open_container`, too_large (before decoding), truncated, or undecodable.
+        BadMedia: the classes of `open_container`, needs_package (HEIF without pillow-heif), too_large (before
+            decoding), truncated, or undecodable.
     """
-    with _open_image(path) as image:
-        with _pillow_errors_to_bad_media():
-            image.load()
-        transform = _TO_UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
-        pixels = np.array(rgb if transform is None else rgb.transpose(transform))
+    with open_image(path) as image:
+        pixels = upright_pixels(image)
     return np.ascontiguousarray(resize_cover(pixels, height, width)[None])
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of an open image that is made upright by its EXIF orientation."""
+    width, height = image.size
+    # Pillow exchanges the sides of a TIFF file by itself, on opening it, and turns the pixels when it loads them.
+    return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
+
+
+def upright_pixels(image: Image.Image) -> np.ndarray:
+    """Return the current picture of an open image as uint8 [h, w, 3], upright, with white in place of transparency.
+
+    Raises:
+        BadMedia: too_large, truncated, or undecodable.
+    """
+    with pillow_errors_to_bad_media():
+        image.load()
+        transform = _TO_UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return np.array(rgb if transform is None else rgb.transpose(transform))
+
+
 @contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image by its content, and check its size; raise BadMedia as `read_image` does."""
     container = open_container(path)
     if container.kind != "image":
         raise BadMedia("undecodable", "a video where an image is expected")
+    if container.format == "HEIF":
+        _register_heif()
     with ExitStack() as stack:
-        with _pillow_errors_to_bad_media():
+        with pillow_errors_to_bad_media():
             source = stack.enter_context(open_png(path)) if container.format == "PNG" else path
             image = stack.enter_context(Image.open(source, formats=[container.format]))
         check_pixels(*image.size)
         yield image
 
 
+def _register_heif() -> None:
+    """Make Pillow open HEIF images; raise BadMedia "needs_package" if pillow-heif is not installed."""
+    try:
+        import pillow_heif  # imported here, because it is optional
+    except ImportError as error:
+        what = "a HEIF image (HEIC): pip install pillow-heif, or convert it to PNG or JPEG"
+        raise BadMedia("needs_package", what) from error
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+
 @contextmanager
-def _pillow_errors_to_bad_media() -> Iterator[None]:
+def pillow_errors_to_bad_media() -> Iterator[None]:
     """Convert Pillow's errors to BadMedia; wraps only calls of Pillow, so that a bug of our code stays visible."""
     try:
         yield
@@ -125,7 +156,8 @@ def _pillow_errors_to_bad_media() -> Iterator[None]:
     except _PILLOW_ERRORS as error:
         raise_system_error(error)
         truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        raise BadMedia("truncated" if truncated else "undecodable", str(error)) from error
+        detail = str(error) or type(error).__name__
+        raise BadMedia("truncated" if truncated else "undecodable", detail) from error
 
 
 def _orientation(image: Image.Image) -> int:

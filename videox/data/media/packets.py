@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 from videox.data.media.bitstream import Content, content_reader, may_be_interlaced
 from videox.data.media.container import BadMedia, Container
 from videox.data.media.matroska import video_blocks
+from videox.data.media.signatures import ELEMENTARY_FORMATS
 from videox.data.media.source import data_packets, open_video
 
 MISSING = np.iinfo(np.int64).min  # the time of a packet that has none
@@ -38,6 +39,8 @@ _IN_ORDER = frozenset(
 # Each packet gives one frame, except those that `bitstream` knows of. For any other codec, frames are counted by
 # decoding the whole file.
 _COUNTABLE = _IN_ORDER | frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "svq3", "vc1", "wmv3"))
+# Formats that store no presentation times; those that FFmpeg fills in are wrong with B-frames.
+_NO_TIMES = ("avi", "mxf", *ELEMENTARY_FORMATS)
 _CACHED_PACKETS = 4_000_000  # about 100 MB in each process that reads
 _PEEKED = 8
 
@@ -154,7 +157,7 @@ def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Li
     packets, contents = _read_packets(data_packets(file, stream), stream)
     countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
     fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
-    return Listing(packets, context.name, True, countable, fields, container.format == "avi")
+    return Listing(packets, context.name, True, countable, fields, container.format in _NO_TIMES)
 
 
 def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listing | None:
@@ -198,13 +201,21 @@ def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | No
     return None if placeholders or len(np.unique(table[:, 0])) < len(table) else table
 
 
+def has_unordered_times(path: Path, container: Container) -> bool:
+    """Whether a video has B-pictures and its presentation times are its decoding times, by its first packets."""
+    with open_video(path, container) as (file, stream):
+        packets, _ = _read_packets(islice(data_packets(file, stream), 2 * REORDER), stream)
+    times = packets.pts[packets.pts != MISSING]
+    return packets.reordered is True and bool((np.diff(times) > 0).all())
+
+
 def _from_index(entries: np.ndarray, contents: list[Content], codec: str, container: Container) -> Listing:
     times, key, shown = entries[:, 0].copy(), entries[:, 2].astype(bool), entries[:, 3] == 0
     closed = np.zeros(len(key), bool)
     count = min(len(contents), len(key))
     closed[:count] = _closed(key[:count], contents[:count], codec)
     packets = Packets(np.full(len(key), MISSING), times, key, closed, shown, None)
-    return Listing(packets, codec, False, True, made_up_times=container.format == "avi")
+    return Listing(packets, codec, False, True, made_up_times=container.format in _NO_TIMES)
 
 
 def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packets, list[Content]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def open_video(path: Path, container: Container) -> Iterator[tuple[InputContaine
     ):
         videos = [video for video in file.streams.video if not video.disposition & av.stream.Disposition.attached_pic]
         if not videos:
-            raise BadMedia("no_video_stream", f"{len(file.streams)} streams, none of them a video")
+            raise BadMedia("no_video_stream", _streams_without_video(file))
         context = videos[0].codec_context
         check_pixels(context.width, context.height)
         context.thread_count = 1
@@ -44,6 +45,13 @@ def open_video(path: Path, container: Container) -> Iterator[tuple[InputContaine
         # Checked again by the decoder: the stream may state another size than its container.
         context.options = {"max_pixels": str(MAX_PIXELS)}
         yield file, videos[0]
+
+
+def _streams_without_video(file: InputContainer) -> str:
+    counts = Counter("cover picture" if stream.type == "video" else f"{stream.type} stream" for stream in file.streams)
+    names = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    only_sound = "audio only: " if counts["audio stream"] else ""
+    return f"{only_sound}{names or 'no streams'}, no video stream"
 
 
 @contextmanager

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
+from videox.data.media import animation
 from videox.data.media import decord as decord_reader
-from videox.data.media.container import BadMedia, Container, MediaInfo, open_container, sniff
+from videox.data.media.container import (
+    BETWEEN_KEYFRAMES,
+    FIELD_CODED,
+    MIRRORED,
+    REORDERED,
+    BadMedia,
+    Container,
+    MediaInfo,
+    open_container,
+    sniff,
+)
 from videox.data.media.display_matrix import display_transform
 from videox.data.media.frames import read_frames
 from videox.data.media.image import probe_image, read_image, resize_cover
-from videox.data.media.packets import MISSING, Listing, decode_from_start, listing_of
+from videox.data.media.packets import MISSING, Listing, decode_from_start, has_unordered_times, listing_of
 from videox.data.media.source import data_packets, open_video
 
 __all__ = ["READERS", "BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
 
 READERS = ("pyav", "decord")  # the first is the default, since benchmarks/decode.py measures it faster
+_MAX_FPS = 1000  # a higher average rate is not one: FFmpeg states that of DV in units of time
 
 
 def probe(path: Path) -> MediaInfo:
-    """Return the size, frames and fps of an image or video.
+    """Return the size, frames and fps of an image or video; an animation with several frames is a video.
 
     Frames are counted as a decoder delivers them, because the count in a header may be wrong: by the index entries
     where the container has a complete index, else by the packets, else by decoding (`packets.listing_of`). One frame
@@ -34,8 +47,15 @@ def probe(path: Path) -> MediaInfo:
         BadMedia: the classes of `open_container`, no_video_stream, too_large, truncated, or undecodable.
     """
     container = open_container(path)
-    if container.kind == "image":
-        return probe_image(path)
+    info = _probe_image(path, container) if container.kind == "image" else _probe_video(path, container)
+    return replace(info, format=container.format)
+
+
+def _probe_image(path: Path, container: Container) -> MediaInfo:
+    return animation.probe_animation(path, container) or probe_image(path)
+
+
+def _probe_video(path: Path, container: Container) -> MediaInfo:
     listing = listing_of(path, container)
     if not len(listing.packets.pts):
         raise BadMedia("no_video_stream", "its video stream has no frames")
@@ -44,9 +64,22 @@ def probe(path: Path) -> MediaInfo:
     if not listing.countable:
         count = sum(1 for _ in decode_from_start(path, container))
     width, height = first.width, first.height
-    if display_transform(first).transpose:
+    transform = display_transform(first)
+    if transform.transpose:
         width, height = height, width
-    return MediaInfo("video", width, height, count, _frames_per_second(listing, average, time_base))
+    decoding = (MIRRORED if transform.mirrors else 0) | _decoding_of(path, container, listing)
+    fps = _frames_per_second(listing, average, time_base)
+    return MediaInfo("video", width, height, count, fps, decoding=decoding)
+
+
+def _decoding_of(path: Path, container: Container, listing: Listing) -> int:
+    """Return the sum of the keys of DECODINGS that the order and the beginning of the packets have."""
+    decoding = FIELD_CODED if listing.has_fields else 0
+    if not listing.packets.shown[0]:
+        decoding |= BETWEEN_KEYFRAMES
+    if not listing.always_in_order and not listing.made_up_times and has_unordered_times(path, container):
+        decoding |= REORDERED
+    return decoding
 
 
 def read_clip(
@@ -79,7 +112,7 @@ def read_clip(
     if not frame_indices or list(frame_indices) != sorted(frame_indices):
         raise ValueError("frame_indices must be ascending and not empty")
     container = open_container(path)
-    if container.kind != "video":
+    if container.kind != "video" and container.format not in animation.ANIMATED_FORMATS:
         raise BadMedia("undecodable", "an image where a video is expected")
     clip = np.empty((len(frame_indices), height, width, 3), np.uint8)
 
@@ -89,6 +122,9 @@ def read_clip(
             if wanted == index:
                 clip[slot] = resized
 
+    if container.kind == "image":
+        animation.read(path, frame_indices, keep)
+        return clip
     if reader == "decord":
         try:
             decord_reader.read(path, container, frame_indices, keep)
@@ -128,11 +164,11 @@ def _frames_per_second(listing: Listing, average: float, time_base: Fraction | N
 
     The rate that is stated for fields stored one by one may be that of the fields.
     """
-    if average and not listing.has_fields:
+    if 0 < average <= _MAX_FPS and not listing.has_fields:
         return average
     packets = listing.packets
     times = np.where(packets.pts == MISSING, packets.dts, packets.pts)[packets.shown]
     times = np.sort(times[times != MISSING])
     if time_base is None or len(times) < 2 or times[-1] == times[0]:
-        return average
+        return average if average <= _MAX_FPS else 0.0
     return float((len(times) - 1) / (int(times[-1] - times[0]) * time_base))

@@ -25,7 +25,9 @@ class PlanColumns:
 
     kind uint8 (0 image, 1 video); width, height, frames int32 (upright pixels, source frames); usable bool; fps
     float32 where frames are sampled by frame rate (sample_fps), else None; weight float32, the mean number of
-    occurrences of a row in an epoch, None where every row has weight 1.
+    occurrences of a row in an epoch, None where every row has weight 1; decoding uint32, a sum of keys of DECODINGS
+    (videox.data.media.container), None where it is 0 for every row: the plan does not read it, but a resumed run must
+    decode its rows as it did before.
     """
 
     kind: np.ndarray
@@ -35,6 +37,7 @@ class PlanColumns:
     usable: np.ndarray
     fps: np.ndarray | None = None
     weight: np.ndarray | None = None
+    decoding: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -54,18 +57,20 @@ def columns_of(index: Index, *, by_second: bool) -> PlanColumns:
         index.usable,
         fps=index.fps if by_second else None,
         weight=index.weight if np.any(index.weight != 1) else None,
+        decoding=index.decoding if np.any(index.decoding) else None,
     )
 
 
 def columns_fingerprint(index: Index, columns: PlanColumns) -> str:
-    """Return the index's fingerprint, extended by fps and weight where the plan reads them."""
-    extra = [column for column in (columns.fps, columns.weight) if column is not None]
-    # only where the plan reads them: the fingerprint of a run without fps and weights stays that of its index
+    """Return the index's fingerprint, extended by fps and weight where the plan reads them, and by decoding."""
+    extra = [(column, "<f4") for column in (columns.fps, columns.weight) if column is not None]
+    extra += [(columns.decoding, "<u4")] if columns.decoding is not None else []
+    # only where they are given: the fingerprint of a run without any of them stays that of its index
     if not extra:
         return index.fingerprint()
     digest = hashlib.sha256(index.fingerprint().encode())
-    for column in extra:
-        digest.update(np.ascontiguousarray(column, "<f4").tobytes())
+    for column, dtype in extra:
+        digest.update(np.ascontiguousarray(column, dtype).tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,48 @@
+"""Which files of a folder are images or videos: by their suffix where it says so, otherwise by their first bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from videox.data.media.container import format_of
+
+# A file with one of these suffixes is a row of the folder without being opened, since probing opens it anyway. If it
+# is of no known format, its row says so instead of being left out.
+MEDIA_SUFFIXES = frozenset((
+    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".mts", ".m2ts", ".3gp", ".3g2",
+    ".ogv", ".vob", ".asf", ".f4v", ".mxf", ".y4m", ".ivf", ".divx", ".m2v", ".qt",
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".heic", ".heif",
+))  # fmt: skip
+# Files whose content may begin like that of a video and that have none, by the meaning of their suffix.
+_AUDIO_SUFFIXES = frozenset((".m4a", ".m4b", ".m4r", ".mka", ".wma", ".oga", ".opus", ".aac", ".mp3", ".wav", ".flac"))
+_THREADS = 16  # on a network disk most of the time is spent waiting
+
+
+def is_opened(suffix: str) -> bool:
+    """Return whether a file with this suffix is opened to find out whether it is an image or a video."""
+    return suffix.lower() not in MEDIA_SUFFIXES and suffix.lower() not in _AUDIO_SUFFIXES
+
+
+def find_media(folder: Path, listing: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the files of a listing that are images or videos, or whose suffix says so, in the same order.
+
+    Args:
+        folder: the folder that the listing is relative to.
+        listing: (path without suffix, suffix) of each file; captions are not among them.
+    """
+    unknown = [pair for pair in listing if is_opened(pair[1])]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        formats = pool.map(lambda pair: format_of(folder / (pair[0] + pair[1])), unknown)
+    found = {pair for pair, name in zip(unknown, formats, strict=True) if name}
+    return [pair for pair in listing if pair[1].lower() in MEDIA_SUFFIXES or pair in found]
+
+
+def count_suffixes(listing: Iterable[tuple[str, str]], most: int = 12) -> str:
+    """Return how many files of a listing have which suffix, the most frequent first: "3 .json, 1 without suffix"."""
+    counts = Counter(suffix.lower() or "without suffix" for _, suffix in listing).most_common()
+    parts = [f"{count} {suffix}" for suffix, count in counts[:most]]
+    others = sum(count for _, count in counts[most:])
+    return ", ".join([*parts, f"{others} with other suffixes"] if others else parts)
