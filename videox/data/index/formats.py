@@ -24,6 +24,7 @@ from videox.data.index.media_files import count_suffixes, find_media
 from videox.errors import DATA, FLAGS, UserError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
+_INDEX_SUFFIXES = (".arrow", ".partial")  # of saved indexes, which change while the folder does not
 _REPEATED = 0  # a key that no JSON object can have: marks an object that contains a column of a field twice
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity', re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
@@ -46,7 +47,7 @@ class _NotANumber(Exception):
 def list_folder(folder: Path) -> list[tuple[str, str]]:
     """List the files below a folder, sorted, as (path relative to it without suffix, suffix).
 
-    Hidden files and folders are skipped; links to folders are not followed.
+    Hidden files and folders, and saved indexes, are skipped; links to folders are not followed.
 
     Raises:
         UserError: exit code 2 for a folder that cannot be listed.
@@ -57,7 +58,7 @@ def list_folder(folder: Path) -> list[tuple[str, str]]:
         prefix = Path(parent).relative_to(folder)
         for name in names:
             suffix = Path(name).suffix
-            if not name.startswith("."):
+            if not name.startswith(".") and suffix not in _INDEX_SUFFIXES:
                 found.append((str(prefix / name.removesuffix(suffix)), suffix))
     return sorted(found)
 
