@@ -5,12 +5,14 @@
     python scripts/export.py wan2.1_t2v_14B_bf16.safetensors a_new_folder --layout diffusers
     python scripts/export.py outputs/lora/checkpoint-500 lora.safetensors --layout comfyui
     python scripts/export.py outputs/lora/checkpoint-500 merged --layout diffusers --base $MODEL_NAME
+    python scripts/export.py outputs/wan/checkpoint-500 lora.safetensors --layout comfyui --extract_lora 64 $MODEL_NAME
 
 It reads a run's checkpoint-N or transformer folder, a diffusers transformer folder, Wan's original folder, and single
 files (.safetensors, .pt, .pth) in bf16, fp16, float32 or 8-bit with scales. `diffusers` writes a folder that
 from_pretrained loads, `original` one file with the published names, `comfyui` one file for ComfyUI's folder
-diffusion_models. A LoRA (a checkpoint, its folder or a file) is written as one file for diffusers or ComfyUI; with
---base it is merged into the base model: W + alpha / rank B A in float32, rounded once.
+diffusion_models. A LoRA (a checkpoint, its folder or a file of any trainer) is written as one file for diffusers,
+ComfyUI or kohya's trainers; with --base it is merged into the base model: W + alpha / rank B A in float32, rounded
+once. --extract_lora makes a LoRA from a model and its base, by the singular value decomposition of their difference.
 
 Existing files are never overwritten, the output appears atomically, and no code in a file is run. Convert a sharded
 checkpoint with scripts/zero_to_bf16.py first.
@@ -23,13 +25,11 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from tqdm import tqdm
@@ -42,12 +42,13 @@ from zero_to_bf16 import (
     shard_size,
 )
 
-from videox.errors import FLAGS, LOAD_ERRORS, MODEL, NUMERICS, STORAGE, SaveError, UserError
-from videox.files import publish_file
+from videox.errors import FLAGS, LOAD_ERRORS, MODEL, STORAGE, SaveError, UserError
 from videox.lora.checkpoint import SETTINGS_FILE, fingerprint
-from videox.lora.layouts import lora_to_comfyui
+from videox.lora.convert import cast, to_layout, write_lora
+from videox.lora.extract import Extraction, extract_lora
+from videox.lora.facts import make_metadata
 from videox.lora.merge import lora_updates, merge_lora
-from videox.lora.reader import PREFIX, lora_family, lora_file, read_lora
+from videox.lora.reader import lora_family, lora_file, read_lora
 from videox.models.component import Component, check_shapes, find_component
 from videox.models.folder import read_json
 from videox.models.hub import local_folder
@@ -57,25 +58,18 @@ from videox.training.argument_parser import Parser
 from videox.weights.deepspeed_reader import tag_folder
 from videox.weights.format import EXPORT_DTYPES
 from videox.weights.fsdp_reader import fsdp_folder
-from videox.weights.header import (
-    FILE_FIELDS,
-    MODEL_CONFIG,
-    TRAINER_PREFIX,
-    header_config,
-    model_metadata,
-    parse_json_object,
-    read_metadata,
-)
-from videox.weights.layout_tables import LAYOUTS
+from videox.weights.header import MODEL_CONFIG, header_config
+from videox.weights.layout_tables import KOHYA, LAYOUTS
 from videox.weights.layout_writer import ARCHITECTURES, write_file
 from videox.weights.layouts import family_of
 from videox.weights.reader import LayoutTensors, open_tensors
-from videox.weights.safetensors_io import CONFIG, join_first, save_tensors
+from videox.weights.safetensors_io import CONFIG, join_first
 from videox.weights.stream_writer import TensorToWrite, check_bytes, check_folder, write_folder
 
 CLASSES = {"wan": "WanTransformer3DModel", "hunyuan": "HunyuanVideoTransformer3DModel"}
 PUBLISHED = {"wan": "WanModel"}  # class name in an original config.json
 LORA = "lora"
+MAX_RANK = 4096
 PIPELINES = {"wan": "WanPipeline", "hunyuan": "HunyuanVideoPipeline"}
 
 
@@ -85,7 +79,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "output", type=Path, help="a new folder for --layout diffusers (models), otherwise a new .safetensors file"
     )
-    parser.add_argument("--layout", required=True, choices=("diffusers", *LAYOUTS), help="layout of the output")
+    parser.add_argument("--layout", required=True, choices=("diffusers", *LAYOUTS, KOHYA), help="layout of the output")
     parser.add_argument(
         "--dtype",
         choices=tuple(EXPORT_DTYPES),
@@ -98,6 +92,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--base",
         help="base model to merge a LoRA into: model folder, transformer folder, file or Hub id (default: write the LoRA)",
+    )
+    parser.add_argument(
+        "--extract_lora",
+        nargs=2,
+        metavar=("RANK", "BASE"),
+        help="write a LoRA of this rank that turns the model BASE (as for --base) into the source, nearly",
     )
     parser.add_argument(
         "--max_shard_size",
@@ -216,62 +216,6 @@ def check_output(source: Path, output: Path, layout: str) -> None:
         raise UserError("output", f"{output} exists", "pass a new file, or remove it", FLAGS)
 
 
-def training_facts(source: Path) -> dict[str, str]:
-    """Collect how weights were trained: base_model, task, rank, alpha, steps, seed, sizes, shift, trainer.
-
-    Args:
-        source: a file, a transformer folder, or a checkpoint. The records of a checkpoint take precedence over the
-            headers of the files in it.
-    """
-    header = read_metadata(source)
-    from_header = {}
-    if header.get("trainer", "").startswith(TRAINER_PREFIX):
-        from_header = {k: v for k, v in header.items() if k not in FILE_FIELDS and not k.startswith("modelspec.")}
-    folders = (source, *source.resolve().parents[:2])
-    checkpoint = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
-    adapters = parse_json_object(header.get("lora_adapter_metadata", "{}"))
-    facts = {"rank": adapters.get("transformer.r"), "alpha": adapters.get("transformer.lora_alpha")}
-    if checkpoint is not None:
-        manifest, state, lora = (
-            read_json_or_empty(checkpoint / name) for name in (MANIFEST, "trainer_state.json", "lora.json")
-        )
-        facts |= manifest.get("description") or {}
-        facts |= {"steps": manifest.get("step"), "seed": state.get("seed")}
-        if lora:
-            facts |= {"rank": lora.get("rank"), "alpha": lora.get("alpha")}
-        if version := (manifest.get("versions") or {}).get("videox"):
-            facts["trainer"] = f"{TRAINER_PREFIX}{version}"
-    return {**from_header, **{name: str(value) for name, value in facts.items() if value is not None}}
-
-
-def read_json_or_empty(path: Path) -> dict[str, Any]:
-    return parse_json_object(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
-
-
-def make_metadata(source: Path, facts: dict[str, str | None], base: str | None = None) -> dict[str, str]:
-    """Build the header metadata of an output file.
-
-    Args:
-        source: the weights; their training facts are copied.
-        facts: fields that describe the output file itself.
-        base: base model that a LoRA is merged into, as the user named it.
-    """
-    known = training_facts(source)
-    base_model = base or known.pop("base_model", None)
-    # Weights that were not trained with this trainer have no known base model: their file name is the title.
-    title = None if base_model else f"{source.parent.name if lora_file(source) else source.stem}"
-    return model_metadata(base_model, {**known, **facts}, title=title)
-
-
-def dtype_name(tensors: Iterable[Tensor]) -> str:
-    """Return the --dtype name of the dtype that most elements have."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype] += tensor.numel()
-    common = sizes.most_common(1)[0][0]
-    return next((name for name, dtype in EXPORT_DTYPES.items() if dtype == common), str(common))
-
-
 # ---------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -285,38 +229,60 @@ def load_adapters(path: Path, family: str) -> tuple[dict[str, Tensor], float]:
     return read_lora(path, getattr(diffusers, PIPELINES[family]).lora_state_dict, where="source")
 
 
-def export_lora(path: Path, output: Path, layout: str, dtype: torch.dtype | None, config: Path | None) -> int:
-    """Write a LoRA as one file for diffusers or ComfyUI; return its size in bytes. Raises UserError."""
-    if layout == "original":
-        raise UserError(
-            "--layout", "original is not a layout of a LoRA", "use comfyui, which has the original names", FLAGS
-        )
-    family = lora_family(path)
+def export_lora(path: Path, flags: argparse.Namespace) -> None:
+    """Write a LoRA as one file in the layout of --layout. Raises UserError."""
+    family, config = lora_family(path), read_json(flags.config) if flags.config else {}
     adapters, scale = load_adapters(path, family)
-    ranks = {name.split(".lora_")[0]: len(adapters[name]) for name in adapters if ".lora_A." in name}
     lora_updates(adapters, scale)  # raises for an A without its B, or the reverse
-    if layout == "comfyui":
-        known = read_json(config) if config else {}
-        alphas = {name: scale * rank for name, rank in ranks.items()}
-        made = lora_to_comfyui(adapters, family, alphas, mlp_ratio=known.get("mlp_ratio", 4.0))
-    else:
-        # The scale is multiplied into B, so that a loader does not need alpha.
-        made = {
-            f"{PREFIX}{name}": (scale * t.float()).to(t.dtype) if ".lora_B." in name else t
-            for name, t in adapters.items()
-        }
-    made = {name: t if name.endswith(".alpha") else t.to(dtype or t.dtype).contiguous() for name, t in made.items()}
-    if bad := [name for name, tensor in made.items() if not tensor.isfinite().all()]:
-        raise UserError(str(path), f"{join_first(bad)}: not finite in this dtype", "use another --dtype", NUMERICS)
-    facts = {"architecture": f"{ARCHITECTURES[family]}/lora", "layout": layout, "dtype": dtype_name(made.values())}
-    if len(set(ranks.values())) == 1:  # the header has one rank, and the alpha that matches the tensors in this file
-        rank = next(iter(ranks.values()))
-        facts |= {"rank": f"{rank}", "alpha": f"{rank * scale if layout == 'comfyui' else rank:g}"}
-    metadata = make_metadata(path, facts)
-    with explain_write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        publish_file(output, lambda folder: save_tensors(folder, made, stem=output.stem, metadata=metadata))
-    return output.stat().st_size
+    save_lora(path, adapters, scale, family, flags, mlp_ratio=config.get("mlp_ratio", 4.0))
+
+
+def save_lora(
+    source: Path,
+    adapters: Mapping[str, Tensor],
+    scale: float,
+    family: str,
+    flags: argparse.Namespace,
+    *,
+    mlp_ratio: float,
+    base: str | None = None,
+) -> None:
+    """Write adapters by diffusers' names to the output, and print a line that describes the file."""
+    ranks = {len(tensor) for name, tensor in adapters.items() if ".lora_A." in name}
+    made = to_layout(adapters, scale, family, flags.layout, mlp_ratio=mlp_ratio)
+    made = cast(made, EXPORT_DTYPES[flags.dtype] if flags.dtype else None)
+    with explain_write_errors(flags.output):
+        write_lora(
+            source, flags.output, made, family, layout=flags.layout, scale=scale, ranks=ranks, base=base
+        )  # fmt: skip
+    size = format_bytes(flags.output.stat().st_size)
+    print(f"{flags.output}: {size}, a LoRA for {flags.layout}; --base MODEL merges it into a model")
+
+
+def extract(flags: argparse.Namespace) -> None:
+    """Write the LoRA that is nearest to the difference of two models, and print its error. Raises UserError."""
+    rank, base_name = int(flags.extract_lora[0]), flags.extract_lora[1]
+    tuned = find_transformer(find_weights(flags.source), flags.config)
+    base = find_transformer(find_weights(local_folder(base_name, "--extract_lora"), "--extract_lora"), None)
+    assert tuned.tensors is not None and base.tensors is not None
+    dtype = EXPORT_DTYPES[flags.dtype or "fp32"]
+    with tqdm(total=len(tuned.tensors), unit="tensor", desc="extracting", disable=None) as bar:
+        found = extract_lora(tuned.tensors, base.tensors, rank, dtype, bar.update)
+    print(f"{len(found.errors)} linear layers differ; error of rank {rank}: {describe_error(found)}")
+    if found.left_out:
+        share = f"{100 * found.left_out_share:.3g} % of the squared difference"
+        print(
+            f"note: not in the LoRA: {len(found.left_out)} other tensors that differ ({share}), first {found.left_out[0]}"
+        )
+    family, ratio = str(family_of(tuned.tensors)), tuned.config.get("mlp_ratio", 4.0)
+    save_lora(flags.source, found.adapters, 1.0, family, flags, mlp_ratio=ratio, base=base_name)
+
+
+def describe_error(found: Extraction) -> str:
+    """Return the error of an extraction: of the whole difference, and of the worst layer."""
+    worst = max(found.errors, key=lambda layer: found.errors[layer])
+    text = f"{100 * found.error:.3g} % of the difference (Frobenius norm)"
+    return f"{text}; the largest of a layer is {100 * found.errors[worst]:.3g} % in {worst}"
 
 
 def warn_other_base(path: Path, base: LayoutTensors) -> None:
@@ -380,18 +346,35 @@ def export_model(
     return size
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = parse_flags(argv)
-    lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
+def check_flags(flags: argparse.Namespace, lora: Path | None) -> bool:
+    """Check the flags against each other and the source; return whether the output is a LoRA. Raises UserError."""
     if flags.base and lora is None:
         raise UserError("--base", f"{flags.source} is not a LoRA", "remove --base, or pass a LoRA", FLAGS)
     if flags.config is not None and not flags.config.is_file():
         raise UserError("--config", f"{flags.config} is not a file", "pass a config.json", MODEL)
-    is_lora_file = lora is not None and not flags.base
-    check_output(flags.source, flags.output, LORA if is_lora_file else flags.layout)
-    if lora is not None and is_lora_file:
-        size = export_lora(lora, flags.output, flags.layout, dtype, flags.config)
-        print(f"{flags.output}: {format_bytes(size)}, a LoRA for {flags.layout}; --base MODEL merges it into a model")
+    if flags.extract_lora:
+        rank = flags.extract_lora[0]
+        if not rank.isdecimal() or not 1 <= int(rank) <= MAX_RANK:
+            what = f"{rank!r} is not a rank from 1 to {MAX_RANK}"
+            raise UserError("--extract_lora", what, "pass --extract_lora RANK BASE, e.g. 64 and the base model", FLAGS)
+        if lora is not None:
+            what = f"{flags.source} is a LoRA already"
+            raise UserError("--extract_lora", what, "pass the model after training, or remove --extract_lora", FLAGS)
+    makes_lora = bool(flags.extract_lora) or (lora is not None and not flags.base)
+    if makes_lora and flags.layout == "original":
+        what, hint = "original is not a layout of a LoRA", "use comfyui, which has the original names, or kohya"
+        raise UserError("--layout", what, hint, FLAGS)
+    if flags.layout == KOHYA and not makes_lora:
+        raise UserError("--layout", "kohya is a layout of LoRAs only", "use diffusers, original or comfyui", FLAGS)
+    check_output(flags.source, flags.output, LORA if makes_lora else flags.layout)
+    return makes_lora
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse_flags(argv)
+    lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
+    if check_flags(flags, lora):
+        extract(flags) if lora is None else export_lora(lora, flags)
         return 0
     source = find_weights(local_folder(flags.base, "--base"), "--base") if flags.base else find_weights(flags.source)
     component = find_transformer(source, flags.config)

@@ -1,4 +1,4 @@
-"""LoRA checkpoints and exports: adapter files for diffusers and ComfyUI, without the frozen base model."""
+"""LoRA checkpoints and exports: adapter files for diffusers, ComfyUI and kohya's trainers, without the base model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from videox.errors import MODEL, NUMERICS, UserError
 from videox.files import publish_file, publish_folder, write_json_atomically
 from videox.lora.adapters import Lora, initial_values, peft_name, public_name
-from videox.lora.layouts import lora_to_comfyui
+from videox.lora.header import STEPS, export_date, manager_fields
+from videox.lora.initial import init_from_lora
+from videox.lora.layouts import lora_to_comfyui, lora_to_kohya
 from videox.lora.merge import lora_updates, merge_lora
-from videox.lora.reader import PREFIX, STEM, read_lora
+from videox.lora.reader import PREFIX, STEM
 from videox.run.checkpoint import read_manifest
 from videox.weights.format import TRANSFORMER, ExportOptions
-from videox.weights.layout_tables import MERGED
+from videox.weights.layout_tables import KOHYA, MERGED
 from videox.weights.layouts import family_of
 from videox.weights.reader import open_tensors
 from videox.weights.safetensors_io import (
@@ -83,8 +85,9 @@ class LoraWeights:
     def export(self, output_dir: Path, name: str, tensors: NamedTensors, config: str, options: ExportOptions) -> None:
         """See WeightFormat.export: the trained adapters in diffusers' file, and in each of the other layouts.
 
-        The layout comfyui is pytorch_lora_weights_comfyui.safetensors in the same folder. The layout merged is the
-        base model with the adapters merged in, the diffusers folder transformer_merged.
+        The layouts comfyui and kohya are pytorch_lora_weights_comfyui.safetensors and ..._kohya.safetensors in the
+        same folder. The layout merged is the base model with the adapters merged in, the diffusers folder
+        transformer_merged.
 
         Raises:
             UserError: (NUMERICS) a value is not finite in this dtype; (MODEL) the base model no longer exists.
@@ -94,13 +97,14 @@ class LoraWeights:
         cast = _cast(exact, options.dtype)
         folder = _adapter_folder(output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**options.metadata, "rank": str(self.lora.rank), "alpha": f"{self.lora.alpha:g}"}
+        own = {**options.metadata, "rank": str(self.lora.rank), "alpha": f"{self.lora.alpha:g}"}
+        metadata = {**own, **self._manager_fields(folder, options)}
         write = partial(
             write_adapters, tensors=cast, lora=self.lora, save_lora_weights=self.save_lora_weights, metadata=metadata
         )
         publish_file(folder / f"{STEM}.safetensors", write)
         for layout in options.layouts:
-            header = {**metadata, "layout": layout}
+            header = {**(own if layout == MERGED else metadata), "layout": layout}
             if layout == MERGED:
                 # From the exact adapters: the sum with the base model is rounded once.
                 target = output_dir / f"{name}_{MERGED}"
@@ -108,10 +112,16 @@ class LoraWeights:
                 continue
             public = {public_name(key): tensor for key, tensor in cast.items()}
             ratio = json.loads(config).get("mlp_ratio", 4.0)
-            converted = lora_to_comfyui(public, self.family, self.lora.alpha, mlp_ratio=ratio)
+            convert = lora_to_kohya if layout == KOHYA else lora_to_comfyui
+            converted = convert(public, self.family, self.lora.alpha, mlp_ratio=ratio)
             stem = f"{STEM}_{layout}"
             save = partial(save_tensors, tensors=converted, stem=stem, metadata=header)
             publish_file(folder / f"{stem}.safetensors", save)
+
+    def _manager_fields(self, folder: Path, options: ExportOptions) -> dict[str, str]:
+        date = export_date(folder / f"{STEM}.safetensors", options.metadata.get(STEPS))
+        rank, alpha = self.lora.rank, self.lora.alpha
+        return manager_fields(options.metadata, self.family, rank=rank, alpha=alpha, date=date)
 
     def _merge(
         self, folder: Path, tensors: Mapping[str, Tensor], config: str, dtype: torch.dtype, keep_fp32: Sequence[str],
@@ -306,49 +316,13 @@ def prepare_lora(
 
     run_on_main(check)
     values, lines = initial_values(lora, stored, seed), [lora.summary(stored)]
+    family = family_of(stored) or ""
     if init_from is not None and resume is None:
-        values, line = init_from_lora(init_from, values, lora, pipeline_class.lora_state_dict)
-        lines.append(line)
-    save, family = pipeline_class.save_lora_weights, family_of(stored) or ""
+        values, note = init_from_lora(
+            init_from, values, lora, pipeline_class.lora_state_dict, stored=stored, family=family
+        )
+        lines += note
+    save = pipeline_class.save_lora_weights
     return LoraWeights(
         lora, values, base="".join(base), weights=stored.folder, family=family, save_lora_weights=save
     ), lines
-
-
-def init_from_lora(
-    path: Path,
-    values: Mapping[str, Tensor],
-    lora: Lora,
-    load: Callable[..., tuple[dict[str, Tensor], dict[str, Any] | None]],
-) -> tuple[dict[str, Tensor], str]:
-    """Return initial values from a LoRA that was trained before, and a line that reports what was loaded.
-
-    If its alpha differs, the ratio is multiplied into B, so that the model's output is the same as with that LoRA.
-    Layers that it does not adapt keep their new adapters.
-
-    Args:
-        path: a .safetensors file in any layout that diffusers reads, or a folder with one, such as a checkpoint.
-        values: the result of initial_values.
-        lora: the adaptation of this run.
-        load: lora_state_dict of the family's pipeline.
-
-    Raises:
-        UserError: (MODEL) it cannot be read, adapts other layers, or has another rank.
-    """
-    adapters, scale = read_lora(path, load, where="--init_lora_from")
-    stored = {peft_name(name): tensor for name, tensor in adapters.items()}
-    if not any(f".lora_{half}." in name for name in stored for half in "AB"):
-        hint = "pass a LoRA; --transformer_path accepts the weights of a complete model"
-        raise UserError("--init_lora_from", f"{path} contains no LoRA", hint, MODEL)
-    if unexpected := sorted(stored.keys() - values.keys()):
-        what = f"{path} adapts {len(unexpected)} tensors that this run does not, first {unexpected[0]}"
-        raise UserError("--init_lora_from", what, "name its layers with --lora_target_modules", MODEL)
-    initial = dict(values)
-    for name, tensor in stored.items():
-        if tensor.shape != values[name].shape:
-            what = f"{path} has {list(tensor.shape)} in {name}, this run {list(values[name].shape)}"
-            raise UserError("--init_lora_from", what, f"pass --lora_rank {min(tensor.shape)}", MODEL)
-        initial[name] = tensor.float() * (scale / lora.scale if ".lora_B." in name else 1.0)
-    missing = (len(values) - len(stored)) // 2
-    line = f"starts from the LoRA {path}" + (f"; {missing} layers that it lacks get new adapters" if missing else "")
-    return initial, line

@@ -1,7 +1,9 @@
-"""Reads LoRA files: finds them, detects the family, and returns the adapters by diffusers' names."""
+"""Reads LoRA files of any layout: finds them, detects the family, and returns the adapters by diffusers' names."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
-from videox.lora.layouts import lora_to_diffusers
+from videox.lora.foreign import MERGE, OTHER_ADAPTERS, explain_unread, foreign_model
+from videox.lora.layouts import Adapter, group_names, read_adapters
+from videox.lora.names import family_of_names
+from videox.weights.header import parse_json_object, read_metadata
 
 STEM = "pytorch_lora_weights"  # the stem of diffusers' LORA_WEIGHT_NAME_SAFE
+PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PeftModel.save_pretrained names them
+# Stems of the file to read in a folder: of diffusers, of peft and diffusion-pipe, of VideoX-Fun.
+STEMS = (STEM, PEFT_STEM, "lora_diffusion_pytorch_model")
 PREFIX = "transformer."  # diffusers' name of the adapted component in such a file
-HALF_MARKS = (".lora_A.", ".lora_down.")  # every LoRA has a tensor name that contains one of them
-HUNYUAN_MODULES = ("transformer_blocks", "double_blocks", "single_blocks")  # parts of names that Wan does not have
+SETTINGS = "lora_adapter_metadata"  # key of the settings of the LoRA in the header of diffusers' files
+HALF_MARKS = (".lora_A.", ".lora_down.", ".lora.down.")  # every LoRA has a tensor name that contains one of them
+UNSUPPORTED = {"use_dora": "a DoRA", "lora_bias": "a LoRA with trained biases", "use_qalora": "a QALoRA"}
 
 
 def lora_file(source: Path) -> Path | None:
     """Return the LoRA file for a checkpoint, a folder or a file; None if it is not a LoRA."""
-    path = source / f"{STEM}.safetensors" if source.is_dir() else source
-    return path if lora_names(path) else None
+    if source.is_dir():
+        files = [source / f"{stem}.safetensors" for stem in STEMS]
+        return next((file for file in files if lora_names(file)), None)
+    return source if lora_names(source) else None
 
 
 def lora_names(path: Path) -> list[str]:
-    """Return the names of the tensors in a file if they are adapters, else an empty list."""
+    """Return the names of the tensors in a file if they are adapters (LoRA, LoKr, LoHa, ...), else an empty list."""
     if path.suffix != ".safetensors" or not path.is_file():
         return []
     try:
@@ -34,55 +45,120 @@ def lora_names(path: Path) -> list[str]:
             names = list(file.keys())
     except (OSError, SafetensorError):
         return []  # not a LoRA; reading the file as a model reports what is wrong with it
-    return names if any(half in name for name in names for half in HALF_MARKS) else []
+    is_adapter = any(mark in name or OTHER_ADAPTERS.search(name) for name in names for mark in HALF_MARKS)
+    return names if is_adapter else []
 
 
 def lora_family(path: Path) -> str:
     """Return the family whose transformer a LoRA adapts, from its tensors' names: "wan" | "hunyuan"."""
-    return "hunyuan" if any(module in name for name in lora_names(path) for module in HUNYUAN_MODULES) else "wan"
+    return family_of_names(lora_names(path))
 
 
-def read_lora(
-    path: Path, load: Callable[..., tuple[dict[str, Tensor], dict[str, Any] | None]], *, where: str
-) -> tuple[dict[str, Tensor], float]:
-    """Return a LoRA's adapters by diffusers' names without their prefix, and the factor of B A.
-
-    Args:
-        path: a .safetensors file in ComfyUI's layout or any that diffusers reads, or a folder with diffusers' file.
-        load: lora_state_dict of the family's pipeline.
-        where: the flag or argument that the path was passed by, for the error message.
+def find_lora(path: Path, where: str) -> Path:
+    """Return the LoRA file that a path stands for: the path itself, or the one file of a known name in a folder.
 
     Raises:
-        UserError: (MODEL) it cannot be read, or is of a kind that this trainer does not support.
+        UserError: (MODEL) it is no .safetensors file, or a folder without a LoRA, or with several.
     """
     if path.is_file() and path.suffix != ".safetensors":
         what = f"{path} is not a .safetensors file, and a pickle may contain code"
         raise UserError(where, what, "pass a LoRA in safetensors format", MODEL)
+    if not path.is_dir():
+        return path
+    if known := [file for stem in STEMS if (file := path / f"{stem}.safetensors").is_file()]:
+        return known[0]
+    found = [file for file in sorted(path.glob("*.safetensors")) if lora_names(file)]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise UserError(where, f"{path} contains {len(found)} LoRAs ({names})", f"pass {found[-1]}", MODEL)
+    if not found:
+        what = f"{path} cannot be read (it contains no LoRA)"
+        raise UserError(where, what, f"pass a LoRA file, or a folder with {STEM}.safetensors", MODEL)
+    return found[0]
+
+
+def read_lora(
+    path: Path,
+    load: Callable[..., tuple[dict[str, Tensor], dict[str, Any] | None]],
+    *,
+    where: str,
+    family: str | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Return a LoRA's adapters by diffusers' names without their prefix, and the factor of B A.
+
+    The factor is alpha / rank of all adapters. If it differs between them, it is 1, and float32 B contains it.
+
+    Args:
+        path: a .safetensors file in any layout, or a folder with one.
+        load: lora_state_dict of the family's pipeline, which reads the files of diffusers' own layout.
+        where: the flag or argument that the path was passed by, for the error message.
+        family: the family that the LoRA must be of, "wan" | "hunyuan"; None detects it.
+
+    Raises:
+        UserError: (MODEL) it cannot be read, or is of a kind that this trainer does not support.
+    """
+    file = find_lora(path, where)
     try:
-        converted = lora_to_diffusers(load_file(path), lora_family(path)) if lora_names(path) else None
-        # diffusers' own converters support only the published widths, and fail for some alphas.
-        if converted is not None:
-            return converted, 1.0
-        adapters, metadata = load(
-            path if path.is_dir() else path.parent,
-            weight_name=f"{STEM}.safetensors" if path.is_dir() else path.name,
-            return_lora_metadata=True, local_files_only=True, use_safetensors=True,
-        )  # fmt: skip
+        adapters = _read_file(file, load, where, family)
     except (*LOAD_ERRORS, SafetensorError) as error:
         cause = " ".join(str(error).split())[:200]
-        hint = f"pass a LoRA with {STEM}.safetensors"
-        raise UserError(where, f"{path} cannot be read ({cause})", hint, MODEL) from error
-    scale = _scale_of(metadata or {}, path, where)
-    return {key.removeprefix(PREFIX): tensor for key, tensor in adapters.items()}, scale
+        hint = "pass a LoRA in safetensors format"
+        raise UserError(where, f"{file} cannot be read ({cause})", hint, MODEL) from error
+    scales = {adapter.scale for adapter in adapters.values()}
+    factor = next(iter(scales)) if len(scales) == 1 else 1.0
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        b = adapter.b if len(scales) == 1 else adapter.scale * adapter.b.float()
+        tensors |= {f"{name}.lora_A.weight": adapter.a, f"{name}.lora_B.weight": b}
+    return tensors, factor
 
 
-def _scale_of(metadata: Mapping[str, Any], path: Path, where: str) -> float:
-    """Return alpha / rank from a file's header; without a header it is 1, since diffusers has multiplied it into B."""
-    settings = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-    unsupported = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if settings.get(key)]
-    if unsupported:
-        what = f"{path} has {unsupported[0]} = {settings[unsupported[0]]}, which is not supported"
-        raise UserError(where, what, "pass a LoRA with one rank and one alpha for all layers", MODEL)
-    if "lora_alpha" not in settings or "r" not in settings:
-        return 1.0
-    return float(settings["lora_alpha"]) / float(settings["r"])
+def _read_file(
+    path: Path, load: Callable[..., tuple[dict[str, Tensor], dict[str, Any] | None]], where: str, family: str | None
+) -> dict[str, Adapter]:
+    header = read_metadata(path)
+    if model := foreign_model(header):
+        raise UserError(where, f"{path} is {model}", "pass a LoRA of the model that is trained", MODEL)
+    with safe_open(path, "pt") as opened:
+        names = list(opened.keys())
+    family = family or family_of_names(names)
+    groups, unread = group_names(names, family)
+    settings = parse_json_object(header.get(SETTINGS, "{}"))
+    published = any(module.published for module in groups)  # diffusers converts these for published widths only
+    if not (unread or published) and all(name.startswith(PREFIX) for name in names):
+        state, loaded = load(
+            path.parent, weight_name=path.name, return_lora_metadata=True, local_files_only=True, use_safetensors=True
+        )
+        settings = loaded or settings
+        groups, unread = group_names(state, family)
+    else:
+        state = load_file(path)
+        # Some programs write a zero difference for each norm; it changes nothing.
+        zeros = [name for name in unread if re.search(r"\.diff(_b|_m)?$", name) and not state[name].any()]
+        unread = [name for name in unread if name not in zeros]
+    if unread or not groups:
+        what, hint = explain_unread(unread, family, has_adapters=bool(groups))
+        raise UserError(where, f"{path} {what}", hint, MODEL)
+    settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
+    if not settings and path.stem == PEFT_STEM and (config := path.with_name(PEFT_CONFIG)).is_file():
+        settings = parse_json_object(config.read_text(encoding="utf-8", errors="replace"))
+    return read_adapters(state, groups, family, _scale_rule(settings, path, where))
+
+
+def _scale_rule(settings: Mapping[str, Any], path: Path, where: str) -> Callable[[str, int], float]:
+    """Return alpha / rank as a function of a module's name and rank, from peft's settings; 1 without settings.
+
+    peft's rule: alpha_pattern has regular expressions of the ends of names; use_rslora divides by the rank's root.
+    """
+    for key, kind in UNSUPPORTED.items():
+        if settings.get(key):
+            raise UserError(where, f"{path} is {kind}: it has {key} = {settings[key]}", MERGE, MODEL)
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+
+    def scale(module: str, rank: int) -> float:
+        own = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), alpha)
+        if own is None:
+            return 1.0
+        return float(own) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    return scale

@@ -11,7 +11,7 @@ from videox.errors import UserError
 from videox.optim.registry import OPTIMIZERS, check_installed
 from videox.run.folder import refuse_output_dir_conflicts
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
-from videox.weights.layout_tables import MERGED
+from videox.weights.layout_tables import KOHYA, MERGED
 
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
@@ -106,9 +106,9 @@ def _check_lora(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"--{flag}", "there is no LoRA without --lora_rank", "add --lora_rank, or remove the flag"
                 )
-        if MERGED in args.export_layouts:
-            what = "merged: there is no LoRA without --lora_rank"
-            raise UserError("--export_layouts", what, "add --lora_rank, or remove merged")
+        if of_lora := [layout for layout in (KOHYA, MERGED) if layout in args.export_layouts]:
+            what = f"{of_lora[0]}: there is no LoRA without --lora_rank"
+            raise UserError("--export_layouts", what, f"add --lora_rank, or remove {of_lora[0]}")
         return
     for flag, usual in (("trainable_modules", ["."]), ("trainable_modules_low_learning_rate", [])):
         if getattr(args, flag) != usual:
@@ -118,7 +118,7 @@ def _check_lora(args: argparse.Namespace) -> None:
         what = "checkpoints of a LoRA run contain all of its adapters, and no frozen weights"
         raise UserError("--save_whole_weights", what, "remove the flag")
     if "original" in args.export_layouts:
-        raise UserError("--export_layouts", "a LoRA has no layout called original", "use comfyui or merged")
+        raise UserError("--export_layouts", "a LoRA has no layout called original", "use comfyui, kohya or merged")
 
 
 def refuse_impossible(flag: str, path: str) -> None:

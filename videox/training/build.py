@@ -236,7 +236,12 @@ def build_records(
     bar = ProgressBar(schedule.total, initial=schedule.state.step, enabled=ctx.is_main)
     guard = StepGuard(ctx, schedule.state, args.max_bad_fraction, bar.note)
     recorder = Recorder(ctx, schedule, _instruments(args, ctx, schedule, engine, profile, bar), guard.count)
-    known = {"backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype}
+    size = args.token_sample_size if args.training_with_video_token_length else args.video_sample_size
+    known = {
+        "backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype,
+        "learning_rate": base_lr(args, schedule), "resolution": f"{size}x{size}",
+        "output_name": ctx.output_dir.resolve().name, "trigger_word": getattr(args, "trigger_word", None),
+    }  # fmt: skip
     settings = ExportSettings(
         dtype=EXPORT_DTYPES[args.export_dtype],
         keep_fp32=type(model)._keep_in_fp32_modules or (),
@@ -244,6 +249,7 @@ def build_records(
         base_model=args.pretrained_model_name_or_path,
         facts={**facts, **{name: getattr(args, name) for name in SIZES}, **known},
         keep=args.checkpoints_total_limit,
+        at_end_only=args.export_at == "end",
     )
     return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings))
 

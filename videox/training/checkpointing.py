@@ -35,6 +35,7 @@ class ExportSettings:
         base_model: the model that is trained, as the user named it.
         facts: task, backend, flow shift and sizes, for the headers of the files and the manifest.
         keep: newest checkpoints to keep; None keeps all.
+        at_end_only: these layouts are written at the end of the run, not in each checkpoint.
     """
 
     dtype: torch.dtype
@@ -43,6 +44,7 @@ class ExportSettings:
     base_model: str
     facts: Mapping[str, object]
     keep: int | None
+    at_end_only: bool = False
 
 
 class Checkpointer:
@@ -99,7 +101,7 @@ class Checkpointer:
             OSError, SafetensorError, SaveError: a write failed; raised after the last collective.
         """
         self.engine.save(folder, self.state)
-        if not self.settings.layouts:
+        if self.settings.at_end_only or not self.settings.layouts:
             return
         try:
             self._export(folder / FOLDER, only_layouts=True)

@@ -15,11 +15,12 @@ from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.distributed.backends import BACKENDS
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
-from videox.weights.layout_tables import LAYOUTS, MERGED
+from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
 LR_WARMUP_STEPS = 500
 EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
 EXPORT_DTYPES = ("bf16", "fp16", "fp32")
+EXPORT_TIMES = ("end", "every")
 PROCESSES = number(int, 1, 65_536)  # of a dry run; its plan holds at least one slot for each of them
 
 
@@ -260,10 +261,13 @@ def add_run(parser: Parser) -> None:
     add("--verify", action="store_true", help=verify)
     layouts = (
         "layouts of the exported weights, at the end and in the exports/ folder of each checkpoint; diffusers: "
-        "always, at the end only; original, comfyui: one file; merged: base model with the LoRA merged, for diffusers"
+        "always, at the end only; original, comfyui, kohya (LoRA only): one file; merged: base model with the LoRA "
+        "merged, for diffusers"
     )
-    choices = ("diffusers", *LAYOUTS, MERGED)
+    choices = ("diffusers", *LAYOUTS, KOHYA, MERGED)
     add("--export_layouts", nargs="+", choices=choices, default=["diffusers"], help=layouts)
+    times = "when --export_layouts are written: end: at the end of the run only; every: also in each checkpoint"
+    add("--export_at", choices=EXPORT_TIMES, default="every", help=times)
     add("--export_dtype", choices=EXPORT_DTYPES, default="bf16", help="dtype of exported weights")
     dump = "steps whose tensors are written to output_dir/dump, for debugging"
     add("--dump_steps", type=COUNT, nargs="+", default=[], help=dump)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 LAYOUTS = ("original", "comfyui")  # export layouts in addition to diffusers'
+KOHYA = "kohya"  # layout of a LoRA: as musubi-tuner and other trainers on kohya's networks name it
 MERGED = "merged"  # value of --export_layouts: the base model with the LoRA merged into it, in diffusers layout
 
 # Module names, original -> diffusers; # stands for a number. Several names: the original module is fused, its rows are
