@@ -5,7 +5,8 @@
 
 It reads checkpoints of DeepSpeed ZeRO-1, -2 or -3 (saved by this trainer, by VideoX-Fun or by a bare engine, with any
 number of ranks), FSDP checkpoints of type SHARDED_STATE_DICT, and full weights in a checkpoint without shards. Every
-floating-point tensor is the bfloat16 of the float32 master weight; other tensors keep their dtype. The output folder
+floating-point tensor is the bfloat16 of the float32 master weight; other tensors keep their dtype. The names and the
+configuration of Wan's original code, which VideoX-Fun trains, are converted to those of diffusers. The output folder
 appears atomically, memory use is a block of a tensor for any model size, and no code in the checkpoint is run.
 """
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from videox.errors import MODEL, STORAGE, SaveError, UserError
 from videox.files import flush, flush_tree
+from videox.models.infer_config import foreign_kind
 from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script
 from videox.weights.deepspeed_reader import LATEST, read_zero, tag_folder
@@ -46,6 +48,7 @@ from videox.weights.stream_writer import (
 )
 
 TRANSFORMER = "transformer"
+LORA_MARKS = (".lora_A.", ".lora_down.")  # in the names of adapters
 LOADS = "{} already contains the full weights: from_pretrained(..., torch_dtype=torch.bfloat16) loads it directly"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -169,23 +172,22 @@ def add_notes(shards: CheckpointTensors, checkpoint: Path) -> CheckpointTensors:
     return CheckpointTensors(shards.kind, shards.tensors, (*shards.notes, note))
 
 
-def find_config(checkpoint: Path, given: Path | None) -> tuple[Path, bytes]:
-    """Find the model's config.json; return its path and content.
+def find_config(checkpoint: Path, given: Path | None) -> tuple[Path, bytes] | None:
+    """Find the model's config.json; return its path and content, None if the checkpoint has none.
 
     Args:
         checkpoint: folder of the checkpoint.
         given: value of --config, a file or its folder; None searches the checkpoint.
 
     Raises:
-        UserError: (MODEL) there is none, or it is not a JSON object.
+        UserError: (MODEL) the given one does not exist, or it is not a JSON object.
     """
-    candidates = [given / CONFIG if given.is_dir() else given] if given else []
-    candidates = candidates or [checkpoint / TRANSFORMER / CONFIG, checkpoint / CONFIG]
+    candidates = config_candidates(checkpoint, given)
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        what = f"no {CONFIG} (looked for {' and '.join(map(str, candidates))})"
-        hint = "pass --config FILE, the config.json in the transformer folder of the model that was trained"
-        raise UserError("--config" if given else str(checkpoint), what, hint, MODEL)
+        if given is not None:
+            raise no_config(checkpoint, given)
+        return None
     content = path.read_bytes()
     try:
         if not isinstance(json.loads(content), dict):
@@ -193,6 +195,55 @@ def find_config(checkpoint: Path, given: Path | None) -> tuple[Path, bytes]:
     except ValueError as error:
         raise UserError(str(path), f"is not the JSON of a model ({error})", "pass --config FILE", MODEL) from error
     return path, content
+
+
+def config_candidates(checkpoint: Path, given: Path | None) -> list[Path]:
+    """List the paths where a model's config.json may be; parameters as for find_config."""
+    if given:
+        return [given / CONFIG if given.is_dir() else given]
+    return [checkpoint / TRANSFORMER / CONFIG, checkpoint / CONFIG]
+
+
+def no_config(checkpoint: Path, given: Path | None) -> UserError:
+    """Return the error for a model without config.json; parameters as for find_config."""
+    what = f"no {CONFIG} (looked for {' and '.join(map(str, config_candidates(checkpoint, given)))})"
+    hint = "pass --config FILE, the config.json in the transformer folder of the model that was trained"
+    return UserError("--config" if given else str(checkpoint), what, hint, MODEL)
+
+
+def to_diffusers_model(
+    checkpoint: Path, shards: CheckpointTensors, found: tuple[Path, bytes] | None
+) -> tuple[CheckpointTensors, tuple[Path, bytes]]:
+    """Return a checkpoint with diffusers' names and configuration, converted if it has others.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        shards: its tensors.
+        found: of find_config.
+
+    Raises:
+        UserError: (MODEL) it contains a LoRA, there is no configuration, or it does not fit the tensors.
+    """
+    if any(mark in tensor.name for tensor in shards.tensors for mark in LORA_MARKS):
+        own = sorted(checkpoint.rglob("*lora*.safetensors"))
+        hint = f"pass {own[0]} to --init_lora_from or scripts/export.py" if own else "pass the LoRA file of the run"
+        what = "contains the adapters of a LoRA, which no folder of a model holds"
+        raise UserError(str(checkpoint), what, hint, MODEL)
+    config = None if found is None else json.loads(found[1])
+    kind = foreign_kind((tensor.name for tensor in shards.tensors), config)
+    if kind is None:
+        if found is None:
+            raise no_config(checkpoint, None)
+        return shards, found
+    from videox.models import original_names  # imported here: it imports diffusers, which takes seconds
+
+    tensors, converted = original_names.to_diffusers(checkpoint, shards.tensors, kind, config)
+    # Full weights in the checkpoint have the same names, so that diffusers does not load them directly.
+    notes = [note for note in shards.notes if not note.endswith("directly")]
+    notes.append(f"names and configuration are converted to those of diffusers' {converted['_class_name']}")
+    path = checkpoint / CONFIG if found is None else found[0]
+    content = json.dumps(converted, indent=2, sort_keys=True) + "\n"
+    return CheckpointTensors(shards.kind, tuple(tensors), tuple(notes)), (path, content.encode())
 
 
 def model_class(path: Path, config: bytes) -> type[Any]:
@@ -333,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (checkpoint / MANIFEST).is_file() and (problems := verify(checkpoint, hashes=flags.verify)):
         hint = f"convert another checkpoint, or delete its {MANIFEST} to convert it anyway"
         raise UserError(str(checkpoint), f"is damaged: {join_first(problems)}", hint, MODEL)
-    config_path, config = find_config(checkpoint, flags.config)
+    shards, (config_path, config) = to_diffusers_model(checkpoint, shards, find_config(checkpoint, flags.config))
     keep_fp32 = flags.keep_fp32_modules
     if keep_fp32 == []:  # the flag without names
         keep_fp32 = getattr(model_class(config_path, config), "_keep_in_fp32_modules", None)

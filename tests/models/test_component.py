@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from videox.errors import MODEL, UserError
 from videox.models.component import (
+    check_depth,
     choose_component,
     diffusers_components,
     find_component,
@@ -30,8 +32,10 @@ from videox.models.component import (
     original_components,
     original_paths,
 )
+from videox.weights import layouts
 from videox.weights.layout_writer import export_file
-from videox.weights.reader import open_tensors
+from videox.weights.lazy_tensor import LazyTensor
+from videox.weights.reader import LayoutTensors, open_tensors
 
 YAML = str(tiny.ROOT / "config/wan2.1/wan_civitai.yaml")
 CLASSES = {
@@ -366,6 +370,86 @@ def test_an_original_folder_without_its_last_blocks_is_an_error(t2v: Path, tmp_p
     path = folder / "diffusion_pytorch_model.safetensors"
     without_blocks(path, tmp_path / "less.safetensors", "blocks.1.").replace(path)
     check_error(lambda: components_of(folder), "has 1 of 2 blocks", "blocks.1 is missing")
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_folder_of_weights_alone_is_read_with_the_models_configuration(
+    t2v: Path, tmp_path: Path, layout: str
+) -> None:
+    """As VideoX-Fun's zero_to_bf16.py writes it: shards, an index with transformers' name, and no config.json."""
+    folder, state = tmp_path / "converted", originals.weights(t2v / "transformer")
+    folder.mkdir()
+    originals.write_shards(folder, originals.rebuilt(state, "wan") if layout == "original" else state, 2)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").rename(folder / "model.safetensors.index.json")
+    overrides = {"transformer": ("wan", str(folder))}
+    component = diffusers_components(t2v, ("WanPipeline",), ("transformer",), overrides, ())["transformer"]
+    reference = WanTransformer3DModel.from_pretrained(t2v / "transformer")
+    assert_equal_models(load_component(WanTransformer3DModel, component, torch.float32), reference)
+    next(folder.glob("*.safetensors")).unlink()
+    check_error(partial(find_component, folder, "wan", component.config), "00001-of-00002", "is missing")
+
+
+@pytest.mark.parametrize("cut", ["folder", "file"])
+def test_without_config_the_folders_own_weights_define_the_depth(tmp_path: Path, cut: str) -> None:
+    """An original folder without config.json, and a file without header: only the folder's weights show the depth."""
+    folder = originals.build_wan(tmp_path / "original", tiny.build_wan_t2v(tmp_path / "model", layers=3))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    complete = Path(shutil.copy(weights, tmp_path / "complete.safetensors"))
+    less = without_blocks(weights, tmp_path / "less.safetensors", "blocks.2.")
+    (folder / "config.json").unlink()
+    if cut == "file":
+        check_error(
+            lambda: components_of(folder, transformer_path=str(less)),
+            f"{less}: has 2 of 3 blocks (num_layers = 3 in the model's configuration), blocks.2 is missing",
+        )
+    else:
+        less.replace(weights)
+        check_error(lambda: components_of(folder, transformer_path=str(complete)), "blocks.2 is left over")
+    weights.unlink()  # nothing shows the depth of a model that is not published
+    assert components_of(folder, transformer_path=str(complete))["transformer"].config["num_layers"] == 3
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    ("model", "missing", "line"),
+    [
+        (
+            "Wan2.1-T2V-1.3B",
+            "blocks.29.",
+            "has 29 of 30 blocks (num_layers = 30 in the published model of width 1536)",
+        ),
+        ("Wan2.1-T2V-14B", "blocks.39.", "has 39 of 40 blocks (num_layers = 40 in the published model of width 5120)"),
+        ("Wan2.1-I2V-14B", "blocks.38.", "has 39 of 40 blocks (num_layers = 40 in"),
+        (
+            "HunyuanVideo",
+            "double_blocks.19.",
+            "has 19 of 20 blocks (num_layers = 20 in the published model of width 3072",
+        ),
+        ("HunyuanVideo", "single_blocks.39.", "has 39 of 40 blocks (num_single_layers = 40 in"),
+        ("HunyuanVideo-I2V-33ch", "single_blocks.0.", "has 39 of 40 blocks (num_single_layers = 40 in"),
+    ],
+)
+def test_published_models_define_the_depth_by_their_width(model: str, missing: str, line: str, layout: str) -> None:
+    """The published shapes, complete and without one block, with nothing else that shows the number of blocks."""
+    family = "hunyuan" if "Hunyuan" in model else "wan"
+    _, shapes = originals.published(model)
+    if layout == "diffusers":
+        shapes = {entry.name: entry.shape for entry in layouts.to_diffusers(family, shapes)}
+        missing = missing.replace("double_blocks", "transformer_blocks")
+        missing = re.sub("^single_blocks", "single_transformer_blocks", missing)
+    complete = unread_tensors(shapes, family if layout == "original" else None)
+    check_depth(complete, family, {})
+    less = {name: shape for name, shape in shapes.items() if not name.startswith(missing)}
+    call = partial(check_depth, unread_tensors(less, complete.layout), family)
+    check_error(partial(call, {}), line, f"{missing.rstrip('.')} is missing")
+    key = re.search(r"\((\w+) = ", line)[1]
+    check_error(partial(call, {key: 3}), f"({key} = 3 in the model's configuration)")  # it precedes
+
+
+def unread_tensors(shapes: Mapping[str, tuple[int, ...]], layout: str | None) -> LayoutTensors:
+    """Tensors of these shapes in a file that is never read."""
+    stored = {name: LazyTensor(name, torch.bfloat16, shape, ()) for name, shape in shapes.items()}
+    return LayoutTensors(Path("wan.safetensors"), stored, layout)
 
 
 def test_a_config_that_contradicts_the_weights_is_an_error(t2v: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import originals
 import pytest
 import runs
 import shard_maker
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 
 from videox.errors import FLAGS, MODEL, NUMERICS, STORAGE, SaveError, UserError
 from videox.run.checkpoint import find_checkpoints, latest_checkpoint
+from videox.weights import layouts as layouts_of_weights
 from videox.weights.safetensors_io import save_weights
 
 SCRIPT = "scripts/zero_to_bf16.py"
@@ -180,6 +182,104 @@ def test_keep_fp32_modules_stay_float32(trained: Path, tmp_path: Path) -> None:
     assert {n for n, t in found.items() if t.dtype == torch.float32} == {
         n for n in found if "norm2" in n.split(".") or "proj_out" in n.split(".")
     }
+
+
+# ------------------------------------------------------------------------------- checkpoints with Wan's own names
+
+
+WAN_CONFIG = {"_class_name": "WanTransformer3DModel", "dim": 24, "num_heads": 2, "in_dim": 16, "out_dim": 16,
+              "ffn_dim": 33, "freq_dim": 256, "text_dim": 32, "num_layers": 2, "model_type": "t2v", "text_len": 512}  # fmt: skip
+
+
+def original_checkpoint(folder: Path, stage: int, world: int, **changes: object) -> tuple[Path, torch.nn.Module]:
+    """A checkpoint as VideoX-Fun saves it: Wan's own tensor names and configuration; the model that it contains."""
+    torch.manual_seed(stage)
+    model = WanTransformer3DModel(**shard_maker.TINY)
+    state = originals.rebuilt({name: tensor.detach() for name, tensor in model.state_dict().items()}, "wan")
+    without = changes.pop("without", ())
+    names = [name for name in state if name not in without]
+    groups = [{name: state[name].clone() for name in part} for part in (names[::2], names[1::2])]
+    checkpoint = shard_maker.write_zero(folder, groups, stage=stage, world=world)
+    (checkpoint / "config.json").unlink()
+    if config := changes.pop("config", WAN_CONFIG):
+        place = checkpoint / "transformer" if stage < 3 else checkpoint  # ZeRO-2's is in transformer/
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps({**config, **changes}))
+    return checkpoint, model
+
+
+@pytest.mark.parametrize(("stage", "world"), [(2, 3), (3, 2), (1, 1)])
+def test_a_videox_fun_checkpoint_becomes_a_folder_that_diffusers_loads(
+    tmp_path: Path, stage: int, world: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, model = original_checkpoint(tmp_path / "checkpoint-7", stage, world)
+    output = convert(checkpoint, tmp_path / "out", "--verify", "--max_shard_size", "30KB")
+    assert (
+        "names and configuration are converted to those of diffusers' WanTransformer3DModel" in capsys.readouterr().out
+    )
+    loaded, info = WanTransformer3DModel.from_pretrained(output, torch_dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    wanted = {name: bf16(tensor) for name, tensor in model.state_dict().items()}
+    assert_equal(runs.read_weights(output), wanted)
+    shown = {key: value for key, value in shard_maker.TINY.items() if key != "rope_max_seq_len"}  # in no shape
+    assert {key: loaded.config[key] for key in shown} == json.loads(json.dumps(shown))
+
+
+def test_full_weights_with_own_names_are_converted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """checkpoint-N/transformer of VideoX-Fun's training without sharding."""
+    model = WanTransformer3DModel(**shard_maker.TINY)
+    state = originals.rebuilt({name: tensor.detach() for name, tensor in model.state_dict().items()}, "wan")
+    save_weights(tmp_path / "checkpoint-5/transformer", state, WAN_CONFIG)
+    output = convert(tmp_path / "checkpoint-5", tmp_path / "out")
+    assert "directly" not in capsys.readouterr().out  # diffusers does not load the names in the checkpoint
+    assert_equal(runs.read_weights(output), {name: bf16(tensor) for name, tensor in model.state_dict().items()})
+
+
+def test_a_foreign_configuration_of_diffusers_names_is_converted(tmp_path: Path) -> None:
+    model = WanTransformer3DModel(**shard_maker.TINY)
+    save_weights(tmp_path / "checkpoint-5/transformer", model.state_dict(), WAN_CONFIG)
+    output = convert(tmp_path / "checkpoint-5", tmp_path / "out", "--verify")
+    assert WanTransformer3DModel.from_pretrained(output).config.num_attention_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 3}, "has 2 of 3 blocks (num_layers = 3 in the model's configuration), blocks.2 is missing"),
+        ({"ffn_dim": 44}, "ffn_dim is 44, the weights have 33"),
+        ({"config": None}, "has no config.json, and is not of the width of a published model"),
+        ({"without": ("patch_embedding.weight",)}, "has no patch_embedding.weight"),
+        ({"num_heads": 0}, "unexpected shapes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    checkpoint, _ = original_checkpoint(tmp_path / "checkpoint-7", 3, 2, **changes)
+    found = refusal(checkpoint, tmp_path / "out")
+    assert found.exit_code == MODEL and words in found.line()
+
+
+def test_a_published_width_needs_no_configuration(tmp_path: Path) -> None:
+    """ZeRO-3 checkpoints of VideoX-Fun have no config.json; the shapes of the 1.3B model show all of it."""
+    from videox.models.original_names import to_diffusers
+    from videox.weights.lazy_tensor import LazyTensor
+
+    config, shapes = originals.published("Wan2.1-T2V-1.3B")
+    tensors = [LazyTensor(name, torch.float32, shape, ()) for name, shape in shapes.items()]
+    names, found = to_diffusers(tmp_path, tensors, "wan", None)
+    assert {tensor.name for tensor in names} == {e.name for e in layouts_of_weights.to_diffusers("wan", shapes)}
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    assert {key: listed[key] for key in config if key in listed} == {k: v for k, v in config.items() if k in listed}
+    less = [tensor for tensor in tensors if not tensor.name.startswith("blocks.29.")]
+    with pytest.raises(UserError, match=r"has 29 of 30 blocks .* blocks\.29 is missing"):
+        to_diffusers(tmp_path, less, "wan", None)
+
+
+def test_a_lora_is_refused_with_the_file_to_use(tmp_path: Path) -> None:
+    groups = [{"blocks.0.self_attn.q.lora_A.default.weight": torch.ones(2, 24)}]
+    checkpoint = shard_maker.write_zero(tmp_path / "checkpoint-7", groups, stage=3, world=2)
+    save_file({"a": torch.ones(1)}, checkpoint / "lora_diffusion_pytorch_model.safetensors")
+    line = refusal(checkpoint, tmp_path / "out").line()
+    assert "adapters of a LoRA" in line and "lora_diffusion_pytorch_model.safetensors to --init_lora_from" in line
 
 
 # -------------------------------------------------------------------------------------------- synthetic files

@@ -17,11 +17,23 @@ from omegaconf import DictConfig, OmegaConf
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.reader import lora_file
 from videox.models import infer_config
-from videox.models.folder import check_finite, load_strictly, read_component, read_json, read_model_folder, read_yaml
+from videox.models.downloads import check_weights_file, check_weight_set
+from videox.models.folder import (
+    CONFIG_NAMES,
+    DOWNLOAD_AGAIN,
+    check_finite,
+    load_strictly,
+    read_component,
+    read_json,
+    read_model_folder,
+    read_yaml,
+)
+from videox.models.hub import snapshot_folder
 from videox.weights.header import header_config
 from videox.weights.layouts import family_of
 from videox.weights.reader import LayoutTensors, open_tensors
 from videox.weights.safetensors_io import StoredTensors, TensorSource, join_first
+from videox.weights.weight_files import chosen_set, has_standard_names
 
 # The diffusers class of each kind of component that a flag can point to.
 CLASS_NAMES = {
@@ -60,7 +72,8 @@ def find_component(
     """Return a component in any supported layout, identified by its tensors' names and not by its file name.
 
     Args:
-        path: a folder with config.json and weights, in diffusers' or the original layout, or a single weight file.
+        path: a folder with config.json and weights, in diffusers' or the original layout, or a single weight file. A
+            folder with weights alone is read as one file if there is a known configuration.
         kind: a layout of videox.weights.layouts.TABLES, or the kind of a component that has diffusers' names
             everywhere.
         known: the closest known configuration, for values that neither a single file's weights nor its header define,
@@ -72,16 +85,21 @@ def find_component(
         UserError: (MODEL) the path does not exist, the weights are of another kind, a file is damaged, or the
             configuration contradicts the weights, or blocks of a transformer are missing or left over.
     """
+    is_folder = not path.is_file() and not (known and is_bare(path))
+    if not is_folder:
+        check_weight_set(path) if path.is_dir() else check_weights_file(path)
     if lora_file(path) is not None:
         what, hint = "is a LoRA, which contains adapters only", "start from it with --init_lora_from"
         raise UserError(str(path), what, f"{hint}, or merge it into its base model with scripts/export.py", MODEL)
-    own = header_config(path) if path.is_file() else read_component(path, check_weights=check_weights)
+    own = read_component(path, check_weights=check_weights) if is_folder else header_config(path)
     check_class(path, kind, own)
-    if own and not check_weights and not path.is_file():
+    if own and not check_weights and is_folder:
         return Component(path, own)
     tensors = open_tensors(path)
-    if tensors.layout is None and not path.is_file():
-        return Component(path, own)
+    if tensors.layout is None and is_folder:
+        check_depth(tensors, kind, own)
+        # Weights under other file names are read here: from_pretrained would not find them.
+        return Component(path, own, None if has_standard_names(path) or kind not in CLASS_NAMES else tensors)
     known = {**(known or {}), **own}
     detected = tensors.layout or family_of(tensors)
     if detected not in (kind, None):
@@ -94,15 +112,22 @@ def find_component(
     except KeyError as missing:
         name = str(missing.args[0])
         what = f"has no {tensors.name_in_file(name)}, which every model of the kind {detected} has"
-        raise UserError(str(path), what, "download the model again", MODEL) from missing
+        raise UserError(str(path), what, DOWNLOAD_AGAIN, MODEL) from missing
     except (ValueError, ZeroDivisionError, TypeError, IndexError) as error:
         what = f"has tensors of unexpected shapes ({error})"
-        raise UserError(str(path), what, "download the model again", MODEL) from error
+        raise UserError(str(path), what, DOWNLOAD_AGAIN, MODEL) from error
     check_depth(tensors, detected, known)
     if tensors.layout == "wan" and (faults := infer_config.contradictions(config, own)):
         what = f"its config.json contradicts its weights: {join_first(faults)}"
-        raise UserError(str(path), what, "download the model again", MODEL)
+        raise UserError(str(path), what, DOWNLOAD_AGAIN, MODEL)
     return Component(path, {**known, **config} if tensors.layout is None else config, tensors)
+
+
+def is_bare(path: Path) -> bool:
+    """Return whether a path is a folder with safetensors files and without the configuration of a component."""
+    if not path.is_dir() or any((path / name).is_file() for name in CONFIG_NAMES):
+        return False
+    return chosen_set(path) is not None
 
 
 def check_depth(tensors: LayoutTensors, kind: str, config: Mapping[str, Any]) -> None:
@@ -113,14 +138,18 @@ def check_depth(tensors: LayoutTensors, kind: str, config: Mapping[str, Any]) ->
     Args:
         tensors: the tensors of the weights.
         kind: the layout that they belong to.
-        config: the configuration that defines the number of blocks; without it, only gaps are detected.
+        config: the configuration that defines the number of blocks. Without it, the published model of the same width
+            defines it, and where there is none, only gaps are detected.
 
     Raises:
         UserError: (MODEL) naming the first block that is missing or left over, as in the file.
     """
+    width, depths = infer_config.published_depths(kind, tensors.shapes())
     for key, tensor in infer_config.BLOCK_TENSORS.get(kind, {}).items():
         present = infer_config.module_numbers(tensors.shapes(), tensor.partition(".#.")[0])
-        defined = config.get(key)
+        defined, source = config.get(key), "the model's configuration"
+        if defined is None:
+            defined, source = depths.get(key), f"the published model of width {width}"
         count = defined if isinstance(defined, int) else 1 + max(present, default=-1)
         expected = set(range(count))
         if present == expected:
@@ -128,7 +157,7 @@ def check_depth(tensors: LayoutTensors, kind: str, config: Mapping[str, Any]) ->
         first = min(expected - present or present - expected)
         # The name in the file up to the block's number, which is the first number in it.
         block = re.sub(r"^(.*?\.\d+)\..*", r"\1", tensors.name_in_file(tensor.replace("#", str(first))))
-        source = "" if defined is None else f" ({key} = {defined} in the model's configuration)"
+        source = "" if defined is None else f" ({key} = {defined} in {source})"
         if present > expected:
             what = f"has {len(present)} blocks in place of {count}{source}, {block} is left over"
         else:
@@ -164,7 +193,8 @@ def choose_component(
 
     Args:
         name: the component's name in the flag.
-        flag_value: the flag's value, None if it was not passed.
+        flag_value: the flag's value, None if it was not passed. Of a whole model in diffusers layout, its component of
+            this name is used; of a model's folder in the Hub's cache, its snapshot.
         default: the component's path inside the model.
         kind: as for find_component.
         known: as for find_component.
@@ -173,10 +203,15 @@ def choose_component(
     Raises:
         UserError: (MODEL) the flag's path does not exist, or any error of find_component.
     """
-    if flag_value and not Path(flag_value).exists():
+    if not flag_value:
+        return find_component(default, kind, known, check_weights=check_weights)
+    if not Path(flag_value).exists():
         hint = "pass a folder or file of weights; only --pretrained_model_name_or_path accepts a Hugging Face Hub id"
         raise UserError(f"--{name}_path", f"{flag_value} does not exist", hint, MODEL)
-    return find_component(Path(flag_value) if flag_value else default, kind, known, check_weights=check_weights)
+    path = snapshot_folder(Path(flag_value), f"--{name}_path")
+    if (path / "model_index.json").is_file():  # a whole model: its component is meant
+        path = path / name
+    return find_component(path, kind, known, check_weights=check_weights)
 
 
 def diffusers_components(
@@ -317,6 +352,27 @@ def original_paths(root: Path, config_path: str) -> dict[str, Path] | None:
     return paths if any(paths[name].exists() for name in ("vae", "text_encoder")) else None
 
 
+def config_of_original(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a transformer in Wan's original layout, for weights that replace its own.
+
+    Args:
+        folder: the transformer's folder. Without a config.json, its weights show the number of its blocks; it is
+            empty without complete weights, too.
+
+    Raises:
+        UserError: (MODEL) config.json cannot be read.
+    """
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    found = chosen_set(folder) if folder.is_dir() else None
+    if found is None or found.missing:
+        return {}
+    shapes = open_tensors(folder).shapes()
+    blocks = infer_config.BLOCK_TENSORS["wan"].items()
+    counts = {key: infer_config.count_modules(shapes, tensor.partition(".#.")[0]) for key, tensor in blocks}
+    return {key: count for key, count in counts.items() if count}
+
+
 def original_components(
     paths: Mapping[str, Path], config_path: str, transformer_path: str | None, vae_path: str | None
 ) -> dict[str, Component]:
@@ -336,8 +392,8 @@ def original_components(
     components: dict[str, Component] = {}
     for name in ("transformer", "vae", "text_encoder"):
         known: Any = OmegaConf.to_container(yaml.get(f"{name}_kwargs") or OmegaConf.create())
-        if name == "transformer" and transformer_path and (paths[name] / "config.json").is_file():
-            known = read_json(paths[name] / "config.json")
+        if name == "transformer" and transformer_path:
+            known = config_of_original(paths[name]) or known
         known = known if isinstance(known, dict) else {}
         components[name] = choose_component(name, flag_values.get(name), paths[name], ORIGINAL_KINDS[name], known)
     components["tokenizer"] = Component(paths["tokenizer"], read_component(paths["tokenizer"], check_weights=False))

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
+from videox.models.downloads import check_component_files, check_weight_set, download_command, repository_of
+from videox.weights.lazy_tensor import read_header
+from videox.weights.safetensors_io import WEIGHTS, write_index
+from videox.weights.weight_files import (
+    INDEX,
+    SAFETENSORS_SUFFIXES,
+    chosen_set,
+    has_standard_names,
+    weight_files,
+)
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # What OmegaConf raises for a bad yaml: its own errors, those of the yaml parser, and an AssertionError for a document
@@ -27,6 +39,11 @@ BAD_YAML = (
 DOWNLOAD_AGAIN = "download the model again"
 SHIFT_HINT = "set scheduler_kwargs.shift in it, 5.0 for Wan2.1"
 ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+# Folders in the original releases of HunyuanVideo -> the same model in diffusers' layout.
+HUNYUAN_MARKS = {
+    "hunyuan-video-t2v-720p": "hunyuanvideo-community/HunyuanVideo",
+    "hunyuan-video-i2v-720p": "hunyuanvideo-community/HunyuanVideo-I2V",
+}
 
 
 def read_model_folder(
@@ -46,14 +63,12 @@ def read_model_folder(
     root = Path(folder)
     flag = "--pretrained_model_name_or_path"
     if not root.is_dir():
-        raise UserError(flag, f"{folder} is not a local folder", "pass a model folder, or an id of the Hub", MODEL)
+        hint = "pass a model folder, or an id of the Hub"
+        if repository_of(root):
+            hint = f"download it with `{download_command(root)}`, or {hint}"
+        raise UserError(flag, f"{folder} is not a local folder", hint, MODEL)
     if not (root / "model_index.json").is_file():
-        original = any((root / name).exists() for name in ORIGINAL_MARKS)
-        layout = "Wan2.1 in the original layout" if original else "without model_index.json"
-        hint = f"pass a {' or '.join(pipelines)} model in diffusers layout"
-        if "WanPipeline" in pipelines:
-            hint += f", or Wan2.1 in the original layout with {' and '.join(ORIGINAL_MARKS)}"
-        raise UserError(flag, f"{folder} is {layout} (found: {_list_names(root)})", hint, MODEL)
+        raise UserError(flag, *_other_folder(root, pipelines), MODEL)
     index = read_json(root / "model_index.json")
     if index.get("_class_name") not in pipelines:
         hint = f"pass a {' or '.join(pipelines)} model"
@@ -62,6 +77,31 @@ def read_model_folder(
     for name in components:
         configs[name] = read_component(root / name, name in with_weights)
     return configs
+
+
+def _other_folder(root: Path, pipelines: Sequence[str]) -> tuple[str, str]:
+    """Return what a folder without model_index.json is, and the hint."""
+    found = f"(found: {_list_names(root)})"
+    hint = f"pass a {' or '.join(pipelines)} model in diffusers layout"
+    if any((root / name).exists() for name in ORIGINAL_MARKS):
+        layout = "Wan2.1 in the original layout"
+    elif original := [name for name in HUNYUAN_MARKS if (root / name).is_dir()]:
+        copy = f"`hf download {HUNYUAN_MARKS[original[0]]} --local-dir {shlex.quote(f'{root}-diffusers')}`"
+        return f"{root} is HunyuanVideo in the original layout {found}", f"use diffusers' layout of it: {copy}"
+    elif inside := [path for path in sorted(root.iterdir()) if (path / "model_index.json").is_file()]:
+        return f"{root} is a folder with models in it {found}", f"pass {' or '.join(map(str, inside[:3]))}"
+    elif (root / "transformer" / "config.json").is_file() and not (root / "vae").exists():
+        what = f"{root} contains trained weights, and no whole model {found}"
+        return what, f"pass the model that was trained, with --transformer_path={root / 'transformer'}"
+    elif (root.parent / "model_index.json").is_file():
+        return f"{root} is one component of a model {found}", f"pass {root.parent}"
+    else:
+        layout = "without model_index.json"
+        if (repository := repository_of(root)) and root.is_dir():
+            hint = f"complete the download of {repository} with `{download_command(root)}`, or {hint}"
+    if "WanPipeline" in pipelines:
+        hint += f", or Wan2.1 in the original layout with {' and '.join(ORIGINAL_MARKS)}"
+    return f"{root} is {layout} {found}", hint
 
 
 def read_component(folder: Path, check_weights: bool) -> dict[str, Any]:
@@ -79,9 +119,11 @@ def read_component(folder: Path, check_weights: bool) -> dict[str, Any]:
         what = f"has no {' or '.join(CONFIG_NAMES)} (found: {_list_names(folder)})"
         if not folder.exists():
             what = f"does not exist (found in its parent folder: {_list_names(folder.parent)})"
-        raise UserError(str(folder), what, "complete the model folder", MODEL)
+        hint = f"complete the model folder with `{download_command(folder)}`"
+        raise UserError(str(folder), what, hint, MODEL)
+    check_component_files(folder)
     if check_weights:
-        check_weight_files(folder)
+        check_weight_set(folder)
     return read_json(config)
 
 
@@ -97,10 +139,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(str(path), f"cannot be read as JSON ({error})", DOWNLOAD_AGAIN, MODEL) from error
+        what = f"cannot be read as JSON ({error})"
+        raise UserError(str(path), what, download_again(path.parent), MODEL) from error
     if not isinstance(content, dict):
-        raise UserError(str(path), "is not a JSON object", DOWNLOAD_AGAIN, MODEL)
+        raise UserError(str(path), "is not a JSON object", download_again(path.parent), MODEL)
     return content
+
+
+def download_again(folder: Path) -> str:
+    """Return the hint to download the files of a folder again, with the command for the model."""
+    return f"delete the file and download it again with `{download_command(folder)}`"
 
 
 def read_number(config: dict[str, Any], name: str, where: str) -> float:
@@ -111,30 +159,36 @@ def read_number(config: dict[str, Any], name: str, where: str) -> float:
     return float(value)
 
 
-def check_weight_files(folder: Path) -> None:
-    """Open the header of each safetensors file of a component, and check that every file named in an index exists.
+@contextmanager
+def usual_names(folder: Path, stem: str) -> Iterator[Path]:
+    """Yield a folder in which from_pretrained finds the weights: the folder itself if their names are the usual ones.
+
+    Otherwise it is a temporary folder with links to the files, under the usual names and with an index.
+
+    Args:
+        folder: the component's folder.
+        stem: the usual name of the library that loads it, without suffix.
 
     Raises:
-        UserError: no weights, a missing shard, or a file that is truncated or damaged in its header.
+        UserError: (MODEL) the folder's weights are incomplete.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    for index in indices:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(str(index), "has no weight_map from tensors to files", DOWNLOAD_AGAIN, MODEL)
-        for name in sorted(set(weight_map.values())):
-            if not (folder / name).is_file():
-                count = sum(1 for value in weight_map.values() if value == name)
-                raise UserError(str(folder / name), f"is missing, with {count} tensors", DOWNLOAD_AGAIN, MODEL)
-    if not files:
-        raise UserError(str(folder), "contains no .safetensors weights", "pass safetensors weights", MODEL)
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(str(path), f"is truncated or damaged ({error})", DOWNLOAD_AGAIN, MODEL) from error
+    if not folder.is_dir() or chosen_set(folder) is None or has_standard_names(folder, stem):
+        yield folder
+        return
+    files = weight_files(folder)
+    with TemporaryDirectory(prefix="videox-") as name:
+        temporary = Path(name)
+        for path in folder.iterdir():
+            if path.suffix not in SAFETENSORS_SUFFIXES and not INDEX.fullmatch(path.name):
+                (temporary / path.name).symlink_to(path.resolve())
+        weight_map: dict[str, str] = {}
+        for number, path in enumerate(files, 1):
+            shard = f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else f"{stem}.safetensors"
+            (temporary / shard).symlink_to(path.resolve())
+            weight_map |= dict.fromkeys(read_header(path)[0], shard)
+        if len(files) > 1:
+            write_index(temporary, stem, weight_map, sum(path.stat().st_size for path in files))
+        yield temporary
 
 
 def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.Module:  # noqa: ANN401 - diffusers' own keywords
@@ -148,10 +202,9 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     Raises:
         UserError: weights are missing, unexpected, or differ in shape from the configuration.
     """
-    with convert_load_errors(model_class, folder):
-        model, report = model_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, **settings
-        )
+    stem = WEIGHTS if hasattr(model_class, "load_config") else "model"  # of diffusers; of transformers
+    with usual_names(folder, stem) as named, convert_load_errors(model_class, folder):
+        model, report = model_class.from_pretrained(named, output_loading_info=True, local_files_only=True, **settings)
     check_keys(
         model_class,
         folder,

@@ -8,12 +8,12 @@ them either, they are those of the published models.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from videox.weights.layouts import Shapes
+from videox.weights.layouts import Shapes, family_of, layout_of
 
-HEAD_DIM = 128  # channels of an attention head in every published Wan2.1 and HunyuanVideo model model
+HEAD_DIM = 128  # channels of an attention head in every published Wan2.1 and HunyuanVideo model
 CLIP_HEAD_DIM = 80  # in the published CLIP ViT-H
 Config = dict[str, Any]
 
@@ -27,6 +27,24 @@ BLOCK_TENSORS: Mapping[str, Mapping[str, str]] = {
         "num_refiner_layers": "context_embedder.token_refiner.refiner_blocks.#.norm1.weight",
     },
 }
+
+# Kind of transformer -> a tensor whose first dimension is the width -> width -> number of blocks in the published
+# models: Wan2.1 1.3B and 14B (dim, num_layers in their config.json), HunyuanVideo (the config.json of
+# hunyuanvideo-community/HunyuanVideo).
+PUBLISHED_DEPTHS: Mapping[str, tuple[str, Mapping[int, Mapping[str, int]]]] = {
+    "wan": ("patch_embedding.weight", {1536: {"num_layers": 30}, 5120: {"num_layers": 40}}),
+    "hunyuan": (
+        "x_embedder.proj.weight",
+        {3072: {"num_layers": 20, "num_single_layers": 40, "num_refiner_layers": 2}},
+    ),
+}
+
+
+def published_depths(kind: str, shapes: Shapes) -> tuple[int | None, Mapping[str, int]]:
+    """Return the width of a transformer, and the numbers of blocks of the published model of this width, if any."""
+    name, depths = PUBLISHED_DEPTHS.get(kind, ("", {}))
+    width = shapes[name][0] if name in shapes else None
+    return width, depths.get(width or 0, {})
 
 
 def module_numbers(shapes: Shapes, prefix: str) -> set[int]:
@@ -189,3 +207,19 @@ def contradictions(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[
         for original, key in ORIGINAL_KEYS.items()
         if original in known and key in config and known[original] != config[key]
     ]
+
+
+def foreign_kind(names: Iterable[str], config: Mapping[str, Any] | None) -> str | None:
+    """Return the kind of a transformer whose names or configuration diffusers cannot read; None for any other model.
+
+    Args:
+        names: names of its tensors.
+        config: its configuration; None if there is none.
+    """
+    names = list(names)
+    if (layout := layout_of(names)) in BLOCK_TENSORS:
+        return layout
+    # A width and a number of heads are in the configurations of Wan's original code; diffusers' have the heads' width.
+    is_foreign = config is not None and {"dim", "num_heads"} <= {*config}
+    family = family_of(names)
+    return family if is_foreign and family in BLOCK_TENSORS else None

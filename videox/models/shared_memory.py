@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from videox.models.component import Component, load_component
+from videox.weights.weight_files import chosen_set
 
 ALIGNED = 64  # bytes; the offset of each tensor is a multiple, as in memory that torch allocates
 
@@ -89,9 +90,10 @@ def load_frozen(
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """Return the dtype of most bytes of a folder's safetensors files; None if there are none."""
+    """Return the dtype of most bytes of a folder's weights; None if it has no safetensors files. Raises UserError."""
     sizes: Counter[torch.dtype] = Counter()
-    for path in sorted(folder.glob("*.safetensors")):
+    found = chosen_set(folder)
+    for path in found.files if found else ():
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 tensor = file.get_tensor(name)  # mapped, not read

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from videox.errors import UserError
+from videox.training.synonyms import hint_for
 
+NEAR = 0.7  # how alike a word and a flag must be, 0 to 1, for the flag to be suggested as its spelling
 NEVER_READ = "the original trainer parsed it and never used it: remove it"
 REMOVED = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a micro-batch with other small clips, never with one clip twice",
@@ -67,11 +69,13 @@ class Parser(argparse.ArgumentParser):
         """
         words = list(argv if argv is not None else sys.argv[1:])
         # Before argparse, which would rather report that the flag which was meant is missing. A word with a space is a
-        # value such as "--a dog".
-        for word in (word.split("=", 1)[0] for word in words if word.startswith("--") and " " not in word):
-            if word[2:] in REMOVED:
-                raise UserError(word, "was removed", REMOVED[word[2:]])
-            if word not in self._option_string_actions:
+        # value such as "--a dog"; a word with one dash may be a value, too, unless it is a known synonym.
+        for word in (word.split("=", 1)[0] for word in words if word.startswith("-") and " " not in word):
+            if word in self._option_string_actions:
+                continue
+            if (name := word[2:].replace("-", "_")) in REMOVED and word.startswith("--"):
+                raise UserError(word, "was removed", REMOVED[name])
+            if word.startswith("--") or hint_for(word, self._option_string_actions) is not None:
                 raise self._unknown(word)
         args, unknown = self.parse_known_args(words)
         if unknown:
@@ -79,8 +83,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _unknown(self, word: str) -> UserError:
-        near = difflib.get_close_matches(word, list(self._option_string_actions), 1, 0.5)
-        return UserError(word, "is not a flag of this script", f"did you mean {near[0]}" if near else "see --help")
+        flags = list(self._option_string_actions)
+        hint = hint_for(word, flags)  # before the spelling: --lr is nearer to --help than to --learning_rate
+        if hint is None:
+            near = difflib.get_close_matches(
+                word.lstrip("-"), [flag[2:] for flag in flags if flag.startswith("--")], 1, NEAR
+            )
+            hint = f"did you mean --{near[0]}" if near else "see --help"
+        return UserError(word, "is not a flag of this script", hint)
 
 
 def parse_or_exit(parse: Callable[[], object]) -> None:

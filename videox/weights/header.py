@@ -52,7 +52,7 @@ def model_metadata(base_model: str | None, facts: Mapping[str, object], *, title
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the header metadata of a safetensors file, or of the first one in a folder; empty if there is none."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or files[0].suffix != ".safetensors":
+    if not files or files[0].suffix not in (".safetensors", ".sft"):
         return {}
     try:
         with safe_open(files[0], framework="pt") as file:

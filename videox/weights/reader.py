@@ -6,7 +6,6 @@ are multiplied by their scales, and no code in a pickle is run. A tensor is read
 
 from __future__ import annotations
 
-import json
 import mmap
 import zipfile
 from collections import Counter
@@ -32,9 +31,9 @@ from videox.weights.lazy_tensor import (
     with_name,
 )
 from videox.weights.safe_pickle import StoredTensor, read_archive
-from videox.weights.safetensors_io import WEIGHTS, TensorSource, join_first
+from videox.weights.safetensors_io import TensorSource, join_first
+from videox.weights.weight_files import TORCH_SUFFIXES, weight_files
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPER_KEYS = ("module", "state_dict", "model")  # keys under which a torch.save file may store the state dict
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # scales of 8-bit weights, as ComfyUI names them
 # Other tensors in files of 8-bit weights: activation scales, which only 8-bit matmuls use, and format markers.
@@ -157,51 +156,15 @@ def open_tensors(path: Path) -> LayoutTensors:
     for file in files:
         for tensor in _read_torch_file(file) if file.suffix in TORCH_SUFFIXES else _open_safetensors(file):
             if tensor.name in tensors:
-                hint = "keep only one set of weights in the folder"
-                raise UserError(str(path), f"contains {tensor.name} twice", hint, MODEL)
+                first = tensors[tensor.name].spans[0].path.name
+                what = f"contains {tensor.name} twice, in {first} and {file.name}"
+                raise UserError(str(path), what, "keep only one set of weights in the folder", MODEL)
             tensors[tensor.name] = tensor
     tensors = _attach_scales(_strip_prefix(tensors), path)
     layout = layouts.layout_of(tensors)
     if layout == "hunyuan":  # ComfyUI saves some of its modules under other names
         tensors = {layouts.published_name(name): tensor for name, tensor in tensors.items()}
     return LayoutTensors(path, tensors, layout)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """List the files of a model's weights: the path itself, or the files in the folder. Raises UserError."""
-    if path.is_file():
-        if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-            raise UserError(
-                str(path), "is not a weights file", f"use .safetensors or {', '.join(TORCH_SUFFIXES)}", MODEL
-            )
-        return [path]
-    found = sorted(path.iterdir()) if path.is_dir() else []
-    indices = [file for file in found if file.name.endswith(".safetensors.index.json")]
-    if indices:
-        return _indexed_files(indices[0])
-    weights = [file for file in found if file.suffix == ".safetensors"]
-    stemmed = [file for file in weights if file.name.startswith(WEIGHTS)]
-    if not weights:
-        names = ", ".join(file.name for file in found[:8]) or (
-            "nothing" if path.is_dir() else "no such file or folder"
-        )
-        what = f"contains no .safetensors weights (found: {names})"
-        raise UserError(str(path), what, "pass a folder with safetensors weights", MODEL)
-    return stemmed or weights
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        strays = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"cannot be read ({type(error).__name__}: {error})"
-        raise UserError(str(index), what, "copy the model again", MODEL) from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if strays or missing:
-        what = f"names {join_first(strays or missing)}, which is {'outside its folder' if strays else 'missing'}"
-        raise UserError(str(index), what, "copy the model again", MODEL)
-    return [index.parent / name for name in names]
 
 
 def _open_safetensors(path: Path) -> tuple[LazyTensor, ...]:

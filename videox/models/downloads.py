@@ -1,0 +1,266 @@
+"""Detects unfinished and damaged downloads in a model folder, and names the command that completes them.
+
+Nothing is downloaded and no weight is read: sizes, headers and names are compared.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+
+from videox.errors import MODEL, UserError
+from videox.weights.safetensors_io import join_first
+from videox.weights.weight_files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WeightSet, chosen_set, missing_files
+
+POINTER, MOST_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+# Files that download programs write next to an unfinished file: Hub, aria2, browsers and curl, Chrome.
+UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
+HUB_CACHE = re.compile(r"models--(.+?)--(.+)")  # the name of a model's folder in the Hub's cache
+MOST_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
+UNKNOWN_REPOSITORY = "ORGANIZATION/MODEL"
+# Published models by the name of their folder, in lower case: (original layout, diffusers layout).
+PUBLISHED: Mapping[str, tuple[str, str]] = {
+    **{
+        f"wan2.1-{name}".lower(): (f"Wan-AI/Wan2.1-{name}", f"Wan-AI/Wan2.1-{name}-Diffusers")
+        for name in ("T2V-14B", "T2V-1.3B", "I2V-14B-480P", "I2V-14B-720P")
+    },
+    **{
+        name.lower(): (f"hunyuanvideo-community/{name}",) * 2
+        for name in ("HunyuanVideo", "HunyuanVideo-I2V", "HunyuanVideo-I2V-33ch")
+    },
+}
+
+
+def check_component_files(folder: Path) -> None:
+    """Check that no file of a component's folder is a git-lfs pointer or still being downloaded. Raises UserError."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in UNFINISHED and (folder / path.stem).exists():
+            what = f"is unfinished: {path.name} is next to it, which its download removes at the end"
+            raise UserError(str(folder / path.stem), what, download_hint(folder), MODEL)
+        check_pointer(path)
+
+
+def check_pointer(path: Path) -> None:
+    """Raise UserError (MODEL) for a git-lfs pointer: a text file of the size and hash of the file that is meant."""
+    try:
+        if path.is_file() and path.stat().st_size <= MOST_POINTER_BYTES:
+            with path.open("rb") as file:
+                text = file.read(MOST_POINTER_BYTES)
+        else:
+            return
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error})", download_hint(path.parent), MODEL) from error
+    if text.startswith(POINTER):
+        size = re.search(rb"\nsize (\d+)", text)
+        what = f"is a git-lfs pointer, not the file itself{f' ({_size(int(size[1]))})' if size else ''}"
+        raise UserError(str(path), what, f"run `git lfs pull` in its folder, or {download_hint(path.parent)}", MODEL)
+
+
+def check_weight_set(folder: Path) -> None:
+    """Check that a folder's weights are complete: all shards exist, and each has the size that its header states.
+
+    Raises:
+        UserError: (MODEL) no weights, a missing shard, or a file that is truncated or damaged in its header; with the
+            command that downloads the model, if it is known.
+    """
+    found = chosen_set(folder)
+    if found is None:
+        names = sorted(path.name for path in folder.iterdir())
+        what = f"contains no .safetensors weights (found: {join_first(names) or 'nothing'}){_unfinished_note(folder)}"
+        raise UserError(str(folder), what, f"pass safetensors weights, or {download_hint(folder)}", MODEL)
+    if found.missing:
+        where, what = _missing(folder, found)
+        raise UserError(where, f"{what}{_unfinished_note(folder)}", download_hint(folder), MODEL)
+    for path in found.files:
+        check_weights_file(path)
+
+
+def _missing(folder: Path, found: WeightSet) -> tuple[str, str]:
+    if found.index is None:
+        return str(folder), missing_files(found)
+    names = json.loads(found.index.read_bytes())["weight_map"].values()
+    count = sum(1 for name in names if name == found.missing[0])
+    more = f", and so are {len(found.missing) - 1} more shards" if len(found.missing) > 1 else ""
+    return str(folder / found.missing[0]), f"is missing, with {count} tensors{more}"
+
+
+def check_weights_file(path: Path) -> None:
+    """Check that a file is safetensors and as long as its header states, or a complete file of torch.save.
+
+    Raises:
+        UserError: (MODEL) naming the sizes, or what the file is instead.
+    """
+    check_pointer(path)
+    if path.suffix in TORCH_SUFFIXES and not zipfile.is_zipfile(path):
+        what = "is not a torch.save file, or was saved before torch 1.6, or is truncated"
+        hint = f"{download_hint(path.parent)}, or save its tensors as safetensors"
+        raise UserError(str(path), what, hint, MODEL)
+    if path.suffix not in SAFETENSORS_SUFFIXES:
+        return
+    hint = download_hint(path.parent)
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        cause = str(error)
+    with path.open("rb") as file:
+        start = file.read(512)
+    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        raise UserError(str(path), "is a web page, not the file that the page shows", hint, MODEL)
+    size, stated = path.stat().st_size, _stated_size(path)
+    if stated is not None and size < stated:
+        cause = f"has {_size(size)} of {_size(stated)}"
+    elif size and not start.strip(b"\0"):
+        cause = f"its {_size(size)} begin with zeros"
+    raise UserError(str(path), f"is truncated or damaged ({cause})", hint, MODEL)
+
+
+def _stated_size(path: Path) -> int | None:
+    """Return the size that a safetensors file's header states, in bytes; None if the header is not complete."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= MOST_HEADER_BYTES:
+            return None
+        text = file.read(length)
+    if len(text) < length:
+        return None
+    try:
+        entries = json.loads(text)
+        return (
+            8
+            + length
+            + max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+        )
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _unfinished_note(folder: Path) -> str:
+    """Return the words on unfinished downloads of a folder's files; "" if there are none."""
+    found = list(_unfinished(folder))
+    if not found:
+        return ""
+    count = "an unfinished download is" if len(found) == 1 else f"{len(found)} unfinished downloads are"
+    return f"; {count} in {found[0].parent}"
+
+
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Yield the unfinished downloads of a folder's files.
+
+    The Hub's client keeps them in .cache/huggingface/download of the folder that it downloads to (with the same
+    subfolder), or in blobs/ of its cache.
+    """
+    download = Path(".cache/huggingface/download")
+    places = [folder, folder / download, folder.parent / download / folder.name]
+    places += [parent / "blobs" for parent in folder.parents if HUB_CACHE.fullmatch(parent.name)]
+    for place in places:
+        if place.is_dir():
+            yield from sorted(path for path in place.iterdir() if path.suffix in UNFINISHED)
+
+
+# ---------------------------------------------------------------------------------------------- where it comes from
+
+
+def download_hint(folder: Path) -> str:
+    """Return the hint to complete a download, with the command for the model that a folder belongs to."""
+    return f"complete the download with `{download_command(folder)}`"
+
+
+def download_command(folder: Path) -> str:
+    """Return the command that downloads the model that a folder belongs to; files that are complete stay.
+
+    Args:
+        folder: the model's folder, or a folder inside it.
+    """
+    root = model_root(folder)
+    repository = repository_of(root) or UNKNOWN_REPOSITORY
+    cached = next((path for path in (root, *root.parents) if HUB_CACHE.fullmatch(path.name)), None)
+    if cached is None:
+        return f"hf download {repository} --local-dir {shlex.quote(str(root))}"
+    is_default = cached.parent.resolve() == Path(constants.HF_HUB_CACHE).resolve()
+    return f"hf download {repository}" + ("" if is_default else f" --cache-dir {shlex.quote(str(cached.parent))}")
+
+
+def model_root(folder: Path) -> Path:
+    """Return the folder of the model that a folder belongs to: itself, or the one with model_index.json above it."""
+    if not (folder / "model_index.json").is_file() and (folder.parent / "model_index.json").is_file():
+        return folder.parent
+    return folder
+
+
+def repository_of(root: Path) -> str | None:
+    """Return the Hub id of the model in a folder, None if nothing shows it.
+
+    It is taken from the folder's place in the Hub's cache, from its git repository, from its name, or from the sizes
+    and kind in its configuration.
+    """
+    for folder in (root, *root.parents):
+        if match := HUB_CACHE.fullmatch(folder.name):
+            return f"{match[1]}/{match[2]}"
+    return _cloned_from(root) or _published_by_name(root) or _published_by_config(root)
+
+
+def _cloned_from(root: Path) -> str | None:
+    config = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        config.read(root / ".git/config", encoding="utf-8")
+        url = config.get('remote "origin"', "url", fallback="")
+    except (configparser.Error, OSError, UnicodeDecodeError):
+        return None
+    match = re.search(r"(?:huggingface\.co|hf\.co|hf-mirror\.com)[/:](?:models/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?$", url)
+    return match[1] if match else None
+
+
+def _published_by_name(root: Path) -> str | None:
+    name = root.resolve().name.lower().removesuffix("-diffusers").replace("___", ".")  # ModelScope writes 2___1
+    if name not in PUBLISHED:
+        return None
+    return PUBLISHED[name][_is_diffusers(root)]
+
+
+def _is_diffusers(root: Path) -> bool:
+    return (root / "model_index.json").is_file() or root.name.lower().endswith("-diffusers")
+
+
+def _published_by_config(root: Path) -> str | None:
+    config = next((c for c in map(_config, (root / "transformer", root)) if c), {})
+    name = config.get("_class_name")
+    if name in ("WanTransformer3DModel", "WanModel"):
+        width = config.get("dim") or _product(config.get("num_attention_heads"), config.get("attention_head_dim"))
+        channels = config.get("in_dim", config.get("in_channels"))
+        sizes = {"1536 16": "t2v-1.3b", "5120 16": "t2v-14b", "5120 36": "i2v-14b-480p"}
+        size = sizes.get(f"{width} {channels}")
+        return PUBLISHED[f"wan2.1-{size}"][_is_diffusers(root)] if size else None
+    if name == "HunyuanVideoTransformer3DModel":
+        kinds = {"None": "hunyuanvideo", "token_replace": "hunyuanvideo-i2v", "latent_concat": "hunyuanvideo-i2v-33ch"}
+        found = kinds.get(str(config.get("image_condition_type")))
+        return PUBLISHED[found][1] if found else None
+    return None
+
+
+def _product(first: Any, second: Any) -> int | None:  # noqa: ANN401 - of a configuration that may hold anything
+    return first * second if isinstance(first, int) and isinstance(second, int) else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
