@@ -8,6 +8,9 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS := $(shell n=$(CORES); [ $$n -ge 2 ] || n=2; [ $$n -le 4 ] || n=4; echo $$n)
 OMP_NUM_THREADS ?= $(shell n=$$(( $(CORES) / 2 )); [ $$n -ge 1 ] || n=1; [ $$n -le 8 ] || n=8; echo $$n)
 
+# What `make doctor` looks at: the user's own values of the variables that are set below.
+USERS_VARIABLES := $(foreach name,HF_HOME HF_HUB_OFFLINE TORCH_EXTENSIONS_DIR,$(if $($(name)),$(name)='$($(name))'))
+
 # No target downloads weights. HF_HOME is an empty folder, so that the user's accelerate configuration does not change a
 # launch. PATH has the bin folder of .venv because DeepSpeed calls ninja by name.
 export OMP_NUM_THREADS
@@ -20,13 +23,16 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check style map
+.PHONY: help setup doctor demo test test-all check style map
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 16
 
 setup:  ## create or update .venv (the other targets do this first)
 	@bash scripts/setup.sh
+
+doctor:  ## what of this machine will not work, and how to fix it; works without setup
+	@env -u HF_HOME -u HF_HUB_OFFLINE -u TORCH_EXTENSIONS_DIR $(USERS_VARIABLES) python3 -m videox.doctor
 
 demo: setup  ## train a small model on real clips, stop, resume and sample (FAMILY=wan2.1|hunyuanvideo MODE=normal|i2v)
 	@python scripts/demo.py --family "$(FAMILY)" --mode "$(MODE)"

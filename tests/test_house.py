@@ -28,6 +28,7 @@ ORDER = (
     ("engine", "estimate"),
     ("families",),
     ("training",),
+    ("doctor",),
 )
 LEVELS = {package: level for level, packages in enumerate(ORDER) for package in packages}
 TAKE_ARGS = "training"  # the package whose functions take the parsed flags
@@ -37,7 +38,7 @@ LINES = 460  # a train.py tells a whole family; a module of the package is split
 FUNCTION_LINES, MOST_PARAMETERS = 60, 8
 ALIKE, EQUAL_LINES = 0.45, 25  # of the Wan story in the HunyuanVideo story; consecutive code lines
 STORIES = ("scripts/wan2.1/train.py", "scripts/hunyuanvideo/train.py")
-MAY_PRINT = {"videox.doctor"}
+MAY_PRINT = {"videox.doctor.__main__"}
 # Functions that may catch Exception, as "module.function": decoder child, sample, compile probe. Each reports what it
 # caught.
 BROAD_BOUNDARIES: set[str] = set()

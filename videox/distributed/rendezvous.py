@@ -29,6 +29,7 @@ from videox.errors import FLAGS, PEER_LOST, UserError, print_once_per_machine
 VARIABLE = "VIDEOX_MEETING_SECONDS"
 DEFAULT_TIMEOUT = 45.0  # seconds; a minute together with the imports before it
 POLL_SECONDS = 0.2
+QUIET_SECONDS = 5.0  # after which a line says who is waited for
 LONGER = f"{VARIABLE}=600 waits for ten minutes"
 
 
@@ -123,7 +124,8 @@ def wait_for_all(
         UserError: (PEER_LOST) the port is in use, the address is wrong, or somebody has not joined; with address, port
             and the missing numbers.
     """
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
+    deadline, announced = begin + timeout, False
     host = f"{member.kind} 0" if member.kind == "machine" else "machine 0"
     store = _open_store(address, port, member, hosts_store=hosts_store, host=host, deadline=deadline)
     keys = [f"videox/{prefix}/{member.kind}/{number}" for number in range(member.total)]
@@ -135,6 +137,10 @@ def wait_for_all(
                 what = f"{member.kind} {', '.join(missing)} of {member.total} has not joined within {timeout:g} s"
                 hint = f"check its log, set the same MASTER_ADDR and MASTER_PORT on every machine; {LONGER}"
                 raise UserError(f"{address}:{port}", what, hint, PEER_LOST)
+            # Where a launcher hosts the store, it started the others, and they may take a while to import torch.
+            if not announced and hosts_store and time.monotonic() - begin > QUIET_SECONDS:
+                announced = True
+                _announce(store, keys, member, f"{address}:{port}", timeout)
             time.sleep(POLL_SECONDS)
     except (DistNetworkError, DistStoreError) as error:
         what = f"{host} answered and then ended"
@@ -142,6 +148,13 @@ def wait_for_all(
             f"{address}:{port}", what, "check its log, then start all machines again", PEER_LOST
         ) from error
     return store
+
+
+def _announce(store: TCPStore, keys: list[str], member: Participant, where: str, timeout: float) -> None:
+    missing = ", ".join(str(number) for number, key in enumerate(keys) if not store.check([key]))
+    alone = "if this is the only one, `unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT`"
+    line = f"waiting for {member.kind} {missing} of {member.total} at {where}, for {timeout:g} s at most; {alone}"
+    sys.stderr.write(f"{line}\n")
 
 
 def wait_for_processes(environment: Mapping[str, str]) -> TCPStore | None:
@@ -196,17 +209,26 @@ def read_machine(environment: Mapping[str, str]) -> tuple[str, int, Participant]
     return environment["MASTER_ADDR"], port, Participant("machine", rank, machines)
 
 
+def meet(environment: Mapping[str, str]) -> None:
+    """Wait for all machines, and free the port for the launcher.
+
+    Raises:
+        UserError: a variable is missing or wrong, or a machine is missing.
+    """
+    address, port, machine = read_machine(environment)
+    timeout, hosts_store = timeout_seconds(environment), machine.number == 0
+    store = wait_for_all(address, port, machine, hosts_store=hosts_store, timeout=timeout)
+    left, deadline = store.add("videox/gone", 1), time.monotonic() + timeout
+    # Machine 0 ends last: with it the store closes, and a machine still polling it would report a failure.
+    while hosts_store and left < machine.total and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 4)
+        left = store.add("videox/gone", 0)
+
+
 def main(environment: Mapping[str, str]) -> int:
     """Wait for all machines and free the port for the launcher; return the exit code."""
     try:
-        address, port, machine = read_machine(environment)
-        timeout, hosts_store = timeout_seconds(environment), machine.number == 0
-        store = wait_for_all(address, port, machine, hosts_store=hosts_store, timeout=timeout)
-        left, deadline = store.add("videox/gone", 1), time.monotonic() + timeout
-        # Machine 0 ends last: with it the store closes, and a machine still polling it would report a failure.
-        while hosts_store and left < machine.total and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS / 4)
-            left = store.add("videox/gone", 0)
+        meet(environment)
     except UserError as error:
         sys.stderr.write(f"{error.line()}\n")
         return error.exit_code

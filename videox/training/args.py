@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from videox.data.plan.buckets import SizePolicy
+from videox.distributed.environment import check_environment_once
 from videox.errors import UserError
 from videox.optim.registry import OPTIMIZERS, check_installed
 from videox.run.folder import refuse_output_dir_conflicts
@@ -45,6 +46,8 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flags that contradict each other, or the path that cannot be used.
     """
+    if not is_dry_run(args):  # a dry run plans for the launch that the variables describe, and starts nothing
+        check_environment_once(os.environ, args.mixed_precision)
     size_policy(args)
     if args.gradient_checkpointing and args.selective_ac:
         raise UserError(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from videox.errors import UserError
+from videox.errors import PeerFailed, UserError
 from videox.training.synonyms import hint_for
 
 NEAR = 0.7  # how alike a word and a flag must be, 0 to 1, for the flag to be suggested as its spelling
@@ -103,6 +103,8 @@ def parse_or_exit(parse: Callable[[], object]) -> None:
         parse()
     except UserError as error:
         sys.stderr.write(f"{error.line()}\n")
+        sys.exit(error.exit_code)
+    except PeerFailed as error:  # another process of this machine reports it
         sys.exit(error.exit_code)
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
+from videox.distributed.environment import settle_environment
 from videox.distributed.signals import stop_with_launcher
 from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import open_run
@@ -29,9 +30,12 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar per component, each complete at once, would bury the start's lines
     stop_with_launcher(os.environ)
+    set_aside = settle_environment(os.environ)
     accelerator, backend = make_accelerator(args.mixed_precision)
     gather, monitor, output_dir = gather_objects(accelerator), FailureMonitor(), Path(args.output_dir)
     is_main = accelerator.is_main_process
+    if set_aside:
+        accelerator.print(*set_aside, sep="\n")
     if accelerator.num_processes > 1:
         accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
     folder = open_run(
