@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_a_command_is_valid(command: Command) -> None:
         family = Path(command.words[1]).parent.name  # the script passes further words to the trainer, where they win
         published = next(launch for launch in LAUNCHES if launch.family == family)
         runs.train_script(family).parse_args([*published.split[2], *command.words[2:]])
+    elif command.words[1] in runs.TRAIN_SCRIPTS.values():  # test_a_command_without_a_launcher_trains_a_small_model
+        assert runs.train_script(command.family).parse_args(command.split[2]).mixed_precision == "bf16"
     elif command.words[:2] == ("python", "scripts/zero_to_bf16.py"):
         # runs with real checkpoints and the same flags are in test_zero_to_bf16.py
         flags = tiny.load_script("scripts/zero_to_bf16.py").parse_flags(list(command.words[2:]))
@@ -213,6 +216,21 @@ def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Pat
     assert outcome.status["state"] == "finished" and outcome.metrics
     assert f"processes   {2 if '--multi_gpu' in launcher else 1}\n" in outcome.stdout
     assert runs.read_weights(tmp_path / "out" / "transformer")
+
+
+@pytest.mark.slow
+def test_a_command_without_a_launcher_trains_a_small_model(tmp_path: Path) -> None:
+    (command,) = (c for c in COMMANDS if c.words[0] == "python" and c.words[1] in runs.TRAIN_SCRIPTS.values())
+    metadata = tiny.make_dataset(tmp_path / "data")
+    paths = {
+        "pretrained_model_name_or_path": MODELS[command.family, "normal"](tmp_path / "model"),
+        "train_data_meta": metadata, "output_dir": tmp_path / "out", "lora_rank": 2,
+    }  # fmt: skip
+    flags = replaced(command.split[2], {**paths, **SMALL})
+    outcome = runs.run_command([sys.executable, command.words[1], *flags], tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.status["state"] == "finished" and "processes   1\n" in outcome.stdout
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def replaced(flags: list[str], values: dict[str, object]) -> list[str]:

@@ -360,3 +360,19 @@ def test_an_unreadable_yaml_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as raised:
         read_shift(str(tmp_path / name))
     assert raised.value.where == "--config_path"
+
+
+@pytest.mark.parametrize(
+    ("file", "class_name"),
+    [
+        ("model_index.json", "HunyuanVideo15Pipeline"),  # diffusers
+        ("config.json", "HunyuanVideo_1_5_Pipeline"),  # Tencent
+        ("transformer/480p_t2v/config.json", "HunyuanVideo_1_5_DiffusionTransformer"),
+    ],
+)
+def test_hunyuanvideo_15_is_refused_by_name(tmp_path: Path, file: str, class_name: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"_class_name": class_name}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"is HunyuanVideo-1\.5, .*not supported\. Fix: pass a HunyuanVideoPipeline"):
+        read_model_folder(str(tmp_path), ("HunyuanVideoPipeline",), (), ())

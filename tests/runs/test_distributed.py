@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forkserver
@@ -17,6 +19,7 @@ import runs
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from dispositions import STOP_SIGNALS, default_signals, set_defaults
 
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.backends import BACKENDS, refuse_other_launch
@@ -96,11 +99,39 @@ def test_fewer_processes_than_requested_are_refused(monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------------------------------------- stop requests
 
 
-def test_a_signal_sets_the_stop_request_and_handlers_are_restored(capfd: pytest.CaptureFixture[str]) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    for number in numbers:  # the parent of pytest may have set them to be ignored, as nohup does
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Restore the handlers of this process, whatever a test sets."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    yield
+    for number, handler in zip(STOP_SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_children_have_default_signals_where_the_parent_ignores_them(handlers: None) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    print_ignored = "import signal; print(*[n for n in (1, 2, 10, 15) if signal.getsignal(n) is signal.SIG_IGN])"
+    command = [sys.executable, "-c", print_ignored]
+    assert subprocess.check_output(command, text=True).split() == ["1", "2", "10", "15"]
+    with default_signals():
+        assert subprocess.check_output(command, text=True).split() == []
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * len(STOP_SIGNALS)
+
+
+def test_a_run_under_nohup_ignores_the_end_of_its_terminal(handlers: None) -> None:
+    set_defaults()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+
+
+def test_a_signal_sets_the_stop_request_and_handlers_are_restored(
+    handlers: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_defaults()
+    numbers = STOP_SIGNALS
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with StopRequest() as stop:

@@ -29,6 +29,7 @@ import tiny
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from diffusers import WanTransformer3DModel
+from dispositions import default_signals
 from exports import peak_anonymous
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -742,7 +743,8 @@ def big_checkpoint(folder: Path, millions: int) -> Path:
 def test_a_kill_leaves_no_output(tmp_path: Path, number: signal.Signals) -> None:
     checkpoint, output = big_checkpoint(tmp_path / "a", 40), tmp_path / "out"
     env = runs.child_environment()
-    process = subprocess.Popen(command(checkpoint, output), cwd=tiny.ROOT, env=env, stderr=subprocess.DEVNULL)
+    with default_signals():
+        process = subprocess.Popen(command(checkpoint, output), cwd=tiny.ROOT, env=env, stderr=subprocess.DEVNULL)
     while not (begun := list(tmp_path.glob(".converting-out-*/*"))) and process.poll() is None:
         time.sleep(0.001)
     assert begun

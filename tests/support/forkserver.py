@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import tiny
+from dispositions import set_defaults
 
 SCRIPT = "scripts/wan2.1/train.py"
 TIMEOUT = 240.0  # seconds for any wait here; a run takes a few seconds
@@ -106,8 +107,9 @@ def _send(replies: TextIO, message: dict) -> None:
 
 
 def _prepare_child(request: dict, ready: int) -> None:
-    """Turn a fork of the server into a trainer: new session, output to the log, requested flags and environment."""
+    """Turn a fork of the server into a trainer: new session, default signals, log, flags and environment."""
     os.setsid()
+    set_defaults()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the child ends with the server, even if that is killed
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     devnull = os.open(os.devnull, os.O_RDONLY)

@@ -128,7 +128,7 @@ class DeepSpeedEngine:
             plugin.deepspeed_config["bf16"]["check_grad_overflow"] = True
             compute_in_bf16(transformer, accelerator.device)
         optimizer = make_optimizer(dict(transformer.named_parameters()))
-        if accelerator.device.type == "cuda":
+        if accelerator.device.type == "cuda" and isinstance(optimizer, torch.optim.AdamW):
             for group in optimizer.param_groups:  # made for parameters on the host, but stepped on the GPU
                 group["fused"] = True
         self.model: Any = accelerator.prepare(transformer.train(), optimizer)[0]

@@ -78,7 +78,8 @@ class FsdpEngine:
         save_full_weights: checkpoints also have transformer/, float32, gathered tensor by tensor.
         weight_format: what checkpoints contain of the model (None = all). A format of trainable parameters only is
             also saved gathered.
-        by_shard: the optimizer does not support DTensor (FSDP2): it is made over each rank's local shards.
+        by_shard: the optimizer is made over each rank's local shards, and saved by rank: it does not support DTensor,
+            or its moments may be of any kind.
 
     Raises:
         UserError: the launcher names a layer class that is not in the model, or an unsupported sharding strategy.

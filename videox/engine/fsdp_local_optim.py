@@ -1,4 +1,4 @@
-"""Optimizers that do not support DTensor, under FSDP2: each rank steps and saves its own shards."""
+"""Optimizers that do not support DTensor, or whose moments torch does not save: each rank has its own shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from videox.errors import MODEL, UserError
-from videox.optim.registry import OPTIMIZERS
+from videox.optim.registry import OPTIMIZERS, kind_of
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.weights.safetensors_io import StoredTensors, save_tensors
 
@@ -18,9 +18,10 @@ STEM = "rank-{:05d}-of-{:05d}"
 
 
 class LocalShards:
-    """Plain parameters that share memory with the local shards of DTensors, for elementwise and blockwise optimizers.
+    """Plain parameters that share memory with the local shards, for elementwise and blockwise optimizers.
 
-    Blocks of 8-bit moments start anew in each shard, so saved moments fit only the world size that saved them.
+    FSDP1's parameters are plain already, FSDP2's are DTensors. Blocks of 8-bit moments start anew in each shard, so
+    saved moments fit only the world size that saved them.
 
     Args:
         parameters: sharded ones by name, already on their device.
@@ -33,6 +34,8 @@ class LocalShards:
         self.rank, self.world_size = rank, world_size
         self.parameters = {
             name: nn.Parameter(_shard(parameter.detach()), requires_grad=parameter.requires_grad)
+            if isinstance(parameter, DTensor)
+            else parameter
             for name, parameter in parameters.items()
         }
 
@@ -61,7 +64,7 @@ def _shard(tensor: Tensor) -> Tensor:
 
 
 def refuse_other_optimizer_state(folder: Path, name: str, world_size: int) -> None:
-    """Raise UserError for FSDP2 optimizer state of another kind of optimizer, or of shards of other sizes.
+    """Raise UserError for FSDP optimizer state of another kind of optimizer, or of shards of other sizes.
 
     Args:
         folder: of a checkpoint, with the optimizer's files.
@@ -73,8 +76,9 @@ def refuse_other_optimizer_state(folder: Path, name: str, world_size: int) -> No
     """
     found = sorted(path.name for path in folder.glob("rank-00000-of-*.safetensors"))
     saved = f"{folder.parent.name} was saved"
-    if bool(found) is not OPTIMIZERS[name].by_shard:
+    if bool(found) is not kind_of(name).by_shard:
         compatible = [other for other, kind in OPTIMIZERS.items() if kind.by_shard is bool(found)]
+        compatible += ["an optimizer class"] if found else []
         what = f"{name}, but {saved} with another optimizer"
         raise UserError(
             "--optimizer", what, f"resume with the optimizer it began with ({' or '.join(compatible)})", MODEL

@@ -40,7 +40,7 @@ OLD_FLAGS = {"policy.sample_fps": 0.0, "clips_per_video": 1, "clip_sampling": "r
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
 # Names of moments that only one optimizer has.
-UNIQUE_MOMENTS = {"RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}
+UNIQUE_MOMENTS = {"p0": "prodigy", "RMS": "came", "state1": "adamw8bit", "exp_avg@codes": "adamw8bit_bf16"}
 
 
 @dataclass
@@ -379,7 +379,7 @@ def _possible_optimizers(checkpoint: Path) -> set[str]:
     for key, name in UNIQUE_MOMENTS.items():
         if key in keys:
             return {name}
-    return candidates - {"came", "adamw8bit"} if "exp_avg" in keys else candidates
+    return candidates - {"came", "adamw8bit", "prodigy"} if "exp_avg" in keys else candidates
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, trained: int = 12, frozen: int = 4) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from videox.estimate.flops import Network
 from videox.models.activation_checkpoint import select_blocks
-from videox.optim.registry import OPTIMIZERS, moments_of
+from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 
 GB = 1e9
 CONTEXT = 1.5 * GB  # CUDA context, cuBLAS and cuDNN workspaces: a rough figure
@@ -102,7 +102,7 @@ class MemorySetup:
     @property
     def frozen_bytes(self) -> int:
         """Bytes of a frozen weight, except under DeepSpeed, which stores its own."""
-        fp32_weights = OPTIMIZERS[self.optimizer].fp32_params and not self.lora
+        fp32_weights = kind_of(self.optimizer).fp32_params and not self.lora
         return 2 if self.half and not fp32_weights and self.backend != "fsdp1" else 4
 
     def offloads(self, what: str) -> bool:
@@ -143,7 +143,7 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     """
     total, trainable, share = parameters.total, parameters.trainable, 1 / setup.processes
     if setup.backend in UNSHARDED or setup.backend.startswith("fsdp"):
-        optimizer, sharding = OPTIMIZERS[setup.optimizer], 1.0 if setup.backend in UNSHARDED else share
+        optimizer, sharding = kind_of(setup.optimizer), 1.0 if setup.backend in UNSHARDED else share
         sizes = {
             "weights": setup.frozen_bytes * (total - trainable) + optimizer.weight_bytes * trainable,
             "masters": 0,
@@ -169,7 +169,7 @@ def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
     """Return the bytes of a backend's buffers for computing and communication: gathers, buckets, casts."""
     size = 2 if setup.half else 4
     if setup.backend in UNSHARDED:
-        weight = OPTIMIZERS[setup.optimizer].weight_bytes
+        weight = kind_of(setup.optimizer).weight_bytes
         # autocast keeps bfloat16 copies of float32 weights for the length of a forward pass
         frozen = parameters.total - parameters.trainable
         cast_elements = parameters.trainable * (weight == 4) + frozen * (setup.frozen_bytes == 4)
@@ -248,8 +248,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     if setup.offloads("optimizer"):
         # fp32 parameters, gradients and two moments, 4 bytes each
         training["offloaded optimizer"] = count * 16 * trainable / setup.processes
-    if OPTIMIZERS[setup.optimizer].on_host:
-        training["offloaded optimizer"] = count * OPTIMIZERS[moments_of(setup.optimizer)].moment_bytes * trainable
+    if kind_of(setup.optimizer).on_host:
+        training["offloaded optimizer"] = count * kind_of(moments_of(setup.optimizer)).moment_bytes * trainable
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.ema_device == "cpu":
@@ -263,7 +263,7 @@ def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:
     An EMA is one more copy of the saved weights; so are full weights where the backend's own are sharded. With a LoRA,
     the base model is not saved.
     """
-    optimizer = OPTIMIZERS[moments_of(setup.optimizer)]
+    optimizer = kind_of(moments_of(setup.optimizer))
     plain = (optimizer.weight_bytes + optimizer.moment_bytes, setup.frozen_bytes)
     per_trainable, per_frozen = {"zero2": (18, 6), "zero3": (14, 2)}.get(setup.backend, plain)
     saved = parameters.trainable if setup.lora else parameters.total
@@ -296,7 +296,7 @@ def _single_sample(setup: MemorySetup) -> MemorySetup | None:
 
 
 def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
-    if backend not in OPTIMIZERS[setup.optimizer].backends or setup.processes == 1:
+    if backend not in kind_of(setup.optimizer).backends or setup.processes == 1:
         return None
     return replace(setup, backend=backend) if BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend) else None
 
@@ -307,7 +307,7 @@ def _use_adamw(setup: MemorySetup) -> MemorySetup | None:
 
 def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
     done = setup.offloads("optimizer") and setup.offloads("param")
-    if done or "zero3" not in OPTIMIZERS[setup.optimizer].backends:
+    if done or "zero3" not in kind_of(setup.optimizer).backends:
         return None
     to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return replace(setup, backend="zero3", zero={**setup.zero, **to_cpu})

@@ -18,6 +18,7 @@ from videox.weights.safetensors_io import TensorSource
 
 ADAPTER = "default"  # peft's name for a model's only adapter; it is a part of the adapter's parameter names
 BASE_LAYER = ".base_layer."  # inserted by peft into the name of a weight that it wraps
+MAGNITUDE = ".lora_magnitude_vector"  # end of the name of a DoRA's magnitudes in files, after the layer's name
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class Lora:
         alpha: scale of the update, above 0.
         dropout: the share of a target's inputs (0 to 1) that is dropped for its adapter in training.
         targets: full names of the linear layers that have an adapter.
+        dora: each row of an adapted weight is scaled to a trained norm, its magnitude (videox.lora.dora).
+        loraplus_ratio: the learning rate of B divided by that of A.
     """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    dora: bool = False
+    loraplus_ratio: float = 1.0
 
     @property
     def scale(self) -> float:
@@ -47,9 +52,11 @@ class Lora:
         Args:
             stored: the base model's weights; only their shapes are read.
         """
-        count = sum(self.rank * sum(stored.shape(f"{target}.weight")) for target in self.targets)
+        count = sum(adapter_sizes(stored.shapes(), self.targets, self.rank, dora=self.dora).values())
+        kind = "DoRA" if self.dora else "LoRA"
         what = f"{len(self.targets)} linear layers, {count / 1e6:.3g} M trainable parameters"
-        return f"LoRA        rank {self.rank}, alpha {self.alpha:g}: {what}; the base model is frozen"
+        plus = f"; B learns {self.loraplus_ratio:g} times as fast as A" if self.loraplus_ratio != 1 else ""
+        return f"{kind}        rank {self.rank}, alpha {self.alpha:g}: {what}; the base model is frozen{plus}"
 
     def peft_config(self) -> LoraConfig:
         """Return the same settings as peft's LoraConfig."""
@@ -58,6 +65,7 @@ class Lora:
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=list(self.targets),
+            use_dora=self.dora,
         )
 
 
@@ -101,15 +109,19 @@ def choose_targets(
     return tuple(sorted({name for names in matches.values() for name in names}))
 
 
-def adapter_sizes(shapes: Mapping[str, Sequence[int]], targets: Sequence[str], rank: int) -> dict[str, int]:
-    """Return the number of parameters in the two matrices of each target.
+def adapter_sizes(
+    shapes: Mapping[str, Sequence[int]], targets: Sequence[str], rank: int, *, dora: bool = False
+) -> dict[str, int]:
+    """Return the number of parameters in the two matrices of each target, and in the magnitudes of a DoRA.
 
     Args:
         shapes: shapes of the model's weights, by name.
         targets: names of the adapted layers.
         rank: the adapters' rank.
+        dora: each target has magnitudes.
     """
-    return {target: rank * sum(shapes[f"{target}.weight"]) for target in targets}
+    of_targets = {target: shapes[f"{target}.weight"] for target in targets}
+    return {target: rank * sum(shape) + dora * shape[0] for target, shape in of_targets.items()}
 
 
 def _linear(name: str) -> str:
@@ -127,11 +139,15 @@ def _matches(name: str, pattern: str) -> bool:
 
 def public_name(name: str) -> str:
     """Return the name of an adapter's parameter in files: the parameter's name without peft's adapter name."""
+    if name.endswith(f"{MAGNITUDE}.{ADAPTER}.weight"):
+        return name.removesuffix(f".{ADAPTER}.weight")
     return name.replace(f".lora_A.{ADAPTER}.", ".lora_A.").replace(f".lora_B.{ADAPTER}.", ".lora_B.")
 
 
 def peft_name(name: str) -> str:
     """Return the parameter name in the model for a tensor name in a file: the inverse of public_name."""
+    if name.endswith(MAGNITUDE):
+        return f"{name}.{ADAPTER}.weight"
     return name.replace(".lora_A.weight", f".lora_A.{ADAPTER}.weight").replace(
         ".lora_B.weight", f".lora_B.{ADAPTER}.weight"
     )

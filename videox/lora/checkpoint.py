@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from videox.errors import MODEL, NUMERICS, UserError
 from videox.files import publish_file, publish_folder, write_json_atomically
 from videox.lora.adapters import Lora, initial_values, peft_name, public_name
+from videox.lora.dora import dora_updates, initial_magnitudes
 from videox.lora.header import STEPS, export_date, manager_fields
 from videox.lora.initial import init_from_lora
 from videox.lora.layouts import lora_to_comfyui, lora_to_kohya
@@ -129,7 +130,9 @@ class LoraWeights:
     ) -> None:  # fmt: skip
         adapters = {public_name(name): tensor.detach().to("cpu") for name, tensor in tensors.items()}
         base = open_tensors(self.weights)
-        plan = merge_lora(base, lora_updates(adapters, self.lora.scale), "diffusers", dtype, keep_fp32)
+        scale = self.lora.scale
+        updates = dora_updates(adapters, scale, base) if self.lora.dora else lora_updates(adapters, scale)
+        plan = merge_lora(base, updates, "diffusers", dtype, keep_fp32)
 
         def write(temporary: Path) -> None:
             write_folder(temporary, plan, max_shard_size=MAX_SHARD_SIZE, metadata=metadata)
@@ -181,6 +184,7 @@ def write_adapters(
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    settings |= {"use_dora": True} if lora.dora else {}
     save_lora_weights(
         folder,
         {public_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
@@ -275,6 +279,13 @@ def check_same_adapters(checkpoint: Path, lora: Lora, base: str) -> None:
     if settings.get("alpha") != lora.alpha:
         what = f"{lora.alpha:g}, {checkpoint.name} has {settings.get('alpha')}"
         raise UserError("--lora_alpha", what, "resume with the value that the run started with", MODEL)
+    if settings.get("dora", False) is not lora.dora:
+        kinds = ("lora", "dora") if lora.dora else ("dora", "lora")
+        what = f"{kinds[1]}, {checkpoint.name} is a {kinds[0]}"
+        raise UserError("--lora_type", what, f"pass --lora_type {kinds[0]}, or start a new run", MODEL)
+    if (ratio := settings.get("loraplus_ratio", 1.0)) != lora.loraplus_ratio:
+        what = f"{lora.loraplus_ratio:g}, {checkpoint.name} has {ratio:g}"
+        raise UserError("--loraplus_ratio", what, "resume with the value that the run started with", MODEL)
     if differing := sorted({*settings.get("targets", ())} ^ {*lora.targets}):
         what = f"{join_first([f'{name} differs' for name in differing])} from {checkpoint.name}"
         raise UserError("--lora_target_modules", what, "resume with the layers that the run started with", MODEL)
@@ -322,6 +333,8 @@ def prepare_lora(
             init_from, values, lora, pipeline_class.lora_state_dict, stored=stored, family=family
         )
         lines += note
+    if lora.dora:
+        values |= initial_magnitudes(lora, stored, values, resumed=resume is not None)
     save = pipeline_class.save_lora_weights
     return LoraWeights(
         lora, values, base="".join(base), weights=stored.folder, family=family, save_lora_weights=save

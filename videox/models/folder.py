@@ -62,6 +62,9 @@ def read_model_folder(
     """
     root = Path(folder)
     flag = "--pretrained_model_name_or_path"
+    if _is_hunyuan_15(root):
+        what = f"{folder} is HunyuanVideo-1.5, which has another transformer, VAE and text encoder than HunyuanVideo"
+        raise UserError(flag, f"{what} and is not supported", f"pass a {' or '.join(pipelines)} model", MODEL)
     if not root.is_dir():
         hint = "pass a model folder, or an id of the Hub"
         if repository_of(root):
@@ -102,6 +105,18 @@ def _other_folder(root: Path, pipelines: Sequence[str]) -> tuple[str, str]:
     if "WanPipeline" in pipelines:
         hint += f", or Wan2.1 in the original layout with {' and '.join(ORIGINAL_MARKS)}"
     return f"{root} is {layout} {found}", hint
+
+
+def _is_hunyuan_15(root: Path) -> bool:
+    """Return whether a folder is HunyuanVideo-1.5, as a whole or its transformer, in diffusers' or Tencent's layout."""
+    for path in (root / "model_index.json", root / "config.json", *sorted(root.glob("transformer/*/config.json"))):
+        try:
+            name = str(json.loads(path.read_bytes()).get("_class_name"))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # reading the model reports what is wrong with it
+        if name.startswith(("HunyuanVideo15", "HunyuanVideo_1_5")):
+            return True
+    return False
 
 
 def read_component(folder: Path, check_weights: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from videox.distributed.backends import backend_name
 from videox.lora.adapters import Lora, add_adapters, cast_base
+from videox.lora.dora import compute_norms_in_float32
 from videox.models.component import Component, load_checked
 from videox.models.meta_init import build_meta_model, is_sharded
 
@@ -78,4 +79,5 @@ def attach_adapters(
         device = accelerator.device
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     add_adapters(transformer, lora, values, device=device, dtype=dtype)
+    compute_norms_in_float32(transformer)
     return list(values)

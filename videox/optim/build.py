@@ -12,7 +12,8 @@ from diffusers.optimization import get_scheduler
 
 from videox.errors import UserError
 from videox.optim.cpu_offload import CpuOffloadOptimizer
-from videox.optim.registry import OPTIMIZERS, moments_of, optimizer_class
+from videox.optim.registry import kind_of, moments_of, optimizer_class
+from videox.optim.state import keep_group_state
 
 ABNORMAL_RATIO = 5.0  # a gradient norm above this multiple of the limit is abnormal ...
 ABNORMAL_SQUEEZE = 10.0  # ... and is clipped to the limit divided by norm / limit, at most by this
@@ -73,6 +74,19 @@ def parameter_groups(
     return [{"params": [parameters[n] for n in names], "rate_factor": factor} for names, factor in groups if names]
 
 
+def loraplus_groups(parameters: Mapping[str, torch.nn.Parameter], names: Sequence[str], ratio: float) -> list[dict]:
+    """Return the groups of a LoRA's parameters, with a higher learning rate for B: LoRA+, arXiv:2402.12354.
+
+    Args:
+        parameters: parameters by name.
+        names: those of the adapters.
+        ratio: learning rate of B divided by that of all others; 1 = one group.
+    """
+    in_b = {name for name in names if ".lora_B." in name} if ratio != 1 else set()
+    groups = [([name for name in names if name not in in_b], 1.0), ([name for name in names if name in in_b], ratio)]
+    return [{"params": [parameters[n] for n in chosen], "rate_factor": rate} for chosen, rate in groups if chosen]
+
+
 def make_optimizer(
     groups: list[dict],
     *,
@@ -81,6 +95,7 @@ def make_optimizer(
     weight_decay: float,
     epsilon: float,
     name: str = "adamw",
+    settings: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Return an optimizer over the groups; AdamW is fused: it allocates no temporaries and can skip steps (step_if).
 
@@ -90,17 +105,16 @@ def make_optimizer(
         betas: decays of the moments.
         weight_decay: per unit of learning rate.
         epsilon: added to the root of the second moment.
-        name: a name in videox.optim.registry.OPTIMIZERS.
+        name: a name in videox.optim.registry.OPTIMIZERS, or of a class that was tried (videox.optim.custom_class).
+        settings: further settings of an optimizer of videox.optim.registry.takes_settings.
     """
     kind = moments_of(name)
-    make = optimizer_class(kind, betas=betas, weight_decay=weight_decay, epsilon=epsilon)
+    make = optimizer_class(kind, betas=betas, weight_decay=weight_decay, epsilon=epsilon, settings=settings)
     if kind == "adamw":
         make = partial(make, fused=True)
-    return (
-        CpuOffloadOptimizer(groups, make, lr=learning_rate)
-        if OPTIMIZERS[name].on_host
-        else make(groups, lr=learning_rate)
-    )
+    if kind_of(name).on_host:
+        return CpuOffloadOptimizer(groups, make, lr=learning_rate)
+    return keep_group_state(make(groups, lr=learning_rate), kind_of(name).group_state)
 
 
 def lr_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:

@@ -1,12 +1,17 @@
-"""The optimizers by name: packages, supported backends, memory per parameter, and checks before a run starts."""
+"""The optimizers by name: packages, supported backends, memory per parameter, and checks before a run starts.
+
+Any other class is selected by its dotted name; videox.optim.custom_class finds out what it supports.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +43,7 @@ class Optimizer:
         moments_of: the optimizer with the same arithmetic and moments: each can resume from the other's checkpoints;
             "" = none.
         on_host: moments and arithmetic are in host memory (videox.optim.cpu_offload), not in `bytes_per_parameter`.
+        group_state: keys of the parameter groups that its steps change; they are saved with the moments.
     """
 
     package: str
@@ -49,6 +55,7 @@ class Optimizer:
     by_shard: bool = False
     moments_of: str = ""
     on_host: bool = False
+    group_state: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -66,7 +73,9 @@ SHARDED = (*REPLICATED, "fsdp2")
 FLAT = "DeepSpeed and FSDP1 flatten weights and store moments by the names and sizes of AdamW's"
 MATRICES = "its moments are rows and columns of complete matrices, and this backend shards them"
 OWN_OFFLOAD = "ZeRO and FSDP shard moments and have a CPU offload of their own"
+ONE_STEP_SIZE = "its step size is estimated from all parameters together, and this backend shards them"
 TORCHAO = "torchao==0.18.0"
+PRODIGY_STATE = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 OPTIMIZERS = {
     "adamw": Optimizer("", "torch", (*SHARDED, "zero2", "zero3", "fsdp1"), "", True, 16),
     "adamw8bit": Optimizer("bitsandbytes==0.50.2", "bitsandbytes", SHARDED, FLAT, True, 10, by_shard=True),
@@ -77,7 +86,69 @@ OPTIMIZERS = {
     "adamw_bf16_offload": Optimizer(
         TORCHAO, "torchao", REPLICATED, OWN_OFFLOAD, False, 4, moments_of="adamw_bf16", on_host=True
     ),
+    "prodigy": Optimizer(
+        "prodigyopt==1.1.2", "prodigyopt", REPLICATED, ONE_STEP_SIZE, True, 24, group_state=PRODIGY_STATE
+    ),
 }
+# Optimizer classes by dotted name, added by videox.optim.custom_class when it has tried them in this process.
+CLASSES: dict[str, Optimizer] = {}
+
+
+def optimizer_name(text: str) -> str:
+    """Return the value of --optimizer, a type for argparse: a name in OPTIMIZERS, or the dotted name of a class."""
+    if text in OPTIMIZERS or is_class_name(text):
+        return text
+    names = ", ".join(OPTIMIZERS)
+    raise UserError(
+        "--optimizer", f"{text!r} is not known", f"use one of {names}, or a class such as torch.optim.RAdam"
+    )
+
+
+def is_class_name(name: str) -> bool:
+    """Return whether the name is a dotted one of a class, such as torch.optim.RAdam, not a key of OPTIMIZERS."""
+    return "." in name
+
+
+def kind_of(name: str) -> Optimizer:
+    """Return what is known of an optimizer: a name in OPTIMIZERS, or a class that was tried in this process."""
+    return CLASSES[name] if is_class_name(name) else OPTIMIZERS[name]
+
+
+def takes_settings(name: str) -> bool:
+    """Return whether --optimizer_args sets the optimizer's own settings; the settings of the others are flags."""
+    return is_class_name(name) or name == "prodigy"
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of --optimizer_args: numbers, tuples such as 0.9,0.99, true, false, none, or text.
+
+    Args:
+        words: each is key=value.
+
+    Raises:
+        UserError: a word is not of this form, or its key is given twice or is the learning rate.
+    """
+    flag, settings = "--optimizer_args", {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(flag, f"{word!r} is not of the form key=value", "write for example betas=0.9,0.99")
+        if key in ("lr", "params"):
+            raise UserError(flag, f"{key} is not a setting here", "pass the learning rate as --learning_rate")
+        if key in settings:
+            raise UserError(flag, f"{key} is given twice", "pass it once")
+        settings[key] = _value(text)
+    return settings
+
+
+def _value(text: str) -> object:
+    constants: dict[str, object] = {"true": True, "false": False, "none": None, "inf": float("inf")}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def moments_of(name: str) -> str:
@@ -87,6 +158,12 @@ def moments_of(name: str) -> str:
 
 def check_installed(name: str) -> None:
     """Raise UserError if an optimizer's package, or the compiler that it needs, is not installed."""
+    if is_class_name(name):
+        package = name.partition(".")[0]
+        if not package or find_spec(package) is None:
+            hint = f"install the package that contains it, often pip install {package}, or correct the name"
+            raise UserError("--optimizer", f"{name}: there is no module {package}", hint)
+        return
     optimizer = OPTIMIZERS[name]
     if find_spec(optimizer.module) is None:
         what = f"{name} needs {optimizer.package.split('=')[0]}, which is not installed"
@@ -101,7 +178,7 @@ def check_supported(name: str, backend: str, precision: str, *, lora: bool) -> N
     """Raise UserError if the optimizer cannot step or resume under this backend and precision.
 
     Args:
-        name: a name in OPTIMIZERS.
+        name: a name in OPTIMIZERS, or of a class that was tried.
         backend: the backend's name.
         precision: the mixed precision, "bf16" | "no".
         lora: LoRA adapters are trained.
@@ -109,7 +186,7 @@ def check_supported(name: str, backend: str, precision: str, *, lora: bool) -> N
     Raises:
         UserError: with the optimizers and backends that work.
     """
-    optimizer = OPTIMIZERS[name]
+    optimizer = kind_of(name)
     if backend not in optimizer.backends:
         supported = [other for other, entry in OPTIMIZERS.items() if backend in entry.backends]
         hint = f"use {' or '.join(supported)} here, or launch with {', '.join(optimizer.backends)}"
@@ -122,16 +199,25 @@ def check_supported(name: str, backend: str, precision: str, *, lora: bool) -> N
 
 
 def optimizer_class(
-    name: str, *, betas: tuple[float, float], weight_decay: float, epsilon: float
+    name: str,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    settings: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Return a callable that makes an optimizer from parameter groups and lr.
 
     Args:
-        name: a name in OPTIMIZERS that is its own moments_of; its package is imported here.
-        betas: decays of the moments.
+        name: a name in OPTIMIZERS that is its own moments_of, or of a class; its package is imported here.
+        betas: decays of the moments; a class by dotted name gets `settings` only.
         weight_decay: per unit of learning rate.
         epsilon: added to the root of the second moment; CAME has its own.
+        settings: further ones of an optimizer of takes_settings.
     """
+    if is_class_name(name):
+        module, _, class_name = name.rpartition(".")  # videox.optim.custom_class has checked that it exists
+        return partial(getattr(import_module(module), class_name), **(settings or {}))
     adam: dict[str, Any] = {"betas": betas, "weight_decay": weight_decay, "eps": epsilon}
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -141,6 +227,10 @@ def optimizer_class(
         from came_pytorch import CAME
 
         return partial(CAME, betas=(*betas, CAME_INSTABILITY), weight_decay=weight_decay)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return partial(Prodigy, **{**adam, **(settings or {})})
     if name == "adamw_bf16":
         return partial(_rounded_adamw(), **adam)
     if name == "adamw8bit_bf16":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from videox.errors import MODEL, UserError
 from videox.weights.safetensors_io import join_first
 
 QUANTISED = "@"  # separates the key of a quantized moment from the name of one of its tensors
+GROUP = "@group"  # "@group0/key" is a value of the first parameter group
+GROUP_STATE = "videox_group_state"  # attribute of an optimizer: the keys of its groups that its steps change
 STATELESS = ""  # the state key of a parameter that the optimizer has not yet touched
 PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # Suffix of a state key -> Python type of the value, dtype of the tensor that is saved for it.
@@ -59,12 +61,28 @@ def _state_tensor(value: object, where: str) -> tuple[str, Tensor]:
     raise TypeError(f"{where} is a {type(value).__name__}; only tensors, int, float and bool can be saved")
 
 
+def keep_group_state(optimizer: torch.optim.Optimizer, keys: Sequence[str]) -> torch.optim.Optimizer:
+    """Have optimizer_tensors and load_optimizer_tensors include these keys of the optimizer's groups; return it."""
+    setattr(optimizer, GROUP_STATE, tuple(keys))
+    return optimizer
+
+
+def _group_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for key in getattr(optimizer, GROUP_STATE, ()):
+            if key in group:
+                suffix, tensor = _state_tensor(group[key], f"{key} of group {number}")
+                tensors[f"{GROUP}{number}/{key}{suffix}"] = tensor
+    return tensors
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Return an optimizer's state as `parameter name/state key` -> tensor, independent of the order of its parameters.
 
-    Hyperparameters are not included: the learning rate is a function of the step, the others are flags of the run. A
-    parameter without state yet is marked by an empty tensor, so that loading can tell it from one whose state was
-    lost.
+    Hyperparameters are not included: the learning rate is a function of the step, the others are flags of the run. The
+    values of keep_group_state are `@group0/key` and so on. A parameter without state yet is marked by an empty tensor,
+    so that loading can tell it from one whose state was lost.
 
     Args:
         optimizer: an optimizer of torch, or one whose state has only tensors, ints, floats and bools.
@@ -77,7 +95,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
         TypeError: the state has another type of value.
         ValueError: two parameters have one name.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = _group_tensors(optimizer)
     seen: set[str] = set()
     for _, parameter in _parameters(optimizer):
         name = names[parameter]
@@ -127,9 +145,14 @@ def load_optimizer_tensors(
     for tensor_name in tensors:
         name, _, key = tensor_name.rpartition("/")
         keys_of.setdefault(name, []).append(key)
+    in_groups = {name: keys_of.pop(name) for name in [*keys_of] if name.startswith(GROUP)}
     own_names = {names[parameter] for _, parameter in _parameters(optimizer)}
+    own_groups = {f"{GROUP}{number}" for number in range(len(optimizer.param_groups))}
     faults = [f"no state for {name}" for name in sorted(own_names - keys_of.keys())]
     faults += [f"state for {name}, which is not trainable" for name in sorted(keys_of.keys() - own_names)]
+    faults += [
+        f"state of {name.removeprefix('@')}, of several learning rates" for name in in_groups.keys() - own_groups
+    ]
     restored: dict[nn.Parameter, dict[str, Any]] = {}
     state_device: torch.device | None = getattr(optimizer, "state_device", None)  # of CpuOffloadOptimizer
     for group, parameter in _parameters(optimizer):
@@ -146,6 +169,12 @@ def load_optimizer_tensors(
         raise UserError(
             "optimizer state", join_first(faults), "resume with the model and flags it was saved with", MODEL
         )
+    for name, keys in in_groups.items():
+        group = optimizer.param_groups[int(name.removeprefix(GROUP))]
+        for key in keys:
+            device = group[key].device if isinstance(group.get(key), Tensor) else torch.device("cpu")
+            base, value = _restore_value(key, tensors[f"{name}/{key}"], {"fused": True}, device)
+            group[base] = value
     for parameter, state in restored.items():
         optimizer.state.pop(parameter, None)
         if state:

@@ -9,7 +9,7 @@ from pathlib import Path
 from videox.data.plan.buckets import SizePolicy
 from videox.distributed.environment import check_environment_once
 from videox.errors import UserError
-from videox.optim.registry import OPTIMIZERS, check_installed
+from videox.optim.registry import check_installed, kind_of, parse_settings, takes_settings
 from videox.run.folder import refuse_output_dir_conflicts
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
 from videox.weights.layout_tables import KOHYA, MERGED
@@ -59,6 +59,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}", "there is no EMA without --use_ema", "add --use_ema, or remove the flag")
     _check_lora(args)
     check_installed(optimizer_of(args))
+    if args.optimizer_args and not takes_settings(optimizer_of(args)):
+        what = f"{optimizer_of(args)} has flags of its own, such as --adam_beta1 and --adam_weight_decay"
+        raise UserError("--optimizer_args", what, "use them, or an optimizer class such as torch.optim.RAdam")
+    parse_settings(args.optimizer_args)
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise UserError(
@@ -97,13 +101,14 @@ def optimizer_of(args: argparse.Namespace) -> str:
 
 def with_fp32_params(args: argparse.Namespace) -> bool:
     """Whether the transformer's weights are loaded in float32: they are trained, by an optimizer that needs it."""
-    return not args.lora_rank and OPTIMIZERS[optimizer_of(args)].fp32_params
+    return not args.lora_rank and kind_of(optimizer_of(args)).fp32_params
 
 
 def _check_lora(args: argparse.Namespace) -> None:
     if not args.lora_rank:
         for flag, default in (
             ("lora_alpha", None), ("lora_target_modules", None), ("lora_dropout", 0.0), ("init_lora_from", None),
+            ("lora_type", "lora"), ("loraplus_ratio", 1.0),
         ):  # fmt: skip
             if getattr(args, flag) != default:
                 raise UserError(
@@ -122,6 +127,9 @@ def _check_lora(args: argparse.Namespace) -> None:
         raise UserError("--save_whole_weights", what, "remove the flag")
     if "original" in args.export_layouts:
         raise UserError("--export_layouts", "a LoRA has no layout called original", "use comfyui, kohya or merged")
+    if args.lora_type == "dora" and (others := {*args.export_layouts} - {"diffusers", MERGED}):
+        what = f"{' and '.join(sorted(others))}: a DoRA is written for diffusers, or merged into the model"
+        raise UserError("--export_layouts", what, f"use {MERGED}, then scripts/export.py for other layouts")
 
 
 def refuse_impossible(flag: str, path: str) -> None:

@@ -36,8 +36,8 @@ from videox.models.activation_checkpoint import recompute_blocks
 from videox.models.component import Component
 from videox.models.meta_init import is_sharded
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
-from videox.optim.build import choose_trainable, clip_limit, lr_schedule, make_optimizer, parameter_groups
-from videox.optim.registry import OPTIMIZERS
+from videox.optim.build import choose_trainable, clip_limit, lr_schedule
+from videox.optim.registry import kind_of
 from videox.rng import Purpose, uniform
 from videox.tracking.progress import ProgressBar
 from videox.tracking.trackers import Tracker
@@ -45,6 +45,7 @@ from videox.training.args import optimizer_of, with_fp32_params
 from videox.training.checkpointing import Checkpointer, ExportSettings
 from videox.training.context import Context
 from videox.training.guard import StepGuard
+from videox.training.optimizer import optimizer_factory
 from videox.training.recorder import Instruments, Recorder
 from videox.training.sampling import SampleSettings
 from videox.training.schedule import Schedule, most_common_shape
@@ -77,7 +78,8 @@ def build_lora(
         return None
     stored = component.source()
     targets = choose_targets(stored.shapes(), default_targets, args.lora_target_modules)
-    lora = Lora(args.lora_rank, args.lora_alpha or float(args.lora_rank), args.lora_dropout, targets)
+    alpha, dora = args.lora_alpha or float(args.lora_rank), args.lora_type == "dora"
+    lora = Lora(args.lora_rank, alpha, args.lora_dropout, targets, dora=dora, loraplus_ratio=args.loraplus_ratio)
     weights, lines = prepare_lora(
         lora,
         stored,
@@ -145,7 +147,7 @@ def build_engine(
             stored = AdaptedTensors(stored, lora.values) if stored is not None else None
         full_weights = checkpoint_bytes(transformer, trained=4, frozen=4 if lora is None else 0)
         numbers = checkpoint_bytes(transformer, trained=1, frozen=1)
-        make = _optimizer_factory(args, schedule, full, half)
+        make = optimizer_factory(args, base_lr(args, schedule), full, half)
         engine = _engine_of_backend(args, ctx, schedule, transformer, blocks, make, stored, lora)
         if args.use_ema:
             device = torch.device("cpu") if args.ema_device == "cpu" else None
@@ -159,24 +161,6 @@ def build_engine(
         with memory_phase("loading the checkpoint"):
             engine.load(ctx.checkpoint)
     return engine
-
-
-def _optimizer_factory(
-    args: argparse.Namespace, schedule: Schedule, full: Sequence[str], half: Sequence[str]
-) -> OptimizerFactory:
-    """Makes the optimizer over named parameters; full, half: names of those at the full and at half the rate."""
-
-    def make(parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return make_optimizer(
-            parameter_groups(parameters, full, half),
-            learning_rate=base_lr(args, schedule),
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            epsilon=args.adam_epsilon,
-            name=optimizer_of(args),
-        )
-
-    return make
 
 
 def _engine_of_backend(
@@ -203,7 +187,7 @@ def _engine_of_backend(
     if ctx.backend.engine == "fsdp":
         return FsdpEngine(
             ctx.accelerator, transformer, blocks, make, stored=stored, save_full_weights=args.save_whole_weights,
-            weight_format=lora, by_shard=OPTIMIZERS[optimizer_of(args)].by_shard,
+            weight_format=lora, by_shard=kind_of(optimizer_of(args)).by_shard,
         )  # fmt: skip
     return DdpEngine(ctx.accelerator, transformer, make, lora)
 

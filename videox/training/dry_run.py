@@ -73,6 +73,7 @@ from videox.optim.registry import check_supported
 from videox.shapes import Bucket, token_count
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
+from videox.training.optimizer import try_optimizer
 from videox.training.schedule import data_location, plan_settings
 from videox.training.startup import notes
 
@@ -140,6 +141,7 @@ def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
 
 def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     launch = launch_of(os.environ, args)
+    tried = try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     index = _index(args)
     check_captions(index, args.missing_caption)
@@ -156,7 +158,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         _print(*explain_row(index, columns, settings, args.explain, args.num_train_epochs, args.caption_dropout))
         return
     plan = plan_epoch(columns, settings, 0)
-    _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *notes(args))
+    _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *tried, *notes(args))
     _print(
         *row_lines(index, columns, plan, settings.policy),
         *caption_lines(index, settings.caption_rules),
@@ -232,7 +234,7 @@ class _Estimates:
         if args.lora_rank:
             shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
             targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
-            trained = sum(adapter_sizes(shapes, targets, args.lora_rank).values())
+            trained = sum(adapter_sizes(shapes, targets, args.lora_rank, dora=args.lora_type == "dora").values())
             return Parameters(everything + trained, trained, max(sizes), outside)
         choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)

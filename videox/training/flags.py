@@ -13,7 +13,8 @@ from videox.data.plan.buckets import GRIDS
 from videox.data.plan.settings import BALANCES, SAMPLINGS
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.distributed.backends import BACKENDS
-from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS
+from videox.lora.kinds import LORA_TYPES, lora_type
+from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
@@ -170,6 +171,8 @@ def add_lora(parser: Parser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     rank = "train a LoRA of this rank (0 = train the model's own weights)"
     add("--lora_rank", type=number(int, 0, 4096), default=0, help=rank)
+    kinds = "lora, or dora: also train the norm of each row of the adapted weights"
+    add("--lora_type", type=lora_type, default=LORA_TYPES[0], metavar="{" + ",".join(LORA_TYPES) + "}", help=kinds)
     add(
         "--lora_alpha",
         type=number(float, 1e-6, 1e6),
@@ -179,6 +182,8 @@ def add_lora(parser: Parser) -> None:
     add("--lora_target_modules", nargs="+", help=targets)
     dropout = "dropout on the adapters' inputs, share 0 to 0.99 (0 = off)"
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.0, help=dropout)
+    plus = "LoRA+: the learning rate of the adapters' B matrices is this many times that of A (1 = off)"
+    add("--loraplus_ratio", type=number(float, 1, 1000), default=1.0, help=plus)
     add("--init_lora_from", help="file or folder of a LoRA to start from, in any layout")
 
 
@@ -189,7 +194,10 @@ def add_optimizer(parser: Parser) -> None:
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule over the steps")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=LR_WARMUP_STEPS, help="warm-up steps (0 = no warm-up)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the samples per optimizer step")
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="optimizer; compared in README_TRAIN.md")
+    names = f"one of {', '.join(OPTIMIZERS)} (compared in README_TRAIN.md), or a class such as torch.optim.RAdam"
+    add("--optimizer", type=optimizer_name, metavar="NAME", default="adamw", help=names)
+    settings = "settings of prodigy or of an optimizer class, such as betas=0.9,0.99 weight_decay=0"
+    add("--optimizer_args", nargs="+", metavar="KEY=VALUE", default=[], help=settings)
     add("--use_8bit_adam", action="store_true", help="same as --optimizer adamw8bit")
     add("--use_came", action="store_true", help="same as --optimizer came")
     add("--adam_beta1", type=number(float, 0, 0.999999), default=0.9, help="decay of the first moment")

@@ -41,9 +41,11 @@ WITHOUT_NUMBERS = {
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
     "peak_tflops", "try_largest_first", "missing_caption",
 }  # fmt: skip
-
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
-LATER_FLAGS: Mapping[str, Any] = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False}
+LATER_FLAGS: Mapping[str, Any] = {
+    "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora", "loraplus_ratio": 1.0,
+    "optimizer_args": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,22 @@ from typing import Any
 import torch
 
 from videox.distributed.collectives import run_on_main
-from videox.engine.deepspeed_universal import announce_conversion
+from videox.engine.deepspeed_universal import announce_conversion, saved_world_size
 from videox.engine.ema import ema_notes
 from videox.engine.fsdp import OPTIMIZER_FOLDER
 from videox.engine.fsdp_local_optim import refuse_other_optimizer_state
 from videox.engine.train_state import plan_inputs, refuse_other_backend
-from videox.errors import UserError
+from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
 from videox.optim.cpu_offload import thread_notes
-from videox.optim.registry import OPTIMIZERS, check_supported
+from videox.optim.registry import check_supported, is_class_name, kind_of
 from videox.run.folder import require_disk_space, rewind
 from videox.tracking.trackers import check_tracker
 from videox.training.args import optimizer_of, size_policy
 from videox.training.context import Context
 from videox.training.flags import LR_WARMUP_STEPS
+from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
 
 DIFFERENCES = (
@@ -53,16 +54,36 @@ def announce(args: argparse.Namespace, ctx: Context, task: str) -> None:
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"
         raise UserError("--initial_grad_norm_ratio", what, "remove the flag, or launch FSDP or DDP")
+    tried = try_optimizer(args)
     refuse_other_backend(checkpoint, backend, optimizer)
     check_checkpoint_kind(checkpoint, args.lora_rank)
     check_supported(optimizer, backend.name, ctx.accelerator.mixed_precision, lora=args.lora_rank > 0)
-    if checkpoint and backend.name == "fsdp2":
+    if is_class_name(optimizer) and backend.engine == "deepspeed":
+        refuse_under_deepspeed(ctx, optimizer)
+    if checkpoint and backend.engine == "fsdp":
         refuse_other_optimizer_state(checkpoint / OPTIMIZER_FOLDER, optimizer, ctx.world_size)
     conversion = conversion_notes(ctx) if backend.engine == "deepspeed" else []
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     changed = changed_flags(ctx.output_dir, vars(args)) if checkpoint else []
     ema = ema_notes(checkpoint, args.use_ema)
-    ctx.print(*start_lines(ctx, task), *ctx.run.notes, *notes(args), *changed, *conversion, *ema)
+    ctx.print(*start_lines(ctx, task), *tried, *ctx.run.notes, *notes(args), *changed, *conversion, *ema)
+
+
+def refuse_under_deepspeed(ctx: Context, optimizer: str) -> None:
+    """Raise UserError where DeepSpeed would replace an optimizer class, or convert its moments as if they were Adam's.
+
+    Args:
+        optimizer: dotted name of the class.
+    """
+    offload = ctx.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"].get("offload_optimizer")
+    if (offload or {}).get("device", "none") != "none":
+        what = (
+            f"the DeepSpeed file offloads the optimizer, and DeepSpeed would step its own Adam instead of {optimizer}"
+        )
+        raise UserError("--optimizer", what, "use adamw, or remove offload_optimizer from the DeepSpeed file")
+    if ctx.checkpoint is not None and (saved := saved_world_size(ctx.checkpoint)) != ctx.world_size:
+        what = f"{ctx.checkpoint.name} was saved by {saved} processes, and only AdamW's moments are converted"
+        raise UserError("--resume_from_checkpoint", what, f"launch {saved} processes", MODEL)
 
 
 def start_lines(ctx: Context, task: str) -> list[str]:
@@ -119,7 +140,7 @@ def notes(args: argparse.Namespace) -> list[str]:
         lines.append(f"{sizes}: sizes still range from {policy.low} to {policy.high}")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
         lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
-    if OPTIMIZERS[optimizer_of(args)].on_host:
+    if kind_of(optimizer_of(args)).on_host:
         lines += thread_notes(optimizer_of(args), torch.get_num_threads(), os.cpu_count() or 1, os.environ)
     world = os.environ.get("WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
