@@ -18,16 +18,17 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from videox.training.args import check_args, is_dry_run
+from videox.training.args import check_args, is_dry_run, planned_model
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
 
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
-    parser = make_parser(__doc__, modes=tuple(TASKS))
+    parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/hunyuanvideo")
     add = parser.add_argument_group("HunyuanVideo").add_argument
     add("--guidance_scale", type=number(float, 1, 100), default=6.0, help="guidance that the model gets as input")
     tokens = "maximum text tokens of a caption, after the prompt template"
@@ -77,6 +78,7 @@ from videox.estimate.model_profile import ModelProfile
 from videox.models.component import Component, diffusers_components
 from videox.models.folder import check_tokenizer, full_config, read_component, read_number
 from videox.models.hub import local_folder
+from videox.models.published import dry_run_components
 from videox.models.shared_memory import load_frozen
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
@@ -142,16 +144,19 @@ class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Find and check the model's components; loads no weights. Raises UserError where they do not fit --train_mode."""
-    root = local_folder(args.pretrained_model_name_or_path)
-    overrides = {"transformer": ("hunyuan", args.transformer_path), "vae": ("hunyuan_vae", args.vae_path)}
-    with_weights = () if is_dry_run(args) else TEXT_ENCODERS
-    components = diffusers_components(root, PIPELINES, NAMES, overrides, with_weights)
+    if published := planned_model(args):
+        components = dry_run_components(published, "hunyuanvideo")
+    else:
+        root = local_folder(args.pretrained_model_name_or_path)
+        overrides = {"transformer": ("hunyuan", args.transformer_path), "vae": ("hunyuan_vae", args.vae_path)}
+        with_weights = () if is_dry_run(args) else TEXT_ENCODERS
+        components = diffusers_components(root, PIPELINES, NAMES, overrides, with_weights)
     condition = components["transformer"].config.get("image_condition_type")
     mode = "normal" if condition is None else "i2v"
     if args.train_mode != mode:
         what = f"the transformer's image_condition_type is {condition}: it is made for --train_mode {mode}"
         raise UserError(f"--train_mode {args.train_mode}", what, "use that mode, or weights made for this one", MODEL)
-    if mode == "i2v":
+    if mode == "i2v" and not published:
         read_component(root / "image_processor", check_weights=False)
     return components
 

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from videox.training.args import check_args, is_dry_run
+from videox.training.args import check_args, is_dry_run, planned_model
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
 
@@ -27,7 +27,7 @@ TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpaint
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
-    parser = make_parser(__doc__, modes=tuple(TASKS))
+    parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/wan2.1")
     add = parser.add_argument_group("Wan2.1").add_argument
     config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
     content = "yaml file with the flow shift (scheduler_kwargs.shift) and the paths inside a model in original layout"
@@ -71,6 +71,7 @@ from videox.models import component as models
 from videox.models.component import Component
 from videox.models.folder import check_tokenizer, full_config, read_component, read_shift
 from videox.models.hub import local_folder
+from videox.models.published import dry_run_components
 from videox.models.shared_memory import load_frozen
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
@@ -118,6 +119,10 @@ class Wan:
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
     """Find and check the model's components; loads no weights. Raises UserError where they do not fit --train_mode."""
+    if published := planned_model(args):
+        components = dry_run_components(published, "wan2.1")
+        check_mode(args, components["transformer"].config)
+        return components
     root, check_weights = local_folder(args.pretrained_model_name_or_path), not is_dry_run(args)
     if paths := models.original_paths(root, args.config_path):
         components = models.original_components(paths, args.config_path, args.transformer_path, args.vae_path)

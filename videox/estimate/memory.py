@@ -1,4 +1,4 @@
-"""Memory estimates: bytes per GPU, per host and per checkpoint of each backend, and which changed settings would fit.
+"""Memory estimates: bytes per GPU, per host and per checkpoint of each backend.
 
 The states (weights, gradients, optimizer) are exact: they are what the engines allocate, which tests measure.
 Activations follow videox.estimate.flops, whose peak is that of a traced pass. In addition, buffers that a library
@@ -7,15 +7,13 @@ allocates for communication are counted, and a rough figure for the CUDA context
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from videox.estimate.flops import Network
 from videox.models.activation_checkpoint import select_blocks
-from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
+from videox.optim.registry import kind_of, moments_of
 
 GB = 1e9
 CONTEXT = 1.5 * GB  # CUDA context, cuBLAS and cuDNN workspaces: a rough figure
@@ -30,7 +28,6 @@ LIVE_PARAMETERS, PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP = (
 )  # DeepSpeed's defaults, in elements
 UNSHARDED = ("single", "ddp")
 BY_SHARDING = (*UNSHARDED, "zero2", "fsdp1", "zero3", "fsdp2")  # backends in order of how much they shard
-LABELS = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP2"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Parameters:
 class Encoders:
     """Bytes of the frozen encoders as they are loaded.
 
-    weights: of each encoder, by name; vae_peak: peak activations of the VAE's encoder.
+    weights: of each encoder, by name; vae_peak: peak activations of the VAE's encoder for one clip.
     """
 
     weights: Mapping[str, int]
@@ -80,8 +77,10 @@ class MemorySetup:
         ema_device: where an EMA of the fp32 parameters is stored: "accelerator", "cpu", or "" for no EMA.
         full_weights: checkpoints of sharded weights also contain the full weights.
         optimizer: a name in videox.optim.registry.OPTIMIZERS.
-        lora: a LoRA is trained; the base model is frozen, and stored in the computing dtype except under FSDP1
-            (float32).
+        lora_rank: rank of the LoRA that is trained, 0 trains the model itself. With a LoRA the base model is frozen,
+            and stored in the computing dtype except under FSDP1 (float32).
+        vae_mini_batch: clips per call of the VAE.
+        cached: the outputs of the encoders come from a latent cache (--latent_cache).
     """
 
     backend: str
@@ -97,7 +96,14 @@ class MemorySetup:
     ema_device: str = ""
     full_weights: bool = False
     optimizer: str = "adamw"
-    lora: bool = False
+    lora_rank: int = 0
+    vae_mini_batch: int = 1
+    cached: bool = False
+
+    @property
+    def lora(self) -> bool:
+        """Whether a LoRA is trained."""
+        return self.lora_rank > 0
 
     @property
     def frozen_bytes(self) -> int:
@@ -126,6 +132,13 @@ class Memory:
         """Return the peak bytes on a GPU."""
         allocated = sum(self.states.values()) + max(sum(phase.values()) for phase in self.phases.values())
         return allocated * (1 + FRAGMENTATION) + CONTEXT
+
+    def at_peak(self) -> dict[str, float]:
+        """Return the items that are allocated at the peak: states, the largest phase, context and fragments."""
+        largest = max(self.phases.values(), key=lambda phase: sum(phase.values()))
+        items = self.items()
+        names = (*self.states, *largest, "context", "fragments")
+        return {name: items[name] for name in names if items[name]}
 
     def items(self) -> dict[str, float]:
         """Return every item, and the total; the names are keys of plan_report.json."""
@@ -200,24 +213,14 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     states = state_bytes(parameters, setup)
     if setup.ema_device == "accelerator":
         states["average"] = _sharded_bytes(4.0 * parameters.trainable, setup)
-    encoder_bytes = float(encoders.total())
-    if not setup.offload_encoders:
-        states["encoders"] = encoder_bytes
+    if not setup.offload_encoders and not setup.cached:
+        states["encoders"] = float(encoders.total())
     recomputed_blocks = select_blocks(len(network.blocks), setup.recompute_share) if setup.recompute_share else []
     training = {
         "activations": setup.batch * network.peak_bytes(setup.tokens, recomputed_blocks),
         "communication": communication_bytes(parameters, setup),
     }
-    encoding = {"encoding": encoders.vae_peak}
-    if setup.offload_encoders:
-        # one encoder is on the GPU at a time while the next one is prefetched; after the VAE, the last, none is
-        weights = encoders.weights
-        with_next = [
-            size + max((other for other_name, other in weights.items() if other_name != name), default=0)
-            for name, size in weights.items()
-            if name != "vae"
-        ]
-        encoding = {"encoding": max([weights.get("vae", 0) + encoders.vae_peak, *with_next])}
+    encoding = {"encoding": _encoding_bytes(encoders, setup, sum(states.values()))}
     step: dict[str, float] = {}
     if setup.backend == "zero3" and not setup.offloads("optimizer"):
         # ZeRO-3 flattens the gradients of a sub-group once more
@@ -226,6 +229,23 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     return Memory(
         states, {"training": training, "encoding": encoding, "step": step}, host_bytes(parameters, encoders, setup)
     )
+
+
+def _encoding_bytes(encoders: Encoders, setup: MemorySetup, states: float) -> float:
+    """Return the bytes of the encoding phase, in addition to the states."""
+    vae_peak = encoders.vae_peak * min(setup.vae_mini_batch, setup.batch)
+    if not setup.offload_encoders:
+        # With a cache the encoders run before the transformer is loaded, so that its states are not there yet.
+        return max(encoders.total() + vae_peak - states, 0.0) if setup.cached else vae_peak
+    # one encoder is on the GPU at a time while the next one is prefetched; after the VAE, the last, none is
+    weights = encoders.weights
+    with_next = [
+        size + max((other for other_name, other in weights.items() if other_name != name), default=0)
+        for name, size in weights.items()
+        if name != "vae"
+    ]
+    peak = max([weights.get("vae", 0) + vae_peak, *with_next])
+    return max(peak - states, 0.0) if setup.cached else peak
 
 
 def _sharded_bytes(size: float, setup: MemorySetup) -> float:
@@ -242,7 +262,7 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     count, trainable = setup.per_host, float(parameters.trainable)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
     training = {
-        "resting encoders": float(encoders.total()) if setup.offload_encoders else 0.0,
+        "resting encoders": float(encoders.total()) if setup.offload_encoders and not setup.cached else 0.0,
         "workers": count * setup.workers * WORKER,
     }
     if setup.offloads("optimizer"):
@@ -270,139 +290,3 @@ def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:
     copies = int(bool(setup.ema_device)) + int(setup.full_weights and setup.backend in ("zero3", "fsdp1", "fsdp2"))
     main_copy = per_trainable * parameters.trainable + per_frozen * (saved - parameters.trainable)
     return float(main_copy + copies * 4 * saved)
-
-
-# ------------------------------------------------------------------------------------------- changes that make it fit
-
-
-@dataclass(frozen=True)
-class Change:
-    """One setting to change: its label, and the changed setup (None where it changes nothing)."""
-
-    label: str
-    apply: Callable[[MemorySetup], MemorySetup | None]
-
-
-def _recompute(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, recompute_share=1.0) if setup.recompute_share < 1 else None
-
-
-def _offload_encoders(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, offload_encoders=True) if not setup.offload_encoders else None
-
-
-def _single_sample(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, batch=1) if setup.batch > 1 else None
-
-
-def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
-    if backend not in kind_of(setup.optimizer).backends or setup.processes == 1:
-        return None
-    return replace(setup, backend=backend) if BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend) else None
-
-
-def _use_adamw(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, optimizer="adamw") if setup.optimizer != "adamw" else None
-
-
-def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
-    done = setup.offloads("optimizer") and setup.offloads("param")
-    if done or "zero3" not in kind_of(setup.optimizer).backends:
-        return None
-    to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    return replace(setup, backend="zero3", zero={**setup.zero, **to_cpu})
-
-
-def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
-    fits = setup.optimizer == OPTIMIZERS[name].moments_of and setup.backend in OPTIMIZERS[name].backends
-    return replace(setup, optimizer=name) if fits else None
-
-
-def _multiply_processes(setup: MemorySetup, factor: int, processes: int) -> MemorySetup | None:
-    if setup.backend in UNSHARDED or setup.processes != processes:
-        return None
-    return replace(setup, processes=setup.processes * factor)
-
-
-def _cheap_changes(sharded_backend: str) -> list[Change]:
-    """Return changes in order of the time they cost; sharded_backend: the family's backend that shards weights."""
-    return [
-        Change("--optimizer adamw", _use_adamw),  # supported by every backend
-        Change("--low_vram", _offload_encoders),
-        Change("--gradient_checkpointing", _recompute),
-        Change("--train_batch_size 1", _single_sample),
-        Change("ZeRO-2", partial(_shard, backend="zero2")),
-        Change(LABELS[sharded_backend], partial(_shard, backend=sharded_backend)),
-        Change(LABELS["fsdp2"], partial(_shard, backend="fsdp2")),
-    ]
-
-
-def _costly_changes(processes: int) -> tuple[list[Change], list[Change]]:
-    """Return changes that cost much time, and those that need more GPUs; processes: number of processes at present."""
-    to_host = "ZeRO-3 with weights and optimizer offloaded to the host (config/zero_stage3_config_cpu_offload.json)"
-    multiples = {"twice": 2, "four times": 4, "eight times": 8}
-    on_host = [name for name, kind in OPTIMIZERS.items() if kind.on_host]
-    moments = [Change(f"--optimizer {name}", partial(_offload_moments, name=name)) for name in on_host]
-    return [*moments, Change(to_host, _offload_to_host)], [
-        Change(f"{label} as many processes", partial(_multiply_processes, factor=factor, processes=processes))
-        for label, factor in multiples.items()
-    ]
-
-
-def nearest_that_fits(
-    setup: MemorySetup,
-    limit: float,
-    memory: Callable[[MemorySetup], Memory],
-    *,
-    sharded_backend: str = "zero3",
-    fewer_tokens: Sequence[int] = (),
-) -> list[tuple[list[str], MemorySetup]]:
-    """Return the fewest changes after which a run fits, as labels, and the changed setup; empty where none is found.
-
-    Only where nothing else fits on the present number of processes, two more kinds are tried: offloading states to the
-    host, which costs time in each step, and more processes; and where these fail, a smaller largest sample.
-
-    Args:
-        setup: that does not fit.
-        limit: bytes of a GPU.
-        memory: returns the memory of a setup.
-        sharded_backend: the backend of the family that shards the weights.
-        fewer_tokens: token counts of smaller largest samples, descending; tried last, since they change what is
-            trained.
-    """
-    changes = _cheap_changes(sharded_backend)
-
-    def first_fitting(*more: Change) -> list[tuple[list[str], MemorySetup]]:
-        changed = _combinations(setup, [*changes, *more])
-        return [*islice((each for each in changed if memory(each[1]).total() <= limit), 1)]
-
-    fitting = first_fitting()
-    for more in () if fitting else _costly_changes(setup.processes):
-        fitting += first_fitting(*more)
-    if fitting:
-        return fitting
-    smallest = setup
-    labels: list[str] = []
-    for change in changes:
-        changed_setup = change.apply(smallest)
-        if changed_setup is not None:
-            smallest, labels = changed_setup, [*labels, change.label]
-    for tokens in fewer_tokens:
-        shorter = replace(smallest, tokens=tokens)
-        if memory(shorter).total() <= limit:
-            return [([*labels, f"samples of at most {tokens:,} tokens"], shorter)]
-    return []
-
-
-def _combinations(setup: MemorySetup, changes: Sequence[Change]) -> Iterator[tuple[list[str], MemorySetup]]:
-    """Yield the setup after one change, then after two, then after three, each with the labels of its changes."""
-    level: list[tuple[list[str], MemorySetup, int]] = [([], setup, 0)]
-    for _ in range(3):
-        next_level = []
-        for labels, before, start in level:
-            for number in range(start, len(changes)):
-                after = changes[number].apply(before)
-                if after is not None:
-                    next_level.append(([*labels, changes[number].label], after, number + 1))
-        yield from ((labels, after) for labels, after, _ in next_level)
-        level = next_level

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 
@@ -11,31 +9,14 @@ from videox.data.plan.balance import balance, plan_costs
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
 from videox.estimate.flops import Network, Polynomial
+from videox.estimate.gpus import gpu_of_device
 from videox.shapes import token_count
-
-# Dense bfloat16 FLOPs per second from the vendors' data sheets. The first entry found in a GPU's name is used, so that
-# "H100 PCIe" comes before "H100".
-PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "GH200": 989e12, "B200": 2250e12, "B300": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12,
-    "A6000": 154.8e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-    "RTX 5090": 209.5e12, "A10": 125e12,
-}  # fmt: skip
-DEFAULT_GPU = "H100"  # assumed by a dry run on a machine without a known GPU
 
 
 def peak_of(name: str) -> float | None:
-    """Return the peak FLOPs per second of a GPU by its name, None for an unknown one."""
-    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
-
-
-def device_peak(given: float | None) -> tuple[float, str]:
-    """Return (peak FLOPs per second, its source): from the flag in TFLOP/s, of the GPU here, or of an H100."""
-    if given is not None:
-        return given * 1e12, "from --peak_tflops"
-    if torch.cuda.is_available() and (peak := peak_of(torch.cuda.get_device_name())):
-        return peak, torch.cuda.get_device_name()
-    return PEAKS[DEFAULT_GPU], DEFAULT_GPU
+    """Return the peak bfloat16 FLOPs per second of a GPU by its device name, None for an unknown one."""
+    gpu = gpu_of_device(name)
+    return gpu.bf16 if gpu else None
 
 
 class Meter:

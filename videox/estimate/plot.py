@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -19,30 +20,70 @@ MAX_BUCKETS = 16  # buckets with a bar of their own
 BINS = 12  # bins of token counts
 
 
-def plot_plan(
-    path: Path,
-    buckets: Sequence[Bucket],
-    counts: np.ndarray,
-    flops: np.ndarray,
-    balanced: Mapping[int, PlanBalance],
-) -> None:
-    """Draw plan_report.png; the file is replaced atomically.
+@dataclass(frozen=True)
+class PlanPicture:
+    """What plan_report.png shows.
 
-    Args:
-        path: of the image file.
+    Attributes:
+        title: what is trained.
         buckets: of an epoch.
         counts: samples of each bucket.
         flops: FLOPs of all samples of each bucket.
         balanced: metrics of the plan by number of processes.
+        memory: GiB of each item on a GPU; items of different phases are not there at the same time.
+        total: GiB at the peak.
+        limit: GiB of the GPU.
+        card: its name.
     """
+
+    title: str
+    buckets: Sequence[Bucket]
+    counts: np.ndarray
+    flops: np.ndarray
+    balanced: Mapping[int, PlanBalance]
+    memory: Mapping[str, float]
+    total: float
+    limit: float
+    card: str
+
+
+def plot_plan(path: Path, picture: PlanPicture) -> None:
+    """Draw plan_report.png; the file is replaced atomically.
+
+    Args:
+        path: of the image file.
+        picture: what is drawn.
+    """
+    buckets, counts, flops = picture.buckets, picture.counts, picture.flops
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(15, 5), layout="constrained")
-        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2.4, 2))
+        figure = Figure(figsize=(15, 7), layout="constrained")
+        verdict = "fits" if picture.total <= picture.limit else "does not fit"
+        figure.suptitle(
+            f"{picture.title}: {picture.total:.1f} GiB, {verdict} in {picture.limit:g} GiB ({picture.card})",
+            fontsize=13,
+        )
+        grid = figure.add_gridspec(2, 3, width_ratios=(3, 2.4, 2), height_ratios=(1, 4))
+        _plot_memory(figure.add_subplot(grid[0, :]), picture)
+        left, middle, right = (figure.add_subplot(grid[1, column]) for column in range(3))
         _plot_buckets(left, buckets, counts, flops)
         _plot_tokens(middle, np.array([token_count(bucket) for bucket in buckets]), counts, flops)
-        _plot_balance(right, balanced)
+        _plot_balance(right, picture.balanced)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
+
+
+def _plot_memory(axes: Axes, picture: PlanPicture) -> None:
+    """Draw one bar of memory by item, at the peak, and the card's limit as a line."""
+    start = 0.0
+    for number, (name, size) in enumerate(picture.memory.items()):
+        axes.barh(0, size, left=start, color=mpl.colormaps["tab20"](number), label=f"{name} {size:.1f}")
+        start += size
+    axes.axvline(picture.limit, color="black", linestyle="--")
+    axes.annotate(f" {picture.card}: {picture.limit:g} GiB", (picture.limit, 0.45), fontsize=9)
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.15 * max(picture.limit, start))
+    axes.set_xlabel("GiB per GPU at the peak")
+    axes.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.6), fontsize=8)
 
 
 def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, flops: np.ndarray) -> None:

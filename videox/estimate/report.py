@@ -13,6 +13,8 @@ from videox.data.plan.balancing import MAX_VARIANCE_RATIO
 from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.estimate.advice import AppliedChange, Proposal
+from videox.estimate.duration import Duration, format_duration, format_gpu_time
 from videox.estimate.flops import Network
 from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup
 from videox.shapes import token_count
@@ -44,21 +46,6 @@ class EpochFlops:
     model: float
     recomputed: float
     per_sample: np.ndarray
-
-
-@dataclass(frozen=True)
-class GpuSpeed:
-    """The assumed speed of a GPU.
-
-    Attributes:
-        peak: FLOPs per second.
-        share: MFU, the share of the peak that is used, 0 to 1.
-        source: both, and where they are from, for the report.
-    """
-
-    peak: float
-    share: float
-    source: str
 
 
 def samples_of(plan: EpochPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -218,18 +205,9 @@ def time_lines(plan: EpochPlan, flops: EpochFlops, max_rows: int = 20) -> list[s
     return lines
 
 
-def step_lines(
-    plan: EpochPlan, settings: PlanSettings, flops: EpochFlops, processes: int, speed: GpuSpeed, balance: float
-) -> list[str]:
-    """Return tokens and FLOPs of a step, and the duration of an epoch.
-
-    Args:
-        processes: number of GPUs.
-        balance: of the plan at that number of processes.
-    """
+def step_lines(plan: EpochPlan, settings: PlanSettings, flops: EpochFlops) -> list[str]:
+    """Return samples, tokens and FLOPs of a step."""
     tokens = sum(token_count(bucket) * samples for bucket, samples, _ in plan.bucket_table())
-    flops_per_second = processes * speed.peak * speed.share * balance
-    hours = flops.model / flops_per_second / 3600
     model_pflop, recomputed_pflop = (size / plan.n_steps / 1e15 for size in (flops.model, flops.recomputed))
     recompute = f" + {recomputed_pflop:,.3g} PFLOP of recomputation" if flops.recomputed else ""
     batch = f"global batch {samples_per_step(plan, settings):,}"
@@ -238,8 +216,34 @@ def step_lines(
     return [
         f"{batch}, {plan.n_steps:,} steps per epoch",
         f"step: {tokens / plan.n_steps:,.0f} tokens, {model_pflop:,.3g} PFLOP of the model{recompute}, on average",
-        f"epoch: {hours:,.1f} hours on {processes} GPUs, {hours * processes:,.0f} GPU hours "
-        f"(assumed MFU {speed.source}; balance {balance:.2f})",
+    ]
+
+
+def duration_lines(duration: Duration, steps: int, gpus: int, price: float | None, assumed: str) -> list[str]:
+    """Return the duration of a step, an epoch and the run, and what is included.
+
+    Args:
+        duration: of the run.
+        steps: optimizer steps of an epoch.
+        gpus: number of GPUs.
+        price: of a GPU hour; None: not stated.
+        assumed: the assumptions about the GPU, in words.
+    """
+    encoding = format_duration(duration.encoding)
+    if duration.cached and duration.variants:
+        included = (
+            f"encoding is done once per clip and variant ({encoding} per epoch, then read from the latent cache)"
+        )
+        epoch = duration.epoch
+    else:
+        hint = "" if duration.cached else "; --latent_cache with --cache_variants reads it from disk instead"
+        included = f"{encoding} of each epoch are encoding of clips and captions{hint}"
+        epoch = duration.epoch + duration.encoding
+    return [
+        f"time ({assumed}):",
+        f"  step: {format_duration(epoch / steps)}; epoch: {format_gpu_time(epoch, gpus, price)}",
+        f"  run of {duration.epochs:,.3g} epochs: {format_gpu_time(duration.run(), gpus, price)}",
+        f"  {included}; without validation and checkpoints",
     ]
 
 
@@ -271,21 +275,44 @@ def balance_lines(by_world: Mapping[int, PlanBalance], settings: PlanSettings) -
     return lines
 
 
-def format_changes(changes: Sequence[str], memory: Memory) -> str:
-    """Return changed settings that fit as text; memory: with these changes."""
-    text = f"{' and '.join(changes)} ({memory.total() / GIB:.1f} GiB per GPU"
-    host_bytes = sum(memory.host.get(name, 0.0) for name in ("offloaded optimizer", "offloaded weights"))
-    if host_bytes:
-        text += f", plus {host_bytes / GIB:,.0f} GiB of host memory per machine, and slower steps"
-    return f"{text})"
+def proposal_lines(proposals: Sequence[Proposal], limit: float) -> list[str]:
+    """Return the changes that make a run fit, one per line, with the memory after each.
+
+    Args:
+        proposals: of `videox.estimate.advice.propose`.
+        limit: bytes of a GPU.
+    """
+    lines = []
+    for number, proposal in enumerate(proposals):
+        first = "to make it fit, the cheapest changes first:" if number == 0 else "or, with more GPUs:"
+        lines.append(
+            first if proposal.fits else "none of the changes that were tried makes it fit; the smallest found:"
+        )
+        width = max(len(applied.change.flags) for applied in proposal.changes) if proposal.changes else 0
+        for applied in proposal.changes:
+            change = applied.change
+            lines.append(f"    {change.flags:<{width}}  {applied.total / GIB:>7.1f} GiB  {change.effect}")
+        if proposal.changes:
+            lines += _host_lines(proposal.changes[-1])
+        if not proposal.fits:
+            lines.append(
+                "    only a clip that is divided over several GPUs (context parallelism) would fit, which this trainer "
+                f"does not have: train smaller or shorter samples, or use a GPU with more than {limit / GIB:g} GiB"
+            )
+    return lines
 
 
-def memory_lines(memory: Memory, setup: MemorySetup, limit: float, changes: Sequence[str]) -> list[str]:
+def _host_lines(last: AppliedChange) -> list[str]:
+    host = {name: size for name, size in last.host.items() if name.startswith("offloaded") and size}
+    return [f"    host memory per machine: {sum(host.values()) / GIB:,.0f} GiB"] if host else []
+
+
+def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Sequence[Proposal]) -> list[str]:
     """Return the table of memory and whether it fits.
 
     Args:
         limit: bytes of a GPU.
-        changes: changed settings that fit with a margin, where these do not.
+        proposals: changed settings that fit with a margin, where these do not.
     """
     states = [(name, size) for name, size in memory.states.items() if size]
     phases = {name: phase for name, phase in memory.phases.items() if sum(phase.values())}
@@ -308,25 +335,58 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, changes: Sequ
     spare = f", but only {(limit - total) / GIB:.1f} GiB to spare: too close to be sure"
     close = spare if SAFE_SHARE * limit < total <= limit else ""
     lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{close}")
-    if total > SAFE_SHARE * limit:
-        lines.append(
-            f"  {'smallest change that fits:':>{WIDTH}} {'; or '.join(changes) or 'none of those that were tried'}"
-        )
+    lines += [f"  {line}" for line in proposal_lines(proposals, limit)]
     host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
     return [*lines, f"host memory per machine ({setup.per_host} processes), GiB: {host}"]
 
 
-def disk_lines(checkpoint: float, every: int, steps: int, keep: int | None) -> list[str]:
-    """Return the size of a checkpoint and of all checkpoints that a run keeps.
+@dataclass(frozen=True)
+class Disk:
+    """The checkpoints of a run.
 
-    Args:
+    Attributes:
         checkpoint: bytes of one checkpoint.
         every: optimizer steps from one checkpoint to the next.
         steps: optimizer steps of the whole run.
         keep: number of checkpoints that are kept; None = all.
     """
-    count = -(-steps // every)
-    kept = min(count, keep) if keep else count
-    which = f"the newest {keep} are kept" if keep else "all are kept (--checkpoints_total_limit keeps fewer)"
-    text = f"disk: {checkpoint / 1e9:,.1f} GB per checkpoint, {count:,} checkpoints in {steps:,} steps (one per {every}), {which}"
-    return [f"{text}: {kept * checkpoint / 1e12:,.2f} TB"]
+
+    checkpoint: float
+    every: int
+    steps: int
+    keep: int | None
+
+    @property
+    def written(self) -> int:
+        """The number of checkpoints that are written."""
+        return -(-self.steps // self.every)
+
+    @property
+    def kept(self) -> int:
+        """The number of checkpoints that remain at the end."""
+        return min(self.written, self.keep) if self.keep else self.written
+
+    def needed(self) -> float:
+        """Return the bytes at most: while a checkpoint is written, the oldest one is still there."""
+        return (self.kept + (self.kept < self.written)) * self.checkpoint
+
+
+def disk_lines(disk: Disk, free: float) -> list[str]:
+    """Return the size of a checkpoint and of all checkpoints that a run keeps, and whether they fit on the disk.
+
+    Args:
+        disk: the checkpoints.
+        free: free bytes of the disk of the output folder.
+    """
+    which = f"the newest {disk.keep} are kept" if disk.keep else "all are kept (--checkpoints_total_limit keeps fewer)"
+    text = f"disk: {_size(disk.checkpoint)} per checkpoint, {disk.written:,} checkpoints in {disk.steps:,} steps"
+    lines = [f"{text} (one per {disk.every}), {which}: {_size(disk.kept * disk.checkpoint)}"]
+    if disk.needed() > free:
+        fitting = int(free // disk.checkpoint) - 1
+        flag = f"--checkpoints_total_limit {fitting}" if fitting > 0 else "an --output_dir on a larger disk"
+        lines.append(f"  only {_size(free)} are free there: use {flag}, or more --checkpointing_steps")
+    return lines
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e12:,.2f} TB" if size >= 1e12 else f"{size / 1e9:,.1f} GB"

@@ -46,6 +46,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flags that contradict each other, or the path that cannot be used.
     """
+    _check_required(args)
     if not is_dry_run(args):  # a dry run plans for the launch that the variables describe, and starts nothing
         check_environment_once(os.environ, args.mixed_precision)
     size_policy(args)
@@ -78,9 +79,25 @@ def check_args(args: argparse.Namespace) -> None:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
         raise UserError("--validation_paths", what, "pass one image per --validation_prompts entry in i2v and inpaint")
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
+    if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
+        return  # what is only described is not in any folder
     refuse_output_dir_conflicts(
         args.output_dir, model=args.pretrained_model_name_or_path, data=data_dir(args), parts=parts
     )
+
+
+def _check_required(args: argparse.Namespace) -> None:
+    """Raise UserError unless the model and the data are given, or a dry run has a description of them."""
+    stand_ins = {"pretrained_model_name_or_path": args.dry_run_model, "train_data_meta": args.dry_run_data}
+    for flag, stand_in in stand_ins.items():
+        if not getattr(args, flag) and not (stand_in and is_dry_run(args)):
+            raise UserError(f"--{flag}", "is required", "see --help, or use --list_recipes for settings to start from")
+
+
+def planned_model(args: argparse.Namespace) -> str | None:
+    """The --dry_run_model of a dry run; None where a model folder is read: in a run, and where there is one."""
+    given = args.pretrained_model_name_or_path
+    return args.dry_run_model if is_dry_run(args) and not (given and Path(given).exists()) else None
 
 
 def is_dry_run(args: argparse.Namespace) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from videox.errors import PeerFailed, UserError
-from videox.training.synonyms import hint_for
+from videox.errors import FLAGS, PeerFailed, UserError
+from videox.training.run_files import flags_from_files, switch_booleans
+from videox.training.synonyms import hint_for, nearest_hint
 
-NEAR = 0.7  # how alike a word and a flag must be, 0 to 1, for the flag to be suggested as its spelling
 NEVER_READ = "the original trainer parsed it and never used it: remove it"
 REMOVED = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a micro-batch with other small clips, never with one clip twice",
@@ -47,16 +47,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one."""
+    """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one.
 
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own keywords
+    Args:
+        recipes: the folder of recipes of --recipe; None: the script has no run files.
+        introduction: printed instead of an error if the command line is empty.
+        settings: of argparse.ArgumentParser.
+    """
+
+    def __init__(self, *, recipes: Path | None = None, introduction: str | None = None, **settings: Any) -> None:  # noqa: ANN401
         defaults = {"allow_abbrev": False, "formatter_class": HelpFormatter}
         super().__init__(**{**defaults, **settings})
+        self._recipes, self._introduction = recipes, introduction
+        self._files: dict[str, Path] = {}
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
         flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
-        raise UserError(flag, message.removeprefix(f"argument {flag}: "), "see --help")
+        where = f"{flag} in {self._files[flag]}" if flag in self._files else flag
+        raise UserError(where, message.removeprefix(f"argument {flag}: "), "see --help")
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; every word must belong to a flag.
@@ -68,6 +77,8 @@ class Parser(argparse.ArgumentParser):
             UserError: a flag was removed, is unknown or mistyped, or a value is out of range.
         """
         words = list(argv if argv is not None else sys.argv[1:])
+        if not words and self._introduction:
+            self.exit(FLAGS, self._introduction)
         # Before argparse, which would rather report that the flag which was meant is missing. A word with a space is a
         # value such as "--a dog"; a word with one dash may be a value, too, unless it is a known synonym.
         for word in (word.split("=", 1)[0] for word in words if word.startswith("-") and " " not in word):
@@ -77,20 +88,15 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(word, "was removed", REMOVED[name])
             if word.startswith("--") or hint_for(word, self._option_string_actions) is not None:
                 raise self._unknown(word)
-        args, unknown = self.parse_known_args(words)
+        from_files, files = flags_from_files(words, self._option_string_actions, self._recipes)
+        self._files = {flag: path for flag, path in files.items() if flag not in {w.split("=", 1)[0] for w in words}}
+        args, unknown = self.parse_known_args(switch_booleans([*from_files, *words], self._option_string_actions))
         if unknown:
             raise self._unknown(unknown[0].split("=", 1)[0])
         return args
 
     def _unknown(self, word: str) -> UserError:
-        flags = list(self._option_string_actions)
-        hint = hint_for(word, flags)  # before the spelling: --lr is nearer to --help than to --learning_rate
-        if hint is None:
-            near = difflib.get_close_matches(
-                word.lstrip("-"), [flag[2:] for flag in flags if flag.startswith("--")], 1, NEAR
-            )
-            hint = f"did you mean --{near[0]}" if near else "see --help"
-        return UserError(word, "is not a flag of this script", hint)
+        return UserError(word, "is not a flag of this script", nearest_hint(word, list(self._option_string_actions)))
 
 
 def parse_or_exit(parse: Callable[[], object]) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,30 @@ import torch
 from videox.data.index.index import Index, build_index, load_index
 from videox.data.plan.balance import PlanBalance, balance_by_world_size
 from videox.data.plan.epoch import EpochPlan
-from videox.data.plan.plan import largest_bucket, plan_epoch
-from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
-from videox.distributed.backends import BACKENDS, requested_engine
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import columns_of
+from videox.distributed.backends import BACKENDS
 from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
+from videox.estimate.duration import Duration, Speed
 from videox.estimate.explain_row import explain_row
-from videox.estimate.memory import (
-    SAFE_SHARE,
-    UNSHARDED,
-    Encoders,
-    Memory,
-    MemorySetup,
-    Parameters,
-    checkpoint_size,
-    memory_of,
-    nearest_that_fits,
-)
-from videox.estimate.mfu import device_peak
+from videox.estimate.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_of_device
+from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
-from videox.estimate.peak_memory import module_bytes, peak_bytes
-from videox.estimate.plot import plot_plan
+from videox.estimate.plot import PlanPicture, plot_plan
 from videox.estimate.report import (
     GIB,
+    LABELS,
     WORLD_SIZES,
+    Disk,
     EpochFlops,
-    GpuSpeed,
     attribute_line,
     attributes,
     balance_lines,
     disk_lines,
+    duration_lines,
     epoch_flops,
-    format_changes,
     memory_lines,
     plan_records,
     plan_report,
@@ -64,39 +55,18 @@ from videox.estimate.report import (
     target_size_lines,
     time_lines,
 )
+from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
-from videox.lora.adapters import adapter_sizes, choose_targets
 from videox.models.activation_checkpoint import select_blocks
-from videox.models.folder import build_on_meta, read_json
-from videox.optim.build import choose_trainable
 from videox.optim.registry import check_supported
-from videox.shapes import Bucket, token_count
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
 from videox.training.optimizer import try_optimizer
+from videox.training.run_memory import Launch, RunMemory, launch_of
 from videox.training.schedule import data_location, plan_settings
 from videox.training.startup import notes
 
-PER_HOST = 8  # processes per machine, unless the launcher says otherwise
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher starts, or the dry run's flags state instead.
-
-    Attributes:
-        backend: name of a backend.
-        processes: number of processes.
-        per_host: processes on each machine.
-        half: compute in bfloat16.
-        zero: `zero_optimization` of the DeepSpeed configuration file.
-    """
-
-    backend: str
-    processes: int
-    per_host: int
-    half: bool
-    zero: Mapping[str, Any]
+DEFAULT_MEMORY = 80.0  # GiB of a GPU, where neither --gpu nor --gpu_memory is given
 
 
 def plan_run(args: argparse.Namespace, describe: Callable[[], ModelProfile]) -> int:
@@ -113,37 +83,11 @@ def plan_run(args: argparse.Namespace, describe: Callable[[], ModelProfile]) -> 
     return 0
 
 
-def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
-    """The launch to plan for: the launcher's variables, overridden by --dry_run_processes and --dry_run_backend."""
-    kind, zero = requested_engine(environment), _zero_settings(environment)
-    processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
-    if kind == "deepspeed":
-        backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
-    else:
-        backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
-    if args.dry_run_backend == "single" and processes > 1:
-        hint = "use --dry_run_backend ddp or --dry_run_processes 1"
-        raise UserError("--dry_run_backend", f"single is one process, but {processes} are planned", hint)
-    backend = args.dry_run_backend or backend
-    if backend in ("single", "ddp"):
-        backend = "ddp" if processes > 1 else "single"
-    if backend not in BACKENDS:
-        raise UserError("accelerate launch", f"{backend} is not supported", f"launch one of {', '.join(BACKENDS)}")
-    precision = args.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    local = PER_HOST if args.dry_run_processes else int(environment.get("LOCAL_WORLD_SIZE", PER_HOST))
-    return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
-
-
-def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
-    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
-
-
 def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     launch = launch_of(os.environ, args)
     tried = try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
-    index = _index(args)
+    index = describe_data(args.dry_run_data) if args.dry_run_data else _index(args)
     check_captions(index, args.missing_caption)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
@@ -165,105 +109,87 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         attribute_line(attributes(columns, plan, settings.policy)),
     )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
-    _Estimates(args, model, launch, columns, settings, plan).report()
+    _Estimates(args, launch, RunMemory(args, model, launch, columns, settings), plan).report()
 
 
 class _Estimates:
     """The estimates for a plan: FLOPs, balance, memory, disk, time; and the files that contain them."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: ModelProfile,
-        launch: Launch,
-        columns: PlanColumns,
-        settings: PlanSettings,
-        plan: EpochPlan,
-    ) -> None:
-        self.args, self.launch, self.columns, self.settings, self.plan = args, launch, columns, settings, plan
-        self.model = model
-        share = 1.0 if args.gradient_checkpointing else args.selective_ac
-        self.setup = MemorySetup(
-            backend=launch.backend,
-            processes=launch.processes,
-            per_host=launch.per_host,
-            half=launch.half,
-            recompute_share=share,
-            offload_encoders=args.low_vram,
-            workers=args.dataloader_num_workers,
-            tokens=token_count(largest_bucket(columns, settings)),
-            batch=args.train_batch_size,
-            zero=launch.zero,
-            ema_device=args.ema_device if args.use_ema else "",
-            full_weights=args.save_whole_weights,
-            optimizer=optimizer_of(args),
-            lora=args.lora_rank > 0,
-        )
-        cast = launch.backend in UNSHARDED and self.setup.frozen_bytes == 4
-        self.network = replace(model.network(half=launch.half, cast=cast), frozen=self.setup.lora)
+    def __init__(self, args: argparse.Namespace, launch: Launch, run: RunMemory, plan: EpochPlan) -> None:
+        self.args, self.launch, self.run, self.plan = args, launch, run, plan
+        self.columns, self.settings = run.columns, run.settings
 
     def report(self) -> None:
         """Print the estimates and write plan_report.json, plan_report.png and the requested plans."""
         args, plan, settings = self.args, self.plan, self.settings
-        chosen = (
-            select_blocks(len(self.network.blocks), self.setup.recompute_share) if self.setup.recompute_share else []
-        )
-        flops = epoch_flops(plan, self.network, chosen)
+        setup = self.run.setup
+        network = self.run.network(setup)
+        chosen = select_blocks(len(network.blocks), setup.recompute_share) if setup.recompute_share else []
+        flops = epoch_flops(plan, network, chosen)
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
-        _print(*time_lines(plan, flops))
-        efficiency = balanced[self.launch.processes].balance
-        _print(*step_lines(plan, settings, flops, self.launch.processes, speed_of(args), efficiency))
+        _print(*time_lines(plan, flops), *step_lines(plan, settings, flops))
+        balance = balanced[self.launch.processes].balance
+        duration = self._duration(flops, balance)
+        assumed = f"assumed MFU {speed_of(args).source}; balance {balance:.2f}"
+        _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, assumed))
         _print("balance by number of processes:", *balance_lines(balanced, settings))
-        parameters = self._parameters()
-        memory = self._memory(parameters)
-        checkpoint = checkpoint_size(parameters, self.setup)
-        steps = args.max_train_steps or plan.n_steps * args.num_train_epochs
-        _print(*disk_lines(checkpoint, args.checkpointing_steps, steps, args.checkpoints_total_limit))
+        memory = self._memory()
+        checkpoint = checkpoint_size(self.run.parameters(setup.lora_rank), setup)
+        disk = Disk(checkpoint, args.checkpointing_steps, self._steps(), args.checkpoints_total_limit)
+        _print(*disk_lines(disk, _free_bytes(args.output_dir)))
         values = plan_report(
             self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
-        self._write(values, flops, balanced)
+        seconds = {"step": duration.epoch / plan.n_steps, "encoding": duration.encoding, "run": duration.run()}
+        seconds = {name: float(f"{value:.4g}") for name, value in seconds.items()}
+        extra = {"seconds": seconds, "disk": int(disk.needed()), "gpu_memory": int(memory_limit(args))}
+        self._write({**values, **extra}, flops, balanced, memory)
 
-    def _parameters(self) -> Parameters:
-        args = self.args
-        transformer: Any = build_on_meta(*self.model.components["transformer"])
-        blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
-        everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
-        outside = everything - sum(sizes)
-        if args.lora_rank:
-            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-            targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
-            trained = sum(adapter_sizes(shapes, targets, args.lora_rank, dora=args.lora_type == "dora").values())
-            return Parameters(everything + trained, trained, max(sizes), outside)
-        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
-        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        return Parameters(everything, trained, max(sizes), outside)
+    def _steps(self) -> int:
+        return int(self.args.max_train_steps or self.plan.n_steps * self.args.num_train_epochs)
 
-    def _memory(self, parameters: Parameters) -> Memory:
-        args = self.args
-        largest = largest_bucket(self.columns, self.settings)
-        encoders = encoders_of(args, self.model, self.launch.half, largest)
-        memory = partial(memory_of, parameters, self.network, encoders)
-        found, limit = memory(self.setup), args.gpu_memory * GIB
-        ways: list[str] = []
-        if found.total() > SAFE_SHARE * limit:
-            tokens = [int(self.setup.tokens * share) for share in np.arange(0.9, 0.05, -0.1)]
-            fitting = nearest_that_fits(
-                self.setup, SAFE_SHARE * limit, memory, sharded_backend=self.model.sharded_backend, fewer_tokens=tokens
-            )
-            ways = [format_changes(words, memory(setup)) for words, setup in fitting]
-        rows = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
-        _print(rows, *memory_lines(found, self.setup, limit, ways))
-        return found
+    def _duration(self, flops: EpochFlops, balance: float) -> Duration:
+        args, speed, gpus = self.args, speed_of(self.args), self.launch.processes
+        # an MFU counts the model's own FLOPs, so that recomputation is part of the assumed share
+        training = speed.seconds(flops.model) / (gpus * balance)
+        training += self.plan.n_steps * self.run.offload_seconds(speed.gpu)
+        return Duration(
+            epoch=training,
+            encoding=self.run.encoding_seconds(self.plan, speed) / gpus,
+            epochs=self._steps() / self.plan.n_steps,
+            cached=args.latent_cache is not None,
+            variants=args.cache_variants,
+        )
 
-    def _write(self, values: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance]) -> None:
+    def _memory(self) -> Memory:
+        setup, limit = self.run.setup, memory_limit(self.args)
+        memory, parameters = self.run.memory(setup), self.run.parameters(setup.lora_rank)
+        proposals = self.run.proposals(limit) if memory.total() > SAFE_SHARE * limit else []
+        counts = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
+        _print(counts, *memory_lines(memory, setup, limit, proposals))
+        return memory
+
+    def _write(
+        self, values: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance], memory: Memory
+    ) -> None:
         args = self.args
         folder, plan = Path(args.output_dir), self.plan
         with _written_to(folder):
             write_json_atomically(folder / "plan_report.json", values)
             counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-            plot_plan(folder / "plan_report.png", plan.buckets, counts, counts * flops.per_sample, balanced)
+            picture = PlanPicture(
+                title=self.run.model.task,
+                buckets=plan.buckets,
+                counts=counts,
+                flops=counts * flops.per_sample,
+                balanced=balanced,
+                memory={LABELS.get(name, name): size / GIB for name, size in memory.at_peak().items()},
+                total=memory.total() / GIB,
+                limit=memory_limit(args) / GIB,
+                card=args.gpu or "GPU",
+            )
+            plot_plan(folder / "plan_report.png", picture)
             written = ["plan_report.json", "plan_report.png"]
             for world in args.dry_run_plan:
                 settings = replace(self.settings, slots=world * args.gradient_accumulation_steps)
@@ -273,22 +199,34 @@ class _Estimates:
         _print(f"written to {folder}: {', '.join(written)}")
 
 
-def encoders_of(args: argparse.Namespace, model: ModelProfile, half: bool, largest: Bucket) -> Encoders:
-    """The bytes of the frozen encoders, and the peak of the VAE encoder at its largest batch of clips.
-
-    Text encoders are loaded in the compute dtype, the others in float32.
-    """
-    frozen: dict[str, Any] = {n: build_on_meta(*part) for n, part in model.components.items() if n != "transformer"}
-    weights = {n: module_bytes(module, 2 if half and n.startswith("text") else 4) for n, module in frozen.items()}
-    pixels = torch.empty((min(args.vae_mini_batch, args.train_batch_size), 3, *largest), device="meta")
-    work = peak_bytes(lambda: frozen["vae"].encode(pixels).latent_dist.mode())
-    return Encoders(weights, work + 4.0 * pixels.numel())
+def gpu_of(args: argparse.Namespace) -> tuple[Gpu, str]:
+    """Return the GPU to plan for and its name: of --gpu, of this machine, or an H100."""
+    if args.gpu:
+        return GPUS[args.gpu], str(args.gpu)
+    if torch.cuda.is_available() and (gpu := gpu_of_device(torch.cuda.get_device_name())):
+        return gpu, torch.cuda.get_device_name()
+    return GPUS[DEFAULT_GPU], DEFAULT_GPU
 
 
-def speed_of(args: argparse.Namespace) -> GpuSpeed:
-    """The assumed speed of a GPU: from the flags, or from the GPU of this machine."""
-    peak, name = device_peak(args.peak_tflops)
-    return GpuSpeed(peak, args.assumed_mfu, f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {name}")
+def memory_limit(args: argparse.Namespace) -> float:
+    """Return the bytes of a GPU that the run must fit in: of --gpu_memory, of --gpu, or 80 GiB."""
+    if args.gpu_memory is not None:
+        return float(args.gpu_memory * GIB)
+    return (GPUS[args.gpu].gib if args.gpu else DEFAULT_MEMORY) * GIB
+
+
+def speed_of(args: argparse.Namespace) -> Speed:
+    """Return the assumed speed of a GPU: from the flags, or from the data sheet of the GPU to plan for."""
+    gpu, name = gpu_of(args)
+    peak, source = (gpu.bf16, name) if args.peak_tflops is None else (args.peak_tflops * 1e12, "from --peak_tflops")
+    words = f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {source}"
+    return Speed(gpu, peak, args.assumed_mfu, args.allow_tf32, words)
+
+
+def _free_bytes(folder: str) -> int:
+    """Return the free bytes of the disk of a folder that may not exist yet."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
 
 
 def _index(args: argparse.Namespace) -> Index:

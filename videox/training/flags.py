@@ -6,6 +6,7 @@ Nothing here imports torch, diffusers or accelerate, so that --help and a mistyp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from videox.data.index.captions import MISSING_CAPTIONS
 from videox.data.media.video import READERS
@@ -13,9 +14,11 @@ from videox.data.plan.buckets import GRIDS
 from videox.data.plan.settings import BALANCES, SAMPLINGS
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.distributed.backends import BACKENDS
+from videox.estimate.gpus import GPUS
 from videox.lora.kinds import LORA_TYPES, lora_type
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
+from videox.training.run_files import ListRecipes
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
 LR_WARMUP_STEPS = 500
@@ -25,16 +28,28 @@ EXPORT_TIMES = ("end", "every")
 PROCESSES = number(int, 1, 65_536)  # of a dry run; its plan holds at least one slot for each of them
 
 
-def make_parser(description: str | None, modes: Sequence[str]) -> Parser:
+INTRODUCTION = """\
+train.py needs a model and data: --pretrained_model_name_or_path MODEL --train_data_meta METADATA, or a recipe.
+  settings for your GPU      {script} --list_recipes
+  all flags                  {script} --help
+  try it without a model     make demo
+  from clips to a LoRA       README.md
+"""
+
+
+def make_parser(description: str | None, modes: Sequence[str], recipes: Path) -> Parser:
     """The parser with all shared flags.
 
     Args:
         description: shown at the top of --help, as written.
         modes: values of --train_mode that the family supports.
+        recipes: the folder of the family's recipes.
     """
     required = "--pretrained_model_name_or_path MODEL --train_data_meta METADATA"
     usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
-    parser = Parser(description=description, usage=usage)
+    introduction = INTRODUCTION.format(script=f"python scripts/{recipes.name}/train.py")
+    parser = Parser(description=description, usage=usage, recipes=recipes, introduction=introduction)
+    add_run_files(parser, recipes)
     add_model_and_data(parser)
     add_captions(parser)
     add_shapes(parser)
@@ -49,15 +64,29 @@ def make_parser(description: str | None, modes: Sequence[str]) -> Parser:
     return parser
 
 
+def add_run_files(parser: Parser, recipes: Path) -> None:
+    """Add the flags that read other flags from files; recipes: the folder of the family's recipes."""
+    add = parser.add_argument_group(
+        "run files (the command line wins; --flag=false switches a boolean flag off)"
+    ).add_argument
+    files = "YAML files of flag names and values, or the args.json of a run; a later file wins"
+    add("--config", nargs="+", default=[], metavar="FILE", help=files)
+    add("--recipe", metavar="NAME", help="flags for a task and a GPU, from config/recipes")
+    add(
+        "--list_recipes",
+        action=ListRecipes,
+        folder=recipes,
+        help="print the recipes with memory, time and disk, and exit",
+    )
+
+
 def add_model_and_data(parser: Parser) -> None:
     """Add the flags for where the model and the data are."""
     add = parser.add_argument_group("model and data").add_argument
-    add(
-        "--pretrained_model_name_or_path", required=True, help="folder of the model, or its id on the Hugging Face Hub"
-    )
+    add("--pretrained_model_name_or_path", help="folder of the model, or its id on the Hugging Face Hub")
     add("--transformer_path", help="folder or file of other transformer weights, in any layout")
     add("--vae_path", help="folder or file of another VAE, in any layout")
-    add("--train_data_meta", required=True, help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
+    add("--train_data_meta", help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
     add("--train_data_dir", help="folder that each file_path is relative to; by default the metadata's folder")
     add("--allow_outside_data_dir", action="store_true", help="accept files outside train_data_dir")
     repeat = "times that each video occurs in an epoch; images occur once (0 = once)"
@@ -308,7 +337,14 @@ def add_dry_run(parser: Parser) -> None:
     add("--dry_run_plan", type=PROCESSES, nargs="+", default=[], metavar="PROCESSES", help=plans)
     add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes; by default as launched")
     add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend; by default as launched")
-    add("--gpu_memory", type=number(float, 1, 10**4), default=80.0, help="dry run: memory of a GPU in GiB")
+    model = "dry run: a published model by name, or a folder with config.json files, instead of a model folder"
+    add("--dry_run_model", metavar="NAME", help=model)
+    data = "dry run: describe the data instead of reading it: COUNTxSECONDSs@FPSfps:WIDTHxHEIGHT, COUNT:WIDTHxHEIGHT"
+    add("--dry_run_data", nargs="+", default=[], metavar="DATA", help=data)
+    add("--gpu", choices=tuple(GPUS), help="dry run: the GPU to plan for; sets its memory and speed")
+    memory = "dry run: memory of a GPU in GiB, by default that of --gpu, or 80"
+    add("--gpu_memory", type=number(float, 1, 10**4), help=memory)
+    add("--gpu_price", type=number(float, 0, 10**6), help="dry run: price of a GPU hour, to print the cost (0 = free)")
     mfu = "dry run: model FLOPs utilization (MFU), share of the GPU's peak, 0 to 1; a run measures its own"
     add("--assumed_mfu", type=number(float, 0.001, 1), default=0.35, help=mfu)
     first = (

@@ -39,7 +39,8 @@ WITHOUT_NUMBERS = {
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
-    "peak_tflops", "try_largest_first", "missing_caption",
+    "peak_tflops", "try_largest_first", "missing_caption", "config", "recipe", "dry_run_model", "dry_run_data", "gpu",
+    "gpu_price",
 }  # fmt: skip
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {

@@ -110,7 +110,7 @@ def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
         before = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["asked"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a new folder
-    expected = {"resume_from_checkpoint", "output_dir", "verify"}
+    expected = {"resume_from_checkpoint", "output_dir", "verify", "config", "recipe"}
     values = json.loads(json.dumps(dict(now)))
     names = [name for name in values if name not in expected and name in before and before[name] != values[name]]
     return [f"--{name} was {before[name]} and is {values[name]} from this step on" for name in names]

@@ -6,8 +6,10 @@ example scripts of diffusers and the TrainingArguments of transformers.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 
+NEAR = 0.7  # how alike a word and a flag must be, 0 to 1, for the flag to be suggested as its spelling
 # Flag here -> names elsewhere, all without dashes.
 SAME: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "peak_lr", "base_lr", "unet_lr", "transformer_lr"),
@@ -145,3 +147,18 @@ def hint_for(word: str, flags: Collection[str]) -> str | None:
     hint = SYNONYMS.get(name)
     meant = hint.removeprefix("did you mean ") if hint and hint.startswith("did you mean ") else None
     return hint if meant is None or meant in flags else None
+
+
+def nearest_hint(word: str, flags: Collection[str]) -> str:
+    """Return how to fix an unknown flag: the flag here that does the same, or the one with the nearest spelling.
+
+    Args:
+        word: as typed, with or without dashes.
+        flags: the option strings of the script.
+    """
+    hint = hint_for(f"--{word.lstrip('-')}", flags)  # before the spelling: --lr is nearer to --help
+    if hint is not None:
+        return hint
+    names = [flag[2:] for flag in flags if flag.startswith("--")]
+    near = difflib.get_close_matches(word.lstrip("-"), names, 1, NEAR)
+    return f"did you mean --{near[0]}" if near else "see --help"

@@ -1,0 +1,146 @@
+"""Tests of videox.estimate.advice: proposed changes fit, are needed, and no cheaper single one would do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import CONFIGS
+
+from videox.estimate.advice import (
+    HOST,
+    MORE_GPUS,
+    OTHER_TRAINING,
+    Change,
+    Proposal,
+    SmallerSamples,
+    possible_changes,
+    propose,
+)
+from videox.estimate.flops import cross_attention_network
+from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
+
+GIB = 2**30
+MODELS = {
+    "1.3b": ("Wan2.1-T2V-1.3B", Parameters(1_418_996_800, 1_418_996_800, 45_000_000, 50_000_000), 22_000_000),
+    "14b": ("Wan2.1-T2V-14B", Parameters(14_288_491_584, 14_288_491_584, 351_000_000, 247_000_000), 77_000_000),
+}
+ENCODERS = Encoders({"text_encoder": 11 * 10**9, "vae": 5 * 10**8}, vae_peak=4e9)
+SETUP = MemorySetup(
+    "single", 1, 1, half=False, recompute_share=0.0, offload_encoders=False, workers=0, tokens=20_480, batch=4, zero={},
+    vae_mini_batch=32,
+)  # fmt: skip
+SMALLER = [SmallerSamples("--token_sample_size 512", 13_312), SmallerSamples("--token_sample_size 256", 3_328)]
+
+
+def memory_for(model: str):
+    name, full, adapters = MODELS[model]
+
+    def memory(setup: MemorySetup) -> Memory:
+        parameters = full
+        if setup.lora:
+            trained = adapters * setup.lora_rank // 32
+            parameters = replace(full, total=full.total + trained, trainable=trained)
+        network = cross_attention_network(CONFIGS[name], text_tokens=512, image_tokens=0, half=setup.half)
+        return memory_of(parameters, replace(network, frozen=setup.lora), ENCODERS, setup)
+
+    return memory
+
+
+def changes_of(setup: MemorySetup, installed: bool = True) -> list[Change]:
+    return possible_changes(setup, sharded_backend="zero3", smaller=SMALLER, installed=lambda name: installed)
+
+
+def proposals(model: str, setup: MemorySetup, gib: float) -> list[Proposal]:
+    return propose(setup, gib * GIB, memory_for(model), changes_of(setup))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["1.3b", "14b"]), st.floats(8, 140), st.sampled_from([("single", 1), ("ddp", 8), ("zero2", 8), ("zero3", 8)]),
+    st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0, 64]),
+)  # fmt: skip
+def test_proposals_fit_and_contain_nothing_unnecessary(
+    model: str, gib: float, launch: tuple[str, int], half: bool, recomputed: float, rank: int
+) -> None:
+    backend, processes = launch
+    setup = replace(
+        SETUP,
+        backend=backend,
+        processes=processes,
+        per_host=processes,
+        half=half,
+        recompute_share=recomputed,
+        lora_rank=rank,
+    )
+    memory, changes, limit = memory_for(model), changes_of(setup), gib * GIB
+    if memory(setup).total() <= limit:
+        return
+    for proposal in propose(setup, limit, memory, changes):
+        applied = [step.change for step in proposal.changes]
+        assert applied, "a proposal changes something"
+        reached = setup
+        for change in applied:
+            changed = change.apply(reached)
+            assert changed is not None
+            reached = changed
+        assert proposal.changes[-1].total == memory(reached).total()
+        assert proposal.fits == (memory(reached).total() <= limit)
+        if not proposal.fits:
+            continue
+        for left_out in applied:
+            fewer: MemorySetup | None = setup
+            for change in applied:
+                if change is not left_out and fewer is not None:
+                    fewer = change.apply(fewer)
+            if len(applied) > 1 and fewer is not None:
+                assert memory(fewer).total() > limit, f"{left_out.flags} is not needed"
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(["1.3b", "14b"]), st.floats(8, 140), st.booleans(), st.sampled_from([0, 64]))
+def test_no_cheaper_single_change_fits(model: str, gib: float, half: bool, rank: int) -> None:
+    setup = replace(SETUP, half=half, lora_rank=rank)
+    memory, changes, limit = memory_for(model), changes_of(setup), gib * GIB
+    if memory(setup).total() <= limit:
+        return
+    first = propose(setup, limit, memory, changes)[0]
+    if not first.fits:
+        return
+    most_expensive = max(changes.index(step.change) for step in first.changes)
+    for change in changes[:most_expensive]:
+        changed = change.apply(setup)
+        if changed is not None and change.group < first.changes[-1].change.group:
+            assert memory(changed).total() > limit, f"{change.flags} alone would have fitted"
+
+
+def test_the_defaults_of_the_small_model_on_a_24_gb_card() -> None:
+    (proposal,) = proposals("1.3b", replace(SETUP, lora_rank=32), 24)
+    assert proposal.fits
+    assert "--gradient_checkpointing" in proposal.flags and "--train_batch_size 1" in proposal.flags
+    assert "--lora_rank" not in proposal.flags and "accelerate" not in proposal.flags
+
+
+def test_the_large_model_names_a_lora_and_more_gpus() -> None:
+    one_gpu, more_gpus = proposals("14b", SETUP, 48)
+    assert one_gpu.changes[-1].change.group == OTHER_TRAINING and "--lora_rank" in one_gpu.flags
+    assert more_gpus.changes[-1].change.group == MORE_GPUS and "--lora_rank" not in more_gpus.flags
+
+
+def test_full_fine_tuning_on_one_large_card_offloads_the_optimizer() -> None:
+    one_gpu, more_gpus = proposals("14b", SETUP, 79)
+    assert one_gpu.changes[-1].change.group == HOST and more_gpus.changes[-1].setup.processes > 1
+
+
+def test_what_cannot_fit_is_said_with_the_smallest_that_was_found() -> None:
+    (proposal,) = proposals("14b", SETUP, 3)
+    assert not proposal.fits and proposal.changes[-1].total > 3 * GIB
+    totals = [step.total for step in proposal.changes]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_optimizers_that_are_not_installed_are_not_proposed() -> None:
+    names = {change.flags for change in changes_of(SETUP, installed=False)}
+    assert not any(name.startswith("--optimizer") for name in names)
+    assert "--optimizer adamw8bit" in {change.flags for change in changes_of(SETUP)}

@@ -1,0 +1,287 @@
+"""Which changed settings make a run fit in a GPU's memory, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from videox.estimate.memory import BY_SHARDING, UNSHARDED, Memory, MemorySetup
+from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
+
+# What a change costs, in the order in which changes are considered. A later group is only used where the earlier ones
+# together are not enough.
+FREE, TIME, HOST, OTHER_TRAINING, MORE_GPUS = range(5)
+LORA_RANKS = (32, 16, 8, 4)
+OFFLOAD_CONFIG = "config/zero_stage3_config_cpu_offload.json"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting to change.
+
+    Attributes:
+        group: what kind of cost it has: FREE, TIME, HOST, OTHER_TRAINING or MORE_GPUS.
+        flags: the flags that make the change, as typed.
+        effect: what it costs, in words.
+        apply: returns the changed setup; None where it changes nothing or is not possible.
+    """
+
+    group: int
+    flags: str
+    effect: str
+    apply: Callable[[MemorySetup], MemorySetup | None]
+
+
+@dataclass(frozen=True)
+class AppliedChange:
+    """A change in a proposal, with the memory after it and all before it.
+
+    Attributes:
+        change: the change.
+        setup: with the changes.
+        total: bytes on a GPU.
+        host: bytes of host memory per machine, by item.
+    """
+
+    change: Change
+    setup: MemorySetup
+    total: float
+    host: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Changes that together make a run fit, or, where nothing does, those with the least memory.
+
+    Attributes:
+        changes: in order of their cost.
+        fits: whether the run fits with them.
+    """
+
+    changes: tuple[AppliedChange, ...]
+    fits: bool
+
+    @property
+    def flags(self) -> str:
+        """All flags of the proposal."""
+        return " ".join(applied.change.flags for applied in self.changes)
+
+
+@dataclass(frozen=True)
+class SmallerSamples:
+    """Flags that make the largest sample smaller; tokens: of that sample."""
+
+    flags: str
+    tokens: int
+
+
+def propose(
+    setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
+) -> list[Proposal]:
+    """Return proposals after which a run fits: the cheapest, and where that trains something else, one with more GPUs.
+
+    Within the groups up to one kind of cost, a single change that fits is preferred to several; several are added in
+    order of their cost, without those that are not necessary. Where nothing fits, the only proposal is the smallest
+    setup that was found.
+
+    Args:
+        setup: that does not fit.
+        limit: bytes of a GPU.
+        memory: returns the memory of a setup.
+        changes: that may be made, in order of their cost.
+    """
+    found: list[Proposal] = []
+    for group in (FREE, TIME, HOST, OTHER_TRAINING):
+        proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
+        if proposal.fits:
+            found.append(proposal)
+            break
+    if not found or found[0].changes[-1].change.group >= HOST:
+        # without other optimizers: those with smaller moments do not work with the backends that shard the most
+        kept = [c for c in changes if c.group in (FREE, TIME, MORE_GPUS) and not c.flags.startswith("--optimizer")]
+        with_more = _search(setup, limit, memory, kept)
+        if with_more.fits:
+            found.append(with_more)
+    return found or [_search(setup, limit, memory, list(changes))]
+
+
+def _search(
+    setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
+) -> Proposal:
+    for change in changes:
+        single = _apply(setup, memory, [change])
+        if single and single[-1].total <= limit:
+            return Proposal(tuple(single), True)
+    used: list[Change] = []
+    applied: list[AppliedChange] = []
+    for change in changes:
+        before = applied[-1].total if applied else memory(setup).total()
+        tried = _apply(setup, memory, [*used, change])
+        if len(tried) == len(used) + 1 and tried[-1].total < before:
+            used, applied = [*used, change], tried
+        if applied and applied[-1].total <= limit:
+            return Proposal(tuple(_without_unnecessary(setup, limit, memory, used)), True)
+    return Proposal(tuple(applied), False)
+
+
+def _without_unnecessary(
+    setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], used: Sequence[Change]
+) -> list[AppliedChange]:
+    """Return the changes that are needed: each is left out where the run fits without it, the most expensive first."""
+    needed = list(used)
+    for change in reversed(used):
+        fewer = [other for other in needed if other is not change]
+        tried = _apply(setup, memory, fewer)
+        if len(tried) == len(fewer) and tried and tried[-1].total <= limit:
+            needed = fewer
+    return _apply(setup, memory, needed)
+
+
+def _apply(
+    setup: MemorySetup, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
+) -> list[AppliedChange]:
+    """Return the changes that can be made, each with the memory after it."""
+    applied = []
+    for change in changes:
+        changed = change.apply(setup)
+        if changed is not None:
+            setup = changed
+            needed = memory(setup)
+            applied.append(AppliedChange(change, setup, needed.total(), needed.host))
+    return applied
+
+
+def possible_changes(
+    setup: MemorySetup, *, sharded_backend: str, smaller: Sequence[SmallerSamples], installed: Callable[[str], bool]
+) -> list[Change]:
+    """Return the changes that a run may make, in order of their cost.
+
+    Args:
+        setup: of the run.
+        sharded_backend: the backend of the family that shards the weights.
+        smaller: flags of smaller samples, the largest first.
+        installed: whether an optimizer's package is installed.
+    """
+    accumulate = f" --gradient_accumulation_steps {setup.batch}" if setup.batch > 1 else ""
+    free = [
+        Change(FREE, "--low_vram", "encoders are in host memory while they are not used", _offload_encoders),
+        Change(FREE, "--vae_mini_batch 1", "the VAE encodes one clip at a time", _single_clip),
+        Change(FREE, "--mixed_precision bf16", "computes in bfloat16", _half),
+        Change(FREE, f"--train_batch_size 1{accumulate}", "the same samples per step, one at a time", _single_sample),
+        Change(FREE, "--latent_cache DIR", "encoders run once, before the training; needs disk", _cache),
+    ]
+    recompute = "--gradient_checkpointing" + (" --selective_ac 0" if setup.recompute_share else "")
+    time = [Change(TIME, recompute, "recomputes activations: about a third more time per step", _recompute)]
+    for name in ("adamw8bit", "adamw_bf16", "adamw8bit_bf16"):
+        effect = "8-bit moments" if "8bit" in name else "bfloat16 weights and moments with stochastic rounding"
+        if name == "adamw8bit_bf16":
+            effect = "bfloat16 weights with stochastic rounding, 8-bit moments"
+        if installed(name):
+            time.append(Change(TIME, f"--optimizer {name}", effect, partial(_use_optimizer, name=name)))
+    for backend in ("zero2", sharded_backend, "fsdp2"):
+        words = f"accelerate launch --config_file config/accelerate/{backend}.yaml"
+        time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
+    offload = "the optimizer works in host memory: seconds more per step"
+    host = [
+        Change(HOST, f"--optimizer {name}", offload, partial(_offload_moments, name=name))
+        for name in ("adamw_offload", "adamw_bf16_offload")
+        if installed(name)
+    ]
+    words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
+    host.append(Change(HOST, words, "weights and optimizer are in host memory: much slower steps", _offload_to_host))
+    other = [
+        Change(OTHER_TRAINING, f"--lora_rank {rank}", _lora_effect(setup, rank), partial(_lora, rank=rank))
+        for rank in LORA_RANKS
+    ]
+    other += [
+        Change(
+            OTHER_TRAINING, samples.flags, f"samples of at most {samples.tokens:,} tokens", partial(_smaller, samples)
+        )
+        for samples in smaller
+    ]
+    gpus = [
+        Change(
+            MORE_GPUS,
+            f"accelerate launch --config_file config/accelerate/{sharded_backend}.yaml --num_processes {count}",
+            f"shards the run over {count} GPUs",
+            partial(_more_gpus, count=count, backend=sharded_backend),
+        )
+        for count in (2, 4, 8, 16, 32, 64)
+    ]
+    return [*free, *time, *host, *other, *gpus]
+
+
+def _offload_encoders(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, offload_encoders=True) if not setup.offload_encoders and not setup.cached else None
+
+
+def _single_clip(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, vae_mini_batch=1) if min(setup.vae_mini_batch, setup.batch) > 1 else None
+
+
+def _half(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, half=True) if not setup.half else None
+
+
+def _single_sample(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, batch=1) if setup.batch > 1 else None
+
+
+def _cache(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, cached=True) if not setup.cached else None
+
+
+def _recompute(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, recompute_share=1.0) if setup.recompute_share < 1 else None
+
+
+def _use_optimizer(setup: MemorySetup, name: str) -> MemorySetup | None:
+    smaller = OPTIMIZERS[name].bytes_per_parameter < kind_of(setup.optimizer).bytes_per_parameter
+    possible = setup.backend in OPTIMIZERS[name].backends and not setup.lora and (setup.half or name == "adamw8bit")
+    return replace(setup, optimizer=name) if smaller and possible else None
+
+
+def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
+    if backend not in kind_of(setup.optimizer).backends or setup.processes == 1:
+        return None
+    return replace(setup, backend=backend) if BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend) else None
+
+
+def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
+    possible = setup.backend in OPTIMIZERS[name].backends and not setup.lora and name != setup.optimizer
+    return replace(setup, optimizer=name) if possible and (setup.half or OPTIMIZERS[name].fp32_params) else None
+
+
+def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
+    done = setup.offloads("optimizer") and setup.offloads("param")
+    if done or "zero3" not in kind_of(setup.optimizer).backends:
+        return None
+    to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return replace(setup, backend="zero3", zero={**setup.zero, **to_cpu})
+
+
+def _lora_effect(setup: MemorySetup, rank: int) -> str:
+    return (
+        f"adapters of rank {rank} instead of {setup.lora_rank}" if setup.lora else "trains a LoRA, not the whole model"
+    )
+
+
+def _lora(setup: MemorySetup, rank: int) -> MemorySetup | None:
+    if setup.lora and rank >= setup.lora_rank:
+        return None
+    # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
+    optimizer = setup.optimizer if setup.lora else "adamw"
+    return replace(setup, lora_rank=rank, optimizer=optimizer)
+
+
+def _smaller(samples: SmallerSamples, setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, tokens=samples.tokens) if samples.tokens < setup.tokens else None
+
+
+def _more_gpus(setup: MemorySetup, count: int, backend: str) -> MemorySetup | None:
+    optimizer = moments_of(setup.optimizer)
+    if count <= setup.processes or backend not in kind_of(optimizer).backends:
+        return None
+    sharded = setup.backend if setup.backend not in UNSHARDED else backend
+    return replace(setup, backend=sharded, processes=count, per_host=min(count, 8), optimizer=optimizer)

@@ -1,0 +1,129 @@
+"""Duration and price of a run, from FLOPs, the plan's balance and the data sheet of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from videox.estimate.gpus import Gpu
+from videox.estimate.memory import MemorySetup, Parameters
+from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
+
+PROBE = (9, 128, 128)  # frames, height and width of the clip on which a VAE's FLOPs are counted
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The assumed speed of a GPU.
+
+    Attributes:
+        gpu: its data sheet.
+        peak: bfloat16 FLOPs per second; of the data sheet, or as the user states it.
+        mfu: share of the peak that is used, 0 to 1.
+        tf32: float32 matrix products and convolutions use TensorFloat-32, at half the bfloat16 peak.
+        source: peak and share in words, for the report.
+    """
+
+    gpu: Gpu
+    peak: float
+    mfu: float
+    tf32: bool
+    source: str
+
+    def seconds(self, flops: float) -> float:
+        """Return the time of bfloat16 FLOPs."""
+        return flops / (self.peak * self.mfu)
+
+    def float32_seconds(self, flops: float) -> float:
+        """Return the time of float32 FLOPs, at the same share of the peak."""
+        return flops / ((self.peak / 2 if self.tf32 else self.gpu.fp32) * self.mfu)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of a run on all its GPUs.
+
+    Attributes:
+        epoch: training of one epoch, without encoding.
+        encoding: encoding of one epoch's clips and captions.
+        epochs: epochs of the run.
+        cached: encoding is done once, in the first epochs, and not in each.
+        variants: epochs after which the cache has every output.
+    """
+
+    epoch: float
+    encoding: float
+    epochs: float
+    cached: bool
+    variants: int
+
+    def run(self) -> float:
+        """Return the seconds of the whole run."""
+        encoded_epochs = min(self.epochs, self.variants) if self.cached and self.variants else self.epochs
+        return self.epoch * self.epochs + self.encoding * encoded_epochs
+
+
+def vae_flops_per_pixel(vae: Any) -> float:  # noqa: ANN401 - a VAE of diffusers, on the meta device
+    """Return the FLOPs of a VAE's encoder per pixel and frame, counted on a small clip."""
+    clip = torch.empty((1, 3, *PROBE), device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(clip)
+    return counter.get_total_flops() / clip[0, 0].numel()
+
+
+def text_flops(encoders: dict[str, Any], tokens: int) -> float:
+    """Return the FLOPs of the text encoders for one caption: two per parameter and token, without embeddings.
+
+    Args:
+        encoders: modules by component name.
+        tokens: of a caption.
+    """
+    return float(
+        sum(
+            2
+            * tokens
+            * sum(p.numel() for name, p in module.named_parameters() if "embed" not in name and "shared" not in name)
+            for component, module in encoders.items()
+            if component.startswith("text")
+        )
+    )
+
+
+def offload_seconds(parameters: Parameters, setup: MemorySetup, gpu: Gpu) -> float:
+    """Return the least time per optimizer step that copies between host and GPU take.
+
+    An optimizer in host memory receives each gradient and returns each weight. Offloaded bfloat16 weights are copied
+    in for the forward and for the backward pass.
+    """
+    share, moved = 1 / setup.processes, 0.0
+    if kind_of(setup.optimizer).on_host:
+        moved += 2 * OPTIMIZERS[moments_of(setup.optimizer)].weight_bytes * parameters.trainable
+    if setup.offloads("optimizer"):
+        moved += (4 + 2) * parameters.trainable * share
+    if setup.offloads("param"):
+        moved += 2 * 2 * parameters.total * share
+    return moved / gpu.host_bandwidth
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its natural unit."""
+    for limit, unit, name in ((90, 1, "seconds"), (90 * 60, 60, "minutes"), (72 * 3600, 3600, "hours")):
+        if seconds < limit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
+def format_gpu_time(seconds: float, gpus: int, price: float | None) -> str:
+    """Return duration, GPU hours and price.
+
+    Args:
+        seconds: duration on all GPUs.
+        gpus: number of GPUs.
+        price: of a GPU hour; None: not stated.
+    """
+    hours = seconds * gpus / 3600
+    cost = "" if price is None else f", {hours * price:,.2f} at {price:g} per GPU hour"
+    return f"{format_duration(seconds)} on {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({hours:,.3g} GPU hours{cost})"

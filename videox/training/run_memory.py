@@ -1,0 +1,216 @@
+"""The memory of a planned run, of the same run with changed settings, and the changes that would make it fit."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.plan import largest_bucket
+from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.distributed.backends import BACKENDS, requested_engine
+from videox.errors import UserError
+from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
+from videox.estimate.duration import Speed, offload_seconds, text_flops, vae_flops_per_pixel
+from videox.estimate.flops import Network
+from videox.estimate.gpus import Gpu
+from videox.estimate.memory import SAFE_SHARE, UNSHARDED, Encoders, Memory, MemorySetup, Parameters, memory_of
+from videox.estimate.model_profile import ModelProfile
+from videox.estimate.peak_memory import module_bytes, peak_bytes
+from videox.lora.adapters import adapter_sizes, choose_targets
+from videox.models.folder import build_on_meta, read_json
+from videox.optim.build import choose_trainable
+from videox.optim.registry import OPTIMIZERS
+from videox.shapes import token_count
+from videox.training.args import optimizer_of
+
+PER_HOST = 8  # processes per machine, unless the launcher says otherwise
+SMALLER_SIZES = (832, 640, 512, 448, 384, 320, 256)  # target sizes in pixels that are proposed, the largest first
+FEWER_FRAMES = (81, 49, 33, 17)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher starts, or the dry run's flags state instead.
+
+    Attributes:
+        backend: name of a backend.
+        processes: number of processes.
+        per_host: processes on each machine.
+        half: compute in bfloat16.
+        zero: `zero_optimization` of the DeepSpeed configuration file.
+    """
+
+    backend: str
+    processes: int
+    per_host: int
+    half: bool
+    zero: Mapping[str, Any]
+
+
+def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
+    """The launch to plan for: the launcher's variables, overridden by --dry_run_processes and --dry_run_backend."""
+    kind, zero = requested_engine(environment), _zero_settings(environment)
+    processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
+    if kind == "deepspeed":
+        backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
+    else:
+        backend = f"fsdp{environment.get('FSDP_VERSION', '1')}" if kind == "fsdp" else "single"
+    if args.dry_run_backend == "single" and processes > 1:
+        hint = "use --dry_run_backend ddp or --dry_run_processes 1"
+        raise UserError("--dry_run_backend", f"single is one process, but {processes} are planned", hint)
+    backend = args.dry_run_backend or backend
+    if backend in ("single", "ddp"):
+        backend = "ddp" if processes > 1 else "single"
+    if backend not in BACKENDS:
+        raise UserError("accelerate launch", f"{backend} is not supported", f"launch one of {', '.join(BACKENDS)}")
+    precision = args.mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    local = PER_HOST if args.dry_run_processes else int(environment.get("LOCAL_WORLD_SIZE", PER_HOST))
+    return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
+
+
+def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
+
+
+class RunMemory:
+    """The memory of a run.
+
+    Args:
+        args: the flags.
+        model: what the estimates know of the model.
+        launch: what the launcher starts.
+        columns, settings: of the plan.
+
+    Attributes:
+        setup: the settings that memory depends on, as the flags and the launch have them.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: ModelProfile,
+        launch: Launch,
+        columns: PlanColumns,
+        settings: PlanSettings,
+    ) -> None:
+        self.args, self.model, self.columns, self.settings = args, model, columns, settings
+        self.largest = largest_bucket(columns, settings)
+        self.setup = MemorySetup(
+            backend=launch.backend,
+            processes=launch.processes,
+            per_host=launch.per_host,
+            half=launch.half,
+            recompute_share=1.0 if args.gradient_checkpointing else args.selective_ac,
+            offload_encoders=args.low_vram,
+            workers=args.dataloader_num_workers,
+            tokens=token_count(self.largest),
+            batch=args.train_batch_size,
+            zero=launch.zero,
+            ema_device=args.ema_device if args.use_ema else "",
+            full_weights=args.save_whole_weights,
+            optimizer=optimizer_of(args),
+            lora_rank=args.lora_rank,
+            vae_mini_batch=args.vae_mini_batch,
+            cached=args.latent_cache is not None,
+        )
+        self._model = cache(lambda name: build_on_meta(*model.components[name]))
+        self.parameters = cache(self._parameters)
+        self._vae_peak = cache(self._measure_vae)
+
+    def network(self, setup: MemorySetup) -> Network:
+        """Return FLOPs and activation bytes of the transformer in a setup."""
+        cast = setup.backend in UNSHARDED and setup.frozen_bytes == 4
+        return replace(self.model.network(half=setup.half, cast=cast), frozen=setup.lora)
+
+    def memory(self, setup: MemorySetup) -> Memory:
+        """Return the memory of the run with a setup."""
+        return memory_of(self.parameters(setup.lora_rank), self.network(setup), self.encoders(setup), setup)
+
+    def encoders(self, setup: MemorySetup) -> Encoders:
+        """Return the bytes of the frozen encoders: text encoders in the compute dtype, the others in float32.
+
+        The VAE's activations are measured on the largest sample of the plan, and proportional to smaller ones.
+        """
+        half = setup.half
+        weights = {
+            name: module_bytes(module, 2 if half and name.startswith("text") else 4)
+            for name, module in self._frozen().items()
+        }
+        return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
+
+    def proposals(self, limit: float) -> list[Proposal]:
+        """Return changes after which the run fits in `limit` bytes of a GPU with a margin."""
+        changes = possible_changes(
+            self.setup,
+            sharded_backend=self.model.sharded_backend,
+            smaller=list(self._smaller_samples()),
+            installed=lambda name: find_spec(OPTIMIZERS[name].module) is not None,
+        )
+        return propose(self.setup, SAFE_SHARE * limit, self.memory, changes)
+
+    def offload_seconds(self, gpu: Gpu) -> float:
+        """Return the least time per optimizer step that copies between host and GPU take."""
+        return offload_seconds(self.parameters(self.setup.lora_rank), self.setup, gpu)
+
+    def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
+        """Return the time of encoding the clips (float32) and captions (compute dtype) of an epoch on one GPU."""
+        counts = np.bincount(np.repeat(plan.micro_bucket, np.diff(plan.micro_first)), minlength=len(plan.buckets))
+        pixels = sum(count * math.prod(bucket) for count, bucket in zip(counts.tolist(), plan.buckets, strict=True))
+        text = text_flops(self._frozen(), self.args.tokenizer_max_length) * int(counts.sum())
+        text_seconds = speed.seconds(text) if self.setup.half else speed.float32_seconds(text)
+        return speed.float32_seconds(vae_flops_per_pixel(self._model("vae")) * pixels) + text_seconds
+
+    def _frozen(self) -> dict[str, Any]:
+        return {name: self._model(name) for name in self.model.components if name != "transformer"}
+
+    def _measure_vae(self) -> float:
+        pixels = torch.empty((1, 3, *self.largest), device="meta")
+        vae: Any = self._frozen()["vae"]
+        return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + 4.0 * pixels.numel()
+
+    def _parameters(self, lora_rank: int) -> Parameters:
+        args = self.args
+        transformer: Any = self._model("transformer")
+        blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
+        everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
+        outside = everything - sum(sizes)
+        if lora_rank:
+            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+            targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
+            trained = sum(adapter_sizes(shapes, targets, lora_rank, dora=args.lora_type == "dora").values())
+            return Parameters(everything + trained, trained, max(sizes), outside)
+        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
+        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+        return Parameters(everything, trained, max(sizes), outside)
+
+    def _smaller_samples(self) -> Iterator[SmallerSamples]:
+        """Yield flags for smaller target sizes and, at the smallest of them, for fewer frames."""
+        policy = self.settings.policy
+        if policy.fix_sample_size is not None:
+            return
+        names = ("token_sample_size", "video_sample_size", "image_sample_size")
+        flags, size = "", policy.token_sample_size
+        for size in (size for size in SMALLER_SIZES if size < policy.token_sample_size):
+            changed = {name: min(getattr(policy, name), size) for name in names}
+            flags = " ".join(f"--{name} {value}" for name, value in changed.items() if value != getattr(policy, name))
+            yield SmallerSamples(flags, self._tokens_of(**changed))
+        smallest = {name: min(getattr(policy, name), size) for name in names}
+        for frames in (frames for frames in FEWER_FRAMES if frames < policy.n_frames):
+            yield SmallerSamples(
+                f"{flags} --video_sample_n_frames {frames}".strip(), self._tokens_of(**smallest, n_frames=frames)
+            )
+
+    def _tokens_of(self, **changes: int) -> int:
+        policy = replace(self.settings.policy, **changes)
+        return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)))
