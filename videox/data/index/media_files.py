@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from videox.data.media.container import format_of
@@ -18,7 +19,7 @@ MEDIA_SUFFIXES = frozenset((
 ))  # fmt: skip
 # Files whose content may begin like that of a video and that have none, by the meaning of their suffix.
 _AUDIO_SUFFIXES = frozenset((".m4a", ".m4b", ".m4r", ".mka", ".wma", ".oga", ".opus", ".aac", ".mp3", ".wav", ".flac"))
-_THREADS = 16  # on a network disk most of the time is spent waiting
+_THREADS, _CHUNK = 16, 256  # on a network disk most of the time is spent waiting
 
 
 def is_opened(suffix: str) -> bool:
@@ -34,9 +35,11 @@ def find_media(folder: Path, listing: Sequence[tuple[str, str]]) -> list[tuple[s
         listing: (path without suffix, suffix) of each file; captions are not among them.
     """
     unknown = [pair for pair in listing if is_opened(pair[1])]
+    paths = [f"{folder}/{stem}{suffix}" for stem, suffix in unknown]
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        formats = pool.map(lambda pair: format_of(folder / (pair[0] + pair[1])), unknown)
-    found = {pair for pair, name in zip(unknown, formats, strict=True) if name}
+        formats = chain.from_iterable(pool.map(lambda chunk: [format_of(Path(path)) for path in chunk], chunks))
+        found = {pair for pair, name in zip(unknown, formats, strict=True) if name}
     return [pair for pair in listing if pair[1].lower() in MEDIA_SUFFIXES or pair in found]
 
 
