@@ -37,7 +37,7 @@ echo "setup 2/3: installing $torch (a large download)"
 pip_install "$torch"
 echo "setup 3/3: installing the other requirements, the demo data and the test tools (about a minute)"
 # torch is installed first and pinned again here, so that no other package replaces it by another build.
-pip_install "$torch" -r requirements.txt -e ".[demo,dev,optimizers]"
+pip_install "$torch" -r requirements.txt -e ".[demo,dev,heif,optimizers]"
 mkdir -p .venv/hf_home .venv/torch_extensions
 echo "$key" > "$stamp"
 echo "setup finished in $SECONDS s"
