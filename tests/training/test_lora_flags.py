@@ -196,7 +196,7 @@ def test_what_is_not_supported_is_refused_by_name(words: list[str], where: str, 
 @pytest.fixture(scope="module")
 def parser() -> Parser:
     """The parser of train.py for Wan2.1, with stand-ins for the two flags that the script itself adds."""
-    parser = make_parser(None, modes=("normal", "i2v", "inpaint"))
+    parser = make_parser(None, modes=("normal", "i2v", "inpaint"), recipes=ROOT / "config/recipes/wan2.1")
     for own in ("--config_path", "--tokenizer_max_length"):
         parser.add_argument(own)
     return parser

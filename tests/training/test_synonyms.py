@@ -6,11 +6,11 @@ import pytest
 import tiny
 
 from videox.errors import FLAGS, UserError
-from videox.training.argument_parser import NEAR, REMOVED
+from videox.training.argument_parser import REMOVED
 from videox.training.flags import make_parser
-from videox.training.synonyms import INSTEAD, SAME, SYNONYMS
+from videox.training.synonyms import INSTEAD, NEAR, SAME, SYNONYMS
 
-PARSER = make_parser(None, modes=("normal", "i2v"))
+PARSER = make_parser(None, modes=("normal", "i2v"), recipes=tiny.ROOT / "config/recipes/wan2.1")
 FLAGS_HERE = {name[2:] for name in PARSER._option_string_actions if name.startswith("--")}
 
 

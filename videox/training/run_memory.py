@@ -211,6 +211,6 @@ class RunMemory:
                 f"{flags} --video_sample_n_frames {frames}".strip(), self._tokens_of(**smallest, n_frames=frames)
             )
 
-    def _tokens_of(self, **changes: Any) -> int:
+    def _tokens_of(self, **changes: Any) -> int:  # noqa: ANN401 - fields of SizePolicy
         policy = replace(self.settings.policy, **changes)
         return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)))

@@ -11,6 +11,7 @@ from videox.data.media.container import Container
 from videox.data.media.display_matrix import AS_STORED, display_transform
 from videox.data.media.frames import Keep, display_order
 from videox.data.media.packets import decode_from_start, listing_of
+from videox.data.media.source import open_video
 from videox.errors import UserError
 
 _FORMATS = ("mov", "matroska", "flv")
@@ -75,6 +76,9 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
         raise DecordCannotRead("its frames are not ordered or counted by their times")
     if not packets.key[0] or not packets.closed[packets.key].all():
         raise DecordCannotRead("decoding cannot start at each of its keyframes")
+    with open_video(path, container) as (file, _):
+        if len(file.streams.video) > 1:
+            raise DecordCannotRead("it has several video streams")
     first = next((frame for _, frame in decode_from_start(path, container)), None)
     if first is None or first.format.name not in _PIXELS or first.interlaced_frame:
         raise DecordCannotRead("its pixels are converted differently by decord")
