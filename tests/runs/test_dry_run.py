@@ -27,13 +27,15 @@ from videox.data.plan.plan import largest_bucket, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import FLAGS, STORAGE
 from videox.estimate.data_report import crop_lines
-from videox.estimate.mfu import PEAKS, peak_of
+from videox.estimate.gpus import GPUS
+from videox.estimate.mfu import peak_of
 from videox.estimate.peak_memory import peak_bytes
 from videox.estimate.report import balance_lines
 from videox.shapes import token_count
 from videox.tracking.jsonl import read_lines
 
 KEYS = {
+    "seconds", "disk", "gpu_memory",
     "rows", "fates", "attributes", "cropped", "buckets", "global_batch", "steps_per_epoch", "tokens_per_step",
     "flops_per_step", "balance", "balance_unplanned", "mix", "memory",
 }  # fmt: skip
@@ -158,6 +160,24 @@ def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
     assert "does not fit in 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
     fast, _ = setup.dry_run("fast", assumed_mfu=0.5, peak_tflops=100)
     assert "50% of 100 TFLOP/s" in fast.stdout
+
+
+def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> None:
+    words = "--dry_run --dry_run_model wan2.1-t2v-1.3b --dry_run_data 20x5s@24fps:1280x720 4:1024x1024 --mixed_precision bf16"
+    words += f" --gpu rtx4090 --gpu_price 0.5 --max_train_steps 100 --checkpointing_steps 10 --output_dir {tmp_path}"
+    outcome = runs.train(words.split())
+    assert outcome.code == 0, outcome.stderr
+    for text in ("20 videos", "4 images", "does not fit in 24 GiB", "--gradient_checkpointing", "at 0.5 per GPU hour"):
+        assert text in outcome.stdout, text
+    report = json.loads((tmp_path / "plan_report.json").read_text())
+    assert report["gpu_memory"] == 24 * 2**30 and report["seconds"]["run"] > 100 * report["seconds"]["step"]
+    assert report["disk"] == 10 * report["memory"]["checkpoint"]
+    # the proposed flags, applied together, fit
+    lines = outcome.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if "the cheapest changes first" in line)
+    flags = [line.strip().split("  ")[0] for line in lines[first + 1 :] if line.strip().startswith("--")]
+    fitting = runs.train([*words.split(), *" ".join(flags).replace(" DIR", f" {tmp_path}/cache").split()])
+    assert "fits in 24 GiB" in fitting.stdout, (flags, fitting.stdout)
 
 
 def test_estimated_memory_depends_on_the_backend(setup: PlanSetup) -> None:
@@ -339,7 +359,7 @@ def test_peak_bytes_on_meta_equal_those_with_data() -> None:
 def test_peak_flops_are_found_by_gpu_name() -> None:
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12, "Some GPU": None}
     assert {name: peak_of(name) for name in names} == names
-    assert peak_of("NVIDIA H100 PCIe") == PEAKS["H100 PCIe"]
+    assert peak_of("NVIDIA H100 PCIe") == GPUS["h100-pcie"].bf16
 
 
 # ------------------------------------------------------------------ trying the largest micro-batch, out of memory, MFU

@@ -37,6 +37,15 @@ from videox.engine.train_state import ASSIGNMENT_VERSION
 COVERED: dict[str, str] = {}  # flag -> test in this file that shows its effect
 # flag -> test in another file that shows its effect
 COVERED_ELSEWHERE = {
+    "config": "test_run_files.test_the_command_line_wins_and_later_files_win",
+    "dry_run_data": "test_dry_run.test_a_published_model_and_described_data_need_no_files",
+    "dry_run_model": "test_dry_run.test_a_published_model_and_described_data_need_no_files",
+    "gpu": "test_dry_run.test_a_published_model_and_described_data_need_no_files",
+    "gpu_price": "test_dry_run.test_a_published_model_and_described_data_need_no_files",
+    "lora_type": "test_dora.test_diffusers_and_the_merged_model_equal_the_formula",
+    "loraplus_ratio": "test_dora.test_loraplus_has_a_group_of_b_matrices",
+    "optimizer_args": "test_custom_class.test_settings_are_parsed_and_checked",
+    "recipe": "test_recipes.test_a_recipe_trains_a_small_model",
     "assumed_mfu": "test_dry_run.test_a_memory_limit_that_is_too_small_is_reported",
     "bucket_grid": "test_dry_run.test_the_exact_grid_crops_less_than_the_ratio_grid",
     "dry_run": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",

@@ -47,6 +47,9 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
     listing = listing_of(path, container)
     frames = listing.packets.frames
     if indices[0] < 0 or (listing.countable and indices[-1] >= frames):
+        stored = len(listing.packets.shown)
+        if indices[0] >= 0 and indices[-1] < stored and not listing.has_fields:
+            raise BadMedia("undecodable", f"only {frames} of its {stored} frames can be decoded")
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     missing = _read_by_packets(path, container, indices, keep) if listing.countable else set(indices)
     if missing:
