@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -201,7 +202,12 @@ def test_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path
 
 def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> None:
     state, _ = begin(None)
-    write_state(tmp_path / "checkpoint", state)  # as that of an older version: no decoding
+
+    def write() -> None:
+        shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
+        write_state(tmp_path / "checkpoint", state)
+
+    write()  # as that of an older version: no decoding
 
     def resumed(columns: PlanColumns) -> TrainState:
         def settings_of(**changes: object) -> PlanSettings:
@@ -225,12 +231,12 @@ def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> N
         assert refused.value.what == f"1 rows have changed since the run began: {row}"
     assert resumed(found).columns.usable.all()  # a lost row is no change
     state.columns = replace(COLUMNS, decoding=mirrored.decoding)
-    write_state(tmp_path / "checkpoint", state)
+    write()
     np.testing.assert_array_equal(resumed(mirrored).columns.decoding, mirrored.decoding)
     lost = replace(columns_of(usable=True), usable=np.array([False, True]))
     assert resumed(lost).columns.usable.all()  # the only mirrored row is lost: its decoding is not known any more
     state.columns = found
-    write_state(tmp_path / "checkpoint", state)
+    write()
     with pytest.raises(UserError, match=r"row 1 \('b.gif'\) could not be read, is a video of 9 frames of 64x48"):
         resumed(COLUMNS)
 

@@ -99,7 +99,7 @@ class LoraWeights:
         folder = _adapter_folder(output_dir, name)
         folder.mkdir(parents=True, exist_ok=True)
         own = {**options.metadata, "rank": str(self.lora.rank), "alpha": f"{self.lora.alpha:g}"}
-        metadata = {**own, **self._manager_fields(folder, options)}
+        metadata = {**own, **self._manager_fields(folder, output_dir, options)}
         write = partial(
             write_adapters, tensors=cast, lora=self.lora, save_lora_weights=self.save_lora_weights, metadata=metadata
         )
@@ -119,10 +119,14 @@ class LoraWeights:
             save = partial(save_tensors, tensors=converted, stem=stem, metadata=header)
             publish_file(folder / f"{stem}.safetensors", save)
 
-    def _manager_fields(self, folder: Path, options: ExportOptions) -> dict[str, str]:
+    def _manager_fields(self, folder: Path, output_dir: Path, options: ExportOptions) -> dict[str, str]:
+        """Return the fields for other programs. Files of a checkpoint do not depend on where the run's folder is."""
+        facts: dict[str, object] = dict(options.metadata)
+        if "checkpoint-" not in str(output_dir.resolve()):
+            facts["output_name"] = output_dir.resolve().name
         date = export_date(folder / f"{STEM}.safetensors", options.metadata.get(STEPS))
         rank, alpha = self.lora.rank, self.lora.alpha
-        return manager_fields(options.metadata, self.family, rank=rank, alpha=alpha, date=date)
+        return manager_fields(facts, self.family, rank=rank, alpha=alpha, date=date)
 
     def _merge(
         self, folder: Path, tensors: Mapping[str, Tensor], config: str, dtype: torch.dtype, keep_fp32: Sequence[str],

@@ -224,7 +224,7 @@ def build_records(
     known = {
         "backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype,
         "learning_rate": base_lr(args, schedule), "resolution": f"{size}x{size}",
-        "output_name": ctx.output_dir.resolve().name, "trigger_word": getattr(args, "trigger_word", None),
+        "trigger_word": args.trigger_word,
     }  # fmt: skip
     settings = ExportSettings(
         dtype=EXPORT_DTYPES[args.export_dtype],
