@@ -108,6 +108,33 @@ def test_bad_rows_are_quarantined_from_the_next_epoch_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        (["a", "b"], ["a", "c"], " with its sources (no longer: b; new: c)"),
+        (["a", "b"], ["a"], " with its sources (no longer: b)"),
+        (["a", "b"], ["b", "a"], " with its sources (the same ones in another order)"),
+        ([], ["a", "b"], " with its sources (one list or folder before, now: a, b)"),
+        (["a", "b"], ["a", "b"], ""),
+        ([], ["a"], ""),
+    ],
+)
+def test_changed_sources_are_named(then: list[str], now: list[str], named: str) -> None:
+    state = replace(state_of(), sources=then)
+    with pytest.raises(UserError) as refused:
+        refuse_changed_plan(state, "another", SETTINGS, now)
+    assert refused.value.what.endswith(f"the data's rows, captions or sizes have changed{named}")
+    refuse_changed_plan(state, "same", SETTINGS, now)  # equal rows, whatever names them
+
+
+def test_the_state_of_an_older_version_has_no_sources(tmp_path: Path) -> None:
+    checkpoint = write_state(tmp_path / "checkpoint", state_of())
+    content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    del content["sources"]
+    (checkpoint / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+    assert read_state(checkpoint) == state_of()
+
+
+@pytest.mark.parametrize(
     ("changed", "index", "named"),
     [
         (replace(SETTINGS, batch_size=3), "same", "batch_size was 2, is 3"),

@@ -74,6 +74,7 @@ COVERED_ELSEWHERE = {
     "lora_dropout": "test_adapters.test_lora_resume_is_bit_identical_with_dropout_and_ema",
     "lora_rank": "test_adapters.test_one_process_trains_only_adapters_and_diffusers_loads_them",
     "lora_target_modules": "test_adapters.test_changed_settings_are_an_error_on_resume",
+    "dataset_config": "test_data_sources.test_a_folder_described_in_seven_ways_has_one_plan",
     "dump_steps": "test_train.test_a_dump_changes_nothing",
     "optimizer": "test_registry.test_resume_is_bit_identical",
     "use_8bit_adam": "test_registry.test_two_flags_of_one_optimizer_are_equivalent",

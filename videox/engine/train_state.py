@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from videox.data.media.container import DECODINGS
 from videox.data.plan.epoch import check_world_size
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, Backend
+from videox.engine.changed_rows import lost_rows, refuse_changed_rows
 from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.optim.registry import OPTIMIZERS, moments_of
@@ -61,6 +61,7 @@ class TrainState:
         skipped: steps without an update of the weights.
         skipped_in_row: number of consecutive skipped steps up to now.
         names: fingerprint of the rows' names.
+        sources: a line about each list or folder of the data if there are several; [] otherwise.
         columns: what the plan reads of the rows; saved in a separate file.
     """
 
@@ -77,6 +78,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     names: str = ""
+    sources: list[str] = field(default_factory=list)
     columns: PlanColumns | None = field(default=None, repr=False, compare=False)
 
     def advance(self, steps_of_epoch: int) -> bool:
@@ -100,7 +102,7 @@ def read_state(checkpoint: Path) -> TrainState:
     """
     path = checkpoint / STATE_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = {"sources": [], **json.loads(path.read_text(encoding="utf-8"))}
         names = [each.name for each in fields(TrainState) if each.name != "columns"]
         state = TrainState(**{name: content[name] for name in names})
         if (checkpoint / COLUMNS_FILE).is_file():
@@ -139,8 +141,16 @@ def run_name(flags: str, index: str, settings: PlanSettings) -> str:
     return hashlib.sha256(json.dumps([flags, index, inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: PlanSettings) -> None:
+def refuse_changed_plan(
+    state: TrainState, index_fingerprint: str, settings: PlanSettings, sources: Sequence[str] = ()
+) -> None:
     """Raise UserError if data or settings would give another schedule than that of the interrupted run.
+
+    Args:
+        state: of the interrupted run.
+        index_fingerprint: of this launch's data.
+        settings: of this launch's plan.
+        sources: a line about each list or folder of this launch's data; () leaves them out of the message.
 
     Raises:
         UserError: with each changed setting, its old and its new value.
@@ -153,7 +163,7 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
         if now.get(name) != then.get(name)
     ]
     if index_fingerprint != state.index:
-        changed.append("the data's rows, captions or sizes have changed")
+        changed.append("the data's rows, captions or sizes have changed" + _changed_sources(state.sources, sources))
     if changed:
         hint = "resume with the original data and flags, or start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), hint, MODEL)
@@ -162,6 +172,20 @@ def refuse_changed_plan(state: TrainState, index_fingerprint: str, settings: Pla
 def _shown(value: object) -> str:
     """Return a setting's value as messages show it: text that is empty or has white space in quotes."""
     return repr(value) if isinstance(value, str) and len(value.split()) != 1 else str(value)
+
+
+def _changed_sources(then: Sequence[str], now: Sequence[str]) -> str:
+    """Return which sources of the data were removed, added or put in another place; "" where none was."""
+    if list(then) == list(now) or (not then and len(now) <= 1):
+        return ""
+    if not then:
+        return f" with its sources (one list or folder before, now: {', '.join(now)})"
+    changes = {
+        "no longer": [source for source in then if source not in now],
+        "new": [source for source in now if source not in then],
+    }
+    named = [f"{name}: {', '.join(sources)}" for name, sources in changes.items() if sources]
+    return f" with its sources ({'; '.join(named) or 'the same ones in another order'})"
 
 
 def first_launch_settings(state: TrainState) -> dict[str, Any]:
@@ -214,6 +238,7 @@ class IndexedData:
         columns: the values that the plan reads, one per row.
         captionless: bool [rows], True for a row without a caption; None = every row has one.
         name_of: returns how a message names a row.
+        sources: a line about each list or folder that the rows come from.
     """
 
     fingerprint: str
@@ -221,6 +246,7 @@ class IndexedData:
     columns: PlanColumns
     captionless: np.ndarray | None = None
     name_of: Callable[[int], str] = str
+    sources: tuple[str, ...] = ()
 
 
 def resume_or_begin(
@@ -255,6 +281,8 @@ def resume_or_begin(
         UserError: the schedule would change, or world_size does not divide the slots.
     """
     state = read_state(checkpoint) if checkpoint else None
+    # A single list may be moved, and its checkpoints then stay the same.
+    sources = list(data.sources) if len(data.sources) > 1 else []
     drawn = gather(secrets.randbits(32))[0] if seed is None and state is None else seed
     chosen_seed = state.seed if state and drawn is None else int(drawn or 0)
     settings = settings_of(seed=chosen_seed, **(first_launch_settings(state) if state else {"slots": slots}))
@@ -268,78 +296,18 @@ def resume_or_begin(
             and lost_rows(state.columns, data.columns, data.captionless) is not None
         )
         if state.names == data.names and state.columns is not None and not only_lost:
-            refuse_changed_rows(state.columns, data)
-        refuse_changed_plan(state, state.index if only_lost else data.fingerprint, settings)
+            refuse_changed_rows(state.columns, data.columns, data.name_of)
+        refuse_changed_plan(state, state.index if only_lost else data.fingerprint, settings, data.sources)
+        state.sources = sources
         state.columns = state.columns if only_lost else data.columns
         return state, settings
     name = run_name(flags_name, data.fingerprint, settings)
     inputs = plan_inputs(settings)
-    state = TrainState(chosen_seed, slots, data.fingerprint, inputs, name, names=data.names, columns=data.columns)
+    state = TrainState(
+        chosen_seed, slots, data.fingerprint, inputs, name,
+        names=data.names, sources=sources, columns=data.columns,
+    )  # fmt: skip
     return state, settings
-
-
-def lost_rows(then: PlanColumns, now: PlanColumns, may_appear: np.ndarray | None = None) -> np.ndarray | None:
-    """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None.
-
-    Args:
-        then: columns that the run began with.
-        now: columns of this launch.
-        may_appear: bool [rows], rows that may have become usable since then; None = no row.
-    """
-    both = then.usable & now.usable
-    # A lost row's other columns are not known any more, so only rows that are readable in both are compared.
-    pairs = [
-        (getattr(then, name), getattr(now, name)) for name in ("kind", "width", "height", "frames", "fps", "weight")
-    ]
-    pairs.append((_decoding(then), _decoding(now)))
-    same = [a is b if a is None or b is None else np.array_equal(a[both], b[both]) for a, b in pairs]
-    appeared = now.usable & ~then.usable
-    only_lost = all(same) and not np.any(appeared if may_appear is None else appeared & ~may_appear)
-    return np.flatnonzero(then.usable & ~now.usable) if only_lost else None
-
-
-def refuse_changed_rows(then: PlanColumns, data: IndexedData, most: int = 5) -> None:
-    """Raise UserError if rows are other ones than when the run began, or if this version decodes them otherwise.
-
-    Args:
-        then: the columns that the run began with.
-        data: of this launch, with the same files and captions.
-        most: rows that are named.
-
-    Raises:
-        UserError: with the rows, their files, and what they were and are.
-    """
-    now, both = data.columns, then.usable & data.columns.usable
-    decoding = _decoding(then) ^ _decoding(now)
-    changed = now.usable & ~then.usable | both & (decoding != 0)
-    for name in ("kind", "width", "height", "frames"):
-        changed |= both & (getattr(then, name) != getattr(now, name))
-    rows = np.flatnonzero(changed).tolist()
-    if not rows:
-        return
-
-    def describe(row: int) -> str:
-        if not then.usable[row]:
-            return f"could not be read, is {_shape_of(now, row)}"
-        before, after = _shape_of(then, row), _shape_of(now, row)
-        kinds = " and ".join(what for bit, what in DECODINGS.items() if decoding[row] & bit)
-        return f"was {before}, is {after}" if before != after else f"is decoded otherwise by this version: {kinds}"
-
-    named = "; ".join(f"row {row} ({data.name_of(row)}) {describe(row)}" for row in rows[:most])
-    more = f"; and {len(rows) - most} more" if len(rows) > most else ""
-    hint = "resume with the files and the version that it began with, or start a new run in another --output_dir from its weights (--transformer_path)"
-    what = f"{len(rows)} rows have changed since the run began: {named}{more}"
-    raise UserError("--resume_from_checkpoint", what, hint, MODEL)
-
-
-def _shape_of(columns: PlanColumns, row: int) -> str:
-    size = f"{columns.width[row]}x{columns.height[row]}"
-    return f"an image of {size}" if columns.kind[row] == 0 else f"a video of {columns.frames[row]} frames of {size}"
-
-
-def _decoding(columns: PlanColumns) -> np.ndarray:
-    """Return the decoding of every row; older checkpoints have none, their rows were decoded as 0 stands for."""
-    return np.zeros(len(columns), np.uint32) if columns.decoding is None else columns.decoding
 
 
 def refuse_other_backend(checkpoint: Path | None, backend: Backend, optimizer: str) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from videox.data.index.captions import (
     TRIGGER,
     CaptionRules,
-    RowCaptions,
     caption_counts,
     draw_caption,
     rows_with_placeholder,
     rows_without_caption,
+    unpack_captions,
 )
 from videox.data.index.index import Index, index_summary
 from videox.data.plan.balance import balance_and_variance_ratio
@@ -123,8 +125,12 @@ def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list
     several = np.flatnonzero(index.usable & (counts > 1))
     lines = []
     if len(bare):
-        trained = draw_caption(RowCaptions(), rules, 0)
-        how = f"the caption {trained!r}" if trained else "an empty caption"
+        texts = pc.unique(
+            index.text.take(pa.array(bare))
+        ).to_pylist()  # they differ by prefixes of their sources alone
+        trained = sorted({draw_caption(unpack_captions(text), rules, 0) for text in texts})
+        named = ["an empty caption" if not caption else f"the caption {caption!r}" for caption in trained[:3]]
+        how = " or ".join([*named, "others"] if len(trained) > 3 else named)
         lines.append(f"{len(bare)} rows have no caption and are trained with {how}: rows {_listed(bare, max_rows)}")
     if len(several):
         lines.append(

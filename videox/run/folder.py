@@ -84,7 +84,14 @@ def _not_a_checkpoint_error(folder: Path, output_dir: Path) -> UserError:
     )
 
 
-def refuse_output_dir_conflicts(output_dir: str, *, model: str, data: Path, parts: Mapping[str, str | None]) -> None:
+def refuse_output_dir_conflicts(
+    output_dir: str,
+    *,
+    model: str,
+    data: Path,
+    parts: Mapping[str, str | None],
+    data_flag: str = "train_data_dir",
+) -> None:
     """Raise UserError if the output folder is a file, or the run would write into its own model or data.
 
     Args:
@@ -92,17 +99,18 @@ def refuse_output_dir_conflicts(output_dir: str, *, model: str, data: Path, part
         model: folder of the model; output_dir must not be it, inside it or around it.
         data: folder of the data; output_dir may be inside it.
         parts: paths to other parts of the model, by flag, None where not given; output_dir may contain them.
+        data_flag: the flag that names the data.
 
     Raises:
         UserError: (FLAGS) with the flag that has the folder.
     """
     output, hint = Path(output_dir).resolve(), "pass a separate folder"
-    given = {"pretrained_model_name_or_path": model, "train_data_dir": data, **parts}
+    given = {"pretrained_model_name_or_path": model, data_flag: data, **parts}
     for flag, path in ((flag, path) for flag, path in given.items() if path):
         source = Path(path).resolve()
         if output == source or (output in source.parents and flag not in parts):
             raise UserError("--output_dir", f"{output_dir} is or contains --{flag}", hint, FLAGS)
-        if source in output.parents and flag != "train_data_dir":
+        if source in output.parents and flag != data_flag:
             raise UserError("--output_dir", f"{output_dir} is inside --{flag} {path}", hint, FLAGS)
     if output.exists() and not output.is_dir():
         raise UserError("--output_dir", f"{output_dir} is a file", "pass a folder", FLAGS)

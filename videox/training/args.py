@@ -11,12 +11,13 @@ from videox.distributed.environment import check_environment_once
 from videox.errors import UserError
 from videox.optim.registry import check_installed, kind_of, parse_settings, takes_settings
 from videox.run.folder import refuse_output_dir_conflicts
+from videox.training.data_sources import sources_of
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
 from videox.weights.layout_tables import KOHYA, MERGED
 
 PATHS = (
-    "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "output_dir",
-    "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
+    "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "dataset_config",
+    "output_dir", "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
 )  # fmt: skip
 
 
@@ -72,8 +73,10 @@ def check_args(args: argparse.Namespace) -> None:
                 f"add --{marker} to accelerate launch, or remove it here",
             )
     for flag in PATHS:
-        if path := getattr(args, flag):
-            refuse_impossible(f"--{flag}", path)
+        value = getattr(args, flag)
+        for path in value if isinstance(value, list) else [value]:
+            if path:
+                refuse_impossible(f"--{flag}", path)
     wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
     if len(args.validation_paths) != wanted:
         what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
@@ -81,16 +84,22 @@ def check_args(args: argparse.Namespace) -> None:
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
     if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
         return  # what is only described is not in any folder
-    refuse_output_dir_conflicts(
-        args.output_dir, model=args.pretrained_model_name_or_path, data=data_dir(args), parts=parts
-    )
+    flag = "dataset_config" if args.dataset_config else "train_data_dir"
+    for folder in dict.fromkeys(source.data_dir for source in sources_of(args).sources):
+        refuse_output_dir_conflicts(
+            args.output_dir, model=args.pretrained_model_name_or_path, data=folder, parts=parts, data_flag=flag
+        )
 
 
 def _check_required(args: argparse.Namespace) -> None:
     """Raise UserError unless the model and the data are given, or a dry run has a description of them."""
-    stand_ins = {"pretrained_model_name_or_path": args.dry_run_model, "train_data_meta": args.dry_run_data}
-    for flag, stand_in in stand_ins.items():
-        if not getattr(args, flag) and not (stand_in and is_dry_run(args)):
+    data = args.train_data_meta or args.train_data_dir or args.dataset_config
+    given = {
+        "pretrained_model_name_or_path": (args.pretrained_model_name_or_path, args.dry_run_model),
+        "train_data_meta": (data, args.dry_run_data),
+    }
+    for flag, (value, stand_in) in given.items():
+        if not value and not (stand_in and is_dry_run(args)):
             raise UserError(f"--{flag}", "is required", "see --help, or use --list_recipes for settings to start from")
 
 
@@ -159,5 +168,4 @@ def refuse_impossible(flag: str, path: str) -> None:
 
 def data_dir(args: argparse.Namespace) -> Path:
     """The folder that file_path entries are relative to."""
-    meta = Path(args.train_data_meta)
-    return Path(args.train_data_dir) if args.train_data_dir else (meta if meta.is_dir() else meta.parent)
+    return sources_of(args).data_dir

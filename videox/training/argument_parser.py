@@ -46,6 +46,20 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return getattr(action.type, "metavar", "PATH" if is_place else "VALUE")
 
 
+class OneOrMore(argparse.Action):
+    """Stores a single value as itself and several as a list, so that args.json is that of older runs for one value."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - argparse's own signature
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ANN401 - argparse's own signature
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Store the values of one occurrence of the flag."""
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError for every mistake and names the nearest flag for an unknown one.
 

@@ -17,7 +17,7 @@ from videox.distributed.backends import BACKENDS
 from videox.estimate.gpus import GPUS
 from videox.lora.kinds import LORA_TYPES, lora_type
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name
-from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, Parser, number
+from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, OneOrMore, Parser, number
 from videox.training.run_files import ListRecipes
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
@@ -86,7 +86,13 @@ def add_model_and_data(parser: Parser) -> None:
     add("--pretrained_model_name_or_path", help="folder of the model, or its id on the Hugging Face Hub")
     add("--transformer_path", help="folder or file of other transformer weights, in any layout")
     add("--vae_path", help="folder or file of another VAE, in any layout")
-    add("--train_data_meta", help="metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt")
+    metadata = "metadata: .json, .jsonl, .csv, .parquet, or a folder of clip + .txt; several are trained together"
+    add("--train_data_meta", nargs="+", action=OneOrMore, help=metadata)
+    config = (
+        "instead of train_data_meta: a yaml of sources, or the dataset configuration of musubi-tuner, diffusion-pipe, "
+        "SimpleTuner, ai-toolkit or sd-scripts"
+    )
+    add("--dataset_config", metavar="FILE", help=config)
     add("--train_data_dir", help="folder that each file_path is relative to; by default the metadata's folder")
     add("--allow_outside_data_dir", action="store_true", help="accept files outside train_data_dir")
     repeat = "times that each video occurs in an epoch; images occur once (0 = once)"

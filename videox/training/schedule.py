@@ -25,8 +25,9 @@ from videox.estimate.model_profile import ModelProfile
 from videox.files import atomic_write
 from videox.shapes import Bucket
 from videox.tracking.jsonl import json_line
-from videox.training.args import data_dir, size_policy
+from videox.training.args import size_policy
 from videox.training.context import Context
+from videox.training.data_sources import sources_of
 
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
@@ -44,8 +45,8 @@ WITHOUT_NUMBERS = {
 }  # fmt: skip
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
-    "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora", "loraplus_ratio": 1.0,
-    "optimizer_args": [],
+    "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
+    "loraplus_ratio": 1.0, "optimizer_args": [],
 }  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             current,
             captionless=rows_without_caption(index.text),
             name_of=lambda row: repr(index.file_path[row].as_py()),
+            sources=tuple(source.describe() for source in sources_of(args).sources),
         ),
         seed=args.seed,
         slots=requested_slots,
@@ -176,19 +178,21 @@ def name_of_flags(asked: Mapping[str, Any]) -> str:
 
 def index_path(args: argparse.Namespace) -> Path:
     """Where the index is stored: next to the metadata, or in output_dir if that folder is read-only."""
-    meta = Path(args.train_data_meta).resolve()
-    name = f"{meta.name}.videox-index.arrow"
-    return meta.parent / name if os.access(meta.parent, os.W_OK) else Path(args.output_dir) / name
+    path = sources_of(args).index_path()
+    return path if os.access(path.parent, os.W_OK) else Path(args.output_dir) / path.name
 
 
 def data_location(args: argparse.Namespace) -> DataLocation:
     """Return where the data set and its index are stored."""
+    found = sources_of(args)
+    first = found.sources[0]
     return DataLocation(
-        Path(args.train_data_meta),
-        data_dir(args),
+        first.metadata_path,
+        found.data_dir,
         index_path(args),
         args.allow_outside_data_dir,
-        allow_absolute=not args.train_data_dir,
+        allow_absolute=found.is_plain and first.allow_absolute,
+        sources=() if found.is_plain else found.sources,
     )
 
 

@@ -27,6 +27,7 @@ from videox.run.folder import require_disk_space, rewind
 from videox.tracking.trackers import check_tracker
 from videox.training.args import optimizer_of, size_policy
 from videox.training.context import Context
+from videox.training.data_sources import sources_of
 from videox.training.flags import LR_WARMUP_STEPS
 from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
@@ -131,7 +132,7 @@ def conversion_notes(ctx: Context) -> list[str]:
 
 def notes(args: argparse.Namespace) -> list[str]:
     """Lines on flags and variables whose effect differs from what a user may expect."""
-    lines, policy = [], size_policy(args)
+    lines, policy = [*sources_of(args).lines], size_policy(args)
     ranged = policy.token_length or policy.random_hw_adapt
     if ranged and policy.image_sample_size < policy.video_sample_size:
         sizes = (

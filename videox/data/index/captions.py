@@ -1,6 +1,6 @@
 """Captions of a row: how several are stored in one string, which one a sample draws, and the rules that change it.
 
-A row has one caption or a list of them, and optionally a prefix and a trigger word of the list that it comes from. The
+A row has one caption or a list of them, and optionally prefix, suffix and trigger word of the list it comes from. The
 rules of the run (`CaptionRules`) come from flags. The caption of a sample is a pure function of both and of the
 sample's key, so that it is known before training and is the same for any number of workers and ranks.
 """
@@ -31,11 +31,13 @@ class RowCaptions(NamedTuple):
         captions: at least one; ("",) where the row has none.
         prefix: put before each of them, without a space in between; it is not shuffled with the tags.
         trigger_word: used instead of the run's, if it is not "".
+        suffix: put after each of them, without a space in between; it is not shuffled with the tags.
     """
 
     captions: tuple[str, ...] = ("",)
     prefix: str = ""
     trigger_word: str = ""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CaptionRules:
 
 def pack_captions(row: RowCaptions) -> str:
     """Return the string that metadata and index store for a row; a single plain caption is stored as it is."""
-    plain = len(row.captions) == 1 and not row.prefix and not row.trigger_word
+    plain = len(row.captions) == 1 and row == RowCaptions(row.captions)
     if plain and not row.captions[0].startswith(_MARK):
         return row.captions[0]
     return _MARK + json.dumps({name: value for name, value in row._asdict().items() if value}, ensure_ascii=False)
@@ -66,19 +68,21 @@ def unpack_captions(text: str) -> RowCaptions:
     if not text.startswith(_MARK):
         return RowCaptions((text,))
     stored = json.loads(text[1:])
-    return RowCaptions(tuple(stored["captions"]), stored.get("prefix", ""), stored.get("trigger_word", ""))
+    return RowCaptions(**{**stored, "captions": tuple(stored["captions"])})
 
 
-def with_source_rules(text: str, *, prefix: str = "", trigger_word: str = "") -> str:
-    """Return a row's stored captions with the prefix and the trigger word of the list or folder that it comes from.
+def with_source_rules(text: str, *, prefix: str = "", trigger_word: str = "", suffix: str = "") -> str:
+    """Return a row's stored captions with prefix, trigger word and suffix of the list or folder that it comes from.
 
     Args:
         text: as `pack_captions` returns it.
         prefix: of the source, with the space that separates it; it is put before a prefix that the row already has.
         trigger_word: of the source; "" keeps the row's.
+        suffix: of the source, with the space that separates it; it is put after a suffix that the row already has.
     """
     row = unpack_captions(text)
-    return pack_captions(row._replace(prefix=prefix + row.prefix, trigger_word=trigger_word or row.trigger_word))
+    trigger_word = trigger_word or row.trigger_word
+    return pack_captions(RowCaptions(row.captions, prefix + row.prefix, trigger_word, row.suffix + suffix))
 
 
 def caption_counts(texts: pa.LargeStringArray) -> np.ndarray:
@@ -111,7 +115,7 @@ def draw_caption(row: RowCaptions, rules: CaptionRules, key: int) -> str:
     trigger = row.trigger_word or rules.trigger_word
     if rules.shuffle_tags:
         caption = _shuffle_tags(caption, trigger, key)
-    return _insert_trigger(join_prefix(rules.prefix, row.prefix + caption), trigger)
+    return _insert_trigger(join_prefix(rules.prefix, row.prefix + caption + row.suffix), trigger)
 
 
 def join_prefix(prefix: str, caption: str) -> str:

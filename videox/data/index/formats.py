@@ -1,4 +1,4 @@
-"""Readers of metadata files: json, jsonl, csv, parquet or a folder of media and captions, each read into raw columns.
+"""Readers of metadata files: json, jsonl, csv or parquet, each read into raw columns.
 
 Every error of a file names its position (line and column, or row and key).
 """
@@ -10,7 +10,6 @@ import codecs
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from videox.data.index.columns import Columns, column_notes, field_of, find_columns, merge_columns
-from videox.data.index.media_files import count_suffixes, find_media
-from videox.errors import DATA, FLAGS, UserError
+from videox.errors import DATA, UserError
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
-_INDEX_SUFFIXES = (".arrow", ".partial")  # of saved indexes, which change while the folder does not
 _REPEATED = 0  # a key that no JSON object can have: marks an object that contains a column of a field twice
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity', re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
@@ -42,25 +38,6 @@ Table = tuple[Columns, list[str]]  # columns by field, and notes for the start r
 
 class _NotANumber(Exception):
     """Infinity in a JSON text; Python's JSON reader accepts it and reports no position for it."""
-
-
-def list_folder(folder: Path) -> list[tuple[str, str]]:
-    """List the files below a folder, sorted, as (path relative to it without suffix, suffix).
-
-    Hidden files and folders, and saved indexes, are skipped; links to folders are not followed.
-
-    Raises:
-        UserError: exit code 2 for a folder that cannot be listed.
-    """
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_raise_folder_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = Path(parent).relative_to(folder)
-        for name in names:
-            suffix = Path(name).suffix
-            if not name.startswith(".") and suffix not in _INDEX_SUFFIXES:
-                found.append((str(prefix / name.removesuffix(suffix)), suffix))
-    return sorted(found)
 
 
 def _read_json(path: Path) -> Table:
@@ -229,83 +206,17 @@ def _is_list_of_text(kind: pa.DataType) -> bool:
     return _is_text(item.value_type if pa.types.is_dictionary(item) else item)
 
 
-def read_folder(folder: Path, data_dir: Path) -> Table:
-    """Read a folder of media and captions.
-
-    Returns:
-        Columns file_path (relative to data_dir) and text, and notes for the start report.
-
-    Raises:
-        UserError: exit code 3 if two files state different captions of one media file.
-    """
-    listing = list_folder(folder)
-    others = [(stem, suffix) for stem, suffix in listing if suffix.lower() not in CAPTION_SUFFIXES]
-    media = find_media(folder, others)
-    passed_over = sorted({*others} - {*media})
-    if not media:
-        raise _no_media_error(folder, listing)
-    captions: dict[str, list[Path]] = {}
-    for stem, suffix in listing:
-        if suffix.lower() in CAPTION_SUFFIXES:
-            captions.setdefault(stem, []).append(folder / (stem + suffix))
-    prefix = Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(data_dir)))
-    columns: Columns = {
-        "file_path": [str(prefix / (stem + suffix)) for stem, suffix in media],
-        "text": [_read_only_caption(captions[stem]) if stem in captions else "" for stem, _ in media],
-    }
-    names = " or ".join(CAPTION_SUFFIXES)
-    without_caption = [stem + suffix for stem, suffix in media if stem not in captions]
-    without_media = sorted(captions.keys() - {stem for stem, _ in media})
-    notes = []
-    if passed_over:
-        named, first = count_suffixes(passed_over), "".join(passed_over[0])
-        notes.append(
-            f"{len(passed_over)} files are neither image, video nor caption, by their content ({named}; first: {first!r})"
-        )
-    if without_caption:
-        count, first = len(without_caption), without_caption[0]
-        notes.append(f"{count} media files have no {names} file, their caption is empty (first: {first!r})")
-    if without_media:
-        count = len(without_media)
-        notes.append(f"{count} {names} files have no media file, they are ignored (first: {without_media[0]!r})")
-    return columns, notes
-
-
-def _read_only_caption(paths: Sequence[Path]) -> str | bytes:
-    """Return the caption of a media file; its files, if there are several, must agree."""
-    (first, caption), *others = ((path, _read_caption(path)) for path in paths)
-    for path, other in others:
-        if other != caption:
-            what = f"{first.name} and {path.name} state different captions of one media file"
-            raise UserError(str(path.parent), what, "remove one of the two files", DATA)
-    return caption
-
-
-def _no_media_error(folder: Path, listing: Sequence[tuple[str, str]]) -> UserError:
-    folders = len({os.path.dirname(stem) for stem, _ in listing})  # noqa: PTH120 - strings of a listing
-    what = f"0 samples: no image or video among the {len(listing)} files in {folders} folders at and below {folder.absolute()}"
-    what = f"{what} ({count_suffixes(listing)})" if listing else f"0 samples: {folder.absolute()} has no files"
-    linked = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
-    if linked:
-        what += f"; {len(linked)} links to folders are not followed (first: {linked[0]!r})"
-    return UserError(str(folder), what, "pass the folder that contains the clips, or a metadata file", DATA)
-
-
-def _read_caption(path: Path) -> str | bytes:
-    """Read a caption; bytes that are not text are returned unchanged and become the row's problem "bad_text"."""
-    content = _read_bytes(path)
-    try:
-        return content.decode(_encoding_of(content)).strip()
-    except UnicodeDecodeError:
-        return content
-
-
-def _encoding_of(content: bytes) -> str:
+def encoding_of(content: bytes) -> str:
     """Return the encoding that the byte order mark at the beginning states; UTF-8 without one."""
     return next((encoding for mark, encoding in _MARKS.items() if content.startswith(mark)), "utf-8")
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        UserError: exit code 2 for a file that cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -315,8 +226,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_text(path: Path) -> str:
-    content = _read_bytes(path)
-    encoding = _encoding_of(content)
+    content = read_bytes(path)
+    encoding = encoding_of(content)
     hint = "save the file as UTF-8"
     if encoding.startswith("utf-8") and b"\0" in content[:4]:
         at = content.index(b"\0")
@@ -332,10 +243,6 @@ def _read_text(path: Path) -> str:
 def raise_row_error(path: Path, row: int, key: str, what: str, hint: str) -> NoReturn:
     """Raise the UserError (exit code 3) of one row (0-based) and one of its keys."""
     raise UserError(f"{path} row {row}, key {key}", what, hint, DATA)
-
-
-def _raise_folder_error(error: OSError) -> NoReturn:
-    raise UserError(str(error.filename), f"cannot be listed ({error.strerror})", "check its permissions", FLAGS)
 
 
 def no_samples_error(path: Path) -> UserError:

@@ -6,10 +6,7 @@ Light imports only: no torch and no decoder.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,8 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from videox.data.index.captions import RowCaptions, unpack_captions
-from videox.data.index.formats import list_folder
-from videox.data.index.media_files import is_opened
 from videox.data.index.metadata import READER, check_paths, read_metadata
 from videox.data.index.probe import PROBE_SECONDS
 from videox.data.index.scan import (
@@ -31,9 +26,10 @@ from videox.data.index.scan import (
     probe_files,
     rows_of_metadata,
     rows_of_saved,
-    size_and_mtime,
     with_declared_stills,
 )
+from videox.data.index.sources import Source, check_sources, measured_before, read_sources, require_files_of_each
+from videox.data.index.stamps import is_unchanged, stamp_of
 from videox.data.index.table import (
     FINGERPRINTED,
     IMAGE,
@@ -54,8 +50,6 @@ from videox.data.index.table import (
 from videox.data.media.container import PROBE_VERSIONS
 from videox.errors import STORAGE, UserError
 
-_SETTLED_NS = 2_000_000_000  # a file younger than this may change again without a new modification time
-
 
 @dataclass(frozen=True)
 class DataLocation:
@@ -67,6 +61,8 @@ class DataLocation:
         index_path: the saved index (an Arrow file, replaced atomically); its folder must be writable.
         allow_outside_data_dir: allow a file_path that leaves data_dir.
         allow_absolute: allow absolute paths outside of data_dir; for metadata without a data folder of its own.
+        sources: the lists and folders that the rows come from; () = metadata_path alone. data_dir is then their
+            `common_folder`, metadata_path the first of them, and each states itself whether its paths may be absolute.
     """
 
     metadata_path: Path
@@ -74,6 +70,7 @@ class DataLocation:
     index_path: Path
     allow_outside_data_dir: bool = False
     allow_absolute: bool = False
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,18 +244,22 @@ def build_index(
     Raises:
         UserError: as `read_metadata`; exit code 3 if none of the files exists, 5 if the index cannot be written.
     """
-    metadata_path, data_dir, index_path = location.metadata_path, location.data_dir, location.index_path
-    allowed = _allowed(location)
+    data_dir, index_path, sources = location.data_dir, location.index_path, location.sources
     saved = load_table(index_path)
     rows, header, rows_are_saved = _read_rows(location, saved)
     partial = index_path.with_name(f"{index_path.name}.partial")
     files = Files(rows, data_dir, saved if rows_are_saved else None)
-    files.load_known([table for table in (saved, load_table(partial)) if table is not None], trust_metadata)
-    files.require_any_file(metadata_path)
+    known = [table for table in (saved, load_table(partial)) if table is not None]
+    if sources and not rows_are_saved:
+        known = measured_before(saved, sources, data_dir) + known[saved is not None :]
+    files.load_known(known, trust_metadata)
+    files.require_any_file(location.metadata_path)
+    if sources:
+        require_files_of_each(files, header["rows_of_sources"], sources)
     # read_metadata has checked the paths of new rows. A saved row is checked again if its file changed, since a link
     # may have replaced it, or if it was found under another name.
     if (rows_are_saved and len(files.to_probe())) or files.renamed:
-        check_paths(files.paths_to_probe_by_row(), data_dir, metadata_path, **allowed)
+        _check_paths_again(files, location, header)
     if notify is not None and (line := files.line_before_probing()):
         notify(line)
     probe_files(files, partial, workers=workers, progress=progress, timeout=timeout, announce=announce)
@@ -285,18 +286,48 @@ def _allowed(location: DataLocation) -> dict[str, bool]:
 
 def _read_rows(location: DataLocation, saved: pa.Table | None) -> tuple[pa.Table, dict[str, Any], bool]:
     """Return the rows and the header of an index, and whether both are the saved one's, of unchanged metadata."""
-    metadata_path, allowed = location.metadata_path, _allowed(location)
-    options = {"data_dir": os.path.realpath(location.data_dir), "reader": READER, **allowed}
+    allowed, sources = _allowed(location), location.sources
+    options: dict[str, Any] = {"data_dir": os.path.realpath(location.data_dir), "reader": READER, **allowed}
+    if sources:
+        options["sources"] = [source.key() for source in sources]
     header = {} if saved is None else header_of(saved)
     is_current = header.get("version") == VERSION and header.get("options") == options
-    if saved is not None and is_current and _is_unchanged(header["stamp"], metadata_path):
+    if saved is not None and is_current and _is_unchanged(header["stamp"], location):
         return rows_of_saved(saved), header, True
     # The stamp is computed before reading: the next start then notices a change that happens while we read.
-    header = {"version": VERSION, "options": options, "stamp": _stamp(metadata_path, with_bytes=True)}
-    metadata = read_metadata(metadata_path, location.data_dir, **allowed)
+    header = {"version": VERSION, "options": options, "stamp": _stamp(location)}
+    if sources:
+        outside = location.allow_outside_data_dir
+        metadata, counts = read_sources(sources, location.data_dir, allow_outside_data_dir=outside)
+        header["rows_of_sources"] = counts
+    else:
+        metadata = read_metadata(location.metadata_path, location.data_dir, **allowed)
     header["from_metadata"] = metadata.notes
     # As Python objects, a million rows need much more memory than as columns: they end with this function.
     return rows_of_metadata(metadata), header, False
+
+
+def _check_paths_again(files: Files, location: DataLocation, header: dict[str, Any]) -> None:
+    paths, root = files.paths_to_probe_by_row(), location.data_dir
+    if location.sources:
+        counts, outside = header["rows_of_sources"], location.allow_outside_data_dir
+        check_sources(paths, counts, location.sources, root, allow_outside_data_dir=outside)
+    else:
+        check_paths(paths, root, location.metadata_path, **_allowed(location))
+
+
+def _stamp(location: DataLocation) -> dict[str, Any]:
+    """Return what shows whether the metadata has changed since, for all sources."""
+    if not location.sources:
+        return stamp_of(location.metadata_path)
+    return {"sources": [stamp_of(source.metadata_path, source.rules) for source in location.sources]}
+
+
+def _is_unchanged(saved: dict[str, Any], location: DataLocation) -> bool:
+    if not location.sources:
+        return is_unchanged(saved, location.metadata_path)
+    stamps = zip(saved["sources"], location.sources, strict=True)
+    return all(is_unchanged(stamp, source.metadata_path, source.rules) for stamp, source in stamps)
 
 
 def load_index(index_path: Path, data_dir: Path) -> Index:
@@ -360,44 +391,3 @@ def _reopen(path: Path, data_dir: Path, fingerprint: str) -> Index:
         hint = "start again, and do not change a metadata file that a run uses"
         raise UserError(str(path), what, hint, STORAGE)
     return index
-
-
-def _stamp(path: Path, *, with_bytes: bool) -> dict[str, Any]:
-    """Return what shows whether the metadata has changed since; {} if there is none.
-
-    Args:
-        path: the metadata file or folder.
-        with_bytes: include the hash of the file's content, and whether its time alone is reliable.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return {}  # read_metadata reports it to the user
-    if stat.S_ISDIR(status.st_mode):
-        names = list_folder(path)
-        # Captions, and files that were opened to find out what they are. The other files are compared when probed.
-        read = (size_and_mtime(f"{path}/{stem}{suffix}") for stem, suffix in names if is_opened(suffix))
-        return {"listing": hashlib.sha256(repr((names, list(read))).encode(errors="surrogateescape")).hexdigest()}
-    stamp: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if with_bytes and stat.S_ISREG(status.st_mode):
-        stamp["settled"] = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
-        stamp["sha256"] = _sha256(path)
-    return stamp
-
-
-def _is_unchanged(saved: dict[str, Any], path: Path) -> bool:
-    """Return whether the metadata is unchanged: by size and time, or by its bytes where the time is not reliable."""
-    now = _stamp(path, with_bytes=False)
-    if "listing" in now or "size" not in now:
-        return bool(now) and now == saved
-    if now["size"] != saved.get("size"):
-        return False
-    return (saved["settled"] and now["mtime_ns"] == saved["mtime_ns"]) or _sha256(path) == saved["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""  # read_metadata reports it to the user

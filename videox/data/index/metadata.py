@@ -16,7 +16,8 @@ from typing import Any
 
 from videox.data.index.captions import RowCaptions, clean_captions, pack_captions
 from videox.data.index.columns import FIELDS, Columns, is_given
-from videox.data.index.formats import READERS, Table, no_samples_error, raise_row_error, read_folder
+from videox.data.index.folders import ALL_FILES, FolderRules, read_folder
+from videox.data.index.formats import READERS, Table, no_samples_error, raise_row_error
 from videox.errors import UserError
 
 READER = 2  # increase it whenever the same metadata gives other rows than before: saved rows are then read again
@@ -72,7 +73,12 @@ class Metadata:
 
 
 def read_metadata(
-    path: Path, data_dir: Path, *, allow_outside_data_dir: bool = False, allow_absolute: bool = False
+    path: Path,
+    data_dir: Path,
+    *,
+    allow_outside_data_dir: bool = False,
+    allow_absolute: bool = False,
+    rules: FolderRules = ALL_FILES,
 ) -> Metadata:
     """Read metadata into columns and check that every path is inside the data folder.
 
@@ -81,6 +87,7 @@ def read_metadata(
         data_dir: the folder that file_path is relative to.
         allow_outside_data_dir: allow paths that leave data_dir (absolute, "..", symbolic links).
         allow_absolute: allow absolute paths outside of data_dir, for a list that no data folder is given for.
+        rules: which files of a folder are read.
 
     Raises:
         UserError: exit code 2 for a file that is missing, unreadable or of an unknown type; 3 for its content.
@@ -89,7 +96,7 @@ def read_metadata(
         raise UserError(str(data_dir), "is not a folder", "pass the folder of the media files as --train_data_dir")
     mode, suffix = _stat_mode(path), path.suffix.lower()
     if stat.S_ISDIR(mode) and suffix not in READERS:
-        columns, notes = read_folder(path, data_dir)
+        columns, notes = read_folder(path, data_dir, rules)
     else:
         columns, notes = _select_reader(path, mode, suffix)(path)
     if (note := _use_slashes(columns["file_path"], data_dir, path)) is not None:

@@ -1,0 +1,1 @@
+"""Dataset configurations of other tools and our own, read into sources; imports no torch."""
