@@ -58,7 +58,7 @@ def explain_row(
 
 def _caption_lines(index: Index, row: int) -> list[str]:
     """Return lines on the captions of a row as the metadata states them."""
-    captions, prefix, trigger_word = index.captions(row)
+    captions, prefix, trigger_word, suffix = index.captions(row)
     of = f" of {len(captions)}"
     lines = [
         f"caption{f' {number}{of}' if len(captions) > 1 else ''}: {caption!r}"
@@ -67,6 +67,7 @@ def _caption_lines(index: Index, row: int) -> list[str]:
     return [
         *lines,
         *([f"prefix of its list: {prefix!r}"] if prefix else []),
+        *([f"suffix of its list: {suffix!r}"] if suffix else []),
         *([f"trigger word of its list: {trigger_word!r}"] if trigger_word else []),
     ]
 

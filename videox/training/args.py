@@ -60,11 +60,7 @@ def check_args(args: argparse.Namespace) -> None:
         if not args.use_ema and getattr(args, flag) != default:
             raise UserError(f"--{flag}", "there is no EMA without --use_ema", "add --use_ema, or remove the flag")
     _check_lora(args)
-    check_installed(optimizer_of(args))
-    if args.optimizer_args and not takes_settings(optimizer_of(args)):
-        what = f"{optimizer_of(args)} has flags of its own, such as --adam_beta1 and --adam_weight_decay"
-        raise UserError("--optimizer_args", what, "use them, or an optimizer class such as torch.optim.RAdam")
-    parse_settings(args.optimizer_args)
+    _check_optimizer(args)
     for marker, variable in (("use_deepspeed", "ACCELERATE_USE_DEEPSPEED"), ("use_fsdp", "ACCELERATE_USE_FSDP")):
         if getattr(args, marker) and os.environ.get(variable, "false").lower() not in ("true", "1"):
             raise UserError(
@@ -72,15 +68,28 @@ def check_args(args: argparse.Namespace) -> None:
                 "the launcher does not run it",
                 f"add --{marker} to accelerate launch, or remove it here",
             )
+    _check_paths(args)
+    wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
+    if len(args.validation_paths) != wanted:
+        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
+        raise UserError("--validation_paths", what, "pass one image per --validation_prompts entry in i2v and inpaint")
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    check_installed(optimizer_of(args))
+    if args.optimizer_args and not takes_settings(optimizer_of(args)):
+        what = f"{optimizer_of(args)} has flags of its own, such as --adam_beta1 and --adam_weight_decay"
+        raise UserError("--optimizer_args", what, "use them, or an optimizer class such as torch.optim.RAdam")
+    parse_settings(args.optimizer_args)
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse paths that cannot be looked up, and an output folder in the model or around the data."""
     for flag in PATHS:
         value = getattr(args, flag)
         for path in value if isinstance(value, list) else [value]:
             if path:
                 refuse_impossible(f"--{flag}", path)
-    wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
-    if len(args.validation_paths) != wanted:
-        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
-        raise UserError("--validation_paths", what, "pass one image per --validation_prompts entry in i2v and inpaint")
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
     if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
         return  # what is only described is not in any folder

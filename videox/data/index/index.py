@@ -301,7 +301,10 @@ def _read_rows(location: DataLocation, saved: pa.Table | None) -> tuple[pa.Table
         metadata, counts = read_sources(sources, location.data_dir, allow_outside_data_dir=outside)
         header["rows_of_sources"] = counts
     else:
-        metadata = read_metadata(location.metadata_path, location.data_dir, **allowed)
+        metadata = read_metadata(
+            location.metadata_path, location.data_dir, allow_outside_data_dir=location.allow_outside_data_dir,
+            allow_absolute=location.allow_absolute,
+        )  # fmt: skip
     header["from_metadata"] = metadata.notes
     # As Python objects, a million rows need much more memory than as columns: they end with this function.
     return rows_of_metadata(metadata), header, False
