@@ -132,7 +132,8 @@ def conversion_notes(ctx: Context) -> list[str]:
 
 def notes(args: argparse.Namespace) -> list[str]:
     """Lines on flags and variables whose effect differs from what a user may expect."""
-    lines, policy = [*sources_of(args).lines], size_policy(args)
+    lines = [] if args.dry_run and args.dry_run_data else [*sources_of(args).lines]
+    policy = size_policy(args)
     ranged = policy.token_length or policy.random_hw_adapt
     if ranged and policy.image_sample_size < policy.video_sample_size:
         sizes = (
