@@ -108,7 +108,7 @@ def test_every_documented_key_is_handled_as_stated(tmp_path: Path, tool: str) ->
 
 
 def test_every_printed_flag_exists(tmp_path: Path) -> None:
-    flags = set(make_parser(None, modes=("normal",))._option_string_actions)
+    flags = set(make_parser(None, modes=("normal",), recipes=tmp_path)._option_string_actions)
     for tool in FACTS:
         shown = {key: VALUES.get(key, 1) for key, facts in FACTS[tool]["keys"].items() if facts[0] == "shown"}
         for changes in ({}, {"frame_extraction": "full"}, {"frame_extraction": "slide"}, {"enable_bucket": False}):
