@@ -22,8 +22,11 @@ HEVC = {"preset": "ultrafast", "x265-params": "log-level=none:bframes=3:b-adapt=
 HEVC_CLOSED = {**HEVC, "x265-params": HEVC["x265-params"] + ":open-gop=0"}
 
 
-def write_clip(path: Path, codec: str = "libx264", options: dict[str, str] | None = None, frames: int = 40) -> Path:
-    """Write frames that brighten from one to the next, with a bar that moves and a strip of noise."""
+def write_clip(
+    path: Path, codec: str = "libx264", options: dict[str, str] | None = None, frames: int = 40, start: int = 0
+) -> Path:
+    """Write frames that brighten from one to the next, with a bar that moves and a strip of noise; the first has the
+    time `start`, in frames."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -36,7 +39,7 @@ def write_clip(path: Path, codec: str = "libx264", options: dict[str, str] | Non
             pixels[:, number % 60 : number % 60 + 4] = 250
             pixels[:8] = np.random.default_rng(number).integers(0, 255, (8, WIDTH, 1))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, 25)
+            frame.pts, frame.time_base = start + number, Fraction(1, 25)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path

@@ -90,6 +90,7 @@ class Listing:
         countable: the number of frames is that of the packets that are shown; else only decoding tells it.
         has_fields: the two fields of a frame are two packets.
         made_up_times: the presentation times were invented by FFmpeg and do not order the frames.
+        begins_late: packets at the beginning cannot be decoded, since what they refer to is not in the file.
     """
 
     packets: Packets
@@ -98,6 +99,7 @@ class Listing:
     countable: bool
     has_fields: bool = False
     made_up_times: bool = False
+    begins_late: bool = False
 
     @property
     def in_order(self) -> bool:
@@ -202,11 +204,18 @@ def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | No
 
 
 def has_unordered_times(path: Path, container: Container) -> bool:
-    """Whether a video has B-pictures and its presentation times are its decoding times, by its first packets."""
+    """Whether a video has B-frames and its presentation times are its decoding times, by its first packets."""
     with open_video(path, container) as (file, stream):
         packets, _ = _read_packets(islice(data_packets(file, stream), 2 * REORDER), stream)
+        may_reorder = stream.codec_context.has_b_frames
     times = packets.pts[packets.pts != MISSING]
-    return packets.reordered is True and bool((np.diff(times) > 0).all())
+    if (np.diff(times) <= 0).any():
+        return False
+    if packets.reordered is not None or not may_reorder:
+        return packets.reordered is True
+    # The headers do not say it (HEVC, VC-1): the decoder does.
+    order = [number for number, _ in islice(decode_from_start(path, container), 2 * REORDER)]
+    return order != sorted(order)
 
 
 def _from_index(entries: np.ndarray, contents: list[Content], codec: str, container: Container) -> Listing:
@@ -345,7 +354,8 @@ def _without_undelivered(path: Path, container: Container, listing: Listing) -> 
     shown[np.setdiff1d(np.arange(end), delivered)] = False
     # FFmpeg's MPEG-4 decoder delivers a grey frame for the missing one that the first frames refer to.
     countable = len(set(delivered)) == len(delivered)
-    return replace(listing, packets=replace(packets, shown=shown), countable=countable)
+    begins_late = not countable or not np.array_equal(shown, packets.shown)
+    return replace(listing, packets=replace(packets, shown=shown), countable=countable, begins_late=begins_late)
 
 
 def _begins_well(listing: Listing) -> bool:

@@ -75,7 +75,7 @@ def _probe_video(path: Path, container: Container) -> MediaInfo:
 def _decoding_of(path: Path, container: Container, listing: Listing) -> int:
     """Return the sum of the keys of DECODINGS that the order and the beginning of the packets have."""
     decoding = FIELD_CODED if listing.has_fields else 0
-    if not listing.packets.shown[0]:
+    if listing.begins_late:
         decoding |= BETWEEN_KEYFRAMES
     if not listing.always_in_order and not listing.made_up_times and has_unordered_times(path, container):
         decoding |= REORDERED
