@@ -63,7 +63,7 @@ COVERED_ELSEWHERE = {
     "cache_only": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
     "cache_variants": "test_plan.test_clips_and_sizes_repeat_after_cache_variants_epochs",
     "latent_cache": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
-    "export_at": "test_files.test_a_run_starts_from_kohya_and_writes_kohya_at_its_end",
+    "export_at": "test_lora_files.test_a_run_starts_from_kohya_and_writes_kohya_at_its_end",
     "export_layouts": "test_export.test_a_run_writes_the_requested_layouts",
     "ema_decay": "test_ema.test_one_process_averages_its_fp32_params",
     "ema_device": "test_ema.test_ema_device_is_the_requested_one",
