@@ -61,6 +61,12 @@ def sound(container: str, codec: str) -> bytes:
     return buffer.getvalue()
 
 
+def saved(format_name: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
 # name -> (content, class of BadMedia, words of the message)
 NO_MEDIA: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "lfs": (LFS.encode, "unrecognised", "a Git LFS pointer in place of the file: run git lfs pull"),
@@ -75,6 +81,17 @@ NO_MEDIA: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "text": (lambda: b"a caption", "unrecognised", "a text, not an image or video; it begins with 'a caption'"),
     "text, cut in a letter": (lambda: b"a" + "\u00fc".encode() * HEAD_BYTES, "unrecognised", "a text"),
     "utf-16": (lambda: "a caption".encode("utf-16"), "unrecognised", "begins with 'a caption'"),
+    "text that begins like Netpbm": (lambda: b"P1 is the first", "unrecognised", "begins with 'P1 is the first'"),
+    "netpbm": (lambda: saved("PPM"), "unrecognised", "a Netpbm image"),
+    "netpbm in text": (lambda: b"P2\n# made by hand\n2 1\n255\n0 9\n", "unrecognised", "a Netpbm image"),
+    "dds": (lambda: saved("DDS"), "unrecognised", "a DDS texture"),
+    "sgi": (lambda: saved("SGI"), "unrecognised", "an SGI image"),
+    "pcx": (lambda: saved("PCX"), "unrecognised", "a PCX image"),
+    "eps": (lambda: saved("EPS"), "unrecognised", "an EPS drawing"),
+    "icns": (lambda: saved("ICNS"), "unrecognised", "an icon"),
+    "icon": (lambda: saved("ICO"), "unrecognised", "an icon"),
+    "icon of one size": (lambda: saved("ICO", sizes=[(16, 16)]), "unrecognised", "an icon"),
+    "xbm": (lambda: b"#define a_width 16\n#define a_height 7\n", "unrecognised", "an X11 pixmap"),
     "json": (lambda: b'{"error": "quota"}', "unrecognised", """begins with '{"error": "quota"}'"""),
     "subrip": (lambda: b"1\r\n00:00:01,000 --> 00:00:02,000\r\nHello\r\n", "unrecognised", "subtitles (SubRip)"),
     "webvtt": (lambda: b"WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n", "unrecognised", "subtitles (WebVTT)"),

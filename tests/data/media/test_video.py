@@ -283,6 +283,14 @@ def test_audio_file_has_no_video_stream(tmp_path):
     assert bad_class(probe, path) == "no_video_stream"
 
 
+@pytest.mark.parametrize("code", [b"encv", b"xyz1"])
+def test_video_of_an_unknown_codec_is_refused(tmp_path, code):
+    path = write_clip(tmp_path / "a.mp4", frames=3)
+    path.write_bytes(path.read_bytes().replace(b"avc1", code))
+    with pytest.raises(BadMedia, match="undecodable: FFmpeg does not know its video codec"):
+        probe(path)
+
+
 def test_video_of_one_frame(tmp_path):
     path = write_clip(tmp_path / "one.mp4", frames=1)
     assert probe(path).frames == 1

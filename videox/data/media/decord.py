@@ -11,7 +11,7 @@ from videox.data.media.container import Container
 from videox.data.media.display_matrix import AS_STORED, display_transform
 from videox.data.media.frames import Keep, display_order
 from videox.data.media.packets import decode_from_start, listing_of
-from videox.data.media.source import open_video
+from videox.data.media.source import is_cover, open_video
 from videox.errors import UserError
 
 _FORMATS = ("mov", "matroska", "flv")
@@ -57,11 +57,12 @@ def read(path: Path, container: Container, indices: Sequence[int], keep: Keep) -
 def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> None:
     """Raise DecordCannotRead where decord 0.6 was observed to return other frames than PyAV, or to read too much.
 
-    decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport and
-    program streams and in AVI, and replaces frames by others if the first one is not marked as a keyframe. It does
-    not support AV1, converts the chroma of interlaced frames and 10-bit values differently, ignores that a video is
-    mirrored, and raises for some sizes of rotated videos. It orders frames by their times, and reads the whole file,
-    about three times, before it returns the first frame.
+    decord miscounts frames when it seeks in open GOPs (H.264 keyframes that are not IDR pictures), in transport
+    and program streams and in AVI, and replaces frames by others if the first one is not marked as a keyframe. It
+    does not support AV1, converts the chroma of interlaced frames and 10-bit values differently, ignores that a
+    video is mirrored, reads the largest video stream instead of the first, and raises for some sizes of rotated
+    videos. It orders frames by their times, and reads the whole file, about three times, before it returns the
+    first frame.
     """
     listing = listing_of(path, container)
     if container.format not in _FORMATS or listing.codec not in _CODECS:
@@ -84,6 +85,9 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
         raise DecordCannotRead("its pixels are converted differently by decord")
     if display_transform(first) != AS_STORED:
         raise DecordCannotRead("it is turned or mirrored")
+    with open_video(path, container) as (file, stream):
+        if any(other.index != stream.index and not is_cover(other) for other in file.streams.video):
+            raise DecordCannotRead("it has several video streams")
 
 
 def _import_decord() -> Any:  # noqa: ANN401 - decord has no types

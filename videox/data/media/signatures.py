@@ -67,7 +67,6 @@ _OTHER_PREFIXES = (
     (b"\0\0\0\x0cjP  ", "a JPEG 2000 image: convert it to PNG or JPEG"),
     (b"\xff\x4f\xff\x51", "a JPEG 2000 image: convert it to PNG or JPEG"),
     (b"\x76\x2f\x31\x01", "an OpenEXR image: convert it to PNG or JPEG"),
-    (b"\0\0\1\0\1\0", "an icon"),
     (b"\x93NUMPY", "a numpy array"),
     (b"\x89HDF\r\n", "an HDF5 file"),
     (b"SQLite format 3\0", "an SQLite database"),
@@ -78,6 +77,27 @@ _OTHER_PREFIXES = (
     (b"FWS", "a Flash animation: convert it to mp4"),
     (b"CWS", "a Flash animation: convert it to mp4"),
     (b"d8:announce", "a torrent: download what it names"),
+    (b"DDS ", "a DDS texture: convert it to PNG"),
+    (b"icns", "an icon"),
+    (b"qoif", "a QOI image: convert it to PNG"),
+    (b"\1\xda", "an SGI image: convert it to PNG"),
+    (b"\xc5\xd0\xd3\xc6", "an EPS drawing: convert it to PNG"),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile: convert it to PNG"),
+    (b"SIMPLE  =", "a FITS image: convert it to PNG"),
+    (b"BLP1", "a BLP texture: convert it to PNG"),
+    (b"BLP2", "a BLP texture: convert it to PNG"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office or FlashPix document"),
+)
+# The same for formats whose first bytes are not constant.
+_OTHER_HEADS = tuple(
+    (re.compile(pattern, re.DOTALL), what)
+    for pattern, what in (
+        (rb"P[1-6]\s+[#\d]|P7\n|P[Ff]\s+\d", "a Netpbm image: convert it to PNG"),
+        # The number of images in it, then a reserved byte of the first one.
+        (rb"\x00\x00[\x01\x02]\x00[\x01-\x40]\x00...\x00", "an icon"),
+        (rb"\x0a[\x00-\x05]\x01[\x01\x02\x04\x08]", "a PCX image: convert it to PNG"),
+        (rb"....[\x11\x12\x44]\xaf", "a FLIC animation: convert it to mp4"),
+    )
 )
 _AUDIO_PREFIXES = (
     (b"ID3", "MP3"), (b"fLaC", "FLAC"), (b"#!AMR", "AMR"), (b".snd", "AU"), (b"caff", "CAF"), (b"wvpk", "WavPack"),
@@ -99,6 +119,9 @@ _TEXTS = (
     (r"\[Script Info\]", "subtitles (ASS)"),
     (r"\{\d+\}\{\d+\}", "subtitles (MicroDVD)"),
     (r"%PDF-", "a PDF document"),
+    (r"%!PS", "an EPS drawing or PostScript: convert it to PNG"),
+    (r"/\* XPM|#define \w*_width ", "an X11 pixmap: convert it to PNG"),
+    (r"#\?RADIANCE", "a Radiance image: convert it to PNG or JPEG"),
     (r"d8:announce", "a torrent: download what it names"),
 )  # fmt: skip
 _TEXT_CONTROLS = {9, 10, 12, 13, 27}  # the control characters that texts have: tab, line and page breaks, escape
@@ -137,6 +160,9 @@ def describe(head: bytes) -> tuple[str, str]:
         A class of BadMedia (no_video_stream for sound, else unrecognised), and one line for people. The bytes
         are shown in hexadecimal only if nothing is known of them.
     """
+    for pattern, what in _OTHER_HEADS:
+        if pattern.match(head):
+            return "unrecognised", what
     if text := _text_of(head):
         return "unrecognised", _describe_text(text)
     if audio := _audio_of(head):

@@ -35,16 +35,23 @@ def open_video(path: Path, container: Container) -> Iterator[tuple[InputContaine
             metadata_errors="replace",
         ) as file,
     ):
-        videos = [video for video in file.streams.video if not video.disposition & av.stream.Disposition.attached_pic]
+        videos = [video for video in file.streams.video if not is_cover(video)]
         if not videos:
             raise BadMedia("no_video_stream", _streams_without_video(file))
         context = videos[0].codec_context
+        if context is None:
+            raise BadMedia("undecodable", "FFmpeg does not know its video codec; encrypted videos look like this too")
         check_pixels(context.width, context.height)
         context.thread_count = 1
         context.copy_opaque = True  # frames carry the number of their packet
         # Checked again by the decoder: the stream may state another size than its container.
         context.options = {"max_pixels": str(MAX_PIXELS)}
         yield file, videos[0]
+
+
+def is_cover(stream: VideoStream) -> bool:
+    """Return whether a stream is a cover picture, as music files have."""
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _streams_without_video(file: InputContainer) -> str:
