@@ -424,6 +424,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Outcome]] = {}
+    totals: dict[str, int] = {}
     for package, version, source in CORPORA:
         name = f"{package} {version}".strip()
         kept = asked.folder / "results" / f"{name}.jsonl"
@@ -434,10 +435,12 @@ def main() -> None:
                 print(name, found, flush=True)
                 continue
             examine_package(name, found, kept)
-        if kept.exists():
+        if kept.exists() and read_results(kept):
             results[name] = read_results(kept)
+            unpacked = asked.folder / name.replace(" ", "-")
+            totals[name] = sum(path.is_file() for path in unpacked.rglob("*"))
     if asked.output:
-        asked.output.write_text(page(results), encoding="utf-8")
+        asked.output.write_text(page(results, totals), encoding="utf-8")
 
 
 def examine_package(name: str, folder: Path, kept: Path) -> None:
@@ -458,7 +461,7 @@ def read_results(kept: Path) -> dict[str, Outcome]:
     return {row.pop("file"): Outcome(**row) for row in rows}
 
 
-def page(results: dict[str, dict[str, Outcome]]) -> str:
+def page(results: dict[str, dict[str, Outcome]], totals: dict[str, int]) -> str:
     """Return the markdown page."""
     return f"""# Media files that packages ship
 
@@ -469,11 +472,12 @@ of a video is that of FFmpeg, through PyAV; that of an image or an animation is 
 
 Made on {datetime.date.today().isoformat()} by `python benchmarks/media.py --output benchmarks/media.md`; {machine_line("av", "pillow", "decord")}.
 
+- *examined*: files that have a result so far; a further run examines the others;
 - *refused rightly*: the plain decoder fails too, or it is a file of a format that is not read, and the refusal says so;
 - *different*: the plain decoder reads other frames or pixels, or reads a file that is refused; each has its reason below;
 - *wrong*: an error without a class, a crash, or more than {SECONDS} seconds of processor time.
 
-{table(("package", "files", "videos equal", "of these decord read", "animations equal", "images equal", "refused rightly", "different", "wrong"), counts_of(results))}
+{table(("package", "files", "examined", "videos equal", "of these decord read", "animations equal", "images equal", "refused rightly", "different", "wrong"), counts_of(results, totals))}
 
 ## Reasons of refusals
 
@@ -495,14 +499,14 @@ def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def counts_of(results: dict[str, dict[str, Outcome]]) -> list[Sequence[object]]:
+def counts_of(results: dict[str, dict[str, Outcome]], totals: dict[str, int]) -> list[Sequence[object]]:
     rows: list[list[object]] = []
     for name, outcomes in results.items():
         equal = [outcome for outcome in outcomes.values() if outcome.verdict == "equal"]
         kinds = Counter(outcome.kind for outcome in equal)
         decord = sum(outcome.kind == "video" and not outcome.fallback for outcome in equal)
         verdicts = Counter(outcome.verdict for outcome in outcomes.values())
-        row = [len(outcomes), kinds["video"], decord, kinds["animation"], kinds["image"]]
+        row = [totals[name], len(outcomes), kinds["video"], decord, kinds["animation"], kinds["image"]]
         rows.append([name, *row, verdicts["refused"], verdicts["different"], verdicts["wrong"]])
     return [*rows, ["**all**", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]]
 
@@ -523,7 +527,7 @@ def rows_of(results: dict[str, dict[str, Outcome]], verdicts: Sequence[str]) -> 
         if outcome.verdict in verdicts:
             found = next((why for part, why in LOOKED_AT.items() if part in f"{name}/{file}"), "not looked at")
             rows.append((name, f"`{file}`", outcome.line, *([found] if outcome.verdict != "refused" else [])))
-    return rows or [("none", "", "")]
+    return rows or [("none", *[""] * (3 if "wrong" in verdicts else 2))]
 
 
 def all_of(results: dict[str, dict[str, Outcome]]) -> Iterator[tuple[str, str, Outcome]]:
