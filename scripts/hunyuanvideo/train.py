@@ -76,9 +76,10 @@ from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
 from videox.estimate.model_profile import ModelProfile
 from videox.models.component import Component, diffusers_components
-from videox.models.folder import check_tokenizer, full_config, read_component, read_number
+from videox.models.folder import check_tokenizer, full_config, read_component
 from videox.models.hub import local_folder
 from videox.models.published import dry_run_components
+from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
@@ -86,6 +87,7 @@ from videox.tracking.dump import dump_folder, write_dump
 from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
+from videox.training.flow_shift import choose_shift
 from videox.training.schedule import build_schedule
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
@@ -172,6 +174,7 @@ def hunyuan_profile(args: argparse.Namespace, components: dict[str, Component]) 
         network=partial(joint_attention_network, config, text_tokens=text_tokens),
         blocks=LORA_TARGETS,
         components={name: (kind, components[name].config) for name, kind in classes_of(args.train_mode).items()},
+        fps=24.0,
         min_frames=1 if condition is None else 5,  # with the first latent frame given, nothing else would be trained
         sharded_backend="fsdp1",
     )
@@ -186,9 +189,12 @@ def classes_of(train_mode: str) -> dict[str, Any]:
 
 
 def load_encoders(
-    args: argparse.Namespace, components: dict[str, Component], accelerator: Accelerator, gather: Gather
+    args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
-    """Load the frozen encoders: the text encoders in the compute dtype, the VAE in float32."""
+    """Load the frozen encoders: the text encoders in the compute dtype, the VAE in float32.
+
+    The pipeline's scheduler has the flow shift of the run.
+    """
     root, dtype = components["scheduler"].path.parent, compute_dtype(accelerator)
     classes, dtypes = classes_of(args.train_mode), {"vae": torch.float32, **dict.fromkeys(TEXT_ENCODERS, dtype)}
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
@@ -198,6 +204,7 @@ def load_encoders(
     # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **modules)
+    pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
     check_tokenizer(tokenizer, root / "tokenizer", "A red fox,\n\n2 years old, runs <3")
     # The pipeline warns for each caption over CLIP's 77 tokens; only the pooled embedding is cut, which is expected.
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
@@ -373,8 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components = check_model(args)
-    shift = read_number(components["scheduler"].config, "shift", "scheduler")
-    startup.announce(args, ctx, (profile := hunyuan_profile(args, components)).task)
+    profile, chosen = hunyuan_profile(args, components), choose_shift(args, ctx.checkpoint, components["scheduler"])
+    shift = chosen.value
+    startup.announce(args, ctx, profile.task, chosen)
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)
@@ -382,7 +390,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     lora = build.build_lora(args, ctx, schedule, components["transformer"], LORA_TARGETS, HunyuanVideoPipeline)
 
     # data: outputs of the frozen encoders, from the cache where there is one
-    encoders = LazyEncoders(partial(load_encoders, args, components, ctx.accelerator))
+    encoders = LazyEncoders(partial(load_encoders, args, components, shift, ctx.accelerator))
     specs = encoding_specs(args, components, encoders, compute_dtype(ctx.accelerator))
     data = build_data(args, ctx, schedule, specs, encoders)
     if args.cache_only:

@@ -29,9 +29,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/wan2.1")
     add = parser.add_argument_group("Wan2.1").add_argument
-    config = str(ROOT / "config/wan2.1/wan_civitai.yaml")
-    content = "yaml file with the flow shift (scheduler_kwargs.shift) and the paths inside a model in original layout"
-    add("--config_path", default=config, help=content)
+    content = (
+        "yaml file with flow shift (scheduler_kwargs.shift) and paths inside a model in original layout; by default "
+    )
+    add(
+        "--config_path",
+        help=f"{content}config/wan2.1/wan_civitai.yaml, whose shift holds for the original layout only",
+    )
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
     check_args(args)
@@ -69,9 +73,10 @@ from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
 from videox.models import component as models
 from videox.models.component import Component
-from videox.models.folder import check_tokenizer, full_config, read_component, read_shift
+from videox.models.folder import SHIPPED_YAML, check_tokenizer, full_config, read_component
 from videox.models.hub import local_folder
 from videox.models.published import dry_run_components
+from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
@@ -79,6 +84,7 @@ from videox.tracking.dump import dump_folder, write_dump
 from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
+from videox.training.flow_shift import choose_shift
 from videox.training.schedule import build_schedule
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
@@ -124,8 +130,9 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         check_mode(args, components["transformer"].config)
         return components
     root, check_weights = local_folder(args.pretrained_model_name_or_path), not is_dry_run(args)
-    if paths := models.original_paths(root, args.config_path):
-        components = models.original_components(paths, args.config_path, args.transformer_path, args.vae_path)
+    yaml = args.config_path or SHIPPED_YAML
+    if paths := models.original_paths(root, yaml):
+        components = models.original_components(paths, yaml, args.transformer_path, args.vae_path)
     else:
         overrides = {"transformer": ("wan", args.transformer_path), "vae": ("wan_vae", args.vae_path)}
         checked = ("text_encoder",) if check_weights else ()
@@ -166,17 +173,20 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
         blocks=LORA_TARGETS,
         components={name: (kind, components[name].config) for name, kind in CLASSES.items() if name in components},
+        fps=16.0,
     )
 
 
 def build_pipeline(
     args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
-    """diffusers' pipeline over these encoders, without a transformer."""
+    """diffusers' pipeline over these encoders, without a transformer; its scheduler has the flow shift of the run."""
     # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     if "scheduler" in components:
-        return pipeline_class.from_pretrained(components["scheduler"].path.parent, transformer=None, **encoders)
+        pipeline = pipeline_class.from_pretrained(components["scheduler"].path.parent, transformer=None, **encoders)
+        pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
+        return pipeline
     tokenizer = AutoTokenizer.from_pretrained(components["tokenizer"].path, local_files_only=True)
     modules: dict[str, Any] = {"tokenizer": tokenizer}
     if "image_encoder" in components:
@@ -370,9 +380,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
-    components, shift = check_model(args), read_shift(args.config_path)
-    profile = wan_profile(args, components)
-    startup.announce(args, ctx, profile.task)
+    components = check_model(args)
+    chosen = choose_shift(
+        args, ctx.checkpoint, components.get("scheduler"), named_yaml=args.config_path, shipped_yaml=SHIPPED_YAML
+    )
+    profile, shift = wan_profile(args, components), chosen.value
+    startup.announce(args, ctx, profile.task, chosen)
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)

@@ -95,7 +95,10 @@ def test_a_dry_run_needs_neither_weights_nor_media(setup: PlanSetup) -> None:
     written = {path.name for path in outcome.folder.iterdir()}
     assert written == {"plan_report.json", "plan_report.png"}
     assert "fits in 80 GiB" in outcome.stdout and "nothing is trained" in outcome.stdout
-    for word in ("remainders:", " on 2 GPUs (", "GB per checkpoint", "unplanned", "host memory per machine"):
+    for word in (
+        "remainders:", " on 2 GPUs (", "GB per checkpoint", "unplanned", "host memory per machine",
+        "the model was trained at 16 fps",
+    ):  # fmt: skip
         assert word in outcome.stdout
 
 

@@ -772,12 +772,15 @@ def test_the_motion_loss_is_added(cached_run: CachedRuns, tmp_path: Path) -> Non
         assert not torch.allclose(plain, motion, rtol=0.05)
 
 
-@covers("config_path")
-def test_the_shift_comes_from_the_yaml(cached_run: CachedRuns, tmp_path: Path) -> None:
-    (tmp_path / "other.yaml").write_text("scheduler_kwargs: {shift: 1.0}\n", encoding="utf-8")
-    five = values(cached_run(STEPS), "sigma").double()
-    one = values(cached_run(STEPS, config_path=tmp_path / "other.yaml"), "sigma").double()
-    assert torch.allclose(five, 5 * one / (1 + 4 * one), atol=1e-6) and not torch.allclose(five, one, atol=0.05)
+@covers("config_path", "flow_shift")
+def test_the_shift_comes_from_the_flag_else_the_yaml_else_the_model(cached_run: CachedRuns, tmp_path: Path) -> None:
+    yaml = tmp_path / "other.yaml"
+    yaml.write_text("scheduler_kwargs: {shift: 1.0}\n", encoding="utf-8")
+    unshifted = values(cached_run(STEPS, config_path=yaml), "sigma").double()
+    for shift, changes in ((3, {}), (7, {"flow_shift": 7.0, "config_path": yaml})):
+        sigma = values(cached_run(STEPS, **changes), "sigma").double()
+        assert torch.allclose(sigma, shift * unshifted / (1 + (shift - 1) * unshifted), atol=1e-6)
+        assert not torch.allclose(sigma, unshifted, atol=0.05)
 
 
 @covers("tokenizer_max_length")

@@ -53,6 +53,10 @@ def test_checkpoint_of_an_earlier_version_resumes(kind: str, tmp_path: Path) -> 
     del asked["config_path"]  # a path of the tree that wrote it; the shipped file is the default
     outcome = runs.train(runs.to_argv({name: value for name, value in asked.items() if value != []}))
     assert outcome.code == 0, outcome.stderr
+    assert "flow shift  5 (checkpoint-4: a resumed run keeps its own)" in outcome.stdout
+    assert (
+        "flow shift 3 (the model's scheduler/scheduler_config.json) has no effect on a resumed run" in outcome.stdout
+    )
     resumed = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     for name in ("rows", "buckets", "tokens", "lr"):

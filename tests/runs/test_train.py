@@ -84,7 +84,7 @@ def test_the_published_command_trains_to_the_end(launched: runs.Outcome, metadat
     assert (status["state"], status["exit_code"], status["step"], status["error"]) == ("finished", 0, 2 * rows, "")
     written = json.loads((launched.folder / "args.json").read_text(encoding="utf-8"))
     assert written["asked"]["video_sample_n_frames"] == 13
-    assert (written["resolved"]["seed"], written["resolved"]["slots"], written["resolved"]["shift"]) == (42, 1, 5.0)
+    assert (written["resolved"]["seed"], written["resolved"]["slots"], written["resolved"]["shift"]) == (42, 1, 3.0)
     assert list(launched.folder.rglob("events.out.tfevents.*"))  # the default tracker
     saved = sorted(path.name for path in launched.folder.glob("checkpoint-*"))
     assert saved == ["checkpoint-10", "checkpoint-20", f"checkpoint-{2 * rows}"]
@@ -223,10 +223,10 @@ def test_sigmas_are_stratified_over_the_step_and_shifted(stepped: runs.Outcome) 
         assert torch.equal(
             torch.cat([dump["timestep"] for dump in step]), 1000 * torch.cat([d["sigma"] for d in step])
         )
-        index = 1000 * (1 - sigma / (5 - 4 * sigma))  # sigma = 5 t / (1 + 4 t), t = 1 - index / 1000
+        index = 1000 * (1 - sigma / (3 - 2 * sigma))  # sigma = 3 t / (1 + 2 t), t = 1 - index / 1000
         assert (index - index.round()).abs().max() < 1e-2  # one of 1000 timesteps
         grid = sorted(index.round().long().tolist())
-        assert torch.allclose(sigma, 5 * (1 - index.round() / 1000) / (1 + 4 * (1 - index.round() / 1000)), atol=1e-7)
+        assert torch.allclose(sigma, 3 * (1 - index.round() / 1000) / (1 + 2 * (1 - index.round() / 1000)), atol=1e-7)
         for stratum, timestep in enumerate(grid):  # one sample in each stratum of the range
             assert 1000 * stratum / len(grid) - 1 < timestep < 1000 * (stratum + 1) / len(grid)
 

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from videox.distributed.accelerator import compute_dtype
 from videox.encoders.encode import Encoder, LazyEncoders
+from videox.models.scheduler import scheduler_shift
 from videox.models.transformer import load_transformer
 from videox.run.lifecycle import run_script
 from videox.tracking.jsonl import read_lines
@@ -168,11 +169,17 @@ class Dump:
         return self.tensors[name]
 
 
-def build_model(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float = 5.0) -> Any:
-    """Return what a training step needs of the model, as a run without a latent cache builds it."""
+def build_model(trainer: ModuleType, args: Namespace, accelerator: Accelerator, shift: float | None = None) -> Any:
+    """Return what a training step needs of the model, as a run without a latent cache builds it.
+
+    Args:
+        shift: flow shift; None is that of the model's scheduler, or 5.0 in a layout without one.
+    """
     components, is_wan = trainer.check_model(args), "WanTransformer3DModel" in vars(trainer)
-    shifts = [shift] if is_wan else []  # the scheduler of HunyuanVideo has its own shift
-    encoders = LazyEncoders(partial(trainer.load_encoders, args, components, *shifts, accelerator))
+    if shift is None:
+        scheduler = components.get("scheduler")
+        shift = 5.0 if scheduler is None else scheduler_shift(scheduler.config, scheduler.path)
+    encoders = LazyEncoders(partial(trainer.load_encoders, args, components, shift, accelerator))
     specs = trainer.encoding_specs(args, components, encoders, compute_dtype(accelerator))
     model_class = next(kind for name, kind in vars(trainer).items() if name.endswith("Transformer3DModel"))
     transformer = load_transformer(model_class, components["transformer"], accelerator)

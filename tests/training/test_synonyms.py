@@ -34,6 +34,7 @@ def hint(word: str) -> str:
         ("--weight-decay", "adam_weight_decay"), ("--target_name", "lora_target_modules"), ("--model", "pretrained_model_name_or_path"),
         ("--learning-rate", "learning_rate"), ("--Train-Batch-Size", "train_batch_size"), ("--steps", "max_train_steps"),
         ("--optimizer_type", "optimizer"), ("--network_weights", "init_lora_from"), ("--sample_prompts", "validation_prompts"),
+        ("--discrete_flow_shift", "flow_shift"),
     ],
 )  # fmt: skip
 def test_what_people_type_names_the_flag(word: str, flag: str) -> None:

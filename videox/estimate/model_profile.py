@@ -19,6 +19,7 @@ class ModelProfile:
             float32 and cast for it).
         blocks: names of the transformer's lists of repeated blocks, each with the layers that get LoRA adapters.
         components: class and configuration of each component that has weights, by name.
+        fps: frames per second of the videos that the model was trained on.
         min_frames: samples with fewer frames teach the model nothing and are not trained.
         sharded_backend: the backend that is proposed where the weights do not fit one GPU.
     """
@@ -27,6 +28,7 @@ class ModelProfile:
     network: Callable[..., Network]
     blocks: Mapping[str, Sequence[str]]
     components: Mapping[str, tuple[Any, dict[str, Any]]]
+    fps: float
     min_frames: int = 1
     sharded_backend: str = "zero3"
 

@@ -38,6 +38,7 @@ BAD_YAML = (
 )  # fmt: skip
 DOWNLOAD_AGAIN = "download the model again"
 SHIFT_HINT = "set scheduler_kwargs.shift in it, 5.0 for Wan2.1"
+SHIPPED_YAML = str(Path(__file__).resolve().parents[2] / "config" / "wan2.1" / "wan_civitai.yaml")
 ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
 # Folders in the original releases of HunyuanVideo -> the same model in diffusers' layout.
 HUNYUAN_MARKS = {
@@ -164,14 +165,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def download_again(folder: Path) -> str:
     """Return the hint to download the files of a folder again, with the command for the model."""
     return f"delete the file and download it again with `{download_command(folder)}`"
-
-
-def read_number(config: dict[str, Any], name: str, where: str) -> float:
-    """Return a number from a component's configuration; raises UserError if it is missing or not a number."""
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(where, f"its configuration has {name} = {value!r}", DOWNLOAD_AGAIN, MODEL)
-    return float(value)
 
 
 @contextmanager

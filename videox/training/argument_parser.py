@@ -13,6 +13,7 @@ from videox.errors import FLAGS, PeerFailed, UserError
 from videox.training.run_files import flags_from_files, switch_booleans
 from videox.training.synonyms import hint_for, nearest_hint
 
+AUTO = "auto"  # value of a flag that is then decided by the model
 NEVER_READ = "the original trainer parsed it and never used it: remove it"
 REMOVED = {
     "auto_tile_batch_size": "use --slot_fill cost, which fills a micro-batch with other small clips, never with one clip twice",
@@ -145,6 +146,17 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         return value
 
     parse.metavar = "N" if kind is int else "X"  # type: ignore[attr-defined]
+    return parse
+
+
+def number_or_auto(low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a finite float within [low, high], or the word AUTO."""
+    parse_number = number(float, low, high)
+
+    def parse(text: str) -> float | str:
+        return AUTO if text == AUTO else float(parse_number(text))
+
+    parse.metavar = f"X|{AUTO}"  # type: ignore[attr-defined]
     return parse
 
 

@@ -30,6 +30,7 @@ from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
 from videox.estimate.duration import Duration, Speed
 from videox.estimate.explain_row import explain_row
+from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_of_device
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
@@ -105,6 +106,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *tried, *notes(args))
     _print(
         *row_lines(index, columns, plan, settings.policy),
+        *frame_rate_lines(index, plan, settings.policy, model.fps),
         *caption_lines(index, settings.caption_rules),
         attribute_line(attributes(columns, plan, settings.policy)),
     )

@@ -17,7 +17,16 @@ from videox.distributed.backends import BACKENDS
 from videox.estimate.gpus import GPUS
 from videox.lora.kinds import LORA_TYPES, lora_type
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name
-from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, SHARE, OneOrMore, Parser, number
+from videox.training.argument_parser import (
+    AUTO,
+    COUNT,
+    COUNT_OR_ZERO,
+    SHARE,
+    OneOrMore,
+    Parser,
+    number,
+    number_or_auto,
+)
 from videox.training.run_files import ListRecipes
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
@@ -258,6 +267,11 @@ def add_timesteps(parser: Parser) -> None:
     add = parser.add_argument_group("timesteps and loss weights").add_argument
     strata = "stratify timesteps over the global batch; otherwise draw each independently"
     add("--uniform_sampling", action="store_true", help=strata)
+    shift = (
+        "flow shift of the noise levels, in training, held-out loss and sample clips (1 = none); auto: of a yaml that "
+        "--config_path names (Wan2.1), else of the model's scheduler"
+    )
+    add("--flow_shift", type=number_or_auto(0.001, 999), default=AUTO, help=shift)
     noisiest = "train only on this many of the 1000 timesteps, the noisiest ones (1000 = all)"
     last = NUM_TRAIN_TIMESTEPS
     add("--train_sampling_steps", type=number(int, 1, last), default=last, help=noisiest)

@@ -116,8 +116,11 @@ def _flags_of_record(text: str) -> dict[str, Any]:
         for name, value in content["asked"].items()
         if name not in _NOT_REPEATED and value not in ([], False)
     }
+    resolved = content.get("resolved", {})
     if flags.get("seed") is None:
-        flags["seed"] = content.get("resolved", {}).get("seed")  # the seed that the run drew
+        flags["seed"] = resolved.get("seed")  # the seed that the run drew
+    if flags.get("flow_shift", "auto") == "auto" and "shift" in resolved:
+        flags["flow_shift"] = resolved["shift"]  # of the model, of a yaml, or of the checkpoint that it resumed from
     return flags
 
 

@@ -21,13 +21,16 @@ from videox.data.plan.settings import PlanColumns, PlanSettings, columns_fingerp
 from videox.distributed.collectives import run_on_main
 from videox.engine.train_state import IndexedData, TrainState, refuse_other_run, resume_or_begin
 from videox.estimate.cost_model import read_cost_model
+from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.model_profile import ModelProfile
 from videox.files import atomic_write
 from videox.shapes import Bucket
 from videox.tracking.jsonl import json_line
 from videox.training.args import size_policy
+from videox.training.argument_parser import AUTO
 from videox.training.context import Context
 from videox.training.data_sources import sources_of
+from videox.training.flow_shift import with_default_yaml
 
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
@@ -46,7 +49,7 @@ WITHOUT_NUMBERS = {
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
     "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
-    "loraplus_ratio": 1.0, "optimizer_args": [],
+    "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO,
 }  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     schedule = Schedule(index, columns, settings, state, plan, total)
     ctx.print(*report.unreadable_lines(index, columns, current))
     ctx.print(*report.data_lines(index, columns, plan, settings.policy))
+    ctx.print(*frame_rate_lines(index, plan, settings.policy, profile.fps))
     ctx.print(*report.caption_lines(index, settings.caption_rules))
     ctx.print(report.balance_line(plan, settings, ctx.world_size))
     _write_refused_rows(ctx, schedule)
@@ -172,7 +176,7 @@ def most_common_shape(schedule: Schedule) -> Bucket:
 def name_of_flags(asked: Mapping[str, Any]) -> str:
     """A hash of the flags that change numbers; how a step is divided over ranks is part of the plan settings."""
     left_out = WITHOUT_NUMBERS | {name for name, default in LATER_FLAGS.items() if asked.get(name) == default}
-    numbers = {name: value for name, value in asked.items() if name not in left_out}
+    numbers = {name: value for name, value in with_default_yaml(asked).items() if name not in left_out}
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -29,6 +29,7 @@ from videox.training.args import optimizer_of, size_policy
 from videox.training.context import Context
 from videox.training.data_sources import sources_of
 from videox.training.flags import LR_WARMUP_STEPS
+from videox.training.flow_shift import FlowShift, with_default_yaml
 from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
 
@@ -41,11 +42,12 @@ DIFFERENCES = (
 )
 
 
-def announce(args: argparse.Namespace, ctx: Context, task: str) -> None:
+def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift) -> None:
     """Check backend, optimizer, tracker and checkpoint against each other, set TF32, and print what runs.
 
     Args:
         task: what is trained, in words.
+        shift: flow shift of the run.
 
     Raises:
         UserError: two of them cannot work together.
@@ -67,7 +69,8 @@ def announce(args: argparse.Namespace, ctx: Context, task: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     changed = changed_flags(ctx.output_dir, vars(args)) if checkpoint else []
     ema = ema_notes(checkpoint, args.use_ema)
-    ctx.print(*start_lines(ctx, task), *tried, *ctx.run.notes, *notes(args), *changed, *conversion, *ema)
+    ctx.print(*start_lines(ctx, task, shift), *shift.notes, *tried, *ctx.run.notes, *notes(args), *changed)
+    ctx.print(*conversion, *ema)
 
 
 def refuse_under_deepspeed(ctx: Context, optimizer: str) -> None:
@@ -87,7 +90,7 @@ def refuse_under_deepspeed(ctx: Context, optimizer: str) -> None:
         raise UserError("--resume_from_checkpoint", what, f"launch {saved} processes", MODEL)
 
 
-def start_lines(ctx: Context, task: str) -> list[str]:
+def start_lines(ctx: Context, task: str, shift: FlowShift) -> list[str]:
     """The first lines of a run: one fact each, aligned, then the differences to the original trainer."""
     facts = {
         "backend": f"{ctx.backend.name} ({ctx.backend.description})",
@@ -95,6 +98,7 @@ def start_lines(ctx: Context, task: str) -> list[str]:
         "task": task,
         "device": ctx.device,
         "precision": {"bf16": "bf16 computation"}.get(ctx.accelerator.mixed_precision, "float32 throughout"),
+        "flow shift": shift,
         "output_dir": ctx.output_dir,
     }
     width = max(map(len, facts))
@@ -111,8 +115,9 @@ def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
         before = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))["asked"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a new folder
-    expected = {"resume_from_checkpoint", "output_dir", "verify", "config", "recipe"}
-    values = json.loads(json.dumps(dict(now)))
+    # flow_shift: a resumed run keeps its own, and says so where the flag has another
+    expected = {"resume_from_checkpoint", "output_dir", "verify", "config", "recipe", "flow_shift"}
+    before, values = with_default_yaml(before), json.loads(json.dumps(with_default_yaml(now)))
     names = [name for name in values if name not in expected and name in before and before[name] != values[name]]
     return [f"--{name} was {before[name]} and is {values[name]} from this step on" for name in names]
 

@@ -81,6 +81,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "train_mode": ("task", "mode", "training_mode", "train_type", "model_type"),
     "trainable_modules": ("trainable_models", "trainable_layers", "trainable"),
     "weighting_scheme": ("loss_weighting", "timestep_weighting", "weighting"),
+    "flow_shift": ("discrete_flow_shift", "sample_shift", "shift", "timestep_shift", "flow_matching_shift"),
     "train_sampling_steps": ("num_train_timesteps", "num_timesteps"),
     "low_vram": ("lowvram", "offload", "cpu_offload", "enable_model_cpu_offload", "vae_cpu_offload"),
     "selective_ac": ("selective_checkpointing", "gradient_checkpointing_ratio"),
@@ -107,8 +108,6 @@ INSTEAD: Mapping[str, str] = {
     "fp32": "use --mixed_precision=no",
     "height": "use --fix_sample_size HEIGHT WIDTH, or --video_sample_size for an area",
     "width": "use --fix_sample_size HEIGHT WIDTH, or --video_sample_size for an area",
-    "discrete_flow_shift": "Wan2.1: set scheduler_kwargs.shift in the yaml of --config_path; HunyuanVideo: shift in the "
-    "model's scheduler/scheduler_config.json",
     **dict.fromkeys(("train_text_encoder", "train_vae", "text_encoder_lr"), FROZEN),
     **dict.fromkeys(
         ("sdpa", "xformers", "flash_attn", "flash3", "attn_mode", "use_flash_attn", "enable_xformers_memory_efficient_attention", "attention_backend", "sage_attn"), ATTENTION,

@@ -77,9 +77,6 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
         raise DecordCannotRead("its frames are not ordered or counted by their times")
     if not packets.key[0] or not packets.closed[packets.key].all():
         raise DecordCannotRead("decoding cannot start at each of its keyframes")
-    with open_video(path, container) as (file, _):
-        if len(file.streams.video) > 1:
-            raise DecordCannotRead("it has several video streams")
     first = next((frame for _, frame in decode_from_start(path, container)), None)
     if first is None or first.format.name not in _PIXELS or first.interlaced_frame:
         raise DecordCannotRead("its pixels are converted differently by decord")
