@@ -158,6 +158,8 @@ def as_rgb(image: Image.Image) -> np.ndarray:
             bits, sign = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(339, (1,))[0]
         if upright.mode == "F":
             top = 1.0
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise ValueError("float pixels outside of 0..1, whose meaning is not known")
         else:
             values = values % 2**32 if sign == 1 else values
             top = 2.0**bits - 1 if sign == 1 else 2.0 ** (bits - 1) - 1
@@ -268,6 +270,7 @@ def examined_image(path: Path, info: MediaInfo, plain: Plain) -> Outcome:
 
 def examined_clip(path: Path, info: MediaInfo, plain: Plain) -> Outcome:
     if plain.kind not in ("video", "animation"):
+        read_clip(path, range(min(info.frames, 99)), info.height, info.width)
         return Outcome("different", f"read, where the plain decoder fails ({plain.error or 'unknown'})", kind="video")
     if info.frames != plain.frames:
         end = f" until {plain.error}" if plain.error else ""
