@@ -47,7 +47,12 @@ def check_backend(setup: BackendRuns, backend: str, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- training, resume, export
 
 
-@pytest.mark.parametrize("backend", SHARDED_BACKENDS)
+SLOW_BACKENDS = ("zero2", "fsdp1")
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.slow if b in SLOW_BACKENDS else ()) for b in SHARDED_BACKENDS]
+)
 def test_a_sharded_backend_trains_like_one_process_resumes_and_exports(
     wan: BackendRuns, tmp_path: Path, backend: str
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_run_that_began_without_rows_that_have_no_caption_goes_on_without_them
 
     write_state(tmp_path, resume(None, data(then, "old", [False, True, False])))
     assert resume(tmp_path, data(now, "new", [False, True, False])).columns.usable.tolist() == [True, False, True]
-    with pytest.raises(UserError, match="data's rows"):
+    with pytest.raises(UserError, match="1 rows have changed since the run began: row 1"):
         resume(tmp_path, data(now, "new", [False, False, False]))
 
 

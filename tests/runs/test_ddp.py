@@ -253,6 +253,7 @@ def launcher_output(output_dir: Path) -> str:
     return output_dir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_and_saves(ddp: DdpRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = start_launcher(ddp, folder, "--multi_gpu", "--num_processes", "2", dataloader_num_workers=2)

@@ -19,7 +19,10 @@ SMALL_CASES = [case for case in gpu.cases(gpu.SMALL, gpu.PARTS) if "compiled" no
 GPU_ONLY = {"_native_cudnn", "_native_efficient", "_flash_3", "flash", "xformers"}
 
 
-@pytest.mark.parametrize("section", gpu.PARTS)
+SECTIONS = [pytest.param(part, marks=pytest.mark.slow if part == "encoders" else ()) for part in gpu.PARTS]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_case_is_measured_or_has_a_reason(section: str) -> None:
     columns = gpu.SECTIONS[section]
     selected = [case for case in SMALL_CASES if case.section == section]

@@ -34,7 +34,9 @@ def parse(folder: Path, **flags: object) -> argparse.Namespace:
     (folder / "model").mkdir(exist_ok=True)
     shapes = {"video_sample_size": 64, "video_sample_n_frames": 9, "video_sample_stride": 1, "enable_bucket": True}
     base = {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out", "train_batch_size": 1}
-    args = make_parser(None, modes=("normal",)).parse(runs.to_argv({**base, **shapes, **flags}))
+    args = make_parser(None, modes=("normal",), recipes=tiny.ROOT / "config/recipes/wan2.1").parse(
+        runs.to_argv({**base, **shapes, **flags})
+    )
     check_args(args)
     return args
 

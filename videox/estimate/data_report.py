@@ -128,7 +128,7 @@ def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list
         texts = pc.unique(
             index.text.take(pa.array(bare))
         ).to_pylist()  # they differ by prefixes of their sources alone
-        trained = sorted({draw_caption(unpack_captions(text), rules, 0) for text in texts})
+        trained = sorted({draw_caption(unpack_captions(text), rules, 0).strip() for text in texts})
         named = ["an empty caption" if not caption else f"the caption {caption!r}" for caption in trained[:3]]
         how = " or ".join([*named, "others"] if len(trained) > 3 else named)
         lines.append(f"{len(bare)} rows have no caption and are trained with {how}: rows {_listed(bare, max_rows)}")
