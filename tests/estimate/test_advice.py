@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CONFIGS
@@ -20,6 +22,7 @@ from videox.estimate.advice import (
 )
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
+from videox.optim.registry import OPTIMIZERS, check_supported
 
 GIB = 2**30
 MODELS = {
@@ -122,10 +125,48 @@ def test_the_defaults_of_the_small_model_on_a_24_gb_card() -> None:
     assert "--lora_rank" not in proposal.flags and "accelerate" not in proposal.flags
 
 
-def test_the_large_model_names_a_lora_and_more_gpus() -> None:
+def test_full_fine_tuning_is_offloaded_before_a_lora_is_proposed() -> None:
     one_gpu, more_gpus = proposals("14b", SETUP, 48)
-    assert one_gpu.changes[-1].change.group == OTHER_TRAINING and "--lora_rank" in one_gpu.flags
+    assert one_gpu.changes[-1].change.group == HOST and "cpu_offload.json" in one_gpu.flags
     assert more_gpus.changes[-1].change.group == MORE_GPUS and "--lora_rank" not in more_gpus.flags
+    lora, *_ = proposals("14b", SETUP, 16)
+    assert lora.changes[-1].change.group == OTHER_TRAINING and "--lora_rank" in lora.flags
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "came"])
+@pytest.mark.parametrize(("backend", "processes"), [("single", 1), ("ddp", 8), ("fsdp2", 8)])
+def test_no_proposal_names_a_flag_twice_or_an_optimizer_that_does_not_work(
+    optimizer: str, backend: str, processes: int
+) -> None:
+    if backend not in OPTIMIZERS[optimizer].backends:
+        return
+    setup = replace(SETUP, half=True, optimizer=optimizer, backend=backend, processes=processes, per_host=processes)
+    for gib in (4, 16, 40, 80):
+        for proposal in propose(setup, gib * GIB, memory_for("14b"), changes_of(setup)):
+            names = [word for word in proposal.flags.split() if word.startswith("--")]
+            assert len(names) == len({*names}) and proposal.flags.count("accelerate launch") <= 1, proposal.flags
+            typed = re.findall(r"--optimizer (\S+)", proposal.flags) or [optimizer]
+            last = proposal.changes[-1].setup
+            assert typed == [last.optimizer]
+            check_supported(last.optimizer, last.backend, "bf16", lora=last.lora)
+
+
+def test_the_samples_of_a_step_stay_the_same() -> None:
+    """Micro-batches of 4, 6 of them in a step: one at a time, these are 24."""
+    changes = possible_changes(
+        SETUP, sharded_backend="zero3", smaller=[], installed=lambda name: True, accumulation=6
+    )
+    assert "--train_batch_size 1 --gradient_accumulation_steps 24" in {change.flags for change in changes}
+
+
+def test_launches_state_the_number_of_processes_and_the_backend_that_is_estimated() -> None:
+    """The configuration files start 8 processes; their DeepSpeed files compute in bfloat16."""
+    setup = replace(SETUP, backend="ddp", processes=2, per_host=2)
+    for change in changes_of(setup):
+        changed = change.apply(setup)
+        if changed is not None and (found := re.search(r"accelerate/(\w+).yaml --num_processes (\d+)", change.flags)):
+            assert (changed.backend, changed.processes) == (found[1], int(found[2]))
+            assert changed.half and "--mixed_precision bf16" in change.flags and not changed.zero
 
 
 def test_full_fine_tuning_on_one_large_card_offloads_the_optimizer() -> None:

@@ -13,6 +13,8 @@ from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 # together are not enough.
 FREE, TIME, HOST, OTHER_TRAINING, MORE_GPUS = range(5)
 LORA_RANKS = (32, 16, 8, 4)
+GPU_COUNTS = (2, 4, 8, 16, 32, 64)
+PER_HOST = 8  # GPUs of a machine
 OFFLOAD_CONFIG = "config/zero_stage3_config_cpu_offload.json"
 
 
@@ -117,11 +119,16 @@ def _search(
     applied: list[AppliedChange] = []
     for change in changes:
         before = applied[-1].total if applied else memory(setup).total()
-        tried = _apply(setup, memory, [*used, change])
-        if len(tried) == len(used) + 1 and tried[-1].total < before:
-            used, applied = [*used, change], tried
+        # a backend may not work with an optimizer that was changed before
+        for kept in (used, [other for other in used if not other.flags.startswith("--optimizer")]):
+            tried = _apply(setup, memory, [*kept, change])
+            if len(tried) == len(kept) + 1 and tried[-1].total < before:
+                used, applied = [*kept, change], tried
+                break
         if applied and applied[-1].total <= limit:
             return Proposal(tuple(_without_unnecessary(setup, limit, memory, used)), True)
+    if applied:  # without changes that a later one has replaced, such as another optimizer
+        applied = _without_unnecessary(setup, applied[-1].total, memory, used)
     return Proposal(tuple(applied), False)
 
 
@@ -153,7 +160,12 @@ def _apply(
 
 
 def possible_changes(
-    setup: MemorySetup, *, sharded_backend: str, smaller: Sequence[SmallerSamples], installed: Callable[[str], bool]
+    setup: MemorySetup,
+    *,
+    sharded_backend: str,
+    smaller: Sequence[SmallerSamples],
+    installed: Callable[[str], bool],
+    accumulation: int = 1,
 ) -> list[Change]:
     """Return the changes that a run may make, in order of their cost.
 
@@ -162,8 +174,9 @@ def possible_changes(
         sharded_backend: the backend of the family that shards the weights.
         smaller: flags of smaller samples, the largest first.
         installed: whether an optimizer's package is installed.
+        accumulation: micro-batches per step (--gradient_accumulation_steps).
     """
-    accumulate = f" --gradient_accumulation_steps {setup.batch}" if setup.batch > 1 else ""
+    accumulate = f" --gradient_accumulation_steps {setup.batch * accumulation}"
     free = [
         Change(FREE, "--low_vram", "encoders are in host memory while they are not used", _offload_encoders),
         Change(FREE, "--vae_mini_batch 1", "the VAE encodes one clip at a time", _single_clip),
@@ -180,7 +193,7 @@ def possible_changes(
         if installed(name):
             time.append(Change(TIME, f"--optimizer {name}", effect, partial(_use_optimizer, name=name)))
     for backend in ("zero2", sharded_backend, "fsdp2"):
-        words = f"accelerate launch --config_file config/accelerate/{backend}.yaml"
+        words = _launch(backend, setup.processes, setup.half)
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
     offload = "the optimizer works in host memory: seconds more per step"
     host = [
@@ -189,9 +202,12 @@ def possible_changes(
         if installed(name)
     ]
     words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
+    words += f" --num_processes {setup.processes}{_precision(setup.half)}"
     host.append(Change(HOST, words, "weights and optimizer are in host memory: much slower steps", _offload_to_host))
+    # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
+    adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
-        Change(OTHER_TRAINING, f"--lora_rank {rank}", _lora_effect(setup, rank), partial(_lora, rank=rank))
+        Change(OTHER_TRAINING, f"--lora_rank {rank}{adamw}", _lora_effect(setup, rank), partial(_lora, rank=rank))
         for rank in LORA_RANKS
     ]
     other += [
@@ -200,16 +216,35 @@ def possible_changes(
         )
         for samples in smaller
     ]
-    gpus = [
+    return [*free, *time, *host, *other, *_on_more_gpus(setup, sharded_backend)]
+
+
+def _launch(backend: str, processes: int, half: bool) -> str:
+    words = f"accelerate launch --config_file config/accelerate/{backend}.yaml --num_processes {processes}"
+    return words + _precision(half)
+
+
+def _precision(half: bool) -> str:
+    """Return the flag for bfloat16, in which all launch configurations compute, where the run does not have it."""
+    return "" if half else " --mixed_precision bf16"
+
+
+def _on_more_gpus(setup: MemorySetup, sharded_backend: str) -> list[Change]:
+    """Return the changes to more GPUs, under the backend that shards the most of the run's and the family's."""
+    backend = max(setup.backend, sharded_backend, key=BY_SHARDING.index)
+    optimizer = moments_of(setup.optimizer)
+    if backend not in kind_of(optimizer).backends:
+        backend = "fsdp2"  # the optimizers with smaller moments that can be sharded work with this one alone
+    on_gpu = "" if optimizer == setup.optimizer else f" --optimizer {optimizer}"
+    return [
         Change(
             MORE_GPUS,
-            f"accelerate launch --config_file config/accelerate/{sharded_backend}.yaml --num_processes {count}",
+            f"{_launch(backend, count, setup.half)}{on_gpu}",
             f"shards the run over {count} GPUs",
-            partial(_more_gpus, count=count, backend=sharded_backend),
+            partial(_more_gpus, count=count, backend=backend, named=setup.optimizer),
         )
-        for count in (2, 4, 8, 16, 32, 64)
+        for count in GPU_COUNTS
     ]
-    return [*free, *time, *host, *other, *gpus]
 
 
 def _offload_encoders(setup: MemorySetup) -> MemorySetup | None:
@@ -245,7 +280,8 @@ def _use_optimizer(setup: MemorySetup, name: str) -> MemorySetup | None:
 def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
     if backend not in kind_of(setup.optimizer).backends or setup.processes == 1:
         return None
-    return replace(setup, backend=backend) if BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend) else None
+    more = BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend)
+    return replace(setup, backend=backend, half=True, zero={}) if more else None
 
 
 def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
@@ -258,7 +294,7 @@ def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
     if done or "zero3" not in kind_of(setup.optimizer).backends:
         return None
     to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    return replace(setup, backend="zero3", zero={**setup.zero, **to_cpu})
+    return replace(setup, backend="zero3", half=True, zero=to_cpu)
 
 
 def _lora_effect(setup: MemorySetup, rank: int) -> str:
@@ -270,7 +306,6 @@ def _lora_effect(setup: MemorySetup, rank: int) -> str:
 def _lora(setup: MemorySetup, rank: int) -> MemorySetup | None:
     if setup.lora and rank >= setup.lora_rank:
         return None
-    # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     optimizer = setup.optimizer if setup.lora else "adamw"
     return replace(setup, lora_rank=rank, optimizer=optimizer)
 
@@ -279,9 +314,12 @@ def _smaller(samples: SmallerSamples, setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, tokens=samples.tokens) if samples.tokens < setup.tokens else None
 
 
-def _more_gpus(setup: MemorySetup, count: int, backend: str) -> MemorySetup | None:
+def _more_gpus(setup: MemorySetup, count: int, backend: str, named: str) -> MemorySetup | None:
     optimizer = moments_of(setup.optimizer)
     if count <= setup.processes or backend not in kind_of(optimizer).backends:
         return None
-    sharded = setup.backend if setup.backend not in UNSHARDED else backend
-    return replace(setup, backend=sharded, processes=count, per_host=min(count, 8), optimizer=optimizer)
+    if setup.optimizer != named and kind_of(named).on_host:
+        return None  # a LoRA, whose flags name an optimizer already
+    # the launch's configuration file has DeepSpeed's default buffers and offloads nothing
+    launched = replace(setup, backend=backend, processes=count, per_host=min(count, PER_HOST), zero={})
+    return replace(launched, half=True, optimizer=optimizer)

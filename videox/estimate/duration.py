@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def vae_flops_per_pixel(vae: Any) -> float:  # noqa: ANN401 - a VAE of diffusers
     clip = torch.empty((1, 3, *PROBE), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encode(clip)
-    return counter.get_total_flops() / clip[0, 0].numel()
+    return counter.get_total_flops() / math.prod(PROBE)
 
 
 def text_flops(encoders: dict[str, Any], tokens: int) -> float:

@@ -28,7 +28,7 @@ class Gpu(NamedTuple):
     host_bandwidth: float
 
 
-PCIE3, PCIE4, PCIE5 = 16 * GIGA, 32 * GIGA, 64 * GIGA
+PCIE4, PCIE5 = 32 * GIGA, 64 * GIGA
 # Sources: NVIDIA's architecture whitepapers GA102 (RTX 30), Ada (RTX 40) and RTX Blackwell (RTX 50), and the data
 # sheets of A10, A40, A100, H100, H200, L4, L40S, RTX A6000 and HGX B200. Memory: nvidia-smi on these cards.
 GPUS = {

@@ -156,6 +156,7 @@ class RunMemory:
             sharded_backend=self.model.sharded_backend,
             smaller=list(self._smaller_samples()),
             installed=lambda name: find_spec(OPTIMIZERS[name].module) is not None,
+            accumulation=self.args.gradient_accumulation_steps,
         )
         return propose(self.setup, SAFE_SHARE * limit, self.memory, changes)
 

@@ -1,0 +1,218 @@
+"""Tests of videox.training.run_memory: encoders, adapters, smaller samples and proposals, with small models."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from proposed import ROOT, launched, output_flags
+from transformers import UMT5Config, UMT5EncoderModel
+
+from videox.data.plan.plan import plan_epoch
+from videox.data.plan.settings import columns_of
+from videox.distributed.backends import BACKENDS
+from videox.errors import UserError
+from videox.estimate.duration import Speed, text_flops, vae_flops_per_pixel
+from videox.estimate.flops import cross_attention_network
+from videox.estimate.gpus import GPUS
+from videox.estimate.memory import SAFE_SHARE, Encoders, MemorySetup
+from videox.estimate.model_profile import ModelProfile
+from videox.estimate.peak_memory import peak_bytes
+from videox.estimate.stand_in_data import describe_data
+from videox.lora.adapters import choose_targets
+from videox.training.flags import make_parser
+from videox.training.run_memory import Launch, RunMemory, launch_of
+from videox.training.schedule import plan_settings
+
+TRANSFORMER = {
+    "num_attention_heads": 3, "attention_head_dim": 32, "ffn_dim": 320, "num_layers": 3, "in_channels": 16,
+    "out_channels": 16, "text_dim": 64, "patch_size": [1, 2, 2], "cross_attn_norm": True, "freq_dim": 256,
+}  # fmt: skip
+VAE = {"base_dim": 8}
+TEXT = {"vocab_size": 50, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+BLOCKS = {"blocks": ("attn1", "attn2", "ffn")}
+PARSER = make_parser("", modes=("normal",), recipes=ROOT / "config/recipes/wan2.1")
+BUCKETS = ["--enable_bucket", "--training_with_video_token_length", "--random_hw_adapt", "--video_sample_n_frames", "81"]
+SIZES = [*BUCKETS, "--token_sample_size", "640", "--video_sample_size", "640", "--image_sample_size", "1024"]
+SMALL_CLIPS = [*BUCKETS, "--token_sample_size", "64", "--video_sample_size", "64", "--image_sample_size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def parse(folder: Path, *flags: str) -> argparse.Namespace:
+    return PARSER.parse([*output_flags(folder), "--dry_run_model", "small", *flags])
+
+
+def run_memory(folder: Path, *flags: str, **variables: str) -> RunMemory:
+    """Return the memory of a run of the small model, as a dry run has it."""
+    args = parse(folder, *flags)
+    launch = launch_of(variables, args)
+    profile = ModelProfile(
+        task="text-to-video",
+        network=partial(cross_attention_network, TRANSFORMER, text_tokens=512, image_tokens=0),
+        blocks=BLOCKS,
+        components={
+            "transformer": (WanTransformer3DModel, TRANSFORMER),
+            "vae": (AutoencoderKLWan, VAE),
+            "text_encoder": (UMT5EncoderModel, TEXT),
+        },
+    )
+    columns = columns_of(describe_data(args.dry_run_data), by_second=args.video_sample_fps > 0)
+    settings = plan_settings(
+        args, seed=args.seed, slots=launch.processes * args.gradient_accumulation_steps, min_frames=1,
+        cost_linear=profile.cost[0], cost_quadratic=profile.cost[1], barrier=BACKENDS[launch.backend].barrier,
+        accumulation=args.gradient_accumulation_steps,
+    )  # fmt: skip
+    return RunMemory(args, profile, launch, columns, settings)
+
+
+def loaded_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of a module's weights and buffers, as it is loaded."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_encoders_are_as_large_as_they_are_loaded(precision: str, tmp_path: Path) -> None:
+    run = run_memory(tmp_path, *SMALL_CLIPS, "--mixed_precision", precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    text, vae = UMT5EncoderModel(UMT5Config(**TEXT)).to(dtype), AutoencoderKLWan(**VAE)
+    found = run.encoders(run.setup)
+    assert found.weights == {"text_encoder": loaded_bytes(text), "vae": loaded_bytes(vae)}
+    clip = torch.zeros(1, 3, *run.largest)
+    measured = peak_bytes(lambda: vae.encode(clip).latent_dist.mode()) + clip.nbytes
+    assert found.vae_peak == pytest.approx(measured, rel=0.02)
+    half = MemorySetup(**{**vars(run.setup), "tokens": run.setup.tokens // 2})
+    assert run.encoders(half).vae_peak == found.vae_peak * half.tokens / run.setup.tokens
+
+
+def test_parameters_are_those_that_train(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(TRANSFORMER)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    whole = sum(p.numel() for p in model.parameters())
+    full = run_memory(tmp_path).parameters(0)
+    assert (full.total, full.trainable, full.block, full.outside) == (whole, whole, blocks[0], whole - sum(blocks))
+    attention = run_memory(tmp_path, "--trainable_modules", "attn1").parameters(0)
+    trained = sum(p.numel() for name, p in model.named_parameters() if "attn1" in name)
+    assert (attention.total, attention.trainable) == (whole, trained)
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    targets = choose_targets(shapes, BLOCKS, None)
+    sides = [shapes[f"{target}.weight"] for target in targets]
+    assert len(targets) == 3 * (4 + 4 + 2)  # q, k, v and output of both attentions, and two feed-forward layers
+    adapters = sum(8 * (outputs + inputs) for outputs, inputs in sides)
+    lora = run_memory(tmp_path, "--lora_rank", "8").parameters(8)
+    assert (lora.total, lora.trainable, lora.block) == (whole + adapters, adapters, blocks[0])
+    dora = run_memory(tmp_path, "--lora_rank", "8", "--lora_type", "dora").parameters(8)
+    assert dora.trainable == adapters + sum(outputs for outputs, _ in sides)
+
+
+def test_smaller_samples_are_those_of_a_run_with_their_flags(tmp_path: Path) -> None:
+    run = run_memory(tmp_path, *SIZES)
+    smaller = list(run._smaller_samples())
+    assert [samples.flags.split()[1] for samples in smaller[:5]] == ["512", "448", "384", "320", "256"]
+    assert [samples.flags.split()[-1] for samples in smaller[5:]] == ["49", "33", "17"]
+    for samples in smaller:
+        assert run_memory(tmp_path, *SIZES, *samples.flags.split()).setup.tokens == samples.tokens < run.setup.tokens
+    assert [s.tokens for s in smaller] == sorted((s.tokens for s in smaller), reverse=True)
+    fixed = ["--fix_sample_size", "480", "832"]
+    assert not list(run_memory(tmp_path, *fixed)._smaller_samples())
+
+
+def test_weights_are_cast_where_the_engine_keeps_them_in_float32(tmp_path: Path) -> None:
+    def peaks(*flags: str) -> tuple[bool, bool]:
+        run = run_memory(tmp_path, "--mixed_precision", "bf16", *flags)
+        given: dict[str, Any] = {}
+
+        def network(**keywords: bool) -> Any:
+            given.update(keywords)
+            return cross_attention_network(TRANSFORMER, text_tokens=512, image_tokens=0, **keywords)
+
+        object.__setattr__(run.model, "network", network)
+        frozen = run.network(run.setup).frozen
+        assert given["half"] is True
+        return given["cast"], frozen
+
+    eight = ["--dry_run_processes", "8", "--dry_run_backend"]
+    assert peaks() == (True, False) and peaks(*eight, "ddp") == (True, False)
+    assert peaks(*eight, "zero3") == (False, False) and peaks(*eight, "fsdp2") == (False, False)
+    assert peaks("--optimizer", "adamw_bf16") == (False, False) and peaks("--lora_rank", "4") == (False, True)
+
+
+def test_the_launch_is_that_of_the_launcher_or_of_the_flags(tmp_path: Path) -> None:
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}
+    config = str(ROOT / "config/zero_stage3_config_cpu_offload.json")
+    found = launch_of({**deepspeed, "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}, parse(tmp_path))
+    assert (found.backend, found.processes, found.per_host, found.half) == ("zero3", 16, 4, False)
+    assert found.zero["offload_param"] == {"device": "cpu"} and found.zero["sub_group_size"] == 10**9
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert launch_of(fsdp, parse(tmp_path)) == Launch("fsdp2", 2, 2, True, {})
+    assert launch_of({}, parse(tmp_path)) == Launch("single", 1, 1, False, {})
+    assert launch_of({"WORLD_SIZE": "32"}, parse(tmp_path)) == Launch("ddp", 32, 8, False, {})
+    stated = ["--dry_run_processes", "16", "--dry_run_backend", "zero2"]
+    assert launch_of(fsdp, parse(tmp_path, *stated)) == Launch("zero2", 16, 8, True, {})
+    with pytest.raises(UserError, match="single is one process, but 16 are planned"):
+        launch_of({}, parse(tmp_path, *stated[:3], "single"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--lora_rank", "64"],
+        ["--optimizer", "adamw_bf16", "--mixed_precision", "bf16"],
+        ["--optimizer", "adamw_offload", "--gradient_accumulation_steps", "2", "--train_batch_size", "4"],
+        ["--dry_run_processes", "2", "--dry_run_backend", "ddp"],
+        ["--dry_run_processes", "8", "--dry_run_backend", "fsdp2"],
+        ["--dry_run_processes", "8", "--dry_run_backend", "zero2"],
+    ],
+    ids=" ".join,
+)
+def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tmp_path: Path) -> None:
+    """At every limit, each proposal is typed as it is printed, and the run of these flags has its memory."""
+    run = run_memory(tmp_path, *SIZES, *flags)
+    run._vae_peak = lambda: 10.0**8
+    base = run.memory(run.setup).total()
+    tried = 0
+    for share in (0.9, 0.6, 0.45, 0.35, 0.3):
+        for proposal in run.proposals(share * base / SAFE_SHARE):
+            words, variables = [*SIZES, *flags], dict[str, str]()
+            for step in proposal.changes:
+                more, changed = launched(step.change.flags)
+                words, variables = [*words, *more], {**variables, **changed}
+            typed = run_memory(tmp_path, *words, **variables)
+            vae = 10.0**8 * typed.setup.tokens / run.setup.tokens
+            typed.encoders = lambda setup, typed=typed, vae=vae: Encoders(typed.__class__.encoders(typed, setup).weights, vae)  # type: ignore[method-assign]  # fmt: skip
+            typed._vae_peak = lambda: 0.0
+            assert typed.memory(typed.setup).total() == pytest.approx(proposal.changes[-1].total, rel=1e-6), words
+            tried += 1
+            if step := next((s for s in proposal.changes if "--train_batch_size 1" in s.change.flags), None):
+                samples = run.args.train_batch_size * run.args.gradient_accumulation_steps
+                assert typed.args.gradient_accumulation_steps == samples, step
+    assert tried
+
+
+def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None:
+    speed = Speed(GPUS["a100-80"], 300e12, 0.4, False, "")
+    for precision in ("bf16", "no"):
+        run = run_memory(tmp_path, *SIZES, "--mixed_precision", precision)
+        run.args.tokenizer_max_length = 512
+        plan = plan_epoch(run.columns, run.settings, 0)
+        samples = [(plan.buckets[micro], size) for micro, size in zip(plan.micro_bucket, np.diff(plan.micro_first), strict=True)]
+        pixels = sum(int(size) * bucket.frames * bucket.height * bucket.width for bucket, size in samples)
+        with torch.device("meta"):
+            vae, text = AutoencoderKLWan(**VAE), UMT5EncoderModel(UMT5Config(**TEXT))
+        captions = 200 * text_flops({"text_encoder": text}, 512)
+        rate = 0.4 * (300e12 if precision == "bf16" else 19.5e12)
+        expected = vae_flops_per_pixel(vae) * pixels / (0.4 * 19.5e12) + captions / rate
+        assert run.encoding_seconds(plan, speed) == pytest.approx(expected, rel=1e-9)
