@@ -262,7 +262,11 @@ def rows(models: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, Any]]:
     for name, gpu in GPUS.items():
         yield "gpus", name, list(gpu)
     for name, config in by_name.items():
-        precisions = {"bf16": {"half": True}, "bf16 weights": {"half": True, "cast": False}, "float32": {"half": False}}
+        precisions = {
+            "bf16": {"half": True},
+            "bf16 weights": {"half": True, "cast": False},
+            "float32": {"half": False},
+        }
         yield "networks", name, {p: network_row(network_of(config, **given)) for p, given in precisions.items()}
     for name in CHANGED:
         yield "changes", name, list(change_rows(setup_of(name), "wan2.1"))

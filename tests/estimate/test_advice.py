@@ -22,7 +22,7 @@ from videox.estimate.advice import (
 )
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
-from videox.optim.registry import OPTIMIZERS, check_supported
+from videox.optim.registry import check_supported
 
 GIB = 2**30
 MODELS = {
@@ -155,9 +155,7 @@ def test_no_proposal_names_a_flag_twice_or_an_optimizer_that_does_not_work(
 
 def test_the_samples_of_a_step_stay_the_same() -> None:
     """Micro-batches of 4, 6 of them in a step: one at a time, these are 24."""
-    changes = possible_changes(
-        SETUP, sharded_backend="zero3", smaller=[], installed=lambda name: True, accumulation=6
-    )
+    changes = possible_changes(SETUP, sharded_backend="zero3", smaller=[], installed=lambda name: True, accumulation=6)
     assert "--train_batch_size 1 --gradient_accumulation_steps 24" in {change.flags for change in changes}
 
 

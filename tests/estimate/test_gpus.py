@@ -31,7 +31,7 @@ def test_a_gpu_is_found_by_its_device_name(device: str) -> None:
     assert gpu_of_device(device) is GPUS[DEVICE_NAMES[device]]
 
 
-# Of the data sheets: float32 units, boost clock in MHz, bits of the memory bus, Gbit per second and pin; 0 = not stated.
+# Of the data sheets: float32 units, boost clock in MHz, bits of the memory bus, Gbit per second and pin.
 CARDS = {
     "rtx3060": (3584, 1777, 192, 15), "rtx3090": (10_496, 1695, 384, 19.5), "rtx4080": (9728, 2505, 256, 22.4),
     "rtx4090": (16_384, 2520, 384, 21), "rtx5080": (10_752, 2617, 256, 30), "rtx5090": (21_760, 2407, 512, 28),

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from videox.estimate import advice, duration, flops, memory
 from videox.estimate.memory import Memory, Parameters, checkpoint_size, state_bytes
 

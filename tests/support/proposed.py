@@ -27,7 +27,7 @@ def launched(flags: str) -> tuple[list[str], dict[str, str]]:
 
 
 def printed_proposals(stdout: str) -> list[tuple[bool, list[str], float]]:
-    """Return the proposals that a dry run prints: whether it fits, the flags of each change, and GiB after the last."""
+    """Return the printed proposals: whether the run then fits, the flags of each change, and GiB after the last."""
     found: list[tuple[bool, list[str], float]] = []
     for line in stdout.splitlines():
         if line.strip() in ("to make it fit, the cheapest changes first:", "or, with more GPUs:"):

@@ -38,7 +38,13 @@ VAE = {"base_dim": 8}
 TEXT = {"vocab_size": 50, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 BLOCKS = {"blocks": ("attn1", "attn2", "ffn")}
 PARSER = make_parser("", modes=("normal",), recipes=ROOT / "config/recipes/wan2.1")
-BUCKETS = ["--enable_bucket", "--training_with_video_token_length", "--random_hw_adapt", "--video_sample_n_frames", "81"]
+BUCKETS = [
+    "--enable_bucket",
+    "--training_with_video_token_length",
+    "--random_hw_adapt",
+    "--video_sample_n_frames",
+    "81",
+]
 SIZES = [*BUCKETS, "--token_sample_size", "640", "--video_sample_size", "640", "--image_sample_size", "1024"]
 SMALL_CLIPS = [*BUCKETS, "--token_sample_size", "64", "--video_sample_size", "64", "--image_sample_size", "64"]
 
@@ -155,7 +161,12 @@ def test_the_launch_is_that_of_the_launcher_or_of_the_flags(tmp_path: Path) -> N
     found = launch_of({**deepspeed, "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}, parse(tmp_path))
     assert (found.backend, found.processes, found.per_host, found.half) == ("zero3", 16, 4, False)
     assert found.zero["offload_param"] == {"device": "cpu"} and found.zero["sub_group_size"] == 10**9
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    fsdp = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "WORLD_SIZE": "2",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+    }
     assert launch_of(fsdp, parse(tmp_path)) == Launch("fsdp2", 2, 2, True, {})
     assert launch_of({}, parse(tmp_path)) == Launch("single", 1, 1, False, {})
     assert launch_of({"WORLD_SIZE": "32"}, parse(tmp_path)) == Launch("ddp", 32, 8, False, {})
@@ -208,7 +219,10 @@ def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None
         run = run_memory(tmp_path, *SIZES, "--mixed_precision", precision)
         run.args.tokenizer_max_length = 512
         plan = plan_epoch(run.columns, run.settings, 0)
-        samples = [(plan.buckets[micro], size) for micro, size in zip(plan.micro_bucket, np.diff(plan.micro_first), strict=True)]
+        samples = [
+            (plan.buckets[micro], size)
+            for micro, size in zip(plan.micro_bucket, np.diff(plan.micro_first), strict=True)
+        ]
         pixels = sum(int(size) * bucket.frames * bucket.height * bucket.width for bucket, size in samples)
         with torch.device("meta"):
             vae, text = AutoencoderKLWan(**VAE), UMT5EncoderModel(UMT5Config(**TEXT))

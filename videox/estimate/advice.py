@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from videox.estimate.memory import BY_SHARDING, UNSHARDED, Memory, MemorySetup
+from videox.estimate.memory import BY_SHARDING, Memory, MemorySetup
 from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 
 # What a change costs, in the order in which changes are considered. A later group is only used where the earlier ones
