@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from videox.data.index.index import Index, MediaColumns
@@ -24,9 +24,9 @@ def lines_of(
     full = {name: np.full(len(kind), value) for name, value in (("width", 256), ("height", 144))}
     fps = np.array([0.0] * images + rates)
     index = Index.from_columns(MediaColumns(kind=kind, frames=np.where(kind, frames, 1), fps=fps, **full))
-    settings = PlanSettings(SizePolicy(**{**SIZES, "stride": 3, **policy}), batch_size=1, slots=1, seed=0)
-    columns = columns_of(index, by_second=settings.policy.sample_fps > 0)
-    return frame_rate_lines(index, plan_epoch(columns, settings, 0), settings.policy, model_fps, max_rates=3)
+    plan = PlanSettings(SizePolicy(**{**SIZES, "stride": 3, **policy}), batch_size=1, slots=1, seed=0)
+    columns = columns_of(index, by_second=plan.policy.sample_fps > 0)
+    return frame_rate_lines(index, plan_epoch(columns, plan, 0), plan.policy, model_fps, max_rates=3)
 
 
 def test_each_source_rate_has_a_line_and_rates_far_off_a_warning() -> None:
@@ -47,7 +47,10 @@ def test_the_rate_of_the_model_decides() -> None:
     assert "train at 48 fps: motion looks 0.5 times as fast" in slow[1] and slow[-1].endswith("--video_sample_fps 24")
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 400), st.sampled_from([16.0, 24.0]))
+@example(80, 16.0)
+@example(48, 16.0)
 def test_the_warning_begins_above_a_quarter(quarters: int, model_fps: float) -> None:
     rate = quarters / 4
     warned = "warning" in lines_of([rate], stride=1, model_fps=model_fps)[-1]

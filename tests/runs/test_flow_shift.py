@@ -80,7 +80,7 @@ def test_training_held_out_loss_and_samples_have_one_shift(
     )
     assert outcome.code == 0, outcome.stderr
     assert seen == {"training": {shift}, "held-out": {shift}, "samples": {shift}}
-    source = {"original": "wan_civitai.yaml: the model has no scheduler_config.json with one"}.get(
+    source = {"original": "wan_civitai.yaml: the model's folder has none"}.get(
         layout, "the model's scheduler/scheduler_config.json"
     )
     assert f"flow shift  {shift:g} ({'--flow_shift' if flag else source})" in outcome.stdout

@@ -52,8 +52,8 @@ def checkpoint_with(folder: Path, **description: object) -> Path:
         ("auto", True, None, 2.5, "--config_path"),
         ("auto", False, THREE, 3.0, "the model's scheduler/scheduler_config.json"),
         ("auto", False, SEVEN, 7.0, "the model's scheduler/scheduler_config.json"),
-        ("auto", False, None, 5.0, "wan_civitai.yaml: the model has no scheduler_config.json"),
-        ("auto", False, BARE, 5.0, "wan_civitai.yaml: the model has no scheduler_config.json with one"),
+        ("auto", False, None, 5.0, "wan_civitai.yaml: the model's folder has none"),
+        ("auto", False, BARE, 5.0, "wan_civitai.yaml: the model's folder has none"),
     ],
 )
 def test_the_first_source_that_there_is_decides(

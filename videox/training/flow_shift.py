@@ -89,7 +89,7 @@ def _of_new_run(
     if value is not None:
         return FlowShift(value, f"the model's {place}")
     if shipped_yaml:
-        return FlowShift(read_shift(shipped_yaml), f"{Path(shipped_yaml).name}: the model has no {CONFIG} with one")
+        return FlowShift(read_shift(shipped_yaml), f"{Path(shipped_yaml).name}: the model's folder has none")
     what = "the configuration has no flow shift"
     raise UserError(place, what, "pass --flow_shift (docs/flow_shift.md has the published values)", MODEL)
 
