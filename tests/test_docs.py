@@ -23,6 +23,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -269,12 +270,20 @@ def test_a_snippet_runs(page: str, code: str, tmp_path: Path) -> None:
         ('"cuda"', '"cpu"'),
     ):  # fmt: skip
         code = re.sub(pattern, replacement, code)
+    lora = str(tmp_path / "lora.safetensors")
+    if "load_lora_weights" in code:
+        code = re.sub(r"outputs/\w+/pytorch_lora_weights\.safetensors", lora, code)
+        weight = WanTransformer3DModel.from_pretrained(model / "transformer").blocks[0].attn1.to_q.weight
+        layer, (rows, columns) = "transformer.blocks.0.attn1.to_q", weight.shape
+        adapter = {"lora_A": torch.zeros(2, columns), "lora_B": torch.zeros(rows, 2)}
+        save_file({f"{layer}.{name}.weight": tensor for name, tensor in adapter.items()}, lora)
     assert "models/" not in code and "outputs/" not in code and "datasets/" not in code
     names: dict[str, object] = {}
     with contextlib.chdir(tmp_path):
         exec(compile(code, page, "exec"), names)
     pipeline = names["pipeline"]
-    assert isinstance(pipeline, DiffusionPipeline) and pipeline.transformer is names["transformer"]
+    assert isinstance(pipeline, DiffusionPipeline)
+    assert pipeline.transformer.peft_config if lora in code else pipeline.transformer is names["transformer"]
     assert pipeline.transformer.dtype is torch.bfloat16
     if "frames" in names:
         assert isinstance(names["image"], Image.Image) and len(names["frames"]) == 9
