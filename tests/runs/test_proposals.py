@@ -17,7 +17,7 @@ PUBLISHED = [*BUCKETS, "--train_batch_size", "1", "--mixed_precision", "bf16", "
 LORA = ["--lora_rank", "64"]
 ON_EIGHT = ["--dry_run_processes", "8", "--dry_run_backend"]
 PAIRS = [
-    ("wan2.1-t2v-1.3b", "rtx3060", LORA),
+    ("wan2.1-t2v-1.3b", "rtx4080", LORA),
     ("wan2.1-t2v-1.3b", "rtx4090", []),
     ("wan2.1-t2v-1.3b", "l40s", ["--gradient_accumulation_steps", "2", "--train_batch_size", "4"]),
     ("wan2.1-t2v-14b", "rtx4090", [*PUBLISHED, *LORA]),
