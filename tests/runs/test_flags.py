@@ -93,6 +93,7 @@ COVERED_ELSEWHERE = {
 
 LR, CLIP = 2e-3, 0.05  # of the published command
 LAYERS = 2  # of the tiny model
+SHIFT = 3.0  # of its scheduler
 QUICK = {"mixed_precision": "no", "gradient_checkpointing": None, "tokenizer_max_length": 16, "caption_dropout": 0}
 EPOCH = {**QUICK, "train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_warmup_steps": 0}
 STEPS = {
@@ -696,7 +697,7 @@ def test_timesteps_are_stratified_over_the_step(cached_run: CachedRuns) -> None:
         found = []
         for step in dumps(outcome, micros=4):
             sigma = torch.cat([dump["sigma"][np.array(dump.rows) >= 0] for dump in step]).double()
-            draw = 1 - sigma / (5 - 4 * sigma) + 5e-4  # center of one of 1000 timesteps
+            draw = 1 - sigma / (SHIFT - (SHIFT - 1) * sigma) + 5e-4  # center of one of 1000 timesteps
             found.append(sorted((draw * len(sigma)).long().tolist()))
         return found
 
@@ -709,9 +710,9 @@ def test_timesteps_are_stratified_over_the_step(cached_run: CachedRuns) -> None:
 def test_fewer_sampling_steps_keep_the_noisiest_timesteps(cached_run: CachedRuns) -> None:
     assert set(values(cached_run(STEPS, train_sampling_steps=1), "timestep").tolist()) == {1000.0}
     sigma = values(cached_run(STEPS, train_sampling_steps=100), "sigma").double()
-    t = sigma / (5 - 4 * sigma)
+    t = sigma / (SHIFT - (SHIFT - 1) * sigma)
     assert t.min() > 0.9 and len(set(t.tolist())) == len(t)
-    assert values(cached_run(STEPS), "sigma").min() < 5 * 0.9 / (1 + 4 * 0.9)
+    assert values(cached_run(STEPS), "sigma").min() < SHIFT * 0.9 / (1 + (SHIFT - 1) * 0.9)
 
 
 @covers("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
@@ -720,7 +721,7 @@ def test_weighting_schemes_change_loss_weights_and_timesteps(cached_run: CachedR
 
     def times(**changes: object) -> torch.Tensor:
         sigma = values(cached_run(base, **changes), "sigma").double()
-        return 1 - sigma / (5 - 4 * sigma)  # the drawn value, from 0 = noise to 1
+        return 1 - sigma / (SHIFT - (SHIFT - 1) * sigma)  # the drawn value, from 0 = noise to 1
 
     def weights(**changes: object) -> tuple[torch.Tensor, torch.Tensor]:
         outcome = cached_run(base, **changes)
