@@ -79,7 +79,8 @@ def _plot_memory(axes: Axes, picture: PlanPicture) -> None:
         axes.barh(0, size, left=start, color=mpl.colormaps["tab20"](number), label=f"{name} {size:.1f}")
         start += size
     axes.axvline(picture.limit, color="black", linestyle="--")
-    axes.annotate(f" {picture.card}: {picture.limit:g} GiB", (picture.limit, 0.45), fontsize=9)
+    label = f"{picture.card}: {picture.limit:g} GiB"
+    axes.text(picture.limit, 1.02, label, transform=axes.get_xaxis_transform(), fontsize=9)  # above the bar
     axes.set_yticks([])
     axes.set_xlim(0, 1.15 * max(picture.limit, start))
     axes.set_xlabel("GiB per GPU at the peak")
