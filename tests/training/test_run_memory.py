@@ -74,6 +74,7 @@ def run_memory(folder: Path, *flags: str, **variables: str) -> RunMemory:
     args = parse(folder, *flags)
     launch = launch_of(variables, args)
     profile = ModelProfile(
+        fps=16,
         task="text-to-video",
         network=partial(cross_attention_network, TRANSFORMER, text_tokens=512, image_tokens=0),
         blocks=BLOCKS,

@@ -115,7 +115,10 @@ def draw_caption(row: RowCaptions, rules: CaptionRules, key: int) -> str:
     trigger = row.trigger_word or rules.trigger_word
     if rules.shuffle_tags:
         caption = _shuffle_tags(caption, trigger, key)
-    return _insert_trigger(join_prefix(rules.prefix, row.prefix + caption + row.suffix), trigger)
+    caption = row.prefix + caption + row.suffix
+    if (rules.prefix or trigger) and not caption.strip():
+        caption = ""  # white space alone is no caption to put something before
+    return _insert_trigger(join_prefix(rules.prefix, caption), trigger)
 
 
 def join_prefix(prefix: str, caption: str) -> str:
