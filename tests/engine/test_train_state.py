@@ -21,16 +21,14 @@ from videox.data.media.container import MIRRORED
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.engine.resume import IndexedData, refuse_changed_plan, resume_or_begin
 from videox.engine.train_state import (
     STATE_FILE,
-    IndexedData,
     TrainState,
     checkpoint_bytes,
     load_state,
     plan_inputs,
     read_state,
-    refuse_changed_plan,
-    resume_or_begin,
     run_name,
     save_state,
 )
@@ -121,9 +119,9 @@ def test_bad_rows_are_quarantined_from_the_next_epoch_on() -> None:
 def test_changed_sources_are_named(then: list[str], now: list[str], named: str) -> None:
     state = replace(state_of(), sources=then)
     with pytest.raises(UserError) as refused:
-        refuse_changed_plan(state, "another", SETTINGS, now)
+        refuse_changed_plan(state, SETTINGS, IndexedData("another", "names", COLUMNS, sources=tuple(now)))
     assert refused.value.what.endswith(f"the data's rows, captions or sizes have changed{named}")
-    refuse_changed_plan(state, "same", SETTINGS, now)  # equal rows, whatever names them
+    refuse_changed_plan(state, SETTINGS)  # equal rows, whatever names them
 
 
 def test_the_state_of_an_older_version_has_no_sources(tmp_path: Path) -> None:
@@ -137,26 +135,27 @@ def test_the_state_of_an_older_version_has_no_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "index", "named"),
     [
-        (replace(SETTINGS, batch_size=3), "same", "batch_size was 2, is 3"),
-        (replace(SETTINGS, seed=8), "same", "seed was 7, is 8"),
-        (replace(SETTINGS, slot_fill="cost"), "same", "slot_fill was fixed, is cost"),
-        (replace(SETTINGS, policy=replace(POLICY, video_sample_size=96)), "same", "policy.video_sample_size was 64, is 96"),
-        (replace(SETTINGS, policy=replace(POLICY, fix_sample_size=(64, 32))), "same", "policy.fix_sample_size was None, is [64, 32]"),
+        (replace(SETTINGS, batch_size=3), "same", "--train_batch_size was 2, is 3"),
+        (replace(SETTINGS, seed=8), "same", "--seed was 7, is 8"),
+        (replace(SETTINGS, slot_fill="cost"), "same", "--slot_fill was fixed, is cost"),
+        (replace(SETTINGS, policy=replace(POLICY, video_sample_size=96)), "same", "--video_sample_size was 64, is 96"),
+        (replace(SETTINGS, policy=replace(POLICY, fix_sample_size=(64, 32))), "same", "--fix_sample_size was None, is [64, 32]"),
         (SETTINGS, "other", "the data's rows, captions or sizes have changed"),
     ],
 )  # fmt: skip
 def test_changed_setting_is_refused_with_both_values(changed: PlanSettings, index: str, named: str) -> None:
     with pytest.raises(UserError) as refused:
-        refuse_changed_plan(state_of(), index, changed)
+        refuse_changed_plan(state_of(), changed, None if index == "same" else IndexedData(index, "names", COLUMNS))
     assert refused.value.what == f"the schedule would change: {named}"
     assert refused.value.exit_code == MODEL
     assert "another --output_dir" in refused.value.hint
 
 
 def test_all_changes_are_listed_and_equal_settings_accepted() -> None:
-    refuse_changed_plan(state_of(), "same", SETTINGS)
+    refuse_changed_plan(state_of(), SETTINGS)
     with pytest.raises(UserError) as refused:
-        refuse_changed_plan(state_of(), "other", replace(SETTINGS, batch_size=3, seed=8))
+        other = IndexedData("other", "names", COLUMNS)
+        refuse_changed_plan(state_of(), replace(SETTINGS, batch_size=3, seed=8), other)
     assert refused.value.what.count(" was ") == 2
     assert "data's rows" in refused.value.what
 
@@ -164,8 +163,8 @@ def test_all_changes_are_listed_and_equal_settings_accepted() -> None:
 def test_old_state_without_a_setting_is_refused_with_its_name() -> None:
     state = state_of()
     del state.settings["held_out"]
-    with pytest.raises(UserError, match="held_out was None, is 0"):
-        refuse_changed_plan(state, "same", SETTINGS)
+    with pytest.raises(UserError, match="--validation_rows was None, is 0"):
+        refuse_changed_plan(state, SETTINGS)
 
 
 def test_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
@@ -312,7 +311,7 @@ def test_resumed_run_keeps_its_seed_and_slots(tmp_path: Path) -> None:
     for slots, world_size in ((1, 1), (2, 2), (8, 4)):
         state, settings = begin(checkpoint, seed=None, slots=slots, world_size=world_size)
         assert (state.seed, state.slots, settings.slots) == (7, 4, 4)
-    with pytest.raises(UserError, match="seed was 7, is 9"):
+    with pytest.raises(UserError, match="--seed was 7, is 9"):
         begin(checkpoint, seed=9)
     with pytest.raises(UserError, match="3 does not divide the 4 slots") as refused:
         begin(checkpoint, slots=3, world_size=3)

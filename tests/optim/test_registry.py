@@ -20,7 +20,7 @@ from skips import skip_missing
 
 import videox.optim.registry
 from videox.distributed.backends import BACKENDS
-from videox.engine.train_state import refuse_other_backend
+from videox.engine.resume import refuse_other_backend
 from videox.errors import MODEL, UserError
 from videox.optim.build import make_optimizer, set_learning_rate
 from videox.optim.registry import OPTIMIZERS, check_supported, moments_of

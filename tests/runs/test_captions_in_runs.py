@@ -19,12 +19,10 @@ from videox.data.index.index import Index, MediaColumns
 from videox.data.plan.epoch import PlannedSample
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanColumns, columns_of
+from videox.engine.resume import IndexedData, refuse_changed_plan, resume_or_begin
 from videox.engine.train_state import (
-    IndexedData,
     TrainState,
     plan_inputs,
-    refuse_changed_plan,
-    resume_or_begin,
     write_state,
 )
 from videox.errors import UserError
@@ -80,18 +78,18 @@ def test_default_rules_leave_names_and_plans_of_runs_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "shown"),
     [
-        ("caption_prefix", "photo of", "caption_prefix was '', is 'photo of'"),
-        ("trigger_word", "ohwx", "trigger_word was '', is ohwx"),
-        ("caption_shuffle_tags", True, "caption_shuffle_tags was False, is True"),
+        ("caption_prefix", "photo of", "--caption_prefix was '', is 'photo of'"),
+        ("trigger_word", "ohwx", "--trigger_word was '', is ohwx"),
+        ("caption_shuffle_tags", True, "--caption_shuffle_tags was False, is True"),
     ],
 )
 def test_a_resumed_run_with_other_caption_settings_is_refused_by_name(setting: str, value: object, shown: str) -> None:
     changed = replace(plans.SETTINGS, **{setting: value})
     for then, now in ((plans.SETTINGS, changed), (changed, plans.SETTINGS)):
         state = TrainState(then.seed, then.slots, "same", plan_inputs(then), run="a run")
-        refuse_changed_plan(state, "same", then)
+        refuse_changed_plan(state, then)
         with pytest.raises(UserError) as refused:
-            refuse_changed_plan(state, "same", now)
+            refuse_changed_plan(state, now)
         if now is changed:
             assert refused.value.what == f"the schedule would change: {shown}"
         assert setting in refused.value.what

@@ -225,11 +225,11 @@ def altered_data(setup: ResumeRuns, folder: Path, change: str) -> Path:
     [
         ({"data": "row"}, "the data's rows, captions or sizes have changed"),
         ({"data": "caption"}, "the data's rows, captions or sizes have changed"),
-        ({"train_batch_size": 2}, "batch_size was 1, is 2"),
-        ({"video_sample_size": 48}, "policy.video_sample_size was 64, is 48"),
-        ({"video_sample_n_frames": 5}, "policy.n_frames was "),
-        ({"seed": 43}, "seed was 42, is 43"),
-        ({"random_hw_adapt": None}, "policy.random_hw_adapt was True, is False"),
+        ({"train_batch_size": 2}, "--train_batch_size was 1, is 2"),
+        ({"video_sample_size": 48}, "--video_sample_size was 64, is 48"),
+        ({"video_sample_n_frames": 5}, "--video_sample_n_frames was "),
+        ({"seed": 43}, "--seed was 42, is 43"),
+        ({"random_hw_adapt": None}, "--random_hw_adapt was True, is False"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from videox.data.plan.epoch import EpochPlan, MicroBatch, PlannedSample, check_world_size
+from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch, PlannedSample, check_world_size
 
 
 class BucketBatchSampler(Sampler[list[PlannedSample]]):
@@ -21,19 +21,22 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
         self.data_group = data_group
         self.data_groups = data_groups
         self._plan: EpochPlan | None = None
-        self._start = 0
+        self._start = self._first_row = 0
 
-    def set_plan(self, plan: EpochPlan, start: int = 0) -> None:
-        """Set the epoch of the next iteration and its first step (0-based); earlier steps are skipped at no cost."""
+    def set_plan(self, plan: EpochPlan, start: int = 0, first_row: int = 0) -> None:
+        """Set the epoch of the next iteration and its first step (0-based); earlier steps are skipped at no cost.
+
+        first_row: where the plan's rows begin in the index of the data set.
+        """
         check_world_size(plan.slots, self.data_groups)
-        self._plan, self._start = plan, start
+        self._plan, self._start, self._first_row = plan, start, first_row
 
     def __iter__(self) -> Iterator[list[PlannedSample]]:
         plan = self._current()
         for step in range(self._start, plan.n_steps):
             batches = plan.micro_batches(step, self.data_group, self.data_groups)
             for number, batch in enumerate(batches):
-                yield planned_samples(batch, number, last=number == len(batches) - 1)
+                yield planned_samples(batch, number, last=number == len(batches) - 1, first_row=self._first_row)
 
     def _current(self) -> EpochPlan:
         if self._plan is None:
@@ -41,17 +44,18 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
         return self._plan
 
 
-def planned_samples(batch: MicroBatch, number: int, last: bool) -> list[PlannedSample]:
+def planned_samples(batch: MicroBatch, number: int, last: bool, first_row: int = 0) -> list[PlannedSample]:
     """Convert a micro-batch to plain numbers, which are cheap to send to a worker.
 
     Args:
         batch: the micro-batch.
         number: its number among this rank's micro-batches of the step, from 0.
         last: whether it is the last of them.
+        first_row: where the plan's rows begin in the index of the data set.
     """
     return [
         PlannedSample(
-            int(row), int(start), int(key), int(variant), float(weight), float(stratum), batch.bucket, batch.step,
+            int(row) if row == PADDING else int(row) + first_row, int(start), int(key), int(variant), float(weight), float(stratum), batch.bucket, batch.step,
             number, last,
         )
         for row, start, key, variant, weight, stratum in zip(

@@ -130,6 +130,11 @@ class TokenLengthDataset(Dataset):
 
     def __getitem__(self, planned: PlannedSample) -> Sample:
         """Read a sample; one that cannot be read has zeros as pixels, weight 0 and the reason in `bad`."""
+        sample = self._sample(planned)
+        sample["planned"] = sample["planned"]._replace(row=self.index.number(planned.row))
+        return sample
+
+    def _sample(self, planned: PlannedSample) -> Sample:
         bucket = planned.bucket
         indices = planned.start + frame_offsets(np.arange(bucket.frames), self.pace(planned.row))
         zeros = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
@@ -151,7 +156,7 @@ class TokenLengthDataset(Dataset):
             with time_limit(READ_SECONDS, own_process=get_worker_info() is not None):
                 sample["pixels"] = self._read(sample, path)
         except BadMedia as why:
-            sample["bad"] = BadSample(planned.row, str(path), why.media_class, why.detail)
+            sample["bad"] = BadSample(self.index.number(planned.row), str(path), why.media_class, why.detail)
             sample["planned"] = planned._replace(weight=0.0)
         return sample
 

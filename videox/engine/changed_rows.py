@@ -10,6 +10,8 @@ from videox.data.media.container import DECODINGS
 from videox.data.plan.settings import PlanColumns
 from videox.errors import MODEL, UserError
 
+NEXT_EPOCH, AT_ONCE = ACCEPTED = ("next_epoch", "now")  # when a run goes on with changed data
+
 
 def lost_rows(then: PlanColumns, now: PlanColumns, may_appear: np.ndarray | None = None) -> np.ndarray | None:
     """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None.
@@ -63,7 +65,10 @@ def refuse_changed_rows(
 
     named = "; ".join(f"row {row} ({name_of(row)}) {describe(row)}" for row in rows[:most])
     more = f"; and {len(rows) - most} more" if len(rows) > most else ""
-    hint = "resume with the files and the version that it began with, or start a new run in another --output_dir from its weights (--transformer_path)"
+    hint = (
+        "resume with the files and the version that it began with, add --accept_data_change=now to train the rows as "
+        "they are now, or start a new run in another --output_dir from its weights (--transformer_path)"
+    )
     what = f"{len(rows)} rows have changed since the run began: {named}{more}"
     raise UserError("--resume_from_checkpoint", what, hint, MODEL)
 

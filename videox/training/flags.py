@@ -14,6 +14,7 @@ from videox.data.plan.buckets import GRIDS
 from videox.data.plan.settings import BALANCES, SAMPLINGS
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.distributed.backends import BACKENDS
+from videox.engine.changed_rows import ACCEPTED, NEXT_EPOCH
 from videox.estimate.gpus import GPUS
 from videox.lora.kinds import LORA_TYPES, lora_type
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name
@@ -314,6 +315,11 @@ def add_run(parser: Parser) -> None:
     )
     add("--save_whole_weights", action="store_true", help=full)
     add("--resume_from_checkpoint", help="'latest', or the path of a checkpoint")
+    accept = (
+        "go on although the data has changed since the checkpoint: the current epoch ends with the rows that it began "
+        "with, then the new data is trained (now: the rest of the current epoch is left out)"
+    )
+    add("--accept_data_change", nargs="?", choices=ACCEPTED, const=NEXT_EPOCH, metavar="now", help=accept)
     verify = "check the hashes of the checkpoint before any resume; by default only after a crash"
     add("--verify", action="store_true", help=verify)
     layouts = (

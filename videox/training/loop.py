@@ -30,7 +30,8 @@ def iterate_steps(schedule: Schedule, data: DataPipeline, clock: StepClock) -> I
     while state.step < schedule.total:
         if plan.epoch != state.epoch:
             plan = plan_epoch(schedule.columns, schedule.settings, state.epoch, state.quarantined)
-        data.sampler.set_plan(plan, state.epoch_step)
+        first_row = schedule.first_row if plan is schedule.plan else 0
+        data.sampler.set_plan(plan, state.epoch_step, first_row)
         loaded = iter(data.loader)
         for epoch_step in range(state.epoch_step, plan.n_steps):
             if state.step == schedule.total:

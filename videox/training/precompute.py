@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from videox.data.bucket_sampler import held_out_samples
+from videox.data.bucket_sampler import BucketBatchSampler, held_out_samples
 from videox.data.cache.cache import Cache, CacheField, CacheView, cache_key, read_memo, write_memo
 from videox.data.cache.maintenance import format_size
 from videox.data.dataset import BadSample, TokenLengthDataset, collate, sample_key_of
 from videox.data.index.captions import caption_counts, drawn_caption
 from videox.data.loader import init_worker
-from videox.data.plan.epoch import PlannedSample
+from videox.data.plan.epoch import PADDING, PlannedSample
 from videox.data.plan.plan import count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed.collectives import run_on_all, run_on_main
 from videox.distributed.signals import StopRequest
@@ -89,7 +90,7 @@ def distinct_samples(schedule: Schedule, epochs: range, caption_dropout: float) 
     """
     counts = caption_counts(schedule.index.text)
     columns, settings = schedule.columns, schedule.settings
-    fates = row_fates(columns, settings, np.array(schedule.state.quarantined, np.int64))
+    fates = row_fates(columns, settings, np.array(schedule.state.later_quarantined, np.int64))
     period = settings.cache_variants or len(epochs)
     for first in range(min(period, len(epochs))):
         seen: dict[int, np.ndarray] = {}  # number of the caption, -1 if it is dropped -> variants of the samples
@@ -138,15 +139,27 @@ def missing_of(
     return CacheTodo(dataset, len(seen) - before, tuple(jobs))
 
 
+def _samples_of_plan(schedule: Schedule) -> Iterator[PlannedSample]:
+    """Yield the samples of the schedule's plan from the state's position on, padding left out."""
+    sampler = BucketBatchSampler(data_group=0, data_groups=1)
+    sampler.set_plan(schedule.plan, schedule.state.epoch_step, schedule.first_row)
+    return (planned for batch in sampler for planned in batch if planned.row != PADDING)
+
+
 def find_missing(schedule: Schedule, dataset: TokenLengthDataset, encoder: Encoder) -> list[CacheTodo]:
     """What the cache lacks for the rest of the run and for its held-out rows; empty without a cache."""
     if encoder.cache is None:
         return []
     columns, settings, state = schedule.columns, schedule.settings, schedule.state
-    remaining, end = schedule.total - state.step + state.epoch_step, state.epoch
-    while remaining > 0 and (steps := count_steps(columns, settings, end, state.quarantined)):
+    remaining, first = schedule.total - state.step + state.epoch_step, state.epoch
+    trained: Iterator[PlannedSample] = iter(())
+    if state.next_data:  # the rest of this epoch has rows of its own
+        remaining, first = remaining - schedule.plan.n_steps, first + 1
+        trained = _samples_of_plan(schedule)
+    end = first
+    while remaining > 0 and (steps := count_steps(columns, settings, end, state.later_quarantined)):
         remaining, end = remaining - steps, end + 1
-    trained = distinct_samples(schedule, range(state.epoch, end), dataset.caption_dropout)
+    trained = chain(trained, distinct_samples(schedule, range(first, end), dataset.caption_dropout))
     held_out = held_out_samples(held_out_plan(columns, settings))
     seen: set[bytes] = set()  # a caption that both have is one entry
     return [

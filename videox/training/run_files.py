@@ -21,7 +21,7 @@ FILE_FLAGS = ("config", "recipe", "list_recipes", "help")  # not allowed inside 
 FIGURES = "figures.json"  # in the folder above the recipes of a family
 # Flags of an args.json that say how that run was started, and not what it trained.
 _NOT_REPEATED = (
-    *FILE_FLAGS, "resume_from_checkpoint", "verify", "dry_run", "explain", "dry_run_plan", "dry_run_processes",
+    *FILE_FLAGS, "resume_from_checkpoint", "accept_data_change", "verify", "dry_run", "explain", "dry_run_plan", "dry_run_processes",
     "dry_run_backend", "cache_only", "dump_steps",
 )  # fmt: skip
 _WORDS = {"true": True, "false": False}

@@ -7,19 +7,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import videox.estimate.data_report as report
-from videox.data.index.captions import rows_without_caption
 from videox.data.index.index import DataLocation, Index, build_index, load_index
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import count_steps, plan_epoch
-from videox.data.plan.settings import PlanColumns, PlanSettings, columns_fingerprint, columns_of
+from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
 from videox.distributed.collectives import run_on_main
-from videox.engine.train_state import IndexedData, TrainState, refuse_other_run, resume_or_begin
+from videox.engine.resume import refuse_other_run, resume_or_begin
+from videox.engine.train_state import TrainState
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.model_profile import ModelProfile
@@ -29,6 +29,7 @@ from videox.tracking.jsonl import json_line
 from videox.training.args import size_policy
 from videox.training.argument_parser import AUTO
 from videox.training.context import Context
+from videox.training.data_change import change_lines, indexed_data, keep_rows, rows_of_epoch
 from videox.training.data_sources import sources_of
 from videox.training.flow_shift import with_default_yaml
 
@@ -44,7 +45,7 @@ WITHOUT_NUMBERS = {
     "save_whole_weights", "latent_cache", "cache_only",
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
     "peak_tflops", "try_largest_first", "missing_caption", "config", "recipe", "dry_run_model", "dry_run_data", "gpu",
-    "gpu_price",
+    "gpu_price", "accept_data_change",
 }  # fmt: skip
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
@@ -59,11 +60,14 @@ class Schedule:
 
     Attributes:
         index: of the metadata's files.
-        columns: what the plan reads of the index; on a resumed run those that it began with.
+        columns: what the plan reads of the index; on a resumed run those that it began with. If the data has changed
+            within the epoch, those of the new data.
         settings: of the plan.
         state: position of the run; `advance` moves it.
         plan: of the epoch that the run is in when it starts.
         total: optimizer steps of the whole run.
+        first_row: where the rows of `plan` begin in the index: 0, unless its epoch began with other data than the
+            columns describe.
     """
 
     index: Index
@@ -72,6 +76,22 @@ class Schedule:
     state: TrainState
     plan: EpochPlan
     total: int
+    first_row: int = 0
+
+    def plan_of_columns(self) -> EpochPlan:
+        """The plan of this epoch, or of the next one if the columns are those of changed data that begin then."""
+        state = self.state
+        return plan_epoch(self.columns, self.settings, state.epoch + 1) if state.next_data else self.plan
+
+    @property
+    def data_changes(self) -> list[dict[str, Any]]:
+        """First step and epoch of each change of the data, and its index, as the checkpoints have them."""
+        state, later = self.state, []
+        if state.next_data:
+            first = state.step - state.epoch_step + self.plan.n_steps
+            change = {"step": first, "epoch": state.epoch + 1}
+            later = [{**change, "before": state.index, "after": state.next_data.index}]
+        return [*state.data_changes, *later]
 
 
 def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile) -> Schedule:
@@ -88,6 +108,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     current = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else profile.cost
     requested_slots = ctx.world_size * args.gradient_accumulation_steps
+    data = indexed_data(args, ctx, index, current)
     state, settings = resume_or_begin(
         ctx.checkpoint,
         partial(
@@ -99,14 +120,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             barrier=ctx.backend.barrier,
             accumulation=args.gradient_accumulation_steps,
         ),
-        IndexedData(
-            columns_fingerprint(index, current),
-            index.rows_fingerprint(),
-            current,
-            captionless=rows_without_caption(index.text),
-            name_of=lambda row: repr(index.file_path[row].as_py()),
-            sources=tuple(source.describe() for source in sources_of(args).sources),
-        ),
+        data,
         seed=args.seed,
         slots=requested_slots,
         world_size=ctx.world_size,
@@ -115,24 +129,37 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     )
     if ctx.checkpoint:
         refuse_other_run(ctx.output_dir, state)
-    columns = state.columns or current
-    plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
-    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs)
-    schedule = Schedule(index, columns, settings, state, plan, total)
-    ctx.print(*report.unreadable_lines(index, columns, current))
-    ctx.print(*report.data_lines(index, columns, plan, settings.policy))
-    ctx.print(*frame_rate_lines(index, plan, settings.policy, profile.fps))
+    keep_rows(args, ctx, state, data, index)
+    schedule = _schedule_of(args, ctx, index, state, settings)
+    described = schedule.plan_of_columns()
+    ctx.print(*report.unreadable_lines(index, schedule.columns, current))
+    ctx.print(*report.data_lines(index, schedule.columns, described, settings.policy))
+    ctx.print(*frame_rate_lines(index, described, settings.policy, profile.fps))
     ctx.print(*report.caption_lines(index, settings.caption_rules))
-    ctx.print(report.balance_line(plan, settings, ctx.world_size))
-    _write_refused_rows(ctx, schedule)
+    ctx.print(*change_lines(args, ctx, index, state, settings, schedule.plan))
+    ctx.print(report.balance_line(schedule.plan, settings, ctx.world_size))
+    _write_refused_rows(ctx, index, described)
     if args.cost_model and (settings.cost_linear, settings.cost_quadratic) != cost:
         ctx.print("--cost_model has no effect on a resumed run: it keeps the costs that it began with")
     ctx.print(*_step_lines(schedule, ctx.world_size, requested_slots))
     return schedule
 
 
-def _write_refused_rows(ctx: Context, schedule: Schedule) -> None:
-    if ctx.is_main and (refused := report.refused_rows(schedule.index, schedule.plan)):
+def _schedule_of(
+    args: argparse.Namespace, ctx: Context, index: Index, state: TrainState, settings: PlanSettings
+) -> Schedule:
+    """Return the schedule of a run whose state is known; index: of this launch."""
+    joined, plan, first_row = rows_of_epoch(args, ctx, index, state, settings)
+    columns = (state.next_data or state).columns or columns_of(index, by_second=args.video_sample_fps > 0)
+    schedule = Schedule(joined, columns, settings, state, plan, total=0, first_row=first_row)
+    changes = schedule.data_changes
+    begin = (changes[-1]["step"], changes[-1]["epoch"]) if changes else (0, 0)
+    total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs, begin)
+    return replace(schedule, total=total)
+
+
+def _write_refused_rows(ctx: Context, index: Index, plan: EpochPlan) -> None:
+    if ctx.is_main and (refused := report.refused_rows(index, plan)):
         with atomic_write(ctx.output_dir / "refused_rows.jsonl") as temporary:
             temporary.write_bytes(b"".join(map(json_line, refused)))
         ctx.print(f"{len(refused)} rows are not trained; refused_rows.jsonl in the output folder lists them")
@@ -154,14 +181,23 @@ def _step_lines(schedule: Schedule, world_size: int, requested_slots: int) -> li
 
 
 def total_steps(
-    columns: PlanColumns, settings: PlanSettings, max_train_steps: int | None, num_train_epochs: int
+    columns: PlanColumns,
+    settings: PlanSettings,
+    max_train_steps: int | None,
+    num_train_epochs: int,
+    begin: tuple[int, int] = (0, 0),
 ) -> int:
     """Optimizer steps of a run: max_train_steps, otherwise the sum over the epochs' plans.
+
+    begin: first step and first epoch of these columns; earlier steps trained other data.
 
     Rows that are found unreadable during training shorten later epochs; the run then begins another epoch, so that the
     total which the learning-rate schedule was made for stays.
     """
-    return max_train_steps or sum(count_steps(columns, settings, epoch) for epoch in range(num_train_epochs))
+    step, first = begin
+    return max_train_steps or step + sum(
+        count_steps(columns, settings, epoch) for epoch in range(first, num_train_epochs)
+    )
 
 
 def most_common_shape(schedule: Schedule) -> Bucket:

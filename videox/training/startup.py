@@ -17,7 +17,8 @@ from videox.engine.deepspeed_universal import announce_conversion, saved_world_s
 from videox.engine.ema import ema_notes
 from videox.engine.fsdp import OPTIMIZER_FOLDER
 from videox.engine.fsdp_local_optim import refuse_other_optimizer_state
-from videox.engine.train_state import plan_inputs, refuse_other_backend
+from videox.engine.resume import refuse_other_backend
+from videox.engine.train_state import plan_inputs
 from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
@@ -116,7 +117,15 @@ def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a new folder
     # flow_shift: a resumed run keeps its own, and says so where the flag has another
-    expected = {"resume_from_checkpoint", "output_dir", "verify", "config", "recipe", "flow_shift"}
+    expected = {
+        "resume_from_checkpoint",
+        "accept_data_change",
+        "output_dir",
+        "verify",
+        "config",
+        "recipe",
+        "flow_shift",
+    }
     before, values = with_default_yaml(before), json.loads(json.dumps(with_default_yaml(now)))
     names = [name for name in values if name not in expected and name in before and before[name] != values[name]]
     return [f"--{name} was {before[name]} and is {values[name]} from this step on" for name in names]
@@ -178,6 +187,8 @@ def prepare_folder(
         "run": state.run, "seed": schedule.settings.seed, "slots": schedule.settings.slots,
         "total_steps": schedule.total, **resolved, "plan": plan_inputs(schedule.settings),
     }  # fmt: skip
+    if changes := schedule.data_changes:
+        values["data_changes"] = changes
 
     def prepare() -> None:
         require_disk_space(ctx.output_dir, checkpoint_bytes)

@@ -233,3 +233,14 @@ def test_short_files_are_described(tmp_path: Path) -> None:
     for length in range(1, 20):
         head = content[:length]
         assert recognise(head) or describe(head)[1]
+
+
+def test_a_stream_whose_only_keyframe_is_cut_is_refused_before_the_run(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "a.m2v", tmp_path / "cut.m2v"
+    ffmpeg(*SOURCE, "-c:v", "mpeg2video", str(whole))
+    assert probe(whole).frames == 12
+    first = next(packet for packet in av.open(str(whole)).demux(video=0))
+    cut.write_bytes(whole.read_bytes()[: first.size // 2])
+    with pytest.raises(BadMedia) as refused:
+        probe(cut)
+    assert refused.value.media_class == "undecodable"

@@ -114,7 +114,8 @@ class Index:
         detail: strings (Arrow), one line about the problem.
         weight: float32, how often a row occurs in an epoch, on average; 1 where metadata does not state it.
         notes: sentences for the start report.
-        stored: (path, fingerprint) of the saved index; None for one built by `from_columns`.
+        stored: (path, fingerprint) of the saved index; None for one in memory.
+        earlier_rows: number of rows at the end that are the ones of an epoch that began with other data.
     """
 
     data_dir: Path
@@ -135,6 +136,7 @@ class Index:
     weight: np.ndarray
     notes: tuple[str, ...] = ()
     stored: tuple[Path, str] | None = None
+    earlier_rows: int = 0
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -144,6 +146,15 @@ class Index:
         if self.stored is not None:
             return _reopen, (self.stored[0], self.data_dir, self.stored[1])
         return Index, tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def first_earlier_row(self) -> int:
+        """Where the earlier_rows begin."""
+        return len(self) - self.earlier_rows
+
+    def number(self, row: int) -> int:
+        """Return a row's number in its own data, for records and messages; that of an earlier row counts from 0."""
+        return row - self.first_earlier_row if row >= self.first_earlier_row else row
 
     def file(self, row: int) -> Path:
         """Return the path of a row's file."""

@@ -63,6 +63,9 @@ def _probe_video(path: Path, container: Container) -> MediaInfo:
     count = listing.packets.frames
     if not listing.countable:
         count = sum(1 for _ in decode_from_start(path, container))
+    if first.is_corrupt and np.count_nonzero(listing.packets.key) == 1:
+        # every frame refers to this one: if it is damaged, the file has no frame that can be trained
+        read_frames(path, container, [0], lambda _index, _frame: None)
     width, height = first.width, first.height
     transform = display_transform(first)
     if transform.transpose:
