@@ -43,6 +43,7 @@ ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
 PAGES = (
     "README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md", "docs/dry_run.md", "docs/cache.md",
+    "docs/walkthroughs.md",
 )  # fmt: skip
 # Pages without commands of their own, whose links are checked, too.
 LINKED = (
@@ -107,7 +108,7 @@ def commands(page: str) -> list[Command]:
 
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-LAUNCHES = [command for command in COMMANDS if command.is_launch]
+LAUNCHES = [command for command in COMMANDS if command.is_launch and "--recipe" not in command.words]
 
 
 def name_of(command: Command) -> str:
@@ -130,13 +131,21 @@ def test_the_pages_have_the_published_recipes() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.is_launch], ids=lambda c: shlex.join(c.words))
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in LAUNCHES], ids=lambda c: shlex.join(c.words))
 def test_a_command_is_valid(command: Command) -> None:
     if command.words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", text("Makefile"), flags=re.MULTILINE)
         assert command.words[1] in targets, command
         variables = [word.split("=")[0] for word in command.words[2:]]
         assert all(re.search(rf"^{name} \?=", text("Makefile"), flags=re.MULTILINE) for name in variables), command
+    elif command.is_launch:  # test_recipes trains the recipes
+        launcher, script, flags = command.split
+        parsed = launch_command_parser().parse_args([*launcher, script, *flags])
+        assert (ROOT / parsed.config_file).is_file(), command
+        recipe = command.words[command.words.index("--recipe") + 1]
+        written = (ROOT / "config/recipes" / command.family / f"{recipe}.yaml").read_text(encoding="utf-8")
+        assert f"--config_file {parsed.config_file} " in written  # the launch line of the recipe
+        assert runs.train_script(command.family).parse_args(flags).mixed_precision == "bf16"
     elif command.words[0] == "bash":
         assert (ROOT / command.words[1]).is_file(), command
         family = Path(command.words[1]).parent.name  # the script passes further words to the trainer, where they win
