@@ -58,7 +58,7 @@ def left_out(size: str, bucket: Bucket) -> int:
     return text + time + ends
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=pytest.mark.slow if s == "14B" else ()) for s in SIZES])
 def test_the_estimate_equals_torchs_count_without_text_and_outer_layers(size: str) -> None:
     model = wan(size)
     for bucket in SHAPES:

@@ -223,6 +223,7 @@ def test_ema_is_resumed_started_late_and_dropped(wan: BackendRuns, ema_run: runs
     assert started_late.losses == ema_run.losses
 
 
+@pytest.mark.slow
 def test_validation_and_samples_use_the_ema(wan: BackendRuns, tmp_path: Path) -> None:
     """A run that starts from the saved EMA has the first run's EMA validation loss and samples at its first step."""
     flags = {"validation_prompts": ["a red fox"], "max_train_steps": 1, "lr_warmup_steps": 0}

@@ -278,6 +278,7 @@ def test_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_path)
     assert points > 25
 
 
+@pytest.mark.slow
 def test_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
     """Whichever operation fails: a SaveError or a sound checkpoint, one to resume from, no temporary files."""
     points, failures = 0, 0

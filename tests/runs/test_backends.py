@@ -47,7 +47,7 @@ def check_backend(setup: BackendRuns, backend: str, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- training, resume, export
 
 
-SLOW_BACKENDS = ("zero2", "fsdp1")
+SLOW_BACKENDS = ("zero2", "zero3", "fsdp1")  # test_elastic resumes one of DeepSpeed among the fast tests
 
 
 @pytest.mark.parametrize(

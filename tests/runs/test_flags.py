@@ -184,6 +184,7 @@ def values(outcome: runs.Outcome, name: str) -> torch.Tensor:
 
 
 @covers("pretrained_model_name_or_path", "transformer_path", "vae_path")
+@pytest.mark.slow
 def test_components_are_loaded_from_the_given_folders(cached_run: CachedRuns) -> None:
     other = tiny.build_wan_t2v(cached_run.folder / "other_model", seed=1)
     no_training = {**STEPS, "learning_rate": 0, "max_train_steps": 1, "dump_steps": 1, "vae_sample_mode": "mode"}
@@ -231,6 +232,7 @@ def test_paths_outside_the_data_folder_need_the_flag(cached_run: CachedRuns, tmp
 
 
 @covers("video_repeat")
+@pytest.mark.slow
 def test_videos_are_repeated_and_images_are_not(cached_run: CachedRuns) -> None:
     times = Counter(rows(cached_run(video_repeat=3)))
     assert times == {row: 3 if cached_run.kind(row) == "video" else 1 for row in range(len(cached_run.table))}
@@ -301,6 +303,7 @@ def test_images_and_clips_have_the_requested_sizes(cached_run: CachedRuns) -> No
 
 
 @covers("token_sample_size", "training_with_video_token_length")
+@pytest.mark.slow
 def test_larger_clips_are_shorter_within_the_token_budget(cached_run: CachedRuns) -> None:
     def longest(outcome: runs.Outcome) -> dict[int, int]:
         longest_of: dict[int, int] = {}
@@ -361,6 +364,7 @@ def test_a_long_video_yields_several_clips_per_epoch(cached_run: CachedRuns) -> 
 
 
 @covers("balance")
+@pytest.mark.slow
 def test_balance_changes_the_order_of_rows(cached_run: CachedRuns) -> None:
     orders = [rows(cached_run(balance=balance)) for balance in ("mixed", "strict", "none")]
     assert len({tuple(sorted(order)) for order in orders}) == 1
@@ -412,6 +416,7 @@ def test_without_buckets_samples_are_squares_of_full_length(cached_run: CachedRu
 
 
 @covers("random_hw_adapt")
+@pytest.mark.slow
 def test_sizes_are_drawn_between_the_sample_sizes(cached_run: CachedRuns, tmp_path: Path) -> None:
     media = (("image.png", 128, 128, 0, 0.0), ("clip.mp4", 128, 128, 9, 24.0))
     both = {"metadata": tiny.make_dataset(tmp_path, media, copies=12), "training_with_video_token_length": None}
@@ -421,6 +426,7 @@ def test_sizes_are_drawn_between_the_sample_sizes(cached_run: CachedRuns, tmp_pa
 
 
 @covers("random_frame_crop")
+@pytest.mark.slow
 def test_random_frame_crop_shortens_a_tenth_of_the_clips(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),))
     small = {"image_sample_size": 32, "video_sample_size": 32, "train_batch_size": 64, "video_repeat": 64}
@@ -433,6 +439,7 @@ def test_random_frame_crop_shortens_a_tenth_of_the_clips(cached_run: CachedRuns,
 
 
 @covers("random_ratio_crop")
+@pytest.mark.slow
 def test_random_ratio_crop_draws_aspect_ratios(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("square.png", 128, 128, 0, 0.0),), copies=16)
     nearest = cached_run(metadata=metadata)
@@ -479,6 +486,7 @@ def image_model(cached_run: CachedRuns) -> Path:
 
 
 @covers("train_mode")
+@pytest.mark.slow
 def test_the_train_mode_sets_the_inputs_and_must_fit_the_model(
     cached_run: CachedRuns, image_model: Path, tmp_path: Path
 ) -> None:
@@ -717,6 +725,7 @@ def test_fewer_sampling_steps_keep_the_noisiest_timesteps(cached_run: CachedRuns
 
 
 @covers("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+@pytest.mark.slow
 def test_weighting_schemes_change_loss_weights_and_timesteps(cached_run: CachedRuns) -> None:
     base = {**STEPS, "uniform_sampling": None}
 
@@ -751,6 +760,7 @@ def test_weighting_schemes_change_loss_weights_and_timesteps(cached_run: CachedR
 
 
 @covers("motion_sub_loss", "motion_sub_loss_ratio")
+@pytest.mark.slow
 def test_the_motion_loss_is_added(cached_run: CachedRuns, tmp_path: Path) -> None:
     metadata = tiny.make_dataset(tmp_path, (("long.mp4", 64, 64, 25, 24.0),), copies=2)
     long = {
@@ -871,6 +881,7 @@ def test_the_tracker_writes_to_the_logging_dir(cached_run: CachedRuns) -> None:
 
 
 @covers("validation_paths")
+@pytest.mark.slow
 def test_sample_clips_start_from_the_validation_images(
     cached_run: CachedRuns, image_model: Path, tmp_path: Path
 ) -> None:
@@ -890,6 +901,7 @@ def test_sample_clips_start_from_the_validation_images(
 
 
 @covers("validation_epochs")
+@pytest.mark.slow
 def test_validation_runs_every_n_epochs(cached_run: CachedRuns) -> None:
     one_step = {
         "fix_sample_size": [64, 64],

@@ -73,6 +73,7 @@ def check_kills(results: list, kills: int, in_saves: int) -> None:
     assert [kill.differences for kill in results] == [[]] * kills
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_identically(setup: StopRuns, tmp_path: Path) -> None:
     def argv(output_dir: Path) -> list[str]:
         return setup.flags(output_dir, max_train_steps=10, checkpointing_steps=2, checkpoints_total_limit=2)

@@ -410,6 +410,7 @@ def test_validation_does_not_change_training(model: Path, metadata: Path, tmp_pa
     assert often.validation[0]["loss"] == rarely.validation[0]["loss"] != often.validation[2]["loss"]
 
 
+@pytest.mark.slow
 def test_sample_clips_have_the_frame_rate_of_the_data(model: Path, tmp_path: Path) -> None:
     clips = [(f"{fps}.mp4", 128, 128, 21, float(fps)) for fps in (12, 24, 30)]
     metadata = tiny.make_dataset(tmp_path / "data", tuple(clips))

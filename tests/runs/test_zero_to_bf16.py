@@ -97,7 +97,8 @@ def copied(trained: Path, tmp_path: Path) -> Callable[[str], Path]:
 # ------------------------------------------------------------------------------------------------ real engines
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_equals_deepspeed_on_its_own_checkpoint(trained: Path, tmp_path: Path, stage: int) -> None:
     checkpoint = trained / f"zero{stage}" / "checkpoint-2"
     output = convert(checkpoint, tmp_path / "out", "--max_shard_size", "80GB", "--safe_serialization")

@@ -418,7 +418,7 @@ def test_no_file_handle_leaks(tmp_path, clip):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", ["pyav", pytest.param("decord", marks=pytest.mark.slow)])
 def test_frames_are_resized_one_by_one(tmp_path, reader):
     path = write_clip(
         tmp_path / "a.mp4", width=1280, height=720, frames=60, options={"preset": "ultrafast", "bf": "2"}
