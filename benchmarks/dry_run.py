@@ -21,6 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+
+from proposed import printed_proposals
+
 from videox.estimate.memory import SAFE_SHARE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,12 +202,13 @@ def measure(words: list[str], output: Path) -> Result:
 
 
 def verdict(printed: str) -> str:
-    """Return the verdict without its number, and the nearest setting that fits where this one does not."""
-    lines = [line.strip() for line in printed.splitlines()]
-    words = next(line for line in lines if line.startswith("total ")).split(": ", 1)[1]
-    prefix = "smallest change that fits: "
-    changes = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
-    return "; ".join([words, *(f"{prefix}{change}" for change in changes)])
+    """Return the verdict without its number, and the proposals that fit where this setting does not."""
+    total = next(line for line in printed.splitlines() if line.strip().startswith("total "))
+    words = [total.split(": ", 1)[1]]
+    for fits, flags, gib in printed_proposals(printed):
+        changes = ", ".join(f"`{flag}`" for flag in flags)
+        words.append(f"{changes}{f': {gib:.1f} GiB' if gib else ''}" if fits else "nothing that was tried fits")
+    return "; ".join(words)
 
 
 def main() -> None:

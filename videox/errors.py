@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 FLAGS = 2
@@ -20,7 +20,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError, AttributeError, Loo
 
 
 class UserError(Exception):
-    """An error that the user can fix; printed as one line, never as a traceback.
+    """An error that the user can fix; printed as one line and its details, never as a traceback.
 
     Args:
         where: the flag, file or row that is at fault.
@@ -28,20 +28,29 @@ class UserError(Exception):
         hint: how to fix it, as an imperative.
         exit_code: one of the constants of this module (2 flags, 3 data, 4 model or checkpoint, 5 storage,
             6 numerics, 7 peer lost).
+        details: lines that are printed below the line, such as a table of changes; run_status.json does not have them.
     """
 
-    def __init__(self, where: str, what: str, hint: str, exit_code: int = FLAGS) -> None:
+    def __init__(self, where: str, what: str, hint: str, exit_code: int = FLAGS, details: Sequence[str] = ()) -> None:
         self.where, self.what, self.hint, self.exit_code = where, what, hint, exit_code
+        self.details = tuple(details)
         super().__init__(f"{where}: {what}. Fix: {hint}.")
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, int]]:
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, int, tuple[str, ...]]]:
         # Ranks exchange their errors by pickle, which by default would call the class with the message alone.
-        return UserError, (self.where, self.what, self.hint, self.exit_code)
+        return UserError, (self.where, self.what, self.hint, self.exit_code, self.details)
 
     def line(self) -> str:
         """Return the one line for stderr and run_status.json; control characters are escaped."""
-        text = f"error: {self}"
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return _printable(f"error: {self}")
+
+    def lines(self) -> list[str]:
+        """Return the line and, below it, the indented details."""
+        return [self.line(), *(f"  {_printable(line)}" for line in self.details)]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class PeerFailed(Exception):
@@ -83,6 +92,11 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, SaveError):
         return " ".join(f"error: {error}. Fix: free some disk space, or pass a writable folder".split())
     return " ".join(f"error: {type(error).__name__}: {error}".split())
+
+
+def error_text(error: BaseException) -> str:
+    """Return what is printed on stderr about the exception that ended a run: its line and its details."""
+    return "\n".join(error.lines()) if isinstance(error, UserError) else error_line(error)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ from videox.tracking.dump import dump_folder, write_dump
 from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
-from videox.training.flow_shift import choose_shift
+from videox.training.flow_shift import FlowShift, choose_shift
 from videox.training.schedule import build_schedule
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
@@ -178,6 +178,13 @@ def hunyuan_profile(args: argparse.Namespace, components: dict[str, Component]) 
         min_frames=1 if condition is None else 5,  # with the first latent frame given, nothing else would be trained
         sharded_backend="fsdp1",
     )
+
+
+def profile_and_shift(
+    args: argparse.Namespace, components: dict[str, Component], checkpoint: Path | None
+) -> tuple[ModelProfile, FlowShift]:
+    """What plans need of the model, and the run's flow shift; checkpoint: to resume from, None for a new run."""
+    return hunyuan_profile(args, components), choose_shift(args, checkpoint, components["scheduler"])
 
 
 def classes_of(train_mode: str) -> dict[str, Any]:
@@ -373,19 +380,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
     if is_dry_run(args):
-        return dry_run.plan_run(args, lambda: hunyuan_profile(args, check_model(args)))
+        return dry_run.plan_run(args, lambda: profile_and_shift(args, check_model(args), None))
     return launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components = check_model(args)
-    profile, chosen = hunyuan_profile(args, components), choose_shift(args, ctx.checkpoint, components["scheduler"])
-    shift = chosen.value
+    profile, chosen = profile_and_shift(args, components, ctx.checkpoint)
     startup.announce(args, ctx, profile.task, chosen)
+    shift = chosen.value
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)
+    memory_check.plan_memory(args, ctx, profile, schedule)
     state, lr_at = schedule.state, build.lr_of_step(args, schedule)
     lora = build.build_lora(args, ctx, schedule, components["transformer"], LORA_TARGETS, HunyuanVideoPipeline)
 

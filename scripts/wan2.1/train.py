@@ -84,7 +84,7 @@ from videox.tracking.dump import dump_folder, write_dump
 from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
-from videox.training.flow_shift import choose_shift
+from videox.training.flow_shift import FlowShift, choose_shift
 from videox.training.schedule import build_schedule
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
@@ -174,7 +174,17 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
         blocks=LORA_TARGETS,
         components={name: (kind, components[name].config) for name, kind in CLASSES.items() if name in components},
         fps=16.0,
+        vae_frames=4,
     )
+
+
+def describe(
+    args: argparse.Namespace, components: dict[str, Component], checkpoint: Path | None = None
+) -> tuple[ModelProfile, FlowShift]:
+    """The model's profile, and the flow shift of a run that resumes from this checkpoint (None = a new run)."""
+    scheduler = components.get("scheduler")
+    shift = choose_shift(args, checkpoint, scheduler, named_yaml=args.config_path, shipped_yaml=SHIPPED_YAML)
+    return wan_profile(args, components), shift
 
 
 def build_pipeline(
@@ -374,21 +384,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
     if is_dry_run(args):
-        return dry_run.plan_run(args, lambda: wan_profile(args, check_model(args)))
+        return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
     return launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:
     """Build schedule, data, model and records, in this order, then loop over optimizer steps; return the exit code."""
     components = check_model(args)
-    chosen = choose_shift(
-        args, ctx.checkpoint, components.get("scheduler"), named_yaml=args.config_path, shipped_yaml=SHIPPED_YAML
-    )
-    profile, shift = wan_profile(args, components), chosen.value
+    profile, chosen = describe(args, components, ctx.checkpoint)
+    shift = chosen.value
     startup.announce(args, ctx, profile.task, chosen)
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)
+    memory_check.plan_memory(args, ctx, profile, schedule)
     state, lr_at = schedule.state, build.lr_of_step(args, schedule)
     lora = build.build_lora(args, ctx, schedule, components["transformer"], LORA_TARGETS, WanPipeline)
 

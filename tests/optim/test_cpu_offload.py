@@ -19,6 +19,7 @@ from videox.engine.base import hyperparameters, restore_hyperparameters
 from videox.optim.build import clip_gradients, gradient_norm, make_optimizer, set_learning_rate, step_if
 from videox.optim.cpu_offload import CpuOffloadOptimizer, thread_notes
 from videox.optim.ema import Fp32Params
+from videox.optim.registry import kind_of
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.run.checkpoint import read_manifest
 from videox.training.memory_check import try_batch
@@ -197,8 +198,8 @@ def test_bfloat16_weights_are_rounded_as_by_the_plain_optimizer() -> None:
 class EngineStub:
     """The attributes of an engine that try_batch uses."""
 
-    def __init__(self, *, moments_on_host: bool) -> None:
-        self.model, self.moments_on_host = nn.Linear(100, 100), moments_on_host
+    def __init__(self) -> None:
+        self.model = nn.Linear(100, 100)
 
     def fp32_params(self) -> Any:
         named = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -208,20 +209,23 @@ class EngineStub:
         self.model.zero_grad(set_to_none=True)
 
 
-def test_memory_check_allocates_no_moments_for_cpu_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "per_parameter"), [("adamw", 8), ("adamw8bit", 2), ("adamw_bf16", 4), ("adamw_offload", 0)]
+)
+def test_memory_check_allocates_what_the_moments_will_take(
+    name: str, per_parameter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     allocated: list[int] = []
-    zeros = torch.zeros
+    empty = torch.empty
 
-    def recording_step(*given: Any, **by_name: Any) -> torch.Tensor:
-        tensor = zeros(*given, **by_name)
-        allocated.append(tensor.numel())
+    def recording_empty(*given: Any, **by_name: Any) -> torch.Tensor:
+        tensor = empty(*given, **by_name)
+        allocated.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(torch, "zeros", recording_step)
-    for on_host, expected in ((False, 2 * (100 * 100 + 100)), (True, 0)):
-        allocated.clear()
-        try_batch(EngineStub(moments_on_host=on_host), {}, lambda batch: None, has_moments=False)  # type: ignore[arg-type]
-        assert sum(allocated) == expected
+    monkeypatch.setattr(torch, "empty", recording_empty)
+    try_batch(EngineStub(), {}, lambda batch: None, moment_bytes=kind_of(name).moment_bytes)  # type: ignore[arg-type]
+    assert sum(allocated) == per_parameter * (100 * 100 + 100)
 
 
 def test_a_launch_with_too_few_threads_gets_a_note() -> None:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FILLED_CACHE = "--latent_cache DIR, filled before"
 _CONFIG_FILE = re.compile(r"accelerate launch --config_file config/accelerate/(\w+)\.yaml --num_processes (\d+)")
 _OFFLOAD = re.compile(r"accelerate launch --use_deepspeed --deepspeed_config_file (\S+) --num_processes (\d+)")
 _LINE = re.compile(r"^ {6}(\S.*?) +([\d.]+) GiB  \S")
+
+
+@contextlib.contextmanager
+def deepspeed_file(path: str) -> Iterator[None]:
+    """Set the variable of a DeepSpeed file, relative to the repository, as the launcher does; "" sets none."""
+    name = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+    before = os.environ.pop(name, None)
+    if path:
+        os.environ[name] = str(ROOT / path)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def launched(flags: str) -> tuple[list[str], dict[str, str]]:
@@ -34,6 +53,8 @@ def printed_proposals(stdout: str) -> list[tuple[bool, list[str], float]]:
             found.append((True, [], 0.0))
         elif "none of the changes that were tried makes it fit" in line:
             found.append((False, [], 0.0))
+        elif "a --latent_cache that was filled before" in line:
+            found.append((True, [FILLED_CACHE], 0.0))
         elif found and (change := _LINE.match(line)):
             fits, flags, _ = found[-1]
             found[-1] = (fits, [*flags, change[1]], float(change[2]))

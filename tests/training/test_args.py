@@ -443,7 +443,10 @@ def test_the_modules_of_the_flags_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "hunyuanvideo"])
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--learning_rat=1"], FLAGS)])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["--learning_rat=1"], FLAGS), (["--lr", "1"], FLAGS), (["--list_recipes"], 0), ([], FLAGS)],
+)
 def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(family: str, words: list[str], code: int) -> None:
     script = f"scripts/{family}/train.py"
     run = f"""

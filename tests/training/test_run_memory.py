@@ -224,6 +224,15 @@ def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tm
     assert tried
 
 
+@pytest.mark.parametrize("frames", ["17", "33", "41"])
+def test_the_memory_of_a_vae_that_encodes_in_parts_is_that_of_the_whole_clip(frames: str, tmp_path: Path) -> None:
+    run = run_memory(tmp_path, *SMALL_CLIPS[:-7], frames, *SMALL_CLIPS[-6:], "--video_sample_stride", "1")
+    assert run.largest.frames == int(frames)
+    whole = run._measure_vae()
+    run.model = replace(run.model, vae_frames=4)
+    assert run._measure_vae() == whole
+
+
 def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None:
     speed = Speed(GPUS["a100-80"], 300e12, 0.4, False, "")
     run = run_memory(tmp_path, *SIZES, "--mixed_precision", "bf16")

@@ -59,10 +59,12 @@ class Proposal:
     Attributes:
         changes: in order of their cost.
         fits: whether the run fits with them.
+        filled: it fits if the latent cache was filled before, on a CPU or a larger GPU: no encoder runs.
     """
 
     changes: tuple[AppliedChange, ...]
     fits: bool
+    filled: bool = False
 
     @property
     def flags(self) -> str:
@@ -84,8 +86,8 @@ def propose(
     """Return proposals after which a run fits: the cheapest, and where that trains something else, one with more GPUs.
 
     Within the groups up to one kind of cost, a single change that fits is preferred to several; several are added in
-    order of their cost, without those that are not necessary. Where nothing fits, the only proposal is the smallest
-    setup that was found.
+    order of their cost, without those that are not necessary. Where nothing fits, the first proposal is the smallest
+    setup that was found; another one follows if the encoders alone are what does not fit.
 
     Args:
         setup: that does not fit.
@@ -93,19 +95,39 @@ def propose(
         memory: returns the memory of a setup.
         changes: that may be made, in order of their cost.
     """
-    found: list[Proposal] = []
-    for group in (FREE, TIME, HOST, OTHER_TRAINING):
-        proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
-        if proposal.fits:
-            found.append(proposal)
-            break
+    found = _cheapest(setup, limit, memory, changes)
     if not found or found[0].changes[-1].change.group >= HOST:
         # without other optimizers: those with smaller moments do not work with the backends that shard the most
         kept = [c for c in changes if c.group in (FREE, TIME, MORE_GPUS) and not c.flags.startswith("--optimizer")]
         with_more = _search(setup, limit, memory, kept)
         if with_more.fits:
             found.append(with_more)
-    return found or [_search(setup, limit, memory, list(changes))]
+    return found or [_search(setup, limit, memory, list(changes)), *_with_filled_cache(setup, limit, memory, changes)]
+
+
+def _cheapest(
+    setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
+) -> list[Proposal]:
+    """Return the proposal that fits with the cheapest kind of changes on the same GPUs, or none."""
+    for group in (FREE, TIME, HOST, OTHER_TRAINING):
+        proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
+        if proposal.fits:
+            return [proposal]
+    return []
+
+
+def _with_filled_cache(
+    setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
+) -> list[Proposal]:
+    """Return what fits if the latent cache was filled before, so that no encoder runs on these GPUs."""
+    filled = replace(setup, cached=True)
+
+    def without_encoding(changed: MemorySetup) -> Memory:
+        return memory(changed).without("encoding")
+
+    if without_encoding(filled).total() <= limit:
+        return [Proposal((), True, filled=True)]
+    return [replace(found, filled=True) for found in _cheapest(filled, limit, without_encoding, changes)]
 
 
 def _search(
@@ -203,11 +225,18 @@ def possible_changes(
     ]
     words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
     words += f" --num_processes {setup.processes}{_precision(setup.half)}"
-    host.append(Change(HOST, words, "weights and optimizer are in host memory: much slower steps", _offload_to_host))
+    words += "" if _is_sharded_by_zero3(setup.optimizer) else " --optimizer adamw"
+    effect = "weights and optimizer are in host memory: much slower steps"
+    host.append(Change(HOST, words, effect, partial(_offload_to_host, named=setup.optimizer)))
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
-        Change(OTHER_TRAINING, f"--lora_rank {rank}{adamw}", _lora_effect(setup, rank), partial(_lora, rank=rank))
+        Change(
+            OTHER_TRAINING,
+            f"--lora_rank {rank}{adamw}",
+            _lora_effect(setup, rank),
+            partial(_lora, rank=rank, named=setup.optimizer),
+        )
         for rank in LORA_RANKS
     ]
     other += [
@@ -289,12 +318,18 @@ def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
     return replace(setup, optimizer=name) if possible and (setup.half or OPTIMIZERS[name].fp32_params) else None
 
 
-def _offload_to_host(setup: MemorySetup) -> MemorySetup | None:
+def _is_sharded_by_zero3(optimizer: str) -> bool:
+    return "zero3" in kind_of(optimizer).backends
+
+
+def _offload_to_host(setup: MemorySetup, named: str) -> MemorySetup | None:
     done = setup.offloads("optimizer") and setup.offloads("param")
-    if done or "zero3" not in kind_of(setup.optimizer).backends:
-        return None
+    possible = _is_sharded_by_zero3(setup.optimizer)
+    if done or (not possible and setup.optimizer != named):
+        return None  # flags name another optimizer already
     to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    return replace(setup, backend="zero3", half=True, zero=to_cpu)
+    optimizer = setup.optimizer if possible else "adamw"
+    return replace(setup, backend="zero3", half=True, zero=to_cpu, optimizer=optimizer)
 
 
 def _lora_effect(setup: MemorySetup, rank: int) -> str:
@@ -303,9 +338,11 @@ def _lora_effect(setup: MemorySetup, rank: int) -> str:
     )
 
 
-def _lora(setup: MemorySetup, rank: int) -> MemorySetup | None:
+def _lora(setup: MemorySetup, rank: int, named: str) -> MemorySetup | None:
     if setup.lora and rank >= setup.lora_rank:
         return None
+    if not setup.lora and named != "adamw" and setup.optimizer != named:
+        return None  # flags name another optimizer already
     optimizer = setup.optimizer if setup.lora else "adamw"
     return replace(setup, lora_rank=rank, optimizer=optimizer)
 

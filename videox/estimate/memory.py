@@ -8,7 +8,7 @@ allocates for communication are counted, and a rough figure for the CUDA context
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from videox.estimate.flops import Network
@@ -130,8 +130,21 @@ class Memory:
 
     def total(self) -> float:
         """Return the peak bytes on a GPU."""
-        allocated = sum(self.states.values()) + max(sum(phase.values()) for phase in self.phases.values())
-        return allocated * (1 + FRAGMENTATION) + CONTEXT
+        return self.allocated() * (1 + FRAGMENTATION) + CONTEXT
+
+    def only(self, phase: str | None) -> Memory:
+        """Return the memory with one phase alone (a key of `phases`; "states" = without any); None = with all."""
+        if phase is None:
+            return self
+        return replace(self, phases={phase: self.phases.get(phase, {})})
+
+    def without(self, phase: str) -> Memory:
+        """Return the memory without one phase."""
+        return replace(self, phases={name: sizes for name, sizes in self.phases.items() if name != phase} or {"": {}})
+
+    def allocated(self) -> float:
+        """Return the most bytes of tensors on a GPU: without the CUDA context and fragments."""
+        return sum(self.states.values()) + max(sum(phase.values()) for phase in self.phases.values())
 
     def at_peak(self) -> dict[str, float]:
         """Return the items that are allocated at the peak: states, the largest phase, context and fragments."""

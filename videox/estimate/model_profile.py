@@ -22,6 +22,7 @@ class ModelProfile:
         fps: frames per second of the videos that the model was trained on.
         min_frames: samples with fewer frames teach the model nothing and are not trained.
         sharded_backend: the backend that is proposed where the weights do not fit one GPU.
+        vae_frames: frames that the VAE encodes at a time, after the first one; 0: it encodes a clip as a whole.
     """
 
     task: str
@@ -31,6 +32,7 @@ class ModelProfile:
     fps: float
     min_frames: int = 1
     sharded_backend: str = "zero3"
+    vae_frames: int = 0
 
     @property
     def cost(self) -> tuple[float, float]:

@@ -189,7 +189,7 @@ def time_lines(plan: EpochPlan, flops: EpochFlops, max_rows: int = 20) -> list[s
     order = np.argsort(-flops_of_bucket, kind="stable")
     tokens = counts * np.array([token_count(bucket) for bucket in plan.buckets])
     lines = [
-        f"epoch 0: {len(plan.buckets)} buckets, {tokens.sum():,} tokens",
+        f"epoch 0: {len(plan.buckets)} bucket{'s' * (len(plan.buckets) > 1)}, {tokens.sum():,} tokens",
         f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'token share':>11} {'time share':>10}",
     ]
     listed = order if len(order) <= max_rows else order[: max_rows - 1]
@@ -275,31 +275,42 @@ def balance_lines(by_world: Mapping[int, PlanBalance], settings: PlanSettings) -
     return lines
 
 
-def proposal_lines(proposals: Sequence[Proposal], limit: float) -> list[str]:
+def proposal_lines(proposals: Sequence[Proposal], limit: float, goal: str = "to make it fit") -> list[str]:
     """Return the changes that make a run fit, one per line, with the memory after each.
 
     Args:
         proposals: of `videox.estimate.advice.propose`.
         limit: bytes of a GPU.
+        goal: what the changes are for, in words.
     """
     lines = []
     for number, proposal in enumerate(proposals):
-        first = "to make it fit, the cheapest changes first:" if number == 0 else "or, with more GPUs:"
-        lines.append(
-            first if proposal.fits else "none of the changes that were tried makes it fit; the smallest found:"
-        )
-        width = max(len(applied.change.flags) for applied in proposal.changes) if proposal.changes else 0
+        lines.append(_proposal_title(proposal, goal if number == 0 else ""))
+        width = max((len(applied.change.flags) for applied in proposal.changes), default=0)
         for applied in proposal.changes:
             change = applied.change
             lines.append(f"    {change.flags:<{width}}  {applied.total / GIB:>7.1f} GiB  {change.effect}")
         if proposal.changes:
             lines += _host_lines(proposal.changes[-1])
-        if not proposal.fits:
-            lines.append(
-                "    only a clip that is divided over several GPUs (context parallelism) would fit, which this trainer "
-                f"does not have: train smaller or shorter samples, or use a GPU with more than {limit / GIB:g} GiB"
-            )
+    if proposals and not any(proposal.fits for proposal in proposals):
+        lines.append(
+            "    only a clip that is divided over several GPUs (context parallelism) would fit, which this trainer "
+            f"does not have: train smaller or shorter samples, or use a GPU with more than {limit / GIB:g} GiB"
+        )
     return lines
+
+
+def _proposal_title(proposal: Proposal, goal: str) -> str:
+    if proposal.filled:
+        also = ", and these changes:" if proposal.changes else ""
+        return (
+            "the encoders alone need more; the training fits with a --latent_cache that was filled before on a larger GPU, "
+            f"or on the CPU by ACCELERATE_USE_CPU=true and --cache_only{also}"
+        )
+    if not proposal.fits:
+        smallest = "; the smallest found:" if proposal.changes else ", and none needs less memory"
+        return f"none of the changes that were tried makes it fit{smallest}"
+    return f"{goal}, the cheapest changes first:" if goal else "or, with more GPUs:"
 
 
 def _host_lines(last: AppliedChange) -> list[str]:
@@ -317,7 +328,7 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Se
     states = [(name, size) for name, size in memory.states.items() if size]
     phases = {name: phase for name, phase in memory.phases.items() if sum(phase.values())}
     lines = [
-        f"memory per GPU with {setup.backend} on {setup.processes} GPUs, largest micro-batch "
+        f"memory per GPU ({setup.backend}, {setup.processes} GPU{'s' * (setup.processes > 1)}), largest micro-batch "
         f"{setup.batch} x {setup.tokens:,} tokens:"
     ]
     lines += [f"  {LABELS.get(name, name):>{WIDTH}} {size / GIB:>8.2f} GiB" for name, size in states]
@@ -332,12 +343,16 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Se
     )
     total = memory.total()
     verdict = "fits in" if total <= limit else "does not fit in"
-    spare = f", but only {(limit - total) / GIB:.1f} GiB to spare: too close to be sure"
-    close = spare if SAFE_SHARE * limit < total <= limit else ""
-    lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{close}")
+    spare = f"{(limit - total) / GIB:.1f} GiB to spare"
+    if total > limit:
+        margin = f", {(total - limit) / GIB:.1f} GiB too much"
+    else:
+        margin = f", {spare}" if total <= SAFE_SHARE * limit else f", but only {spare}: too close to be sure"
+    lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{margin}")
     lines += [f"  {line}" for line in proposal_lines(proposals, limit)]
-    host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f}" for name, size in memory.host.items() if size)
-    return [*lines, f"host memory per machine ({setup.per_host} processes), GiB: {host}"]
+    host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f} GiB" for name, size in memory.host.items() if size)
+    started = f"{setup.per_host} process{'es' * (setup.per_host > 1)}"
+    return [*lines, f"host memory per machine ({started}): {host}"]
 
 
 @dataclass(frozen=True)
@@ -378,14 +393,24 @@ def disk_lines(disk: Disk, free: float) -> list[str]:
         disk: the checkpoints.
         free: free bytes of the disk of the output folder.
     """
-    which = f"the newest {disk.keep} are kept" if disk.keep else "all are kept (--checkpoints_total_limit keeps fewer)"
-    text = f"disk: {_size(disk.checkpoint)} per checkpoint, {disk.written:,} checkpoints in {disk.steps:,} steps"
-    lines = [f"{text} (one per {disk.every}), {which}: {_size(disk.kept * disk.checkpoint)}"]
+    kept = f", the newest {disk.keep} are kept: {_size(disk.kept * disk.checkpoint)}" if disk.keep else ""
+    number = f"{disk.written:,} checkpoint{'s' * (disk.written > 1)} in {disk.steps:,} steps (one per {disk.every})"
+    lines = [f"disk: {_size(disk.checkpoint)} per checkpoint, {number}{kept}"]
+    lines += [f"  {line}" for line in keep_all_lines(disk)]
     if disk.needed() > free:
         fitting = int(free // disk.checkpoint) - 1
         flag = f"--checkpoints_total_limit {fitting}" if fitting > 0 else "an --output_dir on a larger disk"
         lines.append(f"  only {_size(free)} are free there: use {flag}, or more --checkpointing_steps")
     return lines
+
+
+def keep_all_lines(disk: Disk) -> list[str]:
+    """Return a warning with the disk space of all checkpoints, where a run keeps all of several."""
+    if disk.keep or disk.written < 2:
+        return []
+    size = _size(disk.kept * disk.checkpoint)
+    flag = "--checkpoints_total_limit 2 keeps the newest two"
+    return [f"warning: all {disk.written:,} checkpoints of the run are kept, {size} of disk space; {flag}"]
 
 
 def _size(size: float) -> str:

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from videox.errors import INTERRUPTED, INTERRUPTED_LINE, PeerFailed, SaveError, UserError, error_line, exit_code
+from videox.errors import (
+    INTERRUPTED,
+    INTERRUPTED_LINE,
+    PeerFailed,
+    SaveError,
+    UserError,
+    error_line,
+    error_text,
+    exit_code,
+)
 from videox.run.folder import ResumePoint, lock_folder, remove_leftovers, resolve_resume
 from videox.run.status import RunStatus, read_status
 
@@ -127,12 +136,12 @@ def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify:
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main function and exit with its code.
 
-    A UserError is printed as one line on stderr; other exceptions keep their traceback.
+    A UserError is printed as one line, and its details below it, on stderr; other exceptions keep their traceback.
     """
     try:
         code = main()
     except (UserError, SaveError) as error:
-        sys.stderr.write(f"{error_line(error)}\n")
+        sys.stderr.write(f"{error_text(error)}\n")
         code = exit_code(error)
     except PeerFailed as error:
         if error.should_print:

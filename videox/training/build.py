@@ -30,6 +30,7 @@ from videox.estimate.cost_model import step_times
 from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
 from videox.estimate.model_profile import ModelProfile
+from videox.estimate.report import Disk, keep_all_lines
 from videox.lora.adapters import AdaptedTensors, Lora, choose_targets
 from videox.lora.checkpoint import LoraWeights, prepare_lora
 from videox.models.activation_checkpoint import recompute_blocks
@@ -217,6 +218,8 @@ def build_records(
         facts: task and flow shift, for args.json, the manifest and the headers of exported files.
     """
     prepare_folder(args, ctx, schedule, {"shift": facts["shift"]}, engine.checkpoint_bytes)
+    disk = Disk(engine.checkpoint_bytes, args.checkpointing_steps, schedule.total, args.checkpoints_total_limit)
+    ctx.print(*keep_all_lines(disk))
     bar = ProgressBar(schedule.total, initial=schedule.state.step, enabled=ctx.is_main)
     guard = StepGuard(ctx, schedule.state, args.max_bad_fraction, bar.note)
     recorder = Recorder(ctx, schedule, _instruments(args, ctx, schedule, engine, profile, bar), guard.count)

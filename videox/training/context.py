@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from videox.distributed.backends import Backend
 from videox.run.lifecycle import Run
+from videox.training.memory_advice import MemoryAdvice
 
 Gather = Callable[[Any], list[Any]]
 
@@ -26,6 +27,7 @@ class Context:
         run: the open run folder: where to resume, and the status file.
         gather: collective that returns the values of all ranks, in their order.
         output_dir: folder of the run.
+        memory: the estimated memory of the run, once its plan is made.
     """
 
     accelerator: Accelerator
@@ -33,6 +35,7 @@ class Context:
     run: Run
     gather: Gather
     output_dir: Path
+    memory: MemoryAdvice = field(default_factory=MemoryAdvice)
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from videox.data.index.index import Index, build_index, load_index
 from videox.data.plan.balance import PlanBalance, balance_by_world_size
@@ -31,7 +30,6 @@ from videox.estimate.data_report import caption_lines, check_captions, row_lines
 from videox.estimate.duration import Duration, Speed
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
-from videox.estimate.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_of_device
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.plot import PlanPicture, plot_plan
@@ -62,29 +60,29 @@ from videox.models.activation_checkpoint import select_blocks
 from videox.optim.registry import check_supported
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
+from videox.training.flow_shift import FlowShift
 from videox.training.optimizer import try_optimizer
+from videox.training.planned_gpu import gpu_of, memory_limit
 from videox.training.run_memory import Launch, RunMemory, launch_of
 from videox.training.schedule import data_location, plan_settings
 from videox.training.startup import notes
 
-DEFAULT_MEMORY = 80.0  # GiB of a GPU, where neither --gpu nor --gpu_memory is given
 
-
-def plan_run(args: argparse.Namespace, describe: Callable[[], ModelProfile]) -> int:
+def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile, FlowShift]]) -> int:
     """Print the plan of a run and its estimates, or how one row is used (--explain); return the exit code.
 
     Args:
-        describe: returns the model's profile; called on the first process only.
+        describe: returns the model's profile and the flow shift of a new run; called on the first process only.
 
     Raises:
         UserError: the flags, the data or the model cannot be used.
     """
     if os.environ.get("RANK", "0") == "0":
-        _plan(args, describe())
+        _plan(args, *describe())
     return 0
 
 
-def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
+def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> None:
     launch = launch_of(os.environ, args)
     tried = try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
@@ -104,10 +102,12 @@ def _plan(args: argparse.Namespace, model: ModelProfile) -> None:
         return
     plan = plan_epoch(columns, settings, 0)
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *tried, *notes(args))
+    kept = "; a resumed run keeps that of its checkpoint" if args.resume_from_checkpoint else ""
+    _print(f"flow shift {shift}{kept}")
     _print(
         *row_lines(index, columns, plan, settings.policy),
         *frame_rate_lines(index, plan, settings.policy, model.fps),
-        *caption_lines(index, settings.caption_rules),
+        *([] if args.dry_run_data else caption_lines(index, settings.caption_rules)),
         attribute_line(attributes(columns, plan, settings.policy)),
     )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
@@ -133,7 +133,7 @@ class _Estimates:
         _print(*time_lines(plan, flops), *step_lines(plan, settings, flops))
         balance = balanced[self.launch.processes].balance
         duration = self._duration(flops, balance)
-        assumed = f"assumed MFU {speed_of(args).source}; balance {balance:.2f}"
+        assumed = f"assumed: {speed_of(args).source}; balance {balance:.2f}"
         _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, assumed))
         _print("balance by number of processes:", *balance_lines(balanced, settings))
         memory = self._memory()
@@ -201,27 +201,11 @@ class _Estimates:
         _print(f"written to {folder}: {', '.join(written)}")
 
 
-def gpu_of(args: argparse.Namespace) -> tuple[Gpu, str]:
-    """Return the GPU to plan for and its name: of --gpu, of this machine, or an H100."""
-    if args.gpu:
-        return GPUS[args.gpu], str(args.gpu)
-    if torch.cuda.is_available() and (gpu := gpu_of_device(torch.cuda.get_device_name())):
-        return gpu, torch.cuda.get_device_name()
-    return GPUS[DEFAULT_GPU], DEFAULT_GPU
-
-
-def memory_limit(args: argparse.Namespace) -> float:
-    """Return the bytes of a GPU that the run must fit in: of --gpu_memory, of --gpu, or 80 GiB."""
-    if args.gpu_memory is not None:
-        return float(args.gpu_memory * GIB)
-    return (GPUS[args.gpu].gib if args.gpu else DEFAULT_MEMORY) * GIB
-
-
 def speed_of(args: argparse.Namespace) -> Speed:
     """Return the assumed speed of a GPU: from the flags, or from the data sheet of the GPU to plan for."""
     gpu, name = gpu_of(args)
     peak, source = (gpu.bf16, name) if args.peak_tflops is None else (args.peak_tflops * 1e12, "from --peak_tflops")
-    words = f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s, {source}"
+    words = f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s (MFU), {source}"
     return Speed(gpu, peak, args.assumed_mfu, args.allow_tf32, words)
 
 

@@ -98,7 +98,9 @@ def _of_model(scheduler: Component | None) -> tuple[float | None, str]:
     """Return the shift of the model's scheduler, None if it has none, and its file below the model's folder."""
     if scheduler is None:
         return None, CONFIG
-    return scheduler_shift(scheduler.config, scheduler.path), f"{scheduler.path.name}/{CONFIG}"
+    published = scheduler.path.suffix == ".json"  # of a dry run: all components are in one file
+    place = f"scheduler in config/models/{scheduler.path.name}" if published else f"{scheduler.path.name}/{CONFIG}"
+    return scheduler_shift(scheduler.config, scheduler.path), place
 
 
 def with_default_yaml(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     # The monitor is entered inside the run folder too, so that run_status.json gets the first cause of a failure.
     with monitor.first_cause(), folder as run, monitor.first_cause():
         monitor.status = run.status
-        with explain_oom():
-            code = train(args, Context(accelerator, backend, run, gather, output_dir))
+        ctx = Context(accelerator, backend, run, gather, output_dir)
+        with explain_oom(ctx.memory):
+            code = train(args, ctx)
     monitor.leave()
     return code

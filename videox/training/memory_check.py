@@ -1,8 +1,9 @@
-"""Out-of-memory errors as one line that names what ran, and a test of the largest micro-batch before step 1."""
+"""Out-of-memory errors with what ran and what to change, and a test of the largest micro-batch before step 1."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,27 +15,26 @@ from videox.data.plan.epoch import padding
 from videox.data.plan.plan import largest_bucket
 from videox.engine.base import Engine
 from videox.errors import FLAGS, UserError
+from videox.estimate.model_profile import ModelProfile
+from videox.estimate.report import GIB
+from videox.optim.registry import kind_of
 from videox.shapes import Bucket, token_count
+from videox.training.args import optimizer_of
 from videox.training.context import Context
+from videox.training.memory_advice import MemoryAdvice
+from videox.training.planned_gpu import room_of
+from videox.training.run_memory import Launch, RunMemory
 from videox.training.schedule import Schedule
-
-HINTS = {
-    "the VAE": "lower --vae_mini_batch or --token_sample_size, or add --low_vram",
-    "the text encoder": "add --low_vram",
-    "the image encoder": "add --low_vram",
-    "validation": "use fewer --validation_prompts, or add --low_vram",
-}
-OTHERWISE = (
-    "--dry_run prints what fits: --gradient_checkpointing, --low_vram, a smaller --token_sample_size, ZeRO-3, "
-    "or --optimizer adamw_offload"
-)
 
 
 @contextmanager
-def explain_oom() -> Iterator[None]:
-    """Turn torch.OutOfMemoryError inside into a UserError that names phase and micro-batch.
+def explain_oom(advice: MemoryAdvice) -> Iterator[None]:
+    """Turn torch.OutOfMemoryError inside into a UserError that names phase, micro-batch and what to change.
 
     The phase is set by videox.device.memory_phase, the micro-batch by `name_batch`.
+
+    Args:
+        advice: of the run.
     """
     try:
         yield
@@ -42,7 +42,8 @@ def explain_oom() -> Iterator[None]:
         phase, batch = getattr(error, "phase", "the run"), getattr(error, "batch", "")
         cause = " ".join(str(error).split())[:200]
         what = f"out of memory (OOM) in {phase}{batch} ({cause})"
-        raise UserError("GPU memory", what, HINTS.get(phase, OTHERWISE), FLAGS) from error
+        hint, details = advice.after_oom(phase)
+        raise UserError("GPU memory", what, hint, FLAGS, details) from error
 
 
 @contextmanager
@@ -55,6 +56,18 @@ def name_batch(batch: Batch) -> Iterator[None]:
         size = f"{count} x {bucket.frames} x {bucket.height} x {bucket.width} ({count * token_count(bucket):,} tokens)"
         error.batch = f" of the micro-batch {size}"  # type: ignore[attr-defined]
         raise
+
+
+def plan_memory(args: argparse.Namespace, ctx: Context, model: ModelProfile, schedule: Schedule) -> None:
+    """Set what `ctx.memory` estimates: the memory of this run, as it was launched, with its plan."""
+    half = ctx.accelerator.mixed_precision == "bf16"
+    zero = ctx.accelerator.state.deepspeed_plugin.deepspeed_config if ctx.backend.engine == "deepspeed" else {}
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size))
+    launch = Launch(ctx.backend.name, ctx.world_size, per_host, half, zero.get("zero_optimization", {}))
+    ctx.memory.plan(
+        lambda: RunMemory(args, model, launch, schedule.columns, schedule.settings),
+        lambda: room_of(args, ctx.device),
+    )
 
 
 def try_largest(
@@ -78,8 +91,33 @@ def try_largest(
     bucket = largest_bucket(schedule.columns, schedule.settings)
     last = ctx.backend.engine != "deepspeed"  # DeepSpeed would take the last micro-batch for the end of a step
     batch = largest_batch(dataset, bucket, args.train_batch_size, last=last, encoded=args.latent_cache is None)
-    try_batch(engine, batch, accumulate, has_moments=schedule.state.step > 0)
-    ctx.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits")
+    moments = 0 if engine.moments_on_host or schedule.state.step else kind_of(optimizer_of(args)).moment_bytes
+    gpu = ctx.device if ctx.device.type == "cuda" else None
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    try_batch(engine, batch, accumulate, moment_bytes=moments)
+    if ctx.is_main:
+        predicted = ctx.memory.allocated(encoded=args.latent_cache is None)
+        peak = peak_line(predicted, measured=torch.cuda.max_memory_allocated(gpu) if gpu else None)
+        ctx.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits: {peak}")
+
+
+def peak_line(predicted: float | str, measured: int | None) -> str:
+    """Return the measured peak of tensors beside the predicted one, with the error of the prediction.
+
+    Args:
+        predicted: bytes, or why there is no prediction.
+        measured: bytes; None where they cannot be measured.
+    """
+    if isinstance(predicted, str):
+        beside, error = f"no prediction: {predicted}", ""
+    else:
+        beside = f"{predicted / GIB:.2f} GiB predicted"
+        error = f", {(predicted - measured) / measured:+.1%}" if measured else ""
+    found = (
+        "the peak is not measured on a CPU" if measured is None else f"{measured / GIB:.2f} GiB of tensors at the peak"
+    )
+    return f"{found} ({beside}{error})"
 
 
 def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, last: bool, encoded: bool) -> Batch:
@@ -98,7 +136,7 @@ def largest_batch(dataset: TokenLengthDataset, bucket: Bucket, samples: int, *, 
     return batch
 
 
-def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object], *, has_moments: bool) -> None:
+def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object], *, moment_bytes: int) -> None:
     """Run forward and backward of a micro-batch and drop the result; all ranks call it.
 
     Weights, optimizer state, counters and random states are bitwise the same afterwards.
@@ -107,12 +145,14 @@ def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object
         engine: without accumulated gradients.
         batch: with weight 0.
         accumulate: runs forward and backward of a batch.
-        has_moments: the optimizer has allocated its moments; before the first step tensors of their size take their
-            place here, unless the optimizer keeps them in host memory.
+        moment_bytes: bytes per trainable parameter that the optimizer will allocate on the device in its first step;
+            tensors of this size take their place here. 0: it has allocated its moments, or keeps them in host memory.
     """
     fp32_params, moments = engine.fp32_params(), []
-    if not has_moments and not engine.moments_on_host:
-        moments = [torch.zeros(2, *fp32_params.read(name).shape, device=_device(engine)) for name in fp32_params.names]
+    if moment_bytes:
+        for name in fp32_params.names:
+            size = moment_bytes * fp32_params.read(name).numel()
+            moments.append(torch.empty(size, dtype=torch.uint8, device=_device(engine)))
     with torch.random.fork_rng(), name_batch(batch):
         accumulate(batch)
     engine.zero_grad()

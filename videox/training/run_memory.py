@@ -33,6 +33,7 @@ from videox.optim.registry import OPTIMIZERS
 from videox.shapes import token_count
 from videox.training.args import optimizer_of
 
+VAE_PARTS = 4  # parts of a clip on which the memory of a VAE that encodes clips part by part is measured
 PER_HOST = 8  # processes per machine, unless the launcher says otherwise
 SMALLER_SIZES = (832, 640, 512, 448, 384, 320, 256)  # target sizes in pixels that are proposed, the largest first
 FEWER_FRAMES = (81, 49, 33, 17)
@@ -149,8 +150,13 @@ class RunMemory:
         }
         return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
 
-    def proposals(self, limit: float) -> list[Proposal]:
-        """Return changes after which the run fits in `limit` bytes of a GPU with a margin."""
+    def proposals(self, limit: float, phase: str | None = None) -> list[Proposal]:
+        """Return changes after which the run fits in `limit` bytes of a GPU with a margin.
+
+        Args:
+            limit: bytes of a GPU.
+            phase: the phase of `Memory.phases` that must fit; None: all.
+        """
         changes = possible_changes(
             self.setup,
             sharded_backend=self.model.sharded_backend,
@@ -158,7 +164,7 @@ class RunMemory:
             installed=lambda name: find_spec(OPTIMIZERS[name].module) is not None,
             accumulation=self.args.gradient_accumulation_steps,
         )
-        return propose(self.setup, SAFE_SHARE * limit, self.memory, changes)
+        return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
 
     def offload_seconds(self, gpu: Gpu) -> float:
         """Return the least time per optimizer step that copies between host and GPU take."""
@@ -176,9 +182,18 @@ class RunMemory:
         return {name: self._model(name) for name in self.model.components if name != "transformer"}
 
     def _measure_vae(self) -> float:
-        pixels = torch.empty((1, 3, *self.largest), device="meta")
         vae: Any = self._frozen()["vae"]
-        return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + 4.0 * pixels.numel()
+
+        def peak(frames: int) -> float:
+            pixels = torch.empty((1, 3, frames, self.largest.height, self.largest.width), device="meta")
+            return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + 4.0 * pixels.numel()
+
+        frames, part = self.largest.frames, self.model.vae_frames
+        if not part or frames <= 1 + VAE_PARTS * part:
+            return peak(frames)
+        # from the third part on, each one adds the same: its pixels and its latents
+        shorter, longer = (peak(1 + number * part) for number in (VAE_PARTS - 1, VAE_PARTS))
+        return longer + (longer - shorter) * ((frames - 1) / part - VAE_PARTS)
 
     def _parameters(self, lora_rank: int) -> Parameters:
         args = self.args
