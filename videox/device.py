@@ -8,8 +8,9 @@ tensors are sent from pinned memory, and scalars come back by an asynchronous co
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,11 +54,17 @@ class DeviceEvent:
         if self._event is not None:
             self._event.synchronize()
 
-    def since(self, earlier: DeviceEvent) -> float:
-        """Return the seconds from an earlier event to this one; waits for both."""
+    def since(self, earlier: DeviceEvent, *, reached: bool = False) -> float:
+        """Return the seconds from an earlier event to this one; waits for both.
+
+        Args:
+            earlier: on the same device.
+            reached: both are known to be reached, so that nothing is to wait for.
+        """
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
-        self.wait()
+        if not reached:
+            self.wait()
         return earlier._event.elapsed_time(self._event) / 1000
 
 
@@ -81,18 +88,92 @@ class AsyncScalars:
         return self._on_host.tolist()
 
 
+class Span(NamedTuple):
+    """The work of a phase: its name, when the device began and ended it, and the place of the span around it (-1)."""
+
+    name: str
+    begin: DeviceEvent
+    end: DeviceEvent | None
+    outer: int
+
+
+class PhaseTimes:
+    """The device's time in each phase of a step; measured by events, for which the host does not wait.
+
+    Args:
+        device: of the work.
+        now: the host's clock, where the device has none.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._now = device, now
+        self._spans: list[Span] = []
+        self._open: list[int] = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Measure the phases inside, of this process."""
+        _TIMES.append(self)
+        try:
+            yield
+        finally:
+            _TIMES.remove(self)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        place, outer = len(self._spans), self._open[-1] if self._open else -1
+        self._spans.append(Span(name, DeviceEvent(self._device, self._now), None, outer))
+        self._open.append(place)
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._spans[place] = self._spans[place]._replace(end=DeviceEvent(self._device, self._now))
+
+    def take(self) -> list[Span]:
+        """Return the spans since the last call, for `seconds_by_phase`. Must be called outside all phases."""
+        spans, self._spans = self._spans, []
+        return spans
+
+
+_TIMES: list[PhaseTimes] = []  # the ones that measure this process
+
+
+def seconds_by_phase(spans: Sequence[Span]) -> dict[str, float]:
+    """Return the device's seconds in each phase, without those of the phases inside it.
+
+    Args:
+        spans: whose work the device has done.
+    """
+    seconds: dict[str, float] = {}
+    for span in spans:
+        if span.end is None:
+            continue
+        spent = span.end.since(span.begin, reached=True)
+        seconds[span.name] = seconds.get(span.name, 0.0) + spent
+        if span.outer >= 0:
+            outer = spans[span.outer].name
+            seconds[outer] = seconds.get(outer, 0.0) - spent
+    return seconds
+
+
 @contextmanager
 def memory_phase(name: str) -> Iterator[None]:
-    """Name what runs inside, for the message of an out-of-memory error; the innermost name counts.
+    """Name what runs inside, for the message of an out-of-memory error and for the times of a step.
 
-    The error keeps its type, so that code which handles torch.OutOfMemoryError goes on to do so;
-    videox.training.memory_check turns one that ends the run into a line with this name.
+    In the message the innermost name counts. The error keeps its type, so that code which handles
+    torch.OutOfMemoryError goes on to do so; videox.training.memory_check turns one that ends the run into a line with
+    this name.
 
     Args:
         name: for example "the VAE" or "the backward pass".
     """
     try:
-        yield
+        with ExitStack() as stack:
+            for times in _TIMES:
+                stack.enter_context(times.phase(name))
+            yield
     except torch.OutOfMemoryError as error:
         error.phase = getattr(error, "phase", name)  # type: ignore[attr-defined]
         raise

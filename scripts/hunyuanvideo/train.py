@@ -9,7 +9,7 @@ One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part afte
       --gradient_checkpointing
 
 Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
-bit-identical to those of a run that was never stopped.
+bit-identical to those of a run that was never stopped, on GPUs with --deterministic.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_hidden_layers_to_skip", type=number(int, 0, 31), default=2, help=skipped)
     every = "keep every n-th image token of the prompt, n = 1 to 5; default: 4 for token_replace, 2 for latent_concat"
     add("--image_embed_interleave", type=number(int, 1, 5), help=every)
+    rounded = (
+        "round the text length of a micro-batch up to a multiple of N tokens by masked padding, so that attention sees "
+        "fewer shapes; by default 32 on GPUs where its captions differ in length, which needs a mask anyway, else 1"
+    )
+    add("--text_multiple", type=number(int, 1, 256), help=rounded)
     args = parser.parse(argv)
     check_args(args)
     return args
@@ -71,7 +76,7 @@ from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import clip_moments, sample_latents
+from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
 from videox.estimate.model_profile import ModelProfile
@@ -123,6 +128,7 @@ class Hunyuan:
     shift: float
     condition: str | None
     guidance_scale: float
+    text_multiple: int | None
 
     @property
     def given_frames(self) -> int:
@@ -198,12 +204,13 @@ def classes_of(train_mode: str) -> dict[str, Any]:
 def load_encoders(
     args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
-    """Load the frozen encoders: the text encoders in the compute dtype, the VAE in float32.
+    """Load the frozen encoders: the text encoders in the compute dtype, the VAE in --vae_dtype.
 
     The pipeline's scheduler has the flow shift of the run.
     """
     root, dtype = components["scheduler"].path.parent, compute_dtype(accelerator)
-    classes, dtypes = classes_of(args.train_mode), {"vae": torch.float32, **dict.fromkeys(TEXT_ENCODERS, dtype)}
+    classes, dtypes = classes_of(args.train_mode), {"vae": VAE_DTYPES[args.vae_dtype]}
+    dtypes |= dict.fromkeys(TEXT_ENCODERS, dtype)
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     modules = {name: load(classes[name], components[name], dtype) for name, dtype in dtypes.items()}
     i2v = args.train_mode == "i2v"
@@ -235,7 +242,8 @@ def build_model(
         block.attn.set_processor(attention)
     scaling = full_config(AutoencoderKLHunyuanVideo, components["vae"].config).scaling_factor
     condition = transformer.config.image_condition_type
-    return Hunyuan(transformer, encoders, encode, attention, scaling, shift, condition, args.guidance_scale)
+    known = (scaling, shift, condition, args.guidance_scale, args.text_multiple)
+    return Hunyuan(transformer, encoders, encode, attention, *known)
 
 
 def encoding_specs(
@@ -251,16 +259,16 @@ def encoding_specs(
     vae, channels = (components["vae"].path,), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
     settings = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
     llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
-    specs = []
+    specs, latents = [], partial(latents_spec, vae_dtype=args.vae_dtype)
     if condition is not None:
         settings["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[condition]
         llama, length = (*llama, root / "image_processor"), length + MOST_IMAGE_TOKENS
         first = partial(clip_moments, encoders, mini_batch, frames=1)
-        specs.append(latents_spec("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
+        specs.append(latents("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
     prompts = partial(encode_text, encoders, settings)
     return [
         *specs,
-        latents_spec("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels, vae),
+        latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels, vae),
         EncodingSpec(
             "prompt_embeds", ("caption",) if condition is None else ("frame", "caption"), prompts,
             fixed_shape(length, config["text_embed_dim"]), dtype, llama, f"{settings}", trimmed=True,
@@ -278,14 +286,14 @@ def encode_batch(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Scaled latents, float32 [B, 16, t, h, w], and the other inputs of the transformer.
 
-    These are prompt_embeds [B, L, D] and prompt_mask [B, L], as long as the longest caption; pooled [B, P]; in
+    These are prompt_embeds [B, L, D] and prompt_mask [B, L], L as pad_texts returns it; pooled [B, P]; in
     image-to-video first_frame [B, 16, 1, h, w].
 
     Args:
         keys: one per sample, draw the posterior's noise; None takes its mode.
     """
     encoded = hunyuan.encode(batch)
-    embeds, mask = pad_texts(encoded["prompt_embeds"])
+    embeds, mask = pad_texts(encoded["prompt_embeds"], hunyuan.text_multiple)
     given = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": torch.stack(encoded["pooled"])}
     if hunyuan.given_frames:
         given["first_frame"] = torch.stack(encoded["first_frame"]) * hunyuan.scaling_factor

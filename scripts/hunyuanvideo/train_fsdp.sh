@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Trains HunyuanVideo text-to-video with FSDP. Flags passed to this script override those below.
+# Trains HunyuanVideo text-to-video with FSDP2. Flags passed to this script override those below.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 export MODEL_NAME="${MODEL_NAME:-models/Diffusion_Transformer/HunyuanVideo}"
 export DATASET_NAME="${DATASET_NAME-datasets/internal_datasets/}"
 export DATASET_META_NAME="${DATASET_META_NAME:-datasets/internal_datasets/metadata.json}"
-export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # Only for several machines without RDMA. On a single machine, NCCL_P2P_DISABLE=1 turns NVLink off.
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1
 
 source scripts/machines.sh
 accelerate launch "${MACHINES[@]}" --mixed_precision="bf16" --use_fsdp \
-  --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+  --fsdp_version "${FSDP_VERSION:-2}" --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
   --fsdp_transformer_layer_cls_to_wrap=HunyuanVideoTransformerBlock,HunyuanVideoSingleTransformerBlock \
-  --fsdp_sharding_strategy "FULL_SHARD" --fsdp_state_dict_type=SHARDED_STATE_DICT \
-  --fsdp_backward_prefetch "BACKWARD_PRE" --fsdp_cpu_ram_efficient_loading False \
+  --fsdp_state_dict_type=SHARDED_STATE_DICT --fsdp_cpu_ram_efficient_loading False \
   scripts/hunyuanvideo/train.py \
   --pretrained_model_name_or_path="$MODEL_NAME" \
   --train_data_dir="$DATASET_NAME" \

@@ -8,7 +8,7 @@ One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part afte
       --output_dir=outputs/wan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" --gradient_checkpointing
 
 Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
-bit-identical to those of a run that was never stopped.
+bit-identical to those of a run that was never stopped, on GPUs with --deterministic.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from videox.distributed.collectives import accumulate, backward, sum_over_ranks
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import clip_moments, encode_moments, latent_statistics, sample_latents, to_images
+from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
@@ -212,9 +212,10 @@ def build_pipeline(
 def load_encoders(
     args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
-    """Load the frozen encoders: the text encoder in the compute dtype, the others in float32."""
+    """Load the frozen encoders: text in the compute dtype, the VAE in --vae_dtype, the image encoder in float32."""
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-    dtypes = {"vae": torch.float32, "text_encoder": compute_dtype(accelerator), "image_encoder": torch.float32}
+    dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
+    dtypes["image_encoder"] = torch.float32
     modules = {n: load(CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
     pipeline = build_pipeline(args, components, shift, modules)
     check_tokenizer(pipeline.tokenizer, components["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
@@ -271,9 +272,9 @@ def encoding_specs(
     config, mode, length = components["transformer"].config, args.train_mode, args.tokenizer_max_length
     vae, text = (components["vae"].path,), (components["text_encoder"].path, components["tokenizer"].path)
     video = partial(clip_moments, encoders, args.vae_mini_batch)
-    captions = partial(encode_captions, encoders, length)
+    captions, latents = partial(encode_captions, encoders, length), partial(latents_spec, vae_dtype=args.vae_dtype)
     specs = [
-        latents_spec("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
+        latents("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
         EncodingSpec(
             "prompt_embeds", ("caption",), captions, fixed_shape(length, config["text_dim"]), dtype, text,
             f"{length}", padded=True, module="text_encoder",
@@ -281,7 +282,7 @@ def encoding_specs(
     ]  # fmt: skip
     if mode != "normal":
         known = partial(encode_known, encoders, mode, args.vae_mini_batch)
-        specs.append(latents_spec("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+        specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
         clip = CLIPVisionConfig(**components["image_encoder"].config)
         shape = fixed_shape((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size)

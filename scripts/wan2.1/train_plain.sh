@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 export MODEL_NAME="${MODEL_NAME:-models/Diffusion_Transformer/Wan2.1-T2V-14B}"
 export DATASET_NAME="${DATASET_NAME-datasets/internal_datasets/}"
 export DATASET_META_NAME="${DATASET_META_NAME:-datasets/internal_datasets/metadata.json}"
-export NCCL_DEBUG="${NCCL_DEBUG:-INFO}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # Only for several machines without RDMA. On a single machine, NCCL_P2P_DISABLE=1 turns NVLink off.
 # export NCCL_IB_DISABLE=1
 # export NCCL_P2P_DISABLE=1

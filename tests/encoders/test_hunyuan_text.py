@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import SMALL_CONFIGS, build_transformer, model_inputs
 
-from videox.encoders.hunyuan_text import trim_text
+from videox.encoders.hunyuan_text import TEXT_MULTIPLE, pad_texts, padded_length, trim_text
 
 DTYPES = st.sampled_from([torch.int64, torch.float32, torch.bool])
 
@@ -81,3 +83,35 @@ def test_a_text_without_real_tokens_keeps_its_first() -> None:
     embeds = torch.arange(24.0).view(2, 4, 3)
     trimmed, mask = trim_text(embeds, torch.zeros(2, 4, dtype=torch.int64))
     assert torch.equal(trimmed, embeds[:, :1]) and mask.tolist() == [[1.0], [1.0]]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from([None, 1, 32, 64]), st.booleans())
+def test_lengths_are_rounded_up_on_a_gpu_where_a_mask_is_needed(
+    lengths: list[int], multiple: int | None, on_gpu: bool
+) -> None:
+    found, longest = padded_length(lengths, multiple, on_gpu=on_gpu), max(lengths)
+    step = multiple or (TEXT_MULTIPLE if on_gpu and len(set(lengths)) > 1 else 1)
+    assert found % step == 0 and longest <= found < longest + step
+    if not on_gpu and multiple is None:
+        assert found == longest, "a run on the CPU has the lengths that it always had"
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 9), (40, 33)])
+def test_rounding_up_does_not_change_the_output(lengths: tuple[int, ...]) -> None:
+    config = SMALL_CONFIGS["joint"]
+    model, (inputs, _) = build_transformer(config).double(), model_inputs(config)
+    inputs = {name: value.repeat(len(lengths), *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
+              for name, value in inputs.items()}  # fmt: skip
+    inputs = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    texts = [torch.randn(length, config["text_embed_dim"], dtype=torch.float64) for length in lengths]
+    outputs = []
+    for multiple in (1, TEXT_MULTIPLE):
+        embeds, mask = pad_texts(texts, multiple)
+        assert embeds.shape[1] == mask.shape[1] == padded_length(lengths, multiple, on_gpu=False)
+        assert [int(row.sum()) for row in mask] == list(lengths) and not embeds[mask == 0].any()
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        model.zero_grad()
+        outputs.append([model(**{**inputs, **text})[0]])
+        outputs[-1][0].square().sum().backward()
+        outputs[-1].append(model.context_embedder.proj_in.weight.grad.clone())
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-7)  # the timestep embedding is float32

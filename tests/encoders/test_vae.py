@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from videox.encoders.encode import to_video
+from videox.encoders.encode import latents_spec, to_video
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import encode_moments, sample_latents
+from videox.encoders.vae import VAE_DTYPES, encode_moments, sample_latents
 from videox.rng import Purpose, hash_key
 
+CPU = torch.device("cpu")
 COUNT, FRAMES, HEIGHT, WIDTH = 5, 5, 32, 48
 KEYS = [int(key) for key in hash_key(23, np.arange(COUNT))]
 
@@ -145,3 +146,20 @@ def test_latents_have_no_gradient_and_use_no_global_rng(autoencoder: CountingVae
     latents = encode_latents(autoencoder.offloaded, video.requires_grad_(), keys=KEYS, mini_batch=2)
     assert not latents.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_vae_in_bfloat16_returns_float32_moments(autoencoder: CountingVae, video: torch.Tensor) -> None:
+    full = encode_moments(autoencoder.offloaded, video, mini_batch=2)
+    half = encode_moments(OffloadedModule(autoencoder.vae.bfloat16(), CPU, offload=True), video, mini_batch=2)
+    assert full.dtype == half.dtype == torch.float32
+    assert torch.equal(half, half.bfloat16().float()) and not torch.equal(full, half)
+    assert (half - full).abs().mean() < 0.05 * full.std()
+
+
+def test_the_cache_keeps_the_outputs_of_each_dtype_apart() -> None:
+    specs = [
+        latents_spec("moments", ("clip",), lambda _: torch.empty(0), 32, (), vae_dtype=dtype) for dtype in VAE_DTYPES
+    ]
+    # the settings of float32 are those of caches that earlier versions wrote
+    assert [spec.settings for spec in specs] == ["32 channels", "32 channels, VAE in bf16"]
+    assert len({spec.cache_field({}).encoder for spec in specs}) == len(VAE_DTYPES)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 from collections import Counter
@@ -59,6 +60,7 @@ COVERED_ELSEWHERE = {
     "try_largest_first": "test_dry_run.test_trying_the_largest_first_changes_nothing",
     "caption_prefix": "test_captions_in_runs.test_a_run_trains_what_explain_shows_with_and_without_a_cache",
     "caption_shuffle_tags": "test_captions_in_runs.test_a_run_trains_what_explain_shows_with_and_without_a_cache",
+    "launch_tokens": "test_balancing.test_launches_are_balanced_where_they_are_counted",
     "missing_caption": "test_captions_in_runs.test_missing_captions_may_end_the_run",
     "trigger_word": "test_captions_in_runs.test_a_run_trains_what_explain_shows_with_and_without_a_cache",
     "cache_only": "test_cache.test_full_cache_needs_no_encoder_and_changes_nothing",
@@ -666,7 +668,49 @@ def test_tf32_is_enabled_by_its_flag(cached_run: CachedRuns, monkeypatch: pytest
     one = {**STEPS, "max_train_steps": 1}
     cached_run.fresh(**one)
     cached_run.fresh(**one, allow_tf32=True)
-    assert seen == [(False, False), (True, True)]
+    # Convolutions use TF32 by torch's own default; the flag governs matrix products alone.
+    assert seen == [(False, True), (True, True)]
+
+
+@covers("deterministic")
+def test_deterministic_algorithms_are_used_by_their_flag(
+    cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = runs.train_script(), []
+    step = trainer.accumulate_gradients
+
+    def record(*arguments, **settings) -> torch.Tensor:
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        seen.append((torch.are_deterministic_algorithms_enabled(), cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return step(*arguments, **settings)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", record)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plain, deterministic = cached_run(STEPS), cached_run.fresh(**STEPS, deterministic=True)
+    assert seen[-2:] == [(True, False, ":4096:8")] * 2 and set(seen[:-2]) <= {(False, True, None)}
+    assert deterministic.losses == plain.losses, "a run on the CPU has the same numbers with the flag"
+
+
+@covers("vae_dtype")
+def test_the_vae_computes_in_its_dtype(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, encode = [], AutoencoderKLWan.encode
+
+    def record(vae: AutoencoderKLWan, video: torch.Tensor, *rest, **settings):
+        seen.append((vae.dtype, video.dtype))
+        return encode(vae, video, *rest, **settings)
+
+    monkeypatch.setattr(AutoencoderKLWan, "encode", record)
+    full = cached_run(STEPS)
+    half = cached_run.fresh(**{**STEPS, "max_train_steps": 1}, vae_dtype="bf16")
+    assert set(seen) >= {(torch.bfloat16, torch.bfloat16)}
+    assert (
+        "\nencoders    VAE bf16, text fp32\n" in half.stdout and "\nencoders    VAE fp32, text fp32\n" in full.stdout
+    )
+    assert f"\nversions    torch {torch.__version__}\n" in half.stdout
+    assert "\nattention   torch's, flash kernel\nrecompute   no block\n" in half.stdout
+    latents = [outcome.dump(1)["latents"] for outcome in (full, half)]
+    assert latents[1].dtype == torch.float32 and not torch.equal(*latents)
+    torch.testing.assert_close(latents[1], latents[0], rtol=0.1, atol=0.1)
 
 
 @covers("low_vram")

@@ -43,7 +43,7 @@ LIMIT = 60.0  # seconds within which a start that cannot succeed must end
 def backend(script: str) -> str:
     """Return the backend that a script's name states, for two processes."""
     name = re.search(r"zero2|zero3|fsdp|plain", Path(script).stem)[0]
-    return {"fsdp": "fsdp1", "plain": "ddp"}.get(name, name)
+    return {"fsdp": "fsdp2", "plain": "ddp"}.get(name, name)
 
 
 def free_port() -> int:
@@ -97,6 +97,7 @@ def check_trained(script: str, folder: Path, log: str) -> None:
     assert f"processes   {PROCESSES}" in log
     assert [line["step"] for line in forkserver.read_steps(folder)] == [1, 2]
     assert (folder / "transformer" / "config.json").is_file()
+    assert "returned a view tensor" not in log, "the user cannot act on torch's warning"
 
 
 @pytest.mark.slow
@@ -130,6 +131,9 @@ def test_a_launch_script_is_executable_and_passes_flags(script: str) -> None:
     for name in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME", "NCCL_DEBUG"):
         empty_is_kept = name == "DATASET_NAME"  # empty: the paths of the metadata are absolute
         assert f'export {name}="${{{name}{"-" if empty_is_kept else ":-"}' in text
+    assert 'NCCL_DEBUG="${NCCL_DEBUG:-WARN}"' in text  # INFO would flood the progress bar
+    if "fsdp" in script:
+        assert '--fsdp_version "${FSDP_VERSION:-2}"' in text
     for name in ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"):
         assert f"\n# export {name}=1\n" in text
 

@@ -19,6 +19,7 @@ import runs
 import tiny
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from forkserver import TIMING_KEYS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -27,10 +28,9 @@ from videox.data.plan.buckets import Fate
 from videox.training import data as data_pipeline
 
 METRICS_KEYS = {
-    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "planned_balance", "rows",
-    "buckets",
+    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "planned_balance", "step_seconds",
+    "encode_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "rows", "buckets",
 }  # fmt: skip
-TIMING_KEYS = ("tokens_per_second", "data_wait")  # measured, so they differ between equal runs
 FLOAT32 = {"mixed_precision": "no", "gradient_checkpointing": None}
 LR, CLIP = 2e-3, 0.05  # of the published command
 

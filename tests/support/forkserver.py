@@ -325,7 +325,9 @@ def shared() -> ForkServer:
 # ------------------------------------------------------------------------------------------- runs to compare
 
 
-TIMING_KEYS = ("tokens_per_second", "data_wait", "mfu", "straggler_share")  # measured, so never equal
+PARTS = ("encode_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+# measured, so never equal
+TIMING_KEYS = ("tokens_per_second", "data_wait", "mfu", "straggler_share", "step_seconds", *PARTS)
 
 
 def read_steps(output_dir: Path) -> list[dict]:

@@ -249,10 +249,12 @@ def replay(
 
 @contextlib.contextmanager
 def restored_process_state() -> Iterator[None]:
-    """Restore what a run changes in its process: accelerate's state, environment, RNG, TF32 flags, progress bars."""
+    """Restore what a run changes in its process: accelerate's state, environment, RNG, numerics, progress bars."""
     environment = dict(os.environ)
     bars = [(library, library._tqdm_active) for library in (diffusers_logging, transformers_logging)]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.benchmark
     numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - saved, not drawn from
     try:
         yield
@@ -264,6 +266,10 @@ def restored_process_state() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic[0])
+        torch.utils.deterministic.fill_uninitialized_memory = deterministic[1]
+        torch.backends.cuda.enable_cudnn_sdp(cudnn[0])
+        torch.backends.cudnn.benchmark = cudnn[1]
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)
         if multiprocessing.active_children():

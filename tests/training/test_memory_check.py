@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import diffusers
 import pytest
@@ -11,6 +11,7 @@ import runs
 import tiny
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import videox.training.build
 import videox.training.memory_check
@@ -21,7 +22,7 @@ from videox.errors import FLAGS, UserError
 from videox.shapes import Bucket
 from videox.training.checkpointing import Checkpointer
 from videox.training.memory_advice import OTHERWISE, MemoryAdvice
-from videox.training.memory_check import explain_oom, name_batch, peak_line
+from videox.training.memory_check import explain_oom, name_batch, peak_line, try_batch
 
 QUICK = {"max_train_steps": 1, "num_train_epochs": None, "validation_rows": 1, "gradient_checkpointing": False}
 
@@ -182,3 +183,48 @@ def test_the_measured_peak_is_beside_the_predicted_one() -> None:
     assert peak_line(3.0 * 2**30, 4 * 2**30) == "4.00 GiB of tensors at the peak (3.00 GiB predicted, -25.0%)"
     assert peak_line(3.0 * 2**30, None) == "the peak is not measured on a CPU (3.00 GiB predicted)"
     assert peak_line("no profile", 2**30) == "1.00 GiB of tensors at the peak (no prediction: no profile)"
+
+
+class NvmeEngine:
+    """What try_batch uses of ZeRO-3 with weights and moments on NVMe, where the fp32 parameters cannot be read."""
+
+    moments_on_host = True
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(2, 2)
+
+    def fp32_params(self) -> NoReturn:
+        raise UserError("--use_ema", "the DeepSpeed file keeps the weights on NVMe", "offload to cpu")
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+
+def test_weights_on_nvme_are_not_read_for_moments_on_the_host() -> None:
+    ran: list[Any] = []
+    try_batch(NvmeEngine(), BATCH, ran.append, moment_bytes=0)  # type: ignore[arg-type]
+    assert ran == [BATCH]
+
+
+@pytest.mark.filterwarnings("error")
+def test_only_the_generators_of_the_own_device_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real = torch.random.fork_rng
+
+    def fork_rng(devices: Any = None) -> Any:
+        asked.append(devices)
+        return real(devices=[])  # there is no GPU here
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    engine: Any = NvmeEngine()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        try_batch(engine, BATCH, lambda batch: torch.randn(3), moment_bytes=0)
+        assert torch.equal(torch.get_rng_state(), before)
+    with FakeTensorMode():
+        engine.model = torch.nn.Module()
+        engine.model.weight = torch.nn.Parameter(torch.empty(2, device="cuda:3"))
+    try_batch(engine, BATCH, lambda batch: None, moment_bytes=0)
+    assert asked == [[], [], [torch.device("cuda", 3)]]

@@ -112,6 +112,33 @@ def test_encoders_are_as_large_as_they_are_loaded(tmp_path: Path) -> None:
     assert run.encoders(smaller).vae_peak == found.vae_peak * smaller.tokens / run.setup.tokens
 
 
+def test_a_vae_in_bfloat16_needs_half_the_memory(tmp_path: Path) -> None:
+    full, half = (run_memory(tmp_path, *SMALL_CLIPS, "--vae_dtype", dtype) for dtype in ("fp32", "bf16"))
+    found = full.encoders(full.setup), half.encoders(half.setup)
+    assert 2 * found[1].weights["vae"] == found[0].weights["vae"]
+    assert found[1].weights["text_encoder"] == found[0].weights["text_encoder"]
+    assert 0.5 < found[1].vae_peak / found[0].vae_peak < 0.65  # the video is there in float32, too
+    speed, plan = Speed(GPUS["h100"], 900e12, 0.4, False, ""), plan_epoch(full.columns, full.settings, 0)
+    for run in (full, half):
+        run.args.tokenizer_max_length = 16
+    captions = speed.float32_seconds(len(plan.row) * text_flops({"text": UMT5EncoderModel(UMT5Config(**TEXT))}, 16))
+    seconds = [run.encoding_seconds(plan, speed) - captions for run in (full, half)]
+    assert seconds[0] == pytest.approx(2 * seconds[1])  # TF32, in which torch computes convolutions, and bfloat16
+
+
+def test_low_vram_copies_the_text_encoder_for_each_micro_batch(tmp_path: Path) -> None:
+    speed, flags = Speed(GPUS["h100"], 900e12, 0.4, False, ""), ("--low_vram", "--latent_cache", "c")
+    found = []
+    for chosen in ((), flags[:1], flags):
+        run = run_memory(tmp_path, *SMALL_CLIPS, *chosen)
+        run.args.tokenizer_max_length = 16
+        plan = plan_epoch(run.columns, run.settings, 0)
+        found.append(run.encoding_seconds(plan, speed))
+    largest = max(run.encoders(run.setup).weights.values())
+    assert found[1] - found[0] == pytest.approx(len(plan.micro_bucket) * largest / 64e9)
+    assert found[2] == found[0]
+
+
 def test_parameters_are_those_that_train(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(TRANSFORMER)
@@ -244,7 +271,7 @@ def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None
     with torch.device("meta"):
         vae, text = AutoencoderKLWan(**VAE), UMT5EncoderModel(UMT5Config(**TEXT))
     captions = 200 * text_flops({"text_encoder": text}, 512)
-    clips = vae_flops_per_pixel(vae) * pixels / (0.4 * 19.5e12)
+    clips = vae_flops_per_pixel(vae) * pixels / (0.4 * 150e12)  # convolutions: TF32, by torch's own default
     for half, peak in ((True, 300e12), (False, 19.5e12)):
         run.setup = replace(run.setup, half=half)
         assert run.encoding_seconds(plan, speed) == pytest.approx(clips + captions / (0.4 * peak), rel=1e-9)

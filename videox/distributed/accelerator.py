@@ -72,8 +72,8 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
             refuse_stale_locks(os.environ)
     _STORES.append(wait_for_processes(os.environ))
     gloo = {"backend": "gloo"} if engine == "deepspeed" and not torch.accelerator.is_available() else {}
-    # The models' buffers are constant. DDP would broadcast them before every forward pass, and ranks would wait.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # Gradients are views of DDP's buckets: without it every gradient is stored twice.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     handlers = [InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT, **gloo), ddp]
     with _launch_on_cpu(engine):
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)

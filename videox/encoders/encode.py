@@ -150,6 +150,7 @@ def latents_spec(
     channels: int,
     weights: tuple[Path, ...],
     first_only: bool = False,
+    vae_dtype: str = "fp32",
 ) -> EncodingSpec:
     """Return the EncodingSpec of a VAE's output: the first `channels` channels of [n, C, t, h, w], float32.
 
@@ -160,6 +161,7 @@ def latents_spec(
         channels: how many channels to keep.
         weights: the VAE's files and folders.
         first_only: the output has only the first latent frame.
+        vae_dtype: a key of videox.encoders.vae.VAE_DTYPES; the outputs of each dtype are cached apart.
     """
 
     def shape(bucket: Bucket) -> tuple[int, ...]:
@@ -169,7 +171,8 @@ def latents_spec(
     def encode_channels(inputs: EncoderInput) -> torch.Tensor:
         return encode(inputs)[:, :channels]
 
-    settings = f"{channels} channels"
+    # As it always was for float32: caches of earlier versions are read.
+    settings = f"{channels} channels" + ("" if vae_dtype == "fp32" else f", VAE in {vae_dtype}")
     return EncodingSpec(name, uses, encode_channels, shape, torch.float32, weights, settings, module="vae")
 
 

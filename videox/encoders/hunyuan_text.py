@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from videox.encoders.encode import EncoderInput, LazyEncoders
 from videox.encoders.vae import to_images
 
+TEXT_MULTIPLE = 32  # tokens
+
 
 def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return embeddings and mask cut to the batch's longest text; the model's output does not change.
@@ -65,12 +67,35 @@ def encode_pooled(encoders: LazyEncoders[Any], inputs: EncoderInput) -> torch.Te
     return torch.cat(pooled)
 
 
-def pad_texts(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return embeddings [B, longest, D], zeros after each text's end, and their float32 mask [B, longest] on the CPU.
+def pad_texts(texts: Sequence[torch.Tensor], multiple: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings [B, L, D], zeros after each text's end, and their float32 mask [B, L] on the CPU.
+
+    L is padded_length of the texts' lengths. The model's output does not depend on it: the mask excludes the padding.
 
     Args:
-        texts: embeddings [L, D] of each text, all of whose tokens are real.
+        texts: embeddings [length, D] of each text, all of whose tokens are real.
+        multiple: as for padded_length.
     """
-    lengths = torch.tensor([len(text) for text in texts])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-    return pad_sequence(list(texts), batch_first=True), mask
+    lengths = [len(text) for text in texts]
+    length = padded_length(lengths, multiple, on_gpu=texts[0].device.type == "cuda")
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).float()
+    embeds = pad_sequence(list(texts), batch_first=True)
+    missing = length - embeds.shape[1]
+    return (torch.nn.functional.pad(embeds, (0, 0, 0, missing)) if missing else embeds), mask
+
+
+def padded_length(lengths: Sequence[int], multiple: int | None, *, on_gpu: bool) -> int:
+    """Return the number of text tokens of a micro-batch: the longest text's, rounded up.
+
+    cuDNN's attention builds a plan for each new length, which takes up to a second, and captions have many lengths.
+    Rounded up, they have few. But padding needs a mask, which slows attention down: texts of one length, which need
+    none, keep theirs by default. Which of both costs less can be measured on a GPU alone.
+
+    Args:
+        lengths: tokens of each text.
+        multiple: round up to a multiple of it; None: to TEXT_MULTIPLE on a GPU if the lengths differ, else not at all.
+        on_gpu: the model runs on a GPU.
+    """
+    if multiple is None:
+        multiple = TEXT_MULTIPLE if on_gpu and min(lengths) < max(lengths) else 1
+    return -(-max(lengths) // multiple) * multiple

@@ -15,19 +15,26 @@ from videox.encoders.encode import EncoderInput, LazyEncoders
 from videox.encoders.offload import OffloadedModule
 from videox.rng import Purpose, hash_key
 
+# Values of --vae_dtype: what the VAE's weights are loaded in, and what it computes in.
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @torch.no_grad()
 def encode_moments(vae: OffloadedModule, video: torch.Tensor, *, mini_batch: int) -> torch.Tensor:
     """Return the mean and log-variance of the VAE's posterior, concatenated: float32 [B, 2 C, t, h, w].
 
     Args:
-        vae: a VAE of diffusers, whose encode returns an object with a latent_dist.
+        vae: a VAE of diffusers, whose encode returns an object with a latent_dist; it computes in its weights' dtype.
         video: float32 [B, 3, T, H, W] in [-1, 1], on the device.
         mini_batch: samples per call of the VAE.
     """
     with vae.on_device() as module:
-        moments = [module.encode(chunk).latent_dist.parameters for chunk in video.split(mini_batch)]  # type: ignore[operator]
-    return torch.cat(moments).contiguous()
+        dtype = next(module.parameters()).dtype
+        moments = [
+            module.encode(chunk.to(dtype)).latent_dist.parameters  # type: ignore[operator]
+            for chunk in video.split(mini_batch)
+        ]
+    return torch.cat(moments).float().contiguous()
 
 
 def sample_latents(moments: torch.Tensor, channels: int, keys: Sequence[int] | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from videox.engine.base import OptimizerFactory, Update
 from videox.engine.train_state import TrainState, checkpoint_bytes, load_state, save_state
@@ -41,6 +42,10 @@ class DdpEngine:
         self.moments_on_host = isinstance(self.optimizer, CpuOffloadOptimizer)
         self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.model = accelerator.prepare_model(transformer.train())
+        if isinstance(self.model, DistributedDataParallel):
+            # The models' buffers are constant. DDP would broadcast them before every forward pass, and ranks would
+            # wait. accelerate can pass only the argument `broadcast_buffers`, which torch has deprecated.
+            self.model.forward_sync_buffers = False
         self.checkpoint_bytes = checkpoint_bytes(transformer, frozen=0 if self.weight_format.trainable_only else 4)
 
     def set_lr(self, lr: float) -> None:

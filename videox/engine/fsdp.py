@@ -139,7 +139,7 @@ class FsdpEngine:
             squares += torch.nn.utils.get_total_norm(gradients).double() ** 2
         dist.all_reduce(squares, group=self.group)
         norm = squares.sqrt()
-        applied = norm.isfinite() & loss.isfinite()
+        applied = is_finite(norm, loss)
         if empty:
             applied = torch.zeros_like(applied)
         else:
@@ -225,6 +225,15 @@ class FsdpEngine:
         )
 
 
+def is_finite(norm: Tensor, loss: Tensor) -> Tensor:
+    """Return whether gradient norm and loss are finite: boolean scalar on the norm's device, that of the parameters.
+
+    With offloaded parameters (fsdp_offload_params) the norm is on the CPU and the loss on the GPU. A result on the GPU
+    would be copied by the optimizer without waiting, and its kernel on the CPU could read the flag before it is there.
+    """
+    return norm.isfinite() & loss.isfinite().to(norm.device)
+
+
 def _optimizer_tensors(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Return only an optimizer's tensors: its settings are those of the launch, and would be saved as pickles."""
     return {"optimizer": {"state": optimizer["state"]}}
@@ -253,6 +262,8 @@ def _wrap_fsdp2(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     )
     if compute is not None:
         compute_in_bf16(transformer, accelerator.device)
+    # It is about operations in place on a block's output, of which diffusers' models have none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # accelerate prepares a model for FSDP2 only together with an optimizer. It gets one that is not used; the real one
     # is made over the shards afterwards.
     with_gradients = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -341,9 +352,13 @@ def _full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401 - a shard of either ver
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if isinstance(tensor, ShardedTensor):
-        full = torch.empty(tensor.size(), dtype=tensor.dtype) if dist.get_rank() == 0 else torch.empty(0)
-        tensor.gather(0, full if dist.get_rank() == 0 else None)
-        return full
+        is_first = dist.get_rank() == 0
+        # torch receives the shards on the device of `out` and sends them from the one that the process group needs:
+        # with NCCL both have to be the GPU. A GPU has room for one full tensor, but not for all of them.
+        device = tensor._get_preferred_device()
+        full = torch.empty(tensor.size(), dtype=tensor.dtype, device=device) if is_first else None
+        tensor.gather(0, full)
+        return full.cpu() if full is not None else torch.empty(0)
     return tensor
 
 

@@ -16,7 +16,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, Backend
 from videox.engine.changed_rows import AT_ONCE, NEXT_EPOCH, lost_rows, refuse_changed_rows
 from videox.engine.train_state import (
-    CAPTION_DEFAULTS,
+    LATER_DEFAULTS,
     OPTIMIZER_STEM,
     NextData,
     TrainState,
@@ -98,8 +98,8 @@ def refuse_changed_plan(
     Raises:
         UserError: with each changed setting, its old and its new value.
     """
-    now = CAPTION_DEFAULTS | _flatten(plan_inputs(settings))
-    then = OLD_DEFAULTS | OLD_FLAGS | CAPTION_DEFAULTS | _flatten(state.settings)
+    now = LATER_DEFAULTS | _flatten(plan_inputs(settings))
+    then = OLD_DEFAULTS | OLD_FLAGS | LATER_DEFAULTS | _flatten(state.settings)
     changed = [
         f"{_setting_name(name)} was {_shown(then.get(name))}, is {_shown(now.get(name))}"
         for name in now

@@ -23,8 +23,8 @@ from videox.weights.safetensors_io import StoredTensors, save_tensors
 STATE_FILE = "trainer_state.json"
 COLUMNS_FILE = "columns.safetensors"
 NEXT_COLUMNS_FILE = "next_columns.safetensors"
-# Settings of captions are left out of plan_inputs at these values, so that the names of runs without them stay.
-CAPTION_DEFAULTS = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False}
+# Later settings are left out of plan_inputs at these values, so that the names of runs without them stay.
+LATER_DEFAULTS = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "launch_tokens": 0}
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
 
@@ -142,7 +142,7 @@ def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _is_default(name: str, value: object) -> bool:
-    return name in CAPTION_DEFAULTS and CAPTION_DEFAULTS[name] == value
+    return name in LATER_DEFAULTS and LATER_DEFAULTS[name] == value
 
 
 def run_name(flags: str, index: str, settings: PlanSettings) -> str:

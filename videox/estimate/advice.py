@@ -289,7 +289,7 @@ def _half(setup: MemorySetup) -> MemorySetup | None:
 
 
 def _single_sample(setup: MemorySetup) -> MemorySetup | None:
-    return replace(setup, batch=1) if setup.batch > 1 else None
+    return replace(setup, batch=1, accumulation=setup.accumulation * setup.batch) if setup.batch > 1 else None
 
 
 def _cache(setup: MemorySetup) -> MemorySetup | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,10 @@ from videox.estimate.gpus import Gpu
 from videox.estimate.memory import MemorySetup, Parameters
 from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 
+# Kernels of a block's forward pass, traced in diffusers' eager blocks of both families; the backward pass has twice as
+# many. The host queues them one by one, and a GPU with little work waits for it. The time of one is a rough figure
+# for a server's processor, until it is measured beside a GPU.
+LAUNCHES_PER_BLOCK, SECONDS_PER_LAUNCH = 82, 7e-6
 PROBE = (9, 128, 128)  # frames, height and width of the clip on which a VAE's FLOPs are counted
 
 
@@ -24,7 +29,7 @@ class Speed:
         gpu: its data sheet.
         peak: bfloat16 FLOPs per second; of the data sheet, or as the user states it.
         mfu: share of the peak that is used, 0 to 1.
-        tf32: float32 matrix products and convolutions use TensorFloat-32, at half the bfloat16 peak.
+        tf32: float32 matrix products use TensorFloat-32, at half the bfloat16 peak, as convolutions always do.
         source: peak and share in words, for the report.
     """
 
@@ -39,8 +44,12 @@ class Speed:
         return flops / (self.peak * self.mfu)
 
     def float32_seconds(self, flops: float) -> float:
-        """Return the time of float32 FLOPs, at the same share of the peak."""
+        """Return the time of float32 matrix products, at the same share of the peak."""
         return flops / ((self.peak / 2 if self.tf32 else self.gpu.fp32) * self.mfu)
+
+    def convolution_seconds(self, flops: float) -> float:
+        """Return the time of float32 convolutions: torch lets cuDNN compute them in TensorFloat-32 by default."""
+        return flops / (self.peak / 2 * self.mfu)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,27 @@ class Duration:
         """Return the seconds of the whole run."""
         encoded_epochs = min(self.epochs, self.variants) if self.cached and self.variants else self.epochs
         return self.epoch * self.epochs + self.encoding * encoded_epochs
+
+
+def launch_seconds(blocks: int, recomputed: int) -> float:
+    """Return the least time of a micro-batch's forward and backward pass: that of launching its kernels.
+
+    Args:
+        blocks: repeated blocks of the transformer.
+        recomputed: those of them under activation checkpointing, which run forward twice.
+    """
+    return (3 * blocks + recomputed) * LAUNCHES_PER_BLOCK * SECONDS_PER_LAUNCH
+
+
+def idle_seconds(work: np.ndarray, launches: float) -> tuple[float, int]:
+    """Return how long a GPU waits for launches in all micro-batches together, and in how many of them it waits.
+
+    Args:
+        work: float64 [micro-batches], the GPU's own seconds for each.
+        launches: of launch_seconds.
+    """
+    waits = np.maximum(launches - work, 0.0)
+    return float(waits.sum()), int(np.count_nonzero(waits))
 
 
 def vae_flops_per_pixel(vae: Any) -> float:  # noqa: ANN401 - a VAE of diffusers, on the meta device

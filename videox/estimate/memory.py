@@ -81,6 +81,7 @@ class MemorySetup:
             and stored in the computing dtype except under FSDP1 (float32).
         vae_mini_batch: clips per call of the VAE.
         cached: the outputs of the encoders come from a latent cache (--latent_cache).
+        accumulation: micro-batches per step and process.
     """
 
     backend: str
@@ -99,6 +100,7 @@ class MemorySetup:
     lora_rank: int = 0
     vae_mini_batch: int = 1
     cached: bool = False
+    accumulation: int = 1
 
     @property
     def lora(self) -> bool:
@@ -200,7 +202,9 @@ def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
         frozen = parameters.total - parameters.trainable
         cast_elements = parameters.trainable * (weight == 4) + frozen * (setup.frozen_bytes == 4)
         weight_copies = 2 * cast_elements if setup.half else 0
-        buckets = weight * parameters.trainable if setup.backend == "ddp" else 0  # DDP's gradient buckets
+        # Gradients are views of DDP's buckets, except those of a step's earlier micro-batches, which are not reduced.
+        has_both = setup.backend == "ddp" and setup.accumulation > 1
+        buckets = weight * parameters.trainable if has_both else 0
         return float(weight_copies + buckets)
     share = 1 / setup.processes
     if setup.backend.startswith("fsdp"):

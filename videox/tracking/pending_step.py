@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from videox.data.plan.epoch import EpochPlan
-from videox.device import AsyncScalars, DeviceEvent
+from videox.device import AsyncScalars, DeviceEvent, Span, seconds_by_phase
 from videox.distributed.step_sync import StepReport
+
+# Phases of a step (videox.device.memory_phase) by the metric that their time is part of; any other "the ..." is an
+# encoder.
+PARTS = {
+    "the forward pass": "forward_seconds", "the backward pass": "backward_seconds",
+    "the optimizer step": "optimizer_seconds",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class PendingStep:
         data_wait: seconds of it that this rank waited for data.
         begin: when the device began the step.
         work_done: when this rank's own work of the step was done, None = not measured.
+        spans: the phases of this rank's work.
     """
 
     step: int
@@ -40,6 +49,18 @@ class PendingStep:
     data_wait: float
     begin: DeviceEvent
     work_done: DeviceEvent | None
+    spans: Sequence[Span] = ()
+
+    def parts(self) -> dict[str, float]:
+        """Return this rank's seconds of the step by metric, without waiting. `scalars` must have been read before.
+
+        encode_seconds: the frozen encoders, 0 where a cache has their outputs; forward_seconds, backward_seconds,
+        optimizer_seconds: as measured by the device, with the waiting for other ranks that is part of them.
+        """
+        parts = dict.fromkeys(("encode_seconds", *PARTS.values()), 0.0)
+        for phase, seconds in seconds_by_phase(self.spans).items():
+            parts[PARTS.get(phase, "encode_seconds")] += seconds
+        return parts
 
     def duration(self) -> float:
         """Return the duration of the step in seconds, by the device's clock if it has one.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from videox.distributed.cuda_variables import set_cuda_variables
 from videox.errors import FLAGS, PeerFailed, UserError
 from videox.training.run_files import flags_from_files, switch_booleans
 from videox.training.synonyms import hint_for, nearest_hint
@@ -118,10 +120,11 @@ def parse_or_exit(parse: Callable[[], object]) -> None:
     """Parse the command line and exit at once with one line on stderr if it is wrong, or after --help.
 
     A script calls it above its heavy imports, so that --help and a mistyped flag are answered before torch is loaded;
-    its main parses again.
+    its main parses again. The variables that torch and CUDA read when they start are set here, too.
     """
     try:
-        parse()
+        parsed = parse()
+        set_cuda_variables(os.environ, deterministic=getattr(parsed, "deterministic", False))
     except UserError as error:
         sys.stderr.write(f"{error.line()}\n")
         sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ What only a family knows (its model, its encoders, the inputs of its transformer
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,10 +37,12 @@ from videox.lora.checkpoint import LoraWeights, prepare_lora
 from videox.models.activation_checkpoint import recompute_blocks
 from videox.models.component import Component
 from videox.models.meta_init import is_sharded
+from videox.models.norm_dtype import keep_norm_dtype
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
 from videox.optim.build import choose_trainable, clip_limit, lr_schedule
 from videox.optim.registry import kind_of
 from videox.rng import Purpose, uniform
+from videox.tracking.gpu_memory import GpuMemory
 from videox.tracking.progress import ProgressBar
 from videox.tracking.trackers import Tracker
 from videox.training.args import optimizer_of, with_fp32_params
@@ -48,6 +51,7 @@ from videox.training.context import Context
 from videox.training.guard import StepGuard
 from videox.training.optimizer import optimizer_factory
 from videox.training.recorder import Instruments, Recorder
+from videox.training.run_memory import RunMemory, launch_of
 from videox.training.sampling import SampleSettings
 from videox.training.schedule import Schedule, most_common_shape
 from videox.training.startup import prepare_folder
@@ -134,6 +138,7 @@ def build_engine(
         lora: of build_lora; its adapters are trained and the transformer is frozen.
     """
     with memory_phase("placing weights and optimizer"):
+        keep_norm_dtype(transformer, ctx.device)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         elif args.selective_ac:
@@ -260,8 +265,16 @@ def _instruments(
             settings=schedule.settings, device=ctx.device,
         ),
         times=step_times(ctx.accelerator, schedule.settings),
-        timer=backward_timer(ctx.accelerator, engine.model),
+        timer=backward_timer(ctx.accelerator, engine.model), memory=_gpu_memory(args, ctx, schedule, profile),
     )  # fmt: skip
+
+
+def _gpu_memory(args: argparse.Namespace, ctx: Context, schedule: Schedule, profile: ModelProfile) -> GpuMemory | None:
+    """What compares the GPU's memory with the estimate of --dry_run; None except on the main process with a GPU."""
+    if ctx.device.type != "cuda" or not ctx.is_main:
+        return None
+    run = RunMemory(args, profile, launch_of(os.environ, args), schedule.columns, schedule.settings)
+    return GpuMemory(ctx.device, run.memory(run.setup).allocated())
 
 
 def build_validator(

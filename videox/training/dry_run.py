@@ -27,7 +27,7 @@ from videox.distributed.backends import BACKENDS
 from videox.errors import STORAGE, UserError
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
-from videox.estimate.duration import Duration, Speed
+from videox.estimate.duration import Duration, Speed, format_duration, idle_seconds, launch_seconds
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
@@ -58,6 +58,7 @@ from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
 from videox.models.activation_checkpoint import select_blocks
 from videox.optim.registry import check_supported
+from videox.shapes import token_count
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
 from videox.training.flow_shift import FlowShift
@@ -135,6 +136,10 @@ class _Estimates:
         duration = self._duration(flops, balance)
         assumed = f"assumed: {speed_of(args).source}; balance {balance:.2f}"
         _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, assumed))
+        idle, waiting = self._idle(speed_of(args))
+        if waiting:
+            count = f"{waiting:,} of {len(plan.micro_bucket):,} micro-batches"
+            _print(f"{count} are so small that the GPU waits for kernel launches: {format_duration(idle)} per epoch")
         _print("balance by number of processes:", *balance_lines(balanced, settings))
         memory = self._memory()
         checkpoint = checkpoint_size(self.run.parameters(setup.lora_rank), setup)
@@ -154,7 +159,7 @@ class _Estimates:
     def _duration(self, flops: EpochFlops, balance: float) -> Duration:
         args, speed, gpus = self.args, speed_of(self.args), self.launch.processes
         # an MFU counts the model's own FLOPs, so that recomputation is part of the assumed share
-        training = speed.seconds(flops.model) / (gpus * balance)
+        training = (speed.seconds(flops.model) + self._idle(speed)[0]) / (gpus * balance)
         training += self.plan.n_steps * self.run.offload_seconds(speed.gpu)
         return Duration(
             epoch=training,
@@ -163,6 +168,14 @@ class _Estimates:
             cached=args.latent_cache is not None,
             variants=args.cache_variants,
         )
+
+    def _idle(self, speed: Speed) -> tuple[float, int]:
+        """Return the seconds of an epoch in which GPUs wait for launches, and the number of such micro-batches."""
+        network, plan = self.run.network(self.run.setup), self.plan
+        blocks, share = len(network.blocks), self.run.setup.recompute_share
+        model = np.array([network.forward_backward(token_count(bucket)) for bucket in plan.buckets])
+        work = speed.seconds(1.0) * model[plan.micro_bucket] * np.diff(plan.micro_first)
+        return idle_seconds(work, launch_seconds(blocks, len(select_blocks(blocks, share)) if share else 0))
 
     def _memory(self) -> Memory:
         setup, limit = self.run.setup, memory_limit(self.args)

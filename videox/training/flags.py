@@ -35,6 +35,7 @@ LR_WARMUP_STEPS = 500
 EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
 EXPORT_DTYPES = ("bf16", "fp16", "fp32")
 EXPORT_TIMES = ("end", "every")
+VAE_DTYPES = ("fp32", "bf16")
 PROCESSES = number(int, 1, 65_536)  # of a dry run; its plan holds at least one slot for each of them
 
 
@@ -196,6 +197,11 @@ def add_training(parser: Parser, modes: Sequence[str]) -> None:
     add("--balance", choices=BALANCES, default=BALANCES[0], help=balance)
     cost = "cost_model.json of an earlier run: measured costs of samples; by default estimated from the model's sizes"
     add("--cost_model", help=cost)
+    launches = (
+        "balance each micro-batch as if it had a sample of N tokens more: on a GPU small images take longer than their "
+        "FLOPs, the time in which their kernels are launched (0 = none)"
+    )
+    add("--launch_tokens", type=number(int, 0, 10**6), default=0, help=launches)
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-batches per optimizer step and process")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs to train")
     add("--max_train_steps", type=COUNT, help="optimizer steps to train; overrides num_train_epochs")
@@ -290,6 +296,10 @@ def add_memory(parser: Parser) -> None:
     precision = "compute precision, by default the launcher's; only bf16 optimizers keep trained weights in bf16"
     add("--mixed_precision", choices=("no", "bf16"), help=precision)
     add("--allow_tf32", action="store_true", help="allow TensorFloat-32 in float32 matrix products on GPUs")
+    same = "use deterministic algorithms on GPUs, so that a resumed run is bit-identical; slower (CPUs always are)"
+    add("--deterministic", action="store_true", help=same)
+    vae = "dtype that the VAE computes in; bf16 is faster and needs half the memory, and changes the latents slightly"
+    add("--vae_dtype", choices=VAE_DTYPES, default=VAE_DTYPES[0], help=vae)
     full = "recompute the activations of every block in the backward pass, to save memory"
     add("--gradient_checkpointing", action="store_true", help=full)
     selective = "instead of gradient_checkpointing: recompute only this share of the blocks, 0 to 1 (0 = off)"

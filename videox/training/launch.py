@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
+from videox.distributed.cuda_variables import set_cuda_variables
 from videox.distributed.environment import settle_environment
 from videox.distributed.signals import stop_with_launcher
 from videox.run.failure import FailureMonitor
@@ -31,6 +32,7 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
         library.disable_progress_bar()  # one bar per component, each complete at once, would bury the start's lines
     stop_with_launcher(os.environ)
     set_aside = settle_environment(os.environ)
+    set_cuda_variables(os.environ, deterministic=args.deterministic)
     accelerator, backend = make_accelerator(args.mixed_precision)
     gather, monitor, output_dir = gather_objects(accelerator), FailureMonitor(), Path(args.output_dir)
     is_main = accelerator.is_main_process

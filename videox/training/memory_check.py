@@ -148,12 +148,14 @@ def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object
         moment_bytes: bytes per trainable parameter that the optimizer will allocate on the device in its first step;
             tensors of this size take their place here. 0: it has allocated its moments, or keeps them in host memory.
     """
-    fp32_params, moments = engine.fp32_params(), []
+    device, moments = _device(engine), []
     if moment_bytes:
+        fp32_params = engine.fp32_params()
         for name in fp32_params.names:
             size = moment_bytes * fp32_params.read(name).numel()
-            moments.append(torch.empty(size, dtype=torch.uint8, device=_device(engine)))
-    with torch.random.fork_rng(), name_batch(batch):
+            moments.append(torch.empty(size, dtype=torch.uint8, device=device))
+    # Without a list of devices torch would fork the generators of all GPUs of the machine, and warn about it.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), name_batch(batch):
         accumulate(batch)
     engine.zero_grad()
     del moments

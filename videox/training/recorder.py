@@ -15,7 +15,7 @@ from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Sample, TokenLengthDataset
 from videox.data.media.decord import fallback_line
 from videox.data.plan.epoch import PADDING
-from videox.device import DeviceEvent
+from videox.device import DeviceEvent, PhaseTimes
 from videox.distributed.step_sync import StepReport
 from videox.distributed.straggler import BackwardTimer, straggler_share
 from videox.engine.base import Update
@@ -23,6 +23,7 @@ from videox.errors import SaveError
 from videox.estimate.cost_model import StepTimes
 from videox.estimate.mfu import Meter
 from videox.files import publish_folder
+from videox.tracking.gpu_memory import GpuMemory
 from videox.tracking.metrics import MetricsLog, StepRecord
 from videox.tracking.pending_step import PendingStep, step_scalars
 from videox.tracking.preview import BatchSample, write_batch
@@ -46,6 +47,7 @@ class Instruments:
         meter: compares steps with the hardware's peak and with the plan.
         times: collects step times, from which cost_model.json is fitted.
         timer: measures this rank's own work apart from its waiting for other ranks; None where that is not possible.
+        memory: compares the memory in use with the predicted one; None where there is no GPU.
     """
 
     bar: ProgressBar
@@ -53,6 +55,7 @@ class Instruments:
     meter: Meter
     times: StepTimes
     timer: BackwardTimer | None
+    memory: GpuMemory | None = None
 
 
 class Recorder:
@@ -75,13 +78,17 @@ class Recorder:
         self.clock = StepClock()
         self.fallbacks: Counter[str] = Counter()  # clips that PyAV read in place of decord, by reason
         self._pending: PendingStep | None = None
+        self._reported_memory = False
         self._start = DeviceEvent(ctx.device)
+        self.memory, self._phases, self._active = instruments.memory, PhaseTimes(ctx.device), contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
+        self._active.enter_context(self._phases.active())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         """Record the last step also when an exception ends the run; other ranks are not asked for anything then."""
+        self._active.close()
         if kind is not None and self._pending is not None:
             with contextlib.suppress(
                 RuntimeError
@@ -131,7 +138,7 @@ class Recorder:
         self._pending = PendingStep(
             self.state.step, step.plan, step.epoch_step, report, lr, step.is_empty(report),
             step_scalars(loss, update.grad_norm, update.applied), seconds, waited, self._start,
-            self.timer.take() if self.timer else None,
+            self.timer.take() if self.timer else None, self._phases.take(),
         )  # fmt: skip
         self._start = self._pending.scalars.event
 
@@ -158,7 +165,7 @@ class Recorder:
         rows, tokens = step.plan.rows_of_step(step.epoch_step).tolist(), step.plan.tokens_of_step(step.epoch_step)
         self.on_outcome(StepOutcome(step.step, rows, step.empty, bool(applied)))
         times = self.clock.count(tokens, step.duration(), step.report.data_wait)
-        measured = self.meter.measure(step.plan, step.epoch_step, times.seconds) if self.ctx.is_main else {}
+        measured = self._measured(step, times.seconds) if self.ctx.is_main else {}
         share, stragglers = straggler_share(busy), None
         if share is not None and self.ctx.is_main:
             measured["straggler_share"] = share
@@ -182,12 +189,23 @@ class Recorder:
         self.ctx.run.status.heartbeat(step.step)
         self.bar.update(loss, times.smooth_tokens_per_second, times.wait_share, record.measured.get("mfu"), stragglers)
 
+    def _measured(self, step: PendingStep, seconds: float) -> dict[str, float]:
+        """Return what this rank measured of a step beside its loss: shares, times and memory."""
+        measured = {**self.meter.measure(step.plan, step.epoch_step, seconds), "step_seconds": seconds, **step.parts()}
+        if self.memory is not None:
+            measured |= self.memory.measure()
+            if not self._reported_memory:
+                self._reported_memory = True
+                self.bar.note(self.memory.line())
+        return measured
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time inside (validation, checkpoint) out of the steps; the last step is recorded before."""
         self.flush()
         with self.clock.paused():
             yield
+        self._phases.take()  # of a save or a validation, not of a step
         self._start = DeviceEvent(self.ctx.device)
 
     def validation(self, result: ValidationLoss, ema: ValidationLoss | None = None) -> None:
@@ -211,9 +229,11 @@ class Recorder:
             self.bar.note(f"warning: {warning}")
 
     def close(self) -> None:
-        """Close bar and tracker, and print how often PyAV read in place of decord."""
+        """Close bar and tracker; print the peak of GPU memory, and how often PyAV read in place of decord."""
         if self.fallbacks:
             self.bar.note(fallback_line(self.fallbacks))
+        if self.memory is not None:
+            self.bar.note(self.memory.line())
         self.bar.close()
         self.tracker.close()
 

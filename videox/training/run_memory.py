@@ -18,6 +18,7 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import largest_bucket
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
+from videox.encoders.vae import VAE_DTYPES
 from videox.errors import UserError
 from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
 from videox.estimate.duration import Speed, offload_seconds, text_flops, vae_flops_per_pixel
@@ -106,6 +107,7 @@ class RunMemory:
         settings: PlanSettings,
     ) -> None:
         self.args, self.model, self.columns, self.settings = args, model, columns, settings
+        self.vae_half = args.vae_dtype == "bf16"
         self.largest = largest_bucket(columns, settings)
         self.setup = MemorySetup(
             backend=launch.backend,
@@ -124,6 +126,8 @@ class RunMemory:
             lora_rank=args.lora_rank,
             vae_mini_batch=args.vae_mini_batch,
             cached=args.latent_cache is not None,
+            # a slot that is filled by cost may have several micro-batches
+            accumulation=max(args.gradient_accumulation_steps, 1 if args.slot_fill == "fixed" else 2),
         )
         self._model = cache(lambda name: build_on_meta(*model.components[name]))
         self.parameters = cache(self._parameters)
@@ -139,13 +143,13 @@ class RunMemory:
         return memory_of(self.parameters(setup.lora_rank), self.network(setup), self.encoders(setup), setup)
 
     def encoders(self, setup: MemorySetup) -> Encoders:
-        """Return the bytes of the frozen encoders: text encoders in the compute dtype, the others in float32.
+        """Return the bytes of the frozen encoders: text in the compute dtype, VAE in --vae_dtype, others in float32.
 
         The VAE's activations are measured on the largest sample of the plan, and proportional to smaller ones.
         """
-        half = setup.half
+        in_half = {"text": setup.half, "vae": self.vae_half}
         weights = {
-            name: module_bytes(module, 2 if half and name.startswith("text") else 4)
+            name: module_bytes(module, 2 if in_half.get(name.partition("_")[0]) else 4)
             for name, module in self._frozen().items()
         }
         return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
@@ -171,22 +175,39 @@ class RunMemory:
         return offload_seconds(self.parameters(self.setup.lora_rank), self.setup, gpu)
 
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
-        """Return the time of encoding the clips (float32) and captions (compute dtype) of an epoch on one GPU."""
+        """Return the time of encoding the clips (--vae_dtype) and captions (compute dtype) of an epoch on one GPU."""
         counts = np.bincount(np.repeat(plan.micro_bucket, np.diff(plan.micro_first)), minlength=len(plan.buckets))
         pixels = sum(count * math.prod(bucket) for count, bucket in zip(counts.tolist(), plan.buckets, strict=True))
         text = text_flops(self._frozen(), self.args.tokenizer_max_length) * int(counts.sum())
         text_seconds = speed.seconds(text) if self.setup.half else speed.float32_seconds(text)
-        return speed.float32_seconds(vae_flops_per_pixel(self._model("vae")) * pixels) + text_seconds
+        vae = vae_flops_per_pixel(self._model("vae")) * pixels
+        vae_seconds = speed.seconds(vae) if self.vae_half else speed.convolution_seconds(vae)
+        return vae_seconds + text_seconds + self._copy_seconds(len(plan.micro_bucket), speed.gpu)
+
+    def _copy_seconds(self, micro_batches: int, gpu: Gpu) -> float:
+        """Return the time in which GPUs wait for encoders that --low_vram copies for each micro-batch.
+
+        The first encoder, of text and the largest, is waited for; the others are copied while it computes.
+        """
+        if not self.setup.offload_encoders or self.setup.cached:
+            return 0.0
+        return micro_batches * max(self.encoders(self.setup).weights.values()) / gpu.host_bandwidth
 
     def _frozen(self) -> dict[str, Any]:
         return {name: self._model(name) for name in self.model.components if name != "transformer"}
 
     def _measure_vae(self) -> float:
-        vae: Any = self._frozen()["vae"]
+        dtype = VAE_DTYPES[self.args.vae_dtype]
+        vae: Any = self._model("vae")
+        if self.vae_half:  # by torch's own method: that of diffusers would warn about an empty list
+            vae = torch.nn.Module.to(build_on_meta(*self.model.components["vae"]), dtype)
+        # the video is there in float32, and in the VAE's dtype too if that is another
+        given = 4.0 + (dtype.itemsize if self.vae_half else 0)
 
         def peak(frames: int) -> float:
-            pixels = torch.empty((1, 3, frames, self.largest.height, self.largest.width), device="meta")
-            return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + 4.0 * pixels.numel()
+            size = (1, 3, frames, self.largest.height, self.largest.width)
+            pixels = torch.empty(size, device="meta", dtype=dtype)
+            return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + given * pixels.numel()
 
         frames, part = self.largest.frames, self.model.vae_frames
         if not part or frames <= 1 + VAE_PARTS * part:

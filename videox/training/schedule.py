@@ -50,7 +50,8 @@ WITHOUT_NUMBERS = {
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
     "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
-    "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO,
+    "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO, "deterministic": False, "vae_dtype": "fp32",
+    "text_multiple": None, "launch_tokens": 0,
 }  # fmt: skip
 
 
@@ -264,5 +265,6 @@ def plan_settings(
         caption_prefix=args.caption_prefix,
         trigger_word=args.trigger_word,
         caption_shuffle_tags=args.caption_shuffle_tags,
+        launch_tokens=args.launch_tokens,
     )
     return PlanSettings(**{**fields, **launched})

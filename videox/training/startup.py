@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from videox.distributed.accelerator import compute_dtype
+from videox.distributed.backends import requested_engine
 from videox.distributed.collectives import run_on_main
 from videox.engine.deepspeed_universal import announce_conversion, saved_world_size
 from videox.engine.ema import ema_notes
@@ -31,6 +33,8 @@ from videox.training.context import Context
 from videox.training.data_sources import sources_of
 from videox.training.flags import LR_WARMUP_STEPS
 from videox.training.flow_shift import FlowShift, with_default_yaml
+from videox.training.gpu_facts import attention_kernel, gpu_name, versions
+from videox.training.numerics import apply_numerics
 from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
 
@@ -44,7 +48,7 @@ DIFFERENCES = (
 
 
 def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift) -> None:
-    """Check backend, optimizer, tracker and checkpoint against each other, set TF32, and print what runs.
+    """Check backend, optimizer, tracker and checkpoint against each other, set torch's numerics, and print what runs.
 
     Args:
         task: what is trained, in words.
@@ -67,10 +71,10 @@ def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift
     if checkpoint and backend.engine == "fsdp":
         refuse_other_optimizer_state(checkpoint / OPTIMIZER_FOLDER, optimizer, ctx.world_size)
     conversion = conversion_notes(ctx) if backend.engine == "deepspeed" else []
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    apply_numerics(args)
     changed = changed_flags(ctx.output_dir, vars(args)) if checkpoint else []
     ema = ema_notes(checkpoint, args.use_ema)
-    ctx.print(*start_lines(ctx, task, shift), *shift.notes, *tried, *ctx.run.notes, *notes(args), *changed)
+    ctx.print(*start_lines(args, ctx, task, shift), *shift.notes, *tried, *ctx.run.notes, *notes(args), *changed)
     ctx.print(*conversion, *ema)
 
 
@@ -91,7 +95,7 @@ def refuse_under_deepspeed(ctx: Context, optimizer: str) -> None:
         raise UserError("--resume_from_checkpoint", what, f"launch {saved} processes", MODEL)
 
 
-def start_lines(ctx: Context, task: str, shift: FlowShift) -> list[str]:
+def start_lines(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift) -> list[str]:
     """The first lines of a run: one fact each, aligned, then the differences to the original trainer."""
     facts = {
         "backend": f"{ctx.backend.name} ({ctx.backend.description})",
@@ -99,6 +103,7 @@ def start_lines(ctx: Context, task: str, shift: FlowShift) -> list[str]:
         "task": task,
         "device": ctx.device,
         "precision": {"bf16": "bf16 computation"}.get(ctx.accelerator.mixed_precision, "float32 throughout"),
+        **computing(args, ctx),
         "flow shift": shift,
         "output_dir": ctx.output_dir,
     }
@@ -108,6 +113,20 @@ def start_lines(ctx: Context, task: str, shift: FlowShift) -> list[str]:
         "differences to the original trainer (loss curves are not comparable):",
         *(f"  - {line}" for line in DIFFERENCES),
     ]
+
+
+def computing(args: argparse.Namespace, ctx: Context) -> dict[str, str]:
+    """What computes, and how: the GPU, versions, attention kernel, recomputation, dtypes of the frozen encoders."""
+    device, dtype = ctx.device, compute_dtype(ctx.accelerator)
+    recompute = f"{args.selective_ac:g} of the blocks" if args.selective_ac else "no block"
+    text = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return {
+        **({"GPU": gpu_name(device)} if device.type == "cuda" else {}),
+        "versions": versions(device),
+        "attention": f"torch's, {attention_kernel(device, dtype)} kernel",
+        "recompute": "every block" if args.gradient_checkpointing else recompute,
+        "encoders": f"VAE {args.vae_dtype}, text {text}",
+    }
 
 
 def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
@@ -156,6 +175,11 @@ def notes(args: argparse.Namespace) -> list[str]:
         lines.append(f"{sizes}: sizes still range from {policy.low} to {policy.high}")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
         lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
+    if args.low_vram and not args.latent_cache:
+        lines.append(
+            "--low_vram copies the text encoder to the GPU for each micro-batch, and the training waits for it: with "
+            "--latent_cache each caption is encoded once"
+        )
     if kind_of(optimizer_of(args)).on_host:
         lines += thread_notes(optimizer_of(args), torch.get_num_threads(), os.cpu_count() or 1, os.environ)
     world = os.environ.get("WORLD_SIZE", "1")
@@ -163,6 +187,10 @@ def notes(args: argparse.Namespace) -> list[str]:
         lines.append(
             "after Ctrl-C or SIGTERM the launcher kills the processes within 30 s: export "
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 if a step and its save take longer"
+        )
+    if args.deterministic and (args.use_deepspeed or requested_engine(os.environ) == "deepspeed"):
+        lines.append(
+            "--deterministic does not reach DeepSpeed's own kernels: on GPUs, resumed losses may differ in rounding"
         )
     one_machine = world == os.environ.get("LOCAL_WORLD_SIZE", world)
     if os.environ.get("NCCL_P2P_DISABLE") == "1" and one_machine and world != "1":

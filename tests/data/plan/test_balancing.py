@@ -43,7 +43,7 @@ from videox.data.plan.balancing import (
 from videox.data.plan.batching import CAPACITY, COST_UNITS, pack, pack_steps
 from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch
 from videox.data.plan.plan import plan_epoch
-from videox.data.plan.settings import BALANCES, BARRIERS, PlanSettings, sample_cost
+from videox.data.plan.settings import BALANCES, BARRIERS, PlanSettings, launch_cost, sample_cost
 from videox.shapes import token_count
 
 WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of Wan2.1 1.3B, rounded
@@ -210,7 +210,8 @@ def test_plan_costs_equal_the_costs_of_the_executed_micro_batches(columns: objec
 
     def cost(batch: MicroBatch) -> float:
         tokens = token_count(batch.bucket)
-        return len(batch.rows) * (settings.cost_linear * tokens + settings.cost_quadratic * tokens**2)
+        samples = len(batch.rows) * (settings.cost_linear * tokens + settings.cost_quadratic * tokens**2)
+        return samples + launch_cost(settings)
 
     for step in range(plan.n_steps):
         for rank in range(ranks):
@@ -218,6 +219,24 @@ def test_plan_costs_equal_the_costs_of_the_executed_micro_batches(columns: objec
             rank_costs = (costs + padding)[step, :, rank]
             assert rank_costs[rank_costs > 0] == pytest.approx([cost(batch) for batch in batches])
             assert costs[step, :, rank].sum() == pytest.approx(sum(cost(b) for b in real_batches(batches)))
+
+
+def test_launches_are_balanced_where_they_are_counted() -> None:
+    """Slots of several small micro-batches and of one large one: their costs are equal only without the launches."""
+    settings = replace(SETTINGS, slot_fill="cost", slots=8, batch_size=1, balance="strict", **WAN)
+    plain, counted = settings, replace(settings, launch_tokens=4096)
+    assert launch_cost(plain) == 0 and launch_cost(counted) == pytest.approx(
+        WAN["cost_linear"] * 4096 + WAN["cost_quadratic"] * 4096**2
+    )
+    plans = {name: plan_epoch(MANY, each, 0) for name, each in (("plain", plain), ("counted", counted))}
+    again = plan_epoch(MANY, replace(plain, launch_tokens=0), 0)
+    assert all(np.array_equal(getattr(plans["plain"], name), getattr(again, name)) for name in ("row", "slot_first"))
+    costs, padding = plan_costs(plans["plain"], plain, 8)
+    with_launches, more_padding = plan_costs(plans["plain"], counted, 8)
+    assert np.array_equal(with_launches - costs, launch_cost(counted) * (costs > 0))
+    assert np.array_equal((more_padding - padding) > 0, padding > 0)
+    balances = {name: balance_and_variance_ratio(plan, counted, 8)[0] for name, plan in plans.items()}
+    assert balances["counted"] > balances["plain"]
 
 
 def metrics_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from videox.data.plan.epoch import EpochPlan, check_world_size
 from videox.data.plan.plan import plan_epoch
-from videox.data.plan.settings import BARRIERS, PlanColumns, PlanSettings, sample_cost
+from videox.data.plan.settings import BARRIERS, PlanColumns, PlanSettings, launch_cost, sample_cost
 from videox.rng import Purpose, hash_key
 from videox.shapes import token_count
 
@@ -48,7 +48,7 @@ def balance_by_world_size(
         bucket = np.repeat(plan.micro_bucket, np.diff(plan.micro_first))
         costs = unplanned_costs(
             sample_cost(world_settings, plan.buckets)[bucket], bucket, batch_size=settings.batch_size, data_groups=world,
-            accumulation=accumulation, seed=settings.seed,
+            accumulation=accumulation, seed=settings.seed, launch=launch_cost(world_settings),
         )  # fmt: skip
         filled = (len(plan.slot_first) - 1) / (plan.n_steps * plan.slots)
         without = balance(costs, world_settings.barrier) if len(costs) else None
@@ -88,21 +88,21 @@ def plan_costs(plan: EpochPlan, settings: PlanSettings, data_groups: int) -> tup
         UserError: world_size does not divide the slots of a step.
     """
     check_world_size(plan.slots, data_groups)
-    unit = sample_cost(settings, plan.buckets)
+    unit, launch = sample_cost(settings, plan.buckets), launch_cost(settings)
     depths = np.zeros((plan.n_steps, plan.slots), np.int64)
     depths.flat[: len(plan.slot_first) - 1] = np.diff(plan.slot_first)
     deepest = depths.max(axis=1)
     slot = np.repeat(np.arange(len(plan.slot_first) - 1), np.diff(plan.slot_first))
     within = np.arange(len(slot)) - plan.slot_first[:-1][slot]
     costs = np.zeros((plan.n_steps * plan.slots, int(deepest.max())))
-    costs[slot, within] = unit[plan.micro_bucket] * np.diff(plan.micro_first)
+    costs[slot, within] = unit[plan.micro_bucket] * np.diff(plan.micro_first) + launch
     position = np.arange(costs.shape[1])
     # a slot has as many padding micro-batches as the fullest slot of its step has more
     missing = (position >= depths[:, :, None]) & (position < deepest[:, None, None])
     padding = np.zeros(missing.shape)
     for step in np.flatnonzero(missing.any(axis=(1, 2))):
         cheapest, smallest = sample_cost(settings, plan.padding_buckets(int(step)))
-        padding[step] = missing[step] * np.where(depths[step] > 0, smallest, cheapest)[:, None]
+        padding[step] = missing[step] * (np.where(depths[step] > 0, smallest, cheapest) + launch)[:, None]
 
     def by_rank(by_slot: np.ndarray) -> np.ndarray:
         """Turn [steps, slots, depth] into [steps, accumulation x depth, ranks]."""
@@ -154,7 +154,14 @@ def step_variance_ratio(tokens: np.ndarray, step: np.ndarray) -> float:
 
 
 def unplanned_costs(
-    cost: np.ndarray, bucket: np.ndarray, *, batch_size: int, data_groups: int, accumulation: int = 1, seed: int = 0
+    cost: np.ndarray,
+    bucket: np.ndarray,
+    *,
+    batch_size: int,
+    data_groups: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    launch: float = 0.0,
 ) -> np.ndarray:
     """Return the costs of an epoch in which each rank takes the next batch of one bucket, independently of the others.
 
@@ -168,6 +175,7 @@ def unplanned_costs(
         ranks: number of processes.
         accumulation: batches per step and process.
         seed: of the random order.
+        launch: cost of a batch besides that of its samples.
 
     Returns:
         float64 [steps, accumulation, ranks], as `balance` takes it; no steps where the epoch does not fill one.
@@ -177,7 +185,7 @@ def unplanned_costs(
     counts = np.bincount(bucket)
     within = np.arange(len(cost)) - np.repeat(np.cumsum(counts) - counts, counts)
     batch = np.cumsum(within % batch_size == 0) - 1
-    costs = np.bincount(batch, weights=cost[order])
+    costs = np.bincount(batch, weights=cost[order]) + launch
     costs = costs[np.argsort(hash_key(seed, Purpose.MICRO_BATCH, np.arange(len(costs))), kind="stable")]
     steps = len(costs) // (data_groups * accumulation)
     return costs[: steps * data_groups * accumulation].reshape(steps, accumulation, data_groups)

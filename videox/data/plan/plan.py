@@ -30,7 +30,7 @@ from videox.data.plan.buckets import (
     static_fates,
 )
 from videox.data.plan.epoch import EpochPlan
-from videox.data.plan.settings import PlanColumns, PlanSettings, sample_cost
+from videox.data.plan.settings import PlanColumns, PlanSettings, launch_cost, sample_cost
 from videox.errors import DATA, UserError
 from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import Bucket, token_count
@@ -238,13 +238,14 @@ def slot_order(
     unit = sample_cost(settings, buckets)
     # Integers: floats summed in another order differ in the last bit between machines, and with them the plan.
     # 2**24 and 4096 are fine enough, and keep all sums below 2**53, where float64 adds integers exactly.
+    launch = np.rint(launch_cost(settings) / unit.max() * 2**24)
     unit = np.maximum(np.rint(unit / unit.max() * 2**24), 1)
     logs = np.rint(np.log([token_count(bucket) for bucket in buckets]) * 4096).astype(np.int64)
     logs -= int(counts @ logs) // int(counts.sum())
-    sums = (
-        np.bincount(filling.slot, weights=column * filling.samples).astype(np.int64)
-        for column in (unit[filling.bucket], logs[filling.bucket], np.ones(len(filling.slot)))
-    )
+    of_samples = (unit[filling.bucket], logs[filling.bucket], np.ones(len(filling.slot)))
+    columns = [column * filling.samples for column in of_samples]
+    columns[0] += launch
+    sums = (np.bincount(filling.slot, weights=column).astype(np.int64) for column in columns)
     slots = SlotCosts(*(column[shuffled] for column in sums))
     assigned = assign_slots(
         slots,

@@ -85,7 +85,8 @@ class PlanSettings:
     accumulation: gradient accumulation steps at first launch; clips_per_video: at most this many clips of a video that
     is long enough for several, chosen by clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their
     own draws of clip starts, sizes and crops, after which these draws repeat (0 = they never repeat); caption_prefix,
-    trigger_word, caption_shuffle_tags: as the fields of CaptionRules.
+    trigger_word, caption_shuffle_tags: as the fields of CaptionRules; launch_tokens: each micro-batch has the cost of
+    one sample of this many tokens in addition, where ranks are balanced.
     """
 
     policy: SizePolicy
@@ -106,6 +107,7 @@ class PlanSettings:
     caption_prefix: str = ""
     trigger_word: str = ""
     caption_shuffle_tags: bool = False
+    launch_tokens: int = 0
 
     @property
     def caption_rules(self) -> CaptionRules:
@@ -116,4 +118,10 @@ class PlanSettings:
 def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:
     """Return the cost a*S + b*S^2 of one sample of each bucket, float64."""
     tokens = np.array([token_count(bucket) for bucket in buckets], np.float64)
+    return settings.cost_linear * tokens + settings.cost_quadratic * tokens**2
+
+
+def launch_cost(settings: PlanSettings) -> float:
+    """Return the cost of a micro-batch besides that of its samples: of launching its kernels."""
+    tokens = float(settings.launch_tokens)
     return settings.cost_linear * tokens + settings.cost_quadratic * tokens**2

@@ -1,0 +1,31 @@
+"""Tests of videox.training.startup: lines on flags whose effect differs from what a user may expect."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from videox.training.flags import make_parser
+from videox.training.startup import notes
+
+PARSER = make_parser("", modes=("normal",), recipes=tiny.ROOT / "config/recipes/wan2.1")
+
+
+def lines_about(flag: str, *flags: str) -> list[str]:
+    planned = ["--dry_run", "--dry_run_data", "10:512x512", "--dry_run_model", "small"]
+    return [line for line in notes(PARSER.parse([*planned, *flags])) if line.startswith(flag)]
+
+
+def test_copies_of_the_encoders_are_named_where_each_micro_batch_waits_for_them() -> None:
+    (line,) = lines_about("--low_vram", "--low_vram")
+    assert "for each micro-batch" in line and "--latent_cache" in line
+    assert lines_about("--low_vram") == lines_about("--low_vram", "--low_vram", "--latent_cache", "cache") == []
+
+
+def test_deterministic_does_not_reach_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    assert lines_about("--deterministic", "--deterministic") == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (line,) = lines_about("--deterministic", "--deterministic")
+    assert "DeepSpeed's own kernels" in line
+    assert lines_about("--deterministic") == []
