@@ -76,10 +76,11 @@ from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
+from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents, use_tiling
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
 from videox.estimate.model_profile import ModelProfile
+from videox.models.attention_backend import UnmaskedKernel
 from videox.models.component import Component, diffusers_components
 from videox.models.folder import check_tokenizer, full_config, read_component
 from videox.models.hub import local_folder
@@ -136,10 +137,8 @@ class Hunyuan:
         return 0 if self.condition is None else 1
 
 
-class MaskFreeAttention(HunyuanVideoAttnProcessor2_0):
+class MaskFreeAttention(UnmaskedKernel, HunyuanVideoAttnProcessor2_0):
     """Attention without the mask while every text token is real: the fused attention kernels take no mask."""
-
-    all_real = False
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
@@ -213,6 +212,7 @@ def load_encoders(
     dtypes |= dict.fromkeys(TEXT_ENCODERS, dtype)
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     modules = {name: load(classes[name], components[name], dtype) for name, dtype in dtypes.items()}
+    use_tiling(modules["vae"], args.vae_tiling)
     i2v = args.train_mode == "i2v"
     pipeline_class = diffusers.HunyuanVideoImageToVideoPipeline if i2v else HunyuanVideoPipeline
     # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from videox.encoders.encode import latents_spec, to_video
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import VAE_DTYPES, encode_moments, sample_latents
+from videox.encoders.vae import VAE_DTYPES, encode_moments, sample_latents, use_tiling
 from videox.rng import Purpose, hash_key
 
 CPU = torch.device("cpu")
@@ -163,3 +164,21 @@ def test_the_cache_keeps_the_outputs_of_each_dtype_apart() -> None:
     # the settings of float32 are those of caches that earlier versions wrote
     assert [spec.settings for spec in specs] == ["32 channels", "32 channels, VAE in bf16"]
     assert len({spec.cache_field({}).encoder for spec in specs}) == len(VAE_DTYPES)
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_tiling_changes_the_latents_of_what_is_larger_than_a_tile(family: str, tmp_path: Path) -> None:
+    build, vae_class = {
+        "wan": (tiny.build_wan_t2v, AutoencoderKLWan), "hunyuan": (tiny.build_hunyuan_t2v, AutoencoderKLHunyuanVideo),
+    }[family]  # fmt: skip
+    plain, tiled, untouched = (vae_class.from_pretrained(build(tmp_path), subfolder="vae") for _ in range(3))
+    use_tiling(tiled, True)
+    use_tiling(untouched, False)
+    assert tiled.use_tiling and not untouched.use_tiling
+    for side, equal in ((32, True), (288, False)):
+        image = torch.rand(1, 3, 1, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        with torch.no_grad():
+            expected, latents = (vae.encode(image).latent_dist.mode() for vae in (plain, tiled))
+        assert latents.shape == expected.shape
+        assert torch.equal(latents, expected) == equal
+        assert torch.allclose(latents, expected, atol=0.5)

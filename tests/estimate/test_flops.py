@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.peak_memory import peak_bytes
-from videox.models.activation_checkpoint import recompute_blocks, select_blocks
+from videox.models.activation_checkpoint import Recompute, checkpoint_blocks, recompute_blocks, select_blocks
 
 
 def network(config: Mapping[str, Any], *, half: bool = True, text: int = TEXT_TOKENS) -> Network:
@@ -162,7 +162,7 @@ def test_saved_bytes_equal_those_of_autograd(name: str, share: float, half: bool
     )
 
 
-def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool) -> tuple[int, int]:
+def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool, keep: str = "") -> tuple[int, int]:
     """Return (bytes, tokens): the peak of forward and backward pass of a 720p clip, on tensors without data.
 
     Weights, their copies and their gradients are left out.
@@ -173,7 +173,7 @@ def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool) -
             for parameter in model.parameters():
                 parameter.data = parameter.data.bfloat16()
         if share:
-            recompute_blocks(model, blocks_of(model), share)
+            checkpoint_blocks(model, blocks_of(model), lambda *_: Recompute(share, keep))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         text = 256 if is_joint(config) else 512
@@ -204,6 +204,37 @@ def test_the_peak_equals_that_of_a_traced_pass_at_published_widths(name: str, sh
     text = 256 if is_joint(config) else 512
     network = found(config, text_tokens=text, half=True, cast=cast)
     assert network.peak_bytes(tokens, select_blocks(len(network.blocks), share)) == pytest.approx(most, rel=0.02)
+
+
+@pytest.mark.parametrize("keep", ["attention", "self_attention"])
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-14B", "HunyuanVideo"])
+def test_the_peak_includes_the_kept_outputs_of_attention(name: str, keep: str) -> None:
+    config = {**CONFIGS[name], "num_layers": 4, "num_single_layers": 4}
+    joint = is_joint(CONFIGS[name])
+    if not joint:
+        del config["num_single_layers"]
+    (without, tokens), (most, _) = (measure_peak_bytes(config, 1.0, cast=False, keep=kept) for kept in ("", keep))
+    found = joint_attention_network if joint else partial(cross_attention_network, image_tokens=0)
+    network = found(config, text_tokens=256 if joint else 512, half=True, cast=False)
+    everything = range(len(network.blocks))
+    assert network.peak_bytes(tokens, everything, keep) == pytest.approx(most, rel=0.02)
+    one = network.blocks[0].kept_bytes(keep)(tokens)
+    assert most - without == pytest.approx((len(network.blocks) - 1) * one, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["text", "image", "joint"])
+def test_kept_attention_is_not_counted_as_recomputed(name: str) -> None:
+    config = SMALL_CONFIGS[name]
+    given, tokens = model_inputs(config, text := 512 if config.get("image_dim") else TEXT_TOKENS)
+    found = network(config, text=text)
+    everything = range(len(found.blocks))
+    with torch.device("meta"):
+        attention = build_transformer(config)
+    forward = count_flops(attention, on_meta(given), backward=False)
+    linear = forward - found.outside(tokens) - sum(block.attention(tokens) for block in found.blocks)
+    assert found.recompute(tokens, everything, "attention") == pytest.approx(linear, rel=1e-9)
+    assert found.recompute(tokens, everything, "attention") <= found.recompute(tokens, everything, "self_attention")
+    assert found.recompute(tokens, everything, "self_attention") < found.recompute(tokens, everything)
 
 
 @pytest.mark.parametrize("name", ["text", "joint"])

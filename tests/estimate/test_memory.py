@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from videox.estimate.memory import (
     Parameters,
     checkpoint_size,
     memory_of,
+    pinned_bytes,
     state_bytes,
 )
 from videox.lora.adapters import Lora, adapter_sizes, choose_targets
@@ -227,3 +229,32 @@ def test_a_checkpoint_of_the_published_14b_is_170_gigabytes() -> None:
     single = replace(SETUP, backend="single")
     assert checkpoint_size(FOURTEEN, single) / 1e9 == pytest.approx(171.5, abs=0.1)
     assert checkpoint_size(FOURTEEN, replace(single, ema_device="cpu")) == checkpoint_size(FOURTEEN, single) * 16 / 12
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_offloaded_inputs_move_from_the_gpu_to_the_host(share: float) -> None:
+    """Of 40 recomputed blocks, or 20, the last one's input stays, and three are on the GPU at a time."""
+    setup = replace(SETUP, recompute_share=share, batch=2)
+    there, here = memory(setup), memory(replace(setup, offload_activations=True))
+    one = 2 * 5120 * 2 * setup.tokens  # two samples in bfloat16
+    moved = int(40 * share) - 1
+    assert there.phases["training"]["activations"] - here.phases["training"]["activations"] == (moved - 3) * one
+    assert here.host == {**there.host, "offloaded activations": setup.per_host * moved * pinned_bytes(one)}
+    assert one <= pinned_bytes(one) < 2 * one and math.log2(pinned_bytes(one)).is_integer()
+
+
+def test_nothing_is_offloaded_without_recomputed_blocks() -> None:
+    setup = replace(SETUP, recompute_share=0.0)
+    assert memory(replace(setup, offload_activations=True)) == memory(setup)
+
+
+def test_kept_attention_takes_memory_that_grows_with_its_outputs() -> None:
+    """At 14B and 32,760 tokens an output of 5120 bfloat16 channels and the sums of 40 heads, of 39 blocks."""
+    setup = replace(SETUP, tokens=32_760, recompute_share=1.0)
+    full, own, every = (
+        memory(replace(setup, keep=keep)).phases["training"]["activations"]
+        for keep in ("", "self_attention", "attention")
+    )
+    output = 32_760 * (5120 * 2 + 40 * 4)
+    assert own - full == pytest.approx(39 * output) and every - full == pytest.approx(2 * 39 * output)
+    assert own - full == pytest.approx(12.5 * 2**30, rel=0.02)

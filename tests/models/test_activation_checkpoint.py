@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,9 +15,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import SMALL_CONFIGS, blocks_of, build_transformer, model_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from videox.diffusion.flow_matching import keyed_noise
-from videox.models.activation_checkpoint import recompute_blocks, select_blocks
+from videox.models.activation_checkpoint import (
+    Recompute,
+    checkpoint_blocks,
+    is_attention_forward,
+    recompute_blocks,
+    select_blocks,
+)
 
 LAYERS = 8
 
@@ -119,3 +128,98 @@ def select_blocks_originally(count: int, share: float) -> list[int]:
 @given(st.integers(1, 60), st.integers(0, 16).map(lambda sixteenths: sixteenths / 16))
 def test_selected_blocks_are_those_of_the_original_trainer(count: int, share: float) -> None:
     assert select_blocks(count, share) == select_blocks_originally(count, share)
+
+
+class CountAttention(TorchDispatchMode):
+    """Counts forward passes of attention, also those of a recomputation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, inputs=(), settings=None):
+        self.calls += is_attention_forward(function.name())
+        return function(*inputs, **(settings or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("text", False), ("text", True), ("image", True), ("joint", True), ("joint, first frame replaced", True)],
+)
+def test_kept_attention_runs_once_and_gradients_are_bit_identical(name: str, half: bool) -> None:
+    config = SMALL_CONFIGS[name]
+    model: Any = build_transformer(config).train()
+    given, _ = model_inputs(config, 512 if config.get("image_dim") else 9, side=4, frames=2)
+    joint = "joint" in name
+    attentions = len(blocks_of(model)) * (1 if joint else 3 if config.get("image_dim") else 2)
+    alone = len(blocks_of(model))  # self-attention
+    outside = config.get("num_refiner_layers", 0)  # of the text, which is not recomputed
+
+    def run() -> tuple[list[torch.Tensor | None], int]:
+        model.zero_grad(set_to_none=True)
+        with CountAttention() as counted:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                prediction = model(**given)[0]
+            prediction.float().square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()], counted.calls
+
+    model.enable_gradient_checkpointing()
+    expected, calls = run()
+    assert calls == 2 * attentions + outside
+    cases = {"": 2 * attentions, "self_attention": 2 * attentions - alone, "attention": attentions}
+    for keep, counted in cases.items():
+        checkpoint_blocks(model, blocks_of(model), lambda *_, keep=keep: Recompute(1.0, keep))
+        actual, calls = run()
+        assert calls == counted + outside, keep
+        for one, other in zip(expected, actual, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_operators_of_attention_are_recognized() -> None:
+    """Names of forward passes as torch, flash-attn, FlashAttention-3, diffusers and xformers register them."""
+    for name in (
+        "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_fused_attention_overrideable", "flash_attn::_flash_attn_forward",
+        "flash_attn_3::fwd", "_diffusers_flash_attn_3::_flash_attn_forward", "xformers_flash::flash_fwd",
+        "xformers_python::_fmha_cutlass_fwd",
+    ):  # fmt: skip
+        assert is_attention_forward(name), name
+    for name in (
+        "aten::mm", "aten::_scaled_dot_product_flash_attention_backward", "flash_attn::_flash_attn_backward",
+        "flash_attn_3::bwd", "xformers_flash::flash_bwd", "aten::native_layer_norm",
+    ):  # fmt: skip
+        assert not is_attention_forward(name), name
+
+
+def test_what_is_recomputed_may_depend_on_the_micro_batch(folder: Path) -> None:
+    model, asked = load(folder), list[tuple[int, int]]()
+
+    def choose(samples: int, tokens: int) -> Recompute:
+        asked.append((samples, tokens))
+        return Recompute(0.5 if samples == 2 else 0.0)
+
+    checkpoint_blocks(model, model.blocks, choose)
+    assert step(model)[2].count(2) == LAYERS // 2
+    assert set(asked) == {(2, 2 * 2 * 3)}
+
+
+def test_blocks_that_are_wrapped_are_found(folder: Path) -> None:
+    """As FSDP1 wraps them: the model's list then has the wrappers."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs: Any) -> Any:
+            return self.module(*inputs)
+
+    plain, wrapped = load(folder), load(folder)
+    blocks = list(wrapped.blocks)
+    recompute_blocks(wrapped, blocks, 0.5)
+    recompute_blocks(plain, plain.blocks, 0.5)
+    for number, block in enumerate(blocks):
+        wrapped.blocks[number] = Wrapper(block)
+    assert step(wrapped)[2] == step(plain)[2]
+    assert step(plain)[2].count(2) == LAYERS // 2

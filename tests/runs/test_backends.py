@@ -6,11 +6,13 @@ compares, the ranks are forked with the environment variables that the launcher 
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import diffusers
 import forkserver
+import launches
 import pytest
 import runs
 import torch
@@ -28,7 +30,10 @@ from launch_checks import (
 from launches import LAUNCH_FLAGS, LAYER_CLASSES, SHARDED_BACKENDS, BackendRuns, exit_codes, output_of
 
 from videox.data.dataset import BadSample
+from videox.distributed.backends import BACKENDS
 from videox.errors import FLAGS, MODEL
+from videox.models.activation_checkpoint import Recompute
+from videox.training import speed
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +273,77 @@ def test_wrong_fsdp_layer_classes_are_refused(wan: BackendRuns, tmp_path: Path, 
     assert (
         "the model has no layer class HunyuanVideoTransformerBlock. Fix: pass WanTransformerBlock." in outcome.stderr
     )
+
+
+# ------------------------------------------------------------------------------------------- flags of speed and memory
+
+RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_keep": "attention", "offload_activations": True}
+AUTOMATIC = {"gradient_checkpointing": None, "activation_memory": "auto"}
+
+
+def numbers_of(folder: Path) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of each step."""
+    return [(step["loss"], step["grad_norm"]) for step in forkserver.read_steps(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED_BACKENDS])
+def test_what_is_recomputed_changes_no_number(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
+    cases = {
+        "plain": {},
+        "half": {"gradient_checkpointing": None, "selective_ac": 0.5},
+        "kept": RECOMPUTED,
+        "auto": AUTOMATIC,
+    }
+    for name, changes in cases.items():
+        ranks = wan.run_ranks(backend, tmp_path / name, **changes)
+        assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    expected = numbers_of(tmp_path / "plain")
+    assert len(expected) == wan.steps
+    for name in cases:
+        assert numbers_of(tmp_path / name) == expected, name
+
+
+def train_with_a_choice_of_each_rank() -> int:
+    """Train with nothing recomputed on rank 0, everything on the other ranks."""
+    rank = int(os.environ["RANK"])
+    speed.chooser = lambda *_, **__: lambda *_: Recompute(float(rank > 0))
+    return launches.train_wan2()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", [name for name, backend in BACKENDS.items() if backend.recomputes_alone and name != "single"]
+)
+def test_ranks_may_recompute_different_blocks(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
+    alike = wan.run_ranks(backend, tmp_path / "alike", **AUTOMATIC)
+    apart = wan.run_ranks(
+        backend,
+        tmp_path / "apart",
+        entry_point="tests.runs.test_backends:train_with_a_choice_of_each_rank",
+        **AUTOMATIC,
+    )
+    assert exit_codes(alike) == exit_codes(apart) == [0, 0], output_of(apart)
+    assert numbers_of(tmp_path / "apart") == numbers_of(tmp_path / "alike")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing_keep": "attention"}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if name != "single"])
+def test_compiled_blocks_train_alike_or_are_refused(
+    wan: BackendRuns, tmp_path: Path, backend: str, changes: dict[str, object]
+) -> None:
+    ranks = wan.run_ranks(backend, tmp_path / "compiled", compile=True, **changes)
+    if not BACKENDS[backend].compiles:
+        assert exit_codes(ranks) == [FLAGS, FLAGS]
+        assert "--compile: " in output_of(ranks)
+        return
+    assert exit_codes(ranks) == [0, 0], output_of(ranks)
+    assert "cannot be compiled" not in output_of(ranks)
+    plain = wan.run_ranks(backend, tmp_path / "plain", **changes)
+    assert exit_codes(plain) == [0, 0], output_of(plain)
+    for (loss, norm), (expected, wanted) in zip(
+        numbers_of(tmp_path / "compiled"), numbers_of(tmp_path / "plain"), strict=True
+    ):
+        assert loss == pytest.approx(expected, rel=1e-3)
+        assert norm == pytest.approx(wanted, rel=2e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Mapping
@@ -181,6 +182,49 @@ def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> N
     flags = [line.strip().split("  ")[0] for line in lines[first + 1 :] if line.strip().startswith("--")]
     fitting = runs.train([*words.split(), *" ".join(flags).replace(" DIR", f" {tmp_path}/cache").split()])
     assert "fits in 24 GiB" in fitting.stdout, (flags, fitting.stdout)
+
+
+def planned(tmp_path: Path, words: str) -> tuple[str, dict[str, Any]]:
+    """Plan Wan2.1 14B at 81 frames of 480p on eight GPUs; return what is printed, and plan_report.json."""
+    model = "--dry_run --dry_run_model wan2.1-t2v-14b --dry_run_data 20x6s@16fps:832x480 --mixed_precision bf16"
+    model += " --fix_sample_size 480 832 --enable_bucket --video_sample_n_frames 81 --video_sample_stride 1 --low_vram"
+    model += " --train_batch_size 1 --dry_run_backend fsdp2 --dry_run_processes 8"
+    outcome = runs.train([*model.split(), *words.split(), "--output_dir", str(tmp_path)])
+    assert outcome.code == 0, outcome.stderr
+    return outcome.stdout, json.loads((tmp_path / "plan_report.json").read_text())
+
+
+@pytest.mark.slow
+def test_kept_and_offloaded_activations_are_planned(tmp_path: Path) -> None:
+    recompute = "--gradient_checkpointing --gpu h100 "
+    full, kept, moved = (
+        planned(tmp_path, recompute + more)
+        for more in ("", "--gradient_checkpointing_keep self_attention", "--offload_activations")
+    )
+    activations = [report["memory"]["activations"] / 2**30 for _, report in (full, kept, moved)]
+    assert activations[1] - activations[0] == pytest.approx(39 * 32_760 * (5120 * 2 + 160) / 2**30, abs=0.1)
+    assert activations[0] - activations[2] == pytest.approx(36 * 32_760 * 5120 * 2 / 2**30, abs=0.1)
+    again = [float(re.search(r"([\d.]+) PFLOP of recomputation", text)[1]) for text, _ in (full, kept, moved)]
+    assert again[1] == pytest.approx((785 + 14) / (785 + 893) * again[0], rel=0.02) and again[2] == again[0]
+    assert "offloaded activations 156.0" in moved[0]  # eight processes with 39 buffers of 512 MiB
+
+
+@pytest.mark.slow
+def test_the_choice_of_activation_memory_is_planned(tmp_path: Path) -> None:
+    lines = {gib: planned(tmp_path, f"--activation_memory auto --gpu_memory {gib}")[0] for gib in (640, 100, 70)}
+    found = {gib: next(line for line in text.splitlines() if "1 x 81x480x832" in line) for gib, text in lines.items()}
+    assert "recompute nothing" in found[640] and "keep" in found[100] and "recompute all blocks: " in found[70]
+    assert "activation memory, chosen for 100.0 GiB:" in lines[100]
+
+
+def test_flags_that_a_backend_cannot_have_are_refused_by_a_dry_run(setup: PlanSetup, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"compile": True, "dry_run_backend": "zero3"}, "zero3 gathers the weights inside of the blocks"),
+        ({"attention_backend": "flash7"}, "flash7 is not a backend of diffusers"),
+    ):
+        flags = {"dry_run": True, "dry_run_backend": "ddp", "dry_run_processes": 2, **changes}
+        outcome = runs.train(runs.wan_flags(setup.bare, setup.table, tmp_path, **flags))
+        assert outcome.code == FLAGS and words in outcome.stderr and outcome.stderr.count("\n") == 1
 
 
 def test_estimated_memory_depends_on_the_backend(setup: PlanSetup) -> None:

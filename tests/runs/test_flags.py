@@ -25,6 +25,8 @@ import tiny
 import torch
 from accelerate import DistributedType
 from diffusers import AutoencoderKLWan
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.overrides import TorchFunctionMode
 
@@ -34,6 +36,7 @@ from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanSettings, columns_of
 from videox.engine.train_state import ASSIGNMENT_VERSION
+from videox.models import attention_backend
 
 COVERED: dict[str, str] = {}  # flag -> test in this file that shows its effect
 # flag -> test in another file that shows its effect
@@ -615,7 +618,9 @@ def test_a_seed_determines_the_run_and_is_drawn_if_not_given(cached_run: CachedR
     assert summary(cached_run(STEPS, seed=stored)) == summary(drawn[0])
 
 
-@covers("gradient_checkpointing", "selective_ac")
+@covers(
+    "gradient_checkpointing", "selective_ac", "activation_memory", "gradient_checkpointing_keep", "offload_activations"
+)
 def test_blocks_are_recomputed_in_the_backward_pass(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = WanTransformerBlock.forward, Counter()
 
@@ -626,15 +631,94 @@ def test_blocks_are_recomputed_in_the_backward_pass(cached_run: CachedRuns, monk
     monkeypatch.setattr(WanTransformerBlock, "forward", record)
     cases = {
         "none": {}, "all": {"gradient_checkpointing": True}, "half": {"selective_ac": 0.5}, "all_selective": {"selective_ac": 1},
+        "kept": {"gradient_checkpointing": True, "gradient_checkpointing_keep": "attention", "offload_activations": True},
+        "roomy": {"activation_memory": "auto"}, "tight": {"activation_memory": "auto", "gpu_memory": 1},
     }  # fmt: skip
     outcomes = {}
     for name, changes in cases.items():
         outcomes[name] = cached_run.fresh(**{**STEPS, **changes})
     steps = 2
-    assert calls == {"none": 2 * steps, "all": 4 * steps, "half": 3 * steps, "all_selective": 4 * steps}
+    assert calls == {
+        "none": 2 * steps, "all": 4 * steps, "half": 3 * steps, "all_selective": 4 * steps, "kept": 4 * steps,
+        "roomy": 2 * steps, "tight": 4 * steps,
+    }  # fmt: skip
+    assert "recompute nothing: 2 x " in outcomes["roomy"].stdout
+    assert "activation memory, chosen for 1.0 GiB:\n  recompute all blocks: 2 x " in outcomes["tight"].stdout
     for outcome in outcomes.values():
         assert outcome.losses == outcomes["none"].losses
         assert outcome.metrics[1]["grad_norm"] == pytest.approx(outcomes["none"].metrics[1]["grad_norm"], rel=1e-6)
+
+
+@covers("attention_backend")
+def test_the_attention_kernel_is_measured_once_and_kept(
+    cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, registry = Counter[str](), attention_dispatch._AttentionBackendRegistry
+    math_kernel = registry._backends[AttentionBackendName._NATIVE_MATH]
+
+    def record(*arguments, **settings) -> torch.Tensor:
+        used["math"] += 1
+        return math_kernel(*arguments, **settings)
+
+    monkeypatch.setitem(registry._backends, AttentionBackendName._NATIVE_MATH, record)
+    monkeypatch.setattr(attention_backend, "CANDIDATES", ("_native_math", "flash"))
+    try:
+        first = cached_run.fresh(**STEPS, attention_backend="auto")
+        assert used["math"] and re.search(
+            r"attention kernels, 1 x [\d,]+ tokens.* native_math [\d.]+ ms", first.stdout
+        )
+        manifest = json.loads((first.folder / "checkpoint-1" / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["description"]["attention_backend"] == "_native_math"
+        monkeypatch.setattr(attention_backend, "fastest_backend", None)  # what would measure again
+        again = cached_run.fresh(
+            **STEPS,
+            attention_backend="auto",
+            output_dir=first.folder,
+            resume_from_checkpoint=first.folder / "checkpoint-1",
+        )
+        assert "attention  native_math (as before)" in again.stdout and again.losses == first.losses
+    finally:
+        registry.set_active_backend(AttentionBackendName.NATIVE)
+    manifest = json.loads((cached_run(STEPS).folder / "checkpoint-1" / "manifest.json").read_text(encoding="utf-8"))
+    assert "attention_backend" not in manifest["description"]
+
+
+@pytest.mark.slow
+@covers("compile")
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4, "mixed_precision": "bf16"}], ids=str
+)
+def test_compiled_blocks_train_alike(cached_run: CachedRuns, changes: dict[str, object]) -> None:
+    plain, compiled = cached_run.fresh(**{**STEPS, **changes}), cached_run.fresh(**{**STEPS, **changes}, compile=True)
+    assert "compile    repeated blocks" in compiled.stdout and "cannot be compiled" not in compiled.stdout
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)
+    for before, after in zip(plain.metrics, compiled.metrics, strict=True):
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-2)
+
+
+@covers("vae_tiling")
+def test_tiled_latents_have_their_own_entries_in_the_cache(
+    cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiled, enable = Counter[str](), AutoencoderKLWan.enable_tiling
+
+    def record(self: AutoencoderKLWan, *arguments, **settings) -> None:
+        tiled["calls"] += 1
+        enable(self, *arguments, **settings)
+
+    monkeypatch.setattr(AutoencoderKLWan, "enable_tiling", record)
+    cache = cached_run.folder / "tiles"
+    one = {**STEPS, "max_train_steps": 1, "dump_steps": None, "latent_cache": cache, "cache_only": True}
+
+    def stored(**changes: object) -> tuple[int, int]:
+        """Fill the cache; return how many entries it had before, and how many the run needs."""
+        found = re.search(r"(\d+) of (\d+) entries exist", cached_run.fresh(**one, **changes).stdout)
+        return int(found[1]), int(found[2])
+
+    (before, needed), (same, _), (text, other) = stored(), stored(), stored(vae_tiling=True)
+    assert (before, same, other) == (0, needed, needed)
+    assert 0 < text < needed  # embeddings of captions do not depend on the VAE
+    assert tiled["calls"] == 1
 
 
 @covers("mixed_precision")

@@ -323,6 +323,15 @@ def test_an_invalid_choice_lists_the_valid_ones(base: list[str], name: str) -> N
     ("words", "where", "message"),
     [
         (["--gradient_checkpointing", "--selective_ac=0.5"], "--selective_ac", "--gradient_checkpointing"),
+        (["--gradient_checkpointing_keep=attention"], "--gradient_checkpointing_keep", "--selective_ac"),
+        (["--offload_activations"], "--offload_activations", "--gradient_checkpointing"),
+        (["--activation_memory=auto", "--gradient_checkpointing"], "--activation_memory", "--gradient_checkpointing"),
+        (["--activation_memory=auto", "--selective_ac=0.5"], "--activation_memory", "--selective_ac"),
+        (
+            ["--activation_memory=auto", "--gradient_checkpointing_keep=attention", "--offload_activations"],
+            "--activation_memory",
+            "--gradient_checkpointing_keep and --offload_activations",
+        ),
         (["--random_hw_adapt"], "--random_hw_adapt", "--enable_bucket"),
         (["--training_with_video_token_length"], "--training_with_video_token_length", "--enable_bucket"),
         (["--random_frame_crop"], "--random_frame_crop", "--enable_bucket"),

@@ -23,6 +23,9 @@ class Backend:
         full_weights: each rank has all weights and can compute alone; otherwise every forward pass is a collective.
         clips_by_own_norm: a step's clipping limit may depend on its own gradient norm. DeepSpeed's may not: it clips
             inside its own step.
+        compiles: the blocks can be compiled (--compile). ZeRO-3 gathers weights in hooks of the layers inside a block.
+        recomputes_alone: a rank may recompute other blocks than the others do. Under ZeRO-3 and FSDP1 recomputing a
+            block is a collective.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Backend:
     engine: str
     full_weights: bool
     clips_by_own_norm: bool
+    compiles: bool = True
+    recomputes_alone: bool = True
 
     @property
     def barrier(self) -> str:
@@ -43,8 +48,10 @@ BACKENDS = {
         Backend("single", "one process", "replicated", True, True),
         Backend("ddp", "full weights on each process", "replicated", True, True),
         Backend("zero2", "DeepSpeed: optimizer and gradients sharded", "deepspeed", True, False),
-        Backend("zero3", "DeepSpeed: weights, optimizer and gradients sharded", "deepspeed", False, False),
-        Backend("fsdp1", "weights, optimizer and gradients sharded", "fsdp", False, True),
+        Backend(
+            "zero3", "DeepSpeed: weights, optimizer and gradients sharded", "deepspeed", False, False, False, False
+        ),
+        Backend("fsdp1", "weights, optimizer and gradients sharded", "fsdp", False, True, recomputes_alone=False),
         Backend("fsdp2", "weights, optimizer and gradients sharded", "fsdp", False, True),
     )
 }

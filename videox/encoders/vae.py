@@ -73,6 +73,12 @@ def clip_moments(
     return encode_moments(encoders().vae, inputs.video[:, :, :frames], mini_batch=mini_batch)
 
 
+def use_tiling(vae: Any, tiled: bool) -> None:  # noqa: ANN401 - of diffusers
+    """Let a VAE encode and decode in overlapping tiles where asked: less memory, and slightly other values."""
+    if tiled:
+        vae.enable_tiling()
+
+
 def latent_statistics(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - of diffusers
     """Return mean and standard deviation of latents per channel, [1, C, 1, 1, 1], from the VAE's configuration."""
     mean, std = (

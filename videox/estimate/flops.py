@@ -44,7 +44,9 @@ class Block:
 
     forward: FLOPs of its forward pass; attention: those of them without weights; saved: bytes that autograd saves for
     its backward pass; input: bytes of its own input, which is all that is saved of a block under activation
-    checkpointing; transient: further bytes that it allocates for a moment at its peak.
+    checkpointing; transient: further bytes that it allocates for a moment at its peak. kept: by the value of
+    --gradient_checkpointing_keep, FLOPs that need not be recomputed and bytes that are saved for it: outputs of
+    attention, and float32 log-sums of its exponentials.
     """
 
     forward: Polynomial
@@ -52,6 +54,15 @@ class Block:
     saved: Polynomial
     input: Polynomial
     transient: Polynomial
+    kept: Mapping[str, tuple[Polynomial, Polynomial]]
+
+    def kept_flops(self, keep: str) -> Polynomial:
+        """Return the FLOPs that are not recomputed."""
+        return self.kept[keep][0] if keep else Polynomial()
+
+    def kept_bytes(self, keep: str) -> Polynomial:
+        """Return the bytes that are saved in addition to the input."""
+        return self.kept[keep][1] if keep else Polynomial()
 
 
 @dataclass(frozen=True)
@@ -83,25 +94,34 @@ class Network:
         """Return the FLOPs of forward and backward pass, without recomputation."""
         return self.forward_backward_polynomial()(tokens)
 
-    def recompute(self, tokens: float, recomputed_blocks: Collection[int]) -> float:
+    def recompute(self, tokens: float, recomputed_blocks: Collection[int], keep: str = "") -> float:
         """Return the FLOPs that activation checkpointing of the blocks with these numbers adds."""
-        return sum(self.blocks[number].forward(tokens) for number in recomputed_blocks)
+        blocks = [self.blocks[number] for number in recomputed_blocks]
+        return sum(block.forward(tokens) - block.kept_flops(keep)(tokens) for block in blocks)
 
-    def saved_bytes(self, tokens: float, recomputed_blocks: Collection[int]) -> float:
+    def saved_bytes(self, tokens: float, recomputed_blocks: Collection[int], keep: str = "") -> float:
         """Return the bytes saved between forward and backward, with activation checkpointing of some blocks."""
+        recomputed = set(recomputed_blocks)
         return self.outside_saved(tokens) + sum(
-            (block.input if number in set(recomputed_blocks) else block.saved)(tokens)
+            block.input(tokens) + block.kept_bytes(keep)(tokens) if number in recomputed else block.saved(tokens)
             for number, block in enumerate(self.blocks)
         )
 
-    def peak_bytes(self, tokens: float, recomputed_blocks: Collection[int]) -> float:
+    def peak_bytes(self, tokens: float, recomputed_blocks: Collection[int], keep: str = "") -> float:
         """Return the peak bytes of activations: all that is saved, one recomputed block, and transient bytes."""
-        transients = [self.outside_transient(tokens)]
+        recomputed, transients = set(recomputed_blocks), [self.outside_transient(tokens)]
         for number, block in enumerate(self.blocks):
-            transients.append(
-                block.transient(tokens) + (block.saved(tokens) if number in set(recomputed_blocks) else 0.0)
-            )
-        return self.saved_bytes(tokens, recomputed_blocks) + max(transients)
+            again = block.saved(tokens) - block.kept_bytes(keep)(tokens) if number in recomputed else 0.0
+            transients.append(block.transient(tokens) + again)
+        return self.saved_bytes(tokens, recomputed_blocks, keep) + max(transients)
+
+    def offloaded_bytes(self, tokens: float, recomputed_blocks: Collection[int]) -> list[float]:
+        """Return the bytes that --offload_activations moves to the host, by block, in their order.
+
+        These are the latents' tokens in the inputs of the recomputed blocks, but for the last one, with which the
+        backward pass begins.
+        """
+        return [self.blocks[number].input.linear * tokens for number in sorted(recomputed_blocks)[:-1]]
 
     def forward_backward_polynomial(self) -> Polynomial:
         """Return `forward_backward` as a polynomial, for columns of token counts."""
@@ -147,13 +167,13 @@ def cross_attention_network(
         linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
     )
     attention = Polynomial(linear=4 * context * dim, quadratic=4 * dim)
-    block = Block(
-        forward,
-        attention,
-        saved,
-        input=Polynomial(linear=dim * size),
-        transient=Polynomial(linear=4 * dim if half else 0),
-    )
+    output = dim * size + 4 * heads
+    kept = {
+        "attention": (attention, Polynomial(linear=(2 + bool(image_tokens)) * output)),
+        "self_attention": (Polynomial(quadratic=4 * dim), Polynomial(linear=output)),
+    }
+    input_bytes, transient = Polynomial(linear=dim * size), Polynomial(linear=4 * dim if half else 0)
+    block = Block(forward, attention, saved, input_bytes, transient, kept)
     first_layers = Polynomial(
         constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
         linear=2 * inputs * dim,
@@ -175,7 +195,7 @@ def cross_attention_network(
 
 
 def _joint_block(
-    dim: int, ratio: float, text: int, size: int, *, modulation: float, saved: float, transient: float
+    dim: int, ratio: float, text: int, size: int, *, modulation: float, saved: float, transient: float, heads: int
 ) -> Block:
     """Return a block in which S latent and `text` text tokens attend to each other.
 
@@ -186,6 +206,7 @@ def _joint_block(
         size: bytes of a number in the computing precision.
         modulation: vectors of width dim that the modulation of the block outputs.
         saved, transient: bytes per token.
+        heads: of the attention.
     """
     per_token = 2 * (4 + 2 * ratio) * dim * dim
     forward = Polynomial(
@@ -193,12 +214,15 @@ def _joint_block(
         linear=per_token + 8 * dim * text,
         quadratic=4 * dim,
     )
+    attention, output = Polynomial(4 * dim * text * text, 8 * dim * text, 4 * dim), dim * size + 4 * heads
+    kept = attention, Polynomial(output * text, output)  # all attention is self-attention of latents and text
     return Block(
         forward,
-        attention=Polynomial(4 * dim * text * text, 8 * dim * text, 4 * dim),
+        attention=attention,
         saved=Polynomial(saved * text, saved),
         input=Polynomial(dim * size * text, dim * size),
         transient=Polynomial(transient * text, transient),
+        kept={"attention": kept, "self_attention": kept},
     )
 
 
@@ -228,7 +252,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     )
     # attention and feed-forward of a single-stream block are concatenated in the dtype of its queries
     single_transient = dim * ((16 + 5 * ratio if float32_qk else 6) if half else 12)
-    joint_block = partial(_joint_block, dim, ratio, text, size)
+    joint_block = partial(_joint_block, dim, ratio, text, size, heads=heads)
     double = joint_block(
         modulation=6 + 6 + (6 if replaced else 0), saved=double_saved, transient=dim * (2 if half else 4)
     )

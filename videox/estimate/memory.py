@@ -7,12 +7,14 @@ allocates for communication are counted, and a rough figure for the CUDA context
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from videox.estimate.flops import Network
 from videox.models.activation_checkpoint import select_blocks
+from videox.models.activation_offload import COPIES_ON_DEVICE
 from videox.optim.registry import kind_of, moments_of
 
 GB = 1e9
@@ -82,6 +84,8 @@ class MemorySetup:
         vae_mini_batch: clips per call of the VAE.
         cached: the outputs of the encoders come from a latent cache (--latent_cache).
         accumulation: micro-batches per step and process.
+        keep: what recomputed blocks keep (--gradient_checkpointing_keep), "" for nothing.
+        offload_activations: inputs of recomputed blocks are in host memory between the passes.
     """
 
     backend: str
@@ -101,6 +105,8 @@ class MemorySetup:
     vae_mini_batch: int = 1
     cached: bool = False
     accumulation: int = 1
+    keep: str = ""
+    offload_activations: bool = False
 
     @property
     def lora(self) -> bool:
@@ -133,6 +139,10 @@ class Memory:
     def total(self) -> float:
         """Return the peak bytes on a GPU."""
         return self.allocated() * (1 + FRAGMENTATION) + CONTEXT
+
+    def of_phases(self, *names: str) -> float:
+        """Return the peak bytes on a GPU in some phases."""
+        return replace(self, phases={name: self.phases[name] for name in names}).total()
 
     def only(self, phase: str | None) -> Memory:
         """Return the memory with one phase alone (a key of `phases`; "states" = without any); None = with all."""
@@ -233,8 +243,11 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     if not setup.offload_encoders and not setup.cached:
         states["encoders"] = float(encoders.total())
     recomputed_blocks = select_blocks(len(network.blocks), setup.recompute_share) if setup.recompute_share else []
+    offloaded = network.offloaded_bytes(setup.tokens, recomputed_blocks) if setup.offload_activations else []
+    on_device = network.peak_bytes(setup.tokens, recomputed_blocks, setup.keep)
+    on_device -= sum(sorted(offloaded)[:-COPIES_ON_DEVICE])
     training = {
-        "activations": setup.batch * network.peak_bytes(setup.tokens, recomputed_blocks),
+        "activations": setup.batch * on_device,
         "communication": communication_bytes(parameters, setup),
     }
     encoding = {"encoding": _encoding_bytes(encoders, setup, sum(states.values()))}
@@ -243,9 +256,15 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
         # ZeRO-3 flattens the gradients of a sub-group once more
         sub_group = int(_number(setup.zero, "sub_group_size", SUB_GROUP))
         step = {"optimizer step": 4.0 * min(parameters.trainable / setup.processes, sub_group)}
-    return Memory(
-        states, {"training": training, "encoding": encoding, "step": step}, host_bytes(parameters, encoders, setup)
-    )
+    host = host_bytes(parameters, encoders, setup)
+    if offloaded:
+        host["offloaded activations"] = setup.per_host * sum(pinned_bytes(setup.batch * size) for size in offloaded)
+    return Memory(states, {"training": training, "encoding": encoding, "step": step}, host)
+
+
+def pinned_bytes(size: float) -> float:
+    """Return the bytes of a pinned buffer: torch's allocator of pinned memory rounds up to a power of two."""
+    return float(2 ** math.ceil(math.log2(size))) if size else 0.0
 
 
 def _encoding_bytes(encoders: Encoders, setup: MemorySetup, states: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,13 @@ def reported_fates(plan: EpochPlan) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count or name not in EXTRA_FATES}
 
 
-def epoch_flops(plan: EpochPlan, network: Network, recomputed_blocks: Sequence[int]) -> EpochFlops:
-    """Return the FLOPs of an epoch; recomputed_blocks: numbers of the blocks under activation checkpointing."""
-    tokens = np.array([token_count(bucket) for bucket in plan.buckets], np.float64)
+def epoch_flops(plan: EpochPlan, network: Network, recomputed: Callable[[int], float]) -> EpochFlops:
+    """Return the FLOPs of an epoch; recomputed: what activation checkpointing adds for a sample, by its tokens."""
+    tokens = [token_count(bucket) for bucket in plan.buckets]
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
     model = np.array([network.forward_backward(size) for size in tokens])
-    recomputed = np.array([network.recompute(size, recomputed_blocks) for size in tokens])
-    return EpochFlops(float((model * counts).sum()), float((recomputed * counts).sum()), model + recomputed)
+    again = np.array([recomputed(size) for size in tokens])
+    return EpochFlops(float((model * counts).sum()), float((again * counts).sum()), model + again)
 
 
 def samples_per_step(plan: EpochPlan, settings: PlanSettings) -> int:

@@ -1,12 +1,46 @@
-"""Selective activation checkpointing (--selective_ac): a share of the blocks recomputes its activations."""
+"""Activation checkpointing: which blocks recompute their activations in the backward pass, and what they keep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from videox.models.activation_offload import HostOffload
+
+# Forward operators of fused attention: torch's kernels, and those that flash-attn, xformers and the Hub's kernels
+# register. Attention that is computed by matrix products (with the math backend) is recomputed as before.
+ATTENTION_FORWARD = re.compile(
+    r"aten::_scaled_dot_product_(flash|efficient|cudnn|fused)_?attention\w*"
+    r"|\w*flash_?attn\w*::_?\w*(forward|fwd)\w*|xformers\w*::\w*(forward|fwd)\w*"
+)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again.
+
+    Attributes:
+        share: share of the blocks that are checkpointed, 0 to 1: they save their inputs alone.
+        keep: "" recomputes all of a checkpointed block; "attention" keeps the outputs of its attention; "self_attention"
+            keeps those whose keys are as many as the queries, and not those of cross-attention.
+    """
+
+    share: float = 0.0
+    keep: str = ""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if not self.share:
+            return "recompute nothing"
+        blocks = "all blocks" if self.share == 1 else f"{self.share:g} of the blocks"
+        return f"recompute {blocks}" + (f", keep {self.keep.replace('_', '-')}" if self.keep else "")
 
 
 def select_blocks(count: int, share: float) -> list[int]:
@@ -21,6 +55,37 @@ def select_blocks(count: int, share: float) -> list[int]:
     return selected
 
 
+def is_attention_forward(name: str) -> bool:
+    """Return whether an operator's qualified name, as in `aten::mm`, is the forward pass of fused attention."""
+    return "backward" not in name and "bwd" not in name and ATTENTION_FORWARD.match(name) is not None
+
+
+def keep_policy(keep: str, *details: Any, **settings: Any) -> CheckpointPolicy:  # noqa: ANN401 - of an operator
+    """Return whether selective checkpointing keeps an operator's outputs; see Recompute.keep.
+
+    Args:
+        keep: "attention" or "self_attention".
+        details: torch's context, the operator, and its positional arguments (query, key and value first).
+        settings: the operator's keyword arguments.
+    """
+    _, operator, *inputs = details
+    if not is_attention_forward(operator.name()):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    query, key = (inputs[position] if len(inputs) > position else settings[name] for position, name in enumerate(("query", "key")))
+    if keep == "self_attention" and query.shape != key.shape:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
+
+
+@cache
+def checkpoint_settings(keep: str) -> dict[str, Any]:
+    """Return the keywords of torch's checkpoint for Recompute.keep."""
+    if not keep:
+        return {"use_reentrant": False}
+    context_fn = partial(create_selective_checkpoint_contexts, partial(keep_policy, keep))
+    return {"use_reentrant": False, "context_fn": context_fn}
+
+
 def recompute_blocks(model: Any, blocks: Sequence[torch.nn.Module], share: float) -> None:  # noqa: ANN401 - a diffusers model
     """Make a diffusers model recompute a share of its repeated blocks; the other blocks store their activations.
 
@@ -29,9 +94,40 @@ def recompute_blocks(model: Any, blocks: Sequence[torch.nn.Module], share: float
         blocks: the model's repeated blocks, in order.
         share: the share of blocks to recompute, 0 to 1.
     """
-    selected = {id(blocks[number]) for number in select_blocks(len(blocks), share)}
+    checkpoint_blocks(model, blocks, lambda *_: Recompute(share))
 
-    def run(block: torch.nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
-        return checkpoint(block, *inputs, use_reentrant=False) if id(block) in selected else block(*inputs)
+
+def checkpoint_blocks(
+    model: Any,  # noqa: ANN401 - a diffusers model
+    blocks: Sequence[torch.nn.Module],
+    choose: Callable[[int, int], Recompute],
+    offload: HostOffload | None = None,
+) -> None:
+    """Make a diffusers model recompute its repeated blocks as chosen for each micro-batch. Gradients stay bit-identical.
+
+    Args:
+        model: a diffusers model with enable_gradient_checkpointing, whose blocks take the latents' tokens [B, S, D] as
+            their first argument.
+        blocks: the model's repeated blocks, in order.
+        choose: from samples B and tokens S; called for each block of a forward pass, and a pure function.
+        offload: moves the first input of checkpointed blocks to the host until the backward pass; None leaves it.
+    """
+    numbers = {id(block): number for number, block in enumerate(blocks)}
+    selected = cache(lambda share: frozenset(select_blocks(len(blocks), share)))
+
+    def run(block: Any, *inputs: Any) -> Any:  # noqa: ANN401 - a module
+        recompute = choose(*inputs[0].shape[:2])
+        checkpointed = selected(recompute.share)
+        inner = block if id(block) in numbers else block.module  # FSDP1 wraps blocks
+        if (number := numbers[id(inner)]) not in checkpointed:
+            return block(*inputs)
+        # the backward pass begins with the last block, so that its input would come back at once
+        moved = offload.around(inputs[0]) if offload is not None and number < max(checkpointed) else nullcontext()
+        compiled = getattr(inner.forward, "keeping", None)  # of videox.models.compiled_blocks
+        with moved:
+            if recompute.keep and compiled is not None:  # what is kept is decided inside of the compiled function
+                with compiled(recompute.keep):
+                    return block(*inputs)
+            return checkpoint(block, *inputs, **checkpoint_settings(recompute.keep))
 
     model.enable_gradient_checkpointing(run)

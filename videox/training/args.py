@@ -13,6 +13,7 @@ from videox.optim.registry import check_installed, kind_of, parse_settings, take
 from videox.run.folder import refuse_output_dir_conflicts
 from videox.training.data_sources import sources_of
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
+from videox.training.speed_flags import check_speed
 from videox.weights.layout_tables import KOHYA, MERGED
 
 PATHS = (
@@ -55,6 +56,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "use one of them"
         )
+    check_speed(args)
     without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}
     for flag, default in without_effect.items():
         if not args.use_ema and getattr(args, flag) != default:

@@ -34,7 +34,6 @@ from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import Disk, keep_all_lines
 from videox.lora.adapters import AdaptedTensors, Lora, choose_targets
 from videox.lora.checkpoint import LoraWeights, prepare_lora
-from videox.models.activation_checkpoint import recompute_blocks
 from videox.models.component import Component
 from videox.models.meta_init import is_sharded
 from videox.models.norm_dtype import keep_norm_dtype
@@ -54,6 +53,7 @@ from videox.training.recorder import Instruments, Recorder
 from videox.training.run_memory import RunMemory, launch_of
 from videox.training.sampling import SampleSettings
 from videox.training.schedule import Schedule, most_common_shape
+from videox.training.speed import attention_fact, prepare_blocks
 from videox.training.startup import prepare_folder
 from videox.training.validation_loss import HeldOut, HeldOutLoss
 from videox.training.validator import SIGMAS, FamilyValidation, Validator, validation_images
@@ -139,10 +139,7 @@ def build_engine(
     """
     with memory_phase("placing weights and optimizer"):
         keep_norm_dtype(transformer, ctx.device)
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-        elif args.selective_ac:
-            recompute_blocks(transformer, blocks, args.selective_ac)
+        prepare_blocks(args, ctx, schedule, transformer, blocks)
         stored: Any = component.source() if is_sharded(transformer) else None
         if lora is None:
             full, half = choose_trainable(
@@ -232,7 +229,7 @@ def build_records(
     known = {
         "backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype,
         "learning_rate": base_lr(args, schedule), "resolution": f"{size}x{size}",
-        "trigger_word": args.trigger_word,
+        "trigger_word": args.trigger_word, **attention_fact(model),
     }  # fmt: skip
     settings = ExportSettings(
         dtype=EXPORT_DTYPES[args.export_dtype],

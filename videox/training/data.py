@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
@@ -55,6 +55,8 @@ def build_data(
     """
     if args.cache_only and not args.latent_cache:
         raise UserError("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
+    if args.vae_tiling:  # changes latents, so that they have other addresses in the cache
+        specs = [replace(s, settings=f"{s.settings}, tiled") if s.module == "vae" else s for s in specs]
     rules = schedule.settings.caption_rules
     encode = open_encoder(
         specs, args.latent_cache, ctx, mode=args.train_mode, encoders=encoders, cache_text=not rules.shuffle_tags

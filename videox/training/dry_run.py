@@ -25,6 +25,7 @@ from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import columns_of
 from videox.distributed.backends import BACKENDS
 from videox.errors import STORAGE, UserError
+from videox.estimate.activation_choice import choice_lines
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
 from videox.estimate.duration import Duration, Speed, format_duration, idle_seconds, launch_seconds
@@ -66,6 +67,7 @@ from videox.training.optimizer import try_optimizer
 from videox.training.planned_gpu import gpu_of, memory_limit
 from videox.training.run_memory import Launch, RunMemory, launch_of
 from videox.training.schedule import data_location, plan_settings
+from videox.training.speed import check_backend_flags, chooser, largest_micro_batches
 from videox.training.startup import notes
 
 
@@ -87,6 +89,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> No
     launch = launch_of(os.environ, args)
     tried = try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
+    check_backend_flags(args, BACKENDS[launch.backend])
     index = describe_data(args.dry_run_data) if args.dry_run_data else _index(args)
     check_captions(index, args.missing_caption)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
@@ -127,8 +130,11 @@ class _Estimates:
         args, plan, settings = self.args, self.plan, self.settings
         setup = self.run.setup
         network = self.run.network(setup)
-        chosen = select_blocks(len(network.blocks), setup.recompute_share) if setup.recompute_share else []
-        flops = epoch_flops(plan, network, chosen)
+        limit = memory_limit(args)
+        flops = epoch_flops(plan, network, self.run.recomputed_flops(limit))
+        if args.activation_memory:
+            choose = chooser(self.run, limit, alone=BACKENDS[setup.backend].recomputes_alone)
+            _print(*choice_lines(largest_micro_batches(plan), choose, limit / GIB))
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _print(*time_lines(plan, flops), *step_lines(plan, settings, flops))

@@ -29,6 +29,7 @@ from videox.training.argument_parser import (
     number_or_auto,
 )
 from videox.training.run_files import ListRecipes
+from videox.training.speed_flags import add_speed
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
 LR_WARMUP_STEPS = 500
@@ -69,6 +70,7 @@ def make_parser(description: str | None, modes: Sequence[str], recipes: Path) ->
     add_optimizer(parser)
     add_timesteps(parser)
     add_memory(parser)
+    add_speed(parser)
     add_run(parser)
     add_validation(parser)
     add_dry_run(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -18,8 +18,9 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import largest_bucket
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
-from videox.encoders.vae import VAE_DTYPES
+from videox.encoders.vae import VAE_DTYPES, use_tiling
 from videox.errors import UserError
+from videox.estimate.activation_choice import choose_recompute
 from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
 from videox.estimate.duration import Speed, offload_seconds, text_flops, vae_flops_per_pixel
 from videox.estimate.flops import Network
@@ -28,11 +29,13 @@ from videox.estimate.memory import SAFE_SHARE, UNSHARDED, Encoders, Memory, Memo
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.peak_memory import module_bytes, peak_bytes
 from videox.lora.adapters import adapter_sizes, choose_targets
+from videox.models.activation_checkpoint import Recompute, select_blocks
 from videox.models.folder import build_on_meta, read_json
 from videox.optim.build import choose_trainable
 from videox.optim.registry import OPTIMIZERS
 from videox.shapes import token_count
 from videox.training.args import optimizer_of
+from videox.training.planned_gpu import memory_limit
 
 VAE_PARTS = 4  # parts of a clip on which the memory of a VAE that encodes clips part by part is measured
 PER_HOST = 8  # processes per machine, unless the launcher says otherwise
@@ -61,7 +64,7 @@ class Launch:
 
 def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
     """The launch to plan for: the launcher's variables, overridden by --dry_run_processes and --dry_run_backend."""
-    kind, zero = requested_engine(environment), _zero_settings(environment)
+    kind, zero = requested_engine(environment), zero_settings(environment)
     processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
     if kind == "deepspeed":
         backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
@@ -80,7 +83,8 @@ def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launc
     return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
 
 
-def _zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
+def zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
+    """`zero_optimization` of the DeepSpeed configuration file that the launcher names; {} without one."""
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
 
@@ -128,10 +132,15 @@ class RunMemory:
             cached=args.latent_cache is not None,
             # a slot that is filled by cost may have several micro-batches
             accumulation=max(args.gradient_accumulation_steps, 1 if args.slot_fill == "fixed" else 2),
+            keep=args.gradient_checkpointing_keep or "",
+            offload_activations=args.offload_activations,
         )
         self._model = cache(lambda name: build_on_meta(*model.components[name]))
         self.parameters = cache(self._parameters)
         self._vae_peak = cache(self._measure_vae)
+        if args.activation_memory:
+            chosen = self.recompute_for(self.setup.batch, self.setup.tokens, memory_limit(args))
+            self.setup = replace(self.setup, recompute_share=chosen.share, keep=chosen.keep)
 
     def network(self, setup: MemorySetup) -> Network:
         """Return FLOPs and activation bytes of the transformer in a setup."""
@@ -141,6 +150,34 @@ class RunMemory:
     def memory(self, setup: MemorySetup) -> Memory:
         """Return the memory of the run with a setup."""
         return memory_of(self.parameters(setup.lora_rank), self.network(setup), self.encoders(setup), setup)
+
+    def recompute_for(self, samples: int, tokens: int, limit: float) -> Recompute:
+        """Return what --activation_memory auto recomputes in a micro-batch of so many samples and tokens of each.
+
+        Args:
+            samples: of the micro-batch.
+            tokens: of each of them.
+            limit: bytes of a GPU; 5 % of them are left free.
+        """
+        setup = replace(self.setup, batch=samples, tokens=tokens, recompute_share=0.0, keep="")
+
+        def fits(choice: Recompute) -> bool:
+            memory = self.memory(replace(setup, recompute_share=choice.share, keep=choice.keep))
+            return memory.of_phases("training", "step") <= SAFE_SHARE * limit
+
+        return choose_recompute(self.network(setup), tokens, fits)
+
+    def recomputed_flops(self, limit: float) -> Callable[[int], float]:
+        """Return the FLOPs that are recomputed for a sample of so many tokens, as a function."""
+        network, setup = self.network(self.setup), self.setup
+
+        def flops(tokens: int) -> float:
+            choice = Recompute(setup.recompute_share, setup.keep)
+            if self.args.activation_memory and BACKENDS[setup.backend].recomputes_alone:
+                choice = self.recompute_for(setup.batch, tokens, limit)
+            return network.recompute(tokens, select_blocks(len(network.blocks), choice.share), choice.keep)
+
+        return flops
 
     def encoders(self, setup: MemorySetup) -> Encoders:
         """Return the bytes of the frozen encoders: text in the compute dtype, VAE in --vae_dtype, others in float32.
@@ -168,6 +205,8 @@ class RunMemory:
             installed=lambda name: find_spec(OPTIMIZERS[name].module) is not None,
             accumulation=self.args.gradient_accumulation_steps,
         )
+        if self.args.activation_memory:  # which has chosen already what is recomputed
+            changes = [change for change in changes if not change.flags.startswith("--gradient_checkpointing")]
         return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
 
     def offload_seconds(self, gpu: Gpu) -> float:
@@ -201,6 +240,7 @@ class RunMemory:
         vae: Any = self._model("vae")
         if self.vae_half:  # by torch's own method: that of diffusers would warn about an empty list
             vae = torch.nn.Module.to(build_on_meta(*self.model.components["vae"]), dtype)
+        use_tiling(vae, self.args.vae_tiling)
         # the video is there in float32, and in the VAE's dtype too if that is another
         given = 4.0 + (dtype.itemsize if self.vae_half else 0)
 

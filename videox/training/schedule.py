@@ -45,13 +45,13 @@ WITHOUT_NUMBERS = {
     "save_whole_weights", "latent_cache", "cache_only",
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
     "peak_tflops", "try_largest_first", "missing_caption", "config", "recipe", "dry_run_model", "dry_run_data", "gpu",
-    "gpu_price", "accept_data_change",
+    "gpu_price", "accept_data_change", "gradient_checkpointing_keep", "activation_memory", "offload_activations",
 }  # fmt: skip
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
     "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
     "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO, "deterministic": False, "vae_dtype": "fp32",
-    "text_multiple": None, "launch_tokens": 0,
+    "text_multiple": None, "launch_tokens": 0, "compile": False, "attention_backend": "native", "vae_tiling": False,
 }  # fmt: skip
 
 
@@ -67,6 +67,7 @@ class Schedule:
         state: position of the run; `advance` moves it.
         plan: of the epoch that the run is in when it starts.
         total: optimizer steps of the whole run.
+        profile: of the model.
         first_row: where the rows of `plan` begin in the index: 0, unless its epoch began with other data than the
             columns describe.
     """
@@ -77,6 +78,7 @@ class Schedule:
     state: TrainState
     plan: EpochPlan
     total: int
+    profile: ModelProfile
     first_row: int = 0
 
     def plan_of_columns(self) -> EpochPlan:
@@ -131,7 +133,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     if ctx.checkpoint:
         refuse_other_run(ctx.output_dir, state)
     keep_rows(args, ctx, state, data, index)
-    schedule = _schedule_of(args, ctx, index, state, settings)
+    schedule = _schedule_of(args, ctx, index, state, settings, profile)
     described = schedule.plan_of_columns()
     ctx.print(*report.unreadable_lines(index, schedule.columns, current))
     ctx.print(*report.data_lines(index, schedule.columns, described, settings.policy))
@@ -147,12 +149,17 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
 
 
 def _schedule_of(
-    args: argparse.Namespace, ctx: Context, index: Index, state: TrainState, settings: PlanSettings
+    args: argparse.Namespace,
+    ctx: Context,
+    index: Index,
+    state: TrainState,
+    settings: PlanSettings,
+    profile: ModelProfile,
 ) -> Schedule:
     """Return the schedule of a run whose state is known; index: of this launch."""
     joined, plan, first_row = rows_of_epoch(args, ctx, index, state, settings)
     columns = (state.next_data or state).columns or columns_of(index, by_second=args.video_sample_fps > 0)
-    schedule = Schedule(joined, columns, settings, state, plan, total=0, first_row=first_row)
+    schedule = Schedule(joined, columns, settings, state, plan, total=0, profile=profile, first_row=first_row)
     changes = schedule.data_changes
     begin = (changes[-1]["step"], changes[-1]["epoch"]) if changes else (0, 0)
     total = total_steps(columns, settings, args.max_train_steps, args.num_train_epochs, begin)

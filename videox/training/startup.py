@@ -37,6 +37,7 @@ from videox.training.gpu_facts import attention_kernel, gpu_name, versions
 from videox.training.numerics import apply_numerics
 from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
+from videox.training.speed import check_backend_flags
 
 DIFFERENCES = (
     "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
@@ -66,6 +67,7 @@ def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift
     refuse_other_backend(checkpoint, backend, optimizer)
     check_checkpoint_kind(checkpoint, args.lora_rank)
     check_supported(optimizer, backend.name, ctx.accelerator.mixed_precision, lora=args.lora_rank > 0)
+    check_backend_flags(args, backend)
     if is_class_name(optimizer) and backend.engine == "deepspeed":
         refuse_under_deepspeed(ctx, optimizer)
     if checkpoint and backend.engine == "fsdp":

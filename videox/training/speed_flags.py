@@ -1,0 +1,62 @@
+"""The flags of speed and activation memory, and their checks against each other. Imports no torch or diffusers."""
+
+from __future__ import annotations
+
+import argparse
+
+from videox.errors import UserError
+from videox.training.argument_parser import AUTO, Parser
+
+KEEPS = ("attention", "self_attention")  # values of --gradient_checkpointing_keep
+NATIVE = "native"  # the default of --attention_backend: torch's own choice
+
+
+def add_speed(parser: Parser) -> None:
+    """Add the flags of activation memory, compilation and kernels."""
+    add = parser.add_argument_group("speed and activation memory").add_argument
+    keep = (
+        "what recomputed blocks keep: attention: the outputs of attention, which then runs once (less time, more memory); "
+        "self_attention: those of self-attention alone; gradients are bit-identical"
+    )
+    add("--gradient_checkpointing_keep", choices=KEEPS, help=keep)
+    memory = (
+        "auto: choose for each bucket how much is recomputed, by the estimated memory of the GPU, instead of "
+        "gradient_checkpointing, selective_ac and gradient_checkpointing_keep"
+    )
+    add("--activation_memory", choices=(AUTO,), help=memory)
+    offload = (
+        "keep the inputs of recomputed blocks in pinned host memory between the passes; gradients are bit-identical"
+    )
+    add("--offload_activations", action="store_true", help=offload)
+    blocks = (
+        "compile the repeated blocks (torch.compile): faster steps after a slow first one, other rounding; not under "
+        "ZeRO-3; falls back if it fails"
+    )
+    add("--compile", action="store_true", help=blocks)
+    kernels = (
+        "attention kernel, by diffusers' name: native (torch's choice), cudnn, flash, flash3, ...; auto: the fastest one "
+        "on this GPU, measured at the start and kept when the run resumes"
+    )
+    add("--attention_backend", metavar="NAME", default=NATIVE, help=kernels)
+    tiles = "encode and decode clips in overlapping tiles: less memory, slightly other latents, which are cached separately"
+    add("--vae_tiling", action="store_true", help=tiles)
+
+
+def check_speed(args: argparse.Namespace) -> None:
+    """Check the flags of add_speed, gradient_checkpointing and selective_ac against each other.
+
+    Raises:
+        UserError: naming two flags that contradict each other, or a flag without effect.
+    """
+    recomputes = args.gradient_checkpointing or args.selective_ac
+    given = {
+        "gradient_checkpointing": args.gradient_checkpointing, "selective_ac": args.selective_ac,
+        "gradient_checkpointing_keep": args.gradient_checkpointing_keep, "offload_activations": args.offload_activations,
+    }  # fmt: skip
+    if args.activation_memory and (others := [f"--{name}" for name, value in given.items() if value]):
+        what = f"{args.activation_memory} chooses what is recomputed, {' and '.join(others)} is set, too"
+        raise UserError("--activation_memory", what, f"remove it, or {' and '.join(others)}")
+    for flag in ("gradient_checkpointing_keep", "offload_activations"):
+        if given[flag] and not recomputes:
+            what = "there are no recomputed blocks without --gradient_checkpointing or --selective_ac"
+            raise UserError(f"--{flag}", what, "add one of them, or remove the flag")
