@@ -6,6 +6,7 @@ gathers a block's weights run outside of it. All blocks of a class have one grap
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -128,6 +129,9 @@ def compile_blocks(blocks: Sequence[torch.nn.Module], note: Callable[[str], None
     dynamo_config.optimize_ddp = False
     # With sizes that vary, torch would compile the backward pass when it runs, too late for the fallback.
     functorch_config.force_non_lazy_backward_lowering = True
+    # torch warns of operators that write in place in a checkpoint, such as those of the rotary embedding; the tests
+    # compare gradients.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     compilation = Compilation(note, backend)
     for block in blocks:
         block.forward = CompiledForward(block, compilation)
