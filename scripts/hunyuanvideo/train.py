@@ -397,10 +397,9 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     components = check_model(args)
     profile, chosen = profile_and_shift(args, components, ctx.checkpoint)
     startup.announce(args, ctx, profile.task, chosen)
-    shift = chosen.value
 
     # schedule: all samples, steps and random draws of the run follow from it
-    schedule = build_schedule(args, ctx, profile)
+    shift, schedule = chosen.value, build_schedule(args, ctx, profile)
     memory_check.plan_memory(args, ctx, profile, schedule)
     state, lr_at = schedule.state, build.lr_of_step(args, schedule)
     lora = build.build_lora(args, ctx, schedule, components["transformer"], LORA_TARGETS, HunyuanVideoPipeline)

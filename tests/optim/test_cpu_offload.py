@@ -215,6 +215,7 @@ class EngineStub:
 def test_memory_check_allocates_what_the_moments_will_take(
     name: str, per_parameter: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine: Any = EngineStub()
     allocated: list[int] = []
     empty = torch.empty
 
@@ -224,7 +225,7 @@ def test_memory_check_allocates_what_the_moments_will_take(
         return tensor
 
     monkeypatch.setattr(torch, "empty", recording_empty)
-    try_batch(EngineStub(), {}, lambda batch: None, moment_bytes=kind_of(name).moment_bytes)  # type: ignore[arg-type]
+    try_batch(engine, {}, lambda batch: None, moment_bytes=kind_of(name).moment_bytes)  # type: ignore[arg-type]
     assert sum(allocated) == per_parameter * (100 * 100 + 100)
 
 

@@ -217,17 +217,7 @@ def possible_changes(
     for backend in ("zero2", sharded_backend, "fsdp2"):
         words = _launch(backend, setup.processes, setup.half)
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
-    offload = "the optimizer works in host memory: seconds more per step"
-    host = [
-        Change(HOST, f"--optimizer {name}", offload, partial(_offload_moments, name=name))
-        for name in ("adamw_offload", "adamw_bf16_offload")
-        if installed(name)
-    ]
-    words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
-    words += f" --num_processes {setup.processes}{_precision(setup.half)}"
-    words += "" if _is_sharded_by_zero3(setup.optimizer) else " --optimizer adamw"
-    effect = "weights and optimizer are in host memory: much slower steps"
-    host.append(Change(HOST, words, effect, partial(_offload_to_host, named=setup.optimizer)))
+    host = _offloads(setup, installed)
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
@@ -246,6 +236,22 @@ def possible_changes(
         for samples in smaller
     ]
     return [*free, *time, *host, *other, *_on_more_gpus(setup, sharded_backend)]
+
+
+def _offloads(setup: MemorySetup, installed: Callable[[str], bool]) -> list[Change]:
+    """Return the changes that move the optimizer, or weights and optimizer, to host memory."""
+    offload = "the optimizer works in host memory: seconds more per step"
+    host = [
+        Change(HOST, f"--optimizer {name}", offload, partial(_offload_moments, name=name))
+        for name in ("adamw_offload", "adamw_bf16_offload")
+        if installed(name)
+    ]
+    words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
+    words += f" --num_processes {setup.processes}{_precision(setup.half)}"
+    words += "" if _is_sharded_by_zero3(setup.optimizer) else " --optimizer adamw"
+    effect = "weights and optimizer are in host memory: much slower steps"
+    host.append(Change(HOST, words, effect, partial(_offload_to_host, named=setup.optimizer)))
+    return host
 
 
 def _launch(backend: str, processes: int, half: bool) -> str:

@@ -24,6 +24,7 @@ NOT_ESTIMATED: Mapping[str, str] = {"validation": "use fewer --validation_prompt
 OTHERWISE = (
     "add --low_vram, --gradient_checkpointing or --latent_cache, or lower --token_sample_size; see docs/dry_run.md"
 )
+FIT = "to make it fit"
 LESS = 0.9  # of the estimate, is the goal where a run does not fit although its estimate does
 
 
@@ -89,7 +90,7 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
         f"estimate for these flags: {memory.total() / GIB:.1f} GiB, with {setup.batch} x {setup.tokens:,} tokens in the "
         f"largest micro-batch; GPU: {room.total / GIB:.1f} GiB ({room.source}){others}"
     ]
-    goal = "to make it fit"
+    goal = FIT
     estimated = PHASES.get(phase)
     if memory.total() > SAFE_SHARE * limit:
         proposals = run.proposals(limit)
@@ -101,6 +102,8 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
         goal = f"to need {1 - LESS:.0%} less in this phase"
         limit = LESS * memory.only(estimated).total() / SAFE_SHARE
         proposals = run.proposals(limit, estimated)
+    if goal != FIT and not any(proposal.fits for proposal in proposals):
+        return OTHERWISE, [*lines, f"none of the changes that were tried needs {1 - LESS:.0%} less in this phase"]
     lines += proposal_lines(proposals, limit, goal)
     first = next((proposal for proposal in proposals if proposal.fits), proposals[0])
     if not first.fits:
