@@ -191,9 +191,13 @@ class TrainerProcess:
 
 
 class ForkServer:
-    """A process that has imported everything and forks trainers."""
+    """A process that has imported everything and forks trainers.
 
-    def __init__(self) -> None:
+    Args:
+        changes: environment variables of the process, besides those that it needs.
+    """
+
+    def __init__(self, **changes: str) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(tiny.ROOT))),
@@ -202,6 +206,7 @@ class ForkServer:
             "TOKENIZERS_PARALLELISM": "false",
             # no library may start a thread before a fork
             **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            **changes,
         }
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
