@@ -76,7 +76,7 @@ from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents, use_tiling
+from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
 from videox.estimate.model_profile import ModelProfile
@@ -212,7 +212,8 @@ def load_encoders(
     dtypes |= dict.fromkeys(TEXT_ENCODERS, dtype)
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     modules = {name: load(classes[name], components[name], dtype) for name, dtype in dtypes.items()}
-    use_tiling(modules["vae"], args.vae_tiling)
+    if args.vae_tiling:
+        modules["vae"].enable_tiling()
     i2v = args.train_mode == "i2v"
     pipeline_class = diffusers.HunyuanVideoImageToVideoPipeline if i2v else HunyuanVideoPipeline
     # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.

@@ -67,15 +67,7 @@ from videox.distributed.collectives import accumulate, backward, sum_over_ranks
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import (
-    VAE_DTYPES,
-    clip_moments,
-    encode_moments,
-    latent_statistics,
-    sample_latents,
-    to_images,
-    use_tiling,
-)  # fmt: skip
+from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
@@ -225,7 +217,8 @@ def load_encoders(
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
     dtypes["image_encoder"] = torch.float32
     modules = {n: load(CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
-    use_tiling(modules["vae"], args.vae_tiling)
+    if args.vae_tiling:
+        modules["vae"].enable_tiling()
     pipeline = build_pipeline(args, components, shift, modules)
     check_tokenizer(pipeline.tokenizer, components["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
     offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}

@@ -35,10 +35,6 @@ SHORT = [
     ("hunyuanvideo", "i2v", "", "LoRA"),
 ]
 
-# What rehearsals find today and must not find. Each entry is removed here, and only here, once its defect is fixed:
-# - q and k have float32 under CUDA's autocast, because the norms before attention return it,
-# - fork_rng warns that it saves the state of every GPU, when the largest micro-batch is tried.
-UNTIL_FIXED: tuple[str, ...] = ("float32 float32 bfloat16", "you have used fork_rng")
 BF16 = "bfloat16 bfloat16 bfloat16"  # of query, key and value
 
 # Where a step may wait for the GPU, and why: functions of videox and scripts, or of a library that calls none of them.
@@ -89,8 +85,7 @@ def unexpected_waits(report: Report) -> list[str]:
 
 def unexpected_warnings(report: Report) -> list[str]:
     lines = [line for line in report.output.splitlines() if re.search(r"^\[W\d|WARNING|Warning:|no sample at", line)]
-    known = (*UNTIL_FIXED, *KNOWN_WARNINGS)
-    return [line for line in (*report.warnings, *lines) if not any(part in line for part in known)]
+    return [line for line in (*report.warnings, *lines) if not any(part in line for part in KNOWN_WARNINGS)]
 
 
 def assert_sound(report: Report) -> None:
@@ -101,7 +96,7 @@ def assert_sound(report: Report) -> None:
     assert unexpected_warnings(report) == []
     attention = [call for call in report.attention if call[0] == "block"]
     assert attention
-    assert {dtypes for _, dtypes, *_ in report.attention} <= {BF16, *UNTIL_FIXED}
+    assert {dtypes for _, dtypes, *_ in report.attention} == {BF16}
     assert all(contiguous for _, _, contiguous, *_ in report.attention)
     assert not any(masked for *_, masked, _ in attention)  # micro-batches of one sample: all text is real
 
