@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.peak_memory import peak_bytes
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks, recompute_blocks, select_blocks
+from videox.models.activation_checkpoint import Recompute, checkpoint_blocks, select_blocks
 
 
 def network(config: Mapping[str, Any], *, half: bool = True, text: int = TEXT_TOKENS) -> Network:
@@ -85,7 +85,7 @@ def test_recomputed_flops_equal_torchs_additional_count(name: str) -> None:
         model: Any = build_transformer(config)
     for share in (1.0, 0.5):
         chosen = select_blocks(len(blocks_of(model)), share)
-        recompute_blocks(model, blocks_of(model), share)
+        checkpoint_blocks(model, blocks_of(model), lambda *_, share=share: Recompute(share))
         more = found.forward_backward(tokens) + found.recompute(tokens, chosen)
         assert count_flops(model.train(), on_meta(given), backward=True) == pytest.approx(more, rel=1e-9)
 
@@ -151,7 +151,7 @@ def test_saved_bytes_equal_those_of_autograd(name: str, share: float, half: bool
     model: Any = build_transformer(config).train()
     chosen = select_blocks(len(blocks_of(model)), share)
     if share:
-        recompute_blocks(model, blocks_of(model), share)
+        checkpoint_blocks(model, blocks_of(model), lambda *_: Recompute(share))
 
     def run() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

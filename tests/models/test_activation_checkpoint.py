@@ -23,7 +23,6 @@ from videox.models.activation_checkpoint import (
     Recompute,
     checkpoint_blocks,
     is_attention_forward,
-    recompute_blocks,
     select_blocks,
 )
 
@@ -58,7 +57,7 @@ def step(model: WanTransformer3DModel) -> tuple[torch.Tensor, dict[str, torch.Te
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 0.3, 0.5, 0.75, 0.9, 1.0])
 def test_selected_blocks_run_forward_twice(folder: Path, share: float) -> None:
     model = load(folder)
-    recompute_blocks(model, model.blocks, share)
+    checkpoint_blocks(model, model.blocks, lambda *_: Recompute(share))
     runs = step(model)[2]
     twice = [number for number, count in enumerate(runs) if count == 2]
     assert twice == select_blocks(LAYERS, share)
@@ -69,7 +68,7 @@ def test_selected_blocks_run_forward_twice(folder: Path, share: float) -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_gradients_are_bit_identical(folder: Path, share: float) -> None:
     plain, selected = load(folder), load(folder)
-    recompute_blocks(selected, selected.blocks, share)
+    checkpoint_blocks(selected, selected.blocks, lambda *_: Recompute(share))
     expected, actual = step(plain), step(selected)
     assert torch.equal(expected[0], actual[0])
     assert expected[1].keys() == actual[1].keys()
@@ -79,14 +78,14 @@ def test_gradients_are_bit_identical(folder: Path, share: float) -> None:
 def test_share_of_one_equals_diffusers_gradient_checkpointing(folder: Path) -> None:
     reference, model = load(folder), load(folder)
     reference.enable_gradient_checkpointing()
-    recompute_blocks(model, model.blocks, 1.0)
+    checkpoint_blocks(model, model.blocks, lambda *_: Recompute(1.0))
     assert step(reference)[2] == step(model)[2] == [2] * LAYERS
 
 
 def test_fewer_activations_are_stored(folder: Path) -> None:
     def stored_elements(share: float) -> int:
         model, sizes = load(folder), []
-        recompute_blocks(model, model.blocks, share)
+        checkpoint_blocks(model, model.blocks, lambda *_: Recompute(share))
         own = {parameter.data_ptr() for parameter in model.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,8 +216,8 @@ def test_blocks_that_are_wrapped_are_found(folder: Path) -> None:
 
     plain, wrapped = load(folder), load(folder)
     blocks = list(wrapped.blocks)
-    recompute_blocks(wrapped, blocks, 0.5)
-    recompute_blocks(plain, plain.blocks, 0.5)
+    checkpoint_blocks(wrapped, blocks, lambda *_: Recompute(0.5))
+    checkpoint_blocks(plain, plain.blocks, lambda *_: Recompute(0.5))
     for number, block in enumerate(blocks):
         wrapped.blocks[number] = Wrapper(block)
     assert step(wrapped)[2] == step(plain)[2]

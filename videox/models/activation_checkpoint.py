@@ -86,17 +86,6 @@ def checkpoint_settings(keep: str) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": context_fn}
 
 
-def recompute_blocks(model: Any, blocks: Sequence[torch.nn.Module], share: float) -> None:  # noqa: ANN401 - a diffusers model
-    """Make a diffusers model recompute a share of its repeated blocks; the other blocks store their activations.
-
-    Args:
-        model: a diffusers model with enable_gradient_checkpointing.
-        blocks: the model's repeated blocks, in order.
-        share: the share of blocks to recompute, 0 to 1.
-    """
-    checkpoint_blocks(model, blocks, lambda *_: Recompute(share))
-
-
 def checkpoint_blocks(
     model: Any,  # noqa: ANN401 - a diffusers model
     blocks: Sequence[torch.nn.Module],
