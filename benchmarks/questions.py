@@ -96,7 +96,7 @@ def _musubi_file(folder: Path) -> None:
     )
 
 
-SMALL_MODEL = "--dry_run_model wan2.1-t2v-1.3b --gpu rtx4090 --lora_rank 32"
+SMALL_MODEL = "--dry_run_model wan2.1-t2v-1.3b --gpu rtx4090 --lora_rank 32 --enable_bucket"
 LARGE, IMAGE_MODEL = "--dry_run_model wan2.1-t2v-14b", "--dry_run_model wan2.1-i2v-14b --train_mode i2v"
 QUESTIONS = (
     Question(

@@ -14,6 +14,7 @@ from videox.estimate.advice import (
     HOST,
     MORE_GPUS,
     OTHER_TRAINING,
+    TIME,
     Change,
     Proposal,
     SmallerSamples,
@@ -193,6 +194,13 @@ def test_an_optimizer_that_zero3_does_not_shard_is_replaced_before_a_lora_is_pro
     first = proposals("14b", replace(setup, optimizer="adamw_bf16"), 75)[0]
     assert first.fits and first.changes[-1].change.group == HOST and not first.changes[-1].setup.lora
     assert first.flags.endswith(" --optimizer adamw") and first.changes[-1].setup.optimizer == "adamw"
+
+
+def test_a_change_that_helps_only_after_others_is_found() -> None:
+    """The cache reduces the memory of encoding, which is the largest phase once activations are recomputed."""
+    first = proposals("1.3b", replace(SETUP, lora_rank=32), 12.8)[0]
+    assert first.fits and first.changes[-1].change.group == TIME, first.flags
+    assert "--latent_cache" in first.flags and "--gradient_checkpointing" in first.flags
 
 
 def test_where_the_encoders_alone_do_not_fit_the_cache_is_filled_before() -> None:

@@ -210,7 +210,7 @@ class EngineStub:
 
 
 @pytest.mark.parametrize(
-    ("name", "per_parameter"), [("adamw", 8), ("adamw8bit", 2), ("adamw_bf16", 4), ("adamw_offload", 0)]
+    ("name", "per_parameter"), [("adamw", 8), ("adamw8bit", 2), ("adamw_bf16", 8), ("adamw_offload", 0)]
 )
 def test_memory_check_allocates_what_the_moments_will_take(
     name: str, per_parameter: int, monkeypatch: pytest.MonkeyPatch

@@ -139,16 +139,20 @@ def _search(
             return Proposal(tuple(single), True)
     used: list[Change] = []
     applied: list[AppliedChange] = []
-    for change in changes:
-        before = applied[-1].total if applied else memory(setup).total()
-        # a backend may not work with an optimizer that was changed before
-        for kept in (used, [other for other in used if not other.flags.startswith("--optimizer")]):
-            tried = _apply(setup, memory, [*kept, change])
-            if len(tried) == len(kept) + 1 and tried[-1].total < before:
-                used, applied = [*kept, change], tried
-                break
-        if applied and applied[-1].total <= limit:
-            return Proposal(tuple(_without_unnecessary(setup, limit, memory, used)), True)
+    reduced = True
+    while reduced:  # a change of a phase that was not the largest one may reduce the total after others did
+        reduced = False
+        for change in (change for change in changes if change not in used):
+            before = applied[-1].total if applied else memory(setup).total()
+            # a backend may not work with an optimizer that was changed before
+            for kept in (used, [other for other in used if not other.flags.startswith("--optimizer")]):
+                more = sorted([*kept, change], key=changes.index)
+                tried = _apply(setup, memory, more)
+                if len(tried) == len(more) and tried[-1].total < before:
+                    used, applied, reduced = more, tried, True
+                    break
+            if applied and applied[-1].total <= limit:
+                return Proposal(tuple(_without_unnecessary(setup, limit, memory, used)), True)
     if applied:  # without changes that a later one has replaced, such as another optimizer
         applied = _without_unnecessary(setup, applied[-1].total, memory, used)
     return Proposal(tuple(applied), False)
@@ -209,7 +213,7 @@ def possible_changes(
     recompute = "--gradient_checkpointing" + (" --selective_ac 0" if setup.recompute_share else "")
     time = [Change(TIME, recompute, "recomputes activations: about a third more time per step", _recompute)]
     for name in ("adamw8bit", "adamw_bf16", "adamw8bit_bf16"):
-        effect = "8-bit moments" if "8bit" in name else "bfloat16 weights and moments with stochastic rounding"
+        effect = "8-bit moments" if "8bit" in name else "bfloat16 weights with stochastic rounding"
         if name == "adamw8bit_bf16":
             effect = "bfloat16 weights with stochastic rounding, 8-bit moments"
         if installed(name):
