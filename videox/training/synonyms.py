@@ -89,11 +89,15 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "export_layouts": ("lora_format", "save_format", "export_format"),
     "export_dtype": ("save_precision", "save_dtype"),
     "dry_run": ("dryrun", "estimate", "plan"),
+    "compile": ("torch_compile", "compile_model", "use_compile"),
+    "offload_activations": ("gradient_checkpointing_cpu_offload", "activation_offloading", "offload_checkpoints"),
+    "vae_tiling": ("enable_vae_tiling", "vae_enable_tiling", "tiled_vae"),
+    "deterministic": ("use_deterministic", "full_determinism"),
 }  # fmt: skip
 
 LAUNCHER = "pass it to accelerate launch, in front of the script's name"
 FROZEN = "remove it: the encoders and the VAE are frozen"
-ATTENTION = "remove it: attention is torch's scaled_dot_product_attention, which selects the fastest kernel itself"
+ATTENTION = "use --attention_backend, for example flash or xformers; by default torch selects a kernel"
 SMALLER = "remove it; --dry_run prints what a run needs, and which settings need less memory"
 WHOLE_MODEL = "pass the folder of the whole model as --pretrained_model_name_or_path"
 # Name elsewhere -> what to do instead.
@@ -110,7 +114,8 @@ INSTEAD: Mapping[str, str] = {
     "width": "use --fix_sample_size HEIGHT WIDTH, or --video_sample_size for an area",
     **dict.fromkeys(("train_text_encoder", "train_vae", "text_encoder_lr"), FROZEN),
     **dict.fromkeys(
-        ("sdpa", "xformers", "flash_attn", "flash3", "attn_mode", "use_flash_attn", "enable_xformers_memory_efficient_attention", "attention_backend", "sage_attn"), ATTENTION,
+        ("sdpa", "xformers", "flash_attn", "flash3", "attn_mode", "use_flash_attn", "enable_xformers_memory_efficient_attention",
+         "sage_attn"), ATTENTION,
     ),
     **dict.fromkeys(
         ("blocks_to_swap", "fp8_base", "fp8_scaled", "fp8_t5", "fp8_llm", "block_swap", "quantize", "fp8"), SMALLER
