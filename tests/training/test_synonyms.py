@@ -50,7 +50,7 @@ def test_what_people_type_names_the_flag(word: str, flag: str) -> None:
         ("--num_processes", "accelerate launch, in front of"),
         ("--deepspeed_config_file", "accelerate launch, in front of"),
         ("--blocks_to_swap", "--dry_run"),
-        ("--xformers", "scaled_dot_product_attention"),
+        ("--xformers", "use --attention_backend"),
         ("--width", "--fix_sample_size HEIGHT WIDTH"),
         ("--local-rank", "never used it"),
     ],
