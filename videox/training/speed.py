@@ -43,6 +43,9 @@ def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
     if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
         what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
         raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
+    if args.deterministic and args.attention_backend != kernels.NATIVE:
+        what = f"{args.attention_backend}: only torch's own kernels are known to be deterministic"
+        raise UserError("--attention_backend", what, "remove the flag, or --deterministic")
     if args.attention_backend != kernels.AUTO:
         kernels.find_backend(args.attention_backend)
 
