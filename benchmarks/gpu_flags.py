@@ -280,9 +280,10 @@ def computed_table(name: str, rows: Sequence[Computed], flags: Sequence[Flag]) -
 def page(counted: Sequence[Counted], computed: Mapping[str, Sequence[Computed]]) -> str:
     """Return the report in Markdown."""
     size = f"{CLIP.frames} x {CLIP.height} x {CLIP.width} ({token_count(CLIP):,} tokens)"
+    compiled = " --compiled" if any(row.flag.compiled for row in counted) else ""
     text = [
         "# Flags of speed and activation memory", "",
-        "Written by `python benchmarks/gpu_flags.py --compiled --markdown benchmarks/gpu_flags.md`. Nothing was measured on a GPU.", "",
+        f"Written by `python benchmarks/gpu_flags.py{compiled} --markdown benchmarks/gpu_flags.md`. Nothing was measured on a GPU.", "",
         "## Counted on a CPU", "",
         "Small models of the real classes in bfloat16. Gradients are compared with those of `--gradient_checkpointing`; bytes are",
         "those of tensors that exist between the two passes, without weights and inputs (of compiled blocks those that autograd saves).",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -33,6 +34,7 @@ from videox.data.dataset import BadSample
 from videox.distributed.backends import BACKENDS
 from videox.errors import FLAGS, MODEL
 from videox.models.activation_checkpoint import Recompute
+from videox.models.compiled_blocks import compile_blocks
 from videox.training import speed
 
 
@@ -327,13 +329,20 @@ def test_ranks_may_recompute_different_blocks(wan: BackendRuns, tmp_path: Path, 
     assert numbers_of(tmp_path / "apart") == numbers_of(tmp_path / "alike")
 
 
+def train_with_traced_blocks() -> int:
+    """Train with --compile, whose graphs run as they are: kernels would take minutes on each rank."""
+    speed.compile_blocks = partial(compile_blocks, backend="aot_eager")
+    return launches.train_wan2()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing_keep": "attention"}, {"lora_rank": 4}], ids=str)
 @pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if name != "single"])
 def test_compiled_blocks_train_alike_or_are_refused(
     wan: BackendRuns, tmp_path: Path, backend: str, changes: dict[str, object]
 ) -> None:
-    ranks = wan.run_ranks(backend, tmp_path / "compiled", compile=True, **changes)
+    entry_point = "tests.runs.test_backends:train_with_traced_blocks"
+    ranks = wan.run_ranks(backend, tmp_path / "compiled", entry_point=entry_point, compile=True, **changes)
     if not BACKENDS[backend].compiles:
         assert exit_codes(ranks) == [FLAGS, FLAGS]
         assert "--compile: " in output_of(ranks)
