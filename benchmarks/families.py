@@ -33,7 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 STEPS, INTERRUPTED_AT = 4, 2
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
-CLOCK = ("tokens_per_second", "data_wait")  # fields of metrics.jsonl that differ between equal runs
+CLOCK = (  # fields of metrics.jsonl that differ between equal runs
+    "tokens_per_second", "data_wait", "step_seconds", "encode_seconds", "forward_seconds", "backward_seconds",
+    "optimizer_seconds",
+)  # fmt: skip
 HEADER = ("family", "mode", "model", "resumed bit-equal", "export loads", "sampled", "held-out loss, first -> last")
 
 
