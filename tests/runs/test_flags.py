@@ -41,6 +41,7 @@ from videox.models import attention_backend
 COVERED: dict[str, str] = {}  # flag -> test in this file that shows its effect
 # flag -> test in another file that shows its effect
 COVERED_ELSEWHERE = {
+    "dry_run_deepspeed_config": "test_run_memory.test_the_launch_is_that_of_the_launcher_or_of_the_flags",
     "accept_data_change": "test_data_change.test_the_epoch_ends_with_its_own_rows_and_the_new_data_follows",
     "config": "test_run_files.test_the_command_line_wins_and_later_files_win",
     "dry_run_data": "test_dry_run.test_a_published_model_and_described_data_need_no_files",

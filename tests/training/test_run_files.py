@@ -142,13 +142,24 @@ def test_the_table_has_a_row_for_each_recipe(
 ) -> None:
     folder = tmp_path / "recipes" / "wan2.1"
     for name in ("a-24gb", "b-80gb"):
-        write(folder / f"{name}.yaml", "seed: 1")
-    row = {"gpus": 1, "gib": 20.04, "card_gib": 24, "seconds_per_step": 3.21, "disk_gb": 2.6, "what": "LoRA"}
+        launch = "accelerate launch --num_processes 8 train.py" if name == "b-80gb" else "python train.py"
+        sample = "video_sample_size: 640\nvideo_sample_n_frames: 81\n"
+        write(folder / f"{name}.yaml", f"# Launch: {launch}\n{sample}seed: 1")
+    row = {
+        "gpus": 1,
+        "gib": 20.04,
+        "card_gib": 24,
+        "seconds_per_step": 3.21,
+        "hours": 7,
+        "disk_gb": 2.6,
+        "what": "LoRA",
+    }
     recipes = {"a-24gb": row, "b-80gb": {**row, "card_gib": 80}}
     write(folder.parent / "figures.json", json.dumps({"data": "200 clips", "recipes": {"wan2.1": recipes}}))
-    header, first, second, _, last = recipe_table(folder)
-    assert first.split() == ["a-24gb", "1", "20.0", "of", "24", "GiB", "3.2", "s", "3", "GB", "LoRA"]
-    assert header.index("memory") == first.index("20.0") == second.index("20.0") and "200 clips" in last
+    header, first, second, _, data, _, _, _, launch = recipe_table(folder)
+    assert " ".join(first.split()) == "a-24gb 1 20.0 of 24 GiB 81 x 640 x 640 3.2 s 7 h 3 GB LoRA"
+    assert header.index("memory") == first.index("20.0") == second.index("20.0") and "200 clips" in data
+    assert launch == "b-80gb: accelerate launch --num_processes 8 train.py --recipe b-80gb ..."
     with pytest.raises(SystemExit) as ended:
         parser.parse(["--list_recipes"])
     assert ended.value.code == 0 and first in capsys.readouterr().out

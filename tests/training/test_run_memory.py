@@ -207,6 +207,8 @@ def test_the_launch_is_that_of_the_launcher_or_of_the_flags(tmp_path: Path) -> N
     }
     assert launch_of(fsdp, parse(tmp_path)) == Launch("fsdp2", 2, 2, True, {})
     assert launch_of({}, parse(tmp_path)) == Launch("single", 1, 1, False, {})
+    planned = parse(tmp_path, "--dry_run_deepspeed_config", "config/zero_stage3_config_cpu_offload.json")
+    assert launch_of({}, planned).zero["offload_param"] == {"device": "cpu"}  # relative to the repository
     assert launch_of({"WORLD_SIZE": "32"}, parse(tmp_path)) == Launch("ddp", 32, 8, False, {})
     stated = ["--dry_run_processes", "16", "--dry_run_backend", "zero2"]
     assert launch_of(fsdp, parse(tmp_path, *stated)) == Launch("zero2", 16, 8, True, {})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 
+from videox.distributed.backends import BACKENDS
 from videox.training.flags import make_parser
-from videox.training.startup import notes
+from videox.training.startup import notes, planned_backend_notes
 
 PARSER = make_parser("", modes=("normal",), recipes=tiny.ROOT / "config/recipes/wan2.1")
 
@@ -14,6 +15,15 @@ PARSER = make_parser("", modes=("normal",), recipes=tiny.ROOT / "config/recipes/
 def lines_about(flag: str, *flags: str) -> list[str]:
     planned = ["--dry_run", "--dry_run_data", "10:512x512", "--dry_run_model", "small"]
     return [line for line in notes(PARSER.parse([*planned, *flags])) if line.startswith(flag)]
+
+
+@pytest.mark.parametrize(
+    ("planned", "launched", "differs"),
+    [(None, "single", False), ("zero3", "single", True), ("zero3", "zero3", False), ("single", "ddp", False)],
+)
+def test_a_launch_under_another_backend_than_planned_is_a_warning(planned: str, launched: str, differs: bool) -> None:
+    lines = planned_backend_notes(planned, BACKENDS[launched])
+    assert [line.startswith(f"warning: the settings were planned for {planned}") for line in lines] == [True] * differs
 
 
 def test_copies_of_the_encoders_are_named_where_each_micro_batch_waits_for_them() -> None:

@@ -115,7 +115,7 @@ def packages(imports: Mapping[str, str], failure: str) -> list[Finding]:
             other.append(f"{name} {installed} (pinned: {version})")
     count = len(pinned) - len(missing) - len(other) - len(findings)
     findings.insert(
-        0, Finding("pins", f"{count} of {len(pinned)} packages of requirements.txt as pinned or not for this system")
+        0, Finding("pins", f"{count} of {len(pinned)} packages of requirements.txt are as pinned or not needed here")
     )
     if missing:
         findings.append(Finding("missing packages", ", ".join(missing), BLOCKS, SETUP))

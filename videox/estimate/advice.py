@@ -253,7 +253,7 @@ def _offloads(setup: MemorySetup, installed: Callable[[str], bool]) -> list[Chan
     words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
     words += f" --num_processes {setup.processes}{_precision(setup.half)}"
     words += "" if _is_sharded_by_zero3(setup.optimizer) else " --optimizer adamw"
-    effect = "weights and optimizer are in host memory: much slower steps"
+    effect = "weights and optimizer are in host memory: slower steps"
     host.append(Change(HOST, words, effect, partial(_offload_to_host, named=setup.optimizer)))
     return host
 

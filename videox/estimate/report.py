@@ -332,7 +332,7 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Se
         f"{setup.batch} x {setup.tokens:,} tokens:"
     ]
     lines += [f"  {LABELS.get(name, name):>{WIDTH}} {size / GIB:>8.2f} GiB" for name, size in states]
-    lines.append("  plus the largest of these phases:")
+    lines.append("  plus the larger of these peaks, and the overhead:")
     for phase in phases.values():
         names = " + ".join(LABELS.get(name, name) for name, size in phase.items() if size)
         sizes = " = " + " + ".join(f"{size / GIB:.2f}" for size in phase.values() if size) if "+" in names else ""
@@ -393,7 +393,9 @@ def disk_lines(disk: Disk, free: float) -> list[str]:
         disk: the checkpoints.
         free: free bytes of the disk of the output folder.
     """
-    kept = f", the newest {disk.keep} are kept: {_size(disk.kept * disk.checkpoint)}" if disk.keep else ""
+    kept = ""
+    if disk.keep:
+        kept = f", the newest {disk.keep} are kept, and one more while it is written: {_size(disk.needed())}"
     number = f"{disk.written:,} checkpoint{'s' * (disk.written > 1)} in {disk.steps:,} steps (one per {disk.every})"
     lines = [f"disk: {_size(disk.checkpoint)} per checkpoint, {number}{kept}"]
     lines += [f"  {line}" for line in keep_all_lines(disk)]

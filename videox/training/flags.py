@@ -106,7 +106,10 @@ def add_model_and_data(parser: Parser) -> None:
         "SimpleTuner, ai-toolkit or sd-scripts"
     )
     add("--dataset_config", metavar="FILE", help=config)
-    add("--train_data_dir", help="folder that each file_path is relative to; by default the metadata's folder")
+    add(
+        "--train_data_dir",
+        help="folder that each file_path is relative to; by default the metadata's folder. Without metadata: the folder of clips to train",
+    )
     add("--allow_outside_data_dir", action="store_true", help="accept files outside train_data_dir")
     repeat = "times that each video occurs in an epoch; images occur once (0 = once)"
     add("--video_repeat", type=COUNT_OR_ZERO, default=0, help=repeat)
@@ -375,12 +378,14 @@ def add_dry_run(parser: Parser) -> None:
     add("--dry_run_plan", type=PROCESSES, nargs="+", default=[], metavar="PROCESSES", help=plans)
     add("--dry_run_processes", type=PROCESSES, help="dry run: number of processes; by default as launched")
     add("--dry_run_backend", choices=tuple(BACKENDS), help="dry run: backend; by default as launched")
+    config = "dry run: DeepSpeed configuration file, whose offload settings count; by default the launcher's"
+    add("--dry_run_deepspeed_config", metavar="FILE", help=config)
     model = "dry run: a published model by name, or a folder with config.json files, instead of a model folder"
     add("--dry_run_model", metavar="NAME", help=model)
     data = "dry run: describe the data instead of reading it: COUNTxSECONDSs@FPSfps:WIDTHxHEIGHT, COUNT:WIDTHxHEIGHT"
     add("--dry_run_data", nargs="+", default=[], metavar="DATA", help=data)
     add("--gpu", choices=tuple(GPUS), help="dry run: the GPU to plan for; sets its memory and speed")
-    memory = "dry run: memory of a GPU in GiB, by default that of --gpu, or 80"
+    memory = "dry run and --activation_memory: memory of a GPU in GiB; a dry run takes that of --gpu, or 80"
     add("--gpu_memory", type=number(float, 1, 10**4), help=memory)
     add("--gpu_price", type=number(float, 0, 10**6), help="dry run: price of a GPU hour, to print the cost (0 = free)")
     mfu = "dry run: model FLOPs utilization (MFU), share of the GPU's peak, 0 to 1; a run measures its own"

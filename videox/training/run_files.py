@@ -18,11 +18,12 @@ from videox.errors import UserError
 from videox.training.synonyms import nearest_hint
 
 FILE_FLAGS = ("config", "recipe", "list_recipes", "help")  # not allowed inside a file
+LAUNCH = "# Launch: "  # begins the line of a recipe with its launch command
 FIGURES = "figures.json"  # in the folder above the recipes of a family
 # Flags of an args.json that say how that run was started, and not what it trained.
 _NOT_REPEATED = (
     *FILE_FLAGS, "resume_from_checkpoint", "accept_data_change", "verify", "dry_run", "explain", "dry_run_plan", "dry_run_processes",
-    "dry_run_backend", "cache_only", "dump_steps",
+    "dry_run_backend", "dry_run_deepspeed_config", "cache_only", "dump_steps",
 )  # fmt: skip
 _WORDS = {"true": True, "false": False}
 
@@ -161,23 +162,34 @@ def recipe_table(folder: Path) -> list[str]:
     except FileNotFoundError:
         return [f"  {name}" for name in recipe_names(folder)]
     figures = content["recipes"][folder.name]
-    rows: list[tuple[str, ...]] = [("recipe", "GPUs", "memory", "per step", "disk", "")]
+    rows: list[tuple[str, ...]] = [("recipe", "GPUs", "memory", "samples", "per step", "run", "disk", "")]
+    launches = []
     for name in recipe_names(folder):
-        row = figures[name]
+        row, text = figures[name], (folder / f"{name}.yaml").read_text(encoding="utf-8")
         memory = f"{row['gib']:.1f} of {row['card_gib']:g} GiB"
-        rows.append(
-            (
-                name,
-                str(row["gpus"]),
-                memory,
-                f"{row['seconds_per_step']:.1f} s",
-                f"{row['disk_gb']:.0f} GB",
-                row["what"],
-            )
-        )
+        side, frames = (_value_in(text, key) for key in ("video_sample_size", "video_sample_n_frames"))
+        times = f"{row['seconds_per_step']:.1f} s", f"{row['hours']:g} h"
+        samples, disk = f"{frames} x {side} x {side}", f"{row['disk_gb']:.0f} GB"
+        rows.append((name, str(row["gpus"]), memory, samples, *times, disk, row["what"]))
+        if not (launch := launch_in(text)).startswith("python "):
+            launches.append(f"{name}: {launch} --recipe {name} ...")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*table, "", f"estimated for {content['data']}; `--recipe NAME --dry_run` estimates for your data"]
+    notes = [
+        f"estimated for {content['data']}; `--recipe NAME --dry_run` estimates for your data",
+        "samples: frames x the sides of a square with as many pixels",
+    ]
+    return [*table, "", *notes, *(["", "recipes that need a launcher:", *launches] if launches else [])]
+
+
+def launch_in(text: str) -> str:
+    """Return the launch command in the comment of a recipe, "" without one; text: of its file."""
+    return next((line.removeprefix(LAUNCH) for line in text.splitlines() if line.startswith(LAUNCH)), "")
+
+
+def _value_in(text: str, key: str) -> str:
+    """Return the value of a key of a recipe as its file has it, without a YAML parser, which would take longer."""
+    return next((line.partition(": ")[2] for line in text.splitlines() if line.startswith(f"{key}: ")), "?")
 
 
 def _words_of(path: Path, action: argparse.Action, flag: str, value: Any) -> list[str]:  # noqa: ANN401 - a YAML value

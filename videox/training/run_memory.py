@@ -38,6 +38,7 @@ from videox.training.args import optimizer_of
 from videox.training.planned_gpu import memory_limit
 
 VAE_PARTS = 4  # parts of a clip on which the memory of a VAE that encodes clips part by part is measured
+ROOT = Path(__file__).resolve().parents[2]
 PER_HOST = 8  # processes per machine, unless the launcher says otherwise
 SMALLER_SIZES = (832, 640, 512, 448, 384, 320, 256)  # target sizes in pixels that are proposed, the largest first
 FEWER_FRAMES = (81, 49, 33, 17)
@@ -64,7 +65,7 @@ class Launch:
 
 def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launch:
     """The launch to plan for: the launcher's variables, overridden by --dry_run_processes and --dry_run_backend."""
-    kind, zero = requested_engine(environment), zero_settings(environment)
+    kind, zero = requested_engine(environment), zero_settings(environment, args.dry_run_deepspeed_config)
     processes = args.dry_run_processes or int(environment.get("WORLD_SIZE", "1"))
     if kind == "deepspeed":
         backend = f"zero{zero.get('stage', environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2))}"
@@ -83,9 +84,14 @@ def launch_of(environment: Mapping[str, str], args: argparse.Namespace) -> Launc
     return Launch(backend, processes, min(processes, local), precision == "bf16", zero)
 
 
-def zero_settings(environment: Mapping[str, str]) -> Mapping[str, Any]:
-    """`zero_optimization` of the DeepSpeed configuration file that the launcher names; {} without one."""
-    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+def zero_settings(environment: Mapping[str, str], planned: str | None = None) -> Mapping[str, Any]:
+    """`zero_optimization` of a DeepSpeed configuration file; {} without one.
+
+    planned: the file to plan with, relative to the working directory or to this repository; None = the launcher's.
+    """
+    path = planned or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if planned and not Path(planned).exists():
+        path = str(ROOT / planned)
     return read_json(Path(path)).get("zero_optimization", {}) if path and path != "none" else {}
 
 

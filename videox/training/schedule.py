@@ -43,7 +43,7 @@ WITHOUT_NUMBERS = {
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",
-    "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "gpu_memory", "assumed_mfu",
+    "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "dry_run_deepspeed_config", "gpu_memory", "assumed_mfu",
     "peak_tflops", "try_largest_first", "missing_caption", "config", "recipe", "dry_run_model", "dry_run_data", "gpu",
     "gpu_price", "accept_data_change", "gradient_checkpointing_keep", "activation_memory", "offload_activations",
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from videox.distributed.accelerator import compute_dtype
-from videox.distributed.backends import requested_engine
+from videox.distributed.backends import BACKENDS, Backend, requested_engine
 from videox.distributed.collectives import run_on_main
 from videox.engine.deepspeed_universal import announce_conversion, saved_world_size
 from videox.engine.ema import ema_notes
@@ -76,7 +76,10 @@ def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift
     apply_numerics(args)
     changed = changed_flags(ctx.output_dir, vars(args)) if checkpoint else []
     ema = ema_notes(checkpoint, args.use_ema)
-    ctx.print(*start_lines(args, ctx, task, shift), *shift.notes, *tried, *ctx.run.notes, *notes(args), *changed)
+    planned = planned_backend_notes(args.dry_run_backend, backend)
+    ctx.print(
+        *start_lines(args, ctx, task, shift), *planned, *shift.notes, *tried, *ctx.run.notes, *notes(args), *changed
+    )
     ctx.print(*conversion, *ema)
 
 
@@ -163,6 +166,16 @@ def conversion_notes(ctx: Context) -> list[str]:
         convert = partial(announce_conversion, ctx.checkpoint, ctx.output_dir, ctx.world_size)
         run_on_main(lambda: lines.extend(convert()), is_main=ctx.is_main, gather=ctx.gather)
     return lines
+
+
+def planned_backend_notes(planned: str | None, backend: Backend) -> list[str]:
+    """A warning if the settings, usually those of a recipe, were planned for a backend that needs other memory."""
+    if planned is None or planned == backend.name or (backend.full_weights and BACKENDS[planned].full_weights):
+        return []
+    return [
+        f"warning: the settings were planned for {planned}, this launch is {backend.name}, whose memory differs: launch "
+        "it as --list_recipes shows"
+    ]
 
 
 def notes(args: argparse.Namespace) -> list[str]:
