@@ -12,6 +12,7 @@ import runs
 import tiny
 
 import videox.training.data
+import videox.training.data_change
 import videox.training.loop
 import videox.training.schedule
 
@@ -28,7 +29,7 @@ def test_a_start_plans_each_epoch_once_and_looks_the_cache_up_once(
 
         return call
 
-    for module in (videox.training.schedule, videox.training.loop):
+    for module in (videox.training.schedule, videox.training.data_change, videox.training.loop):
         monkeypatch.setattr(module, "plan_epoch", counted("plan_epoch", module.plan_epoch))
     monkeypatch.setattr(
         videox.training.data, "find_missing", counted("find_missing", videox.training.data.find_missing)
