@@ -62,7 +62,7 @@ def test_flops_equal_torchs_count(name: str) -> None:
     assert found.forward_backward_polynomial()(tokens) == pytest.approx(found.forward_backward(tokens), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "HunyuanVideo"])
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", pytest.param("HunyuanVideo", marks=pytest.mark.slow)])
 def test_frozen_weights_have_no_flops_for_their_gradients(name: str) -> None:
     """Only a bias of the first block is trained: it needs no matrix product itself, but nearly all gradients."""
     config = CONFIGS[name]
@@ -207,7 +207,7 @@ def test_the_peak_equals_that_of_a_traced_pass_at_published_widths(name: str, sh
 
 
 @pytest.mark.parametrize("keep", ["attention", "self_attention"])
-@pytest.mark.parametrize("name", ["Wan2.1-T2V-14B", "HunyuanVideo"])
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-14B", pytest.param("HunyuanVideo", marks=pytest.mark.slow)])
 def test_the_peak_includes_the_kept_outputs_of_attention(name: str, keep: str) -> None:
     config = {**CONFIGS[name], "num_layers": 4, "num_single_layers": 4}
     joint = is_joint(CONFIGS[name])

@@ -43,6 +43,7 @@ def test_flags_save_time_and_memory_as_they_say() -> None:
     assert found["full --compile"].seconds < full.seconds and found["full --compile"].activations == full.activations
 
 
+@pytest.mark.slow
 def test_flags_are_counted_on_the_cpu() -> None:
     rows = flags.count([flag for flag in flags.FLAGS if not flag.compiled])
     assert all(row.difference == 0 for row in rows)
