@@ -35,7 +35,7 @@ from videox.distributed.backends import BACKENDS
 from videox.errors import FLAGS, MODEL
 from videox.models.activation_checkpoint import Recompute
 from videox.models.compiled_blocks import compile_blocks
-from videox.training import speed
+from videox.training import optimizer, speed
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def train_by_sgd() -> int:
     def sgd(groups: list[dict], learning_rate: float, **_: object) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=learning_rate)
 
-    script.build.make_optimizer = sgd
+    optimizer.make_optimizer = sgd
     return script.main()
 
 
