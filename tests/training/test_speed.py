@@ -18,6 +18,7 @@ PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metad
     ("flags", "backend", "message"),
     [
         (["--compile"], "zero3", "--compile: zero3 gathers the weights inside of the blocks"),
+        (["--gradient_checkpointing", "--gradient_checkpointing_keep=attention"], "zero3", "--gradient_checkpointing_keep: attention: zero3"),
         (["--lora_rank=4", "--lora_type=dora"], "zero3", "--lora_type: dora: peft reads a layer's weights after ZeRO-3"),
         (["--deterministic", "--attention_backend=flash"], "single", "--attention_backend: flash: only torch's own kernels"),
         (["--attention_backend=flahs"], "single", "--attention_backend: flahs"),

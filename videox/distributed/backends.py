@@ -26,6 +26,8 @@ class Backend:
         compiles: the blocks can be compiled (--compile). ZeRO-3 gathers weights in hooks of the layers inside a block.
         recomputes_alone: a rank may recompute other blocks than the others do. Under ZeRO-3 and FSDP1 recomputing a
             block is a collective.
+        keeps_attention: recomputed blocks can keep the outputs of attention. Under ZeRO-3 they cannot: DeepSpeed gathers
+            weights in both passes, so that torch's selective checkpointing finds other operations in the recomputation.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Backend:
     clips_by_own_norm: bool
     compiles: bool = True
     recomputes_alone: bool = True
+    keeps_attention: bool = True
 
     @property
     def barrier(self) -> str:
@@ -49,7 +52,14 @@ BACKENDS = {
         Backend("ddp", "full weights on each process", "replicated", True, True),
         Backend("zero2", "DeepSpeed: optimizer and gradients sharded", "deepspeed", True, False),
         Backend(
-            "zero3", "DeepSpeed: weights, optimizer and gradients sharded", "deepspeed", False, False, False, False
+            "zero3",
+            "DeepSpeed: weights, optimizer and gradients sharded",
+            "deepspeed",
+            False,
+            False,
+            False,
+            False,
+            False,
         ),
         Backend("fsdp1", "weights, optimizer and gradients sharded", "fsdp", False, True, recomputes_alone=False),
         Backend("fsdp2", "weights, optimizer and gradients sharded", "fsdp", False, True),

@@ -13,20 +13,23 @@ CHOICES = (Recompute(), *(Recompute(share, keep) for share in SHARES for keep in
 MOST_NAMED = 6  # buckets of a line
 
 
-def choose_recompute(network: Network, tokens: int, fits: Callable[[Recompute], bool]) -> Recompute:
+def choose_recompute(
+    network: Network, tokens: int, fits: Callable[[Recompute], bool], choices: Sequence[Recompute] = CHOICES
+) -> Recompute:
     """Return the choice with the fewest recomputed FLOPs that fits; all blocks if none does.
 
     Args:
         network: the transformer.
         tokens: of a sample.
         fits: whether a step fits in memory.
+        choices: those that the backend allows.
     """
 
     def cost(choice: Recompute) -> tuple[float, float]:
         blocks = select_blocks(len(network.blocks), choice.share)
         return network.recompute(tokens, blocks, choice.keep), network.saved_bytes(tokens, blocks, choice.keep)
 
-    return next((choice for choice in sorted(CHOICES, key=cost) if fits(choice)), Recompute(1.0))
+    return next((choice for choice in sorted(choices, key=cost) if fits(choice)), Recompute(1.0))
 
 
 def choice_lines(

@@ -20,7 +20,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
 from videox.encoders.vae import VAE_DTYPES, use_tiling
 from videox.errors import UserError
-from videox.estimate.activation_choice import choose_recompute
+from videox.estimate.activation_choice import CHOICES, choose_recompute
 from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
 from videox.estimate.duration import Speed, offload_seconds, text_flops, vae_flops_per_pixel
 from videox.estimate.flops import Network
@@ -171,7 +171,8 @@ class RunMemory:
             memory = self.memory(replace(setup, recompute_share=choice.share, keep=choice.keep))
             return memory.of_phases("training", "step") <= SAFE_SHARE * limit
 
-        return choose_recompute(self.network(setup), tokens, fits)
+        keeps = BACKENDS[setup.backend].keeps_attention
+        return choose_recompute(self.network(setup), tokens, fits, [c for c in CHOICES if keeps or not c.keep])
 
     def recomputed_flops(self, limit: float) -> Callable[[int], float]:
         """Return the FLOPs that are recomputed for a sample of so many tokens, as a function."""

@@ -40,6 +40,9 @@ def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
     if args.compile and not backend.compiles:
         what = f"{backend.name} gathers the weights inside of the blocks, so that they cannot be compiled"
         raise UserError("--compile", what, "remove the flag, or launch FSDP2")
+    if args.gradient_checkpointing_keep and not backend.keeps_attention:
+        what = f"{args.gradient_checkpointing_keep}: {backend.name} gathers weights while blocks are recomputed"
+        raise UserError("--gradient_checkpointing_keep", what, "remove the flag, or launch FSDP2")
     if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
         what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
         raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
