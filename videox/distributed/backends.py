@@ -26,8 +26,8 @@ class Backend:
         compiles: the blocks can be compiled (--compile). ZeRO-3 gathers weights in hooks of the layers inside a block.
         recomputes_alone: a rank may recompute other blocks than the others do. Under ZeRO-3 and FSDP1 recomputing a
             block is a collective.
-        keeps_attention: recomputed blocks can keep the outputs of attention. Under ZeRO-3 they cannot: DeepSpeed gathers
-            weights in both passes, so that torch's selective checkpointing finds other operations in the recomputation.
+        keeps_attention: recomputed blocks can keep the outputs of attention. Under ZeRO-3 they cannot: DeepSpeed
+            gathers weights in both passes, so that selective checkpointing finds other operations when recomputing.
     """
 
     name: str
