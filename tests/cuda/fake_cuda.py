@@ -310,7 +310,7 @@ def swap_attribute(first: dict[str, Any], second: dict[str, Any], name: str) -> 
 
 
 def install(devices: int, guard: ctypes.CDLL) -> None:
-    """Let torch find GPUs, of which the process uses the first.
+    """Make torch find GPUs; the process uses the first one.
 
     Args:
         devices: number of GPUs of the machine.

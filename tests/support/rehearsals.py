@@ -49,11 +49,12 @@ def compiler() -> str:
 def build_guard() -> Path:
     """Return the compiled guard.cpp; conftest.py keeps the folder of extensions for later sessions."""
     source = CUDA / "guard.cpp"
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    package = Path(importlib.util.find_spec("torch").origin).parent
+    # the library stores where torch is
+    digest = hashlib.sha256(source.read_bytes() + str(package).encode()).hexdigest()[:12]
     library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / f"guard-{digest}" / "guard.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        package = Path(importlib.util.find_spec("torch").origin).parent
         command = [compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{package}/include", str(source)]
         command += [f"-L{package}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{package}/lib", "-o", str(library)]
         subprocess.run(command, check=True, timeout=300)

@@ -262,7 +262,7 @@ def _wrap_fsdp2(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     )
     if compute is not None:
         compute_in_bf16(transformer, accelerator.device)
-    # It is about operations in place on a block's output, of which diffusers' models have none.
+    # It warns of in-place operations on a block's output; diffusers' models have none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # accelerate prepares a model for FSDP2 only together with an optimizer. It gets one that is not used; the real one
     # is made over the shards afterwards.

@@ -85,7 +85,7 @@ def _reason(why: BaseException) -> str:
 def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
     setup, limit = run.setup, room.available
     memory = run.memory(setup)
-    others = f", of which other programs use {room.others / GIB:.1f} GiB" if room.others >= GIB else ""
+    others = f"; other programs use {room.others / GIB:.1f} GiB of it" if room.others >= GIB else ""
     lines = [
         f"estimate for these flags: {memory.total() / GIB:.1f} GiB, with {setup.batch} x {setup.tokens:,} tokens in the "
         f"largest micro-batch; GPU: {room.total / GIB:.1f} GiB ({room.source}){others}"
