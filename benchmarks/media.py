@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TookTooLong
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,10 +50,15 @@ WINDOWS, WINDOW = 5, 4
 LOOKED_AT: dict[str, str] = {
     "bmp/b/badpalettesize.bmp": "images are read by Pillow, which refuses the stated size of the palette; FFmpeg ignores it",
     "bmp/q/rgba16-4444.bmp": "images are read by Pillow, which does not read this layout; FFmpeg does",
+    "images/hopper.Lab.tif": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
+    "images/lab": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
+    "images/png_decompression_dos.png": "a text of 64 MiB, which Pillow refuses; the pixels are sound",
+    "images/unknown_compression_method.png": "a colour profile that cannot be unpacked; the pixels are sound",
 }
 # Formats that Pillow reads and the readers do not, and those that it only recognises.
 READ_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "HEIF")
 NO_IMAGES = ("MPEG", "GRIB", "HDF5", "BUFR")
+UNREAD_PIPES = ("j2k_pipe", "psd_pipe")  # FFmpeg's names of image formats that the readers recognise and do not read
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,9 @@ class Outcome:
 
 def plain_image(path: Path) -> Plain | None:
     """Return Pillow's decode; None if it does not know the file."""
-    try:
+    with suppress(ImportError):
         import pillow_heif
-    except ImportError:
-        pass
-    else:
+
         pillow_heif.register_heif_opener(thumbnails=False)
     try:
         image = Image.open(path)
@@ -290,7 +294,7 @@ def judged_refusal(refusal: BadMedia, plain: Plain) -> Outcome:
     elif refusal.media_class == "no_video_stream":
         right = plain.kind == ""
     elif refusal.media_class == "unrecognised":
-        right = fails or (plain.kind == "image" and plain.format not in READ_FORMATS)
+        right = fails or (plain.kind == "image" and plain.format not in READ_FORMATS) or plain.format in UNREAD_PIPES
     else:
         right = False
     if right:

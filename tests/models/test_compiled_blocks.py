@@ -98,7 +98,11 @@ def test_gradients_of_compiled_kernels_are_close(name: str, keep: str, half: boo
         checkpoint_blocks(compiled, blocks_of(compiled), lambda *_: recompute, offload)
     for side, frames, text in ((8, 2, 9), (16, 3, 7), (12, 1, 12)):
         given, _ = model_inputs(SMALL_CONFIGS[name], text, side, frames)
-        assert difference(gradients(compiled, given, half=half), gradients(plain, given, half=half)) < 1e-3
+        exact, ours = gradients(plain, given), gradients(compiled, given, half=half)
+        if half:  # a fused kernel rounds to bf16 at other places: compare how far both are from float32
+            assert difference(ours, exact) < 1.2 * difference(gradients(plain, given, half=True), exact)
+        else:
+            assert difference(ours, exact) < 1e-3
     assert not notes
 
 

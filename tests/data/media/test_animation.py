@@ -11,7 +11,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 
 from videox.data.media.animation import ANIMATED_FORMATS
-from videox.data.media.container import ANIMATION, BadMedia, MediaInfo
+from videox.data.media.container import ANIMATED_PNG, ANIMATION, BadMedia, MediaInfo
 from videox.data.media.video import READERS, probe, read_clip, read_image
 
 LOSSLESS = {"gif": {}, "png": {}, "webp": {"lossless": True}, "avif": {"quality": 100, "subsampling": "4:4:4"}}
@@ -55,7 +55,10 @@ def test_animations_are_videos_with_their_own_frames_and_times(
     path = (tmp_path / f"a.{suffix}").rename(tmp_path / "a.bin")
     info = probe(path)
     assert info == MediaInfo("video", 40, 30, count, pytest.approx(fps))
-    assert (info.format in ANIMATED_FORMATS, info.decoding) == (True, ANIMATION)
+    assert (info.format in ANIMATED_FORMATS, info.decoding) == (
+        True,
+        ANIMATION | (ANIMATED_PNG if suffix == "png" else 0),
+    )
     limit = 6 if suffix == "avif" else 0
     for reader in READERS:
         for wanted in (list(range(count)), [count - 1], [0, count - 1, count - 1]):
@@ -63,6 +66,24 @@ def test_animations_are_videos_with_their_own_frames_and_times(
             assert np.abs(clip.astype(int) - np.stack([expected[i] for i in wanted])).max() <= limit
     # The file is an image too, for a row whose type says so.
     assert np.abs(read_image(path, 30, 40)[0].astype(int) - expected[0]).max() <= limit
+
+
+@pytest.mark.parametrize("seed", [13, 14, 16])
+def test_a_frame_of_an_apng_is_the_same_wherever_reading_begins(tmp_path: Path, seed: int) -> None:
+    """Frames of parts that are drawn over others, or replace them, and are removed in all three ways."""
+    random = np.random.default_rng(seed)
+    pictures = []
+    for _ in range(6):
+        pixels = np.zeros((30, 40, 4), np.uint8)
+        x, y = random.integers(0, 25, 2)
+        pixels[y : y + 9, x : x + 12] = (*random.integers(0, 255, 3), int(random.integers(90, 255)))
+        pictures.append(Image.fromarray(pixels))
+    disposal, blend = ([int(value) for value in random.integers(0, end, 6)] for end in (3, 2))
+    path = tmp_path / "a.png"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], disposal=disposal, blend=blend, duration=80)
+    expected = read_all(path)
+    for first in range(6):
+        np.testing.assert_array_equal(read_clip(path, [*range(first, 6)], 30, 40), expected[first:])
 
 
 @pytest.mark.parametrize("suffix", LOSSLESS)

@@ -35,6 +35,7 @@ from videox.data.index.table import (
     write_table,
 )
 from videox.data.media.container import (
+    ANIMATED_PNG,
     ANIMATION,
     DECODINGS,
     MAX_PIXELS,
@@ -366,7 +367,7 @@ def with_declared_stills(table: pa.Table) -> pa.Table:
     still = (decoding & ANIMATION != 0) & (table["declared_kind"].to_numpy() == IMAGE)
     if not still.any():
         return table
-    values = {"kind": IMAGE, "frames": 1, "fps": 0, "decoding": decoding & ~np.uint32(ANIMATION)}
+    values = {"kind": IMAGE, "frames": 1, "fps": 0, "decoding": decoding & ~np.uint32(ANIMATION | ANIMATED_PNG)}
     for name, value in values.items():
         column = np.where(still, value, table[name].to_numpy()).astype(MEASURED[name])
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(column))

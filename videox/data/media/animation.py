@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from videox.data.media.container import ANIMATION, BadMedia, Container, MediaInfo
+from videox.data.media.container import ANIMATED_PNG, ANIMATION, BadMedia, Container, MediaInfo
 from videox.data.media.image import open_image, pillow_errors_to_bad_media, upright_pixels, upright_size
 
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
@@ -46,7 +46,8 @@ def probe_animation(path: Path, container: Container) -> MediaInfo | None:
             raise BadMedia("truncated", f"{len(delays)} of {frames} frames")
         seconds = sum(delays, Fraction(0)) if delays else _avif_seconds(image)
         width, height = upright_size(image)
-    return MediaInfo("video", width, height, frames, float(frames / seconds), decoding=ANIMATION)
+    decoding = ANIMATION | (ANIMATED_PNG if container.format == "PNG" else 0)
+    return MediaInfo("video", width, height, frames, float(frames / seconds), decoding=decoding)
 
 
 def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], None]) -> None:
@@ -65,9 +66,22 @@ def read(path: Path, indices: Sequence[int], keep: Callable[[int, np.ndarray], N
         if indices[0] < 0 or indices[-1] >= frames:
             raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
         for index in sorted(set(indices)):
-            with pillow_errors_to_bad_media():
-                image.seek(first + index)
+            _show(image, first + index)
             keep(index, upright_pixels(image))
+
+
+def _show(image: Image.Image, number: int) -> None:
+    """Make a frame the current picture; those of an APNG are loaded one after the other.
+
+    A frame of an APNG is drawn on those before it. Pillow 13 draws it on an incomplete canvas where `seek` passes over
+    frames that were not loaded.
+    """
+    with pillow_errors_to_bad_media():
+        if image.format == "PNG":
+            for before in range(image.tell(), number):
+                image.seek(before)
+                image.load()
+        image.seek(number)
 
 
 def _frames(image: Image.Image) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 # Profiles whose sequence parameter set states a chroma format (H.264, 7.3.2.1.1).
@@ -11,8 +11,11 @@ _H264_SLICES = (1, 2, 5)  # NAL unit types whose payload begins with a slice hea
 _H264_IDR, _H264_SPS, _H264_PPS = 5, 7, 8
 _HEVC_CLOSED = (19, 20)  # IDR_W_RADL and IDR_N_LP (H.265, table 7-1): no frame after them refers to one before them
 _HEVC_VCL = range(32)
+_HEVC_VPS, _HEVC_SPS, _HEVC_PPS = 32, 33, 34
 _B_PICTURES = {"mpeg4": 2, "mpeg1video": 3, "mpeg2video": 3}  # the coding type that means a B-picture
 _SMALL = 20  # bytes; an MPEG-4 packet below this may be a placeholder that gives no frame
+
+_Identity = tuple[int, int]  # of a parameter set: its NAL unit type and its number
 
 
 class Content(NamedTuple):
@@ -25,12 +28,15 @@ class Content(NamedTuple):
         reordered: it is a B-picture, which comes out of the decoder before a picture that precedes it in the stream;
             None if its headers do not say.
         certain: `frames` is known; if not, only decoding shows how many frames come of it.
+        standalone: a decoder that starts here has the parameter sets that are in force; if not, they are in an earlier
+            packet and differ from those that the container states.
     """
 
     frames: int
     closed: bool | None = None
     reordered: bool | None = None
     certain: bool = True
+    standalone: bool = True
 
 
 def content_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Content]:
@@ -43,8 +49,7 @@ def content_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Con
     if codec == "h264":
         return H264(extradata or b"").read
     if codec == "hevc":
-        length = _hevc_length_size(extradata or b"")
-        return lambda data: _hevc(data, length)
+        return _HEVC(extradata or b"").read
     if codec in _B_PICTURES:
         return lambda data: _mpeg(data, codec)
     return {"vp8": _vp8, "vp9": _vp9}.get(codec, _one_frame)
@@ -66,6 +71,36 @@ class _Sequence(NamedTuple):
     separate_planes: bool
 
 
+class _ParameterSets:
+    """The parameter sets of an H.264 or HEVC stream: those that the container states, and those in force.
+
+    A file whose packets contain other sets than its container states, and not at each keyframe, is decoded correctly
+    from its beginning only. Repacking a stream by its encoder's options, or joining two, makes such files.
+
+    Args:
+        stated: (identity, NAL unit) of the sets that the container states.
+    """
+
+    def __init__(self, stated: Iterable[tuple[_Identity, bytes]]) -> None:
+        self._stated = {identity: unit.rstrip(b"\0") for identity, unit in stated}
+        self._in_force = dict(self._stated)
+        self._own: set[_Identity] = set()
+
+    def begin_packet(self) -> None:
+        self._own.clear()
+
+    def take(self, identity: _Identity, unit: bytes) -> None:
+        self._in_force[identity] = unit.rstrip(b"\0")  # zeros between units do not belong to them
+        self._own.add(identity)
+
+    @property
+    def standalone(self) -> bool:
+        """Whether the container and the current packet give all sets that are in force."""
+        return all(
+            identity in self._own or self._stated.get(identity) == unit for identity, unit in self._in_force.items()
+        )
+
+
 class H264:
     """Reads the packets of an H.264 stream (ITU-T H.264, 7.3) as far as the fields in the slice headers.
 
@@ -80,11 +115,11 @@ class H264:
         self._length_size = 0
         if len(extradata) > 6 and extradata[0] == 1:
             self._length_size = (extradata[4] & 3) + 1
-            for unit in _avcc_parameter_sets(extradata):
-                self._parameter_set(unit)
+            stated = [*_avcc_parameter_sets(extradata)]
         else:
-            for unit in _units(extradata, 0):
-                self._parameter_set(unit)
+            stated = [*_units(extradata, 0)]
+        identities = [self._parameter_set(unit) for unit in stated]
+        self._sets = _ParameterSets((name, unit) for name, unit in zip(identities, stated, strict=True) if name)
 
     def read(self, data: bytes) -> Content:
         """Return the content of the next packet. A field is paired with the field before it as FFmpeg's decoder does:
@@ -92,10 +127,12 @@ class H264:
         """
         frames, closed, reordered = 0, False, False
         pictures = 0
+        self._sets.begin_packet()
         for unit in _units(data, self._length_size):
             kind = unit[0] & 31
-            if kind in (_H264_SPS, _H264_PPS):
-                self._parameter_set(unit)
+            identity = self._parameter_set(unit)
+            if identity:
+                self._sets.take(identity, unit)
             if kind not in _H264_SLICES or len(unit) < 3:
                 continue
             bits = _Bits(_without_emulation(unit[1:33]))
@@ -107,9 +144,9 @@ class H264:
             reordered = reordered or slice_type == 1
             if field is None:
                 self._first_field = None
-                return Content(frames + 1, closed, reordered)
+                return Content(frames + 1, closed, reordered, standalone=self._sets.standalone)
             frames += self._begins_frame(field)
-        return Content(frames, closed and frames > 0, reordered)
+        return Content(frames, closed and frames > 0, reordered, standalone=self._sets.standalone)
 
     def _begins_frame(self, field: tuple[int, bool]) -> bool:
         first = self._first_field
@@ -131,16 +168,19 @@ class H264:
         number = bits.u(sequence.frame_number_bits)
         return (number, bool(bits.u(1))) if bits.u(1) else None
 
-    def _parameter_set(self, unit: bytes) -> None:
-        if not unit:
-            return
+    def _parameter_set(self, unit: bytes) -> _Identity | None:
+        """Keep what slice headers need of a parameter set, and return its identity; None for any other unit."""
+        kind = unit[0] & 31 if unit else 0
+        if kind not in (_H264_SPS, _H264_PPS):
+            return None
         bits = _Bits(_without_emulation(unit[1:]))
-        if unit[0] & 31 == _H264_SPS:
+        if kind == _H264_SPS:
             number, sequence = _sequence_parameter_set(bits)
             self.sequences[number] = sequence
-        elif unit[0] & 31 == _H264_PPS:
+        else:
             number = bits.ue()
             self._sequence_of_picture[number] = bits.ue()
+        return kind, number
 
 
 def _sequence_parameter_set(bits: _Bits) -> tuple[int, _Sequence]:
@@ -240,12 +280,61 @@ def _hevc_length_size(extradata: bytes) -> int:
     return (extradata[21] & 3) + 1 if is_hvcc else 0
 
 
-def _hevc(data: bytes, length_size: int) -> Content:
-    for unit in _units(data, length_size):
-        kind = unit[0] >> 1 & 63
-        if kind in _HEVC_VCL:
-            return Content(1, kind in _HEVC_CLOSED)
-    return Content(0, False)
+def _hvcc_parameter_sets(extradata: bytes) -> Iterator[bytes]:
+    at = 23
+    for _ in range(extradata[22]):
+        count = int.from_bytes(extradata[at + 1 : at + 3])
+        at += 3
+        for _ in range(count):
+            length = int.from_bytes(extradata[at : at + 2])
+            yield extradata[at + 2 : at + 2 + length]
+            at += 2 + length
+
+
+class _HEVC:
+    """Reads the packets of an HEVC stream (ITU-T H.265, 7.3) as far as the type of the first slice.
+
+    Args:
+        extradata: an hvcC box (ISO 14496-15), or NAL units after start codes.
+    """
+
+    def __init__(self, extradata: bytes) -> None:
+        self._length_size = _hevc_length_size(extradata)
+        stated = [*(_hvcc_parameter_sets(extradata) if self._length_size else _units(extradata, 0))]
+        identities = [_hevc_identity(unit) for unit in stated]
+        self._sets = _ParameterSets((name, unit) for name, unit in zip(identities, stated, strict=True) if name)
+
+    def read(self, data: bytes) -> Content:
+        """Return the content of the next packet."""
+        self._sets.begin_packet()
+        for unit in _units(data, self._length_size):
+            kind = unit[0] >> 1 & 63
+            identity = _hevc_identity(unit)
+            if identity:
+                self._sets.take(identity, unit)
+            if kind in _HEVC_VCL:
+                return Content(1, kind in _HEVC_CLOSED, standalone=self._sets.standalone)
+        return Content(0, False)
+
+
+def _hevc_identity(unit: bytes) -> _Identity | None:
+    """Return the type and number of a parameter set (H.265, 7.3.2); None for any other unit."""
+    kind = unit[0] >> 1 & 63 if unit else 0
+    bits = _Bits(_without_emulation(unit[2:66]))
+    if kind == _HEVC_VPS:
+        return kind, bits.u(4)
+    if kind == _HEVC_PPS:
+        return kind, bits.ue()
+    if kind != _HEVC_SPS:
+        return None
+    bits.u(4)
+    layers = bits.u(3)  # temporal sub-layers below the highest
+    bits.u(1 + 96)  # general profile, tier and level (7.3.3)
+    present = [(bits.u(1), bits.u(1)) for _ in range(layers)]  # of each sub-layer: profile, level
+    bits.u(2 * (8 - layers) if layers else 0)
+    for profile, level in present:
+        bits.u(88 * profile + 8 * level)
+    return kind, bits.ue()
 
 
 def _mpeg(data: bytes, codec: str) -> Content:

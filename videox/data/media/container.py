@@ -19,18 +19,20 @@ _PROCESS_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 # Kinds of files that earlier versions decoded otherwise, as bits of MediaInfo.decoding. Indexes, cache keys and
 # checkpoints contain them: a bit is never reused, and a kind whose decoding changes again gets a new one.
-MIRRORED, ANIMATION, REORDERED, FIELD_CODED, BETWEEN_KEYFRAMES = 1, 2, 4, 8, 16
+MIRRORED, ANIMATION, REORDERED, FIELD_CODED, BETWEEN_KEYFRAMES, EARLIER_SETS, ANIMATED_PNG = 1, 2, 4, 8, 16, 32, 64
 DECODINGS = {
     MIRRORED: "a mirrored video",
     ANIMATION: "an animation",
     REORDERED: "B-frames without composition times",
     FIELD_CODED: "field-coded H.264",
     BETWEEN_KEYFRAMES: "a recording that begins between keyframes",
+    EARLIER_SETS: "keyframes that need headers of earlier frames",
+    ANIMATED_PNG: "an animated PNG",
 }
 # Version of what `probe` finds out of the files of a format; 1 where a format is not listed. It is increased when the
 # same file would be measured, accepted or decoded otherwise: an index probes the files of that format again.
 PROBE_VERSIONS = {
-    "PNG": 2, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 2, "matroska": 2, "mpegts": 2, "mpeg": 2, "flv": 2, "avi": 2,
+    "PNG": 3, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 3, "matroska": 3, "mpegts": 3, "mpeg": 2, "flv": 3, "avi": 3,
     "asf": 2,
 }  # fmt: skip
 

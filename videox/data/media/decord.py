@@ -75,6 +75,8 @@ def _check_usable(path: Path, container: Container, indices: Sequence[int]) -> N
     order = display_order(listing, packets)
     if not listing.countable or order is None or not packets.shown.all() or not indices[-1] < packets.frames:
         raise DecordCannotRead("its frames are not ordered or counted by their times")
+    if packets.needs_earlier_sets:
+        raise DecordCannotRead("its keyframes need headers that are in earlier frames only")
     if not packets.key[0] or not packets.closed[packets.key].all():
         raise DecordCannotRead("decoding cannot start at each of its keyframes")
     first = next((frame for _, frame in decode_from_start(path, container)), None)

@@ -63,7 +63,8 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
 def _read_by_packets(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> set[int]:
     """Read frames from a keyframe near them; return those that were not delivered, or cannot be told apart.
 
-    Where the file does not contain what its index states, all of its packets are listed.
+    Where the file does not contain what its index states, or a frame is damaged that is decoded by it, all of its
+    packets are listed: a keyframe may need parameter sets that are in none of the packets around it.
     """
     for complete in (False, True):
         listing, missing = listing_of(path, container, complete=complete), set(indices)
@@ -74,6 +75,9 @@ def _read_by_packets(path: Path, container: Container, indices: Sequence[int], k
         except OrderError:
             if listing.complete:
                 break
+        except BadMedia as damage:
+            if listing.complete or damage.media_class != "undecodable":
+                raise
     return set(indices)
 
 

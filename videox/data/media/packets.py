@@ -52,10 +52,12 @@ class Packets:
     Attributes:
         pts: int64 [n], presentation time; MISSING where there is none.
         dts: int64 [n], decoding time; MISSING where there is none.
-        key: bool [n], the container says that decoding can start here.
+        key: bool [n], the container says that decoding can start here, and the parameter sets in force are stated by
+            the container or in the packet.
         closed: bool [n], decoding can start here, and every frame after it in the stream is then delivered.
         shown: bool [n], the decoder delivers a frame that begins in this packet.
         reordered: whether a packet is a B-picture: None if it is not known.
+        needs_earlier_sets: the container states keyframes that need parameter sets of an earlier packet.
         number: number of the first of them in the stream.
         frames_before: frames that the packets before them give.
     """
@@ -66,6 +68,7 @@ class Packets:
     closed: np.ndarray
     shown: np.ndarray
     reordered: bool | None
+    needs_earlier_sets: bool = False
     number: int = 0
     frames_before: int = 0
 
@@ -148,7 +151,7 @@ def _list_packets(path: Path, container: Container, complete: bool) -> Listing:
             return blocks or _scan(file, stream, container)
         look = content_reader(context.name, context.extradata)
         contents = [look(bytes(packet)) for packet in islice(data_packets(file, stream), _PEEKED)]
-        if all(content.certain and content.frames == 1 for content in contents):
+        if all(content.certain and content.frames == 1 and content.standalone for content in contents):
             return _from_index(entries, contents, context.name, container)
     with open_video(path, container) as (file, stream):
         return _scan(file, stream, container)
@@ -173,10 +176,13 @@ def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listi
         return None
     contents = [block.content for block in blocks]
     times = np.array([block.time for block in blocks], np.int64)
+    standalone = np.array([content.standalone for content in contents], bool)
     key = np.array([block.key for block in blocks], bool)
+    needs_earlier_sets, key = bool((key & ~standalone).any()), key & standalone
     shown = np.array([content.frames > 0 for content in contents], bool)
     closed, missing = _closed(key, contents, codec), np.full(len(key), MISSING)
-    return Listing(Packets(times, missing, key, closed, shown, _reordered(contents)), codec, True, True)
+    packets = Packets(times, missing, key, closed, shown, _reordered(contents), needs_earlier_sets)
+    return Listing(packets, codec, True, True)
 
 
 def _reordered(contents: list[Content]) -> bool | None:
@@ -240,15 +246,17 @@ def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packet
     if truncated:
         raise BadMedia("truncated", "its last packet is incomplete")
     table = np.array(rows, np.int64).reshape(-1, 4)
-    key, shown = table[:, 2].astype(bool), table[:, 3].astype(bool)
+    stated, shown = table[:, 2].astype(bool), table[:, 3].astype(bool)
+    key = stated & np.array([content.standalone for content in contents], bool)
     closed = _closed(key, contents, context.name)
-    return Packets(table[:, 0].copy(), table[:, 1].copy(), key, closed, shown, _reordered(contents)), contents
+    times, needs_earlier_sets = (table[:, 0].copy(), table[:, 1].copy()), bool((stated & ~key).any())
+    return Packets(*times, key, closed, shown, _reordered(contents), needs_earlier_sets), contents
 
 
 def _closed(key: np.ndarray, contents: list[Content], codec: str) -> np.ndarray:
     if codec in _IN_ORDER:
         return key.copy()
-    closed = np.array([bool(content.closed) for content in contents], bool)
+    closed = np.array([bool(content.closed) and content.standalone for content in contents], bool)
     # MPEG-1, 2 and 4 do not state it; frames that are displayed before a keyframe are the B-pictures right after it.
     following = [content.reordered is not False for content in contents[1:]] + [True]
     unknown = np.array([content.closed is None for content in contents], bool)
@@ -276,7 +284,7 @@ def window(path: Path, container: Container, listing: Listing, first: int, last:
     part = slice(start, stop)
     place = Packets(
         packets.pts[part], packets.dts[part], packets.key[part], packets.closed[part], packets.shown[part], None,
-        start, int(ranks[start]),
+        False, start, int(ranks[start]),
     )  # fmt: skip
     if listing.always_in_order:
         return place

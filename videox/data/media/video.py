@@ -15,6 +15,7 @@ from videox.data.media import animation
 from videox.data.media import decord as decord_reader
 from videox.data.media.container import (
     BETWEEN_KEYFRAMES,
+    EARLIER_SETS,
     FIELD_CODED,
     MIRRORED,
     REORDERED,
@@ -80,6 +81,8 @@ def _decoding_of(path: Path, container: Container, listing: Listing) -> int:
     decoding = FIELD_CODED if listing.has_fields else 0
     if listing.begins_late:
         decoding |= BETWEEN_KEYFRAMES
+    if listing.packets.needs_earlier_sets:
+        decoding |= EARLIER_SETS
     if not listing.always_in_order and not listing.made_up_times and has_unordered_times(path, container):
         decoding |= REORDERED
     return decoding
