@@ -88,8 +88,10 @@ def run_cell(setup: launches.BackendRuns, recipe: str, folder: Path) -> CellResu
 def check_converted(setup: launches.BackendRuns, recipe: str, folder: Path) -> None:
     """Check that the published command writes the trained weights cast to bfloat16, and that diffusers loads them."""
     converted = launch_checks.convert_checkpoint(folder, STEPS)
-    if "transformer" in launch_checks.CHECKPOINT_FILES[recipe]:
-        for words in ("full float32 weights in transformer", "already contains the full weights"):
+    files = launch_checks.CHECKPOINT_FILES[recipe]
+    if "transformer" in files:
+        source = "ZeRO-2 of" if "pytorch_model" in files else "full float32 weights in transformer"
+        for words in (source, "already contains the full weights"):
             assert words in converted.stdout, converted.stdout
     weights, trained = (runs.read_weights(place) for place in (converted.folder, folder / "transformer"))
     assert weights.keys() == trained.keys()
