@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +30,7 @@ import runs
 import tiny
 from machine import machine_line
 
-from videox.run.checkpoint import find_checkpoints, latest_checkpoint
+from videox.run.checkpoint import find_checkpoints, latest_checkpoint, verify
 
 STEPS, EVERY, KILLS, IN_SAVES = 60, 5, 20, 7
 CONFIGURATIONS = tuple((workers, precision) for precision in ("no", "bf16") for workers in (0, 2))
@@ -101,7 +102,7 @@ def resume(
 ) -> Kill:
     """Check the folder that a kill left, resume the run to its end, and compare it with the uninterrupted run."""
     in_save = bool(saves_under_way(output_dir))
-    newest, half = latest_checkpoint(output_dir, hashes=True)
+    newest, half = latest_checkpoint(output_dir, partial(verify, hashes=True))
     step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
     again = server.run([*argv(output_dir), "--resume_from_checkpoint", "latest"], output_dir.with_suffix(".log"))
     problems = [] if again.code == 0 else [f"resume ended with {again.code}: {again.output()[-2000:]}"]

@@ -39,9 +39,10 @@ FUNCTION_LINES, MOST_PARAMETERS = 60, 8
 ALIKE, EQUAL_LINES = 0.45, 25  # of the Wan story in the HunyuanVideo story; consecutive code lines
 STORIES = ("scripts/wan2.1/train.py", "scripts/hunyuanvideo/train.py")
 MAY_PRINT = {"videox.doctor.__main__"}
-# Functions that may catch Exception, as "module.function": decoder child, sample, compile probe. Each reports what it
-# caught.
+# Functions that may catch Exception, as "module.function": decoder child, sample, compile probe, a script's main. Each
+# reports what it caught.
 BROAD_BOUNDARIES = {
+    "videox.run.lifecycle.run_script",
     "videox.models.attention_backend.failure_of",
     "videox.models.compiled_blocks.probe",
 }

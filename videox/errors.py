@@ -49,6 +49,10 @@ class UserError(Exception):
         return [self.line(), *(f"  {_printable(line)}" for line in self.details)]
 
 
+def _one_line(text: str) -> str:
+    return _printable(" ".join(text.split()))
+
+
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -90,8 +94,8 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_LINE
     if isinstance(error, SaveError):
-        return " ".join(f"error: {error}. Fix: free some disk space, or pass a writable folder".split())
-    return " ".join(f"error: {type(error).__name__}: {error}".split())
+        return _one_line(f"error: {error}. Fix: free some disk space, or pass a writable folder")
+    return _one_line(f"error: {type(error).__name__}: {error}")
 
 
 def error_text(error: BaseException) -> str:

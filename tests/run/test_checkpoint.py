@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_failed_write_drops_the_save_and_keeps_the_older(tmp_path, error):
     ):
         write_checkpoint_files(folder, 2)
         raise error
-    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, partial(verify, hashes=True)) == (
         tmp_path / "checkpoint-1",
         [],
     )
@@ -131,7 +132,7 @@ def test_full_disk_at_any_file_keeps_the_older_checkpoint(tmp_path, limit):
             publish(tmp_path, 2, padding="x" * 3000)
 
     assert wait_for(fork(full_disk)) == 0
-    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, hashes=True) == (
+    assert file_names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path, partial(verify, hashes=True)) == (
         tmp_path / "checkpoint-1",
         [],
     )
@@ -229,7 +230,10 @@ def test_rank_killed_during_a_save_ends_the_others_and_publishes_nothing(tmp_pat
         os._exit(0)
 
     assert in_ranks(2, tmp_path, work) == [0, -signal.SIGKILL]
-    assert file_names(run) == ["checkpoint-4"] and latest_checkpoint(run, hashes=True) == (run / "checkpoint-4", [])
+    assert file_names(run) == ["checkpoint-4"] and latest_checkpoint(run, partial(verify, hashes=True)) == (
+        run / "checkpoint-4",
+        [],
+    )
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -259,11 +263,11 @@ def test_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_path)
             save_and_prune(run)
 
         status = wait_for(fork(killed))
-        newest, _ = latest_checkpoint(run, hashes=True)
+        newest, _ = latest_checkpoint(run, partial(verify, hashes=True))
         assert newest in (run / "checkpoint-2", run / "checkpoint-3"), points
         assert remove_leftovers(run) == []
         save_and_prune(run)  # the second attempt ends as if there had been no kill
-        assert latest_checkpoint(run, hashes=True) == (run / "checkpoint-3", [])
+        assert latest_checkpoint(run, partial(verify, hashes=True)) == (run / "checkpoint-3", [])
         left = file_names(run)
         assert left[0] == "checkpoint-3" and set(left[1:]) >= {"superseded-3"}
         assert all(name.startswith("superseded-3") for name in left[1:])
@@ -301,7 +305,7 @@ def test_error_of_every_file_operation_of_a_save(third_unsound, tmp_path):
         reached = status != 0
         assert status in (0, 3, 4)
         failures += status == 4
-        newest, _ = latest_checkpoint(run, hashes=True)
+        newest, _ = latest_checkpoint(run, partial(verify, hashes=True))
         assert (
             newest == run / "checkpoint-3" if status != 4 else newest in (run / "checkpoint-2", run / "checkpoint-3")
         )
@@ -330,7 +334,7 @@ def test_only_exact_names_with_a_manifest_are_checkpoints(tmp_path):
     (tmp_path / "checkpoint-700").write_text("a file")
     (tmp_path / "checkpoint-800").symlink_to(tmp_path / "nowhere")
     assert find_checkpoints(tmp_path) == real[::-1]
-    assert latest_checkpoint(tmp_path, hashes=True) == (real[0], [])
+    assert latest_checkpoint(tmp_path, partial(verify, hashes=True)) == (real[0], [])
     assert find_checkpoints(tmp_path / "absent") == [] and latest_checkpoint(tmp_path / "absent") == (None, [])
 
 
@@ -367,7 +371,7 @@ def test_any_damage_to_any_file_is_reported_and_the_older_is_used(two_checkpoint
         content[at] ^= 1
         changed = {"truncated": content[:-3], "empty": b""}.get(damage, content)
         path.write_bytes(bytes(changed))
-    chosen, warnings = latest_checkpoint(run, hashes=True)
+    chosen, warnings = latest_checkpoint(run, partial(verify, hashes=True))
     assert chosen == run / "checkpoint-1"
     if (name, damage) == (MANIFEST, "missing"):
         assert warnings == []  # without a manifest it is not a checkpoint

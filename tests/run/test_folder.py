@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def two_checkpoints(tmp_path_factory) -> Path:
 
 
 def resume(path: str | None, run: Path, hashes: bool = False) -> ResumePoint:
-    return resolve_resume(path, run, previous_run_killed=hashes, verify_hashes=False)
+    return resolve_resume(path, run, partial(verify, hashes=hashes))
 
 
 def refused(path: str | None, run: Path, exit_code: int, hashes: bool = False) -> str:
@@ -75,11 +76,8 @@ def test_latest_is_the_newest_sound_checkpoint(two_checkpoints, tmp_path):
     tensors = run / "checkpoint-2" / "optimizer.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
     assert resume("latest", run).step == 2
-    for found in (
-        resume("latest", run, hashes=True),
-        resolve_resume("latest", run, previous_run_killed=False, verify_hashes=True),
-    ):
-        assert found.step == 1 and "checkpoint-2" in found.warnings[0]
+    found = resume("latest", run, hashes=True)
+    assert found.step == 1 and "checkpoint-2" in found.warnings[0]
     (run / "checkpoint-1" / "trainer_state.json").unlink()
     line = refused("latest", run, MODEL, hashes=True)
     assert "trainer_state.json is missing" in line and "optimizer.safetensors" in line
@@ -448,7 +446,7 @@ def resume_and_train(run: Path, published: int) -> None:
     """A small run: resume, train AdamW, record, save and prune until killed; write each published step to a pipe."""
     with lock_folder(run):
         remove_leftovers(run)
-        start = resolve_resume("latest", run, previous_run_killed=True, verify_hashes=False)
+        start = resolve_resume("latest", run, partial(verify, hashes=True))
         rewind(run, start.step)
         weight = torch.nn.Parameter(torch.zeros(300))
         optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -500,14 +498,14 @@ def test_forty_kills_at_random_times_lose_nothing(tmp_path):
             reached = [int(line) for line in lines]
         span *= 0.9 if reached else 1.2  # adapts to the speed of the machine
         announced = max([announced, *reached])
-        newest, warnings = latest_checkpoint(tmp_path, hashes=True)
+        newest, warnings = latest_checkpoint(tmp_path, partial(verify, hashes=True))
         assert warnings == [] and (newest is None) == (announced == 0 and not find_checkpoints(tmp_path))
         if newest is not None:
             assert read_manifest(newest)["step"] >= announced
 
     with lock_folder(tmp_path):  # the killed processes left no lock
         assert remove_leftovers(tmp_path) == []
-        newest, _ = latest_checkpoint(tmp_path, hashes=True)
+        newest, _ = latest_checkpoint(tmp_path, partial(verify, hashes=True))
         step = read_manifest(newest)["step"]
         rewind(tmp_path, step)
     exact = uninterrupted(step)

@@ -227,14 +227,59 @@ def test_user_error_prints_one_line_and_exits_with_its_code(capsys: pytest.Captu
     assert capsys.readouterr().err == "error: --flag: has a\\nbreak. Fix: remove it.\n"
 
 
-def test_exit_code_of_main_is_used_and_other_exceptions_are_reraised() -> None:
+def test_exit_code_of_main_is_used_and_other_exceptions_have_a_line_and_the_code_of_a_bug(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: 75)
     assert ended.value.code == 75
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as ended:
         run_script(lambda: 1 // 0)
+    assert ended.value.code == BUG
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0].startswith("Traceback") and printed[-1].startswith("error: ZeroDivisionError: ")
     assert exit_code(ZeroDivisionError("division by zero")) == BUG
     assert error_line(ZeroDivisionError("division by zero")) == "error: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_traceback_of_an_unforeseen_error_is_in_crash_txt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int
+) -> None:
+    def main() -> int:
+        with open_in(tmp_path / "run"):
+            raise KeyError("caption\x1b[31m\n")
+
+    for _ in range(times):
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        line, place = capsys.readouterr().err.splitlines()
+        assert ended.value.code == BUG == read_status(tmp_path / "run").exit_code
+        assert line == "error: KeyError: 'caption\\x1b[31m\\n'" == read_status(tmp_path / "run").error
+        assert place == f"  traceback: {tmp_path / 'run' / 'crash.txt'}"
+    text = (tmp_path / "run" / "crash.txt").read_text()
+    assert text.count("Traceback (most recent call last)") == times == text.count("in main")
+
+
+def test_errors_with_a_message_for_the_user_write_no_crash_txt(tmp_path: Path) -> None:
+    for error in (UserError("--flag", "is wrong", "remove it"), SaveError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), open_in(tmp_path / "run"):
+            raise error
+    assert not (tmp_path / "run" / "crash.txt").exists()
+
+
+def test_a_crash_without_a_place_for_its_traceback_prints_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        with open_in(tmp_path / "run"):
+            (tmp_path / "run" / "crash.txt").mkdir()
+            raise RuntimeError("\x07 rings")
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0].startswith("Traceback") and printed[-1] == "error: RuntimeError: \\x07 rings"
 
 
 # The main thread keeps the GIL (switch interval), so that gloo's thread still waits for it when the process ends.

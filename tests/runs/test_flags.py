@@ -970,8 +970,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cached_run: CachedRuns, tmp_p
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@covers("verify")
-def test_verify_checks_hashes(cached_run: CachedRuns, tmp_path: Path) -> None:
+@covers("verify", "skip_verify")
+def test_hashes_are_checked_unless_that_is_skipped(cached_run: CachedRuns, tmp_path: Path) -> None:
     first = cached_run.fresh(**STEPS, output_dir=tmp_path / "out")
     path = first.folder / "checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
@@ -985,9 +985,12 @@ def test_verify_checks_hashes(cached_run: CachedRuns, tmp_path: Path) -> None:
         **STEPS,
         resume_from_checkpoint=first.folder / "checkpoint-2",
     )
-    refused = runs.train([*argv, "--verify"])
-    assert refused.code == 4 and "checkpoint-2" in refused.stderr
-    assert runs.train(argv).code == 0
+    for flags in ([], ["--verify"]):
+        refused = runs.train([*argv, *flags])
+        assert refused.code == 4 and "checkpoint-2" in refused.stderr and "sha256" in refused.stderr
+    skipped = runs.train([*argv, "--skip_verify"])
+    assert skipped.code == 0 and "hashes verified" not in skipped.stdout
+    assert runs.train([*argv, "--verify", "--skip_verify"]).code == 2
 
 
 @covers("export_dtype")

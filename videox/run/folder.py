@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -134,27 +134,23 @@ def _run_marker(output_dir: Path) -> str:
     return status.name if step else ""
 
 
-def resolve_resume(
-    resume: str | None, output_dir: Path, *, previous_run_killed: bool, verify_hashes: bool
-) -> ResumePoint:
+def resolve_resume(resume: str | None, output_dir: Path, check: Callable[[Path], list[str]] = verify) -> ResumePoint:
     """Return where to resume. The step comes from the manifest, so renamed and moved folders work.
 
     Args:
         resume: "latest", a checkpoint's path (relative to the working directory or absolute), or None.
         output_dir: of this run.
-        previous_run_killed: the last run here ended without writing its status, so hashes are verified.
-        verify_hashes: verify hashes in any case.
+        check: returns what is wrong with a checkpoint, as `verify` does.
 
     Raises:
         UserError: (FLAGS) `resume` is None and the folder already contains a run; (MODEL) the path is no sound
             checkpoint of this trainer, or `latest` finds checkpoints and none can be resumed; (STORAGE) a folder is
             unreadable.
     """
-    hashes = previous_run_killed or verify_hashes
     try:
         if resume is None:
             return _start_anew(output_dir)
-        return _resume_latest(output_dir, hashes) if resume == "latest" else _resume_path(resume, output_dir, hashes)
+        return _resume_latest(output_dir, check) if resume == "latest" else _resume_path(resume, output_dir, check)
     except OSError as error:
         hint = "pass a path that this process may read"
         raise UserError(
@@ -170,20 +166,20 @@ def _start_anew(output_dir: Path) -> ResumePoint:
     return ResumePoint(None, 0)
 
 
-def _resume_path(path: str, output_dir: Path, hashes: bool) -> ResumePoint:
+def _resume_path(path: str, output_dir: Path, check: Callable[[Path], list[str]]) -> ResumePoint:
     checkpoint = Path(path)
     if not checkpoint.exists() and (output_dir / path / MANIFEST).is_file():
         checkpoint = output_dir / path  # a bare name, as other trainers accept it
     if not (checkpoint / MANIFEST).is_file():
         raise _not_a_checkpoint_error(checkpoint, output_dir)
-    problems = verify(checkpoint, hashes)
+    problems = check(checkpoint)
     if problems:
         raise UserError(str(checkpoint), "; ".join(problems), "pass another checkpoint, or latest", MODEL)
     return ResumePoint(checkpoint, read_manifest(checkpoint)["step"])
 
 
-def _resume_latest(output_dir: Path, hashes: bool) -> ResumePoint:
-    newest, warnings = latest_checkpoint(output_dir, hashes)
+def _resume_latest(output_dir: Path, check: Callable[[Path], list[str]]) -> ResumePoint:
+    newest, warnings = latest_checkpoint(output_dir, check)
     if newest is not None:
         return ResumePoint(newest, read_manifest(newest)["step"], tuple(warnings))
     if warnings:

@@ -26,8 +26,10 @@ from videox.errors import (
     error_text,
     exit_code,
 )
+from videox.run.crash import crash_text, record_crash
 from videox.run.folder import ResumePoint, lock_folder, remove_leftovers, resolve_resume
 from videox.run.status import RunStatus, read_status
+from videox.run.verification import SharedVerification
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Run:
 
 
 class _StatusOnError:
-    """Writes into run_status.json how a block ended, if it ended by an exception; suppresses nothing."""
+    """Writes into run_status.json, and crash.txt, how a block ended that an exception ended; suppresses nothing."""
 
     def __init__(self, status: RunStatus) -> None:
         self.status = status
@@ -62,6 +64,7 @@ class _StatusOnError:
         if error is None:
             return
         with _default_sigchld():
+            record_crash(error, self.status.path.parent)
             if isinstance(error, KeyboardInterrupt):
                 self.status.write("stopped", exit_code=INTERRUPTED, error=INTERRUPTED_LINE)
             else:
@@ -94,7 +97,7 @@ def open_run(
     Args:
         output_dir: of the run; created if missing.
         resume: value of --resume_from_checkpoint.
-        verify: check all hashes even if the last run ended well.
+        verify: check the hashes of the checkpoint; each rank hashes a share of the files.
         is_main: true on exactly one rank.
         gather: collective that returns every rank's value.
 
@@ -102,8 +105,10 @@ def open_run(
         UserError: on every rank: the folder is in use, belongs to another run, or the checkpoint cannot be resumed.
     """
     with ExitStack() as stack:
-        decision = _open_folder(stack, output_dir, resume, verify) if is_main else None
-        shared: _Decision | UserError = gather(decision)[0]
+        checks = SharedVerification(gather, hashes=verify)
+        shared: _Decision | UserError = (
+            gather(_open_folder(stack, output_dir, resume, checks))[0] if is_main else checks.follow()
+        )
         if isinstance(shared, UserError):
             raise shared
         status = RunStatus(output_dir, enabled=is_main)
@@ -118,25 +123,27 @@ class _Decision(NamedTuple):
     finished_step: int
 
 
-def _open_folder(stack: ExitStack, output_dir: Path, resume: str | None, verify: bool) -> _Decision | UserError:
+def _open_folder(
+    stack: ExitStack, output_dir: Path, resume: str | None, checks: SharedVerification
+) -> _Decision | UserError:
     try:
         notes = [*stack.enter_context(lock_folder(output_dir)), *remove_leftovers(output_dir)]
         last = read_status(output_dir)
-        killed = last is not None and last.was_killed
-        if killed and last is not None:
+        if last is not None and last.was_killed:
             notes.append(f"the last run here ended without writing its status (killed?) at step {last.step}")
-        point = resolve_resume(resume, output_dir, previous_run_killed=killed, verify_hashes=verify)
+        point = resolve_resume(resume, output_dir, checks.check)
     except UserError as error:
         # Returned, not raised: the other ranks wait in a gather and must get it, too.
         return error
     finished_step = last.step if last is not None and last.state == "finished" else 0
-    return _Decision(point, (*notes, *point.warnings), finished_step)
+    return _Decision(point, (*notes, *checks.notes, *point.warnings), finished_step)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main function and exit with its code.
 
-    A UserError is printed as one line, and its details below it, on stderr; other exceptions keep their traceback.
+    A UserError is printed as one line, and its details below it, on stderr. So is any other exception: its traceback
+    is in crash.txt of the run's folder, or is printed before the line if no folder was open.
     """
     try:
         code = main()
@@ -150,6 +157,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted outside a step; the last checkpoint is kept\n")
         code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the outermost boundary: the exception is printed
+        sys.stderr.write(f"{crash_text(error)}\n")
+        code = exit_code(error)
     if dist.is_initialized():
         _leave_group(code)
     sys.exit(code)

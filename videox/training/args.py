@@ -57,6 +57,8 @@ def check_args(args: argparse.Namespace) -> None:
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "use one of them"
         )
     check_speed(args)
+    if args.verify and args.skip_verify:
+        raise UserError("--skip_verify", "contradicts --verify", "use one of them")
     without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}
     for flag, default in without_effect.items():
         if not args.use_ema and getattr(args, flag) != default:

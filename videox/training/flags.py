@@ -335,8 +335,9 @@ def add_run(parser: Parser) -> None:
         "with, then the new data is trained (now: the rest of the current epoch is left out)"
     )
     add("--accept_data_change", nargs="?", choices=ACCEPTED, const=NEXT_EPOCH, metavar="now", help=accept)
-    verify = "check the hashes of the checkpoint before any resume; by default only after a crash"
-    add("--verify", action="store_true", help=verify)
+    add("--verify", action="store_true", help="check the hashes of a checkpoint before a resume: the default")
+    skip = "check only sizes and headers of a checkpoint's files before a resume, not their hashes"
+    add("--skip_verify", action="store_true", help=skip)
     layouts = (
         "layouts of the exported weights, at the end and in the exports/ folder of each checkpoint; diffusers: "
         "always, at the end only; original, comfyui, kohya (LoRA only): one file; merged: base model with the LoRA "

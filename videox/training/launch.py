@@ -41,7 +41,7 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     if accelerator.num_processes > 1:
         accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
     folder = open_run(
-        output_dir, resume=args.resume_from_checkpoint, verify=args.verify, is_main=is_main, gather=gather
+        output_dir, resume=args.resume_from_checkpoint, verify=not args.skip_verify, is_main=is_main, gather=gather
     )
     # The monitor is entered inside the run folder too, so that run_status.json gets the first cause of a failure.
     with monitor.first_cause(), folder as run, monitor.first_cause():

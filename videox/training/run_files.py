@@ -22,7 +22,7 @@ LAUNCH = "# Launch: "  # begins the line of a recipe with its launch command
 FIGURES = "figures.json"  # in the folder above the recipes of a family
 # Flags of an args.json that say how that run was started, and not what it trained.
 _NOT_REPEATED = (
-    *FILE_FLAGS, "resume_from_checkpoint", "accept_data_change", "verify", "dry_run", "explain", "dry_run_plan", "dry_run_processes",
+    *FILE_FLAGS, "resume_from_checkpoint", "accept_data_change", "verify", "skip_verify", "dry_run", "explain", "dry_run_plan", "dry_run_processes",
     "dry_run_backend", "dry_run_deepspeed_config", "cache_only", "dump_steps",
 )  # fmt: skip
 _WORDS = {"true": True, "false": False}

@@ -146,6 +146,7 @@ def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
         "accept_data_change",
         "output_dir",
         "verify",
+        "skip_verify",
         "config",
         "recipe",
         "flow_shift",
