@@ -48,7 +48,7 @@ KNOWN_WAITS: Mapping[str, str] = {
     "videox/encoders/hunyuan_text.py trim_text": "without a cache: the number of tokens decides the shape",
     "videox/engine/deepspeed.py DeepSpeedEngine.update": "DeepSpeed reads overflow and gradient norm in its step",
     "videox/distributed/collectives.py backward": "DeepSpeed waits for its reductions at the end of backward",
-    "videox/engine/deepspeed.py DeepSpeedEngine.fp32_params": "DeepSpeed waits when the EMA reads a weight under ZeRO-3",
+    "videox/engine/deepspeed.py DeepSpeedEngine.fp32_params": "ZeRO-3: DeepSpeed waits for the stream of its reductions, which ended in the step before, for each weight of an EMA",
     "deepspeed/accelerator/cuda_accelerator.py CUDA_Accelerator.synchronize": "as above, in a hook of the backward pass",
 }
 
@@ -56,6 +56,7 @@ KNOWN_WAITS: Mapping[str, str] = {
 KNOWN_WARNINGS: Mapping[str, str] = {
     "Accessing the data pointer of FakeTensor": "only here: DeepSpeed checks the alignment of memory that does not exist",
     "`torch.distributed.all_gather_into_tensor` is deprecated": "DeepSpeed calls it; on a GPU, too",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated": "as above",
 }
 
 
