@@ -73,6 +73,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def mode_of_umask(path: Path) -> Iterator[None]:
+    """Create a file that the block writes with the permissions of the user's umask; safetensors would make it 0600.
+
+    Args:
+        path: a file that may exist.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
 def write_json_atomically(path: Path, content: object) -> None:
     """Write a JSON file that a reader finds whole, old or new, at any time. Raises OSError, TypeError."""
     text = json.dumps(content, indent=1) + "\n"

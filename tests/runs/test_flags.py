@@ -993,6 +993,14 @@ def test_hashes_are_checked_unless_that_is_skipped(cached_run: CachedRuns, tmp_p
     assert runs.train([*argv, "--verify", "--skip_verify"]).code == 2
 
 
+def test_other_users_may_read_what_the_umask_lets_them_read(cached_run: CachedRuns) -> None:
+    run, mask = cached_run(STEPS), os.umask(0)
+    os.umask(mask)
+    for path in run.folder.rglob("*"):
+        allowed = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == allowed & ~mask, path
+
+
 @covers("export_dtype")
 def test_the_export_has_the_requested_dtype(cached_run: CachedRuns) -> None:
     fp32_params = cached_run(STEPS).weights("checkpoint-2/transformer")

@@ -222,6 +222,13 @@ def test_a_missing_flag_is_named(base: list[str], missing: str) -> None:
     assert "required" in error.what
 
 
+@pytest.mark.parametrize("name", ACTIONS)
+def test_two_dashes_are_no_value(base: list[str], name: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse([*base, f"--{name}=--"])
+    assert refused.value.where == f"--{name}" and refused.value.what == "'--' is not a value"
+
+
 def test_a_prompt_may_begin_with_dashes(base: list[str]) -> None:
     prompts = ["--a dog runs", "a cat = a cat"]
     assert parse([*base, "--validation_prompts", *prompts]).validation_prompts == prompts
@@ -340,6 +347,10 @@ def test_an_invalid_choice_lists_the_valid_ones(base: list[str], name: str) -> N
         (["--validate_ema"], "--validate_ema", "--use_ema"),
         (["--ema_decay=0.99"], "--ema_decay", "--use_ema"),
         (["--ema_device=cpu"], "--ema_device", "--use_ema"),
+        (["--verify", "--skip_verify"], "--skip_verify", "--verify"),
+        (["--logging_dir=../logs"], "--logging_dir", "outside --output_dir"),
+        (["--logging_dir=/logs"], "--logging_dir", "outside --output_dir"),
+        (["--logging_dir=a/../../logs"], "--logging_dir", "outside --output_dir"),
         (["--use_deepspeed"], "--use_deepspeed", "accelerate launch"),
         (["--use_fsdp"], "--use_fsdp", "accelerate launch"),
     ],

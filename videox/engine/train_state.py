@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import MODEL, UserError
-from videox.files import write_json_atomically
+from videox.files import mode_of_umask, write_json_atomically
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.weights.format import TRANSFORMER, FullWeights, WeightFormat
 from videox.weights.safetensors_io import StoredTensors, save_tensors
@@ -215,7 +215,8 @@ def write_state(folder: Path, state: TrainState) -> None:
 def _write_columns(path: Path, columns: PlanColumns | None) -> None:
     if columns is not None:
         arrays = {name: np.ascontiguousarray(column) for name, column in vars(columns).items() if column is not None}
-        save_file(arrays, path)
+        with mode_of_umask(path):
+            save_file(arrays, path)
 
 
 def load_state(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from videox.errors import MODEL, NUMERICS, UserError
-from videox.files import publish_file, publish_folder, write_json_atomically
+from videox.files import mode_of_umask, publish_file, publish_folder, write_json_atomically
 from videox.lora.adapters import Lora, initial_values, peft_name, public_name
 from videox.lora.dora import dora_updates, initial_magnitudes
 from videox.lora.header import STEPS, export_date, manager_fields
@@ -184,23 +184,20 @@ def write_adapters(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{STEM}.safetensors"
-    # touch creates the file with the permissions of the user's umask; safetensors would create it with 0600.
-    path.touch(exist_ok=False)
-    mode = path.stat().st_mode
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     settings |= {"use_dora": True} if lora.dora else {}
-    save_lora_weights(
-        folder,
-        {public_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
-        weight_name=path.name,
-        transformer_lora_adapter_metadata={**settings, "target_modules": sorted(lora.targets)},
-    )
-    if metadata:  # diffusers' function does not accept further entries: the file is written again
-        with safe_open(path, framework="pt") as file:
-            own_metadata = file.metadata()
-        save_file(load_file(path), path, metadata={**metadata, **own_metadata})
-    sort_metadata(path)
-    path.chmod(mode)
+    with mode_of_umask(path):
+        save_lora_weights(
+            folder,
+            {public_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+            weight_name=path.name,
+            transformer_lora_adapter_metadata={**settings, "target_modules": sorted(lora.targets)},
+        )
+        if metadata:  # diffusers' function does not accept further entries: the file is written again
+            with safe_open(path, framework="pt") as file:
+                own_metadata = file.metadata()
+            save_file(load_file(path), path, metadata={**metadata, **own_metadata})
+        sort_metadata(path)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from videox.data.dataset import Batch
+from videox.files import mode_of_umask
 
 
 def dump_folder(output_dir: Path, step: int, dump_steps: Sequence[int]) -> Path | None:
@@ -41,5 +42,6 @@ def write_dump(
         for name, value in {"pixels": batch["pixels"], **tensors, **inputs}.items()
     }
     header = {name: json.dumps(batch[name]) for name in ("rows", "frame_indices", "captions", "bucket")}
-    save_file(stored, path, metadata=header)
+    with mode_of_umask(path):
+        save_file(stored, path, metadata=header)
     return path

@@ -57,6 +57,10 @@ def check_args(args: argparse.Namespace) -> None:
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "use one of them"
         )
     check_speed(args)
+    output_dir, logging_dir = Path(args.output_dir), Path(os.path.normpath(Path(args.output_dir) / args.logging_dir))
+    if not logging_dir.is_relative_to(os.path.normpath(output_dir)):
+        what = f"{args.logging_dir!r} is outside --output_dir"
+        raise UserError("--logging_dir", what, "pass the name of a folder inside it, such as logs")
     if args.verify and args.skip_verify:
         raise UserError("--skip_verify", "contradicts --verify", "use one of them")
     without_effect = {"validate_ema": False, "ema_decay": EMA_DECAY, "ema_device": EMA_DEVICES[0]}

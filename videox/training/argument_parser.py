@@ -96,6 +96,11 @@ class Parser(argparse.ArgumentParser):
         words = list(argv if argv is not None else sys.argv[1:])
         if not words and self._introduction:
             self.exit(FLAGS, self._introduction)
+        for word in words:
+            if word.startswith("--") and word.endswith(
+                "=--"
+            ):  # argparse drops the two dashes and stores an empty list
+                raise UserError(word.removesuffix("=--"), "'--' is not a value", "see --help")
         # Before argparse, which would rather report that the flag which was meant is missing. A word with a space is a
         # value such as "--a dog"; a word with one dash may be a value, too, unless it is a known synonym.
         for word in (word.split("=", 1)[0] for word in words if word.startswith("-") and " " not in word):

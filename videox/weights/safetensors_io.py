@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videox.errors import MODEL, NUMERICS, UserError
-from videox.files import publish_folder
+from videox.files import mode_of_umask, publish_folder
 
 WEIGHTS = "diffusion_pytorch_model"  # the stem of diffusers' SAFETENSORS_WEIGHTS_NAME
 CONFIG = "config.json"
@@ -51,13 +51,10 @@ def _shards(tensors: NamedTensors, max_shard_size: int) -> Iterator[dict[str, Te
 
 
 def _save_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with the permissions of the user's umask; save_file alone creates it as 0600."""
-    path.touch(exist_ok=False)
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    if metadata:
-        sort_metadata(path)
-    path.chmod(mode)
+    with mode_of_umask(path):
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+        if metadata:
+            sort_metadata(path)
 
 
 def sort_metadata(path: Path) -> None:
