@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import av
 import numpy as np
 from machine import machine_line
-from media_packages import CORPORA, obtain
+from media_packages import CORPORA, LOOKED_AT, obtain
 from PIL import Image, ImageOps, ImageSequence
 
 from videox.data.media.container import MAX_PIXELS
@@ -46,15 +46,6 @@ WAIT = 3600  # seconds that one file may take on a busy machine
 ALL_FRAMES = 20_000_000  # pixels of a clip; of a larger one, WINDOWS parts of WINDOW frames are compared
 WINDOWS, WINDOW = 5, 4
 
-# Who is right about files that are different, by a part of "package/file".
-LOOKED_AT: dict[str, str] = {
-    "bmp/b/badpalettesize.bmp": "images are read by Pillow, which refuses the stated size of the palette; FFmpeg ignores it",
-    "bmp/q/rgba16-4444.bmp": "images are read by Pillow, which does not read this layout; FFmpeg does",
-    "images/hopper.Lab.tif": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
-    "images/lab": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
-    "images/png_decompression_dos.png": "a text of 64 MiB, which Pillow refuses; the pixels are sound",
-    "images/unknown_compression_method.png": "a colour profile that cannot be unpacked; the pixels are sound",
-}
 # Formats that Pillow reads and the readers do not, and those that it only recognises.
 READ_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "HEIF")
 NO_IMAGES = ("MPEG", "GRIB", "HDF5", "BUFR")

@@ -27,6 +27,16 @@ _VIDEOS = """
 """
 _SOUND = "mp3 wav flac aac m4a m4b opus oga wma aif aiff amr ac3 au caf mid mka"
 SUFFIXES = frozenset(f"{_IMAGES} {_VIDEOS} {_SOUND}".split())
+# Who is right about files that are different, by a part of "package/file".
+LOOKED_AT: dict[str, str] = {
+    "bmp/b/badpalettesize.bmp": "images are read by Pillow, which refuses the stated size of the palette; FFmpeg ignores it",
+    "bmp/q/rgba16-4444.bmp": "images are read by Pillow, which does not read this layout; FFmpeg does",
+    "images/hopper.Lab.tif": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
+    "images/lab": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
+    "heif_truncated/truncated.heic": "its last box lacks a byte; libheif decodes it",
+    "images/png_decompression_dos.png": "a text of 64 MiB, which Pillow refuses; the pixels are sound",
+    "images/unknown_compression_method.png": "a colour profile that cannot be unpacked; the pixels are sound",
+}
 
 
 def obtain(package: str, version: str, source: bool, folder: Path) -> Path | str:
