@@ -68,8 +68,10 @@ def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsals]
     made.close()
 
 
-def flags_of(mode: str, feature: str) -> dict[str, object]:
+def flags_of(family: str, mode: str, feature: str = "plain") -> dict[str, object]:
     flags = dict(FEATURES[feature])
+    if (family, mode) == ("hunyuanvideo", "i2v"):  # the number of text tokens depends on values, which are not there
+        flags["cached"] = True
     if feature == "validation" and mode == "normal":  # a clip from an image is sampled at steps that depend on values
         flags["validation_prompts"] = ["a red fox"]
     return flags
@@ -109,7 +111,7 @@ def assert_sound(report: Report) -> None:
     [run if run in FAST else pytest.param(*run, marks=pytest.mark.slow) for run in SHORT],
 )
 def test_short_rehearsal(rehearsals: Rehearsals, family: str, mode: str, backend: str, feature: str) -> None:
-    assert_sound(rehearsals.run(family, mode, backend, **flags_of(mode, feature)))
+    assert_sound(rehearsals.run(family, mode, backend, **flags_of(family, mode, feature)))
 
 
 def test_short_rehearsals_touch_every_axis() -> None:
@@ -123,14 +125,14 @@ def test_short_rehearsals_touch_every_axis() -> None:
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize(("family", "mode"), MODES)
 def test_every_feature_in_every_mode(rehearsals: Rehearsals, family: str, mode: str, feature: str) -> None:
-    assert_sound(rehearsals.run(family, mode, **flags_of(mode, feature)))
+    assert_sound(rehearsals.run(family, mode, **flags_of(family, mode, feature)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("family", "mode"), MODES)
 def test_rank_0_of_every_sharded_backend(rehearsals: Rehearsals, family: str, mode: str, backend: str) -> None:
-    assert_sound(rehearsals.run(family, mode, backend))
+    assert_sound(rehearsals.run(family, mode, backend, **flags_of(family, mode)))
 
 
 # ------------------------------------------------------------------------------------------- mutants

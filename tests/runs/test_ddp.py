@@ -20,10 +20,12 @@ import runs
 import tiny
 from launches import output_of
 
+from videox.data.index.index import DataLocation, build_index
 from videox.run.checkpoint import find_checkpoints, verify
+from videox.training.schedule import index_path
 
 STEPS = 8
-FLAGS, PEER_LOST, BUG, STOPPED = 2, 7, 70, 75
+FLAGS, DATA, PEER_LOST, BUG, STOPPED = 2, 3, 7, 70, 75
 EXIT_TIMEOUT = 30.0  # seconds within which all ranks must end after one has ended
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no")
 
@@ -225,12 +227,33 @@ def test_a_rank_killed_during_a_save_leaves_no_partial_checkpoint(ddp: DdpRuns, 
     assert_equal_runs(folder, ddp.baseline, 1e-5)
 
 
-def test_ranks_with_different_flags_fail_at_the_first_step(ddp: DdpRuns, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    ranks = forkserver.shared().run_ranks(2, [ddp.flags(folder), ddp.flags(folder, seed=43)], ddp.log("seeds"))
-    assert wait_for_all(ranks) == [PEER_LOST, PEER_LOST], output_of(ranks)
-    assert "ranks [1] are not at the step of rank 0" in ranks[0].error_line()
-    assert find_checkpoints(folder) == []
+def test_ranks_with_different_flags_are_refused_before_anything_is_written(ddp: DdpRuns, tmp_path: Path) -> None:
+    folder, changes = tmp_path / "run", {"seed": 43, "checkpointing_steps": 2, "max_train_steps": 2}
+    ranks = forkserver.shared().run_ranks(2, [ddp.flags(folder), ddp.flags(folder, **changes)], ddp.log("flags"))
+    assert wait_for_all(ranks) == [FLAGS, FLAGS], output_of(ranks)
+    assert (
+        ranks[0]
+        .error_line()
+        .startswith(
+            "error: --checkpointing_steps: 4 in process 0, 2 in process 1; --max_train_steps: 8 in process 0, 2 in process 1; "
+            "--seed: "
+        )
+    )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "not indexed"])
+def test_ranks_with_other_data_are_refused_before_a_step(ddp: DdpRuns, tmp_path: Path, indexed: bool) -> None:
+    other = tiny.make_dataset(tmp_path / "other", copies=1)
+    if indexed:
+        index = index_path(runs.train_script().parse_args(ddp.flags(tmp_path / "run", train_data_meta=other)))
+        build_index(DataLocation(other, other.parent, index), workers=1, progress=False)
+    folder, elsewhere = tmp_path / "run", {"train_data_meta": other}
+    ranks = forkserver.shared().run_ranks(2, [ddp.flags(folder), ddp.flags(folder, **elsewhere)], ddp.log("data"))
+    code, words = (FLAGS, "error: the data: ") if indexed else (DATA, "and is not visible to process 1. Fix: ")
+    assert wait_for_all(ranks) == [code, code], output_of(ranks)
+    assert "".join(rank.output() for rank in ranks).count(words) == 1, output_of(ranks)
+    assert not (folder / "metrics.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------------------- the real launcher

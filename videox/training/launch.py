@@ -15,10 +15,21 @@ from videox.distributed.collectives import gather_objects
 from videox.distributed.cuda_variables import set_cuda_variables
 from videox.distributed.environment import settle_environment
 from videox.distributed.signals import stop_with_launcher
+from videox.run.equal_processes import code_facts, refuse_differences
 from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import open_run
+from videox.training.args import PATHS
 from videox.training.context import Context
 from videox.training.memory_check import explain_oom
+
+SAME_COMMAND = "start all processes with the same command and the same installation"
+# Flags whose values may differ from machine to machine: local paths, whose content is compared later, and workers.
+LOCAL_FLAGS = frozenset((*PATHS, "config", "dataloader_num_workers")) - {"output_dir", "resume_from_checkpoint"}
+
+
+def flags_of_all(args: argparse.Namespace) -> dict[str, object]:
+    """Return the values of the flags that must be equal in all processes, by flag."""
+    return {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in LOCAL_FLAGS}
 
 
 def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Context], int]) -> int:
@@ -40,6 +51,8 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
         accelerator.print(*set_aside, sep="\n")
     if accelerator.num_processes > 1:
         accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
+        with monitor.first_cause():
+            refuse_differences({**flags_of_all(args), **code_facts()}, SAME_COMMAND, gather)
     folder = open_run(
         output_dir, resume=args.resume_from_checkpoint, verify=not args.skip_verify, is_main=is_main, gather=gather
     )

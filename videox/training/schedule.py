@@ -19,11 +19,13 @@ from videox.data.plan.plan import count_steps, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
 from videox.distributed.collectives import run_on_main
 from videox.engine.resume import refuse_other_run, resume_or_begin
-from videox.engine.train_state import TrainState
+from videox.engine.train_state import TrainState, plan_inputs
+from videox.errors import DATA, UserError
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.model_profile import ModelProfile
 from videox.files import atomic_write
+from videox.run.equal_processes import refuse_differences
 from videox.shapes import Bucket
 from videox.tracking.jsonl import json_line
 from videox.training.args import size_policy
@@ -130,6 +132,9 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
         flags_name=name_of_flags(vars(args)),
         gather=ctx.gather,
     )
+    facts = {"the data": data.fingerprint, "the seed": state.seed, "the plan": _digest(plan_inputs(settings))}
+    models = {f"config.json of the {name}": _digest(config) for name, (_, config) in profile.components.items()}
+    refuse_differences({**facts, **models}, "give all machines the same data and the same model", ctx.gather)
     if ctx.checkpoint:
         refuse_other_run(ctx.output_dir, state)
     keep_rows(args, ctx, state, data, index)
@@ -220,8 +225,11 @@ def most_common_shape(schedule: Schedule) -> Bucket:
 def name_of_flags(asked: Mapping[str, Any]) -> str:
     """A hash of the flags that change numbers; how a step is divided over ranks is part of the plan settings."""
     left_out = WITHOUT_NUMBERS | {name for name, default in LATER_FLAGS.items() if asked.get(name) == default}
-    numbers = {name: value for name, value in with_default_yaml(asked).items() if name not in left_out}
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest({name: value for name, value in with_default_yaml(asked).items() if name not in left_out})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def index_path(args: argparse.Namespace) -> Path:
@@ -250,6 +258,9 @@ def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
     workers = max(args.dataloader_num_workers, 1)
     build = partial(build_index, location, workers=workers, progress=True, notify=ctx.print)
     run_on_main(build, is_main=ctx.is_main, gather=ctx.gather)
+    if not location.index_path.is_file():
+        what = f"was written by process 0 and is not visible to process {ctx.rank}"
+        raise UserError(str(location.index_path), what, "give all machines the same data at the same path", DATA)
     return load_index(location.index_path, location.data_dir)
 
 
