@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.reader import lora_file
 from videox.models import infer_config
+from videox.models.config_values import value_fault
 from videox.models.downloads import check_weights_file, check_weight_set
 from videox.models.folder import (
     CONFIG_NAMES,
@@ -93,6 +94,7 @@ def find_component(
         raise UserError(str(path), what, f"{hint}, or merge it into its base model with scripts/export.py", MODEL)
     own = read_component(path, check_weights=check_weights) if is_folder else header_config(path)
     check_class(path, kind, own)
+    check_values(path, kind, own)
     if own and not check_weights and is_folder:
         return Component(path, own)
     tensors = open_tensors(path)
@@ -178,6 +180,13 @@ def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
     found, expected = config.get("_class_name"), CLASS_NAMES.get(kind)
     if expected and found != expected and found in dir(diffusers):
         raise UserError(str(path), f"is {found}, not {expected}", f"pass weights of {expected}", MODEL)
+
+
+def check_values(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Check the types of a configuration's values. Raises UserError (MODEL) naming the first that is wrong."""
+    if kind in CLASS_NAMES and (fault := value_fault(getattr(diffusers, CLASS_NAMES[kind]), config)):
+        place = path / "config.json" if path.is_dir() else path
+        raise UserError(str(place), fault, DOWNLOAD_AGAIN, MODEL)
 
 
 def choose_component(
