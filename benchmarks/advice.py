@@ -25,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 import proposed
 import runs
 
+from videox.errors import DOES_NOT_FIT
 from videox.estimate.advice import OFFLOAD_CONFIG
 from videox.estimate.gpus import GPUS
 from videox.estimate.memory import SAFE_SHARE
 
+PLANNED = (0, DOES_NOT_FIT)  # exit codes of a dry run
 GIB = 2**30
 BUCKETS = ["--enable_bucket", "--training_with_video_token_length", "--random_hw_adapt"]
 PUBLISHED = [*BUCKETS, "--train_batch_size", "1", "--mixed_precision", "bf16", "--low_vram", "--vae_mini_batch", "1"]
@@ -110,8 +112,9 @@ def dry_run(model: str, base: Sequence[str], changes: Sequence[str], folder: Pat
     script = runs.train_script("wan2.1" if model.startswith("wan") else "hunyuanvideo")
     with variables(set_by_launcher):
         outcome = runs.train(words, script)
-    total = json.loads(report.read_text(encoding="utf-8"))["memory"]["total"] / GIB if outcome.code == 0 else 0.0
-    return outcome, total
+    if outcome.code not in PLANNED:
+        return outcome, 0.0
+    return outcome, json.loads(report.read_text(encoding="utf-8"))["memory"]["total"] / GIB
 
 
 def check(number: int, folder: Path, *, singles: bool = True) -> Row:
@@ -156,8 +159,8 @@ def _try_singles(row: Row, model: str, base: Sequence[str], processes: str, fold
         if single in base or (single.startswith("accelerate launch --config") and processes == "1"):
             continue
         outcome, total = dry_run(model, base, [single], folder)
-        row.tried[single] = total if outcome.code == 0 else None
-        if outcome.code == 0 and total <= SAFE_SHARE * row.card:
+        row.tried[single] = total if outcome.code in PLANNED else None
+        if outcome.code in PLANNED and total <= SAFE_SHARE * row.card:
             row.wrong.append(f"{single} alone would fit: {total:.1f} GiB")
 
 

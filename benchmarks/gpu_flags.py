@@ -32,9 +32,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks, is_attention_forward
-from videox.models.activation_offload import COPIES_ON_DEVICE, HostOffload
+from videox.models.activation_checkpoint import checkpoint_blocks, is_attention_forward
+from videox.models.activation_offload import HostOffload
 from videox.models.compiled_blocks import compile_blocks
+from videox.models.recompute import COPIES_ON_DEVICE, Recompute
 from videox.shapes import Bucket, token_count
 
 CLIP = Bucket(93, 480, 832)  # 37,440 tokens, the shape of published MFU figures

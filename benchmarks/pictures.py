@@ -1,6 +1,6 @@
 """Pictures of the pages: writes docs/images/ from a run of the demo, a dry run and benchmarks/balance.md.
 
-    python benchmarks/pictures.py [--demo outputs/demo/wan2.1-normal]
+    python benchmarks/pictures.py [--demo outputs/demo/wan2.1-normal] [--only dry_run]
 
 The demo runs first if its folder has no finished run (about two minutes). Pictures are scaled down and stored with a
 palette, so that each stays below 150 kB.
@@ -66,18 +66,13 @@ def from_demo(demo: Path) -> None:
 
 def from_dry_run() -> None:
     """Write plan_report.png: what --dry_run draws of the published Wan2.1 1.3B command on 8 GPUs."""
-    from dry_run import Case, command, measure, write_metadata, write_model
+    from dry_run import Case, command, measure, write_metadata
 
     case = Case("Wan2.1-T2V-1.3B", "ddp", 512)
     with tempfile.TemporaryDirectory(prefix="videox-pictures-") as name:
         folder = Path(name)
-        words = command(
-            case,
-            write_model(folder / case.model, case.model),
-            write_metadata(folder / "metadata.jsonl"),
-            folder / "out",
-        )
-        measure(words, folder / "out")
+        words = command(case, folder / "none", write_metadata(folder / "metadata.jsonl"), folder / "out")
+        measure([*words, "--dry_run_model=wan2.1-t2v-1.3b"], folder / "out")
         save_small(folder / "out/plan_report.png", IMAGES / "plan_report.png", width=1400)
 
 
@@ -119,10 +114,12 @@ def main() -> int:
     parser.add_argument(
         "--demo", type=Path, default=DEMO, help="folder of a demo run, <family>-<mode> (default: wan2.1)"
     )
+    writers = {"balance": from_balance, "dry_run": from_dry_run, "demo": lambda: from_demo(args.demo.resolve())}
+    parser.add_argument("--only", choices=tuple(writers), help="write the pictures of one source")
     args = parser.parse_args()
-    from_balance()
-    from_dry_run()
-    from_demo(args.demo.resolve())
+    for name, write in writers.items():
+        if args.only in (None, name):
+            write()
     for path in sorted(IMAGES.glob("*.png")):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1000:.0f} kB")
     return 0

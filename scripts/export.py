@@ -49,8 +49,9 @@ from videox.lora.extract import Extraction, extract_lora
 from videox.lora.facts import make_metadata
 from videox.lora.merge import lora_updates, merge_lora
 from videox.lora.reader import lora_family, lora_file, read_lora
-from videox.models.component import Component, check_shapes, find_component
-from videox.models.folder import read_json
+from videox.models.component import check_shapes, find_component
+from videox.models.config_files import read_json
+from videox.models.configured import Component
 from videox.models.hub import local_folder
 from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script

@@ -11,6 +11,7 @@ MODEL = 4
 STORAGE = 5
 NUMERICS = 6
 PEER_LOST = 7
+DOES_NOT_FIT = 8  # a dry run for a card that the run does not fit
 BUG = 70
 STOPPED = 75
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -5,8 +5,7 @@ One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part afte
     accelerate launch --mixed_precision="bf16" scripts/hunyuanvideo/train.py \
       --pretrained_model_name_or_path=models/Diffusion_Transformer/HunyuanVideo \
       --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
-      --output_dir=outputs/hunyuan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \
-      --gradient_checkpointing
+      --output_dir=outputs/hv --enable_bucket --train_batch_size=1 --mixed_precision="bf16" --gradient_checkpointing
 
 Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
 bit-identical to those of a run that was never stopped, on GPUs with --deterministic.
@@ -16,14 +15,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from videox.errors import MODEL, UserError
+from videox.estimate.flops import joint_attention_network
+from videox.estimate.model_profile import ModelProfile
+from videox.models.configured import Component
+from videox.models.published import dry_run_components
 from videox.training.args import check_args, is_dry_run, planned_model
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
+from videox.training.flow_shift import FlowShift, choose_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
+LORA_TARGETS = {"transformer_blocks": ("attn", "ff", "ff_context")}  # layers that get adapters, by list of blocks
+LORA_TARGETS["single_transformer_blocks"] = ("attn", "proj_mlp", "proj_out")
+PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+NAMES = ("scheduler", "tokenizer", "tokenizer_2", *TEXT_ENCODERS, "vae", "transformer")
+MOST_IMAGE_TOKENS = 576  # of the prompt: Llava's tokens of an image, before most are left out
+INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is used, as in the pipeline
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,115 +51,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     every = "keep every n-th image token of the prompt, n = 1 to 5; default: 4 for token_replace, 2 for latent_concat"
     add("--image_embed_interleave", type=number(int, 1, 5), help=every)
     rounded = (
-        "round the text length of a micro-batch up to a multiple of N tokens by masked padding, so that attention sees "
-        "fewer shapes; by default 32 on GPUs where its captions differ in length, which needs a mask anyway, else 1"
+        "round the text length of a micro-batch up to a multiple of N tokens by masked padding, so that attention "
     )
+    rounded += "sees fewer shapes; by default 32 on GPUs where captions of a micro-batch differ in length, else 1"
     add("--text_multiple", type=number(int, 1, 256), help=rounded)
     args = parser.parse(argv)
     check_args(args)
     return args
-
-
-if __name__ == "__main__":
-    parse_or_exit(parse_args)  # answers --help and wrong flags before the slow imports below; main parses again
-
-import logging
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
-
-import diffusers
-import torch
-import transformers
-from accelerate import Accelerator
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from transformers import AutoTokenizer, CLIPTextModel
-
-from videox.data.dataset import Batch
-from videox.device import to_device
-from videox.diffusion import flow_matching
-from videox.diffusion.conditioning import concat_first_frame, replace_first_frame
-from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
-from videox.distributed.accelerator import compute_dtype
-from videox.distributed.collectives import accumulate, backward, sum_over_ranks
-from videox.distributed.signals import StopRequest
-from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
-from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
-from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
-from videox.errors import MODEL, UserError
-from videox.estimate.flops import joint_attention_network
-from videox.estimate.model_profile import ModelProfile
-from videox.models.attention_backend import UnmaskedKernel
-from videox.models.component import Component, diffusers_components
-from videox.models.folder import check_tokenizer, full_config, read_component
-from videox.models.hub import local_folder
-from videox.models.published import dry_run_components
-from videox.models.scheduler import with_shift
-from videox.models.shared_memory import load_frozen
-from videox.rng import Purpose, hash_key
-from videox.run.lifecycle import run_script
-from videox.tracking.dump import dump_folder, write_dump
-from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
-from videox.training.context import Context, Gather
-from videox.training.data import build_data
-from videox.training.flow_shift import FlowShift, choose_shift
-from videox.training.schedule import build_schedule
-from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
-
-LORA_TARGETS = {"transformer_blocks": ("attn", "ff", "ff_context")}  # layers that get adapters, by list of blocks
-LORA_TARGETS["single_transformer_blocks"] = ("attn", "proj_mlp", "proj_out")
-LATENT_CHANNELS = 16
-PIPELINES = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-NAMES = ("scheduler", "tokenizer", "tokenizer_2", *TEXT_ENCODERS, "vae", "transformer")
-MOST_IMAGE_TOKENS = 576  # of the prompt: Llava's tokens of an image, before most are left out
-INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is used, as in the pipeline
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
-
-    text_encoder: OffloadedModule
-    text_encoder_2: OffloadedModule
-    vae: OffloadedModule
-    pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
-
-
-@dataclass(frozen=True)
-class Hunyuan:
-    """What a training step needs of the model; condition: "token_replace", "latent_concat", None for text-to-video."""
-
-    transformer: HunyuanVideoTransformer3DModel
-    encoders: LazyEncoders[Encoders]
-    encode: Encoder
-    attention: MaskFreeAttention
-    scaling_factor: float
-    shift: float
-    condition: str | None
-    guidance_scale: float
-    text_multiple: int | None
-
-    @property
-    def given_frames(self) -> int:
-        """Leading latent frames that the model is given; they are excluded from the loss."""
-        return 0 if self.condition is None else 1
-
-
-class MaskFreeAttention(UnmaskedKernel, HunyuanVideoAttnProcessor2_0):
-    """Attention without the mask while every text token is real: the fused attention kernels take no mask."""
-
-    def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, image_rotary_emb: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """As the parent, with the mask only where it masks something."""
-        mask = None if self.all_real else attention_mask
-        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
@@ -192,30 +103,122 @@ def profile_and_shift(
     return hunyuan_profile(args, components), choose_shift(args, checkpoint, components["scheduler"])
 
 
-def classes_of(train_mode: str) -> dict[str, Any]:
-    """The class of each component that has weights."""
-    # Llava warns on import that torchvision is missing: import it only for image-to-video.
-    text = transformers.LlamaModel if train_mode == "normal" else transformers.LlavaForConditionalGeneration
-    encoders = {"vae": AutoencoderKLHunyuanVideo, "text_encoder": text, "text_encoder_2": CLIPTextModel}
-    return {"transformer": HunyuanVideoTransformer3DModel, **encoders}
+def classes_of(train_mode: str) -> dict[str, str]:
+    """The class of each component with weights, by name: Llava, which warns on import, is for image-to-video alone."""
+    text = "LlamaModel" if train_mode == "normal" else "LlavaForConditionalGeneration"
+    encoders = {"text_encoder": f"transformers.{text}", "text_encoder_2": "transformers.CLIPTextModel"}
+    transformer, vae = "diffusers.HunyuanVideoTransformer3DModel", "diffusers.AutoencoderKLHunyuanVideo"
+    return {"transformer": transformer, "vae": vae, **encoders}
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Plan the run instead of training; return the exit code."""
+    from videox.training import dry_run  # imported here, because --help does not need it
+
+    return dry_run.plan_run(args, lambda: profile_and_shift(args, check_model(args), None))
+
+
+if __name__ == "__main__":
+    parse_or_exit(parse_args, plan, planned_model)  # --help, wrong flags, and plans that need no import below
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from transformers import AutoTokenizer
+
+from videox.data.dataset import Batch
+from videox.device import to_device
+from videox.diffusion import flow_matching
+from videox.diffusion.conditioning import concat_first_frame, replace_first_frame
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
+from videox.distributed.accelerator import compute_dtype
+from videox.distributed.collectives import accumulate, backward, sum_over_ranks
+from videox.distributed.signals import StopRequest
+from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
+from videox.encoders.hunyuan_text import encode_pooled, encode_text, pad_texts
+from videox.encoders.offload import OffloadedModule
+from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
+from videox.models.attention_backend import UnmaskedKernel
+from videox.models.component import diffusers_components
+from videox.models.folder import check_tokenizer, full_config, load_class, read_component
+from videox.models.hub import local_folder
+from videox.models.scheduler import with_shift
+from videox.models.shared_memory import load_frozen
+from videox.rng import Purpose, hash_key
+from videox.run.lifecycle import run_script
+from videox.tracking.dump import dump_folder, write_dump
+from videox.training import build, launch, loop, memory_check, precompute, startup
+from videox.training.context import Context, Gather
+from videox.training.data import build_data
+from videox.training.schedule import build_schedule
+from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
+
+LATENT_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
+
+    text_encoder: OffloadedModule
+    text_encoder_2: OffloadedModule
+    vae: OffloadedModule
+    pipeline: HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline
+
+
+@dataclass(frozen=True)
+class Hunyuan:
+    """What a training step needs of the model; condition: "token_replace", "latent_concat", None for text-to-video."""
+
+    transformer: HunyuanVideoTransformer3DModel
+    encoders: LazyEncoders[Encoders]
+    encode: Encoder
+    attention: MaskFreeAttention
+    scaling_factor: float
+    shift: float
+    condition: str | None
+    guidance_scale: float
+    text_multiple: int | None
+
+    @property
+    def given_frames(self) -> int:
+        """Leading latent frames that the model is given; they are excluded from the loss."""
+        return 0 if self.condition is None else 1
+
+
+class MaskFreeAttention(UnmaskedKernel, HunyuanVideoAttnProcessor2_0):
+    """Attention without the mask while every text token is real: the fused attention kernels take no mask."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As the parent, with the mask only where it masks something."""
+        mask = None if self.all_real else attention_mask
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
 def load_encoders(
     args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
-    """Load the frozen encoders: the text encoders in the compute dtype, the VAE in --vae_dtype.
-
-    The pipeline's scheduler has the flow shift of the run.
-    """
-    root, dtype = components["scheduler"].path.parent, compute_dtype(accelerator)
-    classes, dtypes = classes_of(args.train_mode), {"vae": VAE_DTYPES[args.vae_dtype]}
-    dtypes |= dict.fromkeys(TEXT_ENCODERS, dtype)
+    """Load the frozen encoders: text in the compute dtype, the VAE in --vae_dtype; the scheduler has the shift."""
+    root, classes = components["scheduler"].path.parent, classes_of(args.train_mode)
+    dtypes = {"vae": VAE_DTYPES[args.vae_dtype], **dict.fromkeys(TEXT_ENCODERS, compute_dtype(accelerator))}
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
-    modules = {name: load(classes[name], components[name], dtype) for name, dtype in dtypes.items()}
+    modules = {name: load(load_class(classes[name]), components[name], dtype) for name, dtype in dtypes.items()}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
-    i2v = args.train_mode == "i2v"
-    pipeline_class = diffusers.HunyuanVideoImageToVideoPipeline if i2v else HunyuanVideoPipeline
+    pipeline_class = (
+        HunyuanVideoPipeline if args.train_mode == "normal" else diffusers.HunyuanVideoImageToVideoPipeline
+    )
     # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **modules)
@@ -388,9 +391,7 @@ def sampling_pipeline(
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
-    if is_dry_run(args):
-        return dry_run.plan_run(args, lambda: profile_and_shift(args, check_model(args), None))
-    return launch.launch(args, train)
+    return plan(args) if is_dry_run(args) else launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:

@@ -15,112 +15,39 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from videox.errors import MODEL, UserError
+from videox.estimate.flops import cross_attention_network
+from videox.estimate.model_profile import ModelProfile
+from videox.models.config_files import SHIPPED_YAML
+from videox.models.configured import Component
+from videox.models.published import dry_run_components
 from videox.training.args import check_args, is_dry_run, planned_model
 from videox.training.argument_parser import number, parse_or_exit
 from videox.training.flags import make_parser
+from videox.training.flow_shift import FlowShift, choose_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
+LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # layers that get adapters, by list of blocks
+CLASSES = {"transformer": "diffusers.WanTransformer3DModel", "vae": "diffusers.AutoencoderKLWan"}
+CLASSES |= {"text_encoder": "transformers.UMT5EncoderModel", "image_encoder": "transformers.CLIPVisionModel"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/wan2.1")
     add = parser.add_argument_group("Wan2.1").add_argument
-    content = (
-        "yaml file with flow shift (scheduler_kwargs.shift) and paths inside a model in original layout; by default "
-    )
-    add(
-        "--config_path",
-        help=f"{content}config/wan2.1/wan_civitai.yaml, whose shift holds for the original layout only",
-    )
+    content = "yaml with flow shift (scheduler_kwargs.shift) and paths inside a model in original layout; by default"
+    shipped = "config/wan2.1/wan_civitai.yaml, whose shift holds for the original layout only"
+    add("--config_path", help=f"{content} {shipped}")
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
     check_args(args)
     return args
-
-
-if __name__ == "__main__":
-    parse_or_exit(parse_args)  # answers --help and wrong flags before the slow imports below; main parses again
-
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
-
-import diffusers
-import torch
-import transformers
-from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
-
-from videox.data.dataset import Batch
-from videox.device import to_device
-from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
-from videox.diffusion.flow_matching import add_noise, batch_noise, loss_weights, motion_losses, velocity_losses
-from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
-from videox.distributed.accelerator import compute_dtype
-from videox.distributed.collectives import accumulate, backward, sum_over_ranks
-from videox.distributed.signals import StopRequest
-from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
-from videox.encoders.offload import OffloadedModule
-from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
-from videox.errors import MODEL, UserError
-from videox.estimate.flops import cross_attention_network
-from videox.estimate.model_profile import ModelProfile
-from videox.models import component as models
-from videox.models.component import Component
-from videox.models.folder import SHIPPED_YAML, check_tokenizer, full_config, read_component
-from videox.models.hub import local_folder
-from videox.models.published import dry_run_components
-from videox.models.scheduler import with_shift
-from videox.models.shared_memory import load_frozen
-from videox.rng import Purpose, hash_key
-from videox.run.lifecycle import run_script
-from videox.tracking.dump import dump_folder, write_dump
-from videox.training import build, dry_run, launch, loop, memory_check, precompute, startup
-from videox.training.context import Context, Gather
-from videox.training.data import build_data
-from videox.training.flow_shift import FlowShift, choose_shift
-from videox.training.schedule import build_schedule
-from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
-
-LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # layers that get adapters, by list of blocks
-LATENT_CHANNELS = 16
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-CLASSES = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
-CLASSES["image_encoder"] = CLIPVisionModel
-SAMPLING_GUIDANCE = 5.0  # of the sample clips
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
-
-    text_encoder: OffloadedModule
-    image_encoder: OffloadedModule | None
-    vae: OffloadedModule
-    pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
-
-
-@dataclass(frozen=True)
-class Wan:
-    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
-
-    transformer: WanTransformer3DModel
-    encoders: LazyEncoders[Encoders]
-    encode: Encoder
-    latents_mean: torch.Tensor
-    latents_std: torch.Tensor
-    shift: float
-
-    def normalise(self, z: torch.Tensor) -> torch.Tensor:
-        """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
-        return (z - self.latents_mean) * (1 / self.latents_std)
 
 
 def check_model(args: argparse.Namespace) -> dict[str, Component]:
@@ -187,6 +114,83 @@ def describe(
     return wan_profile(args, components), shift
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Plan the run instead of training; return the exit code."""
+    from videox.training import dry_run  # imported here, because --help does not need it
+
+    return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
+
+
+if __name__ == "__main__":
+    parse_or_exit(parse_args, plan, planned_model)  # --help, wrong flags, and plans that need no import below
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import AutoTokenizer, CLIPVisionConfig
+
+from videox.data.dataset import Batch
+from videox.device import to_device
+from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
+from videox.diffusion.flow_matching import add_noise, batch_noise, loss_weights, motion_losses, velocity_losses
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
+from videox.distributed.accelerator import compute_dtype
+from videox.distributed.collectives import accumulate, backward, sum_over_ranks
+from videox.distributed.signals import StopRequest
+from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
+from videox.encoders.offload import OffloadedModule
+from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
+from videox.models import component as models
+from videox.models.folder import check_tokenizer, full_config, load_class, read_component
+from videox.models.hub import local_folder
+from videox.models.scheduler import with_shift
+from videox.models.shared_memory import load_frozen
+from videox.rng import Purpose, hash_key
+from videox.run.lifecycle import run_script
+from videox.tracking.dump import dump_folder, write_dump
+from videox.training import build, launch, loop, memory_check, precompute, startup
+from videox.training.context import Context, Gather
+from videox.training.data import build_data
+from videox.training.schedule import build_schedule
+from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
+
+LATENT_CHANNELS = 16
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+SAMPLING_GUIDANCE = 5.0  # of the sample clips
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
+
+    text_encoder: OffloadedModule
+    image_encoder: OffloadedModule | None
+    vae: OffloadedModule
+    pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
+
+
+@dataclass(frozen=True)
+class Wan:
+    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
+
+    transformer: WanTransformer3DModel
+    encoders: LazyEncoders[Encoders]
+    encode: Encoder
+    latents_mean: torch.Tensor
+    latents_std: torch.Tensor
+    shift: float
+
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
+        return (z - self.latents_mean) * (1 / self.latents_std)
+
+
 def build_pipeline(
     args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
@@ -216,7 +220,7 @@ def load_encoders(
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
     dtypes["image_encoder"] = torch.float32
-    modules = {n: load(CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
+    modules = {n: load(load_class(CLASSES[n]), components[n], dtype) for n, dtype in dtypes.items() if n in components}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
     pipeline = build_pipeline(args, components, shift, modules)
@@ -386,9 +390,7 @@ def sampling_pipeline(wan: Wan) -> Iterator[WanPipeline | diffusers.WanImageToVi
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
-    if is_dry_run(args):
-        return dry_run.plan_run(args, lambda: describe(args, check_model(args)))
-    return launch.launch(args, train)
+    return plan(args) if is_dry_run(args) else launch.launch(args, train)
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:

@@ -12,7 +12,7 @@ from networks import CONFIGS
 from videox.estimate.activation_choice import CHOICES, choice_lines, choose_recompute
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.memory import Encoders, MemorySetup, Parameters, memory_of
-from videox.models.activation_checkpoint import Recompute, select_blocks
+from videox.models.recompute import Recompute, select_blocks
 from videox.shapes import Bucket, token_count
 
 WAN = cross_attention_network(CONFIGS["Wan2.1-T2V-1.3B"], text_tokens=512, image_tokens=0, half=True)

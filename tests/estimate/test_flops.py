@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.peak_memory import peak_bytes
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks, select_blocks
+from videox.models.activation_checkpoint import checkpoint_blocks
+from videox.models.recompute import Recompute, select_blocks
 
 
 def network(config: Mapping[str, Any], *, half: bool = True, text: int = TEXT_TOKENS) -> Network:

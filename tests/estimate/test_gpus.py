@@ -16,10 +16,9 @@ from videox.estimate.duration import (
     idle_seconds,
     launch_seconds,
     offload_seconds,
-    text_flops,
-    vae_flops_per_pixel,
 )
 from videox.estimate.gpus import GPUS, gpu_of_device
+from videox.estimate.measure import count_without_embeddings, vae_flops_per_pixel
 from videox.estimate.memory import MemorySetup, Parameters
 
 DEVICE_NAMES = {
@@ -109,12 +108,12 @@ def test_flops_of_a_convolution_are_counted_without_a_print(capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
-def test_flops_of_a_caption_are_two_per_parameter_and_token() -> None:
+def test_embeddings_take_no_flops_of_a_caption() -> None:
     with torch.device("meta"):
         encoder = torch.nn.ModuleDict(
             {"embed_tokens": torch.nn.Embedding(100, 8), "layer": torch.nn.Linear(8, 8, bias=False)}
         )
-    assert text_flops({"text_encoder": encoder, "vae": encoder}, 10) == 2 * 10 * 64
+    assert count_without_embeddings(encoder) == 64
 
 
 def test_copies_to_the_host_take_time() -> None:

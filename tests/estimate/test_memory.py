@@ -33,7 +33,8 @@ from videox.estimate.memory import (
     pinned_bytes,
     state_bytes,
 )
-from videox.lora.adapters import Lora, adapter_sizes, choose_targets
+from videox.lora.adapters import Lora
+from videox.lora.targets import adapter_sizes, choose_targets
 from videox.models.transformer import attach_adapters
 from videox.optim.build import choose_trainable, make_optimizer, parameter_groups
 from videox.optim.registry import moments_of

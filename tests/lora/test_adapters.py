@@ -25,11 +25,11 @@ from videox.lora.adapters import (
     AdaptedTensors,
     Lora,
     base_name,
-    choose_targets,
     initial_values,
     peft_name,
     public_name,
 )
+from videox.lora.targets import choose_targets
 from videox.run.checkpoint import verify
 from videox.weights.deepspeed_reader import read_zero
 from videox.weights.safetensors_io import StoredTensors

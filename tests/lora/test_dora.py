@@ -20,16 +20,15 @@ from videox.errors import UserError
 from videox.lora.adapters import (
     AdaptedTensors,
     Lora,
-    adapter_sizes,
     add_adapters,
     base_name,
-    choose_targets,
     initial_values,
     peft_name,
     public_name,
 )
 from videox.lora.dora import compute_norms_in_float32, initial_magnitudes
 from videox.lora.kinds import lora_type
+from videox.lora.targets import adapter_sizes, choose_targets
 from videox.optim.build import loraplus_groups
 from videox.weights.safetensors_io import StoredTensors
 

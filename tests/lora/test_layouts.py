@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from videox.lora.adapters import choose_targets
 from videox.lora.layouts import lora_to_comfyui, lora_to_diffusers
+from videox.lora.targets import choose_targets
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = json.loads((DATA / "transformers.json").read_text(encoding="utf-8"))

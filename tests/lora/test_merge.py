@@ -20,10 +20,11 @@ from torch import Tensor
 
 from videox.engine.export import earlier_exports
 from videox.lora import merge as merging
-from videox.lora.adapters import Lora, choose_targets, peft_name
+from videox.lora.adapters import Lora, peft_name
 from videox.lora.checkpoint import write_adapters
 from videox.lora.merge import LowRankUpdate, lora_updates
 from videox.lora.reader import lora_family, lora_file
+from videox.lora.targets import choose_targets
 from videox.weights.layouts import Entry, Piece
 from videox.weights.safetensors_io import StoredTensors
 

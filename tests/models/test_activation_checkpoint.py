@@ -20,11 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from videox.diffusion.flow_matching import keyed_noise
 from videox.models.activation_checkpoint import (
-    Recompute,
     checkpoint_blocks,
     is_attention_forward,
-    select_blocks,
 )
+from videox.models.recompute import Recompute, select_blocks
 
 LAYERS = 8
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks
+from videox.models.activation_checkpoint import checkpoint_blocks
 from videox.models.activation_offload import HostBuffers, HostOffload
+from videox.models.recompute import Recompute
 
 CPU = torch.device("cpu")
 

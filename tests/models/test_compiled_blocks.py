@@ -15,8 +15,9 @@ from networks import SMALL_CONFIGS, blocks_of, build_transformer, model_inputs
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks
+from videox.models.activation_checkpoint import checkpoint_blocks
 from videox.models.activation_offload import HostOffload
+from videox.models.recompute import Recompute
 from videox.models.compiled_blocks import compile_blocks
 
 CONFIGS = [(shape_config, "use_duck_shape"), (dynamo_config, "recompile_limit"), (dynamo_config, "optimize_ddp"),

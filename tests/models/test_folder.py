@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from videox.errors import FLAGS, MODEL, UserError
-from videox.models.folder import check_finite, load_strictly, read_component, read_model_folder, read_shift
+from videox.models.config_files import read_shift
+from videox.models.folder import check_finite, load_strictly, read_component, read_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPONENTS = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")

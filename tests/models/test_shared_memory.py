@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
-from videox.models.component import Component
+from videox.models.configured import Component
 from videox.models.folder import load_strictly
 from videox.models.shared_memory import load_frozen, stored_dtype
 

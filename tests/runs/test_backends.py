@@ -33,8 +33,8 @@ from launches import LAUNCH_FLAGS, LAYER_CLASSES, SHARDED_BACKENDS, BackendRuns,
 from videox.data.dataset import BadSample
 from videox.distributed.backends import BACKENDS
 from videox.errors import FLAGS, MODEL
-from videox.models.activation_checkpoint import Recompute
 from videox.models.compiled_blocks import compile_blocks
+from videox.models.recompute import Recompute
 from videox.training import optimizer, speed
 
 

@@ -20,6 +20,7 @@ from videox.data.cache import cache as cache_module
 from videox.data.cache.cache import Cache
 from videox.data.cache.maintenance import clean, verify
 from videox.errors import STOPPED
+from videox.models.folder import load_class
 
 cache_memory = tiny.load_script("benchmarks/cache_memory.py")
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ def allow_only_on_meta(kind: type, *args: object, **kwargs: object) -> object:
 def encoder_classes(script: ModuleType) -> list[type]:
     """Return the classes of a family's frozen encoders."""
     tables = [script.CLASSES] if "CLASSES" in vars(script) else [script.classes_of(mode) for mode in script.TASKS]
-    return [kind for table in tables for name, kind in table.items() if name != "transformer"]
+    return [load_class(kind) for table in tables for name, kind in table.items() if name != "transformer"]
 
 
 def train_with_restrictions() -> int:

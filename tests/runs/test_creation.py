@@ -27,7 +27,8 @@ from videox.distributed.collectives import backward
 from videox.engine.base import Engine
 from videox.engine.fsdp import FsdpEngine
 from videox.errors import MODEL, UserError
-from videox.models.component import Component, load_checked
+from videox.models.component import load_checked
+from videox.models.configured import Component
 from videox.models.folder import has_nonfinite, load_strictly
 from videox.models.meta_init import build_meta_model, is_sharded
 from videox.models.transformer import load_transformer

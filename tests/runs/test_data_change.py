@@ -10,6 +10,7 @@ import forkserver
 import pytest
 import runs
 import tiny
+from launches import output_of
 
 MODEL = 4  # exit code
 MEDIA = (
@@ -43,6 +44,15 @@ class ChangingRuns:
         settings = {"max_train_steps": steps, "checkpointing_steps": 100, "mixed_precision": "no", **flags}
         argv = runs.wan_flags(self.model, metadata or self.metadata, output_dir, **settings)
         return forkserver.shared().run(argv, self.folder / f"{len([*self.folder.glob('*.log')])}.log")
+
+    def run_two_ranks(self, output_dir: Path, steps: int, metadata: Path | None = None, **flags: object) -> str:
+        """Run on two ranks (DDP), which must end well; return what the first one printed."""
+        settings = {"max_train_steps": steps, "checkpointing_steps": 100, "mixed_precision": "no", **flags}
+        argv = runs.wan_flags(self.model, metadata or self.metadata, output_dir, **settings)
+        log = self.folder / f"{len([*self.folder.glob('*.log')])}.log"
+        ranks = forkserver.shared().start_ranks(2, argv, log)
+        assert [rank.wait() for rank in ranks] == [0, 0], output_of(ranks)
+        return ranks[0].output()
 
     def go_on(self, output_dir: Path, steps: int, **flags: object):
         """Resume with the changed data."""
@@ -159,3 +169,32 @@ def test_a_cache_and_held_out_rows_follow_the_change(setup: ChangingRuns, tmp_pa
         if cache:
             assert "to encode" in trainer.output()
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_the_new_data_as_one_process_does(setup: ChangingRuns, tmp_path: Path) -> None:
+    """Two rows per step: epochs of two steps, then of three with the new clip; the data changes within the second."""
+    resume = {"resume_from_checkpoint": "latest", "metadata": setup.changed}
+    plain, once, twice = (tmp_path / name for name in ("plain", "once", "twice"))
+    setup.run_two_ranks(plain, 4)
+    setup.run_two_ranks(once, 3)
+    shutil.copytree(once, twice)
+    printed = setup.run_two_ranks(once, 7, accept_data_change=True, **resume)
+    assert "epoch 1 ends at step 4 with the rows that it began with" in printed
+    assert forkserver.read_steps(once)[:4] == forkserver.read_steps(plain)
+    assert {row for rows in rows_of(once)[4:] for row in rows} == {0, 1, 2, 3, 4}
+    (change,) = data_changes(once)
+    assert (change["step"], change["epoch"]) == (4, 2)
+
+    # stopped in the epoch of the new data, and resumed without the flag: the same numbers
+    setup.run_two_ranks(twice, 5, accept_data_change=True, **resume)
+    setup.run_two_ranks(twice, 7, **resume)
+    assert forkserver.differences(twice, once, 7) == []
+
+    # one process with two micro-batches per step trains the same rows; its sums differ in rounding
+    alone, flags = tmp_path / "alone", {"gradient_accumulation_steps": 2}
+    assert setup.run(alone, 3, **flags).code == 0
+    assert setup.go_on(alone, 7, accept_data_change=True, **flags).code == 0
+    assert [sorted(rows) for rows in rows_of(alone)] == [sorted(rows) for rows in rows_of(once)]
+    losses = [[line["loss"] for line in forkserver.read_steps(folder)] for folder in (alone, once)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

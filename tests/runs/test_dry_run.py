@@ -26,7 +26,7 @@ from videox.data.plan.balance import PlanBalance
 from videox.data.plan.buckets import CROP_RATIOS, SizePolicy, crop_share, exact_sides
 from videox.data.plan.plan import largest_bucket, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
-from videox.errors import FLAGS, STORAGE
+from videox.errors import DOES_NOT_FIT, FLAGS, STORAGE
 from videox.estimate.data_report import crop_lines
 from videox.estimate.gpus import GPUS
 from videox.estimate.mfu import peak_of
@@ -36,7 +36,7 @@ from videox.shapes import token_count
 from videox.tracking.jsonl import read_lines
 
 KEYS = {
-    "seconds", "disk", "gpu_memory",
+    "seconds", "disk", "gpu_memory", "host",
     "rows", "fates", "attributes", "cropped", "buckets", "global_batch", "steps_per_epoch", "tokens_per_step",
     "flops_per_step", "balance", "balance_unplanned", "mix", "memory",
 }  # fmt: skip
@@ -65,11 +65,11 @@ class PlanSetup:
         self.table.parent.mkdir()
         self.table.write_text(json.dumps(rows_with_sizes(self.metadata)), encoding="utf-8")
 
-    def dry_run(self, name: str, **changes: object) -> tuple[runs.Outcome, dict[str, Any]]:
-        """Run --dry_run; return the outcome and plan_report.json."""
+    def dry_run(self, name: str, code: int = 0, **changes: object) -> tuple[runs.Outcome, dict[str, Any]]:
+        """Run --dry_run, which ends with this exit code; return the outcome and plan_report.json."""
         flags = {"dry_run": True, "dry_run_backend": "ddp", "dry_run_processes": 2, **changes}
         outcome = runs.train(runs.wan_flags(self.bare, self.table, self.folder / name, **flags))
-        assert outcome.code == 0, outcome.stderr
+        assert outcome.code == code, outcome.stderr
         path = outcome.folder / "plan_report.json"
         return outcome, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -160,7 +160,7 @@ def test_only_files_without_sizes_in_the_metadata_are_probed(setup: PlanSetup, t
 
 
 def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
-    outcome, report = setup.dry_run("tight", gpu_memory=1.0)
+    outcome, report = setup.dry_run("tight", DOES_NOT_FIT, gpu_memory=1.0)
     assert "does not fit in 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
     fast, _ = setup.dry_run("fast", assumed_mfu=0.5, peak_tflops=100)
     assert "50% of 100 TFLOP/s" in fast.stdout
@@ -170,7 +170,7 @@ def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> N
     words = "--dry_run --dry_run_model wan2.1-t2v-1.3b --dry_run_data 20x5s@24fps:1280x720 4:1024x1024 --mixed_precision bf16"
     words += f" --gpu rtx4090 --gpu_price 0.5 --max_train_steps 100 --checkpointing_steps 10 --output_dir {tmp_path}"
     outcome = runs.train(words.split())
-    assert outcome.code == 0, outcome.stderr
+    assert outcome.code == DOES_NOT_FIT, outcome.stderr
     for text in ("20 videos", "4 images", "does not fit in 24 GiB", "--gradient_checkpointing", "at 0.5 per GPU hour"):
         assert text in outcome.stdout, text
     report = json.loads((tmp_path / "plan_report.json").read_text())
@@ -181,7 +181,7 @@ def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> N
     first = next(number for number, line in enumerate(lines) if "the cheapest changes first" in line)
     flags = [line.strip().split("  ")[0] for line in lines[first + 1 :] if line.strip().startswith("--")]
     fitting = runs.train([*words.split(), *" ".join(flags).replace(" DIR", f" {tmp_path}/cache").split()])
-    assert "fits in 24 GiB" in fitting.stdout, (flags, fitting.stdout)
+    assert fitting.code == 0 and "fits in 24 GiB" in fitting.stdout, (flags, fitting.stdout)
 
 
 def planned(tmp_path: Path, words: str) -> tuple[str, dict[str, Any]]:
@@ -190,7 +190,7 @@ def planned(tmp_path: Path, words: str) -> tuple[str, dict[str, Any]]:
     model += " --fix_sample_size 480 832 --enable_bucket --video_sample_n_frames 81 --video_sample_stride 1 --low_vram"
     model += " --train_batch_size 1 --dry_run_backend fsdp2 --dry_run_processes 8"
     outcome = runs.train([*model.split(), *words.split(), "--output_dir", str(tmp_path)])
-    assert outcome.code == 0, outcome.stderr
+    assert outcome.code in (0, DOES_NOT_FIT), outcome.stderr
     return outcome.stdout, json.loads((tmp_path / "plan_report.json").read_text())
 
 
@@ -303,6 +303,7 @@ def test_the_unplanned_balance_needs_a_full_step(setup: PlanSetup) -> None:
     outcome, report = setup.dry_run("few", dry_run_processes=4)
     samples = sum(bucket["rows"] for bucket in report["buckets"])
     table = outcome.stdout.partition("balance by number of processes:")[2]
+    assert "balance" not in setup.dry_run("alone", dry_run_processes=1)[0].stdout  # one process waits for no other
     lines = [line.split() for line in table.splitlines()]
     for world in WORLDS:
         value = report["balance_unplanned"][world]

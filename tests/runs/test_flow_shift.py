@@ -14,7 +14,7 @@ import tiny
 import videox.training.build
 import videox.training.sampling
 import videox.training.validation_loss
-from videox.models.folder import SHIPPED_YAML
+from videox.models.config_files import SHIPPED_YAML
 from videox.models.scheduler import scheduler_shift
 
 QUICK = {

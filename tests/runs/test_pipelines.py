@@ -32,7 +32,6 @@ from diffusers.models.transformers import transformer_hunyuan_video
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
 from PIL import Image
 
-import videox.training.schedule as scheduling
 from videox.data.dataset import Batch
 from videox.data.plan.buckets import Fate
 from videox.data.plan.epoch import EpochPlan
@@ -45,6 +44,7 @@ from videox.encoders.hunyuan_text import pad_texts, trim_text
 from videox.encoders.vae import encode_moments, sample_latents, to_images
 from videox.rng import hash_key
 from videox.shapes import Bucket
+from videox.training.planning import plan_settings
 
 HUNYUAN = "scripts/hunyuanvideo/train.py"
 FRAMES, HEIGHT, WIDTH = 9, 48, 64
@@ -561,7 +561,7 @@ def plans(kind: ModelKind, tmp_path: Path, min_frames: int, **changes: object) -
     args = kind.trainer.parse_args(
         command(kind, tmp_path / "model", tmp_path / "metadata.json", tmp_path / "out", **changes)
     )
-    settings = scheduling.plan_settings(args, seed=5, slots=1, min_frames=min_frames)
+    settings = plan_settings(args, seed=5, slots=1, min_frames=min_frames)
     side, frames = np.full(4, 1024, np.int32), np.array([60, 5, 4, 1], np.int32)
     columns = PlanColumns(np.array([1, 1, 1, 0], np.uint8), side, side, frames, np.ones(4, bool))
     return (plan_epoch(columns, settings, epoch) for epoch in range(30))

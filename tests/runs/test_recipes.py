@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +69,10 @@ def test_every_recipe_fits_its_card_with_a_margin() -> None:
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_the_figures_are_those_of_a_fresh_dry_run(family: str, name: str, recipes: ModuleType, tmp_path: Path) -> None:
     assert recipes.figures(family, name, tmp_path) == figures()[family][name]
+    report = json.loads((tmp_path / "plan_report.json").read_text(encoding="utf-8"))
+    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    if row := re.search(rf"\| `{re.escape(name)}` \| [\d.]+ \| (\d+) \|", readme):
+        assert round(report["host"] / 1e9) == int(row[1])
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import videox.training.args as flags
 from videox.distributed.environment import SET_TOGETHER
-from videox.errors import FLAGS, UserError
+from videox.errors import DOES_NOT_FIT, FLAGS, UserError
 from videox.training.argument_parser import REMOVED, SHARE, Parser, number
 from videox.training.flags import make_parser
 
@@ -480,3 +480,40 @@ def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(family: str,
             raise AssertionError("it went on")
     """
     assert imported_by(textwrap.dedent(run)) == set()
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "gpu", "code"),
+    [
+        ("wan2.1", "wan2.1-t2v-1.3b", "rtx4090", 0),
+        ("wan2.1", "wan2.1-t2v-14b", "rtx3060", DOES_NOT_FIT),
+        ("hunyuanvideo", "hunyuanvideo-t2v", "h100", 0),
+    ],
+)
+def test_the_dry_run_of_a_published_model_imports_nothing_heavy(
+    family: str, model: str, gpu: str, code: int, tmp_path: Path
+) -> None:
+    script = f"scripts/{family}/train.py"
+    words = f"--dry_run --dry_run_model {model} --dry_run_data 20x5s@24fps:1280x720 --gpu {gpu} --seed 1 --lora_rank 8"
+    words += " --mixed_precision bf16 --gradient_checkpointing --low_vram --train_batch_size 1 --enable_bucket"
+    run = f"""
+        import runpy, sys
+        sys.argv = [{script!r}, *{words.split()!r}, "--output_dir", {str(tmp_path)!r}]
+        try:
+            runpy.run_path({script!r}, run_name="__main__")
+        except SystemExit as end:
+            assert end.code == {code}, end.code
+        else:
+            raise AssertionError("it went on")
+    """
+    assert imported_by(textwrap.dedent(run)) == set()
+    assert (tmp_path / "plan_report.json").is_file() and (tmp_path / "plan_report.png").is_file()
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "hunyuanvideo"])
+def test_help_shows_no_empty_default(family: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"scripts/{family}/train.py", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    shown = " ".join(done.stdout.split())
+    assert "(default: 512)" in shown and not re.search(r"\(default: *\)", shown)

@@ -19,9 +19,11 @@ from videox.data.plan.settings import columns_of
 from videox.errors import FLAGS, MODEL, UserError
 from videox.estimate.report import plan_records
 from videox.tracking.jsonl import read_lines
-from videox.training.args import check_args, data_dir
+from videox.training.args import check_args
+from videox.training.data_sources import sources_of
 from videox.training.flags import make_parser
-from videox.training.schedule import data_location, index_path, name_of_flags, plan_settings
+from videox.training.planning import data_location, index_path, plan_settings
+from videox.training.schedule import name_of_flags
 
 CLIPS = (("a.mp4", 64, 48, 21, 24.0), ("b.mp4", 48, 64, 9, 24.0), ("c.mp4", 48, 48, 13, 24.0))
 QUICK = {
@@ -127,7 +129,7 @@ def test_several_lists_and_a_common_folder(tmp_path: Path) -> None:
     paths = [tmp_path / "data/one", tmp_path / "data/two"]
     args = parse(tmp_path, train_data_meta=paths)
     assert args.train_data_meta == [str(path) for path in paths]
-    assert data_dir(args) == tmp_path / "data"
+    assert sources_of(args).data_dir == tmp_path / "data"
     location = data_location(args)
     assert [source.metadata_path for source in location.sources] == paths
     assert location.index_path == index_path(args) and location.index_path.parent == tmp_path / "data"

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from videox.errors import FLAGS, MODEL, UserError
-from videox.models.component import Component
-from videox.models.folder import SHIPPED_YAML
+from videox.models.config_files import SHIPPED_YAML
+from videox.models.configured import Component
 from videox.run.checkpoint import publish_checkpoint
 from videox.training.flags import make_parser
 from videox.training.flow_shift import choose_shift

@@ -14,7 +14,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from videox.errors import FLAGS, UserError
-from videox.lora.adapters import choose_targets
+from videox.lora.targets import choose_targets
 from videox.training.argument_parser import REMOVED, Parser
 from videox.training.flags import make_parser
 from videox.training.lora_flags import ALPHA, NO_COUNTERPART, RANK, translate

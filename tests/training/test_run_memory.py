@@ -19,17 +19,18 @@ from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import columns_of
 from videox.distributed.backends import BACKENDS
 from videox.errors import UserError
-from videox.estimate.duration import Speed, text_flops, vae_flops_per_pixel
+from videox.estimate.duration import Speed
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.gpus import GPUS
+from videox.estimate.measure import count_without_embeddings, vae_flops_per_pixel
 from videox.estimate.memory import SAFE_SHARE, Encoders
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.peak_memory import peak_bytes
 from videox.estimate.stand_in_data import describe_data
-from videox.lora.adapters import choose_targets
+from videox.lora.targets import choose_targets
 from videox.training.flags import make_parser
+from videox.training.planning import plan_settings
 from videox.training.run_memory import Launch, RunMemory, launch_of
-from videox.training.schedule import plan_settings
 
 TRANSFORMER = {
     "num_attention_heads": 3, "attention_head_dim": 32, "ffn_dim": 320, "num_layers": 3, "in_channels": 16,
@@ -79,9 +80,9 @@ def run_memory(folder: Path, *flags: str, **variables: str) -> RunMemory:
         network=partial(cross_attention_network, TRANSFORMER, text_tokens=512, image_tokens=0),
         blocks=BLOCKS,
         components={
-            "transformer": (WanTransformer3DModel, TRANSFORMER),
-            "vae": (AutoencoderKLWan, VAE),
-            "text_encoder": (UMT5EncoderModel, TEXT),
+            "transformer": ("diffusers.WanTransformer3DModel", TRANSFORMER),
+            "vae": ("diffusers.AutoencoderKLWan", VAE),
+            "text_encoder": ("transformers.UMT5EncoderModel", TEXT),
         },
     )
     columns = columns_of(describe_data(args.dry_run_data), by_second=args.video_sample_fps > 0)
@@ -121,7 +122,9 @@ def test_a_vae_in_bfloat16_needs_half_the_memory(tmp_path: Path) -> None:
     speed, plan = Speed(GPUS["h100"], 900e12, 0.4, False, ""), plan_epoch(full.columns, full.settings, 0)
     for run in (full, half):
         run.args.tokenizer_max_length = 16
-    captions = speed.float32_seconds(len(plan.row) * text_flops({"text": UMT5EncoderModel(UMT5Config(**TEXT))}, 16))
+    captions = speed.float32_seconds(
+        len(plan.row) * 2 * 16 * count_without_embeddings(UMT5EncoderModel(UMT5Config(**TEXT)))
+    )
     seconds = [run.encoding_seconds(plan, speed) - captions for run in (full, half)]
     assert seconds[0] == pytest.approx(2 * seconds[1])  # TF32, in which torch computes convolutions, and bfloat16
 
@@ -272,7 +275,7 @@ def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None
     pixels = sum(size * bucket.frames * bucket.height * bucket.width for bucket, size in samples)
     with torch.device("meta"):
         vae, text = AutoencoderKLWan(**VAE), UMT5EncoderModel(UMT5Config(**TEXT))
-    captions = 200 * text_flops({"text_encoder": text}, 512)
+    captions = 200 * 2 * 512 * count_without_embeddings(text)
     clips = vae_flops_per_pixel(vae) * pixels / (0.4 * 150e12)  # convolutions: TF32, by torch's own default
     for half, peak in ((True, 300e12), (False, 19.5e12)):
         run.setup = replace(run.setup, half=half)

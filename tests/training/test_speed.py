@@ -9,7 +9,7 @@ import runs
 
 from videox.distributed.backends import BACKENDS
 from videox.errors import UserError
-from videox.training.speed import check_backend_flags
+from videox.training.speed_flags import check_backend_flags
 
 PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metadata.json"]
 

@@ -7,7 +7,8 @@ import tiny
 
 from videox.distributed.backends import BACKENDS
 from videox.training.flags import make_parser
-from videox.training.startup import notes, planned_backend_notes
+from videox.training.notes import notes
+from videox.training.startup import planned_backend_notes
 
 PARSER = make_parser("", modes=("normal",), recipes=tiny.ROOT / "config/recipes/wan2.1")
 

@@ -10,8 +10,6 @@ from videox.data.media.container import DECODINGS
 from videox.data.plan.settings import PlanColumns
 from videox.errors import MODEL, UserError
 
-NEXT_EPOCH, AT_ONCE = ACCEPTED = ("next_epoch", "now")  # when a run goes on with changed data
-
 
 def lost_rows(then: PlanColumns, now: PlanColumns, may_appear: np.ndarray | None = None) -> np.ndarray | None:
     """Return the rows that were readable then and are not now, if nothing else has changed; otherwise None.

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from videox.data.choices import AT_ONCE, NEXT_EPOCH
 from videox.data.plan.epoch import check_world_size
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, Backend
-from videox.engine.changed_rows import AT_ONCE, NEXT_EPOCH, lost_rows, refuse_changed_rows
+from videox.engine.changed_rows import lost_rows, refuse_changed_rows
 from videox.engine.train_state import (
     LATER_DEFAULTS,
     OPTIMIZER_STEM,

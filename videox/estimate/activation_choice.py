@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from videox.estimate.flops import Network
-from videox.models.activation_checkpoint import Recompute, select_blocks
+from videox.models.recompute import Recompute, select_blocks
 from videox.shapes import Bucket, token_count
 
 SHARES = tuple(eighth / 8 for eighth in range(1, 9))

@@ -6,17 +6,18 @@ import json
 import math
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
 from videox.distributed.backends import backend_of
 from videox.errors import UserError
 from videox.files import write_json_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 COST_MODEL = "cost_model.json"
 MAX_STEPS = 4096  # the most recent steps that are remembered
@@ -169,6 +170,8 @@ def read_cost_model(path: Path) -> tuple[float, float]:
 
 def step_times(accelerator: Accelerator, settings: PlanSettings) -> StepTimes:
     """Return an empty StepTimes for this launch."""
+    import torch  # imported here, because read_cost_model does not need it
+
     device = accelerator.device
     return StepTimes(
         world_size=accelerator.num_processes,

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.gpus import Gpu
 from videox.estimate.memory import MemorySetup, Parameters
@@ -18,7 +14,6 @@ from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 # many. The host queues them one by one, and a GPU with little work waits for it. The time of one is a rough figure
 # for a server's processor, until it is measured beside a GPU.
 LAUNCHES_PER_BLOCK, SECONDS_PER_LAUNCH = 82, 7e-6
-PROBE = (9, 128, 128)  # frames, height and width of the clip on which a VAE's FLOPs are counted
 
 
 @dataclass(frozen=True)
@@ -95,32 +90,6 @@ def idle_seconds(work: np.ndarray, launches: float) -> tuple[float, int]:
     """
     waits = np.maximum(launches - work, 0.0)
     return float(waits.sum()), int(np.count_nonzero(waits))
-
-
-def vae_flops_per_pixel(vae: Any) -> float:  # noqa: ANN401 - a VAE of diffusers, on the meta device
-    """Return the FLOPs of a VAE's encoder per pixel and frame, counted on a small clip."""
-    clip = torch.empty((1, 3, *PROBE), device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.encode(clip)
-    return counter.get_total_flops() / math.prod(PROBE)
-
-
-def text_flops(encoders: dict[str, Any], tokens: int) -> float:
-    """Return the FLOPs of the text encoders for one caption: two per parameter and token, without embeddings.
-
-    Args:
-        encoders: modules by component name.
-        tokens: of a caption.
-    """
-    return float(
-        sum(
-            2
-            * tokens
-            * sum(p.numel() for name, p in module.named_parameters() if "embed" not in name and "shared" not in name)
-            for component, module in encoders.items()
-            if component.startswith("text")
-        )
-    )
 
 
 def offload_seconds(parameters: Parameters, setup: MemorySetup, gpu: Gpu) -> float:

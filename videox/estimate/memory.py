@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from videox.estimate.flops import Network
-from videox.models.activation_checkpoint import select_blocks
-from videox.models.activation_offload import COPIES_ON_DEVICE
+from videox.models.recompute import COPIES_ON_DEVICE, select_blocks
 from videox.optim.registry import kind_of, moments_of
 
 GB = 1e9
@@ -139,6 +138,10 @@ class Memory:
     def total(self) -> float:
         """Return the peak bytes on a GPU."""
         return self.allocated() * (1 + FRAGMENTATION) + CONTEXT
+
+    def host_peak(self) -> float:
+        """Return the most bytes of host memory on one machine: while loading, or while training."""
+        return max(self.host["loading"], sum(size for name, size in self.host.items() if name != "loading"))
 
     def of_phases(self, *names: str) -> float:
         """Return the peak bytes on a GPU in some phases."""

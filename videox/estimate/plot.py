@@ -1,9 +1,8 @@
-"""plan_report.png: where the time of an epoch goes, and how evenly GPUs are loaded."""
+"""plan_report.png: whether a run fits a card, what it takes, and where its time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,39 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from videox.data.plan.balance import PlanBalance
+from videox.estimate.plan_picture import PlanPicture
 from videox.files import atomic_write
-from videox.shapes import Bucket, token_count
+from videox.shapes import token_count
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#9a9a9a"
 MAX_BUCKETS = 16  # buckets with a bar of their own
 BINS = 12  # bins of token counts
-
-
-@dataclass(frozen=True)
-class PlanPicture:
-    """What plan_report.png shows.
-
-    Attributes:
-        title: what is trained.
-        buckets: of an epoch.
-        counts: samples of each bucket.
-        flops: FLOPs of all samples of each bucket.
-        balanced: metrics of the plan by number of processes.
-        memory: GiB of each item on a GPU; items of different phases are not there at the same time.
-        total: GiB at the peak.
-        limit: GiB of the GPU.
-        card: its name.
-    """
-
-    title: str
-    buckets: Sequence[Bucket]
-    counts: np.ndarray
-    flops: np.ndarray
-    balanced: Mapping[int, PlanBalance]
-    memory: Mapping[str, float]
-    total: float
-    limit: float
-    card: str
 
 
 def plot_plan(path: Path, picture: PlanPicture) -> None:
@@ -54,22 +27,41 @@ def plot_plan(path: Path, picture: PlanPicture) -> None:
         path: of the image file.
         picture: what is drawn.
     """
-    buckets, counts, flops = picture.buckets, picture.counts, picture.flops
+    several = len(picture.buckets) > 1
+    panels: list[tuple[float, Callable[[Axes], None]]] = []  # relative width and function that draws it
+    if several:
+        panels.append((3, lambda axes: _plot_buckets(axes, picture)))
+        panels.append((2.4, lambda axes: _plot_tokens(axes, picture)))
+    if picture.balanced:
+        panels.append((2.4, lambda axes: _plot_balance(axes, picture.balanced)))
+    place = 0.42 if panels else 0.2  # of the second column, as a share of the panel's width
+    panels.append((2.4, lambda axes: _write_facts(axes, picture.facts, place)))
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(15, 7), layout="constrained")
-        verdict = "fits" if picture.total <= picture.limit else "does not fit"
+        low = not (several or picture.balanced)  # only the memory and the facts
+        width = 10 + 4 * several + 4 * bool(picture.balanced)
+        figure = Figure(figsize=(width, 4.5 if low else 7), layout="constrained")
+        verdict = "fits in" if picture.total <= picture.limit else "DOES NOT FIT in"
         figure.suptitle(
-            f"{picture.title}: {picture.total:.1f} GiB, {verdict} in {picture.limit:g} GiB ({picture.card})",
+            f"{picture.title}\n{picture.total:.1f} GiB per GPU: {verdict} {picture.limit:g} GiB ({picture.card})",
             fontsize=13,
         )
-        grid = figure.add_gridspec(2, 3, width_ratios=(3, 2.4, 2), height_ratios=(1, 4))
-        _plot_memory(figure.add_subplot(grid[0, :]), picture)
-        left, middle, right = (figure.add_subplot(grid[1, column]) for column in range(3))
-        _plot_buckets(left, buckets, counts, flops)
-        _plot_tokens(middle, np.array([token_count(bucket) for bucket in buckets]), counts, flops)
-        _plot_balance(right, picture.balanced)
+        rows = figure.add_gridspec(2, 1, height_ratios=(1, 2 if low else 4))
+        _plot_memory(figure.add_subplot(rows[0]), picture)
+        grid = rows[1].subgridspec(1, len(panels), width_ratios=[width for width, _ in panels])
+        for column, (_, draw) in enumerate(panels):
+            draw(figure.add_subplot(grid[column]))
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
+
+
+def _write_facts(axes: Axes, facts: Mapping[str, str], place: float) -> None:
+    """Write what the run takes, one fact per line; place: of the second column, as a share of the width."""
+    axes.set_axis_off()
+    axes.set_title("What the run takes")
+    for line, (name, text) in enumerate(facts.items()):
+        height = 0.95 - line * 0.9 / len(facts)
+        axes.text(0.0, height, name, fontweight="bold", va="top", transform=axes.transAxes)
+        axes.text(place, height, text, va="top", transform=axes.transAxes)
 
 
 def _plot_memory(axes: Axes, picture: PlanPicture) -> None:
@@ -84,11 +76,12 @@ def _plot_memory(axes: Axes, picture: PlanPicture) -> None:
     axes.set_yticks([])
     axes.set_xlim(0, 1.15 * max(picture.limit, start))
     axes.set_xlabel("GiB per GPU at the peak")
-    axes.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.6), fontsize=8)
+    axes.legend(frameon=False, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.6), fontsize=8)
 
 
-def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, flops: np.ndarray) -> None:
+def _plot_buckets(axes: Axes, picture: PlanPicture) -> None:
     """Draw the share of time and of samples of each bucket; the most expensive buckets have their own bars."""
+    buckets, counts, flops = picture.buckets, picture.counts, picture.flops
     order = np.argsort(-flops, kind="stable")
     listed, others = order[:MAX_BUCKETS], order[MAX_BUCKETS:]
     names = [
@@ -112,8 +105,10 @@ def _plot_buckets(axes: Axes, buckets: Sequence[Bucket], counts: np.ndarray, flo
     axes.legend(frameon=False, loc="lower right")
 
 
-def _plot_tokens(axes: Axes, tokens: np.ndarray, counts: np.ndarray, flops: np.ndarray) -> None:
+def _plot_tokens(axes: Axes, picture: PlanPicture) -> None:
     """Draw time and samples by token count, which is easier to read than names where there are hundreds of buckets."""
+    counts, flops = picture.counts, picture.flops
+    tokens = np.array([token_count(bucket) for bucket in picture.buckets])
     edges = np.geomspace(0.999 * tokens.min(), 1.001 * tokens.max(), BINS + 1)
     for weights, colour, label, shift in (
         (flops, BLUE, "share of time", -0.2),

@@ -247,6 +247,21 @@ def duration_lines(duration: Duration, steps: int, gpus: int, price: float | Non
     ]
 
 
+def duration_facts(duration: Duration, steps: int, gpus: int, price: float | None) -> dict[str, str]:
+    """Return the duration of a step, an epoch and the run in words, by name, for the picture; as duration_lines."""
+    once = bool(duration.cached and duration.variants)
+    epoch = duration.epoch + (0 if once else duration.encoding)
+    hours = duration.run() * gpus / 3600
+    facts = {
+        "optimizer step": format_duration(epoch / steps),
+        "epoch": f"{format_duration(epoch)}, {steps:,} steps",
+        "encoding": f"{format_duration(duration.encoding)}, {'once' if once else 'in each epoch'}",
+        "run": f"{format_duration(duration.run())}, {duration.epochs:,.3g} epochs",
+        "GPU hours": f"{hours:,.3g}",
+    }
+    return facts if price is None else {**facts, "price": f"{hours * price:,.2f} at {price:g} per GPU hour"}
+
+
 def balance_lines(by_world: Mapping[int, PlanBalance], settings: PlanSettings) -> list[str]:
     """Return the table of balance and mix by number of processes, with the reasons for unusually bad numbers."""
     lines = [f"  {'processes':>9} {'steps':>9} {'balance':>8} {'unplanned':>10} {'mix':>6}"]
@@ -384,6 +399,11 @@ class Disk:
     def needed(self) -> float:
         """Return the bytes at most: while a checkpoint is written, the oldest one is still there."""
         return (self.kept + (self.kept < self.written)) * self.checkpoint
+
+
+def disk_fact(disk: Disk) -> str:
+    """Return the disk space of the checkpoints of a run in words, for the picture."""
+    return f"{_size(disk.needed())}, {_size(disk.checkpoint)} each"
 
 
 def disk_lines(disk: Disk, free: float) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from videox.models.activation_offload import HostOffload
+from videox.models.recompute import Recompute, select_blocks
 
 # Forward operators of fused attention: torch's kernels, and those that flash-attn, xformers and the Hub's kernels
 # register. Attention that is computed by matrix products (with the math backend) is recomputed as before.
@@ -20,39 +20,6 @@ ATTENTION_FORWARD = re.compile(
     r"aten::_scaled_dot_product_(flash|efficient|cudnn|fused)_?attention\w*"
     r"|\w*flash_?attn\w*::_?\w*(forward|fwd)\w*|xformers\w*::\w*(forward|fwd)\w*"
 )
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """What the backward pass computes again.
-
-    Attributes:
-        share: share of the blocks that are checkpointed, 0 to 1: they save their inputs alone.
-        keep: "" recomputes all of a checkpointed block; "attention" keeps the outputs of its attention; "self_attention"
-            keeps those whose keys are as many as the queries, and not those of cross-attention.
-    """
-
-    share: float = 0.0
-    keep: str = ""
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        if not self.share:
-            return "recompute nothing"
-        blocks = "all blocks" if self.share == 1 else f"{self.share:g} of the blocks"
-        return f"recompute {blocks}" + (f", keep {self.keep.replace('_', '-')}" if self.keep else "")
-
-
-def select_blocks(count: int, share: float) -> list[int]:
-    """Return which of `count` blocks to recompute: a share (0 to 1) of them, evenly spaced.
-
-    Block i is selected when (i + 1) * share reaches the next half, as in the original trainer's selective_ac.
-    """
-    selected: list[int] = []
-    for block in range(count):
-        if (block + 1) * share >= len(selected) + 0.5:
-            selected.append(block)
-    return selected
 
 
 def is_attention_forward(name: str) -> bool:

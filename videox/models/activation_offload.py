@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-COPIES_ON_DEVICE = 3  # inputs on the GPU at a time: of the block that computes, and copies on their way
+from videox.models.recompute import COPIES_ON_DEVICE
 
 
 class HostBuffers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.reader import lora_file
 from videox.models import infer_config
+from videox.models.config_files import read_json, read_yaml
 from videox.models.config_values import value_fault
+from videox.models.configured import Component
 from videox.models.downloads import check_weights_file, check_weight_set
 from videox.models.folder import (
     CONFIG_NAMES,
@@ -25,15 +26,13 @@ from videox.models.folder import (
     check_finite,
     load_strictly,
     read_component,
-    read_json,
     read_model_folder,
-    read_yaml,
 )
 from videox.models.hub import snapshot_folder
 from videox.weights.header import header_config
 from videox.weights.layouts import family_of
 from videox.weights.reader import LayoutTensors, open_tensors
-from videox.weights.safetensors_io import StoredTensors, TensorSource, join_first
+from videox.weights.safetensors_io import join_first
 from videox.weights.weight_files import chosen_set, has_standard_names
 
 # The diffusers class of each kind of component that a flag can point to.
@@ -42,29 +41,6 @@ CLASS_NAMES = {
     "wan_vae": "AutoencoderKLWan", "hunyuan_vae": "AutoencoderKLHunyuanVideo",
 }  # fmt: skip
 ALIGNED = 64  # bytes: the alignment of memory that torch allocates
-
-
-@dataclass(frozen=True)
-class Component:
-    """A component of a model whose files were checked; none of its weights has been read.
-
-    Attributes:
-        path: the component's folder or file.
-        config: its configuration, with the keys of its class in diffusers or transformers.
-        tensors: where each tensor is stored; None for a folder that the class's from_pretrained reads by itself.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    tensors: LayoutTensors | None = None
-
-    def source(self) -> TensorSource:
-        """Return the tensors by diffusers' names, memory-mapped, for reading slices. Raises UserError (MODEL)."""
-        return StoredTensors(self.path) if self.tensors is None else self.tensors
-
-    def inferred_config(self) -> dict[str, Any] | None:
-        """Return the configuration inferred from the weights; None if the folder has diffusers' config.json."""
-        return None if self.tensors is None else self.config
 
 
 def find_component(

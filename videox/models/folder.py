@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from yaml import YAMLError
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
+from videox.models.config_files import download_again, read_json
 from videox.models.downloads import check_component_files, check_weight_set, download_command, repository_of
 from videox.weights.lazy_tensor import read_header
 from videox.weights.safetensors_io import WEIGHTS, write_index
@@ -31,14 +30,7 @@ from videox.weights.weight_files import (
 )
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-# What OmegaConf raises for a bad yaml: its own errors, those of the yaml parser, and an AssertionError for a document
-# that is a bare number.
-BAD_YAML = (
-    OSError, ValueError, AttributeError, TypeError, RecursionError, AssertionError, YAMLError, OmegaConfBaseException,
-)  # fmt: skip
 DOWNLOAD_AGAIN = "download the model again"
-SHIFT_HINT = "set scheduler_kwargs.shift in it, 5.0 for Wan2.1"
-SHIPPED_YAML = str(Path(__file__).resolve().parents[2] / "config" / "wan2.1" / "wan_civitai.yaml")
 ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
 # Folders in the original releases of HunyuanVideo -> the same model in diffusers' layout.
 HUNYUAN_MARKS = {
@@ -150,23 +142,6 @@ def _list_names(folder: Path, limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more or "nothing"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises UserError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        what = f"cannot be read as JSON ({error})"
-        raise UserError(str(path), what, download_again(path.parent), MODEL) from error
-    if not isinstance(content, dict):
-        raise UserError(str(path), "is not a JSON object", download_again(path.parent), MODEL)
-    return content
-
-
-def download_again(folder: Path) -> str:
-    """Return the hint to download the files of a folder again, with the command for the model."""
-    return f"delete the file and download it again with `{download_command(folder)}`"
-
-
 @contextmanager
 def usual_names(folder: Path, stem: str) -> Iterator[Path]:
     """Yield a folder in which from_pretrained finds the weights: the folder itself if their names are the usual ones.
@@ -249,6 +224,12 @@ def check_keys(model_class: Any, folder: Path, **unmatched: Sequence[Any]) -> No
             raise UserError(str(folder), what, "use the weights that belong to its config.json", MODEL)
 
 
+def load_class(name: str) -> Any:  # noqa: ANN401 - of either library
+    """Return the class of a dotted name, such as "diffusers.AutoencoderKLWan"; its library is loaded."""
+    package, _, class_name = name.rpartition(".")
+    return getattr(importlib.import_module(package), class_name)
+
+
 def build_on_meta(model_class: Any, config: dict[str, Any]) -> torch.nn.Module:  # noqa: ANN401 - of either library
     """Return the model that a configuration describes, with all tensors on the meta device.
 
@@ -318,31 +299,3 @@ def has_nonfinite(tensor: torch.Tensor) -> bool:
 def nonfinite_error(name: str, folder: Path) -> UserError:
     """Return the UserError for a tensor that has a value that is not finite."""
     return UserError(str(folder), f"{name} contains values that are not finite", DOWNLOAD_AGAIN, MODEL)
-
-
-def read_yaml(config_path: str) -> DictConfig:
-    """Return the content of --config_path; raises UserError.
-
-    Interpolations are rejected, since they could read environment variables.
-    """
-    try:
-        text = Path(config_path).read_text(encoding="utf-8")
-        if "${" in text:
-            raise UserError("--config_path", f"{config_path} contains an interpolation", "write the values out")
-        content = OmegaConf.create(text)
-    except BAD_YAML as error:
-        raise UserError("--config_path", f"{config_path}: {' '.join(str(error).split())}", SHIFT_HINT) from error
-    if not isinstance(content, DictConfig):
-        raise UserError("--config_path", f"{config_path} is not a mapping of names to values", SHIFT_HINT)
-    return content
-
-
-def read_shift(config_path: str) -> float:
-    """Return the flow shift from the yaml of --config_path. Raises UserError."""
-    try:
-        shift = float(read_yaml(config_path).scheduler_kwargs.shift)
-    except BAD_YAML as error:
-        raise UserError("--config_path", f"{config_path}: {' '.join(str(error).split())}", SHIFT_HINT) from error
-    if not 0 < shift < 1000:
-        raise UserError("--config_path", f"scheduler_kwargs.shift is {shift}", "use a value above 0, 5.0 for Wan2.1")
-    return shift

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from videox.errors import MODEL, UserError
-from videox.models.component import Component
-from videox.models.folder import read_json
+from videox.models.config_files import read_json
+from videox.models.configured import Component
 
 ROOT = Path(__file__).resolve().parents[2] / "config" / "models"
 FLAG = "--dry_run_model"

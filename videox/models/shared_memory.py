@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from videox.models.component import Component, load_component
+from videox.models.component import load_component
+from videox.models.configured import Component
 from videox.weights.weight_files import chosen_set
 
 ALIGNED = 64  # bytes; the offset of each tensor is a multiple, as in memory that torch allocates

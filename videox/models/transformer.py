@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from videox.distributed.backends import backend_name
 from videox.lora.adapters import Lora, add_adapters, cast_base
 from videox.lora.dora import compute_norms_in_float32
-from videox.models.component import Component, load_checked
+from videox.models.component import load_checked
+from videox.models.configured import Component
 from videox.models.meta_init import build_meta_model, is_sharded
 
 

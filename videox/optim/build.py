@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
-from videox.errors import UserError
 from videox.optim.cpu_offload import CpuOffloadOptimizer
 from videox.optim.registry import kind_of, moments_of, optimizer_class
+from videox.optim.selection import select_parameters
 from videox.optim.state import keep_group_state
 
 ABNORMAL_RATIO = 5.0  # a gradient norm above this multiple of the limit is abnormal ...
@@ -24,38 +23,13 @@ def choose_trainable(
 ) -> tuple[list[str], list[str]]:
     """Freeze all parameters that are not selected; return (names at the full learning rate, names at half of it).
 
-    A parameter is selected if its name contains one of the strings; "." selects all, also names without a dot. Names
-    that match both lists train at the full learning rate.
-
-    Args:
-        module: the model.
-        trainable: strings that select parameters at the full learning rate.
-        half_lr: strings that select parameters at half the learning rate.
-
-    Raises:
-        UserError: a string matches nothing, or no parameter is selected.
+    The arguments and errors are those of select_parameters, for the names of the module's parameters.
     """
-    names = [name for name, _ in module.named_parameters()]
-    for flag, patterns in (("trainable_modules", trainable), ("trainable_modules_low_learning_rate", half_lr)):
-        for pattern in patterns:
-            if pattern != "." and not any(pattern in name for name in names):
-                parts = sorted({part for name in names for part in name.split(".")})
-                similar = difflib.get_close_matches(pattern, parts, 3, 0.4) or parts[:3]
-                hint = f"try {', '.join(similar)}, or '.' for all"
-                raise UserError(f"--{flag}", f"{pattern!r} matches no parameter", hint)
-    full = [name for name in names if matches(name, trainable)]
-    half = [name for name in names if matches(name, half_lr) and not matches(name, trainable)]
-    if not full and not half:
-        raise UserError("--trainable_modules", "no parameter is trainable", "pass '.' to train all")
+    full, half = select_parameters([name for name, _ in module.named_parameters()], trainable, half_lr)
     selected = {*full, *half}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in selected)
     return full, half
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a parameter's name is selected by one of the strings ("." selects all)."""
-    return any(pattern == "." or pattern in name for pattern in patterns)
 
 
 def parameter_groups(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from videox.data.plan.buckets import SizePolicy
 from videox.distributed.environment import check_environment_once
 from videox.errors import UserError
 from videox.optim.registry import check_installed, kind_of, parse_settings, takes_settings
 from videox.run.folder import refuse_output_dir_conflicts
-from videox.training.data_sources import sources_of
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
 from videox.training.speed_flags import check_speed
 from videox.weights.layout_tables import KOHYA, MERGED
+
+if TYPE_CHECKING:
+    from videox.data.plan.buckets import SizePolicy
 
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "dataset_config",
@@ -24,6 +26,8 @@ PATHS = (
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
     """Build the size policy from the flags. Raises UserError where they contradict each other."""
+    from videox.data.plan.buckets import SizePolicy  # imported here, because --help does not need numpy
+
     return SizePolicy(
         video_sample_size=args.video_sample_size,
         image_sample_size=args.image_sample_size,
@@ -101,6 +105,8 @@ def _check_paths(args: argparse.Namespace) -> None:
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
     if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
         return  # what is only described is not in any folder
+    from videox.training.data_sources import sources_of  # imported here, because --help needs no reader of lists
+
     flag = "dataset_config" if args.dataset_config else "train_data_dir"
     for folder in dict.fromkeys(source.data_dir for source in sources_of(args).sources):
         refuse_output_dir_conflicts(
@@ -181,8 +187,3 @@ def refuse_impossible(flag: str, path: str) -> None:
         Path(path).resolve().exists()
     except (OSError, RuntimeError) as why:
         raise UserError(flag, f"{path} cannot be looked up ({why})", "use another path") from why
-
-
-def data_dir(args: argparse.Namespace) -> Path:
-    """The folder that file_path entries are relative to."""
-    return sources_of(args).data_dir

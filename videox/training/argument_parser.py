@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from videox.distributed.cuda_variables import set_cuda_variables
-from videox.errors import FLAGS, PeerFailed, UserError
+from videox.errors import FLAGS, INTERRUPTED, PeerFailed, UserError, error_text
 from videox.training.run_files import flags_from_files, switch_booleans
 from videox.training.synonyms import hint_for, nearest_hint
 
@@ -41,7 +41,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        says_nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        says_nothing = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
         return text if says_nothing or action.required else f"{text} (default: %(default)s)"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -121,20 +121,34 @@ class Parser(argparse.ArgumentParser):
         return UserError(word, "is not a flag of this script", nearest_hint(word, list(self._option_string_actions)))
 
 
-def parse_or_exit(parse: Callable[[], object]) -> None:
+def parse_or_exit(
+    parse: Callable[[], Any],
+    plan: Callable[[argparse.Namespace], int] | None = None,
+    planned: Callable[[argparse.Namespace], object] = bool,
+) -> None:
     """Parse the command line and exit at once with one line on stderr if it is wrong, or after --help.
 
     A script calls it above its heavy imports, so that --help and a mistyped flag are answered before torch is loaded;
     its main parses again. The variables that torch and CUDA read when they start are set here, too.
+
+    Args:
+        parse: returns the flags, or raises UserError.
+        plan: a dry run, which returns the exit code; None: flags alone are checked.
+        planned: whether these flags ask for a plan that needs none of the heavy imports.
     """
     try:
         parsed = parse()
         set_cuda_variables(os.environ, deterministic=getattr(parsed, "deterministic", False))
+        if plan is not None and planned(parsed):
+            sys.exit(plan(parsed))
     except UserError as error:
-        sys.stderr.write(f"{error.line()}\n")
+        sys.stderr.write(f"{error_text(error)}\n")
         sys.exit(error.exit_code)
     except PeerFailed as error:  # another process of this machine reports it
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was trained\n")
+        sys.exit(INTERRUPTED)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:

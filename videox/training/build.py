@@ -32,9 +32,10 @@ from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import Disk, keep_all_lines
-from videox.lora.adapters import AdaptedTensors, Lora, choose_targets
+from videox.lora.adapters import AdaptedTensors, Lora
 from videox.lora.checkpoint import LoraWeights, prepare_lora
-from videox.models.component import Component
+from videox.lora.targets import choose_targets
+from videox.models.configured import Component
 from videox.models.meta_init import is_sharded
 from videox.models.norm_dtype import keep_norm_dtype
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from videox.data.choices import AT_ONCE
 from videox.data.index.captions import rows_without_caption
 from videox.data.index.index import Index
 from videox.data.index.row_changes import RowChange, compare_rows, join_rows, load_rows, save_rows
@@ -12,7 +13,6 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import held_out_rows, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings, columns_fingerprint, columns_of
 from videox.distributed.collectives import run_on_main
-from videox.engine.changed_rows import AT_ONCE
 from videox.engine.resume import IndexedData, shorten
 from videox.engine.train_state import TrainState
 from videox.errors import MODEL, UserError

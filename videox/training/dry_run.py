@@ -24,7 +24,8 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import columns_of
 from videox.distributed.backends import BACKENDS
-from videox.errors import STORAGE, UserError
+from videox.distributed.environment import is_launched
+from videox.errors import DOES_NOT_FIT, STORAGE, UserError
 from videox.estimate.activation_choice import choice_lines
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
@@ -33,7 +34,7 @@ from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
-from videox.estimate.plot import PlanPicture, plot_plan
+from videox.estimate.plan_picture import PlanPicture
 from videox.estimate.report import (
     GIB,
     LABELS,
@@ -43,7 +44,9 @@ from videox.estimate.report import (
     attribute_line,
     attributes,
     balance_lines,
+    disk_fact,
     disk_lines,
+    duration_facts,
     duration_lines,
     epoch_flops,
     memory_lines,
@@ -57,22 +60,24 @@ from videox.estimate.report import (
 )
 from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
-from videox.models.activation_checkpoint import select_blocks
-from videox.optim.registry import check_supported
+from videox.models.recompute import select_blocks
+from videox.optim.registry import check_supported, takes_settings
 from videox.shapes import token_count
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
 from videox.training.flow_shift import FlowShift
-from videox.training.optimizer import try_optimizer
+from videox.training.notes import notes
 from videox.training.planned_gpu import gpu_of, memory_limit
-from videox.training.run_memory import Launch, RunMemory, launch_of
-from videox.training.schedule import data_location, plan_settings
-from videox.training.speed import check_backend_flags, chooser, largest_micro_batches
-from videox.training.startup import notes
+from videox.training.planning import data_location, plan_settings
+from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, launch_of
+from videox.training.speed_flags import check_backend_flags
 
 
 def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile, FlowShift]]) -> int:
     """Print the plan of a run and its estimates, or how one row is used (--explain); return the exit code.
+
+    It is DOES_NOT_FIT if the flags name a GPU that the run does not fit, so that a script can tell; under a launcher,
+    which would print a traceback for it, it is 0.
 
     Args:
         describe: returns the model's profile and the flow shift of a new run; called on the first process only.
@@ -81,13 +86,17 @@ def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile
         UserError: the flags, the data or the model cannot be used.
     """
     if os.environ.get("RANK", "0") == "0":
-        _plan(args, *describe())
+        fits = _plan(args, *describe())
+        named = args.gpu or args.gpu_memory is not None
+        if named and not fits and not (is_launched(os.environ) or "ACCELERATE_MIXED_PRECISION" in os.environ):
+            return DOES_NOT_FIT
     return 0
 
 
-def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> None:
+def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> bool:
+    """Print the plan and the estimates; return whether the run fits the GPU, True where no run is estimated."""
     launch = launch_of(os.environ, args)
-    tried = try_optimizer(args)
+    tried = _try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     check_backend_flags(args, BACKENDS[launch.backend])
     index = describe_data(args.dry_run_data) if args.dry_run_data else _index(args)
@@ -103,7 +112,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> No
         _print("no --seed is given: the plan below is of seed 0; a run draws its own seed")
     if args.explain is not None:
         _print(*explain_row(index, columns, settings, args.explain, args.num_train_epochs, args.caption_dropout))
-        return
+        return True
     plan = plan_epoch(columns, settings, 0)
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *tried, *notes(args))
     kept = "; a resumed run keeps that of its checkpoint" if args.resume_from_checkpoint else ""
@@ -115,7 +124,7 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> No
         attribute_line(attributes(columns, plan, settings.policy)),
     )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
-    _Estimates(args, launch, RunMemory(args, model, launch, columns, settings), plan).report()
+    return _Estimates(args, launch, RunMemory(args, model, launch, columns, settings), plan).report()
 
 
 class _Estimates:
@@ -125,8 +134,12 @@ class _Estimates:
         self.args, self.launch, self.run, self.plan = args, launch, run, plan
         self.columns, self.settings = run.columns, run.settings
 
-    def report(self) -> None:
-        """Print the estimates and write plan_report.json, plan_report.png and the requested plans."""
+    def report(self) -> bool:
+        """Print the estimates and write plan_report.json, plan_report.png and the requested plans.
+
+        Returns:
+            whether the run fits the GPU.
+        """
         args, plan, settings = self.args, self.plan, self.settings
         setup = self.run.setup
         network = self.run.network(setup)
@@ -138,15 +151,16 @@ class _Estimates:
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
         _print(*time_lines(plan, flops), *step_lines(plan, settings, flops))
-        balance = balanced[self.launch.processes].balance
+        balance, several = balanced[self.launch.processes].balance, self.launch.processes > 1
         duration = self._duration(flops, balance)
-        assumed = f"assumed: {speed_of(args).source}; balance {balance:.2f}"
+        assumed = f"assumed: {speed_of(args).source}" + (f"; balance {balance:.2f}" if several else "")
         _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, assumed))
         idle, waiting = self._idle(speed_of(args))
         if waiting:
             count = f"{waiting:,} of {len(plan.micro_bucket):,} micro-batches"
             _print(f"{count} are so small that the GPU waits for kernel launches: {format_duration(idle)} per epoch")
-        _print("balance by number of processes:", *balance_lines(balanced, settings))
+        if several:
+            _print("balance by number of processes:", *balance_lines(balanced, settings))
         memory = self._memory()
         checkpoint = checkpoint_size(self.run.parameters(setup.lora_rank), setup)
         disk = Disk(checkpoint, args.checkpointing_steps, self._steps(), args.checkpoints_total_limit)
@@ -155,9 +169,22 @@ class _Estimates:
             self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
         seconds = {"step": duration.epoch / plan.n_steps, "encoding": duration.encoding, "run": duration.run()}
+        facts = {
+            "samples": f"{len(plan.row):,} per epoch, in {len(plan.buckets)} bucket{'s' * (len(plan.buckets) > 1)}",
+            "largest sample": "{} × {} × {}".format(*self.run.largest) + f" ({setup.tokens:,} tokens)",
+            **duration_facts(duration, plan.n_steps, self.launch.processes, args.gpu_price),
+            "checkpoints": disk_fact(disk),
+        }
         seconds = {name: float(f"{value:.4g}") for name, value in seconds.items()}
-        extra = {"seconds": seconds, "disk": int(disk.needed()), "gpu_memory": int(memory_limit(args))}
-        self._write({**values, **extra}, flops, balanced, memory)
+        extra = {
+            "seconds": seconds,
+            "disk": int(disk.needed()),
+            "gpu_memory": int(memory_limit(args)),
+            "host": int(memory.host_peak()),
+        }
+        picture = self._picture(flops, balanced if several else {}, memory, facts)
+        self._write({**values, **extra}, picture)
+        return memory.total() <= memory_limit(args)
 
     def _steps(self) -> int:
         return int(self.args.max_train_steps or self.plan.n_steps * self.args.num_train_epochs)
@@ -191,25 +218,31 @@ class _Estimates:
         _print(counts, *memory_lines(memory, setup, limit, proposals))
         return memory
 
-    def _write(
-        self, values: Mapping[str, Any], flops: EpochFlops, balanced: Mapping[int, PlanBalance], memory: Memory
-    ) -> None:
+    def _picture(
+        self, flops: EpochFlops, balanced: Mapping[int, PlanBalance], memory: Memory, facts: Mapping[str, str]
+    ) -> PlanPicture:
+        plan = self.plan
+        counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
+        return PlanPicture(
+            title=self.run.model.task,
+            buckets=plan.buckets,
+            counts=counts,
+            flops=counts * flops.per_sample,
+            balanced=balanced,
+            memory={LABELS.get(name, name): size / GIB for name, size in memory.at_peak().items()},
+            total=memory.total() / GIB,
+            limit=memory_limit(self.args) / GIB,
+            card=self.args.gpu or "GPU",
+            facts=facts,
+        )
+
+    def _write(self, values: Mapping[str, Any], picture: PlanPicture) -> None:
+        from videox.estimate.plot import plot_plan  # imported here, because matplotlib loads slowly
+
         args = self.args
-        folder, plan = Path(args.output_dir), self.plan
+        folder = Path(args.output_dir)
         with _written_to(folder):
             write_json_atomically(folder / "plan_report.json", values)
-            counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-            picture = PlanPicture(
-                title=self.run.model.task,
-                buckets=plan.buckets,
-                counts=counts,
-                flops=counts * flops.per_sample,
-                balanced=balanced,
-                memory={LABELS.get(name, name): size / GIB for name, size in memory.at_peak().items()},
-                total=memory.total() / GIB,
-                limit=memory_limit(args) / GIB,
-                card=args.gpu or "GPU",
-            )
             plot_plan(folder / "plan_report.png", picture)
             written = ["plan_report.json", "plan_report.png"]
             for world in args.dry_run_plan:
@@ -218,6 +251,14 @@ class _Estimates:
                     file.writelines(map(json_line, plan_records(plan_epoch(self.columns, settings, 0), world)))
                 written.append(f"plan-{world}.jsonl")
         _print(f"written to {folder}: {', '.join(written)}")
+
+
+def _try_optimizer(args: argparse.Namespace) -> list[str]:
+    if not takes_settings(optimizer_of(args)):
+        return []
+    from videox.training.optimizer import try_optimizer  # imported where there is one to try: it loads torch
+
+    return try_optimizer(args)
 
 
 def speed_of(args: argparse.Namespace) -> Speed:

@@ -8,13 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from videox.data.index.captions import MISSING_CAPTIONS
-from videox.data.media.video import READERS
-from videox.data.plan.buckets import GRIDS
-from videox.data.plan.settings import BALANCES, SAMPLINGS
+from videox.data.choices import ACCEPTED, BALANCES, GRIDS, MISSING_CAPTIONS, NEXT_EPOCH, READERS, SAMPLINGS
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS, WEIGHTING_SCHEMES
 from videox.distributed.backends import BACKENDS
-from videox.engine.changed_rows import ACCEPTED, NEXT_EPOCH
 from videox.estimate.gpus import GPUS
 from videox.lora.kinds import LORA_TYPES, lora_type
 from videox.optim.registry import LR_SCHEDULERS, OPTIMIZERS, optimizer_name

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from videox.errors import MODEL, UserError
-from videox.models.component import Component
-from videox.models.folder import SHIPPED_YAML, read_shift, read_yaml
+from videox.models.config_files import SHIPPED_YAML, read_shift, read_yaml
+from videox.models.configured import Component
 from videox.models.scheduler import CONFIG, scheduler_shift
 from videox.run.checkpoint import read_manifest
 from videox.training.argument_parser import AUTO

@@ -15,7 +15,7 @@ from videox.training.run_memory import RunMemory
 # What runs out of memory (videox.device.memory_phase) -> its phase in the estimate; "states": weights, gradients and
 # optimizer alone. Other phases are not estimated: loading, validation, saves and exports.
 PHASES: Mapping[str, str] = {
-    **dict.fromkeys(("the VAE", "the text encoder", "the image encoder"), "encoding"),
+    **dict.fromkeys(("the VAE", "the text encoder", "the image encoder", "encoding the held-out rows"), "encoding"),
     **dict.fromkeys(("the forward pass", "the backward pass"), "training"),
     "the optimizer step": "step",
     "placing weights and optimizer": "states",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from videox.estimate.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_of_device
 from videox.estimate.memory import CONTEXT
 from videox.estimate.report import GIB
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MEMORY = 80.0  # GiB of a GPU, where neither --gpu nor --gpu_memory is given
 
@@ -37,6 +38,8 @@ def gpu_of(args: argparse.Namespace) -> tuple[Gpu, str]:
     """Return the GPU to plan for and its name: of --gpu, of this machine, or an H100."""
     if args.gpu:
         return GPUS[args.gpu], str(args.gpu)
+    import torch  # imported where this machine is asked, because it loads slowly
+
     if torch.cuda.is_available() and (gpu := gpu_of_device(torch.cuda.get_device_name())):
         return gpu, torch.cuda.get_device_name()
     return GPUS[DEFAULT_GPU], DEFAULT_GPU
@@ -56,6 +59,8 @@ def room_of(args: argparse.Namespace, device: torch.device) -> Room:
         return Room(memory_limit(args), 0.0, source)
     if device.type != "cuda":
         return Room(memory_limit(args), 0.0, "assumed without --gpu and --gpu_memory")
+    import torch  # imported here, because a plan for another GPU does not need it
+
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device) - CONTEXT
     return Room(float(total), max(others, 0.0), "here")

@@ -12,28 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import largest_bucket
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
-from videox.encoders.vae import VAE_DTYPES, use_tiling
 from videox.errors import UserError
 from videox.estimate.activation_choice import CHOICES, choose_recompute
 from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
-from videox.estimate.duration import Speed, offload_seconds, text_flops, vae_flops_per_pixel
+from videox.estimate.duration import Speed, offload_seconds
 from videox.estimate.flops import Network
 from videox.estimate.gpus import Gpu
 from videox.estimate.memory import SAFE_SHARE, UNSHARDED, Encoders, Memory, MemorySetup, Parameters, memory_of
 from videox.estimate.model_profile import ModelProfile
-from videox.estimate.peak_memory import module_bytes, peak_bytes
-from videox.lora.adapters import adapter_sizes, choose_targets
-from videox.models.activation_checkpoint import Recompute, select_blocks
-from videox.models.folder import build_on_meta, read_json
-from videox.optim.build import choose_trainable
+from videox.estimate.module_facts import Modules
+from videox.lora.targets import adapter_sizes, choose_targets
+from videox.models.config_files import read_json
+from videox.models.recompute import Recompute, select_blocks
 from videox.optim.registry import OPTIMIZERS
-from videox.shapes import token_count
+from videox.optim.selection import select_parameters
+from videox.shapes import Bucket, token_count
 from videox.training.args import optimizer_of
 from videox.training.planned_gpu import memory_limit
 
@@ -141,7 +139,7 @@ class RunMemory:
             keep=args.gradient_checkpointing_keep or "",
             offload_activations=args.offload_activations,
         )
-        self._model = cache(lambda name: build_on_meta(*model.components[name]))
+        self.modules = Modules(model.components)
         self.parameters = cache(self._parameters)
         self._vae_peak = cache(self._measure_vae)
         if args.activation_memory:
@@ -193,8 +191,8 @@ class RunMemory:
         """
         in_half = {"text": setup.half, "vae": self.vae_half}
         weights = {
-            name: module_bytes(module, 2 if in_half.get(name.partition("_")[0]) else 4)
-            for name, module in self._frozen().items()
+            name: (2 if in_half.get(name.partition("_")[0]) else 4) * self.modules.elements(name)
+            for name in self.modules.frozen()
         }
         return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
 
@@ -224,9 +222,9 @@ class RunMemory:
         """Return the time of encoding the clips (--vae_dtype) and captions (compute dtype) of an epoch on one GPU."""
         counts = np.bincount(np.repeat(plan.micro_bucket, np.diff(plan.micro_first)), minlength=len(plan.buckets))
         pixels = sum(count * math.prod(bucket) for count, bucket in zip(counts.tolist(), plan.buckets, strict=True))
-        text = text_flops(self._frozen(), self.args.tokenizer_max_length) * int(counts.sum())
+        text = self.modules.text_flops(self.args.tokenizer_max_length) * int(counts.sum())
         text_seconds = speed.seconds(text) if self.setup.half else speed.float32_seconds(text)
-        vae = vae_flops_per_pixel(self._model("vae")) * pixels
+        vae = self.modules.vae_flops_per_pixel() * pixels
         vae_seconds = speed.seconds(vae) if self.vae_half else speed.convolution_seconds(vae)
         return vae_seconds + text_seconds + self._copy_seconds(len(plan.micro_bucket), speed.gpu)
 
@@ -239,22 +237,14 @@ class RunMemory:
             return 0.0
         return micro_batches * max(self.encoders(self.setup).weights.values()) / gpu.host_bandwidth
 
-    def _frozen(self) -> dict[str, Any]:
-        return {name: self._model(name) for name in self.model.components if name != "transformer"}
-
     def _measure_vae(self) -> float:
-        dtype = VAE_DTYPES[self.args.vae_dtype]
-        vae: Any = self._model("vae")
-        if self.vae_half:  # by torch's own method: that of diffusers would warn about an empty list
-            vae = torch.nn.Module.to(build_on_meta(*self.model.components["vae"]), dtype)
-        use_tiling(vae, self.args.vae_tiling)
-        # the video is there in float32, and in the VAE's dtype too if that is another
-        given = 4.0 + (dtype.itemsize if self.vae_half else 0)
+        height, width = self.largest.height, self.largest.width
+        given = 4 + (2 if self.vae_half else 0)  # the video is there in float32, and in the VAE's dtype too
 
         def peak(frames: int) -> float:
-            size = (1, 3, frames, self.largest.height, self.largest.width)
-            pixels = torch.empty(size, device="meta", dtype=dtype)
-            return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode()) + given * pixels.numel()
+            size = (frames, height, width)
+            activations = self.modules.vae_peak(size, half=self.vae_half, tiled=self.args.vae_tiling)
+            return activations + given * 3 * math.prod(size)
 
         frames, part = self.largest.frames, self.model.vae_frames
         if not part or frames <= 1 + VAE_PARTS * part:
@@ -264,19 +254,20 @@ class RunMemory:
         return longer + (longer - shorter) * ((frames - 1) / part - VAE_PARTS)
 
     def _parameters(self, lora_rank: int) -> Parameters:
-        args = self.args
-        transformer: Any = self._model("transformer")
-        blocks = [block for name in self.model.blocks for block in getattr(transformer, name)]
-        everything, *sizes = (sum(p.numel() for p in module.parameters()) for module in (transformer, *blocks))
-        outside = everything - sum(sizes)
+        args, shapes = self.args, self.modules.shapes()
+        sizes = dict[tuple[str, ...], int]()  # elements by block, such as ("blocks", "3"); (): outside of them
+        for name, shape in shapes.items():
+            first, number, *_ = name.split(".")
+            block = (first, number) if first in self.model.blocks else ()
+            sizes[block] = sizes.get(block, 0) + math.prod(shape)
+        everything, outside = sum(sizes.values()), sizes.pop((), 0)
         if lora_rank:
-            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
             targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
             trained = sum(adapter_sizes(shapes, targets, lora_rank, dora=args.lora_type == "dora").values())
-            return Parameters(everything + trained, trained, max(sizes), outside)
-        choose_trainable(transformer, args.trainable_modules, args.trainable_modules_low_learning_rate)
-        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        return Parameters(everything, trained, max(sizes), outside)
+            return Parameters(everything + trained, trained, max(sizes.values()), outside)
+        selected = select_parameters(list(shapes), args.trainable_modules, args.trainable_modules_low_learning_rate)
+        trained = sum(math.prod(shapes[name]) for names in selected for name in names)
+        return Parameters(everything, trained, max(sizes.values()), outside)
 
     def _smaller_samples(self) -> Iterator[SmallerSamples]:
         """Yield flags for smaller target sizes and, at the smallest of them, for fewer frames."""
@@ -298,3 +289,17 @@ class RunMemory:
     def _tokens_of(self, **changes: Any) -> int:  # noqa: ANN401 - fields of SizePolicy
         policy = replace(self.settings.policy, **changes)
         return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)))
+
+
+def largest_micro_batches(plan: EpochPlan) -> dict[Bucket, int]:
+    """The samples of the largest micro-batch of each bucket of an epoch."""
+    samples = np.zeros(len(plan.buckets), np.int64)
+    np.maximum.at(samples, plan.micro_bucket, np.diff(plan.micro_first))
+    return {bucket: int(count) for bucket, count in zip(plan.buckets, samples, strict=True) if count}
+
+
+def chooser(run: RunMemory, limit: float, *, alone: bool) -> Callable[[int, int], Recompute]:
+    """What to recompute, as a function of samples and tokens; alone: see Backend.recomputes_alone."""
+    largest = run.setup.batch, run.setup.tokens
+    choose = cache(lambda samples, tokens: run.recompute_for(samples, tokens, limit))
+    return choose if alone else lambda *_: choose(*largest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import videox.estimate.data_report as report
-from videox.data.index.index import DataLocation, Index, build_index, load_index
+from videox.data.index.index import Index, build_index, load_index
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import count_steps, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
@@ -28,12 +27,11 @@ from videox.files import atomic_write
 from videox.run.equal_processes import refuse_differences
 from videox.shapes import Bucket
 from videox.tracking.jsonl import json_line
-from videox.training.args import size_policy
 from videox.training.argument_parser import AUTO
 from videox.training.context import Context
 from videox.training.data_change import change_lines, indexed_data, keep_rows, rows_of_epoch
-from videox.training.data_sources import sources_of
 from videox.training.flow_shift import with_default_yaml
+from videox.training.planning import data_location, plan_settings
 
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
@@ -232,26 +230,6 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def index_path(args: argparse.Namespace) -> Path:
-    """Where the index is stored: next to the metadata, or in output_dir if that folder is read-only."""
-    path = sources_of(args).index_path()
-    return path if os.access(path.parent, os.W_OK) else Path(args.output_dir) / path.name
-
-
-def data_location(args: argparse.Namespace) -> DataLocation:
-    """Return where the data set and its index are stored."""
-    found = sources_of(args)
-    first = found.sources[0]
-    return DataLocation(
-        first.metadata_path,
-        found.data_dir,
-        index_path(args),
-        args.allow_outside_data_dir,
-        allow_absolute=found.is_plain and first.allow_absolute,
-        sources=() if found.is_plain else found.sources,
-    )
-
-
 def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
     """The index, brought up to date by the main process and memory-mapped by the others."""
     location = data_location(args)
@@ -262,27 +240,3 @@ def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
         what = f"was written by process 0 and is not visible to process {ctx.rank}"
         raise UserError(str(location.index_path), what, "give all machines the same data at the same path", DATA)
     return load_index(location.index_path, location.data_dir)
-
-
-def plan_settings(
-    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
-) -> PlanSettings:
-    """The plan settings from the flags; launched: further fields of PlanSettings, which override the flags."""
-    fields: dict[str, Any] = dict(
-        policy=size_policy(args, min_frames),
-        batch_size=args.train_batch_size,
-        slots=slots,
-        seed=seed,
-        slot_fill=args.slot_fill,
-        video_repeat=args.video_repeat,
-        held_out=args.validation_rows,
-        balance=args.balance,
-        clips_per_video=args.clips_per_video,
-        clip_sampling=args.clip_sampling,
-        cache_variants=args.cache_variants,
-        caption_prefix=args.caption_prefix,
-        trigger_word=args.trigger_word,
-        caption_shuffle_tags=args.caption_shuffle_tags,
-        launch_tokens=args.launch_tokens,
-    )
-    return PlanSettings(**{**fields, **launched})

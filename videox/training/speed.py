@@ -6,51 +6,29 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from videox.data.plan.epoch import EpochPlan
 from videox.distributed.accelerator import compute_dtype
-from videox.distributed.backends import Backend
 from videox.distributed.collectives import run_on_all, run_on_main
-from videox.errors import UserError
 from videox.estimate.activation_choice import choice_lines
 from videox.estimate.report import GIB
 from videox.models import attention_backend as kernels
-from videox.models.activation_checkpoint import Recompute, checkpoint_blocks
+from videox.models.activation_checkpoint import checkpoint_blocks
 from videox.models.activation_offload import HostOffload
 from videox.models.attention_backend import AttentionShape, Trial
 from videox.models.compiled_blocks import compile_blocks
+from videox.models.recompute import Recompute
 from videox.run.checkpoint import read_manifest
-from videox.shapes import Bucket, token_count
+from videox.shapes import token_count
 from videox.training.context import Context
 from videox.training.planned_gpu import memory_limit
-from videox.training.run_memory import Launch, RunMemory, zero_settings
+from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, zero_settings
 from videox.training.schedule import Schedule
 
 FACT = "attention_backend"  # name in a checkpoint's manifest
 SMALL_TOKENS = 256  # of the trial that decides whether a backend can train here
-
-
-def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
-    """Raise UserError if a flag of speed cannot be used under a backend, or names an unknown attention kernel."""
-    if args.compile and not backend.compiles:
-        what = f"{backend.name} gathers the weights inside of the blocks, so that they cannot be compiled"
-        raise UserError("--compile", what, "remove the flag, or launch FSDP2")
-    if args.gradient_checkpointing_keep and not backend.keeps_attention:
-        what = f"{args.gradient_checkpointing_keep}: {backend.name} gathers weights while blocks are recomputed"
-        raise UserError("--gradient_checkpointing_keep", what, "remove the flag, or launch FSDP2")
-    if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
-        what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
-        raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
-    if args.deterministic and args.attention_backend != kernels.NATIVE:
-        what = f"{args.attention_backend}: only torch's own kernels are known to be deterministic"
-        raise UserError("--attention_backend", what, "remove the flag, or --deterministic")
-    if args.attention_backend != kernels.AUTO:
-        kernels.find_backend(args.attention_backend)
 
 
 def prepare_blocks(
@@ -140,13 +118,6 @@ def attention_fact(transformer: Any) -> dict[str, str]:  # noqa: ANN401 - of dif
 # ---------------------------------------------------------------------------------------------- activation memory
 
 
-def largest_micro_batches(plan: EpochPlan) -> dict[Bucket, int]:
-    """The samples of the largest micro-batch of each bucket of an epoch."""
-    samples = np.zeros(len(plan.buckets), np.int64)
-    np.maximum.at(samples, plan.micro_bucket, np.diff(plan.micro_first))
-    return {bucket: int(count) for bucket, count in zip(plan.buckets, samples, strict=True) if count}
-
-
 def automatic_recompute(args: argparse.Namespace, ctx: Context, schedule: Schedule) -> Callable[[int, int], Recompute]:
     """What to recompute, as a function of samples and tokens; prints it for each bucket.
 
@@ -163,10 +134,3 @@ def automatic_recompute(args: argparse.Namespace, ctx: Context, schedule: Schedu
     choose = chooser(run, limit, alone=ctx.backend.recomputes_alone)
     ctx.print(*choice_lines(largest_micro_batches(schedule.plan), choose, limit / GIB))
     return choose
-
-
-def chooser(run: RunMemory, limit: float, *, alone: bool) -> Callable[[int, int], Recompute]:
-    """What to recompute, as a function of samples and tokens; alone: see Backend.recomputes_alone."""
-    largest = run.setup.batch, run.setup.tokens
-    choose = cache(lambda samples, tokens: run.recompute_for(samples, tokens, limit))
-    return choose if alone else lambda *_: choose(*largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from videox.distributed.backends import Backend
 from videox.errors import UserError
 from videox.training.argument_parser import AUTO, Parser
 
@@ -60,3 +61,23 @@ def check_speed(args: argparse.Namespace) -> None:
         if given[flag] and not recomputes:
             what = "there are no recomputed blocks without --gradient_checkpointing or --selective_ac"
             raise UserError(f"--{flag}", what, "add one of them, or remove the flag")
+
+
+def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
+    """Raise UserError if a flag of speed cannot be used under a backend, or names an unknown attention kernel."""
+    if args.compile and not backend.compiles:
+        what = f"{backend.name} gathers the weights inside of the blocks, so that they cannot be compiled"
+        raise UserError("--compile", what, "remove the flag, or launch FSDP2")
+    if args.gradient_checkpointing_keep and not backend.keeps_attention:
+        what = f"{args.gradient_checkpointing_keep}: {backend.name} gathers weights while blocks are recomputed"
+        raise UserError("--gradient_checkpointing_keep", what, "remove the flag, or launch FSDP2")
+    if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
+        what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
+        raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
+    if args.deterministic and args.attention_backend != NATIVE:
+        what = f"{args.attention_backend}: only torch's own kernels are known to be deterministic"
+        raise UserError("--attention_backend", what, "remove the flag, or --deterministic")
+    if args.attention_backend not in (AUTO, NATIVE):
+        from videox.models.attention_backend import find_backend  # imported for a name to look up: it loads diffusers
+
+        find_backend(args.attention_backend)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from videox.distributed.accelerator import compute_dtype
-from videox.distributed.backends import BACKENDS, Backend, requested_engine
+from videox.distributed.backends import BACKENDS, Backend
 from videox.distributed.collectives import run_on_main
 from videox.engine.deepspeed_universal import announce_conversion, saved_world_size
 from videox.engine.ema import ema_notes
@@ -24,20 +23,18 @@ from videox.engine.train_state import plan_inputs
 from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
-from videox.optim.cpu_offload import thread_notes
-from videox.optim.registry import check_supported, is_class_name, kind_of
+from videox.optim.registry import check_supported, is_class_name
 from videox.run.folder import require_disk_space, rewind
 from videox.tracking.trackers import check_tracker
-from videox.training.args import optimizer_of, size_policy
+from videox.training.args import optimizer_of
 from videox.training.context import Context
-from videox.training.data_sources import sources_of
-from videox.training.flags import LR_WARMUP_STEPS
 from videox.training.flow_shift import FlowShift, with_default_yaml
 from videox.training.gpu_facts import attention_kernel, gpu_name, versions
+from videox.training.notes import notes
 from videox.training.numerics import apply_numerics
 from videox.training.optimizer import try_optimizer
 from videox.training.schedule import Schedule
-from videox.training.speed import check_backend_flags
+from videox.training.speed_flags import check_backend_flags
 
 DIFFERENCES = (
     "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
@@ -177,41 +174,6 @@ def planned_backend_notes(planned: str | None, backend: Backend) -> list[str]:
         f"warning: the settings were planned for {planned}, this launch is {backend.name}, whose memory differs: launch "
         "it as --list_recipes shows"
     ]
-
-
-def notes(args: argparse.Namespace) -> list[str]:
-    """Lines on flags and variables whose effect differs from what a user may expect."""
-    lines = [] if args.dry_run and args.dry_run_data else [*sources_of(args).lines]
-    policy = size_policy(args)
-    ranged = policy.token_length or policy.random_hw_adapt
-    if ranged and policy.image_sample_size < policy.video_sample_size:
-        sizes = (
-            f"--image_sample_size {policy.image_sample_size} is below --video_sample_size {policy.video_sample_size}"
-        )
-        lines.append(f"{sizes}: sizes still range from {policy.low} to {policy.high}")
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps != LR_WARMUP_STEPS:
-        lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
-    if args.low_vram and not args.latent_cache:
-        lines.append(
-            "--low_vram copies the text encoder to the GPU for each micro-batch, and the training waits for it: with "
-            "--latent_cache each caption is encoded once"
-        )
-    if kind_of(optimizer_of(args)).on_host:
-        lines += thread_notes(optimizer_of(args), torch.get_num_threads(), os.cpu_count() or 1, os.environ)
-    world = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
-        lines.append(
-            "after Ctrl-C or SIGTERM the launcher kills the processes within 30 s: export "
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 if a step and its save take longer"
-        )
-    if args.deterministic and (args.use_deepspeed or requested_engine(os.environ) == "deepspeed"):
-        lines.append(
-            "--deterministic does not reach DeepSpeed's own kernels: on GPUs, resumed losses may differ in rounding"
-        )
-    one_machine = world == os.environ.get("LOCAL_WORLD_SIZE", world)
-    if os.environ.get("NCCL_P2P_DISABLE") == "1" and one_machine and world != "1":
-        lines.append("NCCL_P2P_DISABLE=1 disables NVLink: unset it on a single machine")
-    return lines
 
 
 def prepare_folder(

@@ -10,9 +10,10 @@ import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw
 
+from videox.data.choices import READERS
 from videox.data.media.animation import ANIMATED_FORMATS
 from videox.data.media.container import ANIMATED_PNG, ANIMATION, BadMedia, MediaInfo
-from videox.data.media.video import READERS, probe, read_clip, read_image
+from videox.data.media.video import probe, read_clip, read_image
 
 LOSSLESS = {"gif": {}, "png": {}, "webp": {"lossless": True}, "avif": {"quality": 100, "subsampling": "4:4:4"}}
 

@@ -17,9 +17,10 @@ import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
+from videox.data.choices import READERS
 from videox.data.media.container import BadMedia, format_of
 from videox.data.media.signatures import FORMATS, HEAD_BYTES, describe, recognise
-from videox.data.media.video import READERS, probe, read_clip
+from videox.data.media.video import probe, read_clip
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAGE = "<html><head><title>404 Not Found</title></head><body>nginx</body></html>"

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from videox.data.choices import READERS
 from videox.data.media import container as media
 from videox.data.media.image import cover_size, resize_cover
-from videox.data.media.video import READERS, BadMedia, MediaInfo, probe, read_clip, read_image, sniff
+from videox.data.media.video import BadMedia, MediaInfo, probe, read_clip, read_image, sniff
 from videox.errors import UserError
 
 OPEN_GOP = {"bf": "3", "g": "15", "x264-params": "open-gop=1:scenecut=0"}

@@ -10,10 +10,11 @@ import av
 import numpy as np
 import pytest
 
+from videox.data.choices import READERS
 from videox.data.media import decord as decord_reader
 from videox.data.media.container import open_container
 from videox.data.media.decord import fallback_line
-from videox.data.media.video import READERS, probe, read_clip
+from videox.data.media.video import probe, read_clip
 
 WIDTH, HEIGHT = 64, 48
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.support.h264_fields import write_fields
+from videox.data.choices import READERS
 from videox.data.media import frames as reading
 from videox.data.media.container import BadMedia, open_container
 from videox.data.media.packets import decode_from_start, listing_of, number_packet
-from videox.data.media.video import READERS, probe, read_clip
+from videox.data.media.video import probe, read_clip
 
 WIDTH, HEIGHT = 64, 48
 H264 = {"preset": "ultrafast", "bf": "2", "g": "12", "x264-params": "scenecut=0:b-adapt=0:log-level=none"}

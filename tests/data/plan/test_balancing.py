@@ -22,6 +22,7 @@ from plans import (
     samples_of,
 )
 
+from videox.data.choices import BALANCES
 from videox.data.plan.balance import (
     balance,
     balance_and_variance_ratio,
@@ -43,7 +44,7 @@ from videox.data.plan.balancing import (
 from videox.data.plan.batching import CAPACITY, COST_UNITS, pack, pack_steps
 from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch
 from videox.data.plan.plan import plan_epoch
-from videox.data.plan.settings import BALANCES, BARRIERS, PlanSettings, launch_cost, sample_cost
+from videox.data.plan.settings import BARRIERS, PlanSettings, launch_cost, sample_cost
 from videox.shapes import token_count
 
 WAN = {"cost_linear": 2.6e9, "cost_quadratic": 184320.0}  # of Wan2.1 1.3B, rounded

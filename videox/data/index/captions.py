@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 
 from videox.rng import Purpose, hash_key, uniform
 
-MISSING_CAPTIONS = ("empty", "refuse")  # what a run does about rows without a caption
 TRIGGER = "[trigger]"  # replaced by the trigger word wherever a caption has it
 _MARK = "\x1e"  # ASCII record separator: begins a stored text that is more than one plain caption
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from videox.data.choices import READERS
 from videox.data.media import animation
 from videox.data.media import decord as decord_reader
 from videox.data.media.container import (
@@ -31,9 +32,8 @@ from videox.data.media.image import probe_image, read_image, resize_cover
 from videox.data.media.packets import MISSING, Listing, decode_from_start, has_unordered_times, listing_of
 from videox.data.media.source import data_packets, open_video
 
-__all__ = ["READERS", "BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
+__all__ = ["BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
 
-READERS = ("pyav", "decord")  # the first is the default, since benchmarks/decode.py measures it faster
 _MAX_FPS = 1000  # a higher average rate is not one: FFmpeg states that of DV in units of time
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from videox.data.choices import GRIDS
 from videox.errors import UserError
 from videox.shapes import GRID, TEMPORAL_RATIO, frames_that_fit, snap_frames, token_limited_frames
 
@@ -33,7 +34,6 @@ ASPECT_RATIOS_512: tuple[tuple[float, int, int], ...] = (
     (2.09, 736, 352), (2.4, 768, 320), (2.5, 800, 320), (2.89, 832, 288), (3.0, 864, 288), (3.11, 896, 288),
     (3.62, 928, 256), (3.75, 960, 256), (3.88, 992, 256), (4.0, 1024, 256),
 )
-GRIDS = ("ratios", "exact")
 # random_ratio_crop draws one of these (ratio, weight) pairs with a probability proportional to its weight.
 CROP_RATIOS = ((0.42, 1), (0.5, 2), (0.57, 4), (0.68, 4), (0.78, 4), (0.88, 4), (0.94, 8), (1.0, 8), (1.07, 8),
                (1.13, 4), (1.29, 4), (1.46, 4), (1.75, 4), (2.0, 2), (2.4, 1))

@@ -14,9 +14,6 @@ from videox.shapes import Bucket, token_count
 
 # where ranks synchronize: once per optimizer step (DDP, ZeRO-2), or in each micro-batch (ZeRO-3, FSDP)
 BARRIERS = ("step", "micro")
-# mixed: balance the ranks and keep each step as varied as the data; strict: balance alone; none: random order
-BALANCES = ("mixed", "strict", "none")
-SAMPLINGS = ("random", "uniform", "head")  # how the start of a clip is chosen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""What the estimates need to know of a model's modules: stored for published configurations, measured for others.
+
+The stored facts are in config/models/measured.json, which `python benchmarks/module_facts.py` writes by the functions
+that measure other configurations. With them a dry run loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CONVOLUTION, ATTENTION = "convolution", "attention"  # what may need the most memory in a VAE's encoder
+LONGER = "longer"  # key of the parts in which a VAE encodes longer clips
+MOST_PIXELS = 1280 * 720  # of a frame, up to which the stored peaks were checked
+STORED = Path(__file__).resolve().parents[2] / "config" / "models" / "measured.json"
+
+
+class Modules:
+    """The modules of a model, by the names of its components.
+
+    Args:
+        components: class with its package, such as "diffusers.AutoencoderKLWan", and configuration of each.
+    """
+
+    def __init__(self, components: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        self.components = components
+
+    def frozen(self) -> list[str]:
+        """Return the names of the components that are not trained."""
+        return [name for name in self.components if name != "transformer"]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of the transformer, by name."""
+        if (stored := self._stored("transformer")) is not None:
+            return expand_shapes(stored["shapes"], stored["repeated"])
+        from videox.estimate import measure
+
+        return measure.parameter_shapes(measure.build(*self.components["transformer"]))
+
+    def elements(self, name: str) -> int:
+        """Return the number of elements of a component's parameters and buffers."""
+        if (stored := self._stored(name)) is not None:
+            return int(stored["elements"])
+        from videox.estimate import measure
+
+        return measure.element_count(measure.build(*self.components[name]))
+
+    def text_flops(self, tokens: int) -> float:
+        """Return the FLOPs of the text encoders for a caption of so many tokens: two per parameter and token."""
+        names = [name for name in self.components if name.startswith("text")]
+        return float(sum(2 * tokens * self._without_embeddings(name) for name in names))
+
+    def vae_flops_per_pixel(self) -> float:
+        """Return the FLOPs of the VAE's encoder per pixel and frame."""
+        if (stored := self._stored("vae")) is not None:
+            return float(stored["flops_per_pixel"])
+        from videox.estimate import measure
+
+        return measure.vae_flops_per_pixel(measure.build(*self.components["vae"]))
+
+    def vae_peak(self, size: tuple[int, int, int], *, half: bool, tiled: bool) -> float:
+        """Return the peak bytes of the activations of the VAE's encoder, without the clip itself.
+
+        Args:
+            size: frames, height and width of the clip.
+            half: in bfloat16, else in float32.
+            tiled: it encodes in tiles.
+        """
+        stored = None if tiled else self._stored("vae")
+        if stored is not None and (peak := stored_peak(stored["peaks"]["bf16" if half else "fp32"], size)) is not None:
+            return peak
+        from videox.estimate import measure
+
+        return measure.vae_peak_bytes(measure.build(*self.components["vae"], half=half, tiled=tiled), size)
+
+    def _without_embeddings(self, name: str) -> int:
+        if (stored := self._stored(name)) is not None:
+            return int(stored["without_embeddings"])
+        from videox.estimate import measure
+
+        return measure.count_without_embeddings(measure.build(*self.components[name]))
+
+    def _stored(self, name: str) -> Mapping[str, Any] | None:
+        return stored_facts().get(fact_key(*self.components[name]))
+
+
+@cache
+def stored_facts() -> dict[str, Any]:
+    """Return the stored facts by fact_key."""
+    return dict(json.loads(STORED.read_text(encoding="utf-8")))
+
+
+def fact_key(kind: str, config: Mapping[str, Any]) -> str:
+    """Return the key of stored facts: the class, and a hash of the whole configuration."""
+    text = json.dumps(config, sort_keys=True)
+    return f"{kind} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def expand_shapes(shapes: Mapping[str, list[int]], repeated: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, from those of one block of each list and the number of blocks.
+
+    Args:
+        shapes: by name; in a list of blocks with "*" for the number, such as "blocks.*.norm2.weight".
+        repeated: number of blocks, by the name of the list.
+    """
+    expanded = dict[str, tuple[int, ...]]()
+    for name, shape in shapes.items():
+        blocks, star, _ = name.partition(".*.")
+        numbers = range(repeated[blocks]) if star else [0]
+        expanded |= {name.replace("*", str(number), 1): tuple(shape) for number in numbers}
+    return expanded
+
+
+def convolution_terms(height: int, width: int) -> list[float]:
+    """Return the terms of the memory of convolutions of some frames: both sides are padded."""
+    return [1.0, height, width, height * width]
+
+
+def attention_terms(frames: int, height: int, width: int) -> list[float]:
+    """Return the terms of the memory of attention between all pixels of all latent frames."""
+    latent = (1 + (frames - 1) / 4) * height * width / 64
+    return [1.0, latent, latent**2]
+
+
+def stored_peak(peaks: Mapping[str, Any], size: tuple[int, int, int]) -> float | None:
+    """Return the peak bytes of a VAE's encoder for a clip; None where none are stored for it.
+
+    Args:
+        peaks: by number of frames the coefficients of convolution_terms and of attention_terms; under LONGER, for a
+            VAE that encodes longer clips in parts: the frames of a part, those from one part to the next, and the
+            bytes per pixel of a frame that it keeps of each part and of each further frame of the clip.
+        size: frames, height and width of the clip.
+    """
+    frames, height, width = size
+    kept = 0.0
+    if (part := peaks.get(LONGER)) and frames > part["frames"]:
+        further = frames - part["frames"]
+        kept = (further // part["every"] * part["kept"] + further * part["clip"]) * height * width
+        frames = part["frames"]
+    found = peaks.get(str(frames))
+    if found is None or height * width > MOST_PIXELS:
+        return None
+    terms = {CONVOLUTION: convolution_terms(height, width), ATTENTION: attention_terms(frames, height, width)}
+    return kept + max(sum(map(operator.mul, values, terms[name])) for name, values in found.items())
