@@ -47,7 +47,8 @@ SMALL = ((64, 64), (64, 128), (128, 64), (128, 128))
 LARGE = ((4320, 7680), (5760, 10240), (8640, 15360))
 FRAMES = (1, 5, 9, 13, 17)
 # HunyuanVideo's VAE encodes longer clips in parts of 17 frames, 12 frames after each other, and keeps 32 channels of
-# 5 latent frames of each, and the clip beside the part. Wan's encodes 4 frames at a time; videox.training.run_memory counts what each part adds.
+# 5 latent frames of each, and the clip beside the part. Wan's encodes 4 frames at a time; videox.training.run_memory
+# counts what each part adds.
 PART = {"frames": 17, "every": 12}
 KEPT, CLIP = 32 * 5 / 64, 3  # values per pixel of a frame: of a part, and of a frame
 AGREES = 1e-3  # relative; 2 MiB that the parts need at any size are not in the fit

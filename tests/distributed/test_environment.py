@@ -43,6 +43,8 @@ def closed_port() -> str:
         ({**WORLD, **CPU, "ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true", "`unset ACCELERATE_USE_FSDP`"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4", "`unset OMPI_COMM_WORLD_SIZE`"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE=2", "`unset PMI_SIZE`"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true", "`unset ACCELERATE_USE_MEGATRON_LM`"),
+        ({"ACCELERATE_USE_SAGEMAKER": "1"}, "ACCELERATE_USE_SAGEMAKER=1", "`unset ACCELERATE_USE_SAGEMAKER`"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16", "`unset ACCELERATE_MIXED_PRECISION`"),
         ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "ACCELERATE_MIXED_PRECISION=bfloat16", "--mixed_precision=bf16"),
         (
@@ -86,6 +88,13 @@ def test_a_left_over_variable_is_named_with_the_command(variables: dict[str, str
 )
 def test_an_environment_that_works_is_accepted(variables: dict[str, str]) -> None:
     check_environment(variables)
+
+
+def test_an_empty_precision_is_none() -> None:
+    variables = {"ACCELERATE_MIXED_PRECISION": ""}
+    check_environment(variables)
+    settle_environment(variables)
+    assert variables == {}
 
 
 def test_the_precision_of_the_flags_wins() -> None:

@@ -39,6 +39,7 @@ SET_TOGETHER = {
     ),
     "ACCELERATE_USE_FSDP": ("FSDP_VERSION", "FSDP_SHARDING_STRATEGY", "FSDP_AUTO_WRAP_POLICY"),
 }  # fmt: skip
+OTHER_ENGINES = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_SAGEMAKER": "SageMaker's libraries"}
 LAUNCH_FLAGS = {
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed --deepspeed_config_file config/zero_stage2_config.json",
     "ACCELERATE_USE_FSDP": "--config_file config/accelerate/fsdp2.yaml",
@@ -76,6 +77,7 @@ def check_environment(environment: Mapping[str, str], mixed_precision: str | Non
     refuse_mpi(environment)
     refuse_incomplete(environment)
     refuse_left_over_engine(environment)
+    refuse_other_engine(environment)
     refuse_ended_launcher(environment)
     options = launch_options(parent_command())
     refuse_too_many_processes(environment, options)
@@ -115,6 +117,8 @@ def settle_environment(environment: MutableMapping[str, str]) -> list[str]:
     Args:
         environment: of this process; check_environment has passed.
     """
+    if not environment.get("ACCELERATE_MIXED_PRECISION", "no"):
+        del environment["ACCELERATE_MIXED_PRECISION"]
     if int(environment.get("WORLD_SIZE") or 1) > 1:
         return []
     present = _present(environment, PROCESS_VARIABLES)
@@ -189,6 +193,17 @@ def refuse_left_over_engine(environment: Mapping[str, str]) -> None:
             continue
         hint = f"`unset {name}`, or start it by `accelerate launch {LAUNCH_FLAGS[name]}`"
         raise UserError(f"{name}={environment[name]}", what, hint)
+
+
+def refuse_other_engine(environment: Mapping[str, str]) -> None:
+    """Raise UserError if a variable asks for an engine of accelerate that these models are not trained with."""
+    for name, title in OTHER_ENGINES.items():
+        if environment.get(name, "").lower() in TRUE_VALUES:
+            what = f"asks for {title}, which this trainer does not use"
+            hint = (
+                f"`unset {name}`; if accelerate's configuration sets it, set distributed_type: MULTI_GPU or NO there"
+            )
+            raise UserError(f"{name}={environment[name]}", what, hint)
 
 
 def refuse_ended_launcher(environment: Mapping[str, str]) -> None:
@@ -279,7 +294,7 @@ def refuse_precision(environment: Mapping[str, str], options: Mapping[str, str] 
     """Raise UserError if the launcher asks for a precision that these models are not trained in."""
     name = "ACCELERATE_MIXED_PRECISION"
     value = environment.get(name, "no").lower()
-    if value in ("no", "bf16"):
+    if value in ("no", "bf16", ""):  # "": settle_environment removes it
         return
     what = f"{value} overflows in these models" if value == "fp16" else f"{value} is not supported"
     where = asked_by(environment, options, "--mixed_precision", f"{name}={environment[name]}")

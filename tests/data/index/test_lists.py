@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,33 @@ def test_a_weight_that_is_no_number_is_still_refused(tmp_path: Path, value: obje
     assert "key weight" in error.where
 
 
+@pytest.mark.parametrize("cell", ["0", "0.0", "0.00", 0, 0.0, "-0.0"])
+def test_a_weight_of_zero_may_be_written_in_any_way(tmp_path: Path, cell: object) -> None:
+    rows = [{"file_path": "a.mp4", "text": "", "weight": cell}, {"file_path": "b.mp4", "text": "", "weight": "2.5"}]
+    assert read(as_csv(tmp_path / "m.csv", rows)).weight == [0.0, 2.5]
+    assert read(as_json(tmp_path / "m.json", rows)).weight == [0.0, 2.5]
+
+
+def test_decimals_of_a_database_are_numbers(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"path": ["a"], "text": ["x"], "weight": pa.array([Decimal("2.5")])}), tmp_path / "m.parquet"
+    )
+    assert read(tmp_path / "m.parquet").weight == [2.5]
+
+
+# ------------------------------------------------------------------------------------------------------ separators
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("head", ["", "\ufeff", "\r\n\n", "sep={}\r\n"])
+def test_cells_may_be_separated_by_other_signs(tmp_path: Path, suffix: str, separator: str, head: str) -> None:
+    lines = [["video", "caption", "score"], ["sub/a.mp4", '"a dog, or; a\twolf"', "1"], ["b.png", "a cat", ""]]
+    text = head.format(separator) + "\r\n".join(map(separator.join, lines))
+    (tmp_path / f"m{suffix}").write_text(text, encoding="utf-8", newline="")
+    assert rows_of(read(tmp_path / f"m{suffix}")) == [("sub/a.mp4", "a dog, or; a\twolf"), ("b.png", "a cat")]
+
+
 # --------------------------------------------------------------------------------------------------- several captions
 
 
@@ -232,10 +260,7 @@ def test_a_row_may_have_a_list_of_captions(tmp_path: Path, suffix: str) -> None:
     rows = [{"video": f"{row}.mp4", "caption": captions} for row, captions in enumerate(lists)]
     metadata = read(FORMATS[suffix](tmp_path / f"m{suffix}", rows))
     found = [unpack_captions(text).captions for text in metadata.text]
-    if suffix == ".csv":  # an empty list in a cell is text
-        assert found == [("a dog", "a wolf, running"), ("a cat",), ("[]",), ("",)]
-    else:
-        assert found == [("a dog", "a wolf, running"), ("a cat",), ("",), ("",)]
+    assert found == [("a dog", "a wolf, running"), ("a cat",), ("",), ("",)]
     assert metadata.text[1] == "a cat" and set(metadata.problem) == {""}
 
 
@@ -255,6 +280,23 @@ def test_lists_of_parquet(tmp_path: Path, column: pa.Array, captions: tuple[str,
     assert metadata.problem == [""] and unpack_captions(metadata.text[0]).captions == captions
 
 
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("['a dog' 'a cat']", ("a dog", "a cat")),  # numpy, as pandas writes a column of arrays
+        ("['a dog'\n \"it's a cat\"]", ("a dog", "it's a cat")),
+        ("['a', None]", ("a",)),
+        ("[None, 'a', nan]", ("a",)),
+        ('["a", null]', ("a",)),
+        ("[]", ("",)),
+        ("['a', 'b',]", ("a", "b")),
+    ],
+)
+def test_lists_in_the_notation_of_other_libraries(tmp_path: Path, cell: str, captions: tuple[str, ...]) -> None:
+    path = as_csv(tmp_path / "m.csv", [{"file_path": "a.mp4", "text": cell}])
+    assert unpack_captions(read(path).text[0]).captions == captions
+
+
 @pytest.mark.parametrize("value", [[["a"], ["b"]], ["a", 3], {"en": "a"}, 7, [{"text": "a"}]])
 def test_other_nested_values_are_a_problem_of_the_row(tmp_path: Path, value: object) -> None:
     path = as_json(tmp_path / "m.json", [{"file_path": "a.mp4", "text": value}, {"file_path": "b.mp4", "text": "b"}])
@@ -266,7 +308,10 @@ def test_nested_lists_of_parquet_are_a_problem_of_the_row(tmp_path: Path) -> Non
     assert read(tmp_path / "m.parquet").problem == ["bad_text"]
 
 
-@pytest.mark.parametrize("cell", ["[trigger] a man", "[a, b]", "['open", '["a", 3]', "['a'] + ['b']", "[['a']]"])
+@pytest.mark.parametrize(
+    "cell",
+    ["[trigger] a man", "[a, b]", "['open", '["a", 3]', "['a'] + ['b']", "[['a']]", "['a'][0]", "['a' b]", "[b'a']"],
+)
 def test_other_cells_in_brackets_are_captions(tmp_path: Path, cell: str) -> None:
     path = as_csv(tmp_path / "m.csv", [{"file_path": "a.mp4", "text": cell}])
     assert rows_of(read(path)) == [("a.mp4", cell)]

@@ -67,6 +67,15 @@ def test_decord_reads_what_it_reads_exactly(tmp_path):
     assert reasons == []
 
 
+def test_narrow_videos_whose_lines_decord_returns_with_further_channels_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.data.media.test_video_decord.WIDTH", 48)
+    path = write_clip(tmp_path / "a.mp4", "libx264", X264, {})
+    reasons = []
+    got = read_clip(path, [0, 9, 29], HEIGHT, 48, "decord", reasons.append)
+    np.testing.assert_array_equal(got, read_clip(path, [0, 9, 29], HEIGHT, 48, "pyav"))
+    assert reasons == ["decord returns padded lines as further channels"]
+
+
 def test_the_line_about_clips_read_with_pyav_counts_the_reasons():
     line = fallback_line(Counter({"it is turned or mirrored": 2, "decord cannot open or decode it": 5}))
     assert line == (

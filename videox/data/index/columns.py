@@ -50,7 +50,7 @@ def find_columns(found: Iterable[object], path: Path) -> dict[str, list[str]]:
     if missing:
         what = f"no row has {' nor '.join(missing)}; columns found: {', '.join(map(repr, names[:20])) or 'none'}"
         known = " and ".join(" or ".join(ALIASES[name]) for name in missing)
-        hint = f"name the columns {known}; in a csv, separate them by commas"
+        hint = f"name the columns {known}; in a csv, separate them by commas, semicolons or tabs"
         raise UserError(str(path), what, hint, DATA)
     return columns
 

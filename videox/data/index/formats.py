@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,12 @@ from videox.errors import DATA, UserError
 _REPEATED = 0  # a key that no JSON object can have: marks an object that contains a column of a field twice
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity', re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
+_SEPARATORS = (",", ";", "\t")
+_HEADER = 65536  # characters of a csv in which its header line is searched
+# A cell of a csv that may hold a list of captions.
+_LIST_BEGINS = re.compile(r"\[\s*(['\"\]]|None\b|null\b|nan\b)")
+_NONE = ("None", "nan")
+_LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 # Byte order marks and their encodings. UTF-32's begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -127,19 +134,50 @@ def _read_csv(path: Path) -> Table:
     return merge_columns(columns, values, path), column_notes(columns)
 
 
-def _parse_list(cell: str) -> str | list[str]:
-    """Return the list of strings that a cell holds as JSON or as Python writes it; any other cell unchanged."""
+def _parse_list(cell: str) -> str | list[str | None]:
+    """Return the list of strings that a cell holds as JSON, Python or numpy write it; any other cell unchanged."""
     text = cell.strip()
-    if not (text.startswith(("['", '["')) and text.endswith("]")):
+    if not (_LIST_BEGINS.match(text) and text.endswith("]")):
         return cell
-    for parse, errors in ((json.loads, (ValueError,)), (ast.literal_eval, (ValueError, SyntaxError, MemoryError))):
-        try:
-            items = parse(text)
-        except (*errors, RecursionError):
-            continue
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return items
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        items = _strings_of_python(text)
+    if isinstance(items, list) and all(item is None or isinstance(item, str) for item in items):
+        return items
     return cell
+
+
+def _strings_of_python(text: str) -> list[Any] | None:
+    """Return the strings of a list in Python's notation, with commas or, as numpy writes it, without; else None.
+
+    Python itself would join strings without a comma between them to one.
+    """
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        values = [None if token.string in _NONE else token for token in tokens[1:]]
+        signs = [token.string for token in values if token is not None and token.type == tokenize.OP]
+        if signs.count("]") != 1 or not set(signs) <= {",", "]"}:
+            return None
+        known = (tokenize.OP, tokenize.STRING, *_LAYOUT)
+        if any(token is not None and token.type not in known for token in values):
+            return None
+        kept = [token for token in values if token is None or token.type == tokenize.STRING]
+        return [None if token is None else ast.literal_eval(token.string) for token in kept]
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        return None
+
+
+def _csv_reader(text: str) -> Any:  # noqa: ANN401 - the csv module names no type
+    """Return a csv reader of a text.
+
+    Cells are separated by commas; by semicolons or tabs if only these give a header with a known column.
+    """
+    first = next((line for line in re.findall(r"[^\r\n]+", text[:_HEADER]) if not line.lower().startswith("sep=")), "")
+    columns = {sign: next(csv.reader([first], delimiter=sign), []) for sign in _SEPARATORS}
+    known = [sign for sign, names in columns.items() if any(map(field_of, names))]
+    # strict: without it, an unclosed quote would turn the rest of the file into one caption.
+    return csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=known[0] if known else ",")
 
 
 def _read_csv_cells(path: Path) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
@@ -147,10 +185,10 @@ def _read_csv_cells(path: Path) -> tuple[dict[str, list[str]], dict[str, list[An
     text = _read_text(path)
     # Captions may be longer than the csv module's default limit of 128 KiB.
     default_limit = csv.field_size_limit(max(len(text), 131072))
+    reader = _csv_reader(text)
     try:
-        # strict: without it, an unclosed quote would turn the rest of the file into one caption.
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, None)
+        # Empty lines, and the line "sep=;" that Excel writes, may precede the header.
+        header = next((row for row in reader if row and not row[0].lower().startswith("sep=")), None)
         if header is None:
             raise no_samples_error(path)
         columns = find_columns(header, path)
@@ -189,6 +227,8 @@ def _python_values(column: pa.ChunkedArray) -> list[Any]:
         column = column.cast(column.type.value_type)
     kind = column.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if pa.types.is_decimal(kind):
+        return column.cast(pa.float64()).to_pylist()
     if _is_text(kind) or is_number or pa.types.is_null(kind) or _is_list_of_text(kind):
         return column.to_pylist()
     return [None if null else b"" for null in column.is_null().to_pylist()]
@@ -260,4 +300,5 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".tsv": _read_csv,
 }

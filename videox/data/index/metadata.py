@@ -20,7 +20,7 @@ from videox.data.index.folders import ALL_FILES, FolderRules, read_folder
 from videox.data.index.formats import READERS, Table, no_samples_error, raise_row_error
 from videox.errors import UserError
 
-READER = 2  # increase it whenever the same metadata gives other rows than before: saved rows are then read again
+READER = 3  # increase it whenever the same metadata gives other rows than before: saved rows are then read again
 KINDS = ("image", "video")
 ROW_PROBLEMS = {
     "no_file_path": "the row has no file_path",
@@ -83,7 +83,7 @@ def read_metadata(
     """Read metadata into columns and check that every path is inside the data folder.
 
     Args:
-        path: a .json (list of objects), .jsonl, .csv (with header) or .parquet file, or a folder of x.mp4 + x.txt.
+        path: a .json (list of objects), .jsonl, .csv or .tsv (with header), or .parquet file, or a folder of clips.
         data_dir: the folder that file_path is relative to.
         allow_outside_data_dir: allow paths that leave data_dir (absolute, "..", symbolic links).
         allow_absolute: allow absolute paths outside of data_dir, for a list that no data folder is given for.
@@ -281,11 +281,20 @@ def _weight(value: object, row: int, path: Path) -> float:
     if _is_missing(value):
         return 1.0
     # 0 is a legal weight: the row is never used. Everything that is not a number becomes -1, which is rejected.
-    weight = 0.0 if value in (0, "0") and not isinstance(value, bool) else _positive_float(value) or -1.0
+    weight = 0.0 if _is_zero(value) else _positive_float(value) or -1.0
     if not 0 <= weight <= MAX_WEIGHT:
         what = f"{value!r} is not a number from 0 to {MAX_WEIGHT}"
         raise_row_error(path, row, "weight", what, "set how often the row occurs in an epoch (1 = once)")
     return weight
+
+
+def _is_zero(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return float(value) == 0
+    except (ValueError, OverflowError):
+        return False
 
 
 def _positive_int(value: object) -> int:

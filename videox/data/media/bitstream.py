@@ -8,7 +8,9 @@ from typing import NamedTuple
 # Profiles whose sequence parameter set states a chroma format (H.264, 7.3.2.1.1).
 _H264_HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)
 _H264_SLICES = (1, 2, 5)  # NAL unit types whose payload begins with a slice header (H.264, table 7-1)
-_H264_IDR, _H264_SPS, _H264_PPS = 5, 7, 8
+_H264_IDR, _H264_SEI, _H264_SPS, _H264_PPS = 5, 6, 7, 8
+_HEVC_SEI = 39  # a message before the picture (H.265, table 7-1)
+_ORIENTATION = 47  # payload type of the display orientation in both (H.264 and H.265, annex D)
 _HEVC_CLOSED = (19, 20)  # IDR_W_RADL and IDR_N_LP (H.265, table 7-1): no frame after them refers to one before them
 _HEVC_VCL = range(32)
 _HEVC_VPS, _HEVC_SPS, _HEVC_PPS = 32, 33, 34
@@ -30,6 +32,7 @@ class Content(NamedTuple):
         certain: `frames` is known; if not, only decoding shows how many frames come of it.
         standalone: a decoder that starts here has the parameter sets that are in force; if not, they are in an earlier
             packet and differ from those that the container states.
+        turned: it has a message of H.264 or HEVC that says how frames are turned and mirrored for display.
     """
 
     frames: int
@@ -37,6 +40,7 @@ class Content(NamedTuple):
     reordered: bool | None = None
     certain: bool = True
     standalone: bool = True
+    turned: bool = False
 
 
 def content_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Content]:
@@ -125,14 +129,18 @@ class H264:
         """Return the content of the next packet. A field is paired with the field before it as FFmpeg's decoder does:
         if it has the same frame number and the other parity.
         """
-        frames, closed, reordered = 0, False, False
+        frames, closed, reordered, turned = 0, False, False, False
         pictures = 0
         self._sets.begin_packet()
+        # As FFmpeg's decoder: start codes, though the container states lengths. Some programs write such MP4 files.
+        if self._length_size == 4 and data.startswith(b"\0\0\0\1") and int.from_bytes(data[5:9]) > len(data) > 8:
+            self._length_size = 0
         for unit in _units(data, self._length_size):
             kind = unit[0] & 31
             identity = self._parameter_set(unit)
             if identity:
                 self._sets.take(identity, unit)
+            turned = turned or (kind == _H264_SEI and _has_orientation(unit[1:]))
             if kind not in _H264_SLICES or len(unit) < 3:
                 continue
             bits = _Bits(_without_emulation(unit[1:33]))
@@ -144,9 +152,10 @@ class H264:
             reordered = reordered or slice_type == 1
             if field is None:
                 self._first_field = None
-                return Content(frames + 1, closed, reordered, standalone=self._sets.standalone)
+                return Content(frames + 1, closed, reordered, standalone=self._sets.standalone, turned=turned)
             frames += self._begins_frame(field)
-        return Content(frames, closed and frames > 0, reordered, standalone=self._sets.standalone)
+        standalone = self._sets.standalone
+        return Content(frames, closed and frames > 0, reordered, standalone=standalone, turned=turned)
 
     def _begins_frame(self, field: tuple[int, bool]) -> bool:
         first = self._first_field
@@ -307,14 +316,16 @@ class _HEVC:
     def read(self, data: bytes) -> Content:
         """Return the content of the next packet."""
         self._sets.begin_packet()
+        turned = False
         for unit in _units(data, self._length_size):
             kind = unit[0] >> 1 & 63
             identity = _hevc_identity(unit)
             if identity:
                 self._sets.take(identity, unit)
+            turned = turned or (kind == _HEVC_SEI and _has_orientation(unit[2:]))
             if kind in _HEVC_VCL:
-                return Content(1, kind in _HEVC_CLOSED, standalone=self._sets.standalone)
-        return Content(0, False)
+                return Content(1, kind in _HEVC_CLOSED, standalone=self._sets.standalone, turned=turned)
+        return Content(0, False, turned=turned)
 
 
 def _hevc_identity(unit: bytes) -> _Identity | None:
@@ -335,6 +346,23 @@ def _hevc_identity(unit: bytes) -> _Identity | None:
     for profile, level in present:
         bits.u(88 * profile + 8 * level)
     return kind, bits.ue()
+
+
+def _has_orientation(messages: bytes) -> bool:
+    """Return whether one of the messages (H.264 and H.265, 7.3.2.3) after a unit's header is a display orientation."""
+    data, at = _without_emulation(messages), 0
+    while at + 2 < len(data):
+        numbers = []
+        for _ in range(2):  # payload type, payload size: bytes of 255, and a last one, are added up
+            number = 0
+            while at < len(data) and data[at] == 255:
+                number, at = number + 255, at + 1
+            numbers.append(number + (data[at] if at < len(data) else 0))
+            at += 1
+        if numbers[0] == _ORIENTATION:
+            return True
+        at += numbers[1]
+    return False
 
 
 def _mpeg(data: bytes, codec: str) -> Content:

@@ -49,7 +49,10 @@ def read(path: Path, container: Container, indices: Sequence[int], keep: Keep) -
         if len(video) != frames:
             raise DecordCannotRead("decord counts other frames")
         for index in sorted(set(indices)):
-            keep(index, video[index].asnumpy())
+            frame = video[index].asnumpy()
+            if frame.shape[2:] != (3,):  # narrow videos, whose lines FFmpeg pads
+                raise DecordCannotRead("decord returns padded lines as further channels")
+            keep(index, frame)
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
         raise DecordCannotRead("decord cannot open or decode it") from error
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from videox.data.media.container import BadMedia, Container
-from videox.data.media.display_matrix import display_transform
+from videox.data.media.display_matrix import DisplayTransform, display_transform
 from videox.data.media.packets import (
     MISSING,
     REORDER,
@@ -33,6 +34,18 @@ _EXACT_NONREF_SKIP = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 Keep = Callable[[int, np.ndarray], None]
 
 
+class _Sink(NamedTuple):
+    """Where frames go.
+
+    Attributes:
+        keep: called with (index, uint8 [h, w, 3]).
+        upright: how every frame becomes upright; None: as its own display matrix says.
+    """
+
+    keep: Keep
+    upright: DisplayTransform | None
+
+
 def read_frames(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> None:
     """Pass the frames of `indices` (ascending), uint8 [h, w, 3], upright, to `keep(index, frame)`, one by one.
 
@@ -51,16 +64,19 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
         if indices[0] >= 0 and indices[-1] < stored and not listing.has_fields:
             raise BadMedia("undecodable", f"only {frames} of its {stored} frames can be decoded")
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
-    missing = _read_by_packets(path, container, indices, keep) if listing.countable else set(indices)
+    # A stream states its orientation at keyframes only, and FFmpeg applies it to these frames alone.
+    upright = _first_transform(path, container) if listing.turned else None
+    sink = _Sink(keep, upright)
+    missing = _read_by_packets(path, container, indices, sink) if listing.countable else set(indices)
     if missing:
-        frames = _read_from_start(path, container, missing, keep)
+        frames = _read_from_start(path, container, missing, sink)
     if missing and not listing.countable:
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     if missing:
         raise BadMedia("undecodable", f"frame {min(missing)} was not delivered")
 
 
-def _read_by_packets(path: Path, container: Container, indices: Sequence[int], keep: Keep) -> set[int]:
+def _read_by_packets(path: Path, container: Container, indices: Sequence[int], sink: _Sink) -> set[int]:
     """Read frames from a keyframe near them; return those that were not delivered, or cannot be told apart.
 
     Where the file does not contain what its index states, or a frame is damaged that is decoded by it, all of its
@@ -70,7 +86,7 @@ def _read_by_packets(path: Path, container: Container, indices: Sequence[int], k
         listing, missing = listing_of(path, container, complete=complete), set(indices)
         try:
             packets = window(path, container, listing, indices[0], indices[-1])
-            _read_from_keyframe(path, container, listing, packets, missing, keep)
+            _read_from_keyframe(path, container, listing, packets, missing, sink)
             return missing
         except OrderError:
             if listing.complete:
@@ -104,7 +120,7 @@ def display_order(listing: Listing, packets: Packets) -> np.ndarray | None:
 
 
 def _read_from_keyframe(
-    path: Path, container: Container, listing: Listing, packets: Packets, missing: set[int], keep: Keep
+    path: Path, container: Container, listing: Listing, packets: Packets, missing: set[int], sink: _Sink
 ) -> None:
     """Read frames of `missing` and remove them from it; those that stay were not delivered.
 
@@ -113,7 +129,7 @@ def _read_from_keyframe(
     """
     order = display_order(listing, packets)
     if order is None:
-        _count_from_keyframe(path, container, packets, missing, keep)
+        _count_from_keyframe(path, container, packets, missing, sink)
         return
     place = np.full(len(packets.pts), -1)
     place[order] = packets.frames_before + np.arange(len(order))
@@ -127,7 +143,7 @@ def _read_from_keyframe(
     stop = max(wanted) + REORDER
     # A keyframe that the container states may not be one; a closed one always is.
     for start in dict.fromkeys([*starts[-1:].tolist(), *closed[-1:].tolist()]):
-        latest, output = -1, _Output(keep)
+        latest, output = -1, _Output(sink)
         for at, frame in _decode(path, container, packets, (start, stop), wanted if skip_others else None):
             position = int(place[at]) if at < len(place) else -1
             if 0 <= position < latest:  # the decoder does not follow the times
@@ -138,7 +154,7 @@ def _read_from_keyframe(
                 return
 
 
-def _count_from_keyframe(path: Path, container: Container, packets: Packets, missing: set[int], keep: Keep) -> None:
+def _count_from_keyframe(path: Path, container: Container, packets: Packets, missing: set[int], sink: _Sink) -> None:
     """Read frames of `missing`, counted from a keyframe whose position is known, and remove them from it.
 
     The position of a keyframe from which all that follows can be decoded is the number of frames before it in the
@@ -160,7 +176,7 @@ def _count_from_keyframe(path: Path, container: Container, packets: Packets, mis
         return
     stop = int(np.searchsorted(ranks, max(missing) + 1 + REORDER))
     delivered: set[int] = set()
-    oldest, output = anchor, _Output(keep)  # oldest: the first packet from the anchor on whose frame is awaited
+    oldest, output = anchor, _Output(sink)  # oldest: the first packet from the anchor on whose frame is awaited
     for at, frame in _decode(path, container, packets, (start, stop), None):
         delivered.add(at)
         if position < 0 and at == anchor:
@@ -177,13 +193,18 @@ def _count_from_keyframe(path: Path, container: Container, packets: Packets, mis
             raise OrderError
 
 
-def _read_from_start(path: Path, container: Container, missing: set[int], keep: Keep) -> int:
+def _first_transform(path: Path, container: Container) -> DisplayTransform | None:
+    first = next((frame for _, frame in decode_from_start(path, container)), None)
+    return None if first is None else display_transform(first)
+
+
+def _read_from_start(path: Path, container: Container, missing: set[int], sink: _Sink) -> int:
     """Read frames of `missing` and remove them from it; those that stay are beyond the last frame.
 
     Returns:
         The number of frames that were decoded.
     """
-    output, position = _Output(keep), 0
+    output, position = _Output(sink), 0
     for _, frame in decode_from_start(path, container):
         output.take(position, frame, missing)
         position += 1
@@ -232,16 +253,16 @@ def _numbered(frame: av.VideoFrame) -> tuple[int, av.VideoFrame]:
 
 
 class _Output:
-    """Passes wanted frames to `keep`, unless they are damaged, and follows damage from frame to frame.
+    """Passes wanted frames to a sink, unless they are damaged, and follows damage from frame to frame.
 
     Frames that refer to a damaged frame are damaged too, until the next keyframe.
 
     Args:
-        keep: called with (index, uint8 [h, w, 3]).
+        sink: where they go.
     """
 
-    def __init__(self, keep: Keep) -> None:
-        self._keep, self._damaged, self._reformatter = keep, False, VideoReformatter()
+    def __init__(self, sink: _Sink) -> None:
+        self._sink, self._damaged, self._reformatter = sink, False, VideoReformatter()
 
     def take(self, position: int, frame: av.VideoFrame, missing: set[int]) -> None:
         """Take the next frame of the decoder, and remove it from `missing`; position: -1 if it is not known.
@@ -254,14 +275,15 @@ class _Output:
             return
         if self._damaged:
             raise BadMedia("undecodable", f"the file is damaged at or before frame {position}")
-        self._keep(position, _rgb(frame, self._reformatter))
+        self._sink.keep(
+            position, (self._sink.upright or display_transform(frame)).apply(_rgb(frame, self._reformatter))
+        )
         missing.discard(position)
 
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Return uint8 [h, w, 3], upright, converted by the matrix and range of the frame (BT.601 if it states none)."""
+    """Return uint8 [h, w, 3], as stored, converted by the matrix and range of the frame (BT.601 if it states none)."""
     converted = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1)
     plane = converted.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
-    pixels = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
-    return display_transform(frame).apply(pixels)
+    return rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)

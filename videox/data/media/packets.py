@@ -94,6 +94,7 @@ class Listing:
         has_fields: the two fields of a frame are two packets.
         made_up_times: the presentation times were invented by FFmpeg and do not order the frames.
         begins_late: packets at the beginning cannot be decoded, since what they refer to is not in the file.
+        turned: the stream itself states how frames are turned, in its first packets.
     """
 
     packets: Packets
@@ -103,6 +104,7 @@ class Listing:
     has_fields: bool = False
     made_up_times: bool = False
     begins_late: bool = False
+    turned: bool = False
 
     @property
     def in_order(self) -> bool:
@@ -162,7 +164,8 @@ def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Li
     packets, contents = _read_packets(data_packets(file, stream), stream)
     countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
     fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
-    return Listing(packets, context.name, True, countable, fields, container.format in _NO_TIMES)
+    made_up = container.format in _NO_TIMES
+    return Listing(packets, context.name, True, countable, fields, made_up, turned=_turned(contents))
 
 
 def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listing | None:
@@ -182,12 +185,16 @@ def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listi
     shown = np.array([content.frames > 0 for content in contents], bool)
     closed, missing = _closed(key, contents, codec), np.full(len(key), MISSING)
     packets = Packets(times, missing, key, closed, shown, _reordered(contents), needs_earlier_sets)
-    return Listing(packets, codec, True, True)
+    return Listing(packets, codec, True, True, turned=_turned(contents))
 
 
 def _reordered(contents: list[Content]) -> bool | None:
     kinds = {content.reordered for content in contents}
     return True if True in kinds else None if None in kinds or not kinds else False
+
+
+def _turned(contents: list[Content]) -> bool:
+    return any(content.turned for content in contents[:_PEEKED])
 
 
 def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
@@ -230,7 +237,8 @@ def _from_index(entries: np.ndarray, contents: list[Content], codec: str, contai
     count = min(len(contents), len(key))
     closed[:count] = _closed(key[:count], contents[:count], codec)
     packets = Packets(np.full(len(key), MISSING), times, key, closed, shown, None)
-    return Listing(packets, codec, False, True, made_up_times=container.format in _NO_TIMES)
+    made_up = container.format in _NO_TIMES
+    return Listing(packets, codec, False, True, made_up_times=made_up, turned=_turned(contents))
 
 
 def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packets, list[Content]]:

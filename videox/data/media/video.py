@@ -20,6 +20,7 @@ from videox.data.media.container import (
     FIELD_CODED,
     MIRRORED,
     REORDERED,
+    TURNED_IN_STREAM,
     BadMedia,
     Container,
     MediaInfo,
@@ -83,6 +84,8 @@ def _decoding_of(path: Path, container: Container, listing: Listing) -> int:
         decoding |= BETWEEN_KEYFRAMES
     if listing.packets.needs_earlier_sets:
         decoding |= EARLIER_SETS
+    if listing.turned:
+        decoding |= TURNED_IN_STREAM
     if not listing.always_in_order and not listing.made_up_times and has_unordered_times(path, container):
         decoding |= REORDERED
     return decoding
