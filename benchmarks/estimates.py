@@ -1,4 +1,4 @@
-"""Tables of everything that the estimates compute, to notice a changed number: FLOPs, bytes, proposals, durations.
+"""Tables of everything that the estimates compute, to notice a changed number: FLOPs, bytes, proposals, step times.
 
     python benchmarks/estimates.py          # compare tests/data/estimate/tables.json with the code of today
     python benchmarks/estimates.py --write  # write it, after a change that is meant to change numbers
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from videox.estimate.advice import Change, SmallerSamples, possible_changes, propose
-from videox.estimate.duration import Duration, Speed, format_duration, format_gpu_time, offload_seconds
+from videox.estimate.duration import Duration, Speed, format_duration, format_gpu_time
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.gpus import GPUS, host_bandwidth_of
 from videox.estimate.memory import (
@@ -31,6 +31,8 @@ from videox.estimate.memory import (
     communication_bytes,
     memory_of,
 )
+from videox.estimate.rates import rates_of
+from videox.estimate.step_time import StepModel, offload_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tests" / "data" / "estimate" / "tables.json"
@@ -236,7 +238,7 @@ def proposal_rows(full: Parameters, config: Mapping[str, Any], case: tuple[str, 
 
 def duration_rows(full: Parameters) -> dict[str, Any]:
     """Return times: of copies to the host, of FLOPs, of runs, and in words."""
-    speeds = {tf32: Speed(GPUS["a100-80"], 300e12, 0.4, tf32, "") for tf32 in (False, True)}
+    speeds = {tf32: Speed(GPUS["a100-80"], 300e12, 0.4, tf32) for tf32 in (False, True)}
     seconds = (0.04, 89.9, 90, 5399, 5400, 200_000, 259_199, 259_200, 10**7)
     copies = ("moments in host memory", "bf16 moments in host memory", "zero3, all offloaded on 8", "zero2, optimizer offloaded", "ddp")  # fmt: skip
     runs = [(cached, variants) for cached in (False, True) for variants in (0, 1, 3, 9)]
@@ -248,6 +250,23 @@ def duration_rows(full: Parameters) -> dict[str, Any]:
         "gpu time": [format_gpu_time(10**6, gpus, price) for gpus in (1, 2) for price in (None, 0.0, 2.5)],
         "host bandwidth": [host_bandwidth_of(None), host_bandwidth_of(GPUS["b200"])],
     }
+
+
+def step_rows(full: Parameters, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the computed step of one sample, with every block recomputed: its parts, by GPU and settings."""
+    tokens, found = 32_760, {}
+    for gpu in ("rtx4090", "a100-80", "h100", "b200"):
+        for name in ("moments in host memory", "published, zero2", "published, zero3", "fsdp2", "ddp", "lora, 24 GB"):
+            for compiled in (False, True):
+                setup = setup_of(name)
+                network = replace(network_of(config, half=True), frozen=setup.lora)
+                rates = rates_of(GPUS[gpu], gpu)
+                step = StepModel(network, parameters_of(full, setup), setup, rates, compiled)
+                parts = step.micro_batch(1, tokens, range(len(network.blocks)), setup.keep)
+                parts = parts.plus(step.optimizer_step(step.backward(1, tokens).total()))
+                words = f"{gpu}, {name}{', compiled' if compiled else ''}"
+                found[words] = [float(f"{part:.6g}") for part in parts]
+    return found
 
 
 def rows(models: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, Any]]:
@@ -277,6 +296,8 @@ def rows(models: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, Any]]:
             yield "memory", f"{model}: {name}", memory_row(parameters_of(full[model], setup), network, setup)
     for name, values in duration_rows(full["wan2.1-t2v-14b"]).items():
         yield "durations", name, values
+    for model in ("small", "wan2.1-t2v-14b", "hunyuanvideo-t2v"):
+        yield "steps", model, step_rows(full[model], by_name[MEMORY_OF[model]])
     for name, case in PROPOSED.items():
         yield "proposals", name, proposal_rows(full[case[0]], by_name[case[0]], case)
 

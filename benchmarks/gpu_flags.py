@@ -3,7 +3,8 @@
     python benchmarks/gpu_flags.py [--markdown benchmarks/gpu_flags.md] [--compiled]
 
 Gradients, graphs, bytes between the two passes and forward passes of attention are counted with small models of the
-real classes. Times and memory at the published widths are calculated (benchmarks/gpu_steps.py); no GPU is needed.
+real classes. Times and memory at the published widths are computed as in a dry run
+(videox/estimate/step_time.py); no GPU is needed.
 --compiled also counts --compile, which needs a C++ compiler and minutes.
 """
 
@@ -24,7 +25,6 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from gpu import table
 from gpu_scales import GIB, JOINT_TEXT, REAL, SMALL, TEXT
-from gpu_steps import H100, Rates, Variant, step_seconds, trace_blocks
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,6 +32,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
+from videox.estimate.gpus import GPUS
+from videox.estimate.memory import MemorySetup, Parameters
+from videox.estimate.rates import rates_of
+from videox.estimate.step_time import StepModel
 from videox.models.activation_checkpoint import checkpoint_blocks, is_attention_forward
 from videox.models.activation_offload import HostOffload
 from videox.models.compiled_blocks import compile_blocks
@@ -42,6 +46,7 @@ CLIP = Bucket(93, 480, 832)  # 37,440 tokens, the shape of published MFU figures
 MODELS = {"Wan2.1 1.3B": REAL.wan["Wan2.1 1.3B"], "Wan2.1 14B": REAL.wan["Wan2.1 14B"], "HunyuanVideo": REAL.hunyuan}
 SMALL_MODELS = {"Wan2.1": SMALL.wan["Wan2.1 1.3B"], "HunyuanVideo": SMALL.hunyuan}
 SMALL_TEXT = 12
+GPU = "h100"
 FIRST, OTHERS = (3, 8), ((5, 6), (2, 12), (4, 10))  # latent frames and sides of the clips; the first one is counted
 
 
@@ -61,10 +66,6 @@ class Flag:
         if self.compiled:
             compile_blocks(blocks, notes.append)
         return offload
-
-    def variant(self) -> Variant:
-        """Return it for the computed step."""
-        return Variant(self.recompute.share == 1, self.recompute.keep, self.compiled, self.offload)
 
 
 FULL = "--gradient_checkpointing"
@@ -228,17 +229,31 @@ class Computed:
     host: float
 
 
-def compute(config: Mapping[str, Any], bucket: Bucket, flags: Sequence[Flag], rates: Rates) -> list[Computed]:
-    """Return the computed step of each flag."""
-    network, tokens, blocks = network_of(config), token_count(bucket), trace_blocks(config, bucket)
-    moved = network.blocks[0].input.linear * tokens
+def parameters_of(config: Mapping[str, Any]) -> Parameters:
+    """Return the numbers of parameters of a transformer that is trained as a whole."""
+    with torch.device("meta"):
+        model, blocks_of = build(config)
+    total, *sizes = (sum(p.numel() for p in module.parameters()) for module in (model, *blocks_of(model)))
+    return Parameters(total, total, max(sizes), total - sum(sizes))
+
+
+def compute(config: Mapping[str, Any], bucket: Bucket, flags: Sequence[Flag], gpu: str) -> list[Computed]:
+    """Return the step of each flag as the dry run computes it, for one sample on one GPU with AdamW."""
+    network, tokens, parameters = network_of(config), token_count(bucket), parameters_of(config)
     found = []
     for flag in flags:
         recomputed = range(len(network.blocks)) if flag.recompute.share else ()
-        seconds = step_seconds(blocks, flag.variant(), rates, moved)
+        setup = MemorySetup(
+            "single", 1, 1, True, flag.recompute.share, False, 0, tokens, 1, {}, keep=flag.recompute.keep,
+            offload_activations=flag.offload,
+        )  # fmt: skip
+        model = StepModel(network, parameters, setup, rates_of(GPUS[gpu], gpu), flag.compiled)
+        seconds = (
+            model.micro_batch(1, tokens, recomputed, flag.recompute.keep).total() + model.optimizer_step(0).total()
+        )
         host = network.offloaded_bytes(tokens, recomputed) if flag.offload else []
         device = network.peak_bytes(tokens, recomputed, flag.recompute.keep) - sum(sorted(host)[:-COPIES_ON_DEVICE])
-        mfu = network.forward_backward(tokens) / seconds / rates.peak
+        mfu = network.forward_backward(tokens) / seconds / model.rates.peak
         found.append(Computed(seconds, mfu, device / GIB, sum(host) / GIB))
     return found
 
@@ -289,11 +304,10 @@ def page(counted: Sequence[Counted], computed: Mapping[str, Sequence[Computed]])
         "Small models of the real classes in bfloat16. Gradients are compared with those of `--gradient_checkpointing`; bytes are",
         "those of tensors that exist between the two passes, without weights and inputs (of compiled blocks those that autograd saves).",
         "HunyuanVideo's two attentions of the text refiner are not recomputed.", "", *counted_table(counted), "",
-        f"## Computed for one H100, one clip of {size}", "",
-        f"Forward and backward pass of all blocks: matrix products at {H100.matmul / 1e12:.0f} TFLOP/s, attention at",
-        f"{H100.attention / 1e12:.0f} forward and {H100.attention_backward / 1e12:.0f} backward, everything else at {H100.memory / 1e12:g} TB/s. These rates are assumed.",
+        f"## Computed for one {GPU.upper()}, one clip of {size}", "",
+        f"A whole step with float32 weights and AdamW, as the dry run computes it. {rates_of(GPUS[GPU], GPU).words()}.",
         "Compiled: all operators between two matrix products are one kernel, which is the most that compilation can give. MFU counts the",
-        f"model's own FLOPs at {H100.peak / 1e12:.0f} TFLOP/s. Activations are the dry run's estimate.", "",
+        "model's own FLOPs, without recomputation. Activations are the dry run's estimate.", "",
     ]  # fmt: skip
     for name, rows in computed.items():
         text += [*computed_table(name, rows, FLAGS), ""]
@@ -306,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", action="store_true", help="also count --compile")
     args = parser.parse_args(argv)
     counted = count([flag for flag in FLAGS if args.compiled or not flag.compiled])
-    report = page(counted, {name: compute(config, CLIP, FLAGS, H100) for name, config in MODELS.items()})
+    report = page(counted, {name: compute(config, CLIP, FLAGS, GPU) for name, config in MODELS.items()})
     print(report)
     if args.markdown:
         args.markdown.write_text(report, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Measures the modules of the published models on the meta device: config/models/measured.json.
+"""Measures the modules of the published models on the meta device: config/module_facts.json.
 
     python benchmarks/module_facts.py
 
@@ -68,7 +68,7 @@ def components_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def published() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield class and configuration of each component with weights of all published models."""
-    for path in sorted(MODELS.glob("*-*.json")):
+    for path in sorted(MODELS.glob("*.json")):
         yield from components_of(path)
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.duration import (
-    SECONDS_PER_LAUNCH,
     Duration,
     format_duration,
     format_gpu_time,
-    idle_seconds,
-    launch_seconds,
-    offload_seconds,
 )
 from videox.estimate.gpus import GPUS, gpu_of_device
 from videox.estimate.measure import count_without_embeddings, vae_flops_per_pixel
-from videox.estimate.memory import MemorySetup, Parameters
 
 DEVICE_NAMES = {
     "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 NVL": "h100-nvl", "NVIDIA H200": "h200",
@@ -114,21 +108,3 @@ def test_embeddings_take_no_flops_of_a_caption() -> None:
             {"embed_tokens": torch.nn.Embedding(100, 8), "layer": torch.nn.Linear(8, 8, bias=False)}
         )
     assert count_without_embeddings(encoder) == 64
-
-
-def test_copies_to_the_host_take_time() -> None:
-    setup = MemorySetup("single", 1, 1, True, 1.0, True, 0, 1, 1, {}, optimizer="adamw_offload")
-    parameters, gpu = Parameters(10**9, 10**9, 10, 10), GPUS["rtx4090"]
-    assert offload_seconds(parameters, setup, gpu) == pytest.approx(8e9 / gpu.host_bandwidth)
-    assert offload_seconds(parameters, MemorySetup("single", 1, 1, True, 1.0, True, 0, 1, 1, {}), gpu) == 0
-
-
-def test_a_small_micro_batch_takes_the_time_of_its_launches() -> None:
-    full, recomputed = launch_seconds(30, 0), launch_seconds(30, 30)
-    assert recomputed == pytest.approx(full * 4 / 3)
-    # as traced with every block recomputed: Wan2.1 1.3B, 14B and HunyuanVideo
-    for blocks, launches in ((30, 9_800), (40, 13_000), (60, 20_400)):
-        assert launch_seconds(blocks, blocks) / SECONDS_PER_LAUNCH == pytest.approx(launches, rel=0.05)
-    waited, count = idle_seconds(np.array([0.01, 0.5, 0.04]), 0.07)
-    assert (waited, count) == (pytest.approx(0.06 + 0.03), 2)
-    assert idle_seconds(np.array([0.5]), 0.07) == (0.0, 0)

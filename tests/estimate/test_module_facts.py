@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +15,7 @@ from videox.estimate import measure
 from videox.estimate.module_facts import STORED, Modules, fact_key, stored_facts
 
 VAES = {"fp32": False, "bf16": True}
+AGREES = 1e-3  # relative, as in benchmarks/module_facts.py
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def script() -> ModuleType:
 
 
 def config_of(model: str, component: str) -> dict[str, Any]:
-    path = Path(STORED).parent / f"{model}.json"
+    path = STORED.parent / "models" / f"{model}.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))["components"][component])
 
 
@@ -50,7 +50,7 @@ def test_the_stored_facts_of_a_vae_are_measured_ones(
     assert modules.vae_flops_per_pixel() == measure.vae_flops_per_pixel(vae)
     for half in VAES.values():
         real = measure.vae_peak_bytes(measure.build(kind, config, half=half), size)
-        assert modules.vae_peak(size, half=half, tiled=False) == pytest.approx(real, rel=1e-4)
+        assert modules.vae_peak(size, half=half, tiled=False) == pytest.approx(real, rel=AGREES)
     assert modules.vae_peak(size, half=False, tiled=True) < modules.vae_peak(size, half=False, tiled=False)
 
 
@@ -70,8 +70,8 @@ def test_an_unknown_configuration_is_measured() -> None:
 
 
 def test_the_readme_has_the_size_of_each_model(script: ModuleType) -> None:
-    readme = (Path(STORED).parents[2] / "README.md").read_text(encoding="utf-8")
-    for path in sorted(STORED.parent.glob("*-*.json")):
+    readme = (STORED.parents[1] / "README.md").read_text(encoding="utf-8")
+    for path in sorted((STORED.parent / "models").glob("*.json")):
         elements = 0
         for kind, config in script.components_of(path):
             modules = Modules({"transformer" if "Transformer" in kind else "part": (kind, config)})

@@ -27,7 +27,7 @@ from videox.estimate import advice, duration, flops, memory
 from videox.estimate.memory import Memory, Parameters, checkpoint_size, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE_NAMES = ("models", "networks", "memory", "changes", "proposals", "durations", "gpus")
+TABLE_NAMES = ("models", "networks", "memory", "changes", "proposals", "durations", "steps", "gpus")
 
 
 @pytest.fixture(scope="module")

@@ -28,15 +28,19 @@ from videox.data.plan.plan import largest_bucket, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import DOES_NOT_FIT, FLAGS, STORAGE
 from videox.estimate.data_report import crop_lines
+from videox.estimate.flops import cross_attention_network
 from videox.estimate.gpus import GPUS
+from videox.estimate.memory import MemorySetup, Parameters
 from videox.estimate.mfu import peak_of
 from videox.estimate.peak_memory import peak_bytes
+from videox.estimate.rates import rates_of
 from videox.estimate.report import balance_lines
+from videox.estimate.step_time import StepModel
 from videox.shapes import token_count
 from videox.tracking.jsonl import read_lines
 
 KEYS = {
-    "seconds", "disk", "gpu_memory", "host",
+    "seconds", "step_parts", "mfu", "disk", "gpu_memory", "host",
     "rows", "fates", "attributes", "cropped", "buckets", "global_batch", "steps_per_epoch", "tokens_per_step",
     "flops_per_step", "balance", "balance_unplanned", "mix", "memory",
 }  # fmt: skip
@@ -192,6 +196,63 @@ def planned(tmp_path: Path, words: str) -> tuple[str, dict[str, Any]]:
     outcome = runs.train([*model.split(), *words.split(), "--output_dir", str(tmp_path)])
     assert outcome.code in (0, DOES_NOT_FIT), outcome.stderr
     return outcome.stdout, json.loads((tmp_path / "plan_report.json").read_text())
+
+
+def test_the_printed_step_is_the_computed_one(setup: PlanSetup) -> None:
+    """The step of the report, of the printed lines and of the module are the same; so are hours, MFU and price."""
+    flags = {"gpu": "h100", "gpu_price": 3600.0, "max_train_steps": 100, "mixed_precision": "bf16"}
+    flags |= {"gradient_checkpointing": None, "tokenizer_max_length": 16, "dry_run_backend": "single"}
+    outcome, report = setup.dry_run("computed", dry_run_processes=1, **flags)
+    found = re.search(r"step, computed, not measured: (\S+) s, and (\S+) s of encoding; MFU (\S+)%", outcome.stdout)
+    step, encoding, mfu = (float(value) for value in found.groups())
+    assert step == pytest.approx(report["seconds"]["step"], rel=0.01)
+    assert sum(report["step_parts"].values()) == pytest.approx(report["seconds"]["step"], rel=0.01)
+    assert encoding == pytest.approx(report["seconds"]["encoding"] / report["steps_per_epoch"], rel=0.01)
+    assert report["seconds"]["run"] == pytest.approx(100 * (step + encoding), rel=0.02)
+    assert mfu == pytest.approx(100 * report["flops_per_step"] / report["seconds"]["step"] / 989e12, abs=0.06)
+    price = float(re.search(r"run of .*, ([\d,.]+) at 3600 per GPU hour", outcome.stdout)[1])  # one per second
+    assert price == pytest.approx(report["seconds"]["run"], rel=0.02)
+
+    config = json.loads((setup.bare / "transformer" / "config.json").read_text(encoding="utf-8"))
+    network = cross_attention_network(config, text_tokens=16, image_tokens=0, half=True)
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    parameters = Parameters(total, total, blocks[0], total - sum(blocks))
+    alone = MemorySetup("single", 1, 1, True, 0.0, True, 0, 1, 1, {})
+    computed = StepModel(network, parameters, alone, rates_of(GPUS["h100"], "h100"))
+    micro = [  # every micro-batch of this plan has one sample
+        computed.micro_batch(1, bucket["tokens"], ()).total() * bucket["rows"] for bucket in report["buckets"]
+    ]
+    steps = report["steps_per_epoch"]
+    expected = sum(micro) / steps + computed.optimizer_step(0).total()
+    assert report["seconds"]["step"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_further_flags_are_listed_with_what_they_give(tmp_path: Path) -> None:
+    words = "--dry_run --dry_run_model wan2.1-t2v-1.3b --dry_run_data 20x6s@16fps:832x480 --mixed_precision bf16 --gpu h100"
+    words += " --fix_sample_size 480 832 --enable_bucket --video_sample_n_frames 81 --video_sample_stride 1"
+    words += f" --train_batch_size 1 --gradient_checkpointing --output_dir {tmp_path}"
+    outcome = runs.train(words.split())
+    assert outcome.code == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("what each further flag would give"))
+    found = dict(re.findall(r"^  (--.+?) +([+-][\d.]+) s", "\n".join(lines[first:]), re.MULTILINE))
+    assert set(found) == {
+        "--gradient_checkpointing_keep attention", "--gradient_checkpointing_keep self_attention", "--offload_activations",
+        "--compile", "--attention_backend flash3", "--latent_cache DIR --cache_variants 1", "--low_vram", "--vae_dtype bf16",
+    }  # fmt: skip
+    saved = {name: -float(seconds) for name, seconds in found.items()}
+    assert (
+        saved["--compile"] > 0.1 and saved["--gradient_checkpointing_keep attention"] > 0.3 and saved["--low_vram"] < 0
+    )
+    report = json.loads((tmp_path / "plan_report.json").read_text())
+    kept = runs.train([*words.split(), "--gradient_checkpointing_keep", "attention"])
+    faster = json.loads((tmp_path / "plan_report.json").read_text())
+    difference = report["seconds"]["step"] - faster["seconds"]["step"]
+    assert difference == pytest.approx(saved["--gradient_checkpointing_keep attention"], rel=0.02)
+    assert "--gradient_checkpointing_keep" not in kept.stdout.partition("what each further flag would give")[2]
 
 
 @pytest.mark.slow

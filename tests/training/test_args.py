@@ -21,6 +21,7 @@ import videox.training.args as flags
 from videox.distributed.environment import SET_TOGETHER
 from videox.errors import DOES_NOT_FIT, FLAGS, UserError
 from videox.training.argument_parser import REMOVED, SHARE, Parser, number
+from videox.training.data_sources import sources_of
 from videox.training.flags import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -412,9 +413,9 @@ def test_impossible_paths_are_refused(base: list[str], tmp_path: Path, name: str
 
 
 def test_the_data_folder_defaults_to_that_of_the_metadata(base: list[str], tmp_path: Path) -> None:
-    assert flags.data_dir(parse(base)) == tmp_path / "data"
-    assert flags.data_dir(parse([*base, f"--train_data_meta={tmp_path / 'data'}"])) == tmp_path / "data"
-    assert flags.data_dir(parse([*base, f"--train_data_dir={tmp_path}/elsewhere"])) == tmp_path / "elsewhere"
+    assert sources_of(parse(base)).data_dir == tmp_path / "data"
+    assert sources_of(parse([*base, f"--train_data_meta={tmp_path / 'data'}"])).data_dir == tmp_path / "data"
+    assert sources_of(parse([*base, f"--train_data_dir={tmp_path}/elsewhere"])).data_dir == tmp_path / "elsewhere"
 
 
 # ----------------------------------------------------------------------------------------------- the published command

@@ -119,7 +119,7 @@ def test_a_vae_in_bfloat16_needs_half_the_memory(tmp_path: Path) -> None:
     assert 2 * found[1].weights["vae"] == found[0].weights["vae"]
     assert found[1].weights["text_encoder"] == found[0].weights["text_encoder"]
     assert 0.5 < found[1].vae_peak / found[0].vae_peak < 0.65  # the video is there in float32, too
-    speed, plan = Speed(GPUS["h100"], 900e12, 0.4, False, ""), plan_epoch(full.columns, full.settings, 0)
+    speed, plan = Speed(GPUS["h100"], 900e12, 0.4, False), plan_epoch(full.columns, full.settings, 0)
     for run in (full, half):
         run.args.tokenizer_max_length = 16
     captions = speed.float32_seconds(
@@ -130,7 +130,7 @@ def test_a_vae_in_bfloat16_needs_half_the_memory(tmp_path: Path) -> None:
 
 
 def test_low_vram_copies_the_text_encoder_for_each_micro_batch(tmp_path: Path) -> None:
-    speed, flags = Speed(GPUS["h100"], 900e12, 0.4, False, ""), ("--low_vram", "--latent_cache", "c")
+    speed, flags = Speed(GPUS["h100"], 900e12, 0.4, False), ("--low_vram", "--latent_cache", "c")
     found = []
     for chosen in ((), flags[:1], flags):
         run = run_memory(tmp_path, *SMALL_CLIPS, *chosen)
@@ -266,7 +266,7 @@ def test_the_memory_of_a_vae_that_encodes_in_parts_is_that_of_the_whole_clip(fra
 
 
 def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None:
-    speed = Speed(GPUS["a100-80"], 300e12, 0.4, False, "")
+    speed = Speed(GPUS["a100-80"], 300e12, 0.4, False)
     run = run_memory(tmp_path, *SIZES, "--mixed_precision", "bf16")
     run.args.tokenizer_max_length = 512
     plan = plan_epoch(run.columns, run.settings, 0)

@@ -13,29 +13,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from videox.estimate.polynomial import Polynomial, total
+from videox.estimate.traffic import Traffic, cross_attention_traffic, joint_attention_traffic
 from videox.shapes import PATCH
 
 FREQUENCIES = 256  # channels of the sinusoidal timestep embedding, both families
 REFINER_RATIO = 4  # feed-forward width of the text refiner
-
-
-class Polynomial(NamedTuple):
-    """constant + linear S + quadratic S^2."""
-
-    constant: float = 0.0
-    linear: float = 0.0
-    quadratic: float = 0.0
-
-    def __call__(self, tokens: float) -> float:
-        """Return the value at S = tokens."""
-        return self.constant + self.linear * tokens + self.quadratic * tokens * tokens
-
-
-def total(*parts: Polynomial) -> Polynomial:
-    """Return the sum of polynomials."""
-    return Polynomial(*(sum(column) for column in zip(*parts, strict=True))) if parts else Polynomial()
 
 
 @dataclass(frozen=True)
@@ -46,7 +31,7 @@ class Block:
     its backward pass; input: bytes of its own input, which is all that is saved of a block under activation
     checkpointing; transient: further bytes that it allocates for a moment at its peak. kept: by the value of
     --gradient_checkpointing_keep, FLOPs that need not be recomputed and bytes that are saved for it: outputs of
-    attention, and float32 log-sums of its exponentials.
+    attention, and float32 log-sums of its exponentials. traffic: bytes that all other operators read and write.
     """
 
     forward: Polynomial
@@ -55,6 +40,7 @@ class Block:
     input: Polynomial
     transient: Polynomial
     kept: Mapping[str, tuple[Polynomial, Polynomial]]
+    traffic: Traffic
 
     def kept_flops(self, keep: str) -> Polynomial:
         """Return the FLOPs that are not recomputed."""
@@ -173,7 +159,8 @@ def cross_attention_network(
         "self_attention": (Polynomial(quadratic=4 * dim), Polynomial(linear=output)),
     }
     input_bytes, transient = Polynomial(linear=dim * size), Polynomial(linear=4 * dim if half else 0)
-    block = Block(forward, attention, saved, input_bytes, transient, kept)
+    traffic = cross_attention_traffic(dim, ffn, context)
+    block = Block(forward, attention, saved, input_bytes, transient, kept, traffic)
     first_layers = Polynomial(
         constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
         linear=2 * inputs * dim,
@@ -195,7 +182,15 @@ def cross_attention_network(
 
 
 def _joint_block(
-    dim: int, ratio: float, text: int, size: int, *, modulation: float, saved: float, transient: float, heads: int
+    dim: int,
+    ratio: float,
+    text: int,
+    size: int,
+    *,
+    modulation: float,
+    memory: tuple[float, float],
+    heads: int,
+    single: bool,
 ) -> Block:
     """Return a block in which S latent and `text` text tokens attend to each other.
 
@@ -205,9 +200,11 @@ def _joint_block(
         text: tokens of the text.
         size: bytes of a number in the computing precision.
         modulation: vectors of width dim that the modulation of the block outputs.
-        saved, transient: bytes per token.
+        memory: saved and transient bytes per token.
         heads: of the attention.
+        single: latents and text are one stream.
     """
+    saved, transient = memory
     per_token = 2 * (4 + 2 * ratio) * dim * dim
     forward = Polynomial(
         constant=per_token * text + 4 * dim * text * text + 2 * modulation * dim * dim,
@@ -223,6 +220,7 @@ def _joint_block(
         input=Polynomial(dim * size * text, dim * size),
         transient=Polynomial(transient * text, transient),
         kept={"attention": kept, "self_attention": kept},
+        traffic=joint_attention_traffic(dim, ratio, text, single=single),
     )
 
 
@@ -254,9 +252,10 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     single_transient = dim * ((16 + 5 * ratio if float32_qk else 6) if half else 12)
     joint_block = partial(_joint_block, dim, ratio, text, size, heads=heads)
     double = joint_block(
-        modulation=6 + 6 + (6 if replaced else 0), saved=double_saved, transient=dim * (2 if half else 4)
+        modulation=6 + 6 + (6 if replaced else 0), memory=(double_saved, dim * (2 if half else 4)), single=False
     )
-    single = joint_block(modulation=3 + (3 if replaced else 0), saved=single_saved, transient=single_transient)
+    modulation = 3 + (3 if replaced else 0)
+    single = joint_block(modulation=modulation, memory=(single_saved, single_transient), single=True)
 
     refiners, text_dim = config["num_refiner_layers"], config["text_embed_dim"]
     embedders = (

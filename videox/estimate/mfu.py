@@ -8,8 +8,9 @@ import torch
 from videox.data.plan.balance import balance, plan_costs
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
-from videox.estimate.flops import Network, Polynomial
+from videox.estimate.flops import Network
 from videox.estimate.gpus import gpu_of_device
+from videox.estimate.polynomial import Polynomial
 from videox.shapes import token_count
 
 

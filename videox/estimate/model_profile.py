@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from videox.estimate.flops import Network, total
+from videox.estimate.flops import Network
+from videox.estimate.polynomial import total
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the estimates need to know of a model's modules: stored for published configurations, measured for others.
 
-The stored facts are in config/models/measured.json, which `python benchmarks/module_facts.py` writes by the functions
+The stored facts are in config/module_facts.json, which `python benchmarks/module_facts.py` writes by the functions
 that measure other configurations. With them a dry run loads neither torch nor diffusers.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 CONVOLUTION, ATTENTION = "convolution", "attention"  # what may need the most memory in a VAE's encoder
 LONGER = "longer"  # key of the parts in which a VAE encodes longer clips
 MOST_PIXELS = 1280 * 720  # of a frame, up to which the stored peaks were checked
-STORED = Path(__file__).resolve().parents[2] / "config" / "models" / "measured.json"
+STORED = Path(__file__).resolve().parents[2] / "config" / "module_facts.json"
 
 
 class Modules:

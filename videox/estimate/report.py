@@ -182,11 +182,17 @@ def tail_line(plan: EpochPlan, settings: PlanSettings) -> str:
     )
 
 
-def time_lines(plan: EpochPlan, flops: EpochFlops, max_rows: int = 20) -> list[str]:
-    """Return the table of buckets: samples, tokens, and their share of the time, most time first."""
+def time_lines(plan: EpochPlan, seconds: Sequence[float], max_rows: int = 20) -> list[str]:
+    """Return the table of buckets: samples, tokens, and their share of the time, most time first.
+
+    Args:
+        plan: of the epoch.
+        seconds: of all micro-batches of each of the plan's buckets.
+        max_rows: lines of the table.
+    """
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
-    flops_of_bucket = counts * flops.per_sample
-    order = np.argsort(-flops_of_bucket, kind="stable")
+    times = np.asarray(seconds, np.float64)
+    order = np.argsort(-times, kind="stable")
     tokens = counts * np.array([token_count(bucket) for bucket in plan.buckets])
     lines = [
         f"epoch 0: {len(plan.buckets)} bucket{'s' * (len(plan.buckets) > 1)}, {tokens.sum():,} tokens",
@@ -196,11 +202,11 @@ def time_lines(plan: EpochPlan, flops: EpochFlops, max_rows: int = 20) -> list[s
     for number in listed:
         bucket = plan.buckets[number]
         name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
-        shares = f"{tokens[number] / tokens.sum():>11.1%} {flops_of_bucket[number] / flops_of_bucket.sum():>10.1%}"
+        shares = f"{tokens[number] / tokens.sum():>11.1%} {times[number] / times.sum():>10.1%}"
         lines.append(f"  {name:>24} {token_count(bucket):>8,} {counts[number]:>8,} {shares}")
     others = order[len(listed) :]
     if len(others):
-        shares = f"{tokens[others].sum() / tokens.sum():>11.1%} {flops_of_bucket[others].sum() / flops_of_bucket.sum():>10.1%}"
+        shares = f"{tokens[others].sum() / tokens.sum():>11.1%} {times[others].sum() / times.sum():>10.1%}"
         lines.append(f"  {f'{len(others)} other buckets':>24} {'':>8} {counts[others].sum():>8,} {shares}")
     return lines
 
@@ -227,7 +233,7 @@ def duration_lines(duration: Duration, steps: int, gpus: int, price: float | Non
         steps: optimizer steps of an epoch.
         gpus: number of GPUs.
         price: of a GPU hour; None: not stated.
-        assumed: the assumptions about the GPU, in words.
+        assumed: what else is assumed, in words.
     """
     encoding = format_duration(duration.encoding)
     if duration.cached and duration.variants:

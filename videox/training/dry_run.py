@@ -29,7 +29,8 @@ from videox.errors import DOES_NOT_FIT, STORAGE, UserError
 from videox.estimate.activation_choice import choice_lines
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
-from videox.estimate.duration import Duration, Speed, format_duration, idle_seconds, launch_seconds
+from videox.estimate.duration import ENCODER_SHARE, Duration, Speed
+from videox.estimate.epoch_time import gain_lines, step_time_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
@@ -60,14 +61,13 @@ from videox.estimate.report import (
 )
 from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
-from videox.models.recompute import select_blocks
 from videox.optim.registry import check_supported, takes_settings
-from videox.shapes import token_count
 from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
 from videox.training.flow_shift import FlowShift
 from videox.training.notes import notes
 from videox.training.planned_gpu import gpu_of, memory_limit
+from videox.training.planned_step import PlannedStep, rates
 from videox.training.planning import data_location, plan_settings
 from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, launch_of
 from videox.training.speed_flags import check_backend_flags
@@ -150,15 +150,14 @@ class _Estimates:
             _print(*choice_lines(largest_micro_batches(plan), choose, limit / GIB))
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
-        _print(*time_lines(plan, flops), *step_lines(plan, settings, flops))
         balance, several = balanced[self.launch.processes].balance, self.launch.processes > 1
-        duration = self._duration(flops, balance)
-        assumed = f"assumed: {speed_of(args).source}" + (f"; balance {balance:.2f}" if several else "")
-        _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, assumed))
-        idle, waiting = self._idle(speed_of(args))
-        if waiting:
-            count = f"{waiting:,} of {len(plan.micro_bucket):,} micro-batches"
-            _print(f"{count} are so small that the GPU waits for kernel launches: {format_duration(idle)} per epoch")
+        step = PlannedStep(args, self.run, plan, speed_of(args), balance)
+        duration = self._duration(step)
+        _print(*time_lines(plan, step.time.seconds_of(plan.buckets)), *step_lines(plan, settings, flops))
+        _print(*self._step_lines(step))
+        source = "computed, not measured" if args.assumed_mfu is None else "by --assumed_mfu"
+        source += f"; balance {balance:.2f}" if several else ""
+        _print(*duration_lines(duration, plan.n_steps, self.launch.processes, args.gpu_price, source))
         if several:
             _print("balance by number of processes:", *balance_lines(balanced, settings))
         memory = self._memory()
@@ -168,20 +167,18 @@ class _Estimates:
         values = plan_report(
             self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
-        seconds = {"step": duration.epoch / plan.n_steps, "encoding": duration.encoding, "run": duration.run()}
+        seconds = {"step": step.time.step.total(), "encoding": duration.encoding, "run": duration.run()}
         facts = {
             "samples": f"{len(plan.row):,} per epoch, in {len(plan.buckets)} bucket{'s' * (len(plan.buckets) > 1)}",
             "largest sample": "{} × {} × {}".format(*self.run.largest) + f" ({setup.tokens:,} tokens)",
             **duration_facts(duration, plan.n_steps, self.launch.processes, args.gpu_price),
             "checkpoints": disk_fact(disk),
         }
-        seconds = {name: float(f"{value:.4g}") for name, value in seconds.items()}
         extra = {
-            "seconds": seconds,
-            "disk": int(disk.needed()),
-            "gpu_memory": int(memory_limit(args)),
+            "seconds": rounded(seconds), "step_parts": rounded(step.time.step._asdict()),
+            "mfu": round(step.time.mfu(), 4), "disk": int(disk.needed()), "gpu_memory": int(memory_limit(args)),
             "host": int(memory.host_peak()),
-        }
+        }  # fmt: skip
         picture = self._picture(flops, balanced if several else {}, memory, facts)
         self._write({**values, **extra}, picture)
         return memory.total() <= memory_limit(args)
@@ -189,26 +186,25 @@ class _Estimates:
     def _steps(self) -> int:
         return int(self.args.max_train_steps or self.plan.n_steps * self.args.num_train_epochs)
 
-    def _duration(self, flops: EpochFlops, balance: float) -> Duration:
-        args, speed, gpus = self.args, speed_of(self.args), self.launch.processes
-        # an MFU counts the model's own FLOPs, so that recomputation is part of the assumed share
-        training = (speed.seconds(flops.model) + self._idle(speed)[0]) / (gpus * balance)
-        training += self.plan.n_steps * self.run.offload_seconds(speed.gpu)
+    def _duration(self, step: PlannedStep) -> Duration:
         return Duration(
-            epoch=training,
-            encoding=self.run.encoding_seconds(self.plan, speed) / gpus,
+            epoch=step.time.seconds(),
+            encoding=step.encoding,
             epochs=self._steps() / self.plan.n_steps,
-            cached=args.latent_cache is not None,
-            variants=args.cache_variants,
+            cached=self.args.latent_cache is not None,
+            variants=self.args.cache_variants,
         )
 
-    def _idle(self, speed: Speed) -> tuple[float, int]:
-        """Return the seconds of an epoch in which GPUs wait for launches, and the number of such micro-batches."""
-        network, plan = self.run.network(self.run.setup), self.plan
-        blocks, share = len(network.blocks), self.run.setup.recompute_share
-        model = np.array([network.forward_backward(token_count(bucket)) for bucket in plan.buckets])
-        work = speed.seconds(1.0) * model[plan.micro_bucket] * np.diff(plan.micro_first)
-        return idle_seconds(work, launch_seconds(blocks, len(select_blocks(blocks, share)) if share else 0))
+    def _step_lines(self, step: PlannedStep) -> list[str]:
+        """Return the lines on the time of a step and on further flags."""
+        args, speed = self.args, step.speed
+        assumed = rates(args, self.run.setup.half).words()
+        if args.assumed_mfu is not None:
+            assumed = f"{args.assumed_mfu:.0%} of {speed.peak / 1e12:g} TFLOP/s (--assumed_mfu)"
+        encoding = 0.0 if args.latent_cache is not None else step.encoding / self.plan.n_steps
+        if step.encoding:
+            assumed += f"; encoders reach {speed.mfu:.0%} of the peak of their dtype"
+        return [*step_time_lines(step.time, encoding, assumed), *gain_lines(step.gains())]
 
     def _memory(self) -> Memory:
         setup, limit = self.run.setup, memory_limit(self.args)
@@ -262,11 +258,15 @@ def _try_optimizer(args: argparse.Namespace) -> list[str]:
 
 
 def speed_of(args: argparse.Namespace) -> Speed:
-    """Return the assumed speed of a GPU: from the flags, or from the data sheet of the GPU to plan for."""
-    gpu, name = gpu_of(args)
-    peak, source = (gpu.bf16, name) if args.peak_tflops is None else (args.peak_tflops * 1e12, "from --peak_tflops")
-    words = f"{args.assumed_mfu:.0%} of {peak / 1e12:g} TFLOP/s (MFU), {source}"
-    return Speed(gpu, peak, args.assumed_mfu, args.allow_tf32, words)
+    """Return the assumed speed of the encoders: at --assumed_mfu, or at a share that is assumed for them."""
+    gpu, _ = gpu_of(args)
+    peak = gpu.bf16 if args.peak_tflops is None else args.peak_tflops * 1e12
+    return Speed(gpu, peak, args.assumed_mfu or ENCODER_SHARE, args.allow_tf32)
+
+
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return seconds with four significant digits, for the file."""
+    return {name: float(f"{value:.4g}") for name, value in seconds.items()}
 
 
 def _free_bytes(folder: str) -> int:

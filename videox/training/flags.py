@@ -385,8 +385,11 @@ def add_dry_run(parser: Parser) -> None:
     memory = "dry run and --activation_memory: memory of a GPU in GiB; a dry run takes that of --gpu, or 80"
     add("--gpu_memory", type=number(float, 1, 10**4), help=memory)
     add("--gpu_price", type=number(float, 0, 10**6), help="dry run: price of a GPU hour, to print the cost (0 = free)")
-    mfu = "dry run: model FLOPs utilization (MFU), share of the GPU's peak, 0 to 1; a run measures its own"
-    add("--assumed_mfu", type=number(float, 0.001, 1), default=0.35, help=mfu)
+    mfu = (
+        "dry run: take this MFU (model FLOPs utilization, share of the GPU's peak, 0 to 1) instead of computing the time of "
+        "a step; a run measures its own"
+    )
+    add("--assumed_mfu", type=number(float, 0.001, 1), help=mfu)
     first = (
         "before the first step, try whether the largest micro-batch of all epochs fits in memory; the training does "
         "not change (auto: on GPUs)"

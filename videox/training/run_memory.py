@@ -20,7 +20,7 @@ from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import UserError
 from videox.estimate.activation_choice import CHOICES, choose_recompute
 from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
-from videox.estimate.duration import Speed, offload_seconds
+from videox.estimate.duration import Speed
 from videox.estimate.flops import Network
 from videox.estimate.gpus import Gpu
 from videox.estimate.memory import SAFE_SHARE, UNSHARDED, Encoders, Memory, MemorySetup, Parameters, memory_of
@@ -214,10 +214,6 @@ class RunMemory:
             changes = [change for change in changes if not change.flags.startswith("--gradient_checkpointing")]
         return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
 
-    def offload_seconds(self, gpu: Gpu) -> float:
-        """Return the least time per optimizer step that copies between host and GPU take."""
-        return offload_seconds(self.parameters(self.setup.lora_rank), self.setup, gpu)
-
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
         """Return the time of encoding the clips (--vae_dtype) and captions (compute dtype) of an epoch on one GPU."""
         counts = np.bincount(np.repeat(plan.micro_bucket, np.diff(plan.micro_first)), minlength=len(plan.buckets))
@@ -257,8 +253,8 @@ class RunMemory:
         args, shapes = self.args, self.modules.shapes()
         sizes = dict[tuple[str, ...], int]()  # elements by block, such as ("blocks", "3"); (): outside of them
         for name, shape in shapes.items():
-            first, number, *_ = name.split(".")
-            block = (first, number) if first in self.model.blocks else ()
+            block = tuple(name.split(".")[:2])
+            block = block if block[0] in self.model.blocks else ()
             sizes[block] = sizes.get(block, 0) + math.prod(shape)
         everything, outside = sum(sizes.values()), sizes.pop((), 0)
         if lora_rank:
