@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all check style map
+.PHONY: help setup doctor demo test test-all check style map gpu
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 16
@@ -52,6 +52,9 @@ check: setup  ## check lint, format, types and the repository's structure
 style: setup  ## fix lint and format automatically
 	@ruff check --fix .
 	@ruff format .
+
+gpu: setup  ## measure this GPU in at most 8 minutes, or try it at small size without one: outputs/gpu.md (GPU_FLAGS="--parts smoke --again")
+	@python benchmarks/gpu.py $(GPU_FLAGS)
 
 map: setup  ## write the import graph of the packages: docs/import_graph.md and its picture
 	@python benchmarks/import_graph.py

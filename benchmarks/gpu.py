@@ -1,22 +1,26 @@
-"""Measures one GPU in under ten minutes: kernels, transformer blocks, encoders, transfers and memory.
+"""Measures one GPU in at most eight minutes: training end to end, a whole step, memory, kernels, encoders, transfers.
 
-    python benchmarks/gpu.py [--output gpu.json] [--markdown benchmarks/gpu.md] [--small] [--only attention blocks]
+    python benchmarks/gpu.py [--output outputs/gpu.json] [--markdown benchmarks/gpu.md] [--parts smoke step] [--small]
 
-Layers have the published widths and random weights created on the device; nothing is downloaded. Without a GPU
-everything runs at small size on the CPU, which only shows that the command works. Measurements run in a separate
-process, which is restarted when a measurement exceeds its time budget or ends the process.
+Layers have the published widths and random weights; nothing is downloaded. Predictions are beside the measurements.
+Without a GPU everything runs at small size on the CPU, which only shows that the command works.
+
+The results are written after each measurement. Ctrl-C or SIGTERM ends the command with a table of what there is; the
+same command continues, and repeats a part that has ended only with --again. Measurements run in a separate process,
+which is restarted when a measurement exceeds its time or ends the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,78 +29,84 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import diffusers
 import torch
-from gpu_models import ONE_GPU, of_tensors, predicted_memory
-from gpu_process import PARTS, Measurer, cases
-from gpu_scales import LARGEST, REAL, SMALL, Scale, Values
+from gpu.process import NOT_FINISHED, PARTS, Measurer, cases
+from gpu.report import figure, page, whole_model
+from gpu.results import NOT_STARTED, Results, Row, failures
+from gpu.scales import REAL, SMALL, Case, Scale, Values, attempt
+from gpu.training_runs import WORKSPACE
 from machine import processor
 
-from videox.estimate.memory import CONTEXT, FRAGMENTATION
+from videox.distributed.cuda_variables import set_cuda_variables
+from videox.errors import UserError
 from videox.estimate.mfu import peak_of
 
-MINUTES = 9.5
+MINUTES = 8.0
+# Seconds of each part: measurements that remain after them are not started.
+BUDGETS = {
+    "ceilings": 8, "smoke": 110, "step": 40, "memory": 30, "flags": 75, "checks": 75, "attention": 30, "blocks": 35,
+    "vae": 35, "transfers": 25,
+}  # fmt: skip
+OUTPUT = Path(__file__).resolve().parents[1] / "outputs/gpu.json"
 
 
-@dataclass(frozen=True)
-class Row:
-    """Result of a case. seconds: total duration, with creation of the weights and warm-up."""
+class Interruption(BaseException):
+    """Ctrl-C or SIGTERM; code: the exit code."""
 
-    section: str
-    words: tuple[str, ...]
-    predicted: Values
-    measured: Values
-    reason: str
-    seconds: float
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
 
 
-def run(scale: Scale, device: str, sections: Sequence[str], minutes: float) -> Iterator[Row]:
-    """Yield a row for each case; cases that remain after `minutes` are not started."""
-    end = time.monotonic() + 60 * minutes
-    with Measurer(scale, device) as measurer:
-        for number, case in enumerate(cases(scale, PARTS)):
-            if case.section not in sections:
-                continue
+@dataclass
+class Session:
+    """One call of the command. share: of the time that each part has by default."""
+
+    scale: Scale
+    device: str
+    results: Results
+    share: float = 1.0
+
+    def run(self, names: Sequence[str], report: Callable[[Row], None]) -> None:
+        """Measure the parts that have not ended yet, in their order; call `report` for each new row."""
+        numbered = list(enumerate(cases(self.scale, PARTS)))
+        with Measurer(self.scale, self.device) as measurer:
+            for name in PARTS:
+                if name in names and not (name in self.results.parts and self.results.parts[name].finished):
+                    part = self.results.begin(name)
+                    known = {row.words for row in part.rows}
+                    missing = [(n, case) for n, case in numbered if case.section == name and case.words not in known]
+                    self._run_part(missing, BUDGETS[name] * self.share, measurer, report)
+                    self.results.finish(name)
+
+    def _run_part(
+        self,
+        missing: Sequence[tuple[int, Case]],
+        seconds: float,
+        measurer: Measurer,
+        report: Callable[[Row], None],
+    ) -> None:
+        end = time.monotonic() + seconds
+        for number, case in missing:
             begun = time.monotonic()
-            if begun < end:
-                values, reason = measurer.measure(number, min(case.budget, end - begun))
+            values: Values = {}
+            predict = cache(case.predict)
+            if begun >= end:
+                reason = f"{NOT_STARTED}: {seconds:.0f} s of the part were over"
+            elif case.apart:
+                measurer.end()  # its memory is needed
+                values, reason = attempt(case.measure, torch.device(self.device))
             else:
-                values, reason = {}, f"not started within the limit of {minutes:g} min"
-            predicted = case.predict()
+                limit = min(case.budget, end - begun)
+                values, reason = measurer.measure(number, limit, predict)
+                if reason.startswith(NOT_FINISHED) and limit < case.budget:
+                    reason = f"{NOT_STARTED} early enough: {seconds:.0f} s of the part were over"
+            predicted = predict()
             taken = values.get("forward + backward ms", values.get("ms"))
             if taken and "TFLOP" in predicted:
                 values["TFLOP/s"] = predicted["TFLOP"] / taken * 1e3
-            yield Row(case.section, case.words, predicted, values, reason, time.monotonic() - begun)
-
-
-# ------------------------------------------------------------------------------------------------ the whole model
-
-
-def whole_model(scale: Scale, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the memory of full fine-tuning of the largest model with all its layers, by clip size.
-
-    "extrapolated GiB" is on the line through the two truncated models; the verdicts use it, or the predicted memory if
-    there is none. "zero3 GPUs" is the smallest power of two of 80 GB GPUs on which ZeRO-3 is predicted to fit, with
-    every block recomputed.
-    """
-    config = scale.wan[LARGEST]
-    trained = [row for row in rows if row.section == "memory"]
-    found = []
-    for size in dict.fromkeys(row.words[1] for row in trained):
-        few = {int(row.words[2]): row.measured["peak GiB"] for row in trained if row.words[1] == size and row.measured}
-        layers, bucket = config["num_layers"], scale.sizes[size]
-        line: dict[str, Any] = {"size": size, "layers": layers}
-        line["predicted GiB"] = of_tensors(predicted_memory(config, layers, bucket, ONE_GPU))
-        if len(few) == 2:
-            (a, first), (b, second) = sorted(few.items())
-            line["extrapolated GiB"] = second + (second - first) / (b - a) * (layers - b)
-        peak = line.get("extrapolated GiB", line["predicted GiB"]) * 2**30 * (1 + FRAGMENTATION) + CONTEXT
-        line |= {f"fits {card} GB": peak <= card * 1e9 for card in (80, 141)}
-        for gpus in (2**power for power in range(1, 10)):
-            setup = replace(ONE_GPU, backend="zero3", processes=gpus, per_host=min(gpus, 8))
-            if predicted_memory(config, layers, bucket, setup).total() <= 80e9:
-                line["zero3 GPUs"] = gpus
-                break
-        found.append(line)
-    return found
+            row = Row(case.section, case.words, predicted, values, reason, time.monotonic() - begun)
+            self.results.add(row)
+            report(row)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -111,161 +121,94 @@ def machine(device: str) -> dict[str, Any]:
     return known | versions
 
 
-# -------------------------------------------------------------------------------------------------------------- table
-
-SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "ceilings": ("Upper bounds: matrix products and copies", ("operation",), ("TFLOP",), ("ms", "TFLOP/s", "TB/s")),
-    "memory": (
-        "Full fine-tuning: peak memory of a step",
-        ("model", "clip", "layers"),
-        ("predicted GiB",),
-        ("peak GiB", "step s"),
-    ),
-    "blocks": (
-        "One block, forward and backward",
-        ("block", "clip", "tokens", "mode", "attention"),
-        ("TFLOP", "kept GiB"),
-        ("forward ms", "forward + backward ms", "TFLOP/s", "peak GiB", "first call s"),
-    ),
-    "attention": (
-        "Self-attention by backend",
-        ("model", "heads", "tokens", "mask", "backend"),
-        ("forward TFLOP",),
-        ("forward ms", "TFLOP/s", "backward ms", "backward TFLOP/s"),
-    ),
-    "encoders": (
-        "Encoding one clip",
-        ("VAE", "clip", "precision"),
-        ("TFLOP", "predicted GiB"),
-        ("ms", "TFLOP/s", "peak GiB"),
-    ),
-    "transfers": ("Host to device", ("transfer",), ("GB",), ("s", "GB/s", "once s")),
-}
-NOTES = {
-    "memory": "Float32 weights, gradients and moments, bf16 autocast, every block recomputed, fused AdamW, three steps. Predicted\n"
-    "by `videox/estimate/memory.py`, without CUDA context and fragmentation, which the allocator's peak does not include.",
-    "blocks": "Float32 weights under autocast to bf16. TFLOP: three times the forward pass, without recomputation. Kept GiB:\n"
-    "predicted for the time between the two passes. Peak GiB: everything, with float32 weights and gradients.",
-    "attention": "bf16, with the strides of the models' tensors; backward TFLOP/s counts twice the operations of the forward pass.",
-    "encoders": "TFLOP and GiB are predicted on tensors without data. train.py encodes in float32.",
-    "transfers": "The text encoder is UMT5-XXL in bf16. Memory is pinned once per run (once s), each use is a copy.",
-}
+def print_row(row: Row) -> None:
+    """Print a row as soon as it is measured."""
+    shown = {key: value for key, value in row.measured.items() if not key.startswith("loss ")}
+    values = row.reason or ", ".join(f"{key} {figure(value)}" for key, value in shown.items())
+    print(row.section, *row.words, values, f"[{row.seconds:.1f} s]", sep="  ", flush=True)
 
 
-def figure(value: float) -> str:
-    """Return a number with three significant digits."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def predictions(parts: Collection[str]) -> list[Row]:
+    """Return a row for each case of the published widths, without measurements."""
+    return [Row(case.section, case.words, case.predict(), {}, "", 0.0) for case in cases(REAL, parts)]
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+def end_report(results: Results, markdown: Path | None, *, predict: bool) -> int:
+    """Write JSON and page, print what failed and what was not started; return the exit code.
 
-
-def section_table(name: str, rows: Sequence[Row], absent: str = "") -> list[str]:
-    """Return the table of a section: predicted and measured values, or the reason why none was measured.
-
-    absent: text in place of all measured values ("" = use them).
+    Args:
+        results: so far.
+        markdown: the page; None writes it beside the JSON file.
+        predict: the page of results at small size begins with the predictions for the published widths.
     """
-    _, words, predicted, columns = SECTIONS[name]
-    lines = []
-    for row in rows:
-        cells = [figure(row.predicted[key]) if key in row.predicted else "" for key in predicted]
-        if absent or row.reason:
-            cells += [absent or f"none: {row.reason}".replace("|", "/"), *[""] * (len(columns) - 1)]
-        else:
-            cells += [figure(row.measured[key]) if key in row.measured else "" for key in columns]
-        lines.append([*row.words, *cells])
-    return table([*words, *(f"{key}, predicted" if key in columns else key for key in predicted), *columns], lines)
+    results.write(whole_model=whole_model(SMALL if results.small else REAL, results.rows))
+    markdown = markdown or (results.path.with_suffix(".md") if results.path else None)
+    if markdown:
+        dates = {name: part.finished for name, part in results.parts.items()}
+        predicted = (predictions(results.parts) if predict else []) if results.small else None
+        markdown.write_text(page(results.machine, results.rows, predicted, REAL, dates), encoding="utf-8")
+        print(f"results: {results.path}, table: {markdown}")
+    late = {row.section for row in results.rows if row.reason.startswith(NOT_STARTED)}
+    if late:
+        print(f"not everything was measured in time: the same command measures the rest of {', '.join(sorted(late))}")
+    failed = failures(results.rows)
+    print(*(f"fail: {line}" for line in failed), sep="\n", end="\n" if failed else "")
+    return 1 if failed or not any(row.measured for row in results.rows) else 0
 
 
-def whole_table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table of the memory of the whole model."""
-    words = {True: "yes", False: "no"}
-    cells = [
-        [
-            LARGEST, line["size"], str(line["layers"]), figure(line["predicted GiB"]),
-            figure(line["extrapolated GiB"]) if "extrapolated GiB" in line else "not measured",
-            words[line["fits 80 GB"]], words[line["fits 141 GB"]], str(line.get("zero3 GPUs", "over 512")),
-        ]
-        for line in lines
-    ]  # fmt: skip
-    header = (
-        "model",
-        "clip",
-        "layers",
-        "predicted GiB",
-        "extrapolated GiB",
-        "fits 80 GB",
-        "fits 141 GB",
-        "80 GB GPUs",
+def raise_interrupted(number: int, frame: object) -> None:
+    """Handle a signal: end the measurement, then the command."""
+    del frame
+    raise Interruption(number)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="JSON file of results, which is continued (default: %(default)s)"
     )
-    return table(header, cells)
-
-
-def page(known: dict[str, Any], small: bool, rows: Sequence[Row]) -> str:
-    """Return the report: the published widths, measured or only predicted; after it the run at small size, if any."""
-    shown = [Row(c.section, c.words, c.predict(), {}, "", 0.0) for c in cases(REAL, PARTS)] if small else list(rows)
-    device = (
-        known["device"]
-        if not small
-        else 'No GPU was available: measured columns say "not measured", predicted columns are filled'
+    parser.add_argument("--markdown", type=Path, help="table to write (default: beside --output)")
+    parser.add_argument("--small", action="store_true", help="narrow models on the CPU (the default without a GPU)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="parts to measure (default: all)"
     )
-    text = [
-        "# Measurements of one GPU",
-        "",
-        "Written by `python benchmarks/gpu.py --markdown benchmarks/gpu.md`, which takes under ten minutes on one GPU.",
-        f"{device}.",
-    ]
-    for name, (title, *_) in SECTIONS.items():
-        chosen = [row for row in shown if row.section == name]
-        if not chosen:
-            continue
-        text += ["", f"## {title}", "", *section_table(name, chosen, "not measured" if small else "")]
-        if name == "memory":
-            text += ["", *whole_table(whole_model(REAL, chosen))]
-            text += ["", "80 GB GPUs: the smallest power of two on which ZeRO-3 is predicted to fit."]
-        text += ["", NOTES[name]] if name in NOTES else []
-    if small:
-        text += ["", "# The same command at small size, on the CPU", ""]
-        text += [
-            "It shows that every measurement runs, or the reason why not; the figures say nothing about a GPU. The models have the"
-        ]
-        text += ["classes of the named ones, with a few channels and a few layers.", ""]
-        for name, (title, *_) in SECTIONS.items():
-            chosen = [row for row in rows if row.section == name]
-            text += [f"## {title}, small", "", *section_table(name, chosen), ""] if chosen else []
-    versions = f"torch {known['torch'].split('+')[0]}, diffusers {known['diffusers']}, Python {known['python']}"
-    text += ["", f"{known['cores']}-core {known['processor']}; {versions}.", ""]
-    return "\n".join(text).replace("\n\n\n", "\n\n")
+    parser.add_argument("--again", action="store_true", help="repeat these parts if they have ended before")
+    parser.add_argument(
+        "--minutes", type=float, help=f"time for all parts (default: {MINUTES:g} on a GPU, none at small size)"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write (default: print only)")
-    parser.add_argument("--markdown", type=Path, help="Markdown file to write (default: print only)")
-    parser.add_argument("--small", action="store_true", help="narrow models on the CPU (the default without a GPU)")
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=tuple(PARTS), help="sections to measure (default: all)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="minutes after which no further measurement is started"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
     small = args.small or not torch.cuda.is_available()
     scale, device = (SMALL, "cpu") if small else (REAL, "cuda")
-    known, rows = machine(device), []
-    for row in run(scale, device, args.only, args.minutes):
-        rows.append(row)
-        values = row.reason or ", ".join(f"{key} {figure(value)}" for key, value in row.measured.items())
-        print(row.section, *row.words, values, f"[{row.seconds:.1f} s]", sep="  ", flush=True)
-    whole = whole_model(scale, rows)
-    found = {"machine": known, "small": small, "rows": [asdict(row) for row in rows], "whole_model": whole}
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        args.markdown.write_text(page(known, small, rows), encoding="utf-8")
-    return 0 if any(row.measured for row in rows) else 1
+    if small:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported, which would warn
+        print("no GPU is used: everything runs at small size on the CPU, and no figure says anything about a GPU")
+    try:
+        results = Results(args.output, machine(device), small)
+    except UserError as error:
+        print(error.line(), file=sys.stderr)
+        return error.exit_code
+    if args.again:
+        for name in args.parts:
+            results.parts.pop(name, None)
+    set_cuda_variables(os.environ, deterministic=False)  # of the processes that measure, as training sets them
+    minutes = args.minutes or (float("inf") if small else MINUTES)
+    handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = 0
+    try:
+        Session(scale, device, results, minutes / MINUTES).run(args.parts, print_row)
+    except Interruption as interruption:
+        code = interruption.code
+        print(f"interrupted by {interruption}: the same command continues")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        WORKSPACE.close()
+    ended = end_report(results, args.markdown, predict=not code)
+    return code or ended
 
 
 if __name__ == "__main__":

@@ -23,23 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from gpu import table
-from gpu_scales import GIB, JOINT_TEXT, REAL, SMALL, TEXT
+from gpu.full_step import FLAGS, FULL, Computed, Flag, compute
+from gpu.report import table
+from gpu.scales import REAL, SMALL
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
 from videox.estimate.gpus import GPUS
-from videox.estimate.memory import MemorySetup, Parameters
 from videox.estimate.rates import rates_of
-from videox.estimate.step_time import StepModel
-from videox.models.activation_checkpoint import checkpoint_blocks, is_attention_forward
+from videox.models.activation_checkpoint import is_attention_forward
 from videox.models.activation_offload import HostOffload
-from videox.models.compiled_blocks import compile_blocks
-from videox.models.recompute import COPIES_ON_DEVICE, Recompute
 from videox.shapes import Bucket, token_count
 
 CLIP = Bucket(93, 480, 832)  # 37,440 tokens, the shape of published MFU figures
@@ -48,36 +44,6 @@ SMALL_MODELS = {"Wan2.1": SMALL.wan["Wan2.1 1.3B"], "HunyuanVideo": SMALL.hunyua
 SMALL_TEXT = 12
 GPU = "h100"
 FIRST, OTHERS = (3, 8), ((5, 6), (2, 12), (4, 10))  # latent frames and sides of the clips; the first one is counted
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A row: the flags, and how a model gets them."""
-
-    flags: str
-    recompute: Recompute
-    offload: bool = False
-    compiled: bool = False
-
-    def apply(self, model: Any, blocks: Sequence[nn.Module], notes: list[str]) -> HostOffload | None:  # noqa: ANN401
-        """Set a model up, and return its offload, if any."""
-        offload = HostOffload(torch.device("cpu")) if self.offload else None
-        checkpoint_blocks(model, blocks, lambda *_: self.recompute, offload)
-        if self.compiled:
-            compile_blocks(blocks, notes.append)
-        return offload
-
-
-FULL = "--gradient_checkpointing"
-FLAGS = (
-    Flag("none", Recompute()),
-    Flag(FULL, Recompute(1.0)),
-    Flag(f"{FULL} --gradient_checkpointing_keep attention", Recompute(1.0, "attention")),
-    Flag(f"{FULL} --gradient_checkpointing_keep self_attention", Recompute(1.0, "self_attention")),
-    Flag(f"{FULL} --offload_activations", Recompute(1.0), offload=True),
-    Flag(f"{FULL} --compile", Recompute(1.0), compiled=True),
-    Flag(f"{FULL} --gradient_checkpointing_keep attention --compile", Recompute(1.0, "attention"), compiled=True),
-)
 
 
 # --------------------------------------------------------------------------------------------------------- counted
@@ -195,7 +161,7 @@ def count(flags: Sequence[Flag]) -> list[Counted]:
             torch._dynamo.reset()
             counters.clear()
             model, notes = copy.deepcopy(plain), list[str]()
-            offload = flag.apply(model, blocks_of(model), notes)
+            offload = flag.apply(model, blocks_of(model), notes, torch.device("cpu"))
             reference = run(plain, inputs_of(config, *FIRST))[0]
             gradients, device, attention, host = run(model, inputs_of(config, *FIRST), offload)
             difference = float((gradients - reference).norm() / reference.norm())
@@ -206,55 +172,6 @@ def count(flags: Sequence[Flag]) -> list[Counted]:
             if notes:
                 raise RuntimeError(notes[0])
             found.append(Counted(name, flag, difference, (graphs[1], graphs[-1]), device, host, attention))
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------- computed
-
-
-def network_of(config: Mapping[str, Any]) -> Network:
-    """Return the estimate's model of a transformer, with weights as DDP has them."""
-    if "num_single_layers" in config:
-        return joint_attention_network(config, text_tokens=JOINT_TEXT, half=True)
-    return cross_attention_network(config, text_tokens=TEXT, image_tokens=0, half=True)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A step with a flag on a GPU: seconds, MFU, GiB of activations on the GPU and of inputs on the host."""
-
-    seconds: float
-    mfu: float
-    activations: float
-    host: float
-
-
-def parameters_of(config: Mapping[str, Any]) -> Parameters:
-    """Return the numbers of parameters of a transformer that is trained as a whole."""
-    with torch.device("meta"):
-        model, blocks_of = build(config)
-    total, *sizes = (sum(p.numel() for p in module.parameters()) for module in (model, *blocks_of(model)))
-    return Parameters(total, total, max(sizes), total - sum(sizes))
-
-
-def compute(config: Mapping[str, Any], bucket: Bucket, flags: Sequence[Flag], gpu: str) -> list[Computed]:
-    """Return the step of each flag as the dry run computes it, for one sample on one GPU with AdamW."""
-    network, tokens, parameters = network_of(config), token_count(bucket), parameters_of(config)
-    found = []
-    for flag in flags:
-        recomputed = range(len(network.blocks)) if flag.recompute.share else ()
-        setup = MemorySetup(
-            "single", 1, 1, True, flag.recompute.share, False, 0, tokens, 1, {}, keep=flag.recompute.keep,
-            offload_activations=flag.offload,
-        )  # fmt: skip
-        model = StepModel(network, parameters, setup, rates_of(GPUS[gpu], gpu), flag.compiled)
-        seconds = (
-            model.micro_batch(1, tokens, recomputed, flag.recompute.keep).total() + model.optimizer_step(0).total()
-        )
-        host = network.offloaded_bytes(tokens, recomputed) if flag.offload else []
-        device = network.peak_bytes(tokens, recomputed, flag.recompute.keep) - sum(sorted(host)[:-COPIES_ON_DEVICE])
-        mfu = network.forward_backward(tokens) / seconds / model.rates.peak
-        found.append(Computed(seconds, mfu, device / GIB, sum(host) / GIB))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import tiny
 
@@ -12,6 +14,7 @@ from videox.estimate.step_time import StepModel
 from videox.shapes import Bucket, token_count
 
 flags = tiny.load_script("benchmarks/gpu_flags.py")
+full_step = sys.modules["gpu.full_step"]
 CLIP, LARGE = Bucket(9, 64, 96), Bucket(81, 480, 832)
 
 
@@ -19,7 +22,7 @@ CLIP, LARGE = Bucket(9, 64, 96), Bucket(81, 480, 832)
 def test_the_page_has_the_step_of_the_dry_run(name: str) -> None:
     """All terms but the numbers of parameters come from the module that the dry run uses."""
     config = flags.SMALL_MODELS[name]
-    network, tokens, parameters = flags.network_of(config), token_count(CLIP), flags.parameters_of(config)
+    network, tokens, parameters = full_step.network_of(config), token_count(CLIP), full_step.parameters_of(config)
     model, blocks_of = flags.build(config)
     assert parameters.total == sum(p.numel() for p in model.parameters())
     assert parameters.outside == parameters.total - sum(p.numel() for b in blocks_of(model) for p in b.parameters())

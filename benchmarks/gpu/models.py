@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan, WanTransformer3DModel
-from gpu_layers import wan_network
-from gpu_scales import GIB, HALF, LARGEST, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
+from gpu.layers import wan_network
+from gpu.scales import GIB, HALF, LARGEST, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import encode_moments
 from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
 from videox.estimate.peak_memory import module_bytes, peak_bytes
+from videox.models.norm_dtype import keep_norm_dtype
 from videox.optim.build import make_optimizer
 from videox.shapes import Bucket, latent_shape, token_count
 
@@ -41,35 +43,67 @@ def predict_encode(vae_class: Any, config: Mapping[str, Any], size: int, bucket:
     return {"TFLOP": operations / TERA, "predicted GiB": held * size / 4 / GIB}
 
 
+@contextmanager
+def convolutions(how: str) -> Iterator[None]:
+    """Set how cuDNN computes inside: "" as torch has it (float32 in TF32), "without TF32", or "cudnn.benchmark"."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.allow_tf32 = before[0] and how != "without TF32"
+    torch.backends.cudnn.benchmark = how == "cudnn.benchmark"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
 def encode_clip(
-    vae_class: Any,  # noqa: ANN401 - a class of diffusers
-    config: Mapping[str, Any],
+    family: tuple[str, Any, Mapping[str, Any]],
     dtype: torch.dtype,
+    how: str,
     bucket: Bucket,
     seconds: float,
     device: torch.device,
 ) -> Values:
-    """Measure the encoding of one clip, as train.py calls it."""
+    """Measure the encoding of one clip, as train.py calls it; how: for convolutions, or "channels_last_3d"."""
+    _, vae_class, config = family
     with torch.device(device):
-        vae = OffloadedModule(vae_class(**config).to(dtype), device, offload=False)
+        module = vae_class(**config).to(dtype)
         pixels = torch.rand(1, 3, *bucket, dtype=dtype) * 2 - 1
-    run = partial(encode_moments, vae, pixels, mini_batch=1)
-    return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
+    if how == "channels_last_3d":
+        module, pixels = (
+            module.to(memory_format=torch.channels_last_3d),
+            pixels.to(memory_format=torch.channels_last_3d),
+        )
+    run = partial(encode_moments, OffloadedModule(module, device, offload=False), pixels, mini_batch=1)
+    with convolutions(how):
+        return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
 
 
-def encoders(scale: Scale) -> Iterator[Case]:
-    """Yield the VAE of both families, in float32 as in training, and in bfloat16."""
-    kinds = (
+def vae_classes(scale: Scale) -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """Return name, class and configuration of the VAE of both families."""
+    return [
         ("Wan2.1", AutoencoderKLWan, scale.wan_vae),
         ("HunyuanVideo", AutoencoderKLHunyuanVideo, scale.hunyuan_vae),
-    )
-    for name, vae_class, config in kinds:
-        for size, bucket in list(scale.sizes.items())[:2]:
-            for dtype in (torch.float32, HALF):
-                words = (name, size, str(dtype).removeprefix("torch."))
-                predict = partial(predict_encode, vae_class, config, dtype.itemsize, bucket)
-                measure = partial(encode_clip, vae_class, config, dtype, bucket, scale.seconds)
-                yield Case("encoders", words, scale.budget * 2, predict, measure)
+    ]
+
+
+def vae(scale: Scale) -> Iterator[Case]:
+    """Yield the VAE of both families: as in training (float32, TF32 for convolutions), in bfloat16, and otherwise.
+
+    What is no default of train.py is measured with a short clip, since it may be slow.
+    """
+    sizes = [scale.usual, *(size for size in list(scale.sizes)[:2] if size != scale.usual)]
+    short = "x".join(map(str, scale.short))
+    ways = [(dtype, "", size, scale.sizes[size]) for size in sizes for dtype in (torch.float32, HALF)]
+    ways += [
+        (torch.float32, how, short, scale.short) for how in ("", "without TF32", "cudnn.benchmark", "channels_last_3d")
+    ]
+    for dtype, how, size, bucket in ways:
+        for family in vae_classes(scale):
+            precision = str(dtype).removeprefix("torch.")
+            words = (family[0], size, f"{precision}, {how}" if how else precision)
+            predict = partial(predict_encode, *family[1:], dtype.itemsize, bucket)
+            measure = partial(encode_clip, family, dtype, how, bucket, scale.seconds)
+            yield Case("vae", words, scale.budget * 2, predict, measure)
 
 
 # ------------------------------------------------------------------------------------------------------- transfers
@@ -203,6 +237,7 @@ def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: t
             model = WanTransformer3DModel(**{**config, "num_layers": layers})
             noisy = torch.randn(1, config["in_channels"], *latent_shape(bucket))
             text, timestep = torch.randn(1, TEXT, config["text_dim"], dtype=HALF), torch.full((1,), 500.0)
+        keep_norm_dtype(model, device)
         model.enable_gradient_checkpointing()
         optimizer = make_optimizer(
             [{"params": list(model.parameters())}],
@@ -225,10 +260,10 @@ def train_step(config: Mapping[str, Any], layers: int, bucket: Bucket, device: t
 
 
 def memory(scale: Scale) -> Iterator[Case]:
-    """Yield full fine-tuning of the largest model, truncated to a few of its layers."""
-    config = scale.wan[LARGEST]
-    for size in list(scale.sizes)[-2:]:
-        for layers in scale.layers:
-            given = (config, layers, scale.sizes[size])
-            words = (LARGEST, size, str(layers))
-            yield Case("memory", words, scale.budget * 2, partial(predict_step, *given), partial(train_step, *given))
+    """Yield full fine-tuning of the smallest model, and of the largest one truncated to a few of its layers."""
+    smallest = next(iter(scale.wan))
+    rows = [(LARGEST, size, layers) for size in list(scale.sizes)[-2:] for layers in scale.layers]
+    for name, size, layers in [*rows, (smallest, scale.usual, scale.wan[smallest]["num_layers"])]:
+        given = (scale.wan[name], layers, scale.sizes[size])
+        words = (name, size, str(layers))
+        yield Case("memory", words, scale.budget * 2, partial(predict_step, *given), partial(train_step, *given))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-from gpu_scales import GIB, HALF, JOINT_TEXT, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
 from torch.utils.checkpoint import checkpoint
 
+from gpu.scales import GIB, HALF, JOINT_TEXT, TERA, TEXT, Case, Scale, Values, nothing, peak_of, synchronize, timed
 from videox.estimate.flops import Network, cross_attention_network, joint_attention_network
+from videox.models.norm_dtype import keep_norm_dtype
 from videox.shapes import Bucket, latent_shape, token_count
 
 CUDNN = "_native_cudnn"
@@ -114,6 +115,7 @@ def wan_block(config: Mapping[str, Any], bucket: Bucket, device: torch.device) -
     """Return a block of Wan2.1 with float32 weights, as in training."""
     with torch.device(device):
         model = WanTransformer3DModel(**{**config, "num_layers": 1})
+    keep_norm_dtype(model, device)
     dim, tokens = config["num_attention_heads"] * config["attention_head_dim"], token_count(bucket)
     given = [
         torch.randn(shape, device=device, dtype=HALF, requires_grad=True)
@@ -131,6 +133,7 @@ def hunyuan_block(
         model = HunyuanVideoTransformer3DModel(
             **{**config, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
         )
+    keep_norm_dtype(model, device)
     dim, tokens = config["num_attention_heads"] * config["attention_head_dim"], token_count(bucket)
     given = [
         torch.randn(shape, device=device, dtype=HALF, requires_grad=True)
@@ -211,14 +214,13 @@ def blocks(scale: Scale) -> Iterator[Case]:
         for ending, masked in (("", False), (", masked", True)):
             make = partial(hunyuan_block, scale.hunyuan, single, masked)
             kinds.append((f"HunyuanVideo, {title}{ending}", make, joint, int(single)))
-    for name, make, network, number in kinds:
-        ways = [(scale.usual, "eager", "native")]
-        if "masked" not in name:
-            ways = [(size, "eager", "native") for size in scale.sizes]
-            ways += [
-                (scale.usual, *way) for way in (("recomputed", "native"), ("eager", CUDNN), ("compiled", "native"))
-            ]
-        for size, how, backend in ways:
+    usual = [("eager", "native"), ("recomputed", "native"), ("eager", CUDNN)]
+    ways = [(scale.usual, *way) for way in usual]
+    ways += [(size, "eager", "native") for size in scale.sizes if size != scale.usual]
+    for size, how, backend in [*ways, (scale.usual, "compiled", "native")]:  # compiled ones last: they take longest
+        for name, make, network, number in kinds:
+            if "masked" in name and (size, how, backend) != ways[0]:
+                continue
             bucket = scale.sizes[size]
             budget = scale.budget * (4 if how == "compiled" else 1)
             measure = partial(run_block, partial(make, bucket), how, backend, scale.seconds)

@@ -1,0 +1,1 @@
+"""Measurements of benchmarks/gpu.py, by part."""
