@@ -177,3 +177,10 @@ def test_the_doctor_finds_this_machine_sound_and_a_broken_torch_not(tmp_path: Pa
     assert broken.returncode == 1
     assert "torch: cannot be imported: OSError: libcudart.so.13: no such file" in broken.stdout
     assert "Traceback" not in broken.stdout + broken.stderr
+
+
+def test_a_slow_import_is_no_broken_installation() -> None:
+    slow, broken = (
+        software.not_imported("torch", text) for text in (f"{software.NO_ANSWER} 180 s", "ImportError: libc")
+    )
+    assert (slow.level, broken.level) == (NOTE, BLOCKS) and "idle" in slow.fix

@@ -249,7 +249,7 @@ def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> N
     image = replace(COLUMNS, kind=np.array([1, 0], np.uint8), frames=np.array([9, 1], np.int32))
     found = replace(columns_of(usable=False), decoding=None)
     for columns, row in (
-        (mirrored, "row 0 ('a.mp4') is decoded otherwise by this version: a mirrored video"),
+        (mirrored, "row 0 ('a.mp4') is decoded differently by this version: a mirrored video"),
         (image, "row 1 ('b.gif') was a video of 9 frames of 64x48, is an image of 64x48"),
     ):
         with pytest.raises(UserError) as refused:

@@ -34,7 +34,8 @@ def hint(word: str) -> str:
         ("--weight-decay", "adam_weight_decay"), ("--target_name", "lora_target_modules"), ("--model", "pretrained_model_name_or_path"),
         ("--learning-rate", "learning_rate"), ("--Train-Batch-Size", "train_batch_size"), ("--steps", "max_train_steps"),
         ("--optimizer_type", "optimizer"), ("--network_weights", "init_lora_from"), ("--sample_prompts", "validation_prompts"),
-        ("--discrete_flow_shift", "flow_shift"),
+        ("--discrete_flow_shift", "flow_shift"), ("--rnk", "lora_rank"), ("--lrr", "learning_rate"),
+        ("--epohcs", "num_train_epochs"),
     ],
 )  # fmt: skip
 def test_what_people_type_names_the_flag(word: str, flag: str) -> None:
@@ -45,6 +46,7 @@ def test_what_people_type_names_the_flag(word: str, flag: str) -> None:
     ("word", "words"),
     [
         ("--save_state", "every checkpoint contains the state"),
+        ("--save_stat", "every checkpoint contains the state"),
         ("--use_peft_lora", "--lora_rank selects a LoRA"),
         ("--fp16", "--mixed_precision=bf16"),
         ("--num_processes", "accelerate launch, in front of"),
@@ -59,7 +61,7 @@ def test_what_has_no_counterpart_says_what_to_do(word: str, words: str) -> None:
     assert words in hint(word)
 
 
-@pytest.mark.parametrize("word", ["--save_stat", "--lrr", "--qqq", "--", "--x", "--foo_bar"])
+@pytest.mark.parametrize("word", ["--qqq", "--", "--x", "--foo_bar"])
 def test_a_word_far_from_every_flag_gets_no_guess(word: str) -> None:
     assert hint(word) == "see --help"
 

@@ -24,6 +24,7 @@ from videox.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_SECONDS = 180  # for importing torch from a slow disk
+NO_ANSWER = "does not answer within"
 SETUP = "`make setup`, or `pip install -r requirements.txt`"
 # Packages that only some runs need: what does not work without them.
 OPTIONAL = {
@@ -59,7 +60,7 @@ class Probes:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            return {}, f"does not answer within {PROBE_SECONDS} s"
+            return {}, f"{NO_ANSWER} {PROBE_SECONDS} s"
         if process.returncode == 0:
             return json.loads(out), ""
         if process.returncode < 0:
@@ -124,15 +125,22 @@ def packages(imports: Mapping[str, str], failure: str) -> list[Finding]:
     broken = {name: error for name, error in imports.items() if error and name not in missing}
     for name, error in broken.items():
         if not (error.startswith("ModuleNotFoundError") and missing):
-            findings.append(Finding(name, f"cannot be imported: {error}", BLOCKS, SETUP))
+            findings.append(not_imported(name, error))
     if failure:
-        findings.append(Finding("imports", failure, BLOCKS, SETUP))
+        findings.append(not_imported("imports", failure))
     compiler = next(
         (name for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name and shutil.which(name)), ""
     )
     text = compiler or "none: DeepSpeed and adamw_bf16_offload compile at their first use"
     findings.append(Finding("C++ compiler", text, OK if compiler else NOTE, "" if compiler else "`apt install g++`"))
     return findings
+
+
+def not_imported(name: str, failure: str) -> Finding:
+    """Return the finding for a package that cannot be imported; on a busy machine an import may only be slow."""
+    if failure.startswith(NO_ANSWER):
+        return Finding(name, failure, NOTE, "run the doctor again when the machine is idle")
+    return Finding(name, f"cannot be imported: {failure}", BLOCKS, SETUP)
 
 
 def torch_and_gpus(facts: Mapping[str, Any], failure: str, environment: Mapping[str, str]) -> list[Finding]:
@@ -151,7 +159,7 @@ def torch_and_gpus(facts: Mapping[str, Any], failure: str, environment: Mapping[
         made_for = f"CUDA {build.cuda}" if build.cuda else f"ROCm {build.hip}" if build.hip else "CPUs"
         findings.append(Finding("torch", f"{build.version}, built for {made_for}"))
     if failure and build is not None:
-        findings.append(Finding("torch", f"cannot be imported: {failure}", BLOCKS, SETUP))
+        findings.append(not_imported("torch", failure))
     if driver is not None:
         findings.append(Finding("driver", f"{driver.version}, for CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"))
     findings += compare_driver(build, driver, facts)

@@ -59,7 +59,7 @@ def refuse_changed_rows(
             return f"could not be read, is {_shape_of(now, row)}"
         before, after = _shape_of(then, row), _shape_of(now, row)
         kinds = " and ".join(what for bit, what in DECODINGS.items() if decoding[row] & bit)
-        return f"was {before}, is {after}" if before != after else f"is decoded otherwise by this version: {kinds}"
+        return f"was {before}, is {after}" if before != after else f"is decoded differently by this version: {kinds}"
 
     named = "; ".join(f"row {row} ({name_of(row)}) {describe(row)}" for row in rows[:most])
     more = f"; and {len(rows) - most} more" if len(rows) > most else ""

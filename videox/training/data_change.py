@@ -119,7 +119,7 @@ def change_lines(
     last = state.data_changes[-1] if state.data_changes else None
     if state.next_data:
         before, end = state.index, state.step - state.epoch_step + plan.n_steps
-        when = f"epoch {state.epoch} ends at step {end} with the rows that it began with, the new data is trained then"
+        when = f"epoch {state.epoch} ends at step {end} with the rows that it began with; the new data is trained from epoch {state.epoch + 1} on"
         first_epoch = state.epoch + 1
     elif last and last["step"] == state.step and args.accept_data_change:
         before, first_epoch = last["before"], last["epoch"]

@@ -98,7 +98,7 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
         lines.append(f"the training is estimated to fit; {phase} is not part of the estimate")
         return NOT_ESTIMATED.get(phase, OTHERWISE), lines
     else:
-        lines.append("this should have fitted: the estimate is too low here, or the memory is fragmented")
+        lines.append("the estimate said that this fits: it is too low for this run, or the memory is fragmented")
         goal = f"to need {1 - LESS:.0%} less in this phase"
         limit = LESS * memory.only(estimated).total() / SAFE_SHARE
         proposals = run.proposals(limit, estimated)
@@ -109,6 +109,6 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
     if not first.fits:
         return "train smaller or shorter samples, or use a GPU with more memory", lines
     if first.filled:
-        return "fill the --latent_cache before, as described below", lines
+        return "fill a --latent_cache first, by the same command with --cache_only", lines
     flags = ", ".join(applied.change.flags for applied in first.changes)
     return f"use {flags} ({first.changes[-1].total / GIB:.1f} GiB by the estimate)", lines

@@ -165,4 +165,9 @@ def nearest_hint(word: str, flags: Collection[str]) -> str:
         return hint
     names = [flag[2:] for flag in flags if flag.startswith("--")]
     near = difflib.get_close_matches(word.lstrip("-"), names, 1, NEAR)
-    return f"did you mean --{near[0]}" if near else "see --help"
+    if near:
+        return f"did you mean --{near[0]}"
+    close = difflib.get_close_matches(
+        word.lstrip("-"), list(SYNONYMS), 1, NEAR
+    )  # a misspelled name of another trainer
+    return (hint_for(close[0], flags) if close else None) or "see --help"

@@ -76,7 +76,7 @@ def test_each_kind_of_change_is_named() -> None:
         "row 1 b.mp4: was a video of 9 frames of 64x48 and is a video of 12 frames of 64x48 and weight was 1 and is 2"
     )
     mirrored = replace(longer, decoding=np.array([MIRRORED, 0, 0, 0], np.uint32))
-    assert described(longer, mirrored) == ["row 0 a.mp4: is decoded otherwise by this version (a mirrored video)"]
+    assert described(longer, mirrored) == ["row 0 a.mp4: is decoded differently by this version (a mirrored video)"]
     slower = replace(longer, fps=np.array([12, 24, 24, 24], np.float32))
     assert described(longer, slower) == ["row 0 a.mp4: had 24 frames per second and has 12"]
 

@@ -133,7 +133,7 @@ def _differences(then: Index, before: int, now: Index, row: int) -> list[str]:
             found.append(f"was {was} and is {now_is}")
         elif bits := int(then.decoding[before]) ^ int(now.decoding[row]):
             kinds = " and ".join(kind for bit, kind in DECODINGS.items() if bits & bit)
-            found.append(f"is decoded otherwise by this version ({kinds})")
+            found.append(f"is decoded differently by this version ({kinds})")
         elif then.fps[before] != now.fps[row]:
             found.append(f"had {then.fps[before]:g} frames per second and has {now.fps[row]:g}")
     if then.weight[before] != now.weight[row]:
