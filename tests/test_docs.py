@@ -38,12 +38,13 @@ from transformers import (
 )
 
 from videox.diffusion.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MAX_BOXES
+from videox.training.prompts import OPTIONS, read_prompts
 
 ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
 PAGES = (
     "README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md", "docs/dry_run.md", "docs/cache.md",
-    "docs/walkthroughs.md",
+    "docs/walkthroughs.md", "docs/samples.md",
 )  # fmt: skip
 # Pages without commands of their own, whose links are checked, too.
 LINKED = (
@@ -159,6 +160,9 @@ def test_a_command_is_valid(command: Command) -> None:
         assert flags.output_dir.name == f"{flags.checkpoint_dir.name}-outputs"
     elif command.words[:2] == ("python", "scripts/cache.py"):  # its effect is in test_cache.py
         assert tiny.load_script("scripts/cache.py").parse_args(list(command.words[2:])).cache.name == "cache"
+    elif command.words[:2] == ("python", "scripts/sample.py"):  # runs with real weights are in test_sample_script.py
+        flags = tiny.load_script("scripts/sample.py").parse_flags(list(command.words[2:]))
+        assert flags.source.name in ("mine", "checkpoint-500", "lora.safetensors") and read_prompts(flags.prompt)
     elif command.words[:2] == ("python", "scripts/export.py"):
         # runs with real weights are in test_export.py
         script = tiny.load_script("scripts/export.py")
@@ -253,6 +257,12 @@ def replaced(flags: list[str], values: dict[str, object]) -> list[str]:
     ]
     names = {word[2:].split("=")[0] for word in flags}
     return [*runs.to_argv({name: value for name, value in values.items() if name not in names}), *argv]
+
+
+def test_the_page_on_samples_has_every_option_of_a_prompt() -> None:
+    page = text("docs/samples.md")
+    assert not [option.field for option in OPTIONS if f"`--{option.names[0]}`" not in page]
+    assert not [option.field for option in OPTIONS if f"`{option.field}`" not in page]
 
 
 # ------------------------------------------------------------------------------------------------------------ snippets

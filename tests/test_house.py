@@ -45,6 +45,8 @@ BROAD_BOUNDARIES = {
     "videox.run.lifecycle.run_script",
     "videox.models.attention_backend.failure_of",
     "videox.models.compiled_blocks.probe",
+    "videox.training.sampling._sample",
+    "videox.training.validator.sample_all",
 }
 # Figures of speech and private words that this code once had in their place.
 BANNED = re.compile(

@@ -14,7 +14,7 @@ bit-identical to those of a run that was never stopped, on GPUs with --determini
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,9 @@ MOST_IMAGE_TOKENS = 576  # of the prompt: Llava's tokens of an image, before mos
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every k-th image token is used, as in the pipeline
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, check: Callable[[argparse.Namespace], None] = check_args
+) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/hunyuanvideo")
     add = parser.add_argument_group("HunyuanVideo").add_argument
@@ -50,13 +52,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_hidden_layers_to_skip", type=number(int, 0, 31), default=2, help=skipped)
     every = "keep every n-th image token of the prompt, n = 1 to 5; default: 4 for token_replace, 2 for latent_concat"
     add("--image_embed_interleave", type=number(int, 1, 5), help=every)
-    rounded = (
-        "round the text length of a micro-batch up to a multiple of N tokens by masked padding, so that attention "
-    )
-    rounded += "sees fewer shapes; by default 32 on GPUs where captions of a micro-batch differ in length, else 1"
+    shapes = "so that attention sees fewer shapes; by default 32 on GPUs where captions differ in length, else 1"
+    rounded = f"round the text length of a micro-batch up to a multiple of N tokens by masked padding, {shapes}"
     add("--text_multiple", type=number(int, 1, 256), help=rounded)
     args = parser.parse(argv)
-    check_args(args)
+    check(args)
     return args
 
 
@@ -423,7 +423,8 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
     held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, hunyuan, keys=None))
     predict, pipeline = partial(predict_held_out, hunyuan), partial(sampling_pipeline, hunyuan)
-    family = FamilyValidation(predict, pipeline, args.guidance_scale, hunyuan.given_frames)
+    given, guidance = hunyuan.given_frames, args.guidance_scale
+    family = FamilyValidation(predict, pipeline, guidance, given, embedded_guidance=True)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, family, shift)
     run_batch = partial(accumulate_gradients, args, ctx.accelerator, hunyuan, engine.model, dump_to=None)
     memory_check.try_largest(args, ctx, schedule, engine, data.dataset, run_batch)
@@ -449,10 +450,8 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             if report.stop and not done:
                 checkpoints.save()
                 return checkpoints.stopped(stop.signal_name)
-            if done or build.validation_due(args, state, epoch_ended):
-                validate()
-            if done or state.step % args.checkpointing_steps == 0:
-                checkpoints.save()
+            if loop.finish_step(args, validate, checkpoints, epoch_ended=epoch_ended, done=done):
+                break
     return checkpoints.export_and_finish()
 
 

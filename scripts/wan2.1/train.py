@@ -14,7 +14,7 @@ bit-identical to those of a run that was never stopped, on GPUs with --determini
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ CLASSES = {"transformer": "diffusers.WanTransformer3DModel", "vae": "diffusers.A
 CLASSES |= {"text_encoder": "transformers.UMT5EncoderModel", "image_encoder": "transformers.CLIPVisionModel"}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, check: Callable[[argparse.Namespace], None] = check_args
+) -> argparse.Namespace:
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/wan2.1")
     add = parser.add_argument_group("Wan2.1").add_argument
@@ -46,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config_path", help=f"{content} {shipped}")
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
-    check_args(args)
+    check(args)
     return args
 
 
@@ -447,10 +449,8 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             if report.stop and not done:
                 checkpoints.save()
                 return checkpoints.stopped(stop.signal_name)
-            if done or build.validation_due(args, state, epoch_ended):
-                validate()
-            if done or state.step % args.checkpointing_steps == 0:
-                checkpoints.save()
+            if loop.finish_step(args, validate, checkpoints, epoch_ended=epoch_ended, done=done):
+                break
     return checkpoints.export_and_finish()
 
 

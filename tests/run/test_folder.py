@@ -33,6 +33,7 @@ from videox.run.checkpoint import (
 from videox.run.folder import (
     RECORDS,
     ResumePoint,
+    discard,
     lock_folder,
     prune,
     remove_leftovers,
@@ -321,6 +322,22 @@ def test_prune_keeps_the_newest_sound_ones_and_touches_nothing_else(tmp_path):
     assert prune(tmp_path, keep=0) == []  # never deletes the last one
     assert latest_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-6"
     assert prune(tmp_path / "absent", keep=1) == []
+
+
+def test_prune_keeps_the_spared_one_besides_the_newest(tmp_path):
+    publish_all(tmp_path, 1, 2, 3, 4)
+    assert prune(tmp_path, keep=1, spare=2) == [] and file_names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert prune(tmp_path, keep=1, spare=4) == [] and file_names(tmp_path) == ["checkpoint-4"]
+    assert discard([tmp_path / "checkpoint-4", tmp_path / "absent"]) == [] and file_names(tmp_path) == []
+
+
+def test_rewinding_moves_later_best_weights(tmp_path):
+    publish_all(tmp_path, 1, 2)
+    for name in ("best-1", "best-2", "best-cat", "best-2-superseded"):
+        (tmp_path / name).mkdir()
+    moved = rewind(tmp_path, 1)
+    assert file_names(moved) == ["best-2", "checkpoint-2"]
+    assert {"best-1", "best-cat", "best-2-superseded", "checkpoint-1"} <= set(file_names(tmp_path))
 
 
 def test_failed_removal_is_reported_and_tried_again(tmp_path):

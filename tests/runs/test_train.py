@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from videox.data.plan.buckets import Fate
+from videox.tracking.jsonl import read_lines
 from videox.training import data as data_pipeline
 
 METRICS_KEYS = {
@@ -386,6 +387,8 @@ def test_an_epoch_trains_each_row_once_and_reports_the_rest(model: Path, tmp_pat
 
 # ---------------------------------------------------------------------------------------------------------- validation
 
+SMALL_STEPS = {**FLOAT32, "tokenizer_max_length": 16}
+
 
 def test_validation_is_bit_identical_while_the_lr_is_zero(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"learning_rate": 0, "validation_rows": 2, "validation_steps": 2, "num_train_epochs": 2}
@@ -397,6 +400,63 @@ def test_validation_is_bit_identical_while_the_lr_is_zero(model: Path, metadata:
     assert len(records[0]["per_sigma"]) == 4 and len({loss for _, loss in records[0]["per_sigma"]}) == 4
     trained = Counter(row for record in outcome.metrics for row in record["rows"])
     assert len(trained) == 10 and set(trained.values()) == {2}  # two of the 12 rows are held out
+
+
+def test_held_out_rows_are_captioned_clips_and_named(model: Path, tmp_path: Path) -> None:
+    metadata = tiny.make_dataset(tmp_path / "data", copies=2)
+    table = json.loads(metadata.read_text(encoding="utf-8"))
+    for row in (0, 6):
+        table[row]["text"] = ""
+    metadata.write_text(json.dumps(table), encoding="utf-8")
+    settings = {"validation_rows": 3, "max_train_steps": 1, "video_sample_n_frames": 5, **SMALL_STEPS}
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
+    assert outcome.code == 0, outcome.stderr
+    records = read_lines(outcome.folder / "held_out.jsonl")
+    assert [record["set"] for record in records] == ["held_out"] * 3 + ["training"] * 3
+    rows = [record["row"] for record in records]
+    assert len(set(rows)) == 6 and all(table[row]["type"] == "video" and table[row]["text"] for row in rows[:3])
+    assert not {row for line in outcome.metrics for row in line["rows"]} & set(rows[:3])
+    assert [record["file"] for record in records] == [table[row]["file_path"] for row in rows]
+    assert [record["caption"] for record in records] == [table[row]["text"] for row in rows]
+    assert f"held out for validation: row {rows[0]} {records[0]['file']} (" in outcome.stdout
+    first, last = outcome.validation
+    assert first["train_loss"] != first["loss"] and len(last["train_per_sigma"]) == 4
+    assert [sigma for sigma, _ in first["train_per_sigma"]] == [sigma for sigma, _ in first["per_sigma"]]
+    assert f"training rows {last['train_loss']:.4f}; " in outcome.stdout + outcome.stderr
+
+
+@pytest.mark.slow
+def test_a_run_without_progress_ends_early(model: Path, metadata: Path, tmp_path: Path) -> None:
+    settings = {"learning_rate": 0, "validation_rows": 1, "validation_steps": 1, "early_stop": 2, "max_train_steps": 9}
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
+    assert outcome.code == 0, outcome.stderr
+    assert [record["step"] for record in outcome.validation] == [0, 1, 2]
+    assert outcome.status["state"] == "finished" and outcome.status["step"] == len(outcome.metrics) == 2
+    assert (
+        "the run ends at step 2: the held-out loss has had no new minimum for 2 validations"
+        in outcome.stdout + outcome.stderr
+    )
+    assert (outcome.folder / "checkpoint-2").is_dir() and outcome.weights()
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_kept_and_exported(model: Path, metadata: Path, tmp_path: Path) -> None:
+    settings = {
+        "validation_rows": 2, "validation_steps": 1, "keep_best": True, "max_train_steps": 6, "learning_rate": 0.02,
+        "lr_warmup_steps": 0, "max_grad_norm": 10, "checkpointing_steps": 6, "export_dtype": "fp32", "caption_dropout": 0,
+    }  # fmt: skip
+    for limit in (None, 1):
+        changes = {**settings, "checkpoints_total_limit": limit}
+        outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / f"out-{limit}", **changes))
+        assert outcome.code == 0, outcome.stderr
+        losses = [record["loss"] for record in outcome.validation]
+        best = losses.index(min(losses))
+        assert best > 0
+        names = {path.name for path in outcome.folder.iterdir()}
+        assert {name for name in names if name.startswith("best")} == {f"best-{best}"}
+        assert {name for name in names if name.startswith("checkpoint")} == {f"checkpoint-{best}", "checkpoint-6"}
+        assert equal(outcome.weights(f"best-{best}/transformer"), outcome.weights(f"checkpoint-{best}/transformer"))
+        assert not [name for name in names if name.startswith(".trash")]
 
 
 def test_validation_does_not_change_training(model: Path, metadata: Path, tmp_path: Path) -> None:
@@ -428,6 +488,48 @@ def test_sample_clips_have_the_frame_rate_of_the_data(model: Path, tmp_path: Pat
                 assert float(stream.average_rate) == 24 / 3  # median of the source frame rates, every third frame
                 shape = [stream.frames, stream.height, stream.width]
                 assert shape in [bucket for record in outcome.metrics for bucket in record["buckets"]]
+
+
+def test_sample_clips_have_their_own_settings_and_interval(model: Path, metadata: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "# one a line\na cat --w 64 --h 48 --f 5 --s 1\na dog --w 48 --h 48 --f 1 --d 3\n", encoding="utf-8"
+    )
+    settings = {
+        "validation_prompts": [prompts], "sample_every": 2, "sample_steps": 2, "sample_fps": 5, "max_train_steps": 3,
+        "report_to": "tensorboard", "validation_epochs": 0, **SMALL_STEPS,
+    }  # fmt: skip
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
+    assert outcome.code == 0, outcome.stderr
+    records = read_lines(outcome.folder / "samples.jsonl")
+    files = [f"samples/step-{step:06d}-prompt-{name}" for step in (0, 2, 3) for name in ("0.mp4", "1.png")]
+    assert [record["file"] for record in records] == files
+    assert all((outcome.folder / file).is_file() for file in files)
+    assert {(r["width"], r["height"], r["frames"], r["fps"], r["steps"]) for r in records[::2]} == {
+        (64, 48, 5, 5.0, 1)
+    }
+    assert {(r["width"], r["frames"], r["seed"], r["steps"]) for r in records[1::2]} == {(48, 1, 3, 2)}
+    (events,) = outcome.folder.rglob("events.out.tfevents.*")
+    assert b"samples/prompt-0" in events.read_bytes() and b"GIF89a" in events.read_bytes()
+
+
+@pytest.mark.slow
+def test_samples_that_fail_never_end_a_run(
+    model: Path, metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings = {"validation_prompts": ["a cat"], "max_train_steps": 1}
+    with monkeypatch.context() as patched:  # loading the encoders, or the pipeline itself, fails
+        patched.setattr(runs.train_script(), "sampling_pipeline", out_of_memory)
+        outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "pipeline", **settings))
+    assert outcome.code == 0 and len(outcome.metrics) == 1, outcome.stderr
+    assert "warning: no samples at step 0: OutOfMemoryError: CUDA out of memory" in outcome.stdout + outcome.stderr
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "samples").write_text("a file in the way", encoding="utf-8")
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "file", **settings))
+    assert outcome.code == 0 and "was not written" in outcome.stdout + outcome.stderr, outcome.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ learning

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from records import record, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -66,6 +69,31 @@ def test_a_tracker_on_a_full_disk_warns_once_and_training_continues(tmp_path):
     done = run_python(code, tmp_path)
     assert done.stdout == "trained 3000\n", done.stderr
     assert done.returncode == 0 and done.stderr.count("is now turned off") == 1
+
+
+def test_tensorboard_plays_clips(tmp_path):
+    tracker = Tracker("tensorboard", tmp_path, project="p", settings={})
+    frames = np.zeros((33, 48, 640, 3), np.uint8)
+    frames[:, :, :, 0] = np.arange(33)[:, None, None] * 7
+    for step in (0, 20):
+        tracker.clip("samples/prompt-0", tmp_path / "clip.mp4", frames, 24.0, step)
+    tracker.clip("samples/prompt-1", tmp_path / "still.png", frames[:1], 24.0, 20)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "p"))
+    events.Reload()
+    first, second = events.Images("samples/prompt-0")
+    assert (first.step, second.step) == (0, 20) and first.encoded_image_string == second.encoded_image_string
+    clip = Image.open(io.BytesIO(first.encoded_image_string))
+    assert (clip.format, clip.size, clip.info["duration"], clip.info["loop"]) == ("GIF", (256, 19), 80, 0)
+    assert clip.n_frames == 17  # every second one, at 12.5 frames per second
+    reds = []
+    for frame in range(17):
+        clip.seek(frame)
+        reds.append(np.asarray(clip.convert("RGB"))[5, 5, 0])
+    assert np.abs(np.array(reds, int) - 14 * np.arange(17)).max() <= 3
+    (still,) = events.Images("samples/prompt-1")
+    assert (still.width, still.height) == (256, 19)
+    assert Image.open(io.BytesIO(still.encoded_image_string)).n_frames == 1
 
 
 def test_unknown_and_missing_trackers_are_errors(monkeypatch):

@@ -23,7 +23,7 @@ from videox.diffusion.flow_matching import keyed_noise
 from videox.shapes import Bucket
 from videox.tracking.jsonl import read_lines
 from videox.tracking.preview import THUMB_SIDE
-from videox.training.sampling import SampledClips, SampleSettings, sample_clips
+from videox.training.sampling import ClipWriter, SampleClip, SampledClips, TimeLimit, sample_clips
 from videox.training.validation_loss import (
     HeldOut,
     HeldOutLoss,
@@ -36,7 +36,7 @@ from videox.training.validation_loss import (
 )
 
 SHAPE = Bucket(5, 32, 48)
-SETTINGS = {"shape": SHAPE, "fps": 16.0, "seed": 3, "steps": 2, "guidance_scale": 3.0}
+SETTINGS = {"shape": SHAPE, "fps": 16.0, "steps": 2, "guidance": {"guidance_scale": 3.0}}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,15 @@ def loss_of(model: nn.Module, samples: list[HeldOut], **changed) -> ValidationLo
 
 
 def sample(pipeline: WanPipeline, prompts: list[str], folder: Path, step: int, **changed) -> SampledClips:
-    """Sample clips; keywords are those of sample_clips, or replace a setting."""
-    keywords = {name: changed.pop(name) for name in ("write", "collective") if name in changed}
-    settings = SampleSettings(prompts, **{**SETTINGS, **changed})
-    return sample_clips(pipeline, settings, folder, step, **keywords)
+    """Sample clips; keywords are those of sample_clips or ClipWriter, or replace a setting; clip i has seed + i."""
+    keywords = {name: changed.pop(name) for name in ("limit", "collective") if name in changed}
+    writing = {name: changed.pop(name) for name in ("enabled", "on_clip") if name in changed}
+    seed, shapes = changed.pop("seed", 3), changed.pop("shapes", [SHAPE] * len(prompts))
+    clips = [
+        SampleClip(prompt, **{**SETTINGS, "shape": shape, **changed}, seed=seed + i)
+        for i, (prompt, shape) in enumerate(zip(prompts, shapes, strict=True))
+    ]
+    return sample_clips(pipeline, clips, ClipWriter(folder, step, **writing), **keywords)
 
 
 def global_states() -> list[bytes]:
@@ -284,7 +289,7 @@ def test_clips_have_the_frame_rate_and_sampling_restores_all_state(pipeline, tmp
 
 def test_sampling_noise_is_fixed_per_prompt(pipeline, tmp_path):
     def sample_images(step, prompts, **changed):
-        paths = sample(pipeline, prompts, tmp_path, step, shape=Bucket(1, 32, 48), **changed).paths
+        paths = sample(pipeline, prompts, tmp_path, step, shapes=[Bucket(1, 32, 48)] * len(prompts), **changed).paths
         assert [path.suffix for path in paths] == [".png"] * (len(prompts) + 1)
         return [np.asarray(Image.open(path)).astype(int) for path in paths[:-1]]
 
@@ -299,31 +304,86 @@ def test_sampling_noise_is_fixed_per_prompt(pipeline, tmp_path):
     assert not np.array_equal(sample_images(40, ["a cat"])[0], first[0])
 
 
-def test_precomputed_embeddings_sample_the_same_clip(pipeline, tmp_path):
-    first = sample(pipeline, ["a cat"], tmp_path / "a", 1, negative_prompt="blurry")
-    with torch.no_grad():
-        embeddings = pipeline.encode_prompt("a cat", "blurry", True, max_sequence_length=512)
-    pipeline.text_encoder = None
-    second = sample(pipeline, ["a cat"], tmp_path / "b", 1, prompt_embeddings=[embeddings])
-    assert second.warnings == [] and first.paths[0].read_bytes() == second.paths[0].read_bytes()
+class FailsInTheMiddle:
+    """A forward hook that raises at the given pass of the transformer."""
+
+    def __init__(self, at: int, error: Exception) -> None:
+        self.passes, self.at, self.error = 0, at, error
+
+    def __call__(self, *_: object) -> None:
+        self.passes += 1
+        if self.passes == self.at:
+            raise self.error
 
 
-def test_a_failed_sample_is_a_warning_and_the_others_are_written(pipeline, tmp_path):
-    good, bad = keyed_noise(1, (1, 512, 32)), keyed_noise(2, (1, 512, 31))
-    embeddings = [(bad, bad), (good, good)]
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), TypeError("a kernel"), OSError("gone")]
+)
+def test_a_failed_sample_is_a_warning_and_the_others_are_written(pipeline, tmp_path, error):
+    handle = pipeline.transformer.register_forward_hook(FailsInTheMiddle(3, error))
     scheduler = pipeline.scheduler
-    result = sample(pipeline, ["bad", "good"], tmp_path, 5, prompt_embeddings=embeddings)
+    result = sample(pipeline, ["bad", "good"], tmp_path, 5)
     assert [path.name for path in result.paths] == ["step-000005-prompt-1.mp4", "step-000005.png"]
-    (warning,) = result.warnings
-    assert warning.startswith("no sample at step 5, prompt 0: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert result.warnings == [f"no sample at step 5, prompt 0: {type(error).__name__}: {error}"]
     assert pipeline.scheduler is scheduler and pipeline.transformer.training
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        sample(pipeline, ["bad", "good"], tmp_path, 5, prompt_embeddings=embeddings, collective=True)
+    handle.remove()
+    pipeline.transformer.register_forward_hook(FailsInTheMiddle(3, error))
+    with pytest.raises(type(error), match=str(error)):
+        sample(pipeline, ["bad", "good"], tmp_path, 5, collective=True)
     assert pipeline.scheduler is scheduler and pipeline.transformer.training and torch.is_grad_enabled()
 
 
+def test_sharded_sampling_goes_on_if_only_the_decoding_fails(pipeline, tmp_path):
+    # no rank waits for another one after the last denoising step
+    pipeline.vae.decoder.register_forward_hook(FailsInTheMiddle(1, torch.OutOfMemoryError("out of memory")))
+    result = sample(pipeline, ["bad", "good"], tmp_path, 5, collective=True)
+    assert [path.name for path in result.paths] == ["step-000005-prompt-1.mp4", "step-000005.png"]
+    assert result.warnings == ["no sample at step 5, prompt 0: OutOfMemoryError: out of memory"]
+
+
+class Answers:
+    """Stands for the main rank's clock: whether the time is over, by number of the question."""
+
+    def __init__(self, over_at: int) -> None:
+        self.asked, self.over_at = 0, over_at
+
+    def __call__(self, _: bool) -> bool:
+        self.asked += 1
+        return self.asked >= self.over_at
+
+
+# two steps a clip: a clip asks before its first step and after it, not after the last one
+@pytest.mark.parametrize(("over_at", "finished", "left"), [(1, 0, "prompts 0, 1 were"), (2, 0, "prompts 0, 1 were"),
+                                                           (3, 1, "prompt 1 was"), (4, 1, "prompt 1 was"), (5, 2, "")])  # fmt: skip
+def test_clips_that_do_not_fit_in_the_time_are_left_out(pipeline, tmp_path, over_at, finished, left):
+    scheduler = pipeline.scheduler
+    result = sample(pipeline, ["one", "two"], tmp_path, 5, limit=TimeLimit(120, Answers(over_at)))
+    assert len(result.paths) == finished + bool(finished)  # and the contact sheet
+    assert result.warnings == ([f"step 5: {left} not sampled within --sample_minutes 2"] if left else [])
+    assert pipeline.scheduler is scheduler and pipeline.transformer.training
+
+
+def test_a_time_limit_counts_from_its_start():
+    assert TimeLimit(1e-9).is_over() and not TimeLimit(1000).is_over()
+
+
+def test_clips_of_one_step_have_their_own_settings(pipeline, tmp_path):
+    finished = []
+    shapes = [Bucket(5, 32, 48), Bucket(9, 64, 32), Bucket(1, 48, 48)]
+    result = sample(pipeline, ["a", "b", "c"], tmp_path / "one", 5, shapes=shapes, on_clip=finished.append)
+    assert result.warnings == [] and [clip.frames.shape[:3] for clip in finished] == shapes
+    assert [clip.path.name for clip in finished] == [path.name for path in result.paths[:3]]
+    assert all(clip.seconds > 0 and clip.clip.facts()["guidance_scale"] == 3.0 for clip in finished)
+    shifted, other = [], []
+    sample(pipeline, ["a"], tmp_path / "two", 5, flow_shift=9.0, on_clip=shifted.append)
+    sample(pipeline, ["a"], tmp_path / "three", 5, guidance={"guidance_scale": 9.0}, on_clip=other.append)
+    pictures = [finished[0].frames, shifted[0].frames, other[0].frames]
+    assert not any(np.array_equal(pictures[i], pictures[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert pipeline.scheduler.config.flow_shift == 3.0  # of the model
+
+
 def test_sizes_that_the_pipeline_refuses_are_a_warning(pipeline, tmp_path):
-    result = sample(pipeline, ["a cat"], tmp_path, 5, shape=Bucket(5, 33, 48))
+    result = sample(pipeline, ["a cat"], tmp_path, 5, shapes=[Bucket(5, 33, 48)])
     assert result.paths == [] and "ValueError" in result.warnings[0] and "\n" not in result.warnings[0]
 
 
@@ -343,6 +403,6 @@ def test_a_folder_that_cannot_be_written_is_a_warning(pipeline, tmp_path):
 def test_a_rank_that_does_not_write_takes_part_in_sampling(pipeline, tmp_path):
     passes = []
     handle = pipeline.transformer.register_forward_hook(lambda *_: passes.append(1))
-    result = sample(pipeline, ["a cat"], tmp_path / "s", 5, write=False)
+    result = sample(pipeline, ["a cat"], tmp_path / "s", 5, enabled=False)
     handle.remove()
     assert len(passes) == 4 and result.paths == [] and not (tmp_path / "s").exists()

@@ -65,7 +65,7 @@ def planned_samples(batch: MicroBatch, number: int, last: bool, first_row: int =
 
 
 def held_out_samples(plan: EpochPlan | None) -> Iterator[PlannedSample]:
-    """Yield each held-out row of `held_out_plan`; its number (from 0) is the key of its random draws."""
+    """Yield each row of `held_out_plan` or `compared_plan`; its number (from 0) is the key of its random draws."""
     for step in range(plan.n_steps if plan else 0):
         assert plan is not None
         (planned,) = planned_samples(plan.micro_batches(step, 0, 1)[0], 0, last=True)

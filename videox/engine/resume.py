@@ -82,7 +82,16 @@ FLAGS_OF_SETTINGS = {
     "batch_size": "train_batch_size", "held_out": "validation_rows",
 }  # fmt: skip
 # Settings that follow from the model, the launch or the version.
-WITHOUT_FLAG = {"policy.min_frames", "slots", "cost_linear", "cost_quadratic", "barrier", "accumulation", "dealing"}
+WITHOUT_FLAG = {
+    "policy.min_frames",
+    "slots",
+    "cost_linear",
+    "cost_quadratic",
+    "barrier",
+    "accumulation",
+    "dealing",
+    "held_out_choice",
+}
 
 
 def refuse_changed_plan(
@@ -153,13 +162,14 @@ def first_launch_settings(state: TrainState) -> dict[str, Any]:
         UserError: an older version filled the slots by cost in a way that this one cannot repeat.
     """
     settings = {**state.settings, "slots": state.slots}
+    choice = {"held_out_choice": settings.get("held_out_choice", LATER_DEFAULTS["held_out_choice"])}
     if "barrier" in settings:
-        return {name: settings[name] for name in FIRST_LAUNCH}
+        return {name: settings[name] for name in FIRST_LAUNCH} | choice
     if settings.get("slot_fill") == "cost":
         what = "the run was started by an older version, which filled slots by cost in another way"
         hint = "start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", what, hint, MODEL)
-    return {**OLD_DEFAULTS, **{name: settings[name] for name in FIRST_LAUNCH if name in settings}}
+    return {**OLD_DEFAULTS, **{name: settings[name] for name in FIRST_LAUNCH if name in settings}, **choice}
 
 
 def refuse_other_run(output_dir: Path, state: TrainState) -> None:

@@ -24,7 +24,10 @@ STATE_FILE = "trainer_state.json"
 COLUMNS_FILE = "columns.safetensors"
 NEXT_COLUMNS_FILE = "next_columns.safetensors"
 # Later settings are left out of plan_inputs at these values, so that the names of runs without them stay.
-LATER_DEFAULTS = {"caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "launch_tokens": 0}
+LATER_DEFAULTS = {
+    "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "launch_tokens": 0,
+    "held_out_choice": "random",
+}  # fmt: skip
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
 

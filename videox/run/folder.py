@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,13 @@ from videox.run.checkpoint import (
     verify,
 )
 
-RECORDS = ("metrics.jsonl", "validation.jsonl", "bad_samples.jsonl")  # one object per line, with its `step`
+RECORDS = (
+    "metrics.jsonl",
+    "validation.jsonl",
+    "samples.jsonl",
+    "bad_samples.jsonl",
+)  # one object per line, with its `step`
+BEST = re.compile(r"best-(\d+)")  # name of a folder with the exported weights of the lowest held-out loss, by step
 LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{12}")
 FOREIGN = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "sampler_pos_start.pkl", "pytorch_model")
 
@@ -216,7 +222,9 @@ def _split_records(log: Path, moved: Path, step: int) -> None:
 
 
 def rewind(output_dir: Path, step: int) -> Path | None:
-    """Move what came after `step` to another folder: later checkpoints, later lines of RECORDS, incomplete lines.
+    """Move what came after `step` to another folder: later checkpoints and best weights, and lines of RECORDS.
+
+    Incomplete lines are moved, too.
 
     Nothing is deleted. If the process is killed at any point, a second call completes it (in a further folder).
 
@@ -233,6 +241,7 @@ def rewind(output_dir: Path, step: int) -> Path | None:
     # Newest checkpoint first and the records last: at any moment the newest remaining checkpoint has all its records,
     # so a kill in between leaves a folder that can be resumed.
     later = [path for path in reversed(find_checkpoints(output_dir)) if step_in_name(path) > step]
+    later += [folder for at, folder in best_exports(output_dir).items() if at > step]
     logs = [output_dir / name for name in RECORDS if (output_dir / name).is_file()]
     try:
         logs = [log for log in logs if _has_later(log, step)]
@@ -250,6 +259,12 @@ def rewind(output_dir: Path, step: int) -> Path | None:
         hint = "make the folder writable, or pass another --output_dir"
         raise UserError(str(output_dir), f"cannot be rewound to step {step} ({error})", hint, STORAGE) from error
     return superseded
+
+
+def best_exports(output_dir: Path) -> dict[int, Path]:
+    """Return the folders with exported weights of the lowest held-out loss, by their steps."""
+    found = ((BEST.fullmatch(path.name), path) for path in output_dir.glob("best-*"))
+    return {int(match[1]): path for match, path in found if match and path.is_dir()}
 
 
 def _has_later(log: Path, step: int) -> bool:
@@ -294,10 +309,11 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     return [warning for path in _leftovers(output_dir, ("tmp", "trash")) for warning in _remove(path)]
 
 
-def prune(output_dir: Path, keep: int) -> list[str]:
+def prune(output_dir: Path, keep: int, spare: int | None = None) -> list[str]:
     """Delete the oldest sound checkpoints beyond the newest `keep` (at least 1); to be called after a publication.
 
-    Broken checkpoints, links and everything that is not a published `checkpoint-<step>` stay untouched.
+    The checkpoint of the step `spare` is kept in addition. Broken checkpoints, links and everything that is not a
+    published `checkpoint-<step>` stay untouched.
 
     Returns:
         A warning for each that could not be deleted; a failure never raises.
@@ -307,13 +323,26 @@ def prune(output_dir: Path, keep: int) -> list[str]:
         sound = [path for path in find_checkpoints(output_dir) if not path.is_symlink() and not verify(path)]
     except OSError as error:
         return [f"{output_dir} could not be pruned ({error}); the next save tries again"]
-    for checkpoint in sound[: -max(keep, 1)]:
+    newest = sound[-max(keep, 1) :]
+    return warnings + discard([path for path in sound if path not in newest and step_in_name(path) != spare])
+
+
+def discard(folders: Sequence[Path]) -> list[str]:
+    """Delete folders that the run itself wrote; those that do not exist are left out.
+
+    Returns:
+        A warning for each that could not be deleted; a failure never raises.
+    """
+    warnings: list[str] = []
+    for folder in folders:
         # Renamed first: a folder that is only partly deleted must not have a checkpoint's name.
-        trash = temp_path(checkpoint, "trash")
+        trash = temp_path(folder, "trash")
         try:
-            checkpoint.rename(trash)
+            folder.rename(trash)
+        except FileNotFoundError:
+            continue
         except OSError as error:
-            warnings.append(f"{checkpoint} could not be deleted ({error}); the next save tries again")
+            warnings.append(f"{folder} could not be deleted ({error}); the next save tries again")
             continue
         warnings += _remove(trash)
     return warnings

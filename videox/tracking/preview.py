@@ -301,6 +301,9 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     held_out = _series(validation_path, ("step", "loss"))
     if len(held_out):
         upper.plot(held_out[:, 0], held_out[:, 1], color="tab:red", marker="o", label="held-out loss, fixed noise")
+    beside = _series(validation_path, ("step", "train_loss"), only_with="train_loss")
+    if len(beside):
+        upper.plot(beside[:, 0], beside[:, 1], color="tab:orange", marker=".", label="training rows, fixed noise")
     upper.set_ylabel("loss")
     upper.grid(alpha=0.3)
     upper.legend()
@@ -336,7 +339,10 @@ def smooth(values: np.ndarray, memory: float = 20.0) -> np.ndarray:
     return result
 
 
-def _series(path: Path, names: Sequence[str]) -> np.ndarray:
-    """Return float64 [lines, names] from a JSON Lines file; null becomes NaN, a truncated last line is ignored."""
-    values = [[record[name] for name in names] for record in read_lines(path)]
+def _series(path: Path, names: Sequence[str], only_with: str = "step") -> np.ndarray:
+    """Return float64 [lines, names] from a JSON Lines file; null becomes NaN, a truncated last line is ignored.
+
+    only_with: lines without this key are left out.
+    """
+    values = [[record[name] for name in names] for record in read_lines(path) if only_with in record]
     return np.array(values, dtype=np.float64).reshape(-1, len(names))

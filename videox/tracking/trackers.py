@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from PIL import Image, ImageOps
+
 from videox.errors import UserError
 from videox.tracking.metrics import StepRecord
+
+GIF_SIDE, GIF_FPS = 256, 10.0  # longer side in pixels, and frames per second, of clips in TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +25,8 @@ class _Backend(Protocol):
     errors: tuple[type[Exception], ...]
 
     def write(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def show(self, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -36,6 +44,15 @@ class _TensorBoard:
     def write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        del path
+        # Not add_video, which needs moviepy for the same: TensorBoard plays a GIF in the panel of images.
+        content, width, height = animated_gif(frames, fps)
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -58,6 +75,13 @@ class _Wandb:
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
+    def show(self, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None:
+        import wandb
+
+        del fps  # the file has it
+        still = len(frames) == 1
+        self._run.log({name: wandb.Image(str(path)) if still else wandb.Video(str(path), format="mp4")}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -67,6 +91,24 @@ TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], int], _Backend] |
     "wandb": _Wandb,
     "none": None,
 }
+
+
+def animated_gif(frames: np.ndarray, fps: float) -> tuple[bytes, int, int]:
+    """Return a clip as a small GIF that repeats, with its width and height in pixels.
+
+    Frames are left out above GIF_FPS, because a GIF of a whole clip takes megabytes in the log at each step.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        fps: frames per second, above 0.
+    """
+    every = max(1, round(fps / GIF_FPS))
+    pictures = [ImageOps.contain(Image.fromarray(frame), (GIF_SIDE, GIF_SIDE)) for frame in frames[::every]]
+    content = io.BytesIO()
+    milliseconds = max(20, round(1000 * every / fps))  # browsers show shorter ones slowly
+    first, *rest = pictures
+    first.save(content, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return content.getvalue(), first.width, first.height
 
 
 def check_tracker(report_to: str) -> None:
@@ -134,6 +176,22 @@ class Tracker:
         if self._backend is not None:
             try:
                 self._backend.write(values, step)
+            except self._backend.errors as error:
+                self._disable(error)
+
+    def clip(self, name: str, path: Path, frames: np.ndarray, fps: float, step: int) -> None:
+        """Send a clip or a picture of one optimizer step.
+
+        Args:
+            name: the same at each step, so that the tracker shows a series.
+            path: of the written file, .mp4 or .png.
+            frames: its frames, uint8 [T, H, W, 3].
+            fps: frames per second.
+            step: optimizer steps done.
+        """
+        if self._backend is not None:
+            try:
+                self._backend.show(name, path, frames, fps, step)
             except self._backend.errors as error:
                 self._disable(error)
 

@@ -13,6 +13,7 @@ from videox.optim.registry import check_installed, kind_of, parse_settings, take
 from videox.run.folder import refuse_output_dir_conflicts
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
 from videox.training.speed_flags import check_speed
+from videox.training.validation_flags import check_samples, check_validation
 from videox.weights.layout_tables import KOHYA, MERGED
 
 if TYPE_CHECKING:
@@ -81,10 +82,8 @@ def check_args(args: argparse.Namespace) -> None:
                 f"add --{marker} to accelerate launch, or remove it here",
             )
     _check_paths(args)
-    wanted = len(args.validation_prompts) if args.train_mode != "normal" else 0
-    if len(args.validation_paths) != wanted:
-        what = f"{len(args.validation_paths)} images, --train_mode {args.train_mode} needs {wanted}"
-        raise UserError("--validation_paths", what, "pass one image per --validation_prompts entry in i2v and inpaint")
+    check_validation(args)
+    check_samples(args)
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:

@@ -26,12 +26,13 @@ from videox.engine.ddp import DdpEngine
 from videox.engine.ema import EmaEngine
 from videox.engine.export import export_bytes
 from videox.engine.fsdp import FsdpEngine
-from videox.engine.train_state import TrainState, checkpoint_bytes
+from videox.engine.train_state import checkpoint_bytes
 from videox.estimate.cost_model import step_times
 from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import Disk, keep_all_lines
+from videox.files import atomic_write
 from videox.lora.adapters import AdaptedTensors, Lora
 from videox.lora.checkpoint import LoraWeights, prepare_lora
 from videox.lora.targets import choose_targets
@@ -43,6 +44,7 @@ from videox.optim.build import choose_trainable, clip_limit, lr_schedule
 from videox.optim.registry import kind_of
 from videox.rng import Purpose, uniform
 from videox.tracking.gpu_memory import GpuMemory
+from videox.tracking.jsonl import json_line
 from videox.tracking.progress import ProgressBar
 from videox.tracking.trackers import Tracker
 from videox.training.args import optimizer_of, with_fp32_params
@@ -52,12 +54,22 @@ from videox.training.guard import StepGuard
 from videox.training.optimizer import optimizer_factory
 from videox.training.recorder import Instruments, Recorder
 from videox.training.run_memory import RunMemory, launch_of
-from videox.training.sampling import SampleSettings
+from videox.training.sample_requests import ClipDefaults, build_clips, with_flags
+from videox.training.sampling import SampleClip
 from videox.training.schedule import Schedule, most_common_shape
 from videox.training.speed import attention_fact, prepare_blocks
 from videox.training.startup import prepare_folder
-from videox.training.validation_loss import HeldOut, HeldOutLoss
-from videox.training.validator import SIGMAS, FamilyValidation, Validator, validation_images
+from videox.training.validation_flags import prompts_of
+from videox.training.validation_loss import HeldOutLoss
+from videox.training.validator import (
+    HELD_OUT_FILE,
+    SIGMAS,
+    FamilyValidation,
+    Intervals,
+    MeasuredRows,
+    Sampler,
+    Validator,
+)
 from videox.weights.format import EXPORT_DTYPES
 
 SIZES = (
@@ -220,7 +232,8 @@ def build_records(
         model: of diffusers, for the names of tensors that stay float32.
         facts: task and flow shift, for args.json, the manifest and the headers of exported files.
     """
-    prepare_folder(args, ctx, schedule, {"shift": facts["shift"]}, engine.checkpoint_bytes)
+    resolved = {"shift": facts["shift"], "sample": sample_defaults(args, schedule)}
+    prepare_folder(args, ctx, schedule, resolved, engine.checkpoint_bytes)
     disk = Disk(engine.checkpoint_bytes, args.checkpointing_steps, schedule.total, args.checkpoints_total_limit)
     ctx.print(*keep_all_lines(disk))
     bar = ProgressBar(schedule.total, initial=schedule.state.step, enabled=ctx.is_main)
@@ -240,6 +253,8 @@ def build_records(
         facts={**facts, **{name: getattr(args, name) for name in SIZES}, **known},
         keep=args.checkpoints_total_limit,
         at_end_only=args.export_at == "end",
+        keep_best=args.keep_best,
+        save_every=args.checkpointing_steps,
     )
     return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings))
 
@@ -281,35 +296,68 @@ def build_validator(
     schedule: Schedule,
     engine: Engine,
     recorder: Recorder,
-    held_out: Sequence[HeldOut],
+    rows: MeasuredRows,
     family: FamilyValidation,
     shift: float,
 ) -> Validator:
-    """What measures the held-out loss and samples clips, in the shape that is most common in the data.
+    """What measures the held-out loss and samples clips; prints which rows it measures, and writes held_out.jsonl.
+
+    Also prints what of the prompts is not used as it was written.
 
     Args:
-        held_out: of encode_held_out.
+        rows: of encode_held_out.
         family: how the family predicts and samples.
         shift: flow shift of training.
     """
-    shape, seed = most_common_shape(schedule), schedule.settings.seed
-    samples = SampleSettings(
-        prompts=args.validation_prompts,
-        images=validation_images(args.validation_paths, shape),
-        shape=shape,
-        fps=args.video_sample_fps or typical_fps(schedule.index) / args.video_sample_stride,
-        seed=seed % 2**32,
-        guidance_scale=family.guidance_scale,
-    )
+    seed, clips = schedule.settings.seed, list[SampleClip]()
+    ctx.print(*rows.lines())
+    if ctx.is_main and rows.records:
+        with atomic_write(ctx.output_dir / HELD_OUT_FILE) as temporary:
+            temporary.write_bytes(b"".join(map(json_line, rows.records)))
+    if prompts := prompts_of(args):
+        defaults = ClipDefaults(
+            **sample_defaults(args, schedule),
+            steps=args.sample_steps,
+            guidance=family.guidance_scale,
+            negative_prompt=args.sample_negative_prompt,
+            seed=seed % 2**32,
+            embedded_guidance=family.embedded_guidance,
+        )
+        clips, notes = build_clips(prompts, with_flags(args, defaults))
+        ctx.print(*notes)
+    ctx.print(*rare_notes(args, schedule.total, held_out=bool(rows.held_out), clips=bool(clips)))
     measure = HeldOutLoss(family.predict, engine.network, shift, seed, SIGMAS, family.given_frames)
     ema = engine.ema_weights if args.validate_ema and isinstance(engine, EmaEngine) else None
-    return Validator(ctx, recorder, held_out, measure, samples, family.pipeline, ema)
+    sampler = Sampler(ctx, recorder, clips, family.pipeline, args.sample_minutes)
+    intervals = Intervals(args.validation_steps, args.validation_epochs, args.sample_every)
+    return Validator(ctx, recorder, rows, measure, sampler, intervals, ema)
 
 
-def validation_due(args: argparse.Namespace, state: TrainState, epoch_ended: bool) -> bool:
-    """Whether to validate now; epoch_ended: the last step was the last one of an epoch."""
-    by_epoch = epoch_ended and args.validation_epochs > 0 and state.epoch % args.validation_epochs == 0
-    return by_epoch or state.step % args.validation_steps == 0
+def rare_notes(args: argparse.Namespace, total: int, *, held_out: bool, clips: bool) -> list[str]:
+    """A line if the run is so short that there is nothing between its first and its last validation.
+
+    Args:
+        total: optimizer steps of the run.
+        held_out: it measures a held-out loss.
+        clips: it samples clips.
+    """
+    intervals = {"held-out loss": args.validation_steps if held_out else 0}
+    intervals["sample clips"] = (args.sample_every or args.validation_steps) if clips else 0
+    rare = [name for name, steps in intervals.items() if steps >= total > 1 and not args.validation_epochs]
+    if not rare:
+        return []
+    flag = (
+        f"--validation_steps {args.validation_steps}"
+        if "held-out loss" in rare or not args.sample_every
+        else "--sample_every"
+    )
+    return [f"{' and '.join(rare)}: at step 0 and at the end only, since the run has {total} steps (lower {flag})"]
+
+
+def sample_defaults(args: argparse.Namespace, schedule: Schedule) -> dict[str, Any]:
+    """The shape that is most common in the data and the frame rate of training, as fields of ClipDefaults."""
+    fps = args.video_sample_fps or typical_fps(schedule.index) / args.video_sample_stride
+    return {"shape": most_common_shape(schedule), "fps": fps}
 
 
 def clip_limit_at(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,9 +16,10 @@ from videox.engine.train_state import TrainState
 from videox.errors import STOPPED, STORAGE, SaveError, UserError
 from videox.lora.reader import STEM
 from videox.run.checkpoint import publish_checkpoint
-from videox.run.folder import prune
+from videox.run.folder import best_exports, discard, prune
 from videox.tracking.preview import plot_losses
 from videox.training.context import Context
+from videox.training.overfitting import best_of, read_history
 from videox.training.recorder import Recorder
 from videox.weights.format import TRANSFORMER, ExportOptions
 from videox.weights.header import base_model_name, model_metadata
@@ -36,6 +37,8 @@ class ExportSettings:
         facts: task, backend, flow shift and sizes, for the headers of the files and the manifest.
         keep: newest checkpoints to keep; None keeps all.
         at_end_only: these layouts are written at the end of the run, not in each checkpoint.
+        keep_best: the checkpoint with the lowest held-out loss is kept beyond `keep`, and exported.
+        save_every: steps between checkpoints; one at another step was saved as the best or the last one.
     """
 
     dtype: torch.dtype
@@ -45,6 +48,8 @@ class ExportSettings:
     facts: Mapping[str, object]
     keep: int | None
     at_end_only: bool = False
+    keep_best: bool = False
+    save_every: int = 1
 
 
 class Checkpointer:
@@ -91,8 +96,41 @@ class Checkpointer:
         self._save_failed = False
         if ctx.is_main:
             self.recorder.times.write(ctx.output_dir)
-        for warning in prune(ctx.output_dir, self.settings.keep) if self.settings.keep and ctx.is_main else []:
-            note(f"warning: {warning}")
+            for warning in self._prune():
+                note(f"warning: {warning}")
+
+    def _prune(self) -> list[str]:
+        """Delete checkpoints beyond the limit, but not the best one with --keep_best; on the main process."""
+        if not self.settings.keep:
+            return []
+        best = best_of(read_history(self.ctx.output_dir / "validation.jsonl")) if self.settings.keep_best else None
+        return prune(self.ctx.output_dir, self.settings.keep, best.step if best else None)
+
+    def export_best(self) -> None:
+        """Export the weights of this step, of the lowest held-out loss, to best-STEP, and delete the one before.
+
+        Without a limit on checkpoints, that one's checkpoint is deleted, too, if it was saved as the best one only.
+        """
+        ctx, step, note = self.ctx, self.state.step, self.recorder.bar.note
+        folder = ctx.output_dir / f"best-{step}"
+        with self.recorder.paused(), memory_phase("the export"):
+            try:
+                folder.mkdir(exist_ok=True)
+                self._export(folder, only_layouts=False)
+            except (UserError, SaveError, OSError) as why:  # on the main process, after the last collective
+                note(f"warning: the best weights, of step {step}, were not exported ({why})")
+                return
+        if not ctx.is_main:
+            return
+        note(f"step {step}: the lowest held-out loss so far; its weights are in {folder}")
+        for earlier, exported in best_exports(ctx.output_dir).items():
+            if earlier == step:
+                continue
+            stale = [exported]
+            if earlier % self.settings.save_every and not self.settings.keep:
+                stale.append(ctx.output_dir / f"checkpoint-{earlier}")
+            for warning in discard(stale):
+                note(f"warning: {warning}")
 
     def _write(self, folder: Path) -> None:
         """Write the files of a checkpoint, and the other layouts into its exports/.

@@ -26,6 +26,7 @@ from videox.training.argument_parser import (
 )
 from videox.training.run_files import ListRecipes
 from videox.training.speed_flags import add_speed
+from videox.training.validation_flags import add_samples, add_validation
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
 LR_WARMUP_STEPS = 500
@@ -69,6 +70,7 @@ def make_parser(description: str | None, modes: Sequence[str], recipes: Path) ->
     add_speed(parser)
     add_run(parser)
     add_validation(parser)
+    add_samples(parser)
     add_dry_run(parser)
     return parser
 
@@ -346,23 +348,6 @@ def add_run(parser: Parser) -> None:
     add("--export_dtype", choices=EXPORT_DTYPES, default="bf16", help="dtype of exported weights")
     dump = "steps whose tensors are written to output_dir/dump, for debugging"
     add("--dump_steps", type=COUNT, nargs="+", default=[], help=dump)
-
-
-def add_validation(parser: Parser) -> None:
-    """Add the flags of the held-out loss and of sample clips."""
-    add = parser.add_argument_group("validation (steps are optimizer steps)").add_argument
-    add(
-        "--validation_rows",
-        type=COUNT_OR_ZERO,
-        default=0,
-        help="rows held out of training for the held-out loss (0 = off)",
-    )
-    add("--validation_prompts", nargs="+", default=[], help="prompts to sample clips from")
-    add("--validation_paths", nargs="+", default=[], help="i2v, inpaint: first frames of these clips, one per prompt")
-    add("--validation_steps", type=COUNT, default=2000, help="steps between validations")
-    add("--validation_epochs", type=COUNT_OR_ZERO, default=5, help="epochs between further validations (0 = off)")
-    ema = "sample clips with the EMA of --use_ema, and report its held-out loss as well"
-    add("--validate_ema", action="store_true", help=ema)
 
 
 def add_dry_run(parser: Parser) -> None:

@@ -1,7 +1,8 @@
-"""The loop's parts: the plans of all epochs as one stream of steps, the agreement of all ranks, the weight update."""
+"""The loop's parts: the plans of all epochs as one stream of steps, agreement of the ranks, update, end of a step."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -13,12 +14,15 @@ from videox.engine.base import Engine, Update
 from videox.engine.train_state import TrainState
 from videox.rng import Purpose, hash_key
 from videox.tracking.progress import StepClock
+from videox.training.checkpointing import Checkpointer
 from videox.training.context import Context
 from videox.training.data import DataPipeline
 from videox.training.guard import StepGuard
+from videox.training.overfitting import last_is_best, waited
 from videox.training.recorder import Recorder
 from videox.training.schedule import Schedule
 from videox.training.step import PlannedStep, seed_generators
+from videox.training.validator import Validator
 
 
 def iterate_steps(schedule: Schedule, data: DataPipeline, clock: StepClock) -> Iterator[PlannedStep]:
@@ -75,3 +79,29 @@ def clip_and_step(
     seed_generators(int(hash_key(state.seed, state.step, Purpose.ROUNDING)))
     with memory_phase("the optimizer step"):
         return engine.update(loss=loss, empty=empty, limit=limit)
+
+
+def finish_step(
+    args: argparse.Namespace, validate: Validator, checkpoints: Checkpointer, *, epoch_ended: bool, done: bool
+) -> bool:
+    """Measure the held-out loss, save and sample clips, each if it is due, in this order; return whether the run ends.
+
+    Clips are sampled after the save, so that nothing is lost if the run ends while they are made.
+
+    Args:
+        epoch_ended: the step was the last one of an epoch.
+        done: the step was the last one of the run.
+    """
+    measured = validate.measure_if_due(epoch_ended=epoch_ended, done=done)
+    without = waited(validate.history)
+    is_best = bool(args.keep_best and measured and last_is_best(validate.history))
+    stops = bool(args.early_stop and measured and without >= args.early_stop and not done)
+    if done or stops or is_best or checkpoints.state.step % args.checkpointing_steps == 0:
+        checkpoints.save()
+    if is_best:
+        checkpoints.export_best()
+    validate.sample_if_due(epoch_ended=epoch_ended, done=done or stops)
+    if stops:
+        what = f"the held-out loss has had no new minimum for {without} validations (--early_stop)"
+        checkpoints.recorder.bar.note(f"the run ends at step {checkpoints.state.step}: {what}")
+    return done or stops

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from videox.data.index.index import DataLocation
+from videox.data.plan.held_out import RANDOM, STRATIFIED
 from videox.data.plan.settings import PlanSettings
 from videox.training.args import size_policy
 from videox.training.data_sources import sources_of
@@ -53,5 +54,6 @@ def plan_settings(
         trigger_word=args.trigger_word,
         caption_shuffle_tags=args.caption_shuffle_tags,
         launch_tokens=args.launch_tokens,
+        held_out_choice=STRATIFIED if args.validation_rows else RANDOM,
     )
     return PlanSettings(**{**fields, **launched})

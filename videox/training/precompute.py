@@ -25,7 +25,7 @@ from videox.data.dataset import BadSample, TokenLengthDataset, collate, sample_k
 from videox.data.index.captions import caption_counts, drawn_caption
 from videox.data.loader import init_worker
 from videox.data.plan.epoch import PADDING, PlannedSample
-from videox.data.plan.plan import count_steps, draw_epoch, held_out_plan, row_fates
+from videox.data.plan.plan import compared_plan, count_steps, draw_epoch, held_out_plan, row_fates
 from videox.distributed.collectives import run_on_all, run_on_main
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders
@@ -147,7 +147,7 @@ def _samples_of_plan(schedule: Schedule) -> Iterator[PlannedSample]:
 
 
 def find_missing(schedule: Schedule, dataset: TokenLengthDataset, encoder: Encoder) -> list[CacheTodo]:
-    """What the cache lacks for the rest of the run and for its held-out rows; empty without a cache."""
+    """What the cache lacks for the rest of the run and for the rows of its validations; empty without a cache."""
     if encoder.cache is None:
         return []
     columns, settings, state = schedule.columns, schedule.settings, schedule.state
@@ -160,11 +160,11 @@ def find_missing(schedule: Schedule, dataset: TokenLengthDataset, encoder: Encod
     while remaining > 0 and (steps := count_steps(columns, settings, end, state.later_quarantined)):
         remaining, end = remaining - steps, end + 1
     trained = chain(trained, distinct_samples(schedule, range(first, end), dataset.caption_dropout))
-    held_out = held_out_samples(held_out_plan(columns, settings))
+    measured = (held_out_samples(make(columns, settings)) for make in (held_out_plan, compared_plan))
     seen: set[bytes] = set()  # a caption that both have is one entry
     return [
         missing_of(trained, dataset, encoder, seen),
-        missing_of(held_out, dataset.without_dropout(), encoder, seen),
+        missing_of(chain.from_iterable(measured), dataset.without_dropout(), encoder, seen),
     ]
 
 

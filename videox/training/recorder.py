@@ -19,11 +19,12 @@ from videox.device import DeviceEvent, PhaseTimes
 from videox.distributed.step_sync import StepReport
 from videox.distributed.straggler import BackwardTimer, straggler_share
 from videox.engine.base import Update
-from videox.errors import SaveError
+from videox.errors import SaveError, UserError
 from videox.estimate.cost_model import StepTimes
 from videox.estimate.mfu import Meter
 from videox.files import publish_folder
 from videox.tracking.gpu_memory import GpuMemory
+from videox.tracking.jsonl import append_line
 from videox.tracking.metrics import MetricsLog, StepRecord
 from videox.tracking.pending_step import PendingStep, step_scalars
 from videox.tracking.preview import BatchSample, write_batch
@@ -31,7 +32,7 @@ from videox.tracking.progress import ProgressBar, StepClock
 from videox.tracking.trackers import Tracker
 from videox.training.context import Context
 from videox.training.guard import StepOutcome
-from videox.training.sampling import SampledClips
+from videox.training.sampling import FinishedClip, SampledClips
 from videox.training.schedule import Schedule
 from videox.training.step import PlannedStep
 from videox.training.validation_loss import ValidationLoss, append_validation, change_since_first
@@ -208,18 +209,39 @@ class Recorder:
         self._phases.take()  # of a save or a validation, not of a step
         self._start = DeviceEvent(self.ctx.device)
 
-    def validation(self, result: ValidationLoss, ema: ValidationLoss | None = None) -> None:
-        """Record a held-out loss in validation.jsonl and the tracker, and print its change; ema: that of the EMA."""
+    def validation(
+        self, result: ValidationLoss, ema: ValidationLoss | None, trained: ValidationLoss | None, words: str
+    ) -> None:
+        """Record a held-out loss in validation.jsonl and the tracker, and print its change.
+
+        Args:
+            result: of the weights.
+            ema: that of the EMA, if there is one.
+            trained: of the weights, on training rows.
+            words: what the validations so far say together.
+        """
         if not self.ctx.is_main:
             return
-        records = self.ctx.output_dir / "validation.jsonl"
-        append_validation(records, self.state.step, result, ema)
-        scalars, suffix = {"validation/loss": result.mean}, ""
-        if ema is not None:
-            scalars["validation/ema_loss"], suffix = ema.mean, f", with the EMA {ema.mean:.4f}"
-        self.tracker.scalars(scalars, self.state.step)
+        records, step = self.ctx.output_dir / "validation.jsonl", self.state.step
+        append_validation(records, step, result, ema, trained)
+        scalars = {"validation/loss": result.mean}
+        for name, loss in (("ema_loss", ema), ("train_loss", trained)):
+            if loss is not None:
+                scalars[f"validation/{name}"] = loss.mean
+        self.tracker.scalars(scalars, step)
         change = change_since_first(records)
-        self.bar.note(f"step {self.state.step}: held-out loss {result.mean:.4f}{change}{suffix}")
+        suffix = f", with the EMA {ema.mean:.4f}" if ema is not None else ""
+        self.bar.note(f"step {step}: held-out loss {result.mean:.4f}{change}{suffix}{words and '; '}{words}")
+
+    def sampled_clip(self, clip: FinishedClip) -> None:
+        """Record a sample clip in samples.jsonl and the tracker; a record that cannot be written is a warning."""
+        step, file = self.state.step, clip.path.relative_to(self.ctx.output_dir).as_posix()
+        line = {"step": step, "number": clip.number, "file": file, **clip.clip.facts(), "seconds": clip.seconds}
+        try:
+            append_line(self.ctx.output_dir / "samples.jsonl", line)
+        except UserError as why:
+            self.bar.note(f"warning: {why.where} {why.what}")
+        self.tracker.clip(f"samples/prompt-{clip.number}", clip.path, clip.frames, clip.clip.fps, step)
 
     def sampled(self, clips: SampledClips) -> None:
         """Print where the sample clips are, and a warning for each that failed."""

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from videox.models.scheduler import with_shift
 from videox.shapes import Bucket
 from videox.tracking.preview import SheetEntry, write_clip, write_contact_sheet
 from videox.training.validation_loss import evaluation_mode
-
-SAMPLING_STEPS = 25
 
 
 class Pipeline(Protocol):
@@ -35,48 +35,87 @@ class Pipeline(Protocol):
 
 
 @dataclass(frozen=True)
-class SampleSettings:
-    """What is sampled, the same at each validation, so that clips of two steps differ by the training alone.
+class SampleClip:
+    """What one clip is sampled from, the same at each step, so that clips of two steps differ by the training alone.
 
     Attributes:
-        prompts: at least one; they are also the titles of the contact sheet.
-        images: what each clip starts from, in image-to-video; else empty.
-        shape: frames (4k+1; a single frame is written as .png), height and width (multiples of 16) of the clips.
-        fps: the model's frames per second (Wan 16, HunyuanVideo 24).
-        seed: prompt i starts from the noise of a CPU generator seeded with seed + i.
-        guidance_scale: as the pipeline's: classifier-free for Wan (1 = off), embedded for HunyuanVideo.
+        prompt: also its caption on the contact sheet.
+        shape: frames (4k+1; a single frame is written as .png), height and width (multiples of 16).
+        fps: frames per second of the written clip.
+        seed: of the CPU generator that the noise is drawn from.
         steps: denoising steps.
-        negative_prompt: used where guidance_scale > 1.
-        prompt_embeddings: (prompt, negative or None) for each prompt, [1, L, D], in place of a text encoder.
+        guidance: keywords of the pipeline, such as {"guidance_scale": 5.0}.
+        negative_prompt: used with classifier-free guidance above 1.
+        flow_shift: of the noise levels; None = that of the pipeline's scheduler.
+        image: what the clip starts from, in image-to-video; of the clip's height and width.
+        image_path: where it was read, for the records.
     """
 
-    prompts: Sequence[str]
+    prompt: str
     shape: Bucket
     fps: float
     seed: int
-    guidance_scale: float
-    images: Sequence[Image.Image] = ()
-    steps: int = SAMPLING_STEPS
+    steps: int
+    guidance: Mapping[str, float]
     negative_prompt: str = ""
-    prompt_embeddings: Sequence[tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    flow_shift: float | None = None
+    image: Image.Image | None = None
+    image_path: Path | None = None
 
-    def arguments(self, number: int) -> dict[str, object]:
-        """Keywords of the pipeline for the prompt with this index."""
-        arguments: dict[str, object] = {
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of the pipeline."""
+        arguments: dict[str, Any] = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
             "height": self.shape.height,
             "width": self.shape.width,
             "num_frames": self.shape.frames,
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "generator": torch.Generator("cpu").manual_seed(self.seed + number),
+            "generator": torch.Generator("cpu").manual_seed(self.seed),
             "output_type": "np",
+            **self.guidance,
         }
-        if self.images:
-            arguments["image"] = self.images[number]
-        if self.prompt_embeddings is None:
-            return arguments | {"prompt": self.prompts[number], "negative_prompt": self.negative_prompt}
-        prompt, negative = self.prompt_embeddings[number]
-        return arguments | {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+        return arguments | ({"image": self.image} if self.image is not None else {})
+
+    def facts(self) -> dict[str, object]:
+        """Everything that the clip depends on besides the weights, for its record."""
+        return {
+            "prompt": self.prompt, "negative_prompt": self.negative_prompt, "width": self.shape.width,
+            "height": self.shape.height, "frames": self.shape.frames, "fps": self.fps, "seed": self.seed,
+            "steps": self.steps, **self.guidance, "flow_shift": self.flow_shift,
+            "image": str(self.image_path) if self.image_path else None,
+        }  # fmt: skip
+
+
+class FinishedClip(NamedTuple):
+    """A clip that was written: its number among the prompts, its file, uint8 [T, H, W, 3], and seconds of sampling."""
+
+    number: int
+    clip: SampleClip
+    path: Path
+    frames: np.ndarray
+    seconds: float
+
+
+class TimeIsUp(Exception):
+    """Raised inside a pipeline when a TimeLimit is over."""
+
+
+class TimeLimit:
+    """How long the clips of one step may take, from now on.
+
+    Args:
+        seconds: above 0.
+        agree: returns the main rank's answer on every rank; each rank calls it equally often. None = the own answer.
+    """
+
+    def __init__(self, seconds: float, agree: Callable[[bool], bool] | None = None) -> None:
+        self.seconds, self._agree, self._start = seconds, agree, time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the time is over; a collective if `agree` is one."""
+        over = time.monotonic() - self._start > self.seconds
+        return over if self._agree is None else self._agree(over)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +126,48 @@ class SampledClips:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class ClipWriter:
+    """Where clips are written.
+
+    Attributes:
+        folder: for example output_dir/samples; the files are step-000020-prompt-0.mp4 ... and step-000020.png.
+        step: optimizer steps done.
+        enabled: False on every rank but the one that writes.
+        on_clip: called with each clip after it was written; None = nothing is.
+    """
+
+    folder: Path
+    step: int
+    enabled: bool = True
+    on_clip: Callable[[FinishedClip], None] | None = None
+
+    def write(self, number: int, clip: SampleClip, frames: np.ndarray, seconds: float, result: SampledClips) -> None:
+        """Write a clip, uint8 [T, H, W, 3]; a failure becomes a line of the result's warnings."""
+        path = self.folder / f"step-{self.step:06d}-prompt-{number}.mp4"
+        try:
+            path = write_clip(path, frames, clip.fps)
+        except OSError as error:
+            result.warnings.append(f"{path} was not written: {error}")
+            return
+        result.paths.append(path)
+        if self.on_clip is not None:
+            self.on_clip(FinishedClip(number, clip, path, frames, seconds))
+
+    def write_sheet(self, entries: Sequence[SheetEntry], result: SampledClips) -> None:
+        """Write the contact sheet; a failure becomes a line of the result's warnings."""
+        sheet = self.folder / f"step-{self.step:06d}.png"
+        try:
+            result.paths.append(write_contact_sheet(sheet, entries))
+        except OSError as error:
+            result.warnings.append(f"{sheet} was not written: {error}")
+
+
 def sample_clips(
-    pipeline: Pipeline, settings: SampleSettings, folder: Path, step: int, *, write: bool = True,
-    collective: bool = False,
+    pipeline: Pipeline, clips: Sequence[SampleClip], writer: ClipWriter, *, collective: bool = False,
+    limit: TimeLimit | None = None,
 ) -> SampledClips:  # fmt: skip
-    """Sample a clip for each prompt with the current weights, and write the clips and a contact sheet.
+    """Sample each clip with the current weights, and write the clips and a contact sheet.
 
     The pipeline's scheduler, the train flags of its modules and the global generators are restored. A clip that fails
     never ends the training: running out of memory, an error of a kernel or of a size, values that are not finite and a
@@ -99,49 +175,65 @@ def sample_clips(
 
     Args:
         pipeline: ready, with the transformer in training and its other modules where they are needed.
-        settings: prompts and sampling parameters.
-        folder: for example output_dir/samples; the files are step-000020-prompt-0.mp4 ... and step-000020.png.
-        step: optimizer steps done.
-        write: False on every rank but the one that writes.
-        collective: the transformer is sharded, so that all ranks call this together. An error is raised then: the
-            other ranks would wait forever in a collective that this one left.
+        clips: what to sample.
+        writer: of the files.
+        collective: the transformer is sharded, so that all ranks call this together. An error before the last
+            denoising step is raised then: the other ranks would wait forever in a collective that this one left.
+        limit: clips that are not finished when it is over are left out; None = no limit.
     """
     result = SampledClips()
     entries: list[SheetEntry] = []
-    for number, prompt in enumerate(settings.prompts):
-        name = f"step {step}, prompt {number}"
-        frames = _sample(pipeline, settings.arguments(number), name, result.warnings, collective)
-        if frames is None or not write:
-            continue
-        path = folder / f"step-{step:06d}-prompt-{number}.mp4"
+    for number, clip in enumerate(clips):
+        begin = time.monotonic()
         try:
-            result.paths.append(write_clip(path, frames, settings.fps))
-        except OSError as error:
-            result.warnings.append(f"{path} was not written: {error}")
-        entries.append(SheetEntry(frames, f"step {step}   prompt {number}   {settings.fps:.4g} fps", prompt))
+            if limit is not None and limit.is_over():
+                raise TimeIsUp
+            frames = _sample(pipeline, clip, f"step {writer.step}, prompt {number}", result, collective, limit)
+        except TimeIsUp:
+            assert limit is not None
+            left = ", ".join(map(str, range(number, len(clips))))
+            what = f"prompts {left} were" if number + 1 < len(clips) else f"prompt {left} was"
+            minutes = f"--sample_minutes {limit.seconds / 60:g}"
+            result.warnings.append(f"step {writer.step}: {what} not sampled within {minutes}")
+            break
+        if frames is not None and writer.enabled:
+            writer.write(number, clip, frames, time.monotonic() - begin, result)
+            shown = frames[sorted({0, len(frames) // 2, len(frames) - 1})]  # what the sheet shows of them
+            title = f"step {writer.step}   prompt {number}   {clip.fps:.4g} fps"
+            entries.append(SheetEntry(shown, title, clip.prompt))
     if entries:
-        sheet = folder / f"step-{step:06d}.png"
-        try:
-            result.paths.append(write_contact_sheet(sheet, entries))
-        except OSError as error:
-            result.warnings.append(f"{sheet} was not written: {error}")
+        writer.write_sheet(entries, result)
     return result
 
 
 def _sample(
-    pipeline: Pipeline, arguments: Mapping[str, object], name: str, warnings: list[str], collective: bool
+    pipeline: Pipeline, clip: SampleClip, name: str, result: SampledClips, collective: bool, limit: TimeLimit | None
 ) -> np.ndarray | None:
-    """Sample one clip: uint8 [T, H, W, 3], or None and a new line in `warnings`."""
+    """Sample one clip: uint8 [T, H, W, 3], or None and a new line in the result's warnings."""
     scheduler, bar = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
-    pipeline.scheduler = copy.deepcopy(scheduler)  # set_timesteps and step write into it
-    pipeline.set_progress_bar_config(**bar | {"disable": True})
+    denoised = 0
+
+    def after_step(_: object, index: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal denoised
+        denoised = index + 1
+        if denoised < len(pipeline.scheduler.timesteps) and limit is not None and limit.is_over():
+            raise TimeIsUp
+        return tensors
+
     failure = ""
     try:
+        pipeline.scheduler = copy.deepcopy(scheduler)  # set_timesteps and step write into it
+        if clip.flow_shift is not None:
+            pipeline.scheduler = with_shift(pipeline.scheduler, clip.flow_shift)
+        pipeline.set_progress_bar_config(**bar | {"disable": True})
         with evaluation_mode(modules):
-            pixels = np.asarray(pipeline(**arguments).frames[0], dtype=np.float32)
-    except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
-        if collective:
+            output = pipeline(**clip.arguments(), callback_on_step_end=after_step)
+        pixels = np.asarray(output.frames[0], dtype=np.float32)
+    except TimeIsUp:
+        raise
+    except Exception as error:
+        if collective and denoised < clip.steps:
             raise
         failure = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
     finally:
@@ -154,6 +246,6 @@ def _sample(
     elif not np.isfinite(pixels).all():
         failure = "the picture is not finite"
     if failure:
-        warnings.append(f"no sample at {name}: {failure.splitlines()[0]}")
+        result.warnings.append(f"no sample at {name}: {failure.splitlines()[0]}")
         return None
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)

@@ -40,6 +40,8 @@ WITHOUT_NUMBERS = {
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
     "export_layouts", "export_at", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
+    "sample_every", "sample_resolution", "sample_frames", "sample_fps", "sample_steps", "sample_guidance",
+    "sample_negative_prompt", "sample_seed", "sample_minutes", "keep_best", "early_stop",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",

@@ -33,8 +33,10 @@ from videox.training.gpu_facts import attention_kernel, gpu_name, versions
 from videox.training.notes import notes
 from videox.training.numerics import apply_numerics
 from videox.training.optimizer import try_optimizer
+from videox.training.sample_requests import check_pictures
 from videox.training.schedule import Schedule
 from videox.training.speed_flags import check_backend_flags
+from videox.training.validation_flags import prompts_of
 
 DIFFERENCES = (
     "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
@@ -56,6 +58,7 @@ def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift
         UserError: two of them cannot work together.
     """
     check_tracker(args.report_to)
+    check_pictures(prompts_of(args))
     optimizer, checkpoint, backend = optimizer_of(args), ctx.checkpoint, ctx.backend
     if args.initial_grad_norm_ratio > 1 and not backend.clips_by_own_norm:
         what = f"{args.initial_grad_norm_ratio:g}: DeepSpeed clips every step to the same norm"

@@ -163,7 +163,13 @@ def validation_loss(
     return ValidationLoss(cells.mean().item(), sigmas, tuple(cells.mean(0).tolist()))
 
 
-def append_validation(path: Path, step: int, result: ValidationLoss, ema: ValidationLoss | None = None) -> None:
+def append_validation(
+    path: Path,
+    step: int,
+    result: ValidationLoss,
+    ema: ValidationLoss | None = None,
+    trained: ValidationLoss | None = None,
+) -> None:
     """Append {"step", "loss", "per_sigma": [[sigma, loss], ...]} to validation.jsonl.
 
     Args:
@@ -171,12 +177,13 @@ def append_validation(path: Path, step: int, result: ValidationLoss, ema: Valida
         step: optimizer steps done.
         result: held-out loss of the weights.
         ema: that of their EMA, appended as "ema_loss" and "ema_per_sigma".
+        trained: loss of the weights on training rows, appended as "train_loss" and "train_per_sigma".
 
     Raises:
         UserError: (exit code 5) the file cannot be written.
     """
     line: dict[str, Any] = {"step": step}
-    for prefix, loss in (("", result), ("ema_", ema)):
+    for prefix, loss in (("", result), ("ema_", ema), ("train_", trained)):
         if loss is not None:
             pairs = [list(pair) for pair in zip(loss.sigmas, loss.per_sigma, strict=True)]
             line |= {f"{prefix}loss": loss.mean, f"{prefix}per_sigma": pairs}

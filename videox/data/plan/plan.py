@@ -30,6 +30,7 @@ from videox.data.plan.buckets import (
     static_fates,
 )
 from videox.data.plan.epoch import EpochPlan
+from videox.data.plan.held_out import STRATIFIED, choose_rows
 from videox.data.plan.settings import PlanColumns, PlanSettings, launch_cost, sample_cost
 from videox.errors import DATA, UserError
 from videox.rng import Purpose, hash_key, uniform
@@ -37,11 +38,20 @@ from videox.shapes import Bucket, token_count
 
 
 def held_out_rows(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
-    """Return the rows (int64, ascending) held out for validation: a keyed choice among those that could be trained."""
+    """Return the rows (int64, ascending) held out for validation, chosen among those that could be trained."""
+    rows = np.flatnonzero(_static_fates(columns, settings) == Fate.TRAINED)
+    return choose_rows(columns, rows, settings.held_out, settings.seed, choice=settings.held_out_choice)
+
+
+def compared_rows(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
+    """Return as many trained rows (int64, ascending) as are held out, whose loss is compared with theirs."""
     fates = _static_fates(columns, settings)
-    rows = np.flatnonzero(fates == Fate.TRAINED)
-    order = hash_key(settings.seed, Purpose.HELD_OUT, rows)
-    return np.sort(rows[np.argsort(order, kind="stable")[: settings.held_out]])
+    fates[held_out_rows(columns, settings)] = Fate.HELD_OUT
+    trained = fates == Fate.TRAINED
+    if columns.weight is not None:
+        trained &= columns.weight > 0
+    rows = np.flatnonzero(trained)
+    return choose_rows(columns, rows, settings.held_out, settings.seed, choice=STRATIFIED, beside=True)
 
 
 def _static_fates(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
@@ -51,14 +61,22 @@ def _static_fates(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
 
 def held_out_plan(columns: PlanColumns, settings: PlanSettings) -> EpochPlan | None:
     """Return a plan of the held-out rows alone, one sample per step, the same for the whole run; None without any."""
-    if not settings.held_out:
-        return None
-    held_out = np.zeros(len(columns), bool)
-    held_out[held_out_rows(columns, settings)] = True
+    return _plan_of_rows(columns, settings, held_out_rows(columns, settings)) if settings.held_out else None
+
+
+def compared_plan(columns: PlanColumns, settings: PlanSettings) -> EpochPlan | None:
+    """Return a plan of compared_rows alone, as held_out_plan; None where no row is left."""
+    rows = compared_rows(columns, settings) if settings.held_out else ()
+    return _plan_of_rows(columns, settings, np.asarray(rows)) if len(rows) else None
+
+
+def _plan_of_rows(columns: PlanColumns, settings: PlanSettings, rows: np.ndarray) -> EpochPlan:
+    chosen = np.zeros(len(columns), bool)
+    chosen[rows] = True
     one_per_step = replace(
         settings, held_out=0, batch_size=1, slots=1, accumulation=1, slot_fill="fixed", balance="none", video_repeat=1
     )
-    return plan_epoch(replace(columns, usable=held_out, weight=None), one_per_step, 0)
+    return plan_epoch(replace(columns, usable=chosen, weight=None), one_per_step, 0)
 
 
 def row_fates(columns: PlanColumns, settings: PlanSettings, excluded: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from videox.data.index.captions import CaptionRules
+from videox.data.index.captions import CaptionRules, rows_without_caption
 from videox.data.index.index import Index
 from videox.data.plan.buckets import SizePolicy
 from videox.shapes import Bucket, token_count
@@ -24,7 +24,8 @@ class PlanColumns:
     float32 where frames are sampled by frame rate (sample_fps), else None; weight float32, the mean number of
     occurrences of a row in an epoch, None where every row has weight 1; decoding uint32, a sum of keys of DECODINGS
     (videox.data.media.container), None where it is 0 for every row: the plan does not read it, but a resumed run must
-    decode its rows as it did before.
+    decode its rows as it did before; captionless bool, True for a row without a caption, None where every row has one
+    or an older version stored the columns: it is read only to choose held-out rows.
     """
 
     kind: np.ndarray
@@ -35,6 +36,7 @@ class PlanColumns:
     fps: np.ndarray | None = None
     weight: np.ndarray | None = None
     decoding: np.ndarray | None = None
+    captionless: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -46,6 +48,7 @@ def columns_of(index: Index, *, by_second: bool) -> PlanColumns:
     Args:
         by_second: frames are sampled by frame rate (sample_fps), which needs the fps column.
     """
+    captionless = rows_without_caption(index.text)
     return PlanColumns(
         index.kind,
         index.width,
@@ -55,6 +58,7 @@ def columns_of(index: Index, *, by_second: bool) -> PlanColumns:
         fps=index.fps if by_second else None,
         weight=index.weight if np.any(index.weight != 1) else None,
         decoding=index.decoding if np.any(index.decoding) else None,
+        captionless=captionless if np.any(captionless) else None,
     )
 
 
@@ -77,13 +81,14 @@ class PlanSettings:
 
     batch_size: samples per micro-batch; slots: slots per optimizer step, processes x accumulation at first launch;
     slot_fill: "fixed" or "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once);
-    held_out: number of rows kept for validation; cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2
-    for S tokens; barrier: one of BARRIERS; balance: one of BALANCES, "none" leaves slots in random order;
-    accumulation: gradient accumulation steps at first launch; clips_per_video: at most this many clips of a video that
-    is long enough for several, chosen by clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their
-    own draws of clip starts, sizes and crops, after which these draws repeat (0 = they never repeat); caption_prefix,
-    trigger_word, caption_shuffle_tags: as the fields of CaptionRules; launch_tokens: each micro-batch has the cost of
-    one sample of this many tokens in addition, where ranks are balanced.
+    held_out: number of rows kept for validation; held_out_choice: how they are chosen, one of CHOICES (held_out.py);
+    cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 for S tokens; barrier: one of BARRIERS;
+    balance: one of BALANCES, "none" leaves slots in random order; accumulation: gradient accumulation steps at first
+    launch; clips_per_video: at most this many clips of a video that is long enough for several, chosen by
+    clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their own draws of clip starts, sizes and
+    crops, after which these draws repeat (0 = they never repeat); caption_prefix, trigger_word, caption_shuffle_tags:
+    as the fields of CaptionRules; launch_tokens: each micro-batch has the cost of one sample of this many tokens in
+    addition, where ranks are balanced.
     """
 
     policy: SizePolicy
@@ -105,6 +110,7 @@ class PlanSettings:
     trigger_word: str = ""
     caption_shuffle_tags: bool = False
     launch_tokens: int = 0
+    held_out_choice: str = "random"
 
     @property
     def caption_rules(self) -> CaptionRules:

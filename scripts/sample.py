@@ -1,0 +1,408 @@
+"""Makes clips from a run, a checkpoint, an export or a LoRA, with the model and the settings of its training.
+
+    python scripts/sample.py outputs/wan --prompt "a red fox runs through snow"
+    python scripts/sample.py outputs/wan/checkpoint-500 --prompt prompts.txt --output clips_500
+    python scripts/sample.py outputs/lora --prompt "a red fox --w 832 --h 480 --f 81 --d 1" --lora_scale 0.8
+    python scripts/sample.py lora.safetensors --base models/Diffusion_Transformer/Wan2.1-T2V-14B --prompt "a red fox"
+
+Of a run its export is sampled, or its newest checkpoint while it has none. Base model, flow shift, size, length, frame
+rate, steps, guidance and seed are those of the run's own sample clips; flags and the options of a prompt replace them
+(docs/samples.md); without a run they are those of the model. Convert sharded checkpoints with scripts/zero_to_bf16.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from videox.errors import FLAGS, MODEL, UserError
+from videox.shapes import Bucket
+from videox.training.argument_parser import Parser, number, parse_or_exit
+from videox.training.validation_flags import SAMPLE_STEPS, check_clip_shape, with_pictures
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = ("bf16", "fp32")
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", type=Path, help="run folder, checkpoint-N, transformer folder or file, LoRA, or model"
+    )
+    prompts = "prompts, or files of prompts, with options as for --validation_prompts; by default those of the run"
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT|FILE", help=prompts)
+    images = "image-to-video: pictures that the clips start from, one for each prompt without --i"
+    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help=images)
+    output = "folder for the clips (default: clips; if it exists, clips-2, ...)"
+    parser.add_argument("--output", type=Path, default=Path("clips"), help=output)
+    parser.add_argument("--base", help="base model: folder or Hub id (default: that of the run)")
+    parser.add_argument("--ema", action="store_true", help="sample the EMA of the weights (--use_ema)")
+    scale = "factor of a LoRA's effect, 1 as trained, 0 without it"
+    parser.add_argument("--lora_scale", type=number(float, -10, 10), default=1.0, help=scale)
+    size = {"type": number(int, 16, 8192), "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+    parser.add_argument("--resolution", **size, help="size of the clips, multiples of 16")
+    parser.add_argument("--frames", type=number(int, 1, 10_000), help="frames of a clip, 4k+1")
+    parser.add_argument("--fps", type=number(float, 0.1, 1000), help="frames per second")
+    parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps")
+    parser.add_argument("--guidance", type=number(float, 0, 100), help="guidance scale")
+    parser.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt, for classifier-free guidance")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), help="seed of the first clip; the next has the next one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of computation (default: that of the run, else bf16)")
+    low = "keep the encoders in host memory between their uses"
+    parser.add_argument("--low_vram", action="store_true", help=low)
+    flags = parser.parse(argv)
+    check_clip_shape(flags.resolution, flags.frames, "--resolution", "--frames")
+    return flags
+
+
+if __name__ == "__main__":
+    parse_or_exit(parse_flags)  # answers --help and wrong flags before the slow imports below; main parses again
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from zero_to_bf16 import find_full_weights
+
+from videox.device import memory_phase
+from videox.distributed.accelerator import compute_dtype, make_accelerator
+from videox.encoders.encode import LazyEncoders
+from videox.engine.base import compute_in_bf16
+from videox.engine.ema import EMA_FOLDER
+from videox.files import unique_path
+from videox.lora.merge import check_base, lora_updates
+from videox.lora.reader import lora_file, lora_names, read_lora
+from videox.models.component import Component, load_checked
+from videox.models.folder import SHIPPED_YAML, read_json
+from videox.models.hub import local_folder
+from videox.models.norm_dtype import keep_norm_dtype
+from videox.run.checkpoint import MANIFEST, latest_checkpoint, read_manifest, verify
+from videox.run.lifecycle import run_script
+from videox.tracking.jsonl import append_line
+from videox.training.flow_shift import choose_shift
+from videox.training.memory_advice import MemoryAdvice
+from videox.training.memory_check import explain_oom
+from videox.training.prompts import read_prompts
+from videox.training.sample_requests import ClipDefaults, build_clips
+from videox.training.sampling import ClipWriter, FinishedClip, SampleClip, SampledClips, sample_clips
+from videox.weights.deepspeed_reader import tag_folder
+from videox.weights.format import TRANSFORMER
+from videox.weights.fsdp_reader import fsdp_folder
+from videox.weights.safetensors_io import join_first
+
+# Flags of a run that decide how its model is loaded and sampled.
+KEPT = (
+    "train_mode", "config_path", "transformer_path", "vae_path", "vae_dtype", "vae_tiling", "tokenizer_max_length", "guidance_scale",
+    "num_hidden_layers_to_skip", "image_embed_interleave",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sampling without a run needs to know of a family.
+
+    Attributes:
+        script: its train.py.
+        transformer: class of diffusers.
+        pipeline: class of diffusers, which reads LoRA files.
+        shape: of a clip.
+        fps: of a clip.
+        embedded_guidance: as in ClipDefaults.
+    """
+
+    script: str
+    transformer: str
+    pipeline: str
+    shape: Bucket
+    fps: float
+    embedded_guidance: bool
+
+
+FAMILIES = {
+    "Wan": Family(
+        "wan2.1/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(81, 480, 832), 16.0, embedded_guidance=False
+    ),
+    "HunyuanVideo": Family(
+        "hunyuanvideo/train.py", "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", Bucket(61, 544, 960), 24.0,
+        embedded_guidance=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is sampled, and what its run recorded.
+
+    Attributes:
+        weights: folder or file of a transformer; None = that of the base model.
+        lora: file of a LoRA; None = none.
+        base: base model.
+        step: optimizer steps of the weights, 0 if not known.
+        asked: flags of the run, empty without one.
+        resolved: values that followed from them.
+    """
+
+    weights: Path | None
+    lora: Path | None
+    base: str
+    step: int = 0
+    asked: dict[str, Any] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+
+def find_source(flags: argparse.Namespace) -> Source:
+    """Find the weights that the command line names, and the run that they belong to. Raises UserError (MODEL)."""
+    source: Path = flags.source
+    if not source.exists():
+        raise UserError("source", f"{source} does not exist", "pass a run, a checkpoint, an export or a LoRA", MODEL)
+    if (source / "model_index.json").is_file():
+        return Source(None, None, str(source))
+    record = next(
+        (p / "args.json" for p in (source, *source.absolute().parents[:2]) if (p / "args.json").is_file()), None
+    )
+    asked, resolved = ({}, {}) if record is None else (read_json(record)[key] for key in ("asked", "resolved"))
+    base = flags.base or asked.get("pretrained_model_name_or_path")
+    if not base:
+        what = f"{source} does not belong to a run, so that its base model is not known"
+        raise UserError("--base", what, "pass the model folder or Hub id", FLAGS)
+    place, step = weights_of_run(source, flags.ema) if source.is_dir() else (source, 0)
+    if (lora := lora_file(place)) is not None:
+        return Source(None, lora, base, step, asked, resolved)
+    return Source(place, None, base, step, asked, resolved)
+
+
+def newest_of_run(run: Path) -> tuple[Path, int]:
+    """Return the folder of a run's newest weights, its own for the export of a finished run, and their steps.
+
+    Raises:
+        UserError: (MODEL) the run has saved nothing.
+    """
+    path = run / "run_status.json"
+    status = read_json(path) if path.is_file() else {}
+    exported = lora_file(run) is not None or (run / TRANSFORMER).is_dir()
+    if exported and status.get("state") == "finished":
+        return run, int(status.get("step") or 0)
+    newest, _ = latest_checkpoint(run)
+    if newest is not None:
+        return newest, int(read_manifest(newest)["step"])
+    if exported:
+        return run, 0
+    what = f"{run} has neither an export nor a checkpoint"
+    raise UserError("source", what, "let the run save a checkpoint first", MODEL)
+
+
+def weights_of_run(source: Path, ema: bool) -> tuple[Path, int]:
+    """Return the folder of the weights in a run, a checkpoint or a folder of weights, and their optimizer steps.
+
+    Args:
+        source: a folder.
+        ema: the EMA is wanted.
+
+    Raises:
+        UserError: (MODEL) there are none, or they are sharded or damaged.
+    """
+    folder, step = source, 0
+    if (source / "args.json").is_file():
+        folder, step = newest_of_run(source)
+    if (folder / MANIFEST).is_file():
+        if problems := verify(folder, hashes=False):
+            raise UserError(str(folder), f"is damaged: {join_first(problems)}", "sample another checkpoint", MODEL)
+        step = int(read_manifest(folder)["step"])
+    if ema:
+        if not (folder / EMA_FOLDER).is_dir():
+            raise UserError("--ema", f"{folder} has no {EMA_FOLDER}", "remove the flag: the run kept no EMA", MODEL)
+        return folder / EMA_FOLDER, step
+    if lora_file(folder) is not None:
+        return folder, step
+    if (full := find_full_weights(folder)) is not None:
+        return full, step
+    if tag_folder(folder, None) is not None or fsdp_folder(folder, None) is not None:
+        hint = f"run scripts/zero_to_bf16.py {folder} FOLDER first, then sample FOLDER with --base"
+        raise UserError("source", f"{folder} contains sharded weights", hint, MODEL)
+    return folder, step
+
+
+def family_of(base: Path) -> Family:
+    """Return the family of a model folder; without model_index.json it is Wan's original layout."""
+    index = base / "model_index.json"
+    name = str(read_json(index).get("_class_name")) if index.is_file() else "Wan"
+    for prefix, family in FAMILIES.items():
+        if name.startswith(prefix):
+            return family
+    raise UserError(str(index), f"names {name}", f"pass a model of {' or '.join(FAMILIES)}", MODEL)
+
+
+def load_trainer(family: Family) -> ModuleType:
+    """Return the family's train.py as a module; `wan2.1` is not an importable name."""
+    path, name = ROOT / "scripts" / family.script, f"trainer_of_{family.transformer}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before execution: dataclasses look up their module by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def no_check(flags: argparse.Namespace) -> None:
+    """Accept the flags of a train.py without data and output folder, which sampling does not need."""
+    del flags
+
+
+def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags of the family's train.py, as the run had them, or as its model needs them without a run."""
+    args = trainer.parse_args(["--pretrained_model_name_or_path", str(base)], check=no_check)
+    for name in KEPT:
+        if name in source.asked and hasattr(args, name):
+            setattr(args, name, source.asked[name])
+    if not source.asked and (base / "model_index.json").is_file():
+        images = "ImageToVideo" in str(read_json(base / "model_index.json").get("_class_name"))
+        args.train_mode = "i2v" if images else "normal"
+    if source.weights is not None:
+        args.transformer_path = str(source.weights)
+    precision = source.asked.get("mixed_precision") or "bf16"
+    args.mixed_precision = {"bf16": "bf16", "fp32": "no", None: precision}[flags.dtype]
+    args.low_vram = flags.low_vram or bool(source.asked.get("low_vram"))
+    return args
+
+
+def first(*values: Any) -> Any:  # noqa: ANN401 - values of any flag
+    """Return the first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def clip_defaults(source: Source, family: Family, guidance: float, flags: argparse.Namespace) -> ClipDefaults:
+    """Return what a clip has where its prompt says nothing: of a flag, else of the run, else of the family.
+
+    guidance: the scale where neither a flag nor the run has one.
+    """
+    asked, sample = source.asked, source.resolved.get("sample") or {}
+
+    shape = Bucket(*(sample.get("shape") or family.shape))
+    height, width = first(flags.resolution, asked.get("sample_resolution"), (shape.height, shape.width))
+    frames = first(flags.frames, asked.get("sample_frames"), shape.frames)
+    run_seed = (source.resolved.get("seed") or 0) % 2**32
+    return ClipDefaults(
+        shape=Bucket(frames, height, width),
+        fps=first(flags.fps, asked.get("sample_fps"), sample.get("fps"), family.fps),
+        steps=first(flags.steps, asked.get("sample_steps"), SAMPLE_STEPS),
+        guidance=first(flags.guidance, asked.get("sample_guidance"), guidance),
+        negative_prompt=first(flags.negative_prompt, asked.get("sample_negative_prompt"), ""),
+        seed=first(flags.seed, asked.get("sample_seed"), run_seed),
+        embedded_guidance=family.embedded_guidance,
+    )
+
+
+def requested_clips(source: Source, defaults: ClipDefaults, mode: str, flags: argparse.Namespace) -> list[SampleClip]:
+    """Return the clips to make; prints what of the prompts is not used as it was written. Raises UserError."""
+    given = list(flags.prompt) or list(source.asked.get("validation_prompts") or [])
+    if not given:
+        raise UserError("--prompt", "is required: the run has no prompts", "pass a prompt or a file of prompts", FLAGS)
+    images = flags.image if flags.prompt or flags.image else source.asked.get("validation_paths") or []
+    prompts = with_pictures(read_prompts(given, "--prompt"), images, mode, "--image")
+    clips, notes = build_clips(prompts, defaults)
+    for note in notes:
+        print(note)
+    return clips
+
+
+def load_transformer(component: Component, family: Family, accelerator: Accelerator) -> Any:  # noqa: ANN401 - of diffusers
+    """Load the transformer onto the device; with bf16 it computes under autocast, as in training."""
+    model = load_checked(getattr(diffusers, family.transformer), component, compute_dtype(accelerator))
+    keep_norm_dtype(model, accelerator.device)
+    if compute_dtype(accelerator) == torch.bfloat16:
+        compute_in_bf16(model, accelerator.device)
+    return model.requires_grad_(False)
+
+
+def apply_lora(model: Any, component: Component, path: Path, family: Family, scale: float) -> None:  # noqa: ANN401
+    """Add scale * alpha / rank B A to the weights, each sum in float32 and rounded once. Raises UserError (MODEL)."""
+    load = getattr(diffusers, family.pipeline).lora_state_dict
+    adapters, factor = read_lora(path, load, where="source")
+    base, updates = component.source(), lora_updates(adapters, factor * scale)
+    if component.tensors is not None:
+        check_base(component.tensors, updates)
+    for name, update in updates.items():
+        weight = base[name].float() + update.scale * (update.b @ update.a)
+        model.get_parameter(name).data.copy_(weight)
+
+
+def add_dora(pipeline: Any, path: Path | None, scale: float) -> None:  # noqa: ANN401 - of diffusers
+    """Add a DoRA to the pipeline's transformer by diffusers; None adds nothing."""
+    if path is None:
+        return
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="sampled")
+    pipeline.set_adapters(["sampled"], adapter_weights=[scale])
+
+
+def sample(
+    clips: Sequence[SampleClip], open_pipeline: Callable[[], AbstractContextManager[Any]], prepare: Callable[[Any], None],
+    folder: Path, step: int,
+) -> SampledClips:  # fmt: skip
+    """Sample the clips into a folder, with a line for each in clips.jsonl and on stdout.
+
+    Args:
+        open_pipeline: a context that yields the pipeline.
+        prepare: called with the pipeline before the first clip.
+        folder: new.
+        step: optimizer steps of the weights, for the names of the files.
+    """
+
+    def report(clip: FinishedClip) -> None:
+        append_line(folder / "clips.jsonl", {"file": clip.path.name, **clip.clip.facts(), "seconds": clip.seconds})
+        shape = clip.clip.shape
+        size = f"{shape.width}x{shape.height}, {shape.frames} frames"
+        print(f"{clip.path}: {size}, {clip.seconds:.1f} s: {clip.clip.prompt}", flush=True)
+
+    with memory_phase("sampling"), open_pipeline() as pipeline:
+        prepare(pipeline)
+        return sample_clips(pipeline, clips, ClipWriter(folder, step, on_clip=report))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse_flags(argv)
+    source = find_source(flags)
+    base = local_folder(source.base, "--base")
+    family = family_of(base)
+    trainer = load_trainer(family)
+    args = trainer_flags(trainer, source, base, flags)
+    guidance = args.guidance_scale if family.embedded_guidance else trainer.SAMPLING_GUIDANCE
+    defaults = clip_defaults(source, family, guidance, flags)
+    clips = requested_clips(source, defaults, args.train_mode, flags)
+    components = trainer.check_model(args)
+    stored = source.resolved.get("shift")
+    yaml = None if "scheduler" in components else SHIPPED_YAML
+    shift = stored or choose_shift(args, None, components.get("scheduler"), shipped_yaml=yaml).value
+    accelerator, _ = make_accelerator(args.mixed_precision)
+    with explain_oom(MemoryAdvice()), memory_phase("loading the model"):
+        model = load_transformer(components["transformer"], family, accelerator)
+        dora = source.lora if source.lora and any("magnitude" in name for name in lora_names(source.lora)) else None
+        if source.lora is not None and dora is None:
+            apply_lora(model, components["transformer"], source.lora, family, flags.lora_scale)
+        encoders = LazyEncoders(partial(trainer.load_encoders, args, components, shift, accelerator))
+        described = SimpleNamespace(
+            encoders=encoders, transformer=model.to(accelerator.device), attention=SimpleNamespace()
+        )
+    print(f"{source.lora or source.weights or base}: step {source.step}, flow shift {shift:g}, {accelerator.device}")
+    prepare = partial(add_dora, path=dora, scale=flags.lora_scale)
+    folder = unique_path(flags.output)
+    with explain_oom(MemoryAdvice()):
+        result = sample(clips, partial(trainer.sampling_pipeline, described), prepare, folder, source.step)
+    if result.warnings:
+        raise UserError(str(folder), "; ".join(result.warnings), "see the line of each clip above", MODEL)
+    print(f"clips and contact sheet in {folder.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

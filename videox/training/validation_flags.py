@@ -1,0 +1,152 @@
+"""The flags of the held-out loss and of sample clips, and their checks. Imports no torch or diffusers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from videox.errors import UserError
+from videox.shapes import GRID, snap_frames
+from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, Parser, number
+from videox.training.prompts import FLAG, SamplePrompt, read_prompts
+
+SAMPLE_STEPS = 25  # denoising steps
+# Minutes that one round of samples may take. Other processes wait for the sampling one for an hour at most.
+SAMPLE_MINUTES, MOST_MINUTES_TOGETHER = 30.0, 50.0
+
+
+def add_validation(parser: Parser) -> None:
+    """Add the flags of the held-out loss, and of when a run validates."""
+    add = parser.add_argument_group("validation (steps are optimizer steps)").add_argument
+    add(
+        "--validation_rows",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="rows held out of training for the held-out loss, captioned clips first; held_out.jsonl names them (0 = off)",
+    )
+    add("--validation_steps", type=COUNT, default=2000, help="steps between validations")
+    add("--validation_epochs", type=COUNT_OR_ZERO, default=0, help="epochs between further validations (0 = off)")
+    best = (
+        "keep the checkpoint with the lowest held-out loss beyond checkpoints_total_limit, and export it to best-STEP; "
+        "the best one before it is deleted unless it was saved anyway"
+    )
+    add("--keep_best", action="store_true", help=best)
+    stop = "end the run when the held-out loss has had no new minimum for N validations (0 = never)"
+    add("--early_stop", type=COUNT_OR_ZERO, default=0, metavar="N", help=stop)
+    ema = "sample clips with the EMA of --use_ema, and report its held-out loss as well"
+    add("--validate_ema", action="store_true", help=ema)
+
+
+def add_samples(parser: Parser) -> None:
+    """Add the flags of sample clips, which are made at step 0, at each validation or every N steps, and at the end."""
+    add = parser.add_argument_group("sample clips (docs/samples.md has the options of a prompt)").add_argument
+    prompts = (
+        "prompts to sample clips from, or files of prompts (.txt: one a line; .yaml); a prompt may end with options "
+        "such as --w 832 --h 480 --f 81 --d 42 --s 30 --l 5 --n blurry"
+    )
+    add(FLAG, nargs="+", default=[], metavar="TEXT|FILE", help=prompts)
+    paths = "i2v, inpaint: pictures that the clips start from, one for each prompt without --i"
+    add("--validation_paths", nargs="+", default=[], help=paths)
+    every = "steps between samples; by default at each validation, and in any case at step 0 and at the end"
+    add("--sample_every", type=COUNT, metavar="N", help=every)
+    size = number(int, 16, 8192)
+    shape = (
+        "size of the clips; by default the most common one of the training data; with a picture its area, in the "
+        "picture's aspect ratio"
+    )
+    add("--sample_resolution", type=size, nargs=2, metavar=("HEIGHT", "WIDTH"), help=shape)
+    add("--sample_frames", type=number(int, 1, 10_000), help="frames of a clip, 4k+1; by default as in training")
+    rate = "frames per second of a clip; by default as in training"
+    add("--sample_fps", type=number(float, 0.1, 1000), help=rate)
+    add("--sample_steps", type=number(int, 1, 1000), default=SAMPLE_STEPS, help="denoising steps of a clip")
+    guidance = (
+        "guidance scale; by default 5 for Wan2.1 (classifier-free), --guidance_scale for HunyuanVideo (embedded)"
+    )
+    add("--sample_guidance", type=number(float, 0, 100), help=guidance)
+    add("--sample_negative_prompt", default="", metavar="TEXT", help="negative prompt, for classifier-free guidance")
+    seed = "seed of the first clip's noise, the second one has the next number; by default the run's seed"
+    add("--sample_seed", type=number(int, 0, 2**63 - 1), help=seed)
+    minutes = "minutes that the clips of one step may take; those that do not fit in are left out"
+    add("--sample_minutes", type=number(float, 0.001, 10**5), default=SAMPLE_MINUTES, help=minutes)
+
+
+def check_validation(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that need the held-out loss, without held-out rows."""
+    for flag in ("keep_best", "early_stop"):
+        if getattr(args, flag) and not args.validation_rows:
+            what = "there is no held-out loss without --validation_rows"
+            raise UserError(f"--{flag}", what, "add --validation_rows N, or remove the flag")
+
+
+def check_samples(args: argparse.Namespace) -> None:
+    """Check prompts, their options and their pictures, before anything slow.
+
+    Raises:
+        UserError: naming the prompt or the flag that is wrong.
+    """
+    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames")
+    prompts = prompts_of(args)
+    for prompt in prompts:
+        if prompt.image is not None and not prompt.image.is_file():
+            raise UserError(prompt.place, f"the picture {prompt.image} does not exist", "pass a picture that exists")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.sample_minutes > MOST_MINUTES_TOGETHER:
+        what = f"{args.sample_minutes:g}: the processes wait for each other for an hour at most"
+        raise UserError("--sample_minutes", what, f"pass at most {MOST_MINUTES_TOGETHER:g} with several processes")
+
+
+def check_clip_shape(sides: Sequence[int] | None, frames: int | None, size_flag: str, frames_flag: str) -> None:
+    """Raise UserError unless sides are multiples of 16 and frames are 4k+1; None = not given.
+
+    Args:
+        sides: height and width of clips, in pixels.
+        frames: of clips.
+        size_flag: that has the sides.
+        frames_flag: that has the frames.
+    """
+    if sides and any(side % GRID for side in sides):
+        nearest = " ".join(str(max(GRID, round(side / GRID) * GRID)) for side in sides)
+        what = f"{' '.join(map(str, sides))}: sides are multiples of {GRID}"
+        raise UserError(size_flag, what, f"pass {nearest}")
+    if frames and frames != snap_frames(frames):
+        raise UserError(frames_flag, f"{frames}: clips have 4k+1 frames", f"pass {snap_frames(frames)}")
+
+
+def prompts_of(args: argparse.Namespace) -> list[SamplePrompt]:
+    """Return the prompts of a run with their pictures: of the option --i, else of --validation_paths in order.
+
+    Raises:
+        UserError: of read_prompts, or where prompts and pictures do not fit --train_mode.
+    """
+    return with_pictures(
+        read_prompts(args.validation_prompts), args.validation_paths, args.train_mode, "--validation_paths"
+    )
+
+
+def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: str, flag: str) -> list[SamplePrompt]:
+    """Return prompts with a picture each if the task starts from one, and without any otherwise.
+
+    Args:
+        prompts: of read_prompts.
+        paths: pictures for the prompts without one, in order.
+        task: value of --train_mode, for messages.
+        flag: that has the paths, for messages.
+
+    Raises:
+        UserError: too many or too few pictures.
+    """
+    starts_from_picture = task != "normal"
+    named = [prompt for prompt in prompts if prompt.image is not None]
+    if named and not starts_from_picture:
+        what = f"--i {named[0].image}: --train_mode {task} starts from no picture"
+        raise UserError(named[0].place, what, "remove the option, or use a model for image-to-video")
+    wanted = len(prompts) - len(named) if starts_from_picture else 0
+    if len(paths) != wanted:
+        what = f"{len(paths)} images, --train_mode {task} needs {wanted}"
+        raise UserError(flag, what, "pass one image per prompt in i2v and inpaint, by this flag or by the option --i")
+    left = iter(paths)
+    return [
+        p if p.image is not None or not starts_from_picture else replace(p, image=Path(next(left))) for p in prompts
+    ]
