@@ -204,6 +204,7 @@ def test_every_launch_has_the_published_flags() -> None:
 SMALL = {
     "image_sample_size": 96, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
     "video_sample_stride": 2, "dataloader_num_workers": 2, "num_train_epochs": 1, "report_to": "none",
+    "report_seconds": 0,
 }  # fmt: skip
 MODELS: dict[tuple[str, str], Callable[[Path], Path]] = {
     ("wan2.1", "normal"): tiny.build_wan_t2v,

@@ -33,7 +33,7 @@ BUILD = {
 # Small sizes instead of the published ones: flags passed to a script override its own.
 SMALL = {
     "image_sample_size": 64, "video_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 13,
-    "dataloader_num_workers": 0, "max_train_steps": 2, "lr_warmup_steps": 1, "report_to": "none",
+    "dataloader_num_workers": 0, "max_train_steps": 2, "lr_warmup_steps": 1, "report_to": "none", "report_seconds": 0,
 }  # fmt: skip
 PLAIN = "scripts/wan2.1/train_plain.sh"
 PROCESSES = 2

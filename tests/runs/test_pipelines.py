@@ -63,6 +63,7 @@ SETTINGS: Mapping[str, object] = {
     "caption_dropout": 0,
     "seed": 1,
     "report_to": "none",
+    "report_seconds": 0,
 }
 LONG, SHORT = "two dogs run after a red ball on the grass, a child laughs and claps", "a cup of black coffee"
 

@@ -22,7 +22,7 @@ COMMENT = ("# For: ", "# Needs: ", "# Change first: ", "# Launch: ", "# Dry run:
 # the small models of the tests take the recipe's settings at sizes that a processor trains in seconds
 SMALL = {
     "video_sample_size": 64, "image_sample_size": 64, "token_sample_size": 64, "video_sample_n_frames": 9,
-    "video_sample_fps": 8, "max_train_steps": 1, "lr_warmup_steps": 1, "dataloader_num_workers": 0, "report_to": "none",
+    "video_sample_fps": 8, "max_train_steps": 1, "lr_warmup_steps": 1, "dataloader_num_workers": 0, "report_to": "none", "report_seconds": 0,
 }  # fmt: skip
 MODELS = {
     ("wan2.1", "t2v"): tiny.build_wan_t2v, ("wan2.1", "i2v"): tiny.build_wan_i2v,

@@ -146,6 +146,7 @@ def check_stopped(
     assert f"at step {step}; resume with --resume_from_checkpoint latest" in status["error"]
     assert 0 < step < STEPS
     assert verify(folder / f"checkpoint-{step}", hashes=True) == []
+    assert (folder / "losses.png").is_file()
     assert setup.resume(folder).code == 0
     assert f"checkpoint-{step}" in {path.name for path in find_checkpoints(folder)}
     assert forkserver.differences(folder, reference, STEPS) == []

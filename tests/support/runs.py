@@ -113,7 +113,7 @@ def train_flags(family: str, model: Path, metadata: Path, output_dir: Path, **ch
         "train_data_meta": metadata,
         "output_dir": output_dir,
     }
-    return to_argv({**paths, **FAMILY_FLAGS[family], "report_to": "none", **changes})
+    return to_argv({**paths, **FAMILY_FLAGS[family], "report_to": "none", "report_seconds": 0, **changes})
 
 
 @dataclass(frozen=True)

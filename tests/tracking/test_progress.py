@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import run_python
 
-from videox.tracking.progress import ProgressBar, StepClock
+from videox.tracking.progress import ProgressBar, StepClock, StepFacts
 
 
 class Clock:
@@ -71,7 +71,7 @@ def test_waiting_that_ends_with_an_exception_is_counted():
 
 def test_without_a_terminal_lines_are_printed_instead_of_a_bar():
     stream = io.StringIO()
-    bar = ProgressBar(120, initial=20, stream=stream, every_steps=40)
+    bar = ProgressBar(120, initial=20, stream=stream, every_steps=40, every_seconds=0.0)
     for _ in range(100):
         bar.update(0.5, 1234.5, 0.02)
     bar.note("validation 0.25")
@@ -87,12 +87,23 @@ def test_without_a_terminal_lines_are_printed_instead_of_a_bar():
     assert "loss 0.5000, 1,234 tokens/s, data wait 2%, 00:0" in lines[1] and "\r" not in stream.getvalue()
 
 
-def test_without_a_terminal_lines_are_printed_by_elapsed_time():
+@pytest.mark.parametrize(("steps", "seconds", "lines"), [(1, 0.0, 20), (5, 0.0, 4), (1, 3600.0, 1), (100, 0.0, 1)])
+def test_a_line_is_due_when_both_steps_and_seconds_have_passed(steps, seconds, lines):
     stream = io.StringIO()
-    bar = ProgressBar(1000, stream=stream, every_seconds=0.0)
-    for _ in range(5):
+    bar = ProgressBar(1000, stream=stream, every_steps=steps, every_seconds=seconds)
+    for _ in range(20):
         bar.update(0.5, 1.0, 0.0)
-    assert len(stream.getvalue().splitlines()) == 5
+    assert len(stream.getvalue().splitlines()) == lines
+
+
+def test_a_line_has_what_is_known_of_the_step():
+    stream = io.StringIO()
+    facts = StepFacts(epoch=1.25, lr=1e-4, memory_gib=41.26, mfu=0.384, stragglers=(0.1, 0.05), seconds_left=7325.0)
+    ProgressBar(1000, stream=stream).update(0.5, 1234.5, 0.02, facts)
+    assert stream.getvalue() == (
+        "step 1/1000, epoch 1.25, LR 1.00e-04, loss 0.5000, 1,234 tokens/s, data wait 2%, GPU memory 41.3 GiB, MFU 38%, "
+        "waiting for the slowest rank 10% (planned 5%), 2:02:05 left\n"
+    )
 
 
 def read_all(main: int) -> str:
@@ -139,7 +150,7 @@ def test_a_lost_output_stream_does_not_end_the_run(loss):
         reader, writer = os.pipe()
         os.close(reader)
         stream = os.fdopen(writer, "w")
-    bar = ProgressBar(100, stream=stream, every_steps=1)
+    bar = ProgressBar(100, stream=stream, every_steps=1, every_seconds=0.0)
     if loss == "closed":
         stream.close()
     elif loss == "gone":

@@ -36,6 +36,7 @@ class Meter:
         self.flops_per_sample, self.peak, self.processes, self.settings = flops_per_sample, peak, processes, settings
         self._plan: EpochPlan | None = None
         self._costs = self._padding = np.zeros((0, 0, 0))
+        self._of_steps = np.zeros(0)
 
     def measure(self, plan: EpochPlan, epoch_step: int, seconds: float) -> dict[str, float]:
         """Return the metrics of a step that took `seconds`.
@@ -43,15 +44,26 @@ class Meter:
         planned_balance is the planned share (0 to 1) of the devices' time in which none waits for another; mfu, where
         the peak is known, is the share of the devices' FLOPs that went into the model.
         """
-        if plan is not self._plan:
-            self._plan = plan
-            self._costs, self._padding = plan_costs(plan, self.settings, self.processes)
+        self._read(plan)
         step = slice(epoch_step, epoch_step + 1)
         metrics = {"planned_balance": balance(self._costs[step], self.settings.barrier, self._padding[step])}
         if self.peak is not None:
             flops = sum(self.flops_per_sample(token_count(bucket)) for bucket in plan.buckets_of_step(epoch_step))
             metrics["mfu"] = flops / (seconds * self.peak * self.processes)
         return metrics
+
+    def costs_of_steps(self, plan: EpochPlan) -> np.ndarray:
+        """Return the planned cost of each step, float64 [steps]: of the most expensive rank between two barriers."""
+        self._read(plan)
+        return self._of_steps
+
+    def _read(self, plan: EpochPlan) -> None:
+        if plan is not self._plan:
+            self._plan = plan
+            self._costs, self._padding = plan_costs(plan, self.settings, self.processes)
+            spent = self._costs + self._padding
+            by_micro = self.settings.barrier == "micro"
+            self._of_steps = spent.max(axis=2).sum(axis=1) if by_micro else spent.sum(axis=1).max(axis=1)
 
 
 def run_meter(

@@ -130,6 +130,31 @@ class _QuietStream:
             return None
 
 
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What else is shown of a step; None = not known.
+
+    Attributes:
+        epoch: epochs done, with fraction.
+        lr: learning rate of the step.
+        memory_gib: peak of the GPU memory of this process.
+        mfu: model FLOPs utilization in [0, 1].
+        stragglers: fraction of the time that ranks wait for the slowest rank, as measured and as planned.
+        seconds_left: until the end of the run; None estimates it from the mean duration of the steps.
+    """
+
+    epoch: float | None = None
+    lr: float | None = None
+    memory_gib: float | None = None
+    mfu: float | None = None
+    stragglers: tuple[float, float] | None = None
+    seconds_left: float | None = None
+
+
+# tqdm's own format without its time left, which follows the mean of all steps and counts validation as steps
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+
+
 class ProgressBar:
     """Progress of the run on stderr: a bar on a terminal, plain lines otherwise (e.g. in a log file).
 
@@ -138,9 +163,8 @@ class ProgressBar:
         initial: number of optimizer steps already done when the run was resumed.
         enabled: False on every process except the main one.
         stream: output stream, stderr by default.
-        every_steps: without a terminal, print a line at least every this many steps.
-        every_seconds: without a terminal, print a line at least every this many seconds (checked at each step). The
-            first and the last step always get a line.
+        every_steps: without a terminal, print a line at most every this many steps,
+        every_seconds: and at most every this many seconds. The first and the last step always get a line.
     """
 
     def __init__(
@@ -150,7 +174,7 @@ class ProgressBar:
         initial: int = 0,
         enabled: bool = True,
         stream: IO[str] | None = None,
-        every_steps: int = 50,
+        every_steps: int = 5,
         every_seconds: float = 30.0,
     ) -> None:
         self.total, self.step, self._initial = total, initial, initial
@@ -160,15 +184,16 @@ class ProgressBar:
         self._line_step = initial
         self._bar = None
         if self._stream.columns():
-            self._bar = tqdm(total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit="step")
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit="step", bar_format=BAR
+            )
 
     def update(
         self,
         loss: float,
         tokens_per_second: float,
         wait_share: float,
-        mfu: float | None = None,
-        stragglers: tuple[float, float] | None = None,
+        facts: StepFacts = StepFacts(),
     ) -> None:
         """Show that one more step is done.
 
@@ -176,26 +201,23 @@ class ProgressBar:
             loss: loss of this step.
             tokens_per_second: smoothed throughput over the global batch.
             wait_share: fraction of the time spent waiting for data, in [0, 1].
-            mfu: model FLOPs utilization in [0, 1], None if the peak FLOPS of the device are not known.
-            stragglers: fraction of the time that ranks wait for the slowest rank, as measured and as planned; None if
-                not measured.
+            facts: what else is known of the step.
         """
         self.step += 1
-        postfix = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, data wait {wait_share:.0%}"
-        if mfu is not None:
-            postfix += f", MFU {mfu:.0%}"
-        if stragglers is not None:
-            postfix += f", waiting for the slowest rank {stragglers[0]:.0%} (planned {stragglers[1]:.0%})"
-        if self._bar is not None:
-            self._bar.set_postfix_str(postfix, refresh=False)
+        now = time.monotonic()
+        parts = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s", f"data wait {wait_share:.0%}"]
+        parts = [*_before(facts), *parts, *_after(facts)]
+        left = facts.seconds_left
+        if left is None:
+            left = (now - self._start) / (self.step - self._initial) * max(self.total - self.step, 0)
+        remaining = f"{tqdm.format_interval(left)} left"
+        if self._bar is not None:  # the time left first: a narrow terminal cuts off the end
+            self._bar.set_postfix_str(", ".join([remaining, *parts]), refresh=False)
             self._bar.update()
             return
-        now = time.monotonic()
-        due = self.step - self._line_step >= self._every_steps or now - self._line_time >= self._every_seconds
+        due = self.step - self._line_step >= self._every_steps and now - self._line_time >= self._every_seconds
         if due or self.step in (self._initial + 1, self.total):
-            done = self.step - self._initial
-            remaining = tqdm.format_interval((now - self._start) / done * max(self.total - self.step, 0))
-            self.note(f"step {self.step}/{self.total}, {postfix}, {remaining} left")
+            self.note(f"step {self.step}/{self.total}, {', '.join(parts)}, {remaining}")
             self._line_step, self._line_time = self.step, now
 
     def note(self, text: str) -> None:
@@ -210,3 +232,20 @@ class ProgressBar:
         """Close the bar; it stays visible in its last state."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _before(facts: StepFacts) -> list[str]:
+    """Return what is shown before the loss of a step."""
+    parts = [] if facts.epoch is None else [f"epoch {facts.epoch:.2f}"]
+    return parts if facts.lr is None else [*parts, f"LR {facts.lr:.2e}"]
+
+
+def _after(facts: StepFacts) -> list[str]:
+    """Return what is shown after the throughput of a step."""
+    parts = [] if facts.memory_gib is None else [f"GPU memory {facts.memory_gib:.1f} GiB"]
+    if facts.mfu is not None:
+        parts.append(f"MFU {facts.mfu:.0%}")
+    if facts.stragglers is not None:
+        measured, planned = facts.stragglers
+        parts.append(f"waiting for the slowest rank {measured:.0%} (planned {planned:.0%})")
+    return parts

@@ -32,6 +32,7 @@ from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import Disk, keep_all_lines
+from videox.estimate.time_left import TimeLeft
 from videox.files import atomic_write
 from videox.lora.adapters import AdaptedTensors, Lora
 from videox.lora.checkpoint import LoraWeights, prepare_lora
@@ -52,7 +53,7 @@ from videox.training.checkpointing import Checkpointer, ExportSettings
 from videox.training.context import Context
 from videox.training.guard import StepGuard
 from videox.training.optimizer import optimizer_factory
-from videox.training.recorder import Instruments, Recorder
+from videox.training.recorder import SAVE, VALIDATION, Instruments, Recorder
 from videox.training.run_memory import RunMemory, launch_of
 from videox.training.sample_requests import ClipDefaults, build_clips, with_flags
 from videox.training.sampling import SampleClip
@@ -263,6 +264,11 @@ def _instruments(
     args: argparse.Namespace, ctx: Context, schedule: Schedule, engine: Engine, profile: ModelProfile, bar: ProgressBar
 ) -> Instruments:
     network = profile.network(half=ctx.accelerator.mixed_precision == "bf16")
+    meter = run_meter(
+        replace(network, frozen=args.lora_rank > 0), peak_tflops=args.peak_tflops, processes=ctx.world_size,
+        settings=schedule.settings, device=ctx.device,
+    )  # fmt: skip
+    every = {VALIDATION: args.validation_steps, SAVE: args.checkpointing_steps}
     return Instruments(
         bar=bar,
         tracker=Tracker(
@@ -273,10 +279,8 @@ def _instruments(
             first_step=schedule.state.step + 1,
             enabled=ctx.is_main,
         ),
-        meter=run_meter(
-            replace(network, frozen=args.lora_rank > 0), peak_tflops=args.peak_tflops, processes=ctx.world_size,
-            settings=schedule.settings, device=ctx.device,
-        ),
+        meter=meter,
+        time_left=TimeLeft(meter, schedule.total, every),
         times=step_times(ctx.accelerator, schedule.settings),
         timer=backward_timer(ctx.accelerator, engine.model), memory=_gpu_memory(args, ctx, schedule, profile),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from videox.run.folder import best_exports, discard, prune
 from videox.tracking.preview import plot_losses
 from videox.training.context import Context
 from videox.training.overfitting import best_of, read_history
-from videox.training.recorder import Recorder
+from videox.training.recorder import SAVE, Recorder
 from videox.weights.format import TRANSFORMER, ExportOptions
 from videox.weights.header import base_model_name, model_metadata
 
@@ -77,7 +77,7 @@ class Checkpointer:
         """
         ctx, step, note = self.ctx, self.state.step, self.recorder.bar.note
         description = {**self.settings.facts, "base_model": base_model_name(self.settings.base_model)}
-        with self.recorder.paused(), memory_phase("a save"):
+        with self.recorder.paused(SAVE), memory_phase("a save"):
             self.recorder.metrics.sync()
             try:
                 with publish_checkpoint(
@@ -155,12 +155,13 @@ class Checkpointer:
         export_weights(self.engine, folder, options, is_main=self.ctx.is_main)
 
     def stopped(self, signal_name: str) -> int:
-        """End a run that was asked to stop and has been saved; return its exit code."""
+        """End a run that was asked to stop and has been saved; plot the losses and return its exit code."""
         self.recorder.close()
         by, step = signal_name or "another process", self.state.step
         line = f"stopped by {by} at step {step}; resume with --resume_from_checkpoint latest"
         self.ctx.run.status.write("stopped", step=step, exit_code=STOPPED, error=line)
         self.recorder.bar.note(line)
+        self._plot()
         return STOPPED
 
     def export_and_finish(self) -> int:
@@ -174,14 +175,22 @@ class Checkpointer:
         if not ctx.gather(exported)[0]:
             with memory_phase("the export"):
                 run_on_all(self._export_final, gather=ctx.gather)
-        if ctx.is_main:
-            plot_losses(*(ctx.output_dir / name for name in ("metrics.jsonl", "validation.jsonl", "losses.png")))
+        self._plot()
         self.recorder.close()
         ctx.run.status.write("finished", step=state.step, exit_code=0)
         lora = self.engine.weight_format.trainable_only
         weights = ctx.output_dir / (f"{STEM}.safetensors" if lora else TRANSFORMER)
         self.recorder.bar.note(f"finished at step {state.step}; trained weights: {weights}")
         return 0
+
+    def _plot(self) -> None:
+        """Write losses.png; the disk's refusal is a warning."""
+        if self.ctx.is_main:
+            names = ("metrics.jsonl", "validation.jsonl", "losses.png")
+            try:
+                plot_losses(*(self.ctx.output_dir / name for name in names))
+            except OSError as why:
+                self.recorder.bar.note(f"warning: losses.png was not written ({why})")
 
     def _export_final(self) -> None:
         self._export(self.ctx.output_dir, only_layouts=False)

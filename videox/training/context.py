@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from videox.distributed.backends import Backend
 from videox.run.lifecycle import Run
+from videox.tracking.report.live import LiveReport
 from videox.training.memory_advice import MemoryAdvice
 
 Gather = Callable[[Any], list[Any]]
@@ -28,6 +29,7 @@ class Context:
         gather: collective that returns the values of all ranks, in their order.
         output_dir: folder of the run.
         memory: the estimated memory of the run, once its plan is made.
+        report: writes report.html.
     """
 
     accelerator: Accelerator
@@ -36,6 +38,7 @@ class Context:
     gather: Gather
     output_dir: Path
     memory: MemoryAdvice = field(default_factory=MemoryAdvice)
+    report: LiveReport = field(default_factory=LiveReport.off)
 
     @property
     def device(self) -> torch.device:

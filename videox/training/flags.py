@@ -30,6 +30,7 @@ from videox.training.validation_flags import add_samples, add_validation
 from videox.weights.layout_tables import KOHYA, LAYOUTS, MERGED
 
 LR_WARMUP_STEPS = 500
+REPORT_SECONDS = 60.0
 EMA_DECAY, EMA_DEVICES = 0.9999, ("accelerator", "cpu")  # the decay is that of diffusers' EMAModel
 EXPORT_DTYPES = ("bf16", "fp16", "fp32")
 EXPORT_TIMES = ("end", "every")
@@ -319,6 +320,10 @@ def add_run(parser: Parser) -> None:
     add("--logging_dir", default="logs", help="folder of the tracker inside output_dir")
     add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb or none")
     add("--tracker_project_name", default="videox", help="name of the run in the tracker")
+    page = (
+        "least seconds between two pages: output_dir/report.html shows the run, its data and its samples (0 = no page)"
+    )
+    add("--report_seconds", type=number(float, 0, 10**6), default=REPORT_SECONDS, help=page)
     save = "steps between checkpoints; the last step is always saved"
     add("--checkpointing_steps", type=COUNT, default=500, help=save)
     add("--checkpoints_total_limit", type=COUNT, help="keep this many newest checkpoints; by default all")

@@ -18,6 +18,7 @@ from videox.distributed.signals import stop_with_launcher
 from videox.run.equal_processes import code_facts, refuse_differences
 from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import open_run
+from videox.tracking.report.live import LiveReport
 from videox.training.args import PATHS
 from videox.training.context import Context
 from videox.training.memory_check import explain_oom
@@ -57,10 +58,17 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
         output_dir, resume=args.resume_from_checkpoint, verify=not args.skip_verify, is_main=is_main, gather=gather
     )
     # The monitor is entered inside the run folder too, so that run_status.json gets the first cause of a failure.
-    with monitor.first_cause(), folder as run, monitor.first_cause():
-        monitor.status = run.status
-        ctx = Context(accelerator, backend, run, gather, output_dir)
-        with explain_oom(ctx.memory):
-            code = train(args, ctx)
-    monitor.leave()
+    report = LiveReport(output_dir, args.report_seconds, enabled=is_main)
+    try:
+        with monitor.first_cause(), folder as run, monitor.first_cause():
+            monitor.status = run.status
+            ctx = Context(accelerator, backend, run, gather, output_dir, report=report)
+            with explain_oom(ctx.memory):
+                code = train(args, ctx)
+        monitor.leave()
+    except KeyboardInterrupt:  # the user wants to leave at once
+        report.finish(wait=0.0)
+        raise
+    finally:  # after the status says how the run ended
+        report.finish()
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +23,14 @@ from videox.engine.base import Update
 from videox.errors import SaveError, UserError
 from videox.estimate.cost_model import StepTimes
 from videox.estimate.mfu import Meter
+from videox.estimate.time_left import TimeLeft
 from videox.files import publish_folder
 from videox.tracking.gpu_memory import GpuMemory
 from videox.tracking.jsonl import append_line
 from videox.tracking.metrics import MetricsLog, StepRecord
 from videox.tracking.pending_step import PendingStep, step_scalars
 from videox.tracking.preview import BatchSample, write_batch
-from videox.tracking.progress import ProgressBar, StepClock
+from videox.tracking.progress import ProgressBar, StepClock, StepFacts
 from videox.tracking.trackers import Tracker
 from videox.training.context import Context
 from videox.training.guard import StepOutcome
@@ -36,6 +38,8 @@ from videox.training.sampling import FinishedClip, SampledClips
 from videox.training.schedule import Schedule
 from videox.training.step import PlannedStep
 from videox.training.validation_loss import ValidationLoss, append_validation, change_since_first
+
+VALIDATION, SAVE = "validation", "save"  # kinds of pauses between steps
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Instruments:
         times: collects step times, from which cost_model.json is fitted.
         timer: measures this rank's own work apart from its waiting for other ranks; None where that is not possible.
         memory: compares the memory in use with the predicted one; None where there is no GPU.
+        time_left: estimates the time until the end of the run.
     """
 
     bar: ProgressBar
@@ -56,6 +61,7 @@ class Instruments:
     meter: Meter
     times: StepTimes
     timer: BackwardTimer | None
+    time_left: TimeLeft
     memory: GpuMemory | None = None
 
 
@@ -74,7 +80,7 @@ class Recorder:
     ) -> None:
         self.ctx, self.state, self.on_outcome = ctx, schedule.state, on_outcome
         self.bar, self.tracker, self.meter = instruments.bar, instruments.tracker, instruments.meter
-        self.times, self.timer = instruments.times, instruments.timer
+        self.times, self.timer, self.time_left = instruments.times, instruments.timer, instruments.time_left
         self.metrics = MetricsLog(ctx.output_dir, enabled=ctx.is_main, after=self.state.step)
         self.clock = StepClock()
         self.fallbacks: Counter[str] = Counter()  # clips that PyAV read in place of decord, by reason
@@ -188,7 +194,19 @@ class Recorder:
         self.metrics.append(record)
         self.tracker.log(record)
         self.ctx.run.status.heartbeat(step.step)
-        self.bar.update(loss, times.smooth_tokens_per_second, times.wait_share, record.measured.get("mfu"), stragglers)
+        if not self.ctx.is_main:
+            return
+        self.time_left.add_step(step.plan, step.epoch_step, times.seconds)
+        facts = StepFacts(
+            epoch=step.plan.epoch + (step.epoch_step + 1) / step.plan.n_steps,
+            lr=step.lr,
+            memory_gib=measured.get("peak_allocated_gib"),
+            mfu=measured.get("mfu"),
+            stragglers=stragglers,
+            seconds_left=self.time_left.estimate(step.step, step.plan, step.epoch_step),
+        )
+        self.bar.update(loss, times.smooth_tokens_per_second, times.wait_share, facts)
+        self.ctx.report.update(facts.seconds_left)
 
     def _measured(self, step: PendingStep, seconds: float) -> dict[str, float]:
         """Return what this rank measured of a step beside its loss: shares, times and memory."""
@@ -201,11 +219,17 @@ class Recorder:
         return measured
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time inside (validation, checkpoint) out of the steps; the last step is recorded before."""
+    def paused(self, kind: str = VALIDATION) -> Iterator[None]:
+        """Leave the time inside out of the steps; the last step is recorded before.
+
+        Args:
+            kind: VALIDATION or SAVE.
+        """
         self.flush()
+        start = time.monotonic()
         with self.clock.paused():
             yield
+        self.time_left.add_pause(kind, self.state.step, time.monotonic() - start)
         self._phases.take()  # of a save or a validation, not of a step
         self._start = DeviceEvent(self.ctx.device)
 

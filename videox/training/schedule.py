@@ -36,7 +36,8 @@ from videox.training.planning import data_location, plan_settings
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
 WITHOUT_NUMBERS = {
-    "output_dir", "logging_dir", "report_to", "tracker_project_name", "resume_from_checkpoint", "verify", "skip_verify", "dump_steps",
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "report_seconds", "resume_from_checkpoint", "verify",
+    "skip_verify", "dump_steps",
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
     "export_layouts", "export_at", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,9 +27,11 @@ from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
 from videox.optim.registry import check_supported, is_class_name
 from videox.run.folder import require_disk_space, rewind
+from videox.tracking.events import append_event
 from videox.tracking.trackers import check_tracker
 from videox.training.args import optimizer_of
 from videox.training.context import Context
+from videox.training.data_record import write_data_report
 from videox.training.flow_shift import FlowShift, with_default_yaml
 from videox.training.gpu_facts import attention_kernel, gpu_name, versions
 from videox.training.notes import notes
@@ -184,6 +188,8 @@ def prepare_folder(
 ) -> None:
     """Move aside what an earlier run wrote after the step to resume from, and write args.json; all ranks call it.
 
+    The launch is recorded in events.jsonl, and report.html begins.
+
     Args:
         resolved: values that follow from the flags, besides the schedule's, for args.json.
         checkpoint_bytes: size of one checkpoint, for which there must be enough free disk space.
@@ -201,7 +207,16 @@ def prepare_folder(
 
     def prepare() -> None:
         require_disk_space(ctx.output_dir, checkpoint_bytes)
-        rewind(ctx.output_dir, state.step)
+        moved = rewind(ctx.output_dir, state.step)
+        changed = changed_flags(ctx.output_dir, vars(args)) if ctx.checkpoint else []
         write_json_atomically(ctx.output_dir / "args.json", {"asked": vars(args), "resolved": values})
+        append_event(
+            ctx.output_dir, "launch", state.step, command=shlex.join(["python", *sys.argv]), script=sys.argv[0],
+            processes=ctx.world_size, backend=ctx.backend.name, device=str(ctx.device), changed=changed,
+            resumed_from=str(ctx.checkpoint) if ctx.checkpoint else None, moved=moved.name if moved else None,
+        )  # fmt: skip
+        if args.report_seconds > 0:
+            write_data_report(ctx.output_dir, schedule)
+        ctx.report.start()
 
     run_on_main(prepare, is_main=ctx.is_main, gather=ctx.gather)
