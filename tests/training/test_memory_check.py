@@ -110,7 +110,7 @@ def test_a_run_that_should_have_fitted_needs_less(
         if phase == "the export":
             assert f"Fix: {OTHERWISE}" in line and "the export is not part of the estimate" in details[1]
         else:
-            assert "of the micro-batch 1 x " in line and "the estimate is too low here" in details[1]
+            assert "of the micro-batch 1 x " in line and "it is too low for this run" in details[1]
 
 
 def test_an_estimate_that_fails_is_named(

@@ -23,6 +23,7 @@ def wait_for(report: LiveReport, seconds: float = 240.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # its process has the lowest priority
 def test_a_page_is_written_by_another_process_and_not_too_often(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", texts=HOSTILE[:1], sample_steps=())
     report = LiveReport(folder, seconds=0.01)

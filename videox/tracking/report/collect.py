@@ -102,8 +102,8 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Return what a run has written into its output_dir so far; no file is necessary, and none is changed."""
     problems: list[str] = []
-    args = _read_object(folder / "args.json", problems)
-    asked, resolved = (mapping(args.get(key)) for key in ("asked", "resolved"))
+    flags = _read_object(folder / "args.json", problems)
+    asked, resolved = (mapping(flags.get(key)) for key in ("asked", "resolved"))
     return RunFiles(
         folder=folder,
         status=read_status(folder),
