@@ -79,6 +79,7 @@ function open(tab, focus, first) {
     if (!on) all("video", panel).forEach(v => v.pause());
   }
   if (focus) tab.focus();
+  if (!first) tab.scrollIntoView({ block: "nearest", inline: "center" });
   const panel = document.getElementById(tab.getAttribute("aria-controls"));
   fillClips(panel);
   if (!first) try { history.replaceState(null, "", "#tab=" + tab.id); } catch (e) { location.hash = "tab=" + tab.id; }

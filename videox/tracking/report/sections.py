@@ -314,7 +314,7 @@ def _events(run: RunFiles) -> Iterator[tuple[float, int, str, str, str]]:
 
 def events_tab(run: RunFiles) -> Markup | None:
     """What happened, newest first."""
-    events = sorted(_events(run), key=lambda event: event[1], reverse=True)
+    events = sorted(_events(run), key=lambda e: (e[1], e[0] if math.isfinite(e[0]) else 0.0), reverse=True)
     if not events:
         return None
     more = (
