@@ -283,7 +283,7 @@ def judged_refusal(refusal: BadMedia, plain: Plain) -> Outcome:
     elif refusal.media_class in ("truncated", "undecodable", "empty"):
         right = fails
     elif refusal.media_class == "no_video_stream":
-        right = plain.kind == ""
+        right = plain.kind == "" or plain.frames == 0
     elif refusal.media_class == "unrecognised":
         right = fails or (plain.kind == "image" and plain.format not in READ_FORMATS) or plain.format in UNREAD_PIPES
     else:

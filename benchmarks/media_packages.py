@@ -34,6 +34,7 @@ LOOKED_AT: dict[str, str] = {
     "images/hopper.Lab.tif": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
     "images/lab": "CIELAB pixels, which Pillow does not convert to RGB; FFmpeg does",
     "heif_truncated/truncated.heic": "its last box lacks a byte; libheif decodes it",
+    "hachoir/tests/files/sample.ts": "its first frame is damaged, as FFmpeg marks it",
     "images/png_decompression_dos.png": "a text of 64 MiB, which Pillow refuses; the pixels are sound",
     "images/unknown_compression_method.png": "a colour profile that cannot be unpacked; the pixels are sound",
 }
