@@ -96,3 +96,24 @@ def test_a_join_in_the_middle_is_found_by_the_damage(tmp_path: Path) -> None:
     assert len(expected) == 80
     for first in (2, 45, 60, 78):
         np.testing.assert_array_equal(read_clip(path, [first, first + 1], HEIGHT, WIDTH), expected[first : first + 2])
+
+
+def test_keyframes_of_an_old_x264_need_its_version_in_the_first_frame(tmp_path: Path) -> None:
+    """FFmpeg decodes 4:4:4 pictures of old versions by other rules, which it knows from the first packet only."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25, options={**H264, "qp": "8"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv444p"
+        for number in range(40):
+            pixels = np.random.default_rng(number).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    assert probe(path).decoding == 0
+    content = path.read_bytes()
+    version = bitstream._X264.search(content)
+    assert version is not None and len(version[1]) == 3
+    path.write_bytes(content.replace(b"x264 - core " + version[1], b"x264 - core 120"))
+    assert_as_decoded(path)
+    assert probe(path).decoding == EARLIER_SETS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ _H264_HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 
 _H264_SLICES = (1, 2, 5)  # NAL unit types whose payload begins with a slice header (H.264, table 7-1)
 _H264_IDR, _H264_SEI, _H264_SPS, _H264_PPS = 5, 6, 7, 8
 _HEVC_SEI = 39  # a message before the picture (H.265, table 7-1)
+# In 4:4:4 pictures, versions of x264 before this one coded some coefficients wrongly. FFmpeg's decoder knows the
+# version from a message that is in the first packet only, and decodes wrongly after a seek.
+_X264, _X264_CORRECT = re.compile(rb"x264 - core (\d+)"), 151
 _ORIENTATION = 47  # payload type of the display orientation in both (H.264 and H.265, annex D)
 _HEVC_CLOSED = (19, 20)  # IDR_W_RADL and IDR_N_LP (H.265, table 7-1): no frame after them refers to one before them
 _HEVC_VCL = range(32)
@@ -73,6 +77,7 @@ class _Sequence(NamedTuple):
     frame_number_bits: int
     frames_only: bool
     separate_planes: bool
+    full_chroma: bool  # 4:4:4
 
 
 class _ParameterSets:
@@ -141,6 +146,8 @@ class H264:
             if identity:
                 self._sets.take(identity, unit)
             turned = turned or (kind == _H264_SEI and _has_orientation(unit[1:]))
+            if kind == _H264_SEI and self._is_old_x264(unit):
+                self._sets.take((_H264_SEI, 0), unit)
             if kind not in _H264_SLICES or len(unit) < 3:
                 continue
             bits = _Bits(_without_emulation(unit[1:33]))
@@ -156,6 +163,11 @@ class H264:
             frames += self._begins_frame(field)
         standalone = self._sets.standalone
         return Content(frames, closed and frames > 0, reordered, standalone=standalone, turned=turned)
+
+    def _is_old_x264(self, message: bytes) -> bool:
+        found = _X264.search(message)
+        full_chroma = any(sequence.full_chroma for sequence in self.sequences.values())
+        return full_chroma and found is not None and int(found[1]) < _X264_CORRECT
 
     def _begins_frame(self, field: tuple[int, bool]) -> bool:
         first = self._first_field
@@ -195,7 +207,7 @@ class H264:
 def _sequence_parameter_set(bits: _Bits) -> tuple[int, _Sequence]:
     profile = bits.u(8)
     bits.u(16)
-    number, separate = bits.ue(), False
+    number, separate, chroma = bits.ue(), False, 1
     if profile in _H264_HIGH_PROFILES:
         chroma = bits.ue()
         separate = chroma == 3 and bool(bits.u(1))
@@ -211,7 +223,7 @@ def _sequence_parameter_set(bits: _Bits) -> tuple[int, _Sequence]:
         for _ in range(min(bits.ue(), 255)):
             bits.ue()
     bits.ue(), bits.u(1), bits.ue(), bits.ue()  # reference frames, gaps, width, height
-    return number, _Sequence(frame_number_bits, bool(bits.u(1)), separate)
+    return number, _Sequence(frame_number_bits, bool(bits.u(1)), separate, chroma == 3)
 
 
 def _skip_scaling_lists(bits: _Bits, lists: int) -> None:
