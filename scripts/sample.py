@@ -82,7 +82,7 @@ from videox.files import unique_path
 from videox.lora.merge import check_base, lora_updates
 from videox.lora.reader import lora_file, lora_names, read_lora
 from videox.models.component import Component, load_checked
-from videox.models.folder import SHIPPED_YAML, read_json
+from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.hub import local_folder
 from videox.models.norm_dtype import keep_norm_dtype
 from videox.run.checkpoint import MANIFEST, latest_checkpoint, read_manifest, verify
