@@ -13,6 +13,7 @@ import pytest
 import runs
 import tiny
 import torch
+from PIL import Image
 
 from videox.data.media.video import probe
 
@@ -29,6 +30,8 @@ def test_both_families_have_both_modes() -> None:
 
 @pytest.mark.parametrize(("family", "mode"), KINDS)
 def test_the_train_script_accepts_the_demos_flags(family: str, mode: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / demo.HELD_OUT_PHOTO)
     command = demo.train_command(family, mode, tmp_path / "model", tmp_path / "data", tmp_path / "run")
     flags = command[command.index(runs.TRAIN_SCRIPTS[family]) + 1 :]
     args = runs.train_script(family).parse_args(flags)
