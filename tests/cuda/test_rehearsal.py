@@ -34,7 +34,7 @@ SHORT = [
     ("hunyuanvideo", "normal", "fsdp2", "plain"),
     ("hunyuanvideo", "i2v", "", "cache"),
 ]
-FAST = SHORT[2:4]  # the others take half a minute each, and more with sample clips
+FAST = SHORT[3:4]  # the others take half a minute each, and more with sample clips
 
 BF16 = "bfloat16 bfloat16 bfloat16"  # of query, key and value
 

@@ -39,7 +39,10 @@ def test_the_stored_shapes_are_those_of_the_transformer(script: ModuleType) -> N
 
 @pytest.mark.parametrize(
     ("family", "model", "size"),
-    [("WAN", "wan2.1-t2v-14b", (17, 480, 832)), ("HUNYUAN", "hunyuanvideo-t2v", (33, 480, 832))],
+    [
+        pytest.param("WAN", "wan2.1-t2v-14b", (17, 480, 832), marks=pytest.mark.slow),
+        ("HUNYUAN", "hunyuanvideo-t2v", (33, 480, 832)),
+    ],
 )
 def test_the_stored_facts_of_a_vae_are_measured_ones(
     family: str, model: str, size: tuple[int, int, int], script: ModuleType

@@ -107,6 +107,7 @@ def test_gradients_of_compiled_kernels_are_close(name: str, keep: str, half: boo
     assert not notes
 
 
+@pytest.mark.slow
 def test_a_graph_is_shared_by_all_blocks() -> None:
     """One size, traced and not compiled to kernels."""
     notes: list[str] = []

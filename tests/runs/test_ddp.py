@@ -22,7 +22,7 @@ from launches import output_of
 
 from videox.data.index.index import DataLocation, build_index
 from videox.run.checkpoint import find_checkpoints, verify
-from videox.training.schedule import index_path
+from videox.training.planning import index_path
 
 STEPS = 8
 FLAGS, DATA, PEER_LOST, BUG, STOPPED = 2, 3, 7, 70, 75
