@@ -89,8 +89,8 @@ times longer, too.
 |---|---|---|---|---|
 {chr(10).join(table)}
 
-Help, wrong flags and recipes are answered before torch is imported. Nearly all of a dry run's time are the imports of torch, transformers
-and diffusers, whose classes the memory of the encoders is computed with.
+Help, wrong flags and recipes are answered before torch is imported. The dry run of a published model imports neither torch nor diffusers
+(config/module_facts.json has what it needs of their classes); of any other model it builds the modules, which takes some seconds more.
 """
 
 

@@ -62,6 +62,11 @@ class Duration:
         return self.epoch * self.epochs + self.encoding * encoded_epochs
 
 
+def rounded_hours(hours: float) -> str:
+    """Return hours in words: three digits, and all of them from 1,000 on."""
+    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration in its natural unit."""
     for limit, unit, name in ((90, 1, "seconds"), (90 * 60, 60, "minutes"), (72 * 3600, 3600, "hours")):
@@ -80,4 +85,4 @@ def format_gpu_time(seconds: float, gpus: int, price: float | None) -> str:
     """
     hours = seconds * gpus / 3600
     cost = "" if price is None else f", {hours * price:,.2f} at {price:g} per GPU hour"
-    return f"{format_duration(seconds)} on {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({hours:,.3g} GPU hours{cost})"
+    return f"{format_duration(seconds)} on {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({rounded_hours(hours)} GPU hours{cost})"

@@ -14,7 +14,7 @@ from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pac
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.estimate.advice import AppliedChange, Proposal
-from videox.estimate.duration import Duration, format_duration, format_gpu_time
+from videox.estimate.duration import Duration, format_duration, format_gpu_time, rounded_hours
 from videox.estimate.flops import Network
 from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup
 from videox.shapes import token_count
@@ -263,7 +263,7 @@ def duration_facts(duration: Duration, steps: int, gpus: int, price: float | Non
         "epoch": f"{format_duration(epoch)}, {steps:,} steps",
         "encoding": f"{format_duration(duration.encoding)}, {'once' if once else 'in each epoch'}",
         "run": f"{format_duration(duration.run())}, {duration.epochs:,.3g} epochs",
-        "GPU hours": f"{hours:,.3g}",
+        "GPU hours": rounded_hours(hours),
     }
     return facts if price is None else {**facts, "price": f"{hours * price:,.2f} at {price:g} per GPU hour"}
 
