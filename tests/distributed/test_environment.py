@@ -45,6 +45,10 @@ def closed_port() -> str:
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE=2", "`unset PMI_SIZE`"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true", "`unset ACCELERATE_USE_MEGATRON_LM`"),
         ({"ACCELERATE_USE_SAGEMAKER": "1"}, "ACCELERATE_USE_SAGEMAKER=1", "`unset ACCELERATE_USE_SAGEMAKER`"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU='maybe'", "`unset ACCELERATE_USE_CPU`"),
+        ({"ACCELERATE_USE_FSDP": ""}, "ACCELERATE_USE_FSDP=''", "`unset ACCELERATE_USE_FSDP`"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS='x'", "`unset ACCELERATE_GRADIENT"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "`unset ACCELERATE_DYNAMO_BACKEND`"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16", "`unset ACCELERATE_MIXED_PRECISION`"),
         ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "ACCELERATE_MIXED_PRECISION=bfloat16", "--mixed_precision=bf16"),
         (
@@ -84,6 +88,7 @@ def test_a_left_over_variable_is_named_with_the_command(variables: dict[str, str
         {**WORLD, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
         {**WORLD, **WRAP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "WanTransformerBlock"},
         {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_MIXED_PRECISION": "bf16"},
+        {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "y", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
     ],
 )
 def test_an_environment_that_works_is_accepted(variables: dict[str, str]) -> None:

@@ -23,6 +23,12 @@ from videox.errors import PeerFailed, UserError
 
 # What every launcher sets for every process that it starts. One that sets fewer is none that torch can work with.
 PROCESS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Variables that accelerate reads as true or false, and the words that it knows.
+SWITCHES = (
+    "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "FORK_LAUNCHED",
+)  # fmt: skip
+SWITCH_VALUES = (*TRUE_VALUES, "y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0")
+ACCUMULATION, DYNAMO = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "GROUP_RANK")
 # torchrun's further variables, named in the command that unsets them all.
 TORCHRUN_VARIABLES = (
@@ -74,6 +80,7 @@ def check_environment(environment: Mapping[str, str], mixed_precision: str | Non
         what, hint = "native Windows is not supported", "run it in WSL2, see README.md, Windows"
         raise UserError("platform", what, hint)
     refuse_invalid_numbers(environment)
+    refuse_invalid_settings(environment)
     refuse_mpi(environment)
     refuse_incomplete(environment)
     refuse_left_over_engine(environment)
@@ -149,6 +156,24 @@ def refuse_invalid_numbers(environment: Mapping[str, str]) -> None:
     world, rank = int(environment.get("WORLD_SIZE") or 1), int(environment.get("RANK") or 0)
     if is_launched(environment) and rank >= max(world, 1):
         raise UserError(f"RANK={rank}", f"does not exist with WORLD_SIZE={world}", unset(environment))
+
+
+def refuse_invalid_settings(environment: Mapping[str, str]) -> None:
+    """Raise UserError for a variable of accelerate that it cannot read, or that would compile the model."""
+    for name in SWITCHES:
+        text = environment.get(name)
+        if text is not None and text.lower() not in SWITCH_VALUES:
+            raise UserError(f"{name}={text!r}", "is neither true nor false", f"`unset {name}`")
+    steps = environment.get(ACCUMULATION, "1")
+    if not steps.isdecimal():
+        what = "is not a number, and --gradient_accumulation_steps is what holds"
+        raise UserError(f"{ACCUMULATION}={steps!r}", what, f"`unset {ACCUMULATION}`")
+    backend = environment.get(DYNAMO, "no")
+    if backend.lower() not in ("", "no"):
+        what = "asks accelerate to compile the model, which this trainer does by --compile"
+        raise UserError(
+            f"{DYNAMO}={backend}", what, f"`unset {DYNAMO}`, or set dynamo_backend to no in `accelerate config`"
+        )
 
 
 def refuse_mpi(environment: Mapping[str, str]) -> None:
