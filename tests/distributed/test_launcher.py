@@ -35,7 +35,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("config", "flags", "message"),
     [
         (EIGHT_GPUS, "", r"default_config\.yaml.*: 8 processes are asked for on this machine, but it has 2 GPUs"),
-        (TWO_MACHINES, "", r"default_config\.yaml.*: 4 processes are asked for on this machine, but it has 2 GPUs"),
+        (TWO_MACHINES, "", r"default_config\.yaml.*: it is for 2 machines, and 4 processes are asked for on this machine"),
         (TWO_MACHINES, "--num_processes=2", r"default_config\.yaml.*: it is for 2 machines, and machine 1 of 2 has not joined"),
         (TWO_MACHINES.replace("127.0.0.1", "null"), "--num_processes 2", "without a valid main_process_ip"),
         (FSDP_YAML, "", r"default_config\.yaml.*: no layer of diffusers' transformers is called WanAttentionBlock"),

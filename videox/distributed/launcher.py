@@ -83,7 +83,7 @@ def check_launch(command: Sequence[str], environment: Mapping[str, str]) -> None
         return
     machines = config.number("num_machines") if "--num_machines" not in options else 1
     if "--num_processes" not in options:
-        refuse_processes(config, config.number("num_processes") // machines, environment)
+        refuse_processes(config, machines, environment)
     if machines > 1:
         meet_machines(config, machines, environment)
 
@@ -93,15 +93,17 @@ def describe(config: AccelerateConfig) -> str:
     return f"{config.path}, accelerate's default configuration"
 
 
-def refuse_processes(config: AccelerateConfig, processes: int, environment: Mapping[str, str]) -> None:
-    """Raise UserError if a configuration asks for more processes on this machine than it has GPUs."""
+def refuse_processes(config: AccelerateConfig, machines: int, environment: Mapping[str, str]) -> None:
+    """Raise UserError if a configuration for so many machines asks for more processes here than there are GPUs."""
+    processes = config.number("num_processes") // machines
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in TRUE_VALUES or config.text("use_cpu") == "True"
     sharded = config.text("distributed_type") in ("DEEPSPEED", "FSDP")  # these also run on CPUs
     count = gpus.visible_gpus(environment)
     if count is None or on_cpu or processes <= max(count, 1) or (count == 0 and sharded):
         return
     error = too_many_processes(describe(config), processes, count)
-    raise UserError(error.where, error.what, f"{error.hint}; or set the file aside: {config.set_aside}")
+    what = f"it is for {machines} machines, and {error.what}" if machines > 1 else error.what
+    raise UserError(error.where, what, f"{error.hint}; or set the file aside: {config.set_aside}")
 
 
 def meet_machines(config: AccelerateConfig, machines: int, environment: Mapping[str, str]) -> None:
