@@ -305,6 +305,7 @@ def main() -> None:
                 continue
             result = start(environment, model, metadata, folder / str(number), asked.limit)
             line = result.line.replace(str(folder / str(number) / "hf_home"), "~/.cache/huggingface")
+            line = line.replace(f"{folder / str(number)}/", "outputs/")
             rows.append(
                 (
                     environment.name,

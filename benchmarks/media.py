@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import av
 import numpy as np
 from machine import machine_line
-from media_packages import CORPORA, LOOKED_AT, obtain
+from media_packages import CORPORA, EXAMPLES, LOOKED_AT, examples, obtain
 from PIL import Image, ImageOps, ImageSequence
 
 from videox.data.media.container import MAX_PIXELS
@@ -401,7 +401,9 @@ Made on {datetime.date.today().isoformat()} by `python benchmarks/media.py --out
 
 ## Files that are refused
 
-{table(("package", "file", "reason"), rows_of(results, ("refused",)))}
+Of each package and reason, the first {EXAMPLES} of them.
+
+{table(("package", "file", "reason"), examples(rows_of(results, ("refused",))))}
 """
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 # (package as pip knows it, version or "", whether its source distribution is taken, which has the tests)
@@ -27,6 +30,7 @@ _VIDEOS = """
 """
 _SOUND = "mp3 wav flac aac m4a m4b opus oga wma aif aiff amr ac3 au caf mid mka"
 SUFFIXES = frozenset(f"{_IMAGES} {_VIDEOS} {_SOUND}".split())
+EXAMPLES = 3  # of the files that are refused, for each package and reason
 # Who is right about files that are different, by a part of "package/file".
 LOOKED_AT: dict[str, str] = {
     "bmp/b/badpalettesize.bmp": "images are read by Pillow, which refuses the stated size of the palette; FFmpeg ignores it",
@@ -103,3 +107,15 @@ def keep(target: Path, name: str, data: bytes) -> None:
         raise ValueError(f"{name} is outside of the package")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+
+
+def examples(rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
+    """Return the first rows of each package and reason."""
+    seen: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for row in rows:
+        key = (str(row[0]), re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "", str(row[2]).partition(";")[0]))
+        seen[key] += 1
+        if seen[key] <= EXAMPLES:
+            kept.append(row)
+    return kept

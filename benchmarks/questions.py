@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -329,7 +329,9 @@ def main() -> int:
         for number, question in enumerate(QUESTIONS, 1):
             if args.only and number not in args.only:
                 continue
-            answer = ask(question, Path(place) / str(number))
+            folder = Path(place) / str(number)
+            answer = ask(question, folder)
+            answer = replace(answer, words=answer.words.replace(f"{folder}/files/", ""))
             rows.append((number, question, answer))
             print(number, "right" if answer.right else "WRONG", question.text, answer.words, sep="\t", flush=True)
             if args.only:

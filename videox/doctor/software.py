@@ -319,7 +319,7 @@ def accelerate(environment: Mapping[str, str]) -> list[Finding]:
         fix = f"pass --num_machines=1 --num_processes=N, or {config.set_aside}"
         findings.append(Finding("accelerate", unasked, NOTE, fix))
     try:
-        refuse_processes(config, config.number("num_processes") // machines, environment)
+        refuse_processes(config, machines, environment)
     except UserError as error:
         findings.append(from_error("accelerate", error))
     try:
