@@ -36,7 +36,7 @@ class Rates:
     Attributes:
         gpu: its data sheet.
         name: of the GPU.
-        peak: bfloat16 FLOPs per second of which the MFU is a share.
+        peak: peak bfloat16 FLOPs per second; the MFU is relative to it.
         matmul: FLOPs per second of matrix products in the compute dtype.
         attention, attention_backward: FLOPs per second of attention's passes.
         memory: bytes per second of the GPU's memory, read and written.
