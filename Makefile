@@ -41,7 +41,7 @@ test: setup  ## run all tests except the slow ones
 	@python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: setup  ## run all tests
-	@python -m pytest -q -n $(WORKERS) --dist loadfile --junitxml outputs/test-all.xml
+	@python -m pytest -q -n $(WORKERS) --dist loadfile --hypothesis-profile random --junitxml outputs/test-all.xml
 
 check: setup  ## check lint, format, types and the repository's structure
 	@ruff check .

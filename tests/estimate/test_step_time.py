@@ -219,14 +219,15 @@ def test_more_work_takes_longer(name: str, gpu: str, tokens: int, samples: int, 
     step, blocks = step_of(name, gpu), range(recomputed)
     found = step.micro_batch(samples, tokens, blocks)
     assert all(part >= 0 for part in found)
-    assert found.total() <= step.micro_batch(samples, tokens + 1, blocks).total()
-    assert found.total() <= step.micro_batch(samples + 1, tokens, blocks).total()
-    assert found.total() <= step.micro_batch(samples, tokens, range(recomputed + 1)).total()
+    rounding = 1 + 1e-12  # of sums in another order: where launches bound the step, more work takes exactly as long
+    assert found.total() <= step.micro_batch(samples, tokens + 1, blocks).total() * rounding
+    assert found.total() <= step.micro_batch(samples + 1, tokens, blocks).total() * rounding
+    assert found.total() <= step.micro_batch(samples, tokens, range(recomputed + 1)).total() * rounding
     for keep in ("self_attention", "attention"):
         kept = step.micro_batch(samples, tokens, blocks, keep).total()
-        assert step.micro_batch(samples, tokens, ()).total() <= kept * (1 + 1e-12)
-        assert kept <= found.total() * (1 + 1e-12)
-    assert replace(step, compiled=True).micro_batch(samples, tokens, blocks).total() <= found.total()
+        assert step.micro_batch(samples, tokens, ()).total() <= kept * rounding
+        assert kept <= found.total() * rounding
+    assert replace(step, compiled=True).micro_batch(samples, tokens, blocks).total() <= found.total() * rounding
     seconds = found.total()
     assert 0 < samples * step.network.forward_backward(tokens) / seconds / step.rates.peak < 0.8
 
