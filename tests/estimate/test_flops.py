@@ -63,7 +63,8 @@ def test_flops_equal_torchs_count(name: str) -> None:
     assert found.forward_backward_polynomial()(tokens) == pytest.approx(found.forward_backward(tokens), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", pytest.param("HunyuanVideo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "HunyuanVideo"])
 def test_frozen_weights_have_no_flops_for_their_gradients(name: str) -> None:
     """Only a bias of the first block is trained: it needs no matrix product itself, but nearly all gradients."""
     config = CONFIGS[name]
@@ -77,6 +78,7 @@ def test_frozen_weights_have_no_flops_for_their_gradients(name: str) -> None:
     assert counted_all < 0.8 * found.forward_backward(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text", "joint"])
 def test_recomputed_flops_equal_torchs_additional_count(name: str) -> None:
     config = SMALL_CONFIGS[name]
@@ -194,7 +196,7 @@ def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool, k
 
 
 @pytest.mark.parametrize("cast", [True, False], ids=["float32 weights", "bf16 weights"])
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-14B", "HunyuanVideo"])
 def test_the_peak_equals_that_of_a_traced_pass_at_published_widths(name: str, share: float, cast: bool) -> None:
     config = {**CONFIGS[name], "num_layers": 2, "num_single_layers": 2}
@@ -207,7 +209,7 @@ def test_the_peak_equals_that_of_a_traced_pass_at_published_widths(name: str, sh
     assert network.peak_bytes(tokens, select_blocks(len(network.blocks), share)) == pytest.approx(most, rel=0.02)
 
 
-@pytest.mark.parametrize("keep", ["attention", "self_attention"])
+@pytest.mark.parametrize("keep", ["attention", pytest.param("self_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-14B", pytest.param("HunyuanVideo", marks=pytest.mark.slow)])
 def test_the_peak_includes_the_kept_outputs_of_attention(name: str, keep: str) -> None:
     config = {**CONFIGS[name], "num_layers": 4, "num_single_layers": 4}

@@ -41,7 +41,7 @@ def test_the_stored_shapes_are_those_of_the_transformer(script: ModuleType) -> N
     ("family", "model", "size"),
     [
         pytest.param("WAN", "wan2.1-t2v-14b", (17, 480, 832), marks=pytest.mark.slow),
-        ("HUNYUAN", "hunyuanvideo-t2v", (33, 480, 832)),
+        pytest.param("HUNYUAN", "hunyuanvideo-t2v", (33, 480, 832), marks=pytest.mark.slow),
     ],
 )
 def test_the_stored_facts_of_a_vae_are_measured_ones(

@@ -283,6 +283,7 @@ def test_a_lora_starts_from_another_with_any_alpha(wan: BackendRuns, tmp_path: P
     assert "cannot be read" in line
 
 
+@pytest.mark.slow
 def test_comfyui_export_has_the_same_update(wan: BackendRuns, tmp_path: Path) -> None:
     outcome = runs.train(wan.flags(tmp_path / "run", export_layouts=["comfyui"], export_dtype="fp32"))
     assert outcome.code == 0, outcome.stderr

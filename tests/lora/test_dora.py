@@ -161,6 +161,7 @@ def check_files(wan: BackendRuns, folder: Path) -> None:
     assert all(torch.allclose(fused[name].double(), expected[name], atol=1e-5) for name in fused)
 
 
+@pytest.mark.slow
 def test_diffusers_and_the_merged_model_equal_the_formula(wan: BackendRuns) -> None:
     check_files(wan, wan.baseline)
     for folder in (wan.baseline / f"checkpoint-{STEPS}", wan.baseline / f"checkpoint-{STEPS}" / "transformer_ema"):

@@ -36,7 +36,12 @@ def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "keep"),
-    [("text", ""), ("image", "attention"), ("joint", ""), ("joint, first frame replaced", "attention")],
+    [
+        ("text", ""),
+        pytest.param("image", "attention", marks=pytest.mark.slow),
+        pytest.param("joint", "", marks=pytest.mark.slow),
+        ("joint, first frame replaced", "attention"),
+    ],
 )
 def test_gradients_are_bit_identical_and_inputs_are_on_the_host(name: str, keep: str) -> None:
     config = SMALL_CONFIGS[name]
@@ -55,6 +60,7 @@ def test_gradients_are_bit_identical_and_inputs_are_on_the_host(name: str, keep:
         assert offload.buffers.free_bytes() == offload.moved_bytes // step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text", "joint"])
 def test_between_the_passes_only_the_last_blocks_input_is_on_the_device(name: str) -> None:
     model: Any = build_transformer(SMALL_CONFIGS[name]).train()

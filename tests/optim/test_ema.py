@@ -168,6 +168,7 @@ def ema_run(wan: BackendRuns) -> runs.Outcome:
     return outcome
 
 
+@pytest.mark.slow
 def test_one_process_averages_its_fp32_params(wan: BackendRuns, ema_run: runs.Outcome) -> None:
     ema_weights = runs.read_weights(wan.model / "transformer")
     for step in range(1, STEPS + 1):

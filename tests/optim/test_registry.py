@@ -295,10 +295,7 @@ def check_resumed(name: str, folder: Path, metadata: Path, model: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("adamw8bit", "came", "adamw_offload") else pytest.param(name, marks=pytest.mark.slow)
-        for name in ALTERNATIVES
-    ],
+    [name if name == "adamw8bit" else pytest.param(name, marks=pytest.mark.slow) for name in ALTERNATIVES],
 )
 def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
     model = tiny.build_wan_t2v(tmp_path / "model", **SIZES)

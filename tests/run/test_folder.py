@@ -497,6 +497,7 @@ def uninterrupted(steps: int) -> list[torch.Tensor]:
     return after
 
 
+@pytest.mark.slow
 def test_forty_kills_at_random_times_lose_nothing(tmp_path):
     """After each SIGKILL the newest checkpoint is sound, exact, and not older than the last one that was reported."""
     uninterrupted(1)  # torch imports many modules at an optimizer's first step: once here, not in each child

@@ -59,6 +59,7 @@ def test_a_damaged_checkpoint_is_named_on_all_ranks_and_an_older_one_is_used(run
     )
 
 
+@pytest.mark.slow
 def test_a_bit_or_the_end_of_any_file_is_missed_by_no_check(run: Path) -> None:
     """Of each file: 30 places with one bit turned, 10 lengths. The manifest is one of the files."""
     sound, random_ = run / "checkpoint-2", random.Random(0)

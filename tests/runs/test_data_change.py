@@ -133,6 +133,7 @@ def test_now_leaves_out_the_rest_of_the_epoch(setup: ChangingRuns, tmp_path: Pat
     assert (data_changes(folder)[-1]["step"], data_changes(folder)[-1]["epoch"]) == (begin, 2)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_needs_now(setup: ChangingRuns, tmp_path: Path) -> None:
     folder = setup.copy(tmp_path / "run")
     shutil.rmtree(folder / "rows")
@@ -144,6 +145,7 @@ def test_a_run_of_an_older_version_needs_now(setup: ChangingRuns, tmp_path: Path
     assert setup.go_on(folder, 2 * EPOCH, accept_data_change="now").code == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_counts_both_data_sets(setup: ChangingRuns, tmp_path: Path) -> None:
     folder = setup.copy(tmp_path / "run")
     epochs = {"max_train_steps": None, "accept_data_change": True}

@@ -107,6 +107,7 @@ def test_a_dry_run_needs_neither_weights_nor_media(setup: PlanSetup) -> None:
         assert word in outcome.stdout
 
 
+@pytest.mark.slow
 def test_absolute_paths_without_a_data_folder_are_planned(setup: PlanSetup, tmp_path: Path) -> None:
     """VideoX-Fun's DATASET_NAME="": the paths of the list say where the files are."""
     listed = tmp_path / "metadata.json"
@@ -163,6 +164,7 @@ def test_only_files_without_sizes_in_the_metadata_are_probed(setup: PlanSetup, t
     assert outcome.code == 0 and "1 files are not described" in outcome.stdout, outcome.stderr
 
 
+@pytest.mark.slow
 def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
     outcome, report = setup.dry_run("tight", DOES_NOT_FIT, gpu_memory=1.0)
     assert "does not fit in 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
@@ -294,6 +296,7 @@ def test_estimated_memory_depends_on_the_backend(setup: PlanSetup) -> None:
     assert three["checkpoint"] < two["checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_lora_and_a_bf16_optimizer_need_less_memory_than_full_training(setup: PlanSetup) -> None:
     full, lora, bf16_optimizer = (
         setup.dry_run(name, mixed_precision="bf16", **flags)[1]
@@ -360,6 +363,7 @@ def test_impossible_launches_are_refused(setup: PlanSetup, tmp_path: Path) -> No
     assert "65537 is outside 1 to 65536" in refused(dry_run_plan=[8, 65537])
 
 
+@pytest.mark.slow
 def test_the_unplanned_balance_needs_a_full_step(setup: PlanSetup) -> None:
     outcome, report = setup.dry_run("few", dry_run_processes=4)
     samples = sum(bucket["rows"] for bucket in report["buckets"])
@@ -383,6 +387,7 @@ def test_a_step_variance_ratio_above_its_bound_is_explained() -> None:
     assert "too few" not in "\n".join(balance_lines(few, replace(settings, balance="strict")))
 
 
+@pytest.mark.slow
 def test_a_cost_filled_step_is_reported_by_its_mean_batch(setup: PlanSetup) -> None:
     fixed, filled = (setup.dry_run(fill, slot_fill=fill) for fill in ("fixed", "cost"))
     for _, report in (fixed, filled):

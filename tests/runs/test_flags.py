@@ -257,6 +257,7 @@ def test_videos_are_repeated_and_images_are_not(cached_run: CachedRuns) -> None:
     assert set(Counter(rows(cached_run(video_repeat=0))).values()) == {1}
 
 
+@pytest.mark.slow
 @covers("caption_dropout")
 def test_dropped_captions_are_trained_as_empty(cached_run: CachedRuns) -> None:
     texts = {row["text"] for row in cached_run.table}
@@ -270,6 +271,7 @@ def test_dropped_captions_are_trained_as_empty(cached_run: CachedRuns) -> None:
     assert 0 < some.dump(1).captions.count("") < len(some.dump(1).captions)
 
 
+@pytest.mark.slow
 @covers("dataloader_num_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_number_of_data_workers(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
@@ -287,6 +289,7 @@ def test_the_number_of_data_workers(cached_run: CachedRuns, monkeypatch: pytest.
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 @covers("video_reader")
 def test_clips_are_read_by_the_selected_reader(cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     read, files = decord_reader.read, []
@@ -308,6 +311,7 @@ def test_clips_are_read_by_the_selected_reader(cached_run: CachedRuns, monkeypat
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
+@pytest.mark.slow
 @covers("image_sample_size", "video_sample_size")
 def test_images_and_clips_have_the_requested_sizes(cached_run: CachedRuns) -> None:
     default = cached_run(**PLAIN_BUCKETS)
@@ -337,6 +341,7 @@ def test_larger_clips_are_shorter_within_the_token_budget(cached_run: CachedRuns
     assert longest(smaller) == {64: 13}  # clips keep the smaller size
 
 
+@pytest.mark.slow
 @covers("video_sample_stride")
 @pytest.mark.parametrize("stride", [1, 3])
 def test_sampled_frames_are_a_stride_apart(cached_run: CachedRuns, stride: int) -> None:
@@ -371,6 +376,7 @@ def test_sampled_frames_follow_the_source_frame_rate(cached_run: CachedRuns) -> 
     assert seen == {24.0, 30.0}  # at 25 fps the short clip has four frames, which becomes one (4k+1)
 
 
+@pytest.mark.slow
 @covers("clips_per_video", "clip_sampling")
 def test_a_long_video_yields_several_clips_per_epoch(cached_run: CachedRuns) -> None:
     lengths = {name: frames for name, _, _, frames, _ in tiny.DATASET}
@@ -419,11 +425,13 @@ def test_the_maximum_number_of_frames(cached_run: CachedRuns) -> None:
     assert max(frames for frames, _, _ in buckets(cached_run(**PLAIN_BUCKETS, video_sample_n_frames=5))) == 5
 
 
+@pytest.mark.slow
 @covers("fix_sample_size")
 def test_a_fixed_sample_size(cached_run: CachedRuns) -> None:
     assert {(h, w) for _, h, w in buckets(cached_run(fix_sample_size=[48, 80]))} == {(48, 80)}
 
 
+@pytest.mark.slow
 @covers("enable_bucket")
 def test_without_buckets_samples_are_squares_of_full_length(cached_run: CachedRuns) -> None:
     outcome = cached_run(**PLAIN_BUCKETS, enable_bucket=None, video_sample_n_frames=9)
@@ -466,6 +474,7 @@ def test_random_ratio_crop_draws_aspect_ratios(cached_run: CachedRuns, tmp_path:
     assert len({h / w for _, h, w in buckets(drawn)}) >= 4
 
 
+@pytest.mark.slow
 @covers("vae_mini_batch")
 @pytest.mark.parametrize(("mini_batch", "calls"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (4, [4]), (32, [4])])
 def test_the_vae_encodes_mini_batches(
@@ -546,6 +555,7 @@ def test_micro_batches_per_step_and_samples_per_micro_batch(cached_run: CachedRu
             assert max(len(runs.read_dump(path).rows) for path in files) == batch
 
 
+@pytest.mark.slow
 @covers("num_train_epochs", "max_train_steps")
 def test_a_run_ends_after_its_epochs_or_its_steps(cached_run: CachedRuns) -> None:
     one, two = cached_run(), cached_run(num_train_epochs=2)
@@ -564,9 +574,9 @@ def test_a_run_ends_after_its_epochs_or_its_steps(cached_run: CachedRuns) -> Non
         ({}, {}),
         ({"learning_rate": 5e-4}, {"learning_rate": 5e-4}),
         ({"adam_beta1": 0.5}, {"betas": (0.5, 0.999)}),
-        ({"adam_beta2": 0.5}, {"betas": (0.9, 0.5)}),
-        ({"adam_weight_decay": 2.0}, {"weight_decay": 2.0}),
-        ({"adam_epsilon": 1e-2}, {"epsilon": 1e-2}),
+        pytest.param({"adam_beta2": 0.5}, {"betas": (0.9, 0.5)}, marks=pytest.mark.slow),
+        pytest.param({"adam_weight_decay": 2.0}, {"weight_decay": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"adam_epsilon": 1e-2}, {"epsilon": 1e-2}, marks=pytest.mark.slow),
         # with a large epsilon AdamW does not undo the clipping
         ({"adam_epsilon": 1e-2, "max_grad_norm": 0.01}, {"epsilon": 1e-2, "limits": [0.01, 0.01]}),
         ({"adam_epsilon": 1e-2, "max_grad_norm": 1e6}, {"epsilon": 1e-2, "limits": [1e6, 1e6]}),
@@ -599,6 +609,7 @@ def test_the_clip_norm_ramps_down_and_shrinks_for_abnormal_norms(cached_run: Cac
         assert (difference <= 1e-6) == equal
 
 
+@pytest.mark.slow
 @covers("lr_scheduler", "lr_warmup_steps", "scale_lr")
 def test_the_learning_rate_is_a_function_of_the_step(cached_run: CachedRuns) -> None:
     four = {**STEPS, "max_train_steps": 4, "dump_steps": None}
@@ -615,6 +626,7 @@ def test_the_learning_rate_is_a_function_of_the_step(cached_run: CachedRuns) -> 
     assert not torch.allclose(one, other, atol=LR / 4)
 
 
+@pytest.mark.slow
 @covers("seed")
 def test_a_seed_determines_the_run_and_is_drawn_if_not_given(cached_run: CachedRuns) -> None:
     def summary(outcome: runs.Outcome) -> list[object]:
@@ -631,6 +643,7 @@ def test_a_seed_determines_the_run_and_is_drawn_if_not_given(cached_run: CachedR
     assert summary(cached_run(STEPS, seed=stored)) == summary(drawn[0])
 
 
+@pytest.mark.slow
 @covers(
     "gradient_checkpointing", "selective_ac", "activation_memory", "gradient_checkpointing_keep", "offload_activations"
 )
@@ -769,6 +782,7 @@ def test_tf32_is_enabled_by_its_flag(cached_run: CachedRuns, monkeypatch: pytest
     assert seen == [(False, True), (True, True)]
 
 
+@pytest.mark.slow
 @covers("deterministic")
 def test_deterministic_algorithms_are_used_by_their_flag(
     cached_run: CachedRuns, monkeypatch: pytest.MonkeyPatch
@@ -963,6 +977,7 @@ def saved_steps(outcome: runs.Outcome) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in outcome.folder.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @covers("checkpointing_steps", "checkpoints_total_limit")
 def test_checkpoints_are_saved_and_pruned_as_requested(cached_run: CachedRuns) -> None:
     five = {**STEPS, "max_train_steps": 5, "dump_steps": None}
@@ -982,6 +997,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cached_run: CachedRuns, tmp_p
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @covers("verify", "skip_verify")
 def test_hashes_are_checked_unless_that_is_skipped(cached_run: CachedRuns, tmp_path: Path) -> None:
     first = cached_run.fresh(**STEPS, output_dir=tmp_path / "out")
@@ -1013,6 +1029,7 @@ def test_other_users_may_read_what_the_umask_lets_them_read(cached_run: CachedRu
         assert path.stat().st_mode & 0o777 == allowed & ~mask, path
 
 
+@pytest.mark.slow
 @covers("export_dtype")
 def test_the_export_has_the_requested_dtype(cached_run: CachedRuns) -> None:
     fp32_params = cached_run(STEPS).weights("checkpoint-2/transformer")

@@ -43,7 +43,7 @@ def small_cases(section: str, *, compiled: bool = False, apart: bool = False) ->
 
 # ----------------------------------------------------------------------------------------------------- measurements
 
-SLOW = {"vae", "flags", "step", "checks"}
+SLOW = {"vae", "flags", "step", "checks", "memory"}
 IN_PROCESS = [
     pytest.param(part, marks=pytest.mark.slow if part in SLOW else ()) for part in command.PARTS if part != "smoke"
 ]

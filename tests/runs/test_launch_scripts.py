@@ -215,6 +215,7 @@ def join() -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_join_is_named(tmp_path: Path) -> None:
     # without a launcher that hosts the store; torch would wait for an hour
     port = str(free_port())

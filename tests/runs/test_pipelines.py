@@ -626,7 +626,15 @@ def largest_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.T
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("captions", [[LONG], [""], [LONG, SHORT, ""], [SHORT, SHORT, SHORT]])
+@pytest.mark.parametrize(
+    "captions",
+    [
+        pytest.param([LONG], marks=pytest.mark.slow),
+        pytest.param([""], marks=pytest.mark.slow),
+        [LONG, SHORT, ""],
+        pytest.param([SHORT] * 3, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["hunyuan", *IMAGE_TO_VIDEO])
 def test_trimmed_text_equals_masked_text(
     name: str,

@@ -75,6 +75,7 @@ def test_the_figures_are_those_of_a_fresh_dry_run(family: str, name: str, recipe
         assert round(report["host"] / 1e9) == int(row[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_recipe_trains_a_small_model(family: str, name: str, tmp_path: Path) -> None:
     model, data = tmp_path / "model", tmp_path / "data"

@@ -182,6 +182,7 @@ def test_resuming_a_finished_run_adds_nothing(setup: ResumeRuns, tmp_path: Path)
         assert setup.differences(folder) == []
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(setup: ResumeRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert setup.run(folder, max_train_steps=6).code == 0

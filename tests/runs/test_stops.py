@@ -165,7 +165,7 @@ def send_to_trainer(number: int) -> Callable[[forkserver.TrainerProcess], None]:
     [
         # a terminal and a batch system signal the data loader workers too; `kill` does not
         pytest.param("SIGINT", send_to_all(signal.SIGINT), 2, id="Ctrl-C"),
-        pytest.param("SIGTERM", send_to_all(signal.SIGTERM), 2, id="TERM-to-all"),
+        pytest.param("SIGTERM", send_to_all(signal.SIGTERM), 2, id="TERM-to-all", marks=pytest.mark.slow),
         pytest.param("SIGTERM", send_to_trainer(signal.SIGTERM), 2, id="TERM", marks=pytest.mark.slow),
         pytest.param("SIGUSR1", send_to_trainer(signal.SIGUSR1), 0, id="USR1", marks=pytest.mark.slow),
         pytest.param("SIGUSR1", send_to_all(signal.SIGUSR1), 2, id="USR1-to-all", marks=pytest.mark.slow),

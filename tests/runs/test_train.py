@@ -164,6 +164,7 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> torch.Tensor
     return scaled[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 def test_dumped_pixels_are_the_frames_of_the_dumped_indices(stepped: runs.Outcome, metadata: Path) -> None:
     table = json.loads(metadata.read_text(encoding="utf-8"))
     kinds = Counter()
@@ -367,7 +368,7 @@ def mixed_data(folder: Path) -> Path:
     return metadata
 
 
-@pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
+@pytest.mark.parametrize("slot_fill", [pytest.param("fixed", marks=pytest.mark.slow), "cost"])
 def test_an_epoch_trains_each_row_once_and_reports_the_rest(model: Path, tmp_path: Path, slot_fill: str) -> None:
     metadata = mixed_data(tmp_path / "data")
     argv = runs.wan_flags(
@@ -390,6 +391,7 @@ def test_an_epoch_trains_each_row_once_and_reports_the_rest(model: Path, tmp_pat
 SMALL_STEPS = {**FLOAT32, "tokenizer_max_length": 16}
 
 
+@pytest.mark.slow
 def test_validation_is_bit_identical_while_the_lr_is_zero(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"learning_rate": 0, "validation_rows": 2, "validation_steps": 2, "num_train_epochs": 2}
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **settings))
@@ -490,6 +492,7 @@ def test_sample_clips_have_the_frame_rate_of_the_data(model: Path, tmp_path: Pat
                 assert shape in [bucket for record in outcome.metrics for bucket in record["buckets"]]
 
 
+@pytest.mark.slow
 def test_sample_clips_have_their_own_settings_and_interval(model: Path, metadata: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
@@ -716,6 +719,7 @@ def test_too_many_bad_rows_end_the_run(
         assert outcome.status["state"] == "failed" and outcome.status["error"] == last
 
 
+@pytest.mark.slow
 def test_steps_of_only_bad_samples_are_skipped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten bad rows are always allowed, also in consecutive steps."""
     media = [(f"{number}.png", 64, 64, 0, 0.0) for number in range(12)]

@@ -171,7 +171,7 @@ def test_a_configuration_of_one_plain_folder_shares_its_index(tmp_path: Path) ->
 # -------------------------------------------------------------------------------------------------------------- plans
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("repeats", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_folder_described_in_seven_ways_has_one_plan(tmp_path: Path, repeats: int) -> None:
     clips = make_clips(tmp_path / "clips")
     ways = configurations(tmp_path, clips, repeats)

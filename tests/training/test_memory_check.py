@@ -46,7 +46,7 @@ PLACES = (
     Place(Checkpointer, "_export_final", "the export"),
 )  # fmt: skip
 BATCH: Any = {"bucket": Bucket(5, 32, 48), "rows": [0, 1]}
-ALSO_IN_TEST = ("the VAE", "validation", "a save")
+ALSO_IN_TEST = ("the VAE",)
 
 
 @pytest.fixture(scope="module")

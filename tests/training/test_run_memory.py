@@ -256,6 +256,7 @@ def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tm
     assert tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", ["17", "33", "41"])
 def test_the_memory_of_a_vae_that_encodes_in_parts_is_that_of_the_whole_clip(frames: str, tmp_path: Path) -> None:
     run = run_memory(tmp_path, *SMALL_CLIPS[:-7], frames, *SMALL_CLIPS[-6:], "--video_sample_stride", "1")

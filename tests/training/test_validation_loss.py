@@ -317,7 +317,12 @@ class FailsInTheMiddle:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), TypeError("a kernel"), OSError("gone")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        pytest.param(TypeError("a kernel"), marks=pytest.mark.slow),
+        pytest.param(OSError("gone"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_failed_sample_is_a_warning_and_the_others_are_written(pipeline, tmp_path, error):
     handle = pipeline.transformer.register_forward_hook(FailsInTheMiddle(3, error))

@@ -244,6 +244,7 @@ def metrics_of(settings: PlanSettings, world_size: int) -> tuple[float, float]:
     return balance_and_variance_ratio(plan_epoch(MANY, settings, 0), settings, world_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", BARRIERS)
 @pytest.mark.parametrize("slot_fill", ["fixed", "cost"])
 @pytest.mark.parametrize("accumulation", [1, 4])
