@@ -69,10 +69,10 @@ def encode_clip(
         module = vae_class(**config).to(dtype)
         pixels = torch.rand(1, 3, *bucket, dtype=dtype) * 2 - 1
     if how == "channels_last_3d":
-        module, pixels = (
-            module.to(memory_format=torch.channels_last_3d),
-            pixels.to(memory_format=torch.channels_last_3d),
-        )
+        pixels = pixels.to(memory_format=torch.channels_last_3d)
+        for weight in module.parameters():
+            if weight.ndim == 5:  # the Wan VAE has two-dimensional convolutions too, whose weights have no such format
+                weight.data = weight.data.to(memory_format=torch.channels_last_3d)
     run = partial(encode_moments, OffloadedModule(module, device, offload=False), pixels, mini_batch=1)
     with convolutions(how):
         return {"ms": timed(run, device, seconds) * 1e3, "peak GiB": peak_of(run, device)}
