@@ -3,8 +3,9 @@
 Norms, modulation, rotary embedding, activation functions, residuals and casts are limited by the memory of a GPU.
 Counted are the operators of diffusers' eager blocks under CUDA's autocast to bfloat16, for one sample: each reads its
 inputs and writes its output, 2 bytes a number in bfloat16 and 4 in float32. Casts of weights are not included, nor the
-angles of the rotary embedding, which all heads share. In float32 the casts are missing and other operators move more;
-the same counts are used.
+angles of the rotary embedding, which all heads share. A test counts the operators on a GPU without memory: the bytes
+of the forward pass agree within 1 %, those of the backward pass within 5 %, because slices are put together there. In
+float32 the casts are missing and other operators move more; the same counts are used.
 
 Fused are the operators between two matrix products, which --compile makes one kernel: it reads its inputs, and writes
 its output and what is saved for the other pass, once. That is the most that compilation can give.
