@@ -17,8 +17,8 @@ from torch._dynamo.utils import counters
 
 from videox.models.activation_checkpoint import checkpoint_blocks
 from videox.models.activation_offload import HostOffload
-from videox.models.recompute import Recompute
 from videox.models.compiled_blocks import compile_blocks
+from videox.models.recompute import Recompute
 
 CONFIGS = [(shape_config, "use_duck_shape"), (dynamo_config, "recompile_limit"), (dynamo_config, "optimize_ddp"),
            (functorch_config, "force_non_lazy_backward_lowering")]  # fmt: skip
@@ -84,6 +84,17 @@ def test_thirty_sizes_need_no_graph_after_the_second_one(name: str, keep: str) -
             after_two = counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == after_two <= MOST_GRAPHS[name]
     assert not counters["graph_break"] and not notes
+
+
+@pytest.mark.slow
+def test_images_and_clips_share_a_graph() -> None:
+    """Clips come first, so that an image is the first sample with a dimension of one frame."""
+    notes: list[str] = []
+    plain, compiled = pair("text", "aot_eager", notes)
+    for side, frames, text in ((4, 2, 5), (6, 3, 7), (8, 1, 9), (4, 1, 6)):
+        given, _ = model_inputs(SMALL_CONFIGS["text"], text, side, frames)
+        assert difference(gradients(compiled, given), gradients(plain, given)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1 and not notes
 
 
 @pytest.mark.slow

@@ -15,7 +15,16 @@ from videox.models.component import CLASS_NAMES
 from videox.models.config_values import value_fault
 
 EVIL = [None, -1, 2**31, 1e308, "text", [], {}, [1, "2"], True, float("nan"), "x" * 10_000]
-NOT_JSON = ["", "[", "null", "3", '"x"', "[1]", "[" * 100_000 + "]" * 100_000, '{"a":' + "[" * 5_000 + "]" * 5_000 + "}"]
+NOT_JSON = [
+    "",
+    "[",
+    "null",
+    "3",
+    '"x"',
+    "[1]",
+    "[" * 100_000 + "]" * 100_000,
+    '{"a":' + "[" * 5_000 + "]" * 5_000 + "}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("wan", {"num_layers": 2**31}, "num_layers is 2147483648, expected a whole number from 0 to 10,000,000"),
         ("wan", {"in_channels": []}, "in_channels is [], expected a whole number from 0 to 10,000,000"),
-        ("wan", {"patch_size": [1, 2.5, 2]}, "patch_size is [1, 2.5, 2], expected a list of a whole number from 0 to 10,000,000"),
+        (
+            "wan",
+            {"patch_size": [1, 2.5, 2]},
+            "patch_size is [1, 2.5, 2], expected a list of a whole number from 0 to 10,000,000",
+        ),
         ("wan", {"eps": float("nan")}, "eps is nan, expected a number"),
         ("wan", {"image_dim": "1280"}, "image_dim is '1280', expected a whole number from 0 to 10,000,000 or null"),
         ("wan_vae", {"is_residual": "no"}, "is_residual is 'no', expected true or false"),
@@ -41,7 +54,9 @@ def test_the_first_value_of_another_type_is_named(kind: str, changes: dict[str, 
 
 
 def test_the_values_of_the_published_models_fit() -> None:
-    configs = [json.loads(path.read_text(encoding="utf-8")) for path in (tiny.ROOT / "config" / "models").rglob("*.json")]
+    configs = [
+        json.loads(path.read_text(encoding="utf-8")) for path in (tiny.ROOT / "config" / "models").rglob("*.json")
+    ]
     named = [part for config in configs for part in config["components"].values()]
     known = [part for part in named if part.get("_class_name") in CLASS_NAMES.values()]
     assert len(known) == 5

@@ -1,6 +1,6 @@
 """Tests of videox.models.norm_dtype: queries and keys reach attention in the compute dtype on a GPU.
 
-Tensors of the GPU are fake: they have its dtypes and no values. The rules of CUDA's autocast are those of torch itself.
+Tensors of the GPU are fake: they have its dtypes and no values. The rules of CUDA's autocast are those of torch.
 """
 
 from __future__ import annotations

@@ -38,7 +38,10 @@ def keep_policy(keep: str, *details: Any, **settings: Any) -> CheckpointPolicy: 
     _, operator, *inputs = details
     if not is_attention_forward(operator.name()):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    query, key = (inputs[position] if len(inputs) > position else settings[name] for position, name in enumerate(("query", "key")))
+    query, key = (
+        inputs[position] if len(inputs) > position else settings[name]
+        for position, name in enumerate(("query", "key"))
+    )
     if keep == "self_attention" and query.shape != key.shape:
         return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE
@@ -59,7 +62,7 @@ def checkpoint_blocks(
     choose: Callable[[int, int], Recompute],
     offload: HostOffload | None = None,
 ) -> None:
-    """Make a diffusers model recompute its repeated blocks as chosen for each micro-batch. Gradients stay bit-identical.
+    """Make a diffusers model recompute its blocks as chosen for each micro-batch. Gradients stay bit-identical.
 
     Args:
         model: a diffusers model with enable_gradient_checkpointing, whose blocks take the latents' tokens [B, S, D] as

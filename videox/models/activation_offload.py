@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from videox.models.recompute import COPIES_ON_DEVICE
-
 
 class HostBuffers:
     """Host memory that is used again: as many buffers as inputs are on the host at the same time.
@@ -74,8 +72,8 @@ class _View:
 class HostOffload:
     """Moves the first inputs of checkpointed blocks to the host until the backward pass.
 
-    The values come back bit-identical, with the same strides. Copies of both directions run in one stream, in the order
-    in which they are queued, so that a buffer is read before it is written again.
+    The values come back bit-identical, with the same strides. Copies of both directions run in one stream, in the
+    order in which they are queued, so that a buffer is read before it is written again.
 
     Args:
         device: of the activations.

@@ -16,7 +16,9 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch.fx.experimental._config as shape_config
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from videox.models.activation_checkpoint import checkpoint_settings
@@ -81,6 +83,7 @@ class CompiledForward:
 
     def __call__(self, *inputs: Any) -> Any:  # noqa: ANN401 - of a block
         """Run the block."""
+        inputs = tree_map(_without_base, inputs)
         keep = self._keep
         if keep not in self._plain:
             self._plain[keep] = partial(checkpoint, self._plain[""], **checkpoint_settings(keep))
@@ -106,11 +109,20 @@ class CompiledForward:
             result = self._compiled[keep](*inputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as why:
+        except Exception as why:  # noqa: BLE001 - as above
             self._compilation.fail(why)
             return self._plain[keep](*inputs)
         self._compilation.proven.add((self._block_class, keep))
         return result
+
+
+def _without_base(value: Any) -> Any:  # noqa: ANN401 - an input of a block
+    """Return a tensor that needs no gradient as one that is no view, with the same memory; anything else as it is.
+
+    A graph holds for the sizes of an input's base, too. The angles of Wan's rotary embedding are a view of a tensor by
+    frames, rows and columns, so that clips and images (one frame) would have a graph each.
+    """
+    return value.data if isinstance(value, Tensor) and value._is_view() and not value.requires_grad else value
 
 
 def compile_blocks(blocks: Sequence[torch.nn.Module], note: Callable[[str], None], backend: str = "inductor") -> None:

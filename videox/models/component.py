@@ -19,7 +19,7 @@ from videox.models import infer_config
 from videox.models.config_files import read_json, read_yaml
 from videox.models.config_values import value_fault
 from videox.models.configured import Component
-from videox.models.downloads import check_weights_file, check_weight_set
+from videox.models.downloads import check_weight_set, check_weights_file
 from videox.models.folder import (
     CONFIG_NAMES,
     DOWNLOAD_AGAIN,

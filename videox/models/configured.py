@@ -27,7 +27,7 @@ class Component:
 
     def source(self) -> TensorSource:
         """Return the tensors by diffusers' names, memory-mapped, for reading slices. Raises UserError (MODEL)."""
-        from videox.weights.safetensors_io import StoredTensors  # imported where weights are read, because it loads torch
+        from videox.weights.safetensors_io import StoredTensors  # here, because it loads torch
 
         return StoredTensors(self.path) if self.tensors is None else self.tensors
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
-from videox.models.config_files import download_again, read_json
+from videox.models.config_files import read_json
 from videox.models.downloads import check_component_files, check_weight_set, download_command, repository_of
 from videox.weights.lazy_tensor import read_header
 from videox.weights.safetensors_io import WEIGHTS, write_index
@@ -101,7 +101,7 @@ def _other_folder(root: Path, pipelines: Sequence[str]) -> tuple[str, str]:
 
 
 def _is_hunyuan_15(root: Path) -> bool:
-    """Return whether a folder is HunyuanVideo-1.5, as a whole or its transformer, in diffusers' or Tencent's layout."""
+    """Return whether a folder is HunyuanVideo-1.5, whole or its transformer, in diffusers' or Tencent's layout."""
     for path in (root / "model_index.json", root / "config.json", *sorted(root.glob("transformer/*/config.json"))):
         try:
             name = str(json.loads(path.read_bytes()).get("_class_name"))

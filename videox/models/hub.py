@@ -86,8 +86,8 @@ def snapshot_folder(path: Path, flag: str) -> Path:
             raise UserError(flag, what, download_hint(folder), MODEL)
         what = f"{path} is a model's folder in the Hub's cache with {len(chosen)} snapshots, none is that of refs/main"
         raise UserError(flag, what, f"pass one of them: {join_first([str(entry) for entry in chosen])}", MODEL)
-    for cache in (folder, folder / "hub"):
-        models = sorted(cache.glob("models--*")) if cache.is_dir() else []
+    for parent in (folder, folder / "hub"):
+        models = sorted(parent.glob("models--*")) if parent.is_dir() else []
         if models:
             what = f"{path} is a cache of the Hub with {len(models)} models"
             raise UserError(flag, what, f"pass one of them: {join_first([str(model) for model in models])}", MODEL)

@@ -13,8 +13,8 @@ class Recompute:
 
     Attributes:
         share: share of the blocks that are checkpointed, 0 to 1: they save their inputs alone.
-        keep: "" recomputes all of a checkpointed block; "attention" keeps the outputs of its attention; "self_attention"
-            keeps those whose keys are as many as the queries, and not those of cross-attention.
+        keep: "" recomputes all of a checkpointed block; "attention" keeps the outputs of its attention;
+            "self_attention" keeps those whose keys are as many as the queries, and not those of cross-attention.
     """
 
     share: float = 0.0
