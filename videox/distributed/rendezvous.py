@@ -236,4 +236,6 @@ def main(environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    code = main(os.environ)
+    sys.stderr.flush()
+    os._exit(code)  # a thread that still waits in torch (_call_with_timeout) would abort the interpreter at its exit
