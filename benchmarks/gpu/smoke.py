@@ -82,6 +82,9 @@ def train(scale: Scale, family: str, flags: str, device: torch.device) -> Values
     del device
     run = WORKSPACE.train(scale, family, [*flags.split(), *LORA.get(family, ())])
     run.remove()
+    refused = [line for line in run.output.splitlines() if "cannot be compiled" in line]
+    if refused:  # it trained as without the flag
+        raise RuntimeError(refused[0])
     return run.values()
 
 

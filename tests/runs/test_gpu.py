@@ -94,6 +94,7 @@ def test_checks_by_the_train_scripts_pass() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 11 or 12 runs; compilation alone takes minutes on a busy machine
 @pytest.mark.parametrize("family", smoke.FAMILIES)
 def test_a_family_trains_end_to_end_with_every_flag(family: str) -> None:
     found = results.Results(None, MACHINE, small=True)
