@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,12 @@ def test_our_own_yaml(tmp_path: Path) -> None:
         ("a.json", "{", "not valid JSON"),
         ("a.json", "5", "is not a dataset configuration"),
         ("a.txt", "", "unknown suffix '.txt'"),
+        ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nclass_tokens = 'cat'", "key image_dir: is missing"),
+        ("a.toml", "[[directory]]\nnum_repeats = 2", "key path: is missing"),
+        ("a.json", '[{"id": "x", "caption_strategy": "textfile"}]', "key instance_data_dir: is missing"),
+        ("a.yaml", "datasets: [{folder_path: clips}, {caption_ext: txt}]", "key folder_path: is missing"),
+        ("a.toml", "[[datasets]]\nvideo_directory = 'D:\\clips'", "a path on a drive of Windows"),
+        ("a.toml", '[[datasets]]\nvideo_directory = "my\\clips"', "write / in place of"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -246,6 +253,15 @@ def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) 
     with pytest.raises(UserError) as error:
         read_config(tmp_path / name)
     assert message in str(error.value) and name in error.value.where
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_configurations_written_on_windows_are_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "my/clips").mkdir(parents=True)
+    text = "[[datasets]]\r\nvideo_directory = 'my\\clips'\r\n"
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "dataset.toml").write_bytes(mark + text.encode(encoding))
+    assert [source.data_dir for source in read_config(tmp_path / "dataset.toml").sources] == [tmp_path / "my/clips"]
 
 
 def test_captions_in_one_file_are_refused(tmp_path: Path) -> None:

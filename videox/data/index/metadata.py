@@ -30,7 +30,7 @@ ROW_PROBLEMS = {
 }
 # What tables and lists contain where a number or a type is not given, besides nothing at all.
 _NOT_GIVEN = {"", "nan", "none", "null", "<na>"}
-_DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)
+WINDOWS_DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)
 MAX_WEIGHT = 10_000
 _MAX_INT = 2**31 - 1  # sizes and frame counts are stored in 32 bits
 # What FFmpeg interprets as a protocol instead of a file name. "-" means stdin; "-abc.mp4" is an ordinary file name.
@@ -160,7 +160,7 @@ def _use_slashes(paths: list[Any], data_dir: Path, source: Path) -> str | None:
     changed = []
     for row in rows:
         name = paths[row]
-        if _DRIVE.match(name):
+        if WINDOWS_DRIVE.match(name):
             what = f"{name!r} is a path on a drive of Windows"
             raise_row_error(source, row, "file_path", what, "make the paths relative to --train_data_dir")
         if "\\" in name and "\0" not in name and not os.path.lexists(os.path.join(data_dir, name)):  # noqa: PTH118

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from videox.data.index.formats import encoding_of, read_bytes
 from videox.data.index.importers import ai_toolkit, diffusion_pipe, kohya, musubi, own, simpletuner
 from videox.data.index.importers.entry import Imported
 from videox.errors import DATA, UserError
@@ -38,11 +39,11 @@ def read_config(path: Path) -> Imported:
 
 
 def _parse(path: Path) -> Any:  # noqa: ANN401 - any value of a configuration file
+    content = read_bytes(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(str(path), f"cannot be read ({reason})", "pass a dataset configuration") from error
+        text = content.decode(encoding_of(content)).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(str(path), f"is not text ({error})", "save the file as UTF-8", DATA) from error
     suffix = path.suffix.lower()
     try:
         if suffix == ".toml":
@@ -51,7 +52,10 @@ def _parse(path: Path) -> Any:  # noqa: ANN401 - any value of a configuration fi
             return json.loads(text)
     except ValueError as error:
         what = f"not valid {suffix[1:].upper()} ({error})"
-        raise UserError(str(path), what, "correct the file at this position", DATA) from error
+        hint = "correct the file at this position"
+        if "\\" in text:
+            hint += "; in a path, write / in place of \\"
+        raise UserError(str(path), what, hint, DATA) from error
     if suffix in (".yaml", ".yml"):
         return _parse_yaml(text, path)
     raise UserError(str(path), f"unknown suffix {suffix!r}", f"use a file of one of these: {FORMATS}")

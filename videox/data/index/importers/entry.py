@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from videox.data.index.metadata import WINDOWS_DRIVE
 from videox.data.index.sources import Source
 from videox.errors import DATA, UserError
 
@@ -99,14 +100,19 @@ class Entry:
         return value
 
     def path(self, key: str, folders: Sequence[Path]) -> Path:
-        """Return an existing file or folder.
+        """Return an existing file or folder; backslashes, as Windows writes them, are read as slashes.
 
         Args:
             key: whose value is its path.
             folders: that a relative path may be relative to, the first one that has it is used.
         """
-        given = Path(self.text(key)).expanduser()
-        candidates = [folder / given for folder in folders]
+        text = self.text(key)
+        if not text:
+            self.fail(key, "is missing", "add the path of the folder or list")  # "" would be the working directory
+        if WINDOWS_DRIVE.match(text):
+            self.fail(key, f"{text!r} is a path on a drive of Windows", "write the path that it has on this machine")
+        given = [Path(form).expanduser() for form in dict.fromkeys((text, text.replace("\\", "/")))]
+        candidates = [folder / path for path in given for folder in folders]
         # os.path.exists is also False for a name that is too long.
         found = next((path for path in candidates if os.path.exists(path)), None)  # noqa: PTH110
         if found is None:
