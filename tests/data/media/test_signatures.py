@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import pickle
 import subprocess
 import tarfile
 import wave
@@ -14,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import safetensors.numpy
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
@@ -110,6 +112,15 @@ NO_MEDIA: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "aac": (lambda: sound("adts", "aac"), "no_video_stream", "audio only (AAC)"),
     "m4a": (lambda: sound("mp4", "aac"), "no_video_stream", "audio only: 1 audio stream"),
     "mka": (lambda: sound("matroska", "aac"), "no_video_stream", "audio only: 1 audio stream"),
+    "AppleDouble": (lambda: b"\0\5\x16\7\0\2\0\0Mac OS X        ", "unrecognised", "what macOS stores beside a file"),
+    "folder of macOS": (lambda: b"\0\0\0\1Bud1\0\0", "unrecognised", "a .DS_Store of macOS"),
+    "shortcut": (lambda: b"L\0\0\0\1\x14\2\0\0\0\0\0\xc0", "unrecognised", "a Windows shortcut"),
+    "safetensors": (lambda: safetensors.numpy.save({"a": np.zeros(2, np.float32)}), "unrecognised", "tensors (safetensors)"),
+    "pickle": (lambda: pickle.dumps({"a": 1}), "unrecognised", "a Python pickle"),
+    "xcf": (lambda: b"gimp xcf v011\0\0\0", "unrecognised", "a GIMP image"),
+    "bink": (lambda: b"BIKi\x99\0\0\0", "unrecognised", "a Bink video"),
+    "red": (lambda: b"\0\0\1\x20RED2\0\7\0\0", "unrecognised", "a RED raw video"),
+    "pgs": (lambda: b"PG" + bytes(8) + b"\x16\0\x13" + bytes(19), "unrecognised", "subtitles (PGS)"),
     "unknown": (lambda: b"\x01\x02\x03\x04\xff\xfe\xfd\xfc" * 9, "unrecognised", "begins with 01 02 03 04 ff fe fd fc"),
 }  # fmt: skip
 
@@ -245,3 +256,25 @@ def test_a_stream_whose_only_keyframe_is_cut_is_refused_before_the_run(tmp_path:
     with pytest.raises(BadMedia) as refused:
         probe(cut)
     assert refused.value.media_class == "undecodable"
+
+
+def test_an_encrypted_video_is_refused_as_such(tmp_path: Path) -> None:
+    keys = (
+        "-encryption_key",
+        "76a6c65c5ea762046bd749a2e632ccbb",
+        "-encryption_kid",
+        "a7e61c373e219033c21091fa607bf3b8",
+    )
+    ffmpeg(*SOURCE, "-c:v", "libx264", "-encryption_scheme", "cenc-aes-ctr", *keys, str(tmp_path / "a.mp4"))
+    with pytest.raises(BadMedia, match=r"undecodable: it is encrypted \(DRM\)"):
+        probe(tmp_path / "a.mp4")
+
+
+def test_a_sequence_of_heif_pictures_is_a_video(tmp_path: Path) -> None:
+    plain, sequence = tmp_path / "a.mp4", tmp_path / "a.heics"
+    ffmpeg(*SOURCE, "-c:v", "libx265", "-x265-params", "log-level=none", "-tag:v", "hvc1", str(plain))
+    content = plain.read_bytes()
+    brands = b"msf1" + content[12:16] + b"msf1hevciso8mp41"[: int.from_bytes(content[:4]) - 16]
+    sequence.write_bytes(content[:8] + brands + content[int.from_bytes(content[:4]) :])
+    assert recognise(sequence.read_bytes()[:HEAD_BYTES]) == "mov"
+    assert probe(sequence) == probe(plain)

@@ -38,7 +38,8 @@ _PREFIXES = (
 )
 _TOP_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"meta", b"free", b"skip", b"wide", b"uuid", b"pnot")
 _AVIF_BRANDS, _MIXED_BRANDS = (b"avif", b"avis"), (b"mif1", b"msf1")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", *_MIXED_BRANDS)
+# Without msf1 (ISO 23008-12, 10.2): a file that is mainly a sequence is a video for FFmpeg, and unknown to Pillow.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _MXF_PARTITION = b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02\x01\x01"  # SMPTE 377-1, 7.1; may follow a run-in
 _DV_HEADER = re.compile(rb"\x1f\x07\0[\x3f\xbf]")  # header block of a DIF sequence (IEC 61834-2)
@@ -87,6 +88,15 @@ _OTHER_PREFIXES = (
     (b"BLP1", "a BLP texture: convert it to PNG"),
     (b"BLP2", "a BLP texture: convert it to PNG"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office or FlashPix document"),
+    (b"\0\5\x16\7", "what macOS stores beside a file of the same name without ._: leave it out"),
+    (b"\0\0\0\1Bud1", "a .DS_Store of macOS: leave it out"),
+    (b"L\0\0\0\1\x14\2\0", "a Windows shortcut: copy the file that it names"),
+    (b"gimp xcf", "a GIMP image: save it as PNG or JPEG"),
+    (b"BIK", "a Bink video: convert it to mp4"),
+    (b"KB2", "a Bink video: convert it to mp4"),
+    (b"SMK2", "a Smacker video: convert it to mp4"),
+    (b"SMK4", "a Smacker video: convert it to mp4"),
+    (b"BBCD", "a Dirac video without a container; convert it to mp4"),
 )
 # The same for formats whose first bytes are not constant.
 _OTHER_HEADS = tuple(
@@ -97,6 +107,11 @@ _OTHER_HEADS = tuple(
         (rb"\x00\x00[\x01\x02]\x00[\x01-\x40]\x00...\x00", "an icon"),
         (rb"\x0a[\x00-\x05]\x01[\x01\x02\x04\x08]", "a PCX image: convert it to PNG"),
         (rb"....[\x11\x12\x44]\xaf", "a FLIC animation: convert it to mp4"),
+        (rb"....RED[12]", "a RED raw video: convert it to mp4"),
+        (rb"PG.{8}[\x14-\x17\x80]\x00", "subtitles (PGS)"),
+        # The length of the header, then the header.
+        (rb".{5}\x00{3}\{\s*\"", "tensors (safetensors)"),
+        (rb"\x80[\x02-\x05][\x95cX}\]]", "a Python pickle"),
     )
 )
 _AUDIO_PREFIXES = (

@@ -74,7 +74,13 @@ def ffmpeg_errors_to_bad_media() -> Iterator[None]:
 
 
 def data_packets(file: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Yield the stream's packets in decoding order, without the empty ones, which decoders take for the end."""
-    for packet in file.demux(stream):
+    """Yield the stream's packets in decoding order, without the empty ones, which decoders take for the end.
+
+    Raises:
+        BadMedia: undecodable, for a stream that is encrypted from its beginning: decoders may return noise for it.
+    """
+    for number, packet in enumerate(file.demux(stream)):
+        if number == 0 and packet.has_sidedata("encryption_info"):
+            raise BadMedia("undecodable", "it is encrypted (DRM)")
         if packet.size:
             yield packet
