@@ -37,6 +37,7 @@ class Content(NamedTuple):
         standalone: a decoder that starts here has the parameter sets that are in force; if not, they are in an earlier
             packet and differ from those that the container states.
         turned: it has a message of H.264 or HEVC that says how frames are turned and mirrored for display.
+        after_loss: a picture that H.264 pictures refer to is missing before it, by their numbers.
     """
 
     frames: int
@@ -45,6 +46,7 @@ class Content(NamedTuple):
     certain: bool = True
     standalone: bool = True
     turned: bool = False
+    after_loss: bool = False
 
 
 def content_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Content]:
@@ -78,6 +80,7 @@ class _Sequence(NamedTuple):
     frames_only: bool
     separate_planes: bool
     full_chroma: bool  # 4:4:4
+    gaps_allowed: bool  # frame numbers may be left out, as those of temporal layers that were removed
 
 
 class _ParameterSets:
@@ -121,6 +124,7 @@ class H264:
         self.sequences: dict[int, _Sequence] = {}
         self._sequence_of_picture: dict[int, int] = {}
         self._first_field: tuple[int, bool] | None = None  # (frame number, bottom) of a field without its second
+        self._last_number: int | None = None  # frame number of the last picture that others may refer to
         self._length_size = 0
         if len(extradata) > 6 and extradata[0] == 1:
             self._length_size = (extradata[4] & 3) + 1
@@ -134,7 +138,7 @@ class H264:
         """Return the content of the next packet. A field is paired with the field before it as FFmpeg's decoder does:
         if it has the same frame number and the other parity.
         """
-        frames, closed, reordered, turned = 0, False, False, False
+        frames, closed, reordered, turned, lost = 0, False, False, False, False
         pictures = 0
         self._sets.begin_packet()
         # As FFmpeg's decoder: start codes, though the container states lengths. Some programs write such MP4 files.
@@ -154,15 +158,16 @@ class H264:
             if bits.ue() != 0 and pictures:  # first_mb_in_slice: not the first slice of a picture
                 continue
             pictures += 1
-            slice_type, field = bits.ue() % 5, self._field(bits)
+            slice_type, sequence = bits.ue() % 5, self._sequence_of(bits.ue())
+            number, bottom = _frame_number(bits, sequence)
             closed = closed or kind == _H264_IDR
             reordered = reordered or slice_type == 1
-            if field is None:
+            lost = self._is_after_loss(sequence, number, kind == _H264_IDR, bool(unit[0] & 0x60)) or lost
+            if bottom is None:
                 self._first_field = None
-                return Content(frames + 1, closed, reordered, standalone=self._sets.standalone, turned=turned)
-            frames += self._begins_frame(field)
-        standalone = self._sets.standalone
-        return Content(frames, closed and frames > 0, reordered, standalone=standalone, turned=turned)
+                return Content(frames + 1, closed, reordered, True, self._sets.standalone, turned, lost)
+            frames += self._begins_frame((number, bottom))
+        return Content(frames, closed and frames > 0, reordered, True, self._sets.standalone, turned, lost)
 
     def _is_old_x264(self, message: bytes) -> bool:
         found = _X264.search(message)
@@ -177,17 +182,22 @@ class H264:
         self._first_field = field
         return True
 
-    def _field(self, bits: _Bits) -> tuple[int, bool] | None:
-        """Return (frame number, bottom) of a field; None for a frame. `bits` is after slice_type."""
-        sequence = self.sequences.get(self._sequence_of_picture.get(bits.ue(), -1))
+    def _sequence_of(self, picture_set: int) -> _Sequence | None:
+        sequence = self.sequences.get(self._sequence_of_picture.get(picture_set, -1))
         if sequence is None and len(self.sequences) == 1:
             sequence = next(iter(self.sequences.values()))
-        if sequence is None or sequence.frames_only:
-            return None
-        if sequence.separate_planes:
-            bits.u(2)
-        number = bits.u(sequence.frame_number_bits)
-        return (number, bool(bits.u(1))) if bits.u(1) else None
+        return sequence
+
+    def _is_after_loss(self, sequence: _Sequence | None, number: int, is_idr: bool, is_reference: bool) -> bool:
+        """Return whether a picture's frame number is neither that of the last reference picture nor the next one
+        (H.264, 7.4.3), so that a reference picture between them is missing.
+        """
+        lost = False
+        if sequence is not None and self._last_number is not None and not is_idr and not sequence.gaps_allowed:
+            lost = (number - self._last_number) % (1 << sequence.frame_number_bits) > 1
+        if is_idr or is_reference:
+            self._last_number = number
+        return lost
 
     def _parameter_set(self, unit: bytes) -> _Identity | None:
         """Keep what slice headers need of a parameter set, and return its identity; None for any other unit."""
@@ -222,8 +232,26 @@ def _sequence_parameter_set(bits: _Bits) -> tuple[int, _Sequence]:
         bits.u(1), bits.ue(), bits.ue()
         for _ in range(min(bits.ue(), 255)):
             bits.ue()
-    bits.ue(), bits.u(1), bits.ue(), bits.ue()  # reference frames, gaps, width, height
-    return number, _Sequence(frame_number_bits, bool(bits.u(1)), separate, chroma == 3)
+    bits.ue()  # number of reference frames
+    gaps_allowed = bool(bits.u(1))
+    bits.ue(), bits.ue()  # width, height
+    return number, _Sequence(frame_number_bits, bool(bits.u(1)), separate, chroma == 3, gaps_allowed)
+
+
+def _frame_number(bits: _Bits, sequence: _Sequence | None) -> tuple[int, bool | None]:
+    """Return the frame number of a picture, and whether it is a bottom field; None for a frame.
+
+    Args:
+        bits: of a slice header, after pic_parameter_set_id (H.264, 7.3.3).
+        sequence: that of the picture; without it, the picture is taken for a frame.
+    """
+    if sequence is None:
+        return 0, None
+    if sequence.separate_planes:
+        bits.u(2)
+    number = bits.u(sequence.frame_number_bits)
+    is_field = not sequence.frames_only and bool(bits.u(1))
+    return number, bool(bits.u(1)) if is_field else None
 
 
 def _skip_scaling_lists(bits: _Bits, lists: int) -> None:

@@ -20,7 +20,7 @@ _PROCESS_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Kinds of files that earlier versions decoded otherwise, as bits of MediaInfo.decoding. Indexes, cache keys and
 # checkpoints contain them: a bit is never reused, and a kind whose decoding changes again gets a new one.
 MIRRORED, ANIMATION, REORDERED, FIELD_CODED, BETWEEN_KEYFRAMES, EARLIER_SETS, ANIMATED_PNG = 1, 2, 4, 8, 16, 32, 64
-TURNED_IN_STREAM = 128
+TURNED_IN_STREAM, LOST_PICTURES = 128, 256
 DECODINGS = {
     MIRRORED: "a mirrored video",
     ANIMATION: "an animation",
@@ -30,11 +30,12 @@ DECODINGS = {
     EARLIER_SETS: "keyframes that need headers of earlier frames",
     ANIMATED_PNG: "an animated PNG",
     TURNED_IN_STREAM: "a video whose stream states its orientation",
+    LOST_PICTURES: "a recording with lost pictures",
 }
 # Version of what `probe` finds out of the files of a format; 1 where a format is not listed. It is increased when the
 # same file would be measured, accepted or decoded otherwise: an index probes the files of that format again.
 PROBE_VERSIONS = {
-    "PNG": 3, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 3, "matroska": 3, "mpegts": 3, "mpeg": 2, "flv": 3, "avi": 3,
+    "PNG": 3, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 3, "matroska": 4, "mpegts": 4, "mpeg": 2, "flv": 4, "avi": 3,
     "asf": 2,
 }  # fmt: skip
 

@@ -12,12 +12,10 @@ from av.video.reformatter import VideoReformatter
 
 from videox.data.media.container import BadMedia, Container
 from videox.data.media.display_matrix import DisplayTransform, display_transform
+from videox.data.media.listing import MISSING, Listing, Packets
 from videox.data.media.packets import (
-    MISSING,
     REORDER,
-    Listing,
     OrderError,
-    Packets,
     decode_from_start,
     listing_of,
     number_packet,
@@ -103,12 +101,13 @@ def display_order(listing: Listing, packets: Packets) -> np.ndarray | None:
     If there are B-frames and presentation times that ascend from packet to packet, then these are decoding times (of
     a file made from an AVI or from a raw stream without new times), and only the decoder can order the frames. The
     same is true if a keyframe is displayed before a frame that precedes it in the stream: times begin anew there.
+    After a lost picture, the decoder returns frames in another order than that of their times.
     """
     shown = np.flatnonzero(packets.shown)
     if listing.always_in_order or packets.reordered is False:
         return shown
     times = packets.pts[shown]
-    if listing.made_up_times or (times == MISSING).any() or len(np.unique(times)) < len(times):
+    if listing.made_up_times or listing.losses or (times == MISSING).any() or len(np.unique(times)) < len(times):
         return None
     if (np.diff(times) > 0).all():
         return None

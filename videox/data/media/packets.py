@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,104 +17,23 @@ from av.video.stream import VideoStream
 
 from videox.data.media.bitstream import Content, content_reader, may_be_interlaced
 from videox.data.media.container import BadMedia, Container
+from videox.data.media.listing import IN_ORDER, MISSING, Listing, Packets
 from videox.data.media.matroska import video_blocks
 from videox.data.media.signatures import ELEMENTARY_FORMATS
 from videox.data.media.source import data_packets, open_video
 
-MISSING = np.iinfo(np.int64).min  # the time of a packet that has none
 # Packets by which a frame may be moved when it is put in the order of display. H.264 and HEVC keep at most 16 frames,
 # and a keyframe of HEVC is followed by at most 31 frames that are displayed before it.
 REORDER = 32
 
-# Their frames come out of the decoder in the order of the packets, and any keyframe begins anew.
-_IN_ORDER = frozenset(
-    (
-        "av1", "cfhd", "cinepak", "dnxhd", "dvvideo", "ffv1", "ffvhuff", "flashsv", "flashsv2", "flv1", "gif", "h261",
-        "h263", "h263p", "hap", "huffyuv", "jpeg2000", "jpegls", "magicyuv", "mjpeg", "mjpegb", "msmpeg4v1",
-        "msmpeg4v2", "msmpeg4v3", "msrle", "msvideo1", "png", "prores", "qtrle", "rawvideo", "rpza", "rv10", "rv20",
-        "smc", "speedhq", "svq1", "theora", "utvideo", "v210", "vble", "vp3", "vp6", "vp6f", "vp8", "vp9", "wmv1",
-        "wmv2", "zlib", "zmbv",
-    )
-)  # fmt: skip
 # Each packet gives one frame, except those that `bitstream` knows of. For any other codec, frames are counted by
 # decoding the whole file.
-_COUNTABLE = _IN_ORDER | frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "svq3", "vc1", "wmv3"))
+_COUNTABLE = IN_ORDER | frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "svq3", "vc1", "wmv3"))
 # Formats that store no presentation times; those that FFmpeg fills in are wrong with B-frames.
 _NO_TIMES = ("avi", "mxf", *ELEMENTARY_FORMATS)
 _CACHED_PACKETS = 4_000_000  # about 100 MB in each process that reads
 _PEEKED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Packets:
-    """Packets that follow each other in a video stream, in decoding order.
-
-    Attributes:
-        pts: int64 [n], presentation time; MISSING where there is none.
-        dts: int64 [n], decoding time; MISSING where there is none.
-        key: bool [n], the container says that decoding can start here, and the parameter sets in force are stated by
-            the container or in the packet.
-        closed: bool [n], decoding can start here, and every frame after it in the stream is then delivered.
-        shown: bool [n], the decoder delivers a frame that begins in this packet.
-        reordered: whether a packet is a B-picture: None if it is not known.
-        needs_earlier_sets: the container states keyframes that need parameter sets of an earlier packet.
-        number: number of the first of them in the stream.
-        frames_before: frames that the packets before them give.
-    """
-
-    pts: np.ndarray
-    dts: np.ndarray
-    key: np.ndarray
-    closed: np.ndarray
-    shown: np.ndarray
-    reordered: bool | None
-    needs_earlier_sets: bool = False
-    number: int = 0
-    frames_before: int = 0
-
-    def ranks(self) -> np.ndarray:
-        """Return for each packet the number of frames that the packets before it give: int64 [n]."""
-        return self.frames_before + np.cumsum(self.shown) - self.shown
-
-    @property
-    def frames(self) -> int:
-        """The number of frames that the packets give."""
-        return int(self.shown.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What is known of a video stream without decoding it.
-
-    Attributes:
-        packets: all packets of the stream.
-        codec: FFmpeg's name of the codec.
-        complete: every packet was read; else they come from the container's index, without presentation times.
-        countable: the number of frames is that of the packets that are shown; else only decoding tells it.
-        has_fields: the two fields of a frame are two packets.
-        made_up_times: the presentation times were invented by FFmpeg and do not order the frames.
-        begins_late: packets at the beginning cannot be decoded, since what they refer to is not in the file.
-        turned: the stream itself states how frames are turned, in its first packets.
-    """
-
-    packets: Packets
-    codec: str
-    complete: bool
-    countable: bool
-    has_fields: bool = False
-    made_up_times: bool = False
-    begins_late: bool = False
-    turned: bool = False
-
-    @property
-    def in_order(self) -> bool:
-        """Whether frames come out of the decoder in the order of their packets."""
-        return self.codec in _IN_ORDER or self.packets.reordered is False
-
-    @property
-    def always_in_order(self) -> bool:
-        """Whether the codec has no frames that are displayed before a frame that precedes them in the stream."""
-        return self.codec in _IN_ORDER
+_MAX_LOSSES = 16  # losses around which the frames are decoded, to see which are delivered
 
 
 _cache: OrderedDict[tuple[str, int, int, bool], Listing] = OrderedDict()
@@ -137,7 +56,7 @@ def listing_of(path: Path, container: Container, *, complete: bool = False) -> L
     if key not in _cache:
         listing = _list_packets(path, container, complete)
         key = (*file, listing.complete)
-        _cache[key] = _without_undelivered(path, container, listing)
+        _cache[key] = _without_lost(path, container, _without_undelivered(path, container, listing))
         while sum(len(kept.packets.pts) for kept in _cache.values()) > _CACHED_PACKETS and len(_cache) > 1:
             _cache.popitem(last=False)
     _cache.move_to_end(key)
@@ -165,13 +84,14 @@ def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Li
     countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
     fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
     made_up = container.format in _NO_TIMES
-    return Listing(packets, context.name, True, countable, fields, made_up, turned=_turned(contents))
+    turned, losses = _turned(contents), _losses(contents)
+    return Listing(packets, context.name, True, countable, fields, made_up, turned=turned, losses=losses)
 
 
 def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listing | None:
     """Return the packets of a Matroska file by the headers of its blocks; None if they do not tell everything."""
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
-    known = codec in _IN_ORDER - {"vp9"} or codec in ("h264", "hevc")  # what VP9 displays, the last byte tells
+    known = codec in IN_ORDER - {"vp9"} or codec in ("h264", "hevc")  # what VP9 displays, the last byte tells
     if not known or len(file.streams.video) != 1 or may_be_interlaced(codec, extradata):
         return None
     blocks = video_blocks(path, stream.time_base, content_reader(codec, extradata))
@@ -185,7 +105,7 @@ def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listi
     shown = np.array([content.frames > 0 for content in contents], bool)
     closed, missing = _closed(key, contents, codec), np.full(len(key), MISSING)
     packets = Packets(times, missing, key, closed, shown, _reordered(contents), needs_earlier_sets)
-    return Listing(packets, codec, True, True, turned=_turned(contents))
+    return Listing(packets, codec, True, True, turned=_turned(contents), losses=_losses(contents))
 
 
 def _reordered(contents: list[Content]) -> bool | None:
@@ -195,6 +115,10 @@ def _reordered(contents: list[Content]) -> bool | None:
 
 def _turned(contents: list[Content]) -> bool:
     return any(content.turned for content in contents[:_PEEKED])
+
+
+def _losses(contents: list[Content]) -> tuple[int, ...]:
+    return tuple(at for at, content in enumerate(contents) if content.after_loss)
 
 
 def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
@@ -262,7 +186,7 @@ def _read_packets(source: Iterable[Packet], stream: VideoStream) -> tuple[Packet
 
 
 def _closed(key: np.ndarray, contents: list[Content], codec: str) -> np.ndarray:
-    if codec in _IN_ORDER:
+    if codec in IN_ORDER:
         return key.copy()
     closed = np.array([bool(content.closed) and content.standalone for content in contents], bool)
     # MPEG-1, 2 and 4 do not state it; frames that are displayed before a keyframe are the B-pictures right after it.
@@ -372,6 +296,58 @@ def _without_undelivered(path: Path, container: Container, listing: Listing) -> 
     countable = len(set(delivered)) == len(delivered)
     begins_late = not countable or not np.array_equal(shown, packets.shown)
     return replace(listing, packets=replace(packets, shown=shown), countable=countable, begins_late=begins_late)
+
+
+def _without_lost(path: Path, container: Container, listing: Listing) -> Listing:
+    """Return the listing, without those packets after a loss of which the decoder delivers no frame.
+
+    A recording with a disturbance, or one that was repaired, lacks pictures in its middle. The decoder then leaves out
+    frames until the next keyframe: they are found by decoding from the keyframe before the loss to that one. Of more
+    than `_MAX_LOSSES` losses only the first ones are looked at; if these have an effect, the whole file is decoded to
+    count its frames.
+    """
+    if not listing.countable or not listing.losses:
+        return listing
+    packets, shown, countable, end = listing.packets, listing.packets.shown.copy(), True, 0
+    for loss in listing.losses[:_MAX_LOSSES]:
+        if loss < end:
+            continue
+        start, end = _keyframes_around(packets, loss)
+        try:
+            delivered = _delivered(path, container, packets, start, end)
+        except OrderError:  # the file has no times to seek to
+            return replace(listing, countable=False, lossy=True)
+        countable = countable and len(set(delivered)) == len(delivered)
+        shown[np.setdiff1d(np.arange(loss, end), delivered)] = False
+    lossy = not countable or not np.array_equal(shown, packets.shown)
+    countable = countable and (len(listing.losses) <= _MAX_LOSSES or not lossy)
+    return replace(listing, packets=replace(packets, shown=shown), countable=countable, lossy=lossy)
+
+
+def _keyframes_around(packets: Packets, at: int) -> tuple[int, int]:
+    """Return the packet from which all frames from `at` on are decoded, and the next keyframe after it, or the end."""
+    keys, closed = np.flatnonzero(packets.key), np.flatnonzero(packets.closed)
+    before = [*keys[keys < at][-2:-1].tolist(), *closed[closed < at][-1:].tolist()]
+    return max(before, default=0), int(min(keys[keys > at], default=len(packets.key)))
+
+
+def _delivered(path: Path, container: Container, packets: Packets, start: int, end: int) -> list[int]:
+    """Return the packets of which the decoder delivers a frame when it decodes those from `start` to `end`.
+
+    Raises:
+        OrderError: the file cannot be read from `start`.
+    """
+    delivered = []
+    with open_video(path, container) as (file, stream):
+        for at, packet in packets_from(file, stream, packets, start):
+            if at > end + REORDER:
+                break
+            number_packet(packet, at)
+            with suppress(av.error.InvalidDataError):
+                delivered += [packet_number(frame) for frame in stream.codec_context.decode(packet)]
+        with suppress(av.error.EOFError):
+            delivered += [packet_number(frame) for frame in stream.codec_context.decode(None)]
+    return delivered
 
 
 def _begins_well(listing: Listing) -> bool:

@@ -18,6 +18,7 @@ from videox.data.media.container import (
     BETWEEN_KEYFRAMES,
     EARLIER_SETS,
     FIELD_CODED,
+    LOST_PICTURES,
     MIRRORED,
     REORDERED,
     TURNED_IN_STREAM,
@@ -30,7 +31,8 @@ from videox.data.media.container import (
 from videox.data.media.display_matrix import display_transform
 from videox.data.media.frames import read_frames
 from videox.data.media.image import probe_image, read_image, resize_cover
-from videox.data.media.packets import MISSING, Listing, decode_from_start, has_unordered_times, listing_of
+from videox.data.media.listing import MISSING, Listing
+from videox.data.media.packets import decode_from_start, has_unordered_times, listing_of
 from videox.data.media.source import data_packets, open_video
 
 __all__ = ["BadMedia", "MediaInfo", "probe", "read_clip", "read_image", "sniff"]
@@ -86,6 +88,8 @@ def _decoding_of(path: Path, container: Container, listing: Listing) -> int:
         decoding |= EARLIER_SETS
     if listing.turned:
         decoding |= TURNED_IN_STREAM
+    if listing.lossy:
+        decoding |= LOST_PICTURES
     if not listing.always_in_order and not listing.made_up_times and has_unordered_times(path, container):
         decoding |= REORDERED
     return decoding
