@@ -11,6 +11,7 @@ import lora_files
 import peft
 import pytest
 import runs
+import safetensors.torch
 import torch
 from exports import export, header, refusal
 from lora_files import RANK, SCALE, TABLES, Source, make_source, write
@@ -279,8 +280,30 @@ def test_damaged_files_are_explained(sources: dict[str, Source], tmp_path: Path)
         write(sources[WAN], "DiffSynth-Studio", two / f"{name}.safetensors")
     with pytest.raises(UserError, match=r"contains 2 LoRAs \(epoch-0.safetensors, epoch-1.safetensors\)"):
         read(two, "wan")
+    for name in (half, half.replace("lora_up.weight", "alpha")):
+        save_file({**state, name: torch.full_like(state[name], torch.nan)}, path)
+        with pytest.raises(UserError, match=r"values that are not finite, in blocks\.0\.ffn\.net\.0\.proj"):
+            read(path, "wan")
     with pytest.raises(UserError, match=r"contains no LoRA.*--transformer_path"):
         read(next(sources[WAN].folder.glob("*.safetensors")), "wan")
+
+
+def test_what_a_file_is_instead_of_a_lora_is_named(sources: dict[str, Source], tmp_path: Path) -> None:
+    path = write(sources[WAN], "musubi-tuner", tmp_path / "lora.safetensors")
+    content = path.read_bytes()
+    tensors = safetensors.torch.load(content)  # load_file would map the file, which is overwritten
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"is truncated or damaged \(has .* kB of .* kB\)\. Fix: copy or download"):
+        read(path, "wan")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4548\n")
+    with pytest.raises(UserError, match=r"is a git-lfs pointer, .*4.55 kB.*run `git lfs pull`"):
+        read(path, "wan")
+    path.write_text("<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(UserError, match="is a web page"):
+        read(path, "wan")
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match=r"is a pickle, as torch\.save writes it.*save its tensors as safetensors"):
+        read(path, "wan")
 
 
 # ------------------------------------------------------------------------------------------------------ a run's start

@@ -16,9 +16,10 @@ from transformers import UMT5EncoderModel
 
 from videox.errors import MODEL, UserError
 from videox.models.component import diffusers_components, find_component, load_component
-from videox.models.downloads import POINTER, download_command, repository_of
+from videox.models.downloads import download_command, repository_of
 from videox.models.meta_init import build_meta_model
 from videox.models.shared_memory import stored_dtype
+from videox.weights.file_damage import POINTER
 
 STEM = "diffusion_pytorch_model"
 NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")

@@ -16,6 +16,7 @@ from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.foreign import MERGE, OTHER_ADAPTERS, explain_unread, foreign_model
 from videox.lora.layouts import Adapter, group_names, read_adapters
 from videox.lora.names import family_of_names
+from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.header import parse_json_object, read_metadata
 
 STEM = "pytorch_lora_weights"  # the stem of diffusers' LORA_WEIGHT_NAME_SAFE
@@ -102,8 +103,13 @@ def read_lora(
         adapters = _read_file(file, load, where, family)
     except (*LOAD_ERRORS, SafetensorError) as error:
         cause = " ".join(str(error).split())[:200]
-        hint = "pass a LoRA in safetensors format"
-        raise UserError(where, f"{file} cannot be read ({cause})", hint, MODEL) from error
+        what, hint = f"cannot be read ({cause})", "pass a LoRA in safetensors format"
+        if isinstance(error, SafetensorError) and file.is_file():
+            what = describe_damage(file, cause)
+            hint = "run `git lfs pull` in its folder" if describe_pointer(file) else "copy or download the file again"
+            hint = "save its tensors as safetensors" if "pickle" in what else hint
+        raise UserError(where, f"{file} {what}", hint, MODEL) from error
+    _check_values(adapters, file, where)
     scales = {adapter.scale for adapter in adapters.values()}
     factor = next(iter(scales)) if len(scales) == 1 else 1.0
     tensors: dict[str, Tensor] = {}
@@ -111,6 +117,16 @@ def read_lora(
         b = adapter.b if len(scales) == 1 else adapter.scale * adapter.b.float()
         tensors |= {f"{name}.lora_A.weight": adapter.a, f"{name}.lora_B.weight": b}
     return tensors, factor
+
+
+def _check_values(adapters: Mapping[str, Adapter], path: Path, where: str) -> None:
+    """Raise UserError (MODEL) for a value that is not finite: training would fail at its first step."""
+    for name, adapter in adapters.items():
+        if not (
+            math.isfinite(adapter.scale) and all(part.float().isfinite().all() for part in (adapter.a, adapter.b))
+        ):
+            hint = "pass another file, such as one that was saved before its training failed"
+            raise UserError(where, f"{path} has values that are not finite, in {name}", hint, MODEL)
 
 
 def _read_file(

@@ -18,14 +18,13 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from videox.errors import MODEL, UserError
+from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.safetensors_io import join_first
 from videox.weights.weight_files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WeightSet, chosen_set, missing_files
 
-POINTER, MOST_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 # Files that download programs write next to an unfinished file: Hub, aria2, browsers and curl, Chrome.
 UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 HUB_CACHE = re.compile(r"models--(.+?)--(.+)")  # the name of a model's folder in the Hub's cache
-MOST_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
 UNKNOWN_REPOSITORY = "ORGANIZATION/MODEL"
 # Published models by the name of their folder, in lower case: (original layout, diffusers layout).
 PUBLISHED: Mapping[str, tuple[str, str]] = {
@@ -52,16 +51,10 @@ def check_component_files(folder: Path) -> None:
 def check_pointer(path: Path) -> None:
     """Raise UserError (MODEL) for a git-lfs pointer: a text file of the size and hash of the file that is meant."""
     try:
-        if path.is_file() and path.stat().st_size <= MOST_POINTER_BYTES:
-            with path.open("rb") as file:
-                text = file.read(MOST_POINTER_BYTES)
-        else:
-            return
+        what = describe_pointer(path)
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error})", download_hint(path.parent), MODEL) from error
-    if text.startswith(POINTER):
-        size = re.search(rb"\nsize (\d+)", text)
-        what = f"is a git-lfs pointer, not the file itself{f' ({_size(int(size[1]))})' if size else ''}"
+    if what:
         raise UserError(str(path), what, f"run `git lfs pull` in its folder, or {download_hint(path.parent)}", MODEL)
 
 
@@ -112,43 +105,7 @@ def check_weights_file(path: Path) -> None:
             return
     except (SafetensorError, OSError) as error:
         cause = str(error)
-    with path.open("rb") as file:
-        start = file.read(512)
-    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
-        raise UserError(str(path), "is a web page, not the file that the page shows", hint, MODEL)
-    size, stated = path.stat().st_size, _stated_size(path)
-    if stated is not None and size < stated:
-        cause = f"has {_size(size)} of {_size(stated)}"
-    elif size and not start.strip(b"\0"):
-        cause = f"its {_size(size)} begin with zeros"
-    raise UserError(str(path), f"is truncated or damaged ({cause})", hint, MODEL)
-
-
-def _stated_size(path: Path) -> int | None:
-    """Return the size that a safetensors file's header states, in bytes; None if the header is not complete."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= MOST_HEADER_BYTES:
-            return None
-        text = file.read(length)
-    if len(text) < length:
-        return None
-    try:
-        entries = json.loads(text)
-        return (
-            8
-            + length
-            + max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-        )
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-        return None
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
+    raise UserError(str(path), describe_damage(path, cause), hint, MODEL)
 
 
 def _unfinished_note(folder: Path) -> str:
