@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -80,6 +81,18 @@ def test_a_pointer_with_the_suffix_of_a_video_is_a_bad_row(folder: Path) -> None
     (problem,) = build(folder).problems()
     assert problem[1:3] == ("lfs.mp4", "unrecognised")
     assert "git lfs pull" in problem[3]
+
+
+def test_names_in_other_forms_and_encodings(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in (b"e\xcc\x81.mov", b"caf\xe9.mov"):  # as macOS writes e with an accent; Latin-1
+        write_video(Path(os.fsdecode(os.path.join(os.fsencode(folder), name))), "mov", "mpeg4")
+    (folder / "\xe9.txt").write_text("one letter")
+    index = build(folder)
+    assert dict(zip(index.text.to_pylist(), index.usable.tolist(), strict=True)) == {"one letter": True, "": False}
+    (problem,) = index.problems()
+    assert problem[2:] == ("bad_file_path", "file_path is no text, or not UTF-8: rename the file")
 
 
 @pytest.mark.parametrize("content", ["none", "texts", "links"])

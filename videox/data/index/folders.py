@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ def read_folder(folder: Path, data_dir: Path, rules: FolderRules = ALL_FILES) ->
     if not media:
         raise _no_media_error(folder, listing, rules)
     captions = _caption_files(folder, listing, rules)
-    texts = [_read_only_caption(captions[stem]) if stem in captions else "" for stem, _ in media]
+    files = [captions.get(_caption_key(stem), []) for stem, _ in media]
+    texts = [_read_only_caption(paths) if paths else "" for paths in files]
     prefix = Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(data_dir)))
     columns: Columns = {"file_path": [str(prefix / (stem + suffix)) for stem, suffix in media], "text": texts}
     if rules.kind == "image":
@@ -95,8 +97,8 @@ def read_folder(folder: Path, data_dir: Path, rules: FolderRules = ALL_FILES) ->
     passed_over = sorted({*near} - {*found})
     left_out = sorted({*others} - {*passed_over} - {*media})
     names = " or ".join(rules.caption_suffixes)
-    without_caption = [stem + suffix for stem, suffix in media if stem not in captions]
-    without_media = sorted(captions.keys() - {stem for stem, _ in (*media, *left_out)})
+    without_caption = [stem + suffix for (stem, suffix), paths in zip(media, files, strict=True) if not paths]
+    without_media = sorted(captions.keys() - {_caption_key(stem) for stem, _ in (*media, *left_out)})
     notes = []
     if left_out:
         first, only = "".join(left_out[0]), ", ".join(rules.describe())
@@ -115,13 +117,18 @@ def read_folder(folder: Path, data_dir: Path, rules: FolderRules = ALL_FILES) ->
     return columns, notes
 
 
+def _caption_key(stem: str) -> str:
+    """Return what a media file and its caption have in common; macOS and Linux write one name in two Unicode forms."""
+    return unicodedata.normalize("NFC", stem)
+
+
 def _caption_files(folder: Path, listing: Sequence[tuple[str, str]], rules: FolderRules) -> dict[str, list[Path]]:
-    """Return the caption files of each stem: all of them, or the first one if the source has its own suffixes."""
+    """Return the caption files by `_caption_key`: all of them, or the first one if the source has its own suffixes."""
     found: dict[str, list[Path]] = {}
     for wanted in rules.caption_suffixes:
         for stem, suffix in reversed(listing):  # of x.TXT and x.txt, x.txt is the first one
             if suffix.lower() == wanted:
-                found.setdefault(stem, []).append(folder / (stem + suffix))
+                found.setdefault(_caption_key(stem), []).append(folder / (stem + suffix))
     if rules.caption_suffixes == CAPTION_SUFFIXES:
         return found
     return {stem: paths[:1] for stem, paths in found.items()}

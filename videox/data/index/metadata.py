@@ -24,7 +24,7 @@ READER = 3  # increase it whenever the same metadata gives other rows than befor
 KINDS = ("image", "video")
 ROW_PROBLEMS = {
     "no_file_path": "the row has no file_path",
-    "bad_file_path": "file_path is not a usable string",
+    "bad_file_path": "file_path is no text, or not UTF-8: rename the file",
     "no_text": "the row has no text",  # of indexes that an older version saved: now the caption is empty
     "bad_text": "text is neither a UTF-8 string nor a list of them",
 }
