@@ -175,11 +175,26 @@ def wan_file(t2v: Path, path: Path, prefix: str = "", **more: torch.Tensor) -> P
     return path
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "diffusion_model.", "_orig_mod.", "module._orig_mod."]
+)
 def test_a_repacked_file_loads_the_same_model(t2v: Path, tmp_path: Path, prefix: str) -> None:
     reference = WanTransformer3DModel.from_pretrained(t2v / "transformer")
     component = find_component(wan_file(t2v, tmp_path / "wan.safetensors", prefix), "wan", {"attention_head_dim": 12})
     assert_equal_models(load_component(WanTransformer3DModel, component, torch.float32), reference)
+
+
+def test_a_file_of_compiled_blocks_loads_the_same_model(t2v: Path, tmp_path: Path) -> None:
+    state = originals.rebuilt(originals.weights(t2v / "transformer"), "wan")
+    compiled = {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in state.items()}
+    save_file(compiled, tmp_path / "wan.safetensors")
+    component = find_component(tmp_path / "wan.safetensors", "wan", {"attention_head_dim": 12})
+    reference = WanTransformer3DModel.from_pretrained(t2v / "transformer")
+    assert_equal_models(load_component(WanTransformer3DModel, component, torch.float32), reference)
+    del compiled["blocks.1._orig_mod.ffn.0.weight"]
+    save_file(compiled, tmp_path / "less.safetensors")
+    less = find_component(tmp_path / "less.safetensors", "wan", {"attention_head_dim": 12})
+    check_error(lambda: load_component(WanTransformer3DModel, less, torch.float32), "blocks.1.ffn.0.weight is missing")
 
 
 def test_a_single_file_with_diffusers_names_loads_the_same_model(t2v: Path) -> None:

@@ -143,6 +143,16 @@ def test_the_mark_of_a_running_download_is_seen(folder: Path, suffix: str) -> No
     assert f"{file}: is unfinished: {file.name}{suffix} is next to it" in line and COMMAND.format(folder) in line
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"vae/{STEM}.safetensors"])
+def test_a_link_to_nothing_is_named(folder: Path, name: str) -> None:
+    """A snapshot of the Hub's cache that was copied without its blobs, or a blob that was deleted."""
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123")
+    line = refusal(lambda: check(folder))
+    assert f"{folder / name}: is a link to ../../blobs/0123, which does not exist" in line and "cp -rL" in line
+    assert COMMAND.format(folder) in line
+
+
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("place", [".cache/huggingface/download/transformer", "transformer"])
 def test_a_missing_shard_is_named_with_its_unfinished_download(folder: Path, index: bool, place: str) -> None:

@@ -40,12 +40,29 @@ PUBLISHED: Mapping[str, tuple[str, str]] = {
 
 
 def check_component_files(folder: Path) -> None:
-    """Check that no file of a component's folder is a git-lfs pointer or still being downloaded. Raises UserError."""
+    """Check that no file of a component's folder is a git-lfs pointer, a link to nothing, or still being downloaded.
+
+    Raises:
+        UserError: (MODEL) with the command that completes the download.
+    """
+    check_links(folder)
     for path in sorted(folder.iterdir()):
         if path.suffix in UNFINISHED and (folder / path.stem).exists():
             what = f"is unfinished: {path.name} is next to it, which its download removes at the end"
             raise UserError(str(folder / path.stem), what, download_hint(folder), MODEL)
         check_pointer(path)
+
+
+def check_links(folder: Path) -> None:
+    """Raise UserError (MODEL) if a file of a folder is a link to a file that does not exist.
+
+    A snapshot in the Hub's cache consists of links to the files in blobs/.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() and not path.exists():
+            what = f"is a link to {path.readlink()}, which does not exist"
+            hint = f"copy the folder with the files that its links name (cp -rL), or {download_hint(folder)}"
+            raise UserError(str(path), what, hint, MODEL)
 
 
 def check_pointer(path: Path) -> None:

@@ -18,7 +18,13 @@ from tokenizers import Tokenizer
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.models.config_files import read_json
-from videox.models.downloads import check_component_files, check_weight_set, download_command, repository_of
+from videox.models.downloads import (
+    check_component_files,
+    check_links,
+    check_weight_set,
+    download_command,
+    repository_of,
+)
 from videox.weights.lazy_tensor import read_header
 from videox.weights.safetensors_io import WEIGHTS, write_index
 from videox.weights.weight_files import (
@@ -63,6 +69,7 @@ def read_model_folder(
         if repository_of(root):
             hint = f"download it with `{download_command(root)}`, or {hint}"
         raise UserError(flag, f"{folder} is not a local folder", hint, MODEL)
+    check_links(root)
     if not (root / "model_index.json").is_file():
         raise UserError(flag, *_other_folder(root, pipelines), MODEL)
     index = read_json(root / "model_index.json")
@@ -122,6 +129,7 @@ def read_component(folder: Path, check_weights: bool) -> dict[str, Any]:
     Raises:
         UserError: as read_model_folder.
     """
+    check_links(folder)
     config = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
     if config is None:
         what = f"has no {' or '.join(CONFIG_NAMES)} (found: {_list_names(folder)})"

@@ -35,6 +35,7 @@ from videox.weights.safetensors_io import TensorSource, join_first
 from videox.weights.weight_files import TORCH_SUFFIXES, weight_files
 
 WRAPPER_KEYS = ("module", "state_dict", "model")  # keys under which a torch.save file may store the state dict
+COMPILED = "_orig_mod."  # torch.compile inserts it as the name of the module that it wraps
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # scales of 8-bit weights, as ComfyUI names them
 # Other tensors in files of 8-bit weights: activation scales, which only 8-bit matmuls use, and format markers.
 IGNORED_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant")
@@ -192,8 +193,11 @@ def _read_torch_file(path: Path) -> list[LazyTensor]:
 
 def _strip_prefix(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     names = [name for name in stored if not name.endswith(FP8_MARKER)]
-    prefix = layouts.shared_prefix(names)
-    return {name.removeprefix(prefix): with_name(stored[name], name.removeprefix(prefix)) for name in names}
+    plain = {name: name.replace(COMPILED, "") for name in names}
+    prefix = layouts.shared_prefix(plain.values())
+    return {
+        name.removeprefix(prefix): with_name(stored[old], name.removeprefix(prefix)) for old, name in plain.items()
+    }
 
 
 def _attach_scales(stored: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
