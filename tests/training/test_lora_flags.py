@@ -162,6 +162,12 @@ def test_other_words_keep_their_order_and_values(family: str) -> None:
     assert words == ["--lora_rank=8", "--lora_alpha=64", "--lora_target_modules", "to_q", *other]
 
 
+@pytest.mark.parametrize("given", ["q,k,v", "q, k ,v,", "q\uff0ck\uff0cv", "q\u3001k\u3001v", "q;k;v"])
+def test_names_are_separated_by_any_comma(given: str) -> None:
+    words = translate([f"--target_name={given}", "--use_peft_lora"], names_of("wan2.1")).words
+    assert words[-4:] == ["--lora_target_modules", "to_q", "to_k", "to_v"]
+
+
 def test_a_difference_of_names_is_said() -> None:
     names = names_of("wan2.1")
     assert not translate(["--target_name=q", "--use_peft_lora"], names).notes
@@ -179,6 +185,9 @@ def test_a_difference_of_names_is_said() -> None:
         (["--rank", "many"], "--rank", "not a whole number"),
         (["--network_alpha=0"], "--network_alpha", "outside"),
         (["--rank"], "--rank", "expected one argument"),
+        (["--rank=8", "--lora_rank=4"], "--lora_rank", "is given together with --rank"),
+        (["--lora_alpha", "4", "--network_alpha=8"], "--lora_alpha", "is given together with --network_alpha"),
+        (["--target_name=q", "--lora_target_modules", "to_k"], "--lora_target_modules", "together with --target_name"),
         (
             ["--resume_from_checkpoint=o/checkpoint-50.safetensors"],
             "--resume_from_checkpoint",

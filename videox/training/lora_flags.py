@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -22,6 +23,7 @@ NO_COUNTERPART = {
     "noise_share_in_frames": "remove it: each sample has noise of its own in every frame",
     "noise_share_in_frames_ratio": "remove it: each sample has noise of its own in every frame",
 }
+SAME = {"--lora_rank": "--rank", "--lora_alpha": "--network_alpha", "--lora_target_modules": "--target_name"}
 WHOLE_NAMES = (
     "without --use_peft_lora, VideoX-Fun adapts each layer whose name contains a name of --target_name anywhere (k is in "
     "blocks); here, whole components of the layers' names are compared, as VideoX-Fun does with --use_peft_lora"
@@ -93,17 +95,28 @@ def translate(words: Sequence[str], names: LayerNames) -> Translation:
         if flag == "--resume_from_checkpoint" and value.endswith(".safetensors"):
             what = f"{value} contains the weights of a LoRA only, without the state of its training"
             raise UserError(flag, what, f"start a new run from them with --init_lora_from={value}")
+    _check_given_once(own, other)
     args = parser.parse(own)
     found, notes = [f"--lora_rank={args.rank}", f"--lora_alpha={args.network_alpha:g}"], []
     targets: tuple[str, ...] = () if args.use_peft_lora else names.every
     if args.target_name is not None:
-        given = [name.strip() for name in args.target_name.split(",") if name.strip()]
+        # A Chinese keyboard writes other commas.
+        given = [name.strip() for name in re.split("[,;\uff0c\u3001]", args.target_name) if name.strip()]
         targets = tuple(names.translate(name) for name in given)
         if not targets:
             raise UserError("--target_name", f"{args.target_name!r} names no layer", "write it as q,k,v,ffn.0,ffn.2")
         if not args.use_peft_lora:
             notes.append(WHOLE_NAMES)
     return Translation([*found, *(["--lora_target_modules", *targets] if targets else []), *other], notes)
+
+
+def _check_given_once(own: Sequence[str], other: Sequence[str]) -> None:
+    """Raise UserError for a flag of train_lora.py together with that of train.py which it is translated to."""
+    given = {word.partition("=")[0] for word in own}
+    for word in other:
+        name = word.partition("=")[0]
+        if (same := SAME.get(name)) in given:
+            raise UserError(name, f"is given together with {same}, which means the same", "remove one of them")
 
 
 def split_words(words: Sequence[str], parser: Parser) -> tuple[list[str], list[str]]:
