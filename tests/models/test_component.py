@@ -506,6 +506,23 @@ def test_a_class_name_unknown_to_diffusers_is_ignored(t2v: Path, tmp_path: Path)
     assert find_component(folder, "wan").config["_class_name"] == "OurOwnWan"
 
 
+@pytest.mark.parametrize("names", ["Tencent", "ComfyUI", "diffusers"])
+def test_a_transformer_of_hunyuanvideo_15_is_refused_by_name(hunyuan: Path, tmp_path: Path, names: str) -> None:
+    state = originals.weights(hunyuan / "transformer")
+    more = {"diffusers": "cond_type_embed.weight", "ComfyUI": "model.diffusion_model.cond_type_embedding.weight"}
+    if names != "diffusers":
+        state = originals.rebuilt(state, "hunyuan")
+    prefix = "model.diffusion_model." if names == "ComfyUI" else ""
+    state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    save_file({**state, more.get(names, "vision_in.proj.0.weight"): torch.ones(2)}, tmp_path / "new.safetensors")
+    check_error(lambda: find_component(tmp_path / "new.safetensors", "hunyuan"), "is HunyuanVideo-1.5, which has")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "HunyuanVideo_1_5_DiffusionTransformer"}')
+    shutil.copy(tmp_path / "new.safetensors", folder / "diffusion_pytorch_model.safetensors")
+    check_error(lambda: find_component(folder, "hunyuan"), "is HunyuanVideo-1.5, which has")
+
+
 def test_a_missing_path_is_reported_with_its_flag(t2v: Path, tmp_path: Path) -> None:
     for argument in (str(tmp_path / "nope"), "Some-Team/some-model"):
         check_error(

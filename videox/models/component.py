@@ -23,6 +23,9 @@ from videox.models.downloads import check_weight_set, check_weights_file
 from videox.models.folder import (
     CONFIG_NAMES,
     DOWNLOAD_AGAIN,
+    HUNYUAN_15,
+    HUNYUAN_15_CLASSES,
+    HUNYUAN_15_TENSORS,
     check_finite,
     load_strictly,
     read_component,
@@ -74,6 +77,8 @@ def find_component(
     if own and not check_weights and is_folder:
         return Component(path, own)
     tensors = open_tensors(path)
+    if kind == "hunyuan" and any(name.startswith(HUNYUAN_15_TENSORS) for name in tensors):
+        raise UserError(str(path), HUNYUAN_15, f"pass weights of {CLASS_NAMES[kind]}", MODEL)
     if tensors.layout is None and is_folder:
         check_depth(tensors, kind, own)
         # Weights under other file names are read here: from_pretrained would not find them.
@@ -154,6 +159,8 @@ def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
         UserError: (MODEL) naming both classes.
     """
     found, expected = config.get("_class_name"), CLASS_NAMES.get(kind)
+    if str(found).startswith(HUNYUAN_15_CLASSES):
+        raise UserError(str(path), HUNYUAN_15, f"pass weights of {expected}", MODEL)
     if expected and found != expected and found in dir(diffusers):
         raise UserError(str(path), f"is {found}, not {expected}", f"pass weights of {expected}", MODEL)
 

@@ -43,6 +43,12 @@ HUNYUAN_MARKS = {
     "hunyuan-video-t2v-720p": "hunyuanvideo-community/HunyuanVideo",
     "hunyuan-video-i2v-720p": "hunyuanvideo-community/HunyuanVideo-I2V",
 }
+# Beginnings of the names of its classes, in diffusers and in Tencent's code.
+HUNYUAN_15_CLASSES = ("HunyuanVideo15", "HunyuanVideo_1_5")
+HUNYUAN_15_TENSORS = ("vision_in.", "cond_type_embed")  # beginnings of names that only its transformers have
+HUNYUAN_15 = (
+    "is HunyuanVideo-1.5, which has another transformer, VAE and text encoder than HunyuanVideo and is not supported"
+)
 
 
 def read_model_folder(
@@ -62,8 +68,7 @@ def read_model_folder(
     root = Path(folder)
     flag = "--pretrained_model_name_or_path"
     if _is_hunyuan_15(root):
-        what = f"{folder} is HunyuanVideo-1.5, which has another transformer, VAE and text encoder than HunyuanVideo"
-        raise UserError(flag, f"{what} and is not supported", f"pass a {' or '.join(pipelines)} model", MODEL)
+        raise UserError(flag, f"{folder} {HUNYUAN_15}", f"pass a {' or '.join(pipelines)} model", MODEL)
     if not root.is_dir():
         hint = "pass a model folder, or an id of the Hub"
         if repository_of(root):
@@ -114,7 +119,7 @@ def _is_hunyuan_15(root: Path) -> bool:
             name = str(json.loads(path.read_bytes()).get("_class_name"))
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # reading the model reports what is wrong with it
-        if name.startswith(("HunyuanVideo15", "HunyuanVideo_1_5")):
+        if name.startswith(HUNYUAN_15_CLASSES):
             return True
     return False
 
