@@ -13,7 +13,9 @@ from videox.data.media.bitstream import content_reader
 from videox.data.media.video import probe
 
 
-@pytest.mark.parametrize("suffix", ["m2v", "ts", "mpg", "mkv", "mp4"])
+@pytest.mark.parametrize(
+    "suffix", ["m2v", "ts", *(pytest.param(s, marks=pytest.mark.slow) for s in ("mpg", "mkv", "mp4"))]
+)
 def test_two_field_pictures_of_mpeg2_are_one_frame(tmp_path: Path, suffix: str) -> None:
     path = write_mpeg2_fields(tmp_path / f"fields.{suffix}")
     pictures = decoded(path)
@@ -30,7 +32,7 @@ def test_fields_in_packets_of_their_own_are_joined(tmp_path: Path, suffix: str) 
     assert_as_decoded(write_mpeg2_fields(tmp_path / f"fields.{suffix}", apart=True))
 
 
-@pytest.mark.parametrize("suffix", ["ts", "mpg", "mkv"])
+@pytest.mark.parametrize("suffix", ["ts", pytest.param("mpg", marks=pytest.mark.slow), "mkv"])
 def test_a_recording_of_fields_that_begins_between_keyframes(tmp_path: Path, suffix: str) -> None:
     path = write_mpeg2_fields(tmp_path / f"fields.{suffix}", dropped=2)
     assert 0 < len(decoded(path)) == probe(path).frames

@@ -270,6 +270,7 @@ def test_an_encrypted_video_is_refused_as_such(tmp_path: Path) -> None:
         probe(tmp_path / "a.mp4")
 
 
+@pytest.mark.slow
 def test_a_sequence_of_heif_pictures_is_a_video(tmp_path: Path) -> None:
     plain, sequence = tmp_path / "a.mp4", tmp_path / "a.heics"
     ffmpeg(*SOURCE, "-c:v", "libx265", "-x265-params", "log-level=none", "-tag:v", "hvc1", str(plain))

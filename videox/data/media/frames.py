@@ -67,7 +67,7 @@ def read_frames(path: Path, container: Container, indices: Sequence[int], keep: 
     sink = _Sink(keep, upright)
     missing = _read_by_packets(path, container, indices, sink) if listing.countable else set(indices)
     if missing:
-        frames = _read_from_start(path, container, missing, sink)
+        frames = _read_from_start(path, container, listing, missing, sink)
     if missing and not listing.countable:
         raise BadMedia("out_of_range", f"frames {indices[0]} to {indices[-1]} of {frames}")
     if missing:
@@ -197,14 +197,27 @@ def _first_transform(path: Path, container: Container) -> DisplayTransform | Non
     return None if first is None else display_transform(first)
 
 
-def _read_from_start(path: Path, container: Container, missing: set[int], sink: _Sink) -> int:
+def _read_from_start(path: Path, container: Container, listing: Listing, missing: set[int], sink: _Sink) -> int:
     """Read frames of `missing` and remove them from it; those that stay are beyond the last frame.
 
     Returns:
         The number of frames that were decoded.
+
+    Raises:
+        BadMedia: undecodable, if frames are counted by their packets and one of them was not delivered: those after it
+            have other numbers in the index than in the order of the decoder.
     """
     output, position = _Output(sink), 0
-    for _, frame in decode_from_start(path, container):
+    awaited, shown = 0, listing.packets.shown
+    delivered: set[int] = set()
+    for at, frame in decode_from_start(path, container):
+        delivered.add(at)
+        while awaited in delivered or (awaited < len(shown) and not shown[awaited]):
+            delivered.discard(awaited)
+            awaited += 1
+        # All frames that precede a keyframe in the stream come before it.
+        if listing.countable and frame.key_frame and awaited < at:
+            raise BadMedia("undecodable", f"frame {position} was not delivered")
         output.take(position, frame, missing)
         position += 1
         if not missing:

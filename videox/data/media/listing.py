@@ -69,7 +69,7 @@ class Listing:
         made_up_times: the presentation times were invented by FFmpeg and do not order the frames.
         begins_late: packets at the beginning cannot be decoded, since what they refer to is not in the file.
         turned: the stream itself states how frames are turned, in its first packets.
-        losses: the packets before which a picture is missing that later ones refer to.
+        losses: the packets from which on frames may be missing, since a picture that they refer to is.
         lossy: the decoder does not deliver a frame for some of the packets after such a loss.
     """
 

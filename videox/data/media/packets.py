@@ -84,7 +84,7 @@ def _scan(file: InputContainer, stream: VideoStream, container: Container) -> Li
     countable = context.name in _COUNTABLE and all(c.certain and c.frames <= 1 for c in contents)
     fields = may_be_interlaced(context.name, context.extradata) and not all(c.frames for c in contents)
     made_up = container.format in _NO_TIMES
-    turned, losses = _turned(contents), _losses(contents)
+    turned, losses = _turned(contents), _losses(contents, packets, context.name)
     return Listing(packets, context.name, True, countable, fields, made_up, turned=turned, losses=losses)
 
 
@@ -105,7 +105,8 @@ def _from_blocks(path: Path, file: InputContainer, stream: VideoStream) -> Listi
     shown = np.array([content.frames > 0 for content in contents], bool)
     closed, missing = _closed(key, contents, codec), np.full(len(key), MISSING)
     packets = Packets(times, missing, key, closed, shown, _reordered(contents), needs_earlier_sets)
-    return Listing(packets, codec, True, True, turned=_turned(contents), losses=_losses(contents))
+    turned, losses = _turned(contents), _losses(contents, packets, codec)
+    return Listing(packets, codec, True, True, turned=turned, losses=losses)
 
 
 def _reordered(contents: list[Content]) -> bool | None:
@@ -117,8 +118,20 @@ def _turned(contents: list[Content]) -> bool:
     return any(content.turned for content in contents[:_PEEKED])
 
 
-def _losses(contents: list[Content]) -> tuple[int, ...]:
-    return tuple(at for at, content in enumerate(contents) if content.after_loss)
+def _losses(contents: list[Content], packets: Packets, codec: str) -> tuple[int, ...]:
+    """Return the packets from which on frames may be missing: by the numbers of H.264 pictures, by times of HEVC."""
+    if codec != "hevc":
+        return tuple(at for at, content in enumerate(contents) if content.after_loss)
+    timed = np.flatnonzero(packets.shown & (packets.pts != MISSING))
+    shown = timed[np.argsort(packets.pts[timed])]
+    steps = np.diff(packets.pts[shown])
+    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) if len(steps) else np.empty(0, np.int64)
+    if len(gaps) > _MAX_LOSSES:  # a video without a constant frame rate
+        return ()
+    # What refers to a missing frame is in the group of pictures of its neighbours.
+    keys = np.flatnonzero(packets.key)
+    groups = np.searchsorted(keys, [*shown[gaps], *shown[gaps + 1]], side="right") - 1
+    return tuple(sorted({int(keys[group]) if group >= 0 else 0 for group in groups}))
 
 
 def _index_entries(stream: VideoStream, container: Container) -> np.ndarray | None:
@@ -310,9 +323,9 @@ def _without_lost(path: Path, container: Container, listing: Listing) -> Listing
         return listing
     packets, shown, countable, end = listing.packets, listing.packets.shown.copy(), True, 0
     for loss in listing.losses[:_MAX_LOSSES]:
-        if loss < end:
+        judged, (start, end) = end, _keyframes_around(packets, loss)
+        if end <= judged:
             continue
-        start, end = _keyframes_around(packets, loss)
         try:
             delivered = _delivered(path, container, packets, start, end)
         except OrderError:  # the file has no times to seek to
@@ -325,10 +338,15 @@ def _without_lost(path: Path, container: Container, listing: Listing) -> Listing
 
 
 def _keyframes_around(packets: Packets, at: int) -> tuple[int, int]:
-    """Return the packet from which all frames from `at` on are decoded, and the next keyframe after it, or the end."""
+    """Return the packet from which all frames from `at` on are decoded, and the one where a loss at `at` has no effect.
+
+    The latter is a keyframe after `at`, the second one if frames that are displayed before the first one may refer to
+    what precedes it in the stream; or the end.
+    """
     keys, closed = np.flatnonzero(packets.key), np.flatnonzero(packets.closed)
     before = [*keys[keys < at][-2:-1].tolist(), *closed[closed < at][-1:].tolist()]
-    return max(before, default=0), int(min(keys[keys > at], default=len(packets.key)))
+    after = [*keys[keys > at][1:2].tolist(), *closed[closed > at][:1].tolist()]
+    return max(before, default=0), min(after, default=len(packets.key))
 
 
 def _delivered(path: Path, container: Container, packets: Packets, start: int, end: int) -> list[int]:
