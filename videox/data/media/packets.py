@@ -338,7 +338,7 @@ def _without_lost(path: Path, container: Container, listing: Listing) -> Listing
 
 
 def _keyframes_around(packets: Packets, at: int) -> tuple[int, int]:
-    """Return the packet from which all frames from `at` on are decoded, and the one where a loss at `at` has no effect.
+    """Return the packet from which all frames from `at` on are decoded, and that where a loss at `at` has no effect.
 
     The latter is a keyframe after `at`, the second one if frames that are displayed before the first one may refer to
     what precedes it in the stream; or the end.
