@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 
 UINT = np.uint64
-_GOLDEN = UINT(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, the increment of splitmix64
+GOLDEN = UINT(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, the increment of splitmix64
 
 
 class Purpose(IntEnum):
@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     ROUNDING = 26
     CAPTION = 27
     CAPTION_TAGS = 28
+    TIMESTEP_BLOCK = 29
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:
@@ -64,11 +65,16 @@ def hash_key(*parts: int | np.ndarray) -> np.ndarray:
         for part in parts:
             column = np.asarray(part)
             words = column.astype(UINT) if column.dtype != object else np.asarray(int(part) & (2**64 - 1), UINT)
-            key = _finalize(key * UINT(0xD1342543DE82EF95) + words + _GOLDEN)
+            key = _finalize(key * UINT(0xD1342543DE82EF95) + words + GOLDEN)
         return key
 
 
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
     """Return float64 draws in the open interval (0, 1), one for each combination of the broadcast integer parts."""
+    return to_unit_interval(hash_key(*parts))
+
+
+def to_unit_interval(numbers: np.ndarray) -> np.ndarray:
+    """Return uint64 numbers divided by 2^64, rounded to float64 in the open interval (0, 1)."""
     # 52 random bits plus one half are 53 bits, exact in float64: with one more bit the largest draw would round to 1
-    return ((hash_key(*parts) >> UINT(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return ((numbers >> UINT(12)).astype(np.float64) + 0.5) * 2.0**-52

@@ -194,6 +194,33 @@ def test_resumed_run_keeps_the_settings_of_its_first_launch(tmp_path: Path) -> N
     assert (settings.cost_linear, settings.cost_quadratic) == (3.0, 0.5)
 
 
+@pytest.mark.parametrize("timesteps", ["per_step", "across_steps"])
+def test_resumed_run_draws_timesteps_as_it_began(timesteps: str, tmp_path: Path) -> None:
+    began = replace(SETTINGS, timesteps=timesteps)
+    assert ("timesteps" in plan_inputs(began)) == (timesteps != "per_step")  # older versions stored nothing
+    checkpoint = write_state(tmp_path / "checkpoint", state_of(began))
+
+    def settings_of(**changes: object) -> PlanSettings:
+        return replace(SETTINGS, **{"timesteps": "across_steps", **changes})
+
+    state, settings = resume_or_begin(
+        checkpoint, settings_of, IndexedData("same", "names", COLUMNS), seed=7, slots=4, world_size=1,
+        flags_name="a run", gather=gather_single,
+    )  # fmt: skip
+    assert settings == began
+    assert (run_name("flags", "data", began) == run_name("flags", "data", SETTINGS)) == (timesteps == "per_step")
+    assert state.settings == plan_inputs(began)
+
+
+def test_the_first_step_of_an_epoch_is_counted_over_the_run() -> None:
+    state, found = state_of(), []
+    for length in (3, 1, 2):
+        for _ in range(length):
+            found.append(state.first_step_of_epoch)
+            state.advance(length)
+    assert found == [0, 0, 0, 3, 4, 4]
+
+
 def columns_of(width: int = 64, usable: bool = True) -> PlanColumns:
     """Two rows, of which the second one may be lost."""
     sides = {"height": np.array([48, 48], np.int32), "frames": np.array([9, 9], np.int32)}

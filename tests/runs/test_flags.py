@@ -35,6 +35,7 @@ from videox.data.media import decord as decord_reader
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import PlanSettings, columns_of
+from videox.data.plan.timesteps import place_in_stratum
 from videox.engine.train_state import ASSIGNMENT_VERSION
 from videox.models import attention_backend
 
@@ -856,18 +857,23 @@ def test_low_vram_moves_encoders_off_the_device_between_uses(cached_run: CachedR
 
 
 @covers("uniform_sampling")
-def test_timesteps_are_stratified_over_the_step(cached_run: CachedRuns) -> None:
-    def strata(outcome: runs.Outcome) -> list[list[int]]:
+def test_timesteps_cover_the_range_in_each_step_and_from_step_to_step(cached_run: CachedRuns) -> None:
+    def draws(outcome: runs.Outcome) -> list[list[int]]:
         found = []
         for step in dumps(outcome, micros=4):
             sigma = torch.cat([dump["sigma"][np.array(dump.rows) >= 0] for dump in step]).double()
-            draw = 1 - sigma / (SHIFT - (SHIFT - 1) * sigma) + 5e-4  # center of one of 1000 timesteps
-            found.append(sorted((draw * len(sigma)).long().tolist()))
+            t = sigma / (SHIFT - (SHIFT - 1) * sigma)
+            found.append(sorted((1000 * (1 - t)).round().long().tolist()))  # the drawn ones of 1000 timesteps
         return found
 
     settings = {**STEPS, "gradient_accumulation_steps": 4, "fix_sample_size": [64, 64], "video_sample_n_frames": 1}
-    assert strata(cached_run(settings)) == [list(range(8)), list(range(4))]
-    assert strata(cached_run(settings, uniform_sampling=None)) != [list(range(8)), list(range(4))]
+    places = place_in_stratum(42, np.arange(2))  # of seed 42
+    expected = [
+        np.floor(1000 * (np.arange(n) + place) / n).astype(int).tolist()
+        for n, place in zip((8, 4), places, strict=True)
+    ]
+    assert draws(cached_run(settings)) == expected
+    assert draws(cached_run(settings, uniform_sampling=None)) != expected
 
 
 @covers("train_sampling_steps")

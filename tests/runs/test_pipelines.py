@@ -429,6 +429,7 @@ def batch_of(captions: Sequence[str], frames: int = FRAMES, height: int = 32, wi
         captions=list(captions),
         weights=np.full(count, 1 / count),
         strata=(np.arange(count) + 0.6) / count,
+        timesteps="across_steps",
         keys=keys,
         variants=keys,
         rows=list(range(count)),

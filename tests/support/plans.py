@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.epoch import PADDING, EpochPlan, MicroBatch
 from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.data.plan.timesteps import TIMESTEPS
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 12)
 POLICY = SizePolicy(
@@ -41,6 +42,7 @@ random_settings = st.builds(
     slot_fill=st.sampled_from(["fixed", "cost"]),
     video_repeat=st.integers(0, 3),
     held_out=st.integers(0, 5),
+    timesteps=st.sampled_from(TIMESTEPS),
 )
 random_columns = st.builds(make_columns, st.integers(40, 160), st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]))
 

@@ -27,6 +27,7 @@ def batch(captions: list[str], micro: int = 0) -> Batch:
         captions=captions,
         weights=np.full(count, 1 / count),
         strata=np.full(count, 0.5),
+        timesteps="across_steps",
         keys=list(range(count)),
         variants=list(range(count)),
         rows=list(range(7, 7 + count)),

@@ -21,11 +21,13 @@ def test_a_start_plans_each_epoch_once_and_looks_the_cache_up_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
+    results: dict[str, list[Any]] = {"plan_epoch": [], "find_missing": []}
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **settings: Any) -> Any:
             calls[name] += 1
-            return function(*arguments, **settings)
+            results[name].append(function(*arguments, **settings))
+            return results[name][-1]
 
         return call
 
@@ -39,3 +41,5 @@ def test_a_start_plans_each_epoch_once_and_looks_the_cache_up_once(
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "run", **flags))
     assert outcome.code == 0, outcome.stderr
     assert calls == {"plan_epoch": 2, "find_missing": 1}
+    first, second = results["plan_epoch"]
+    assert (first.first_step, second.first_step) == (0, first.n_steps)

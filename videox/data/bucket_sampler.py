@@ -36,7 +36,8 @@ class BucketBatchSampler(Sampler[list[PlannedSample]]):
         for step in range(self._start, plan.n_steps):
             batches = plan.micro_batches(step, self.data_group, self.data_groups)
             for number, batch in enumerate(batches):
-                yield planned_samples(batch, number, last=number == len(batches) - 1, first_row=self._first_row)
+                samples = planned_samples(batch, number, last=number == len(batches) - 1, first_row=self._first_row)
+                yield [sample._replace(timesteps=plan.timesteps) for sample in samples]
 
     def _current(self) -> EpochPlan:
         if self._plan is None:

@@ -70,6 +70,7 @@ class Batch(TypedDict):
         captions: for each sample, its caption, "" if dropped.
         weights: float64 [B], share of the step's loss; 0 for padding and bad samples.
         strata: float64 [B], timestep draws in (0, 1).
+        timesteps: how these are drawn, one of TIMESTEPS.
         keys: for each sample, the key of its random draws.
         variants: for each sample, the key of those draws that encoder outputs depend on.
         rows: for each sample, its metadata row; -1 for padding.
@@ -90,6 +91,7 @@ class Batch(TypedDict):
     captions: list[str]
     weights: np.ndarray
     strata: np.ndarray
+    timesteps: str
     keys: list[int]
     variants: list[int]
     rows: list[int]
@@ -231,6 +233,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         captions=[sample["caption"] for sample in samples],
         weights=np.array([p.weight for p in planned]),
         strata=np.array([p.stratum for p in planned]),
+        timesteps=planned[0].timesteps,
         keys=[p.key for p in planned],
         variants=[p.variant for p in planned],
         rows=[p.row for p in planned],

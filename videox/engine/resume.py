@@ -32,6 +32,8 @@ from videox.weights.safetensors_io import StoredTensors
 
 # Settings that a run's first launch decides for all later ones.
 FIRST_LAUNCH = ("slots", "barrier", "accumulation", "cost_linear", "cost_quadratic")
+# Settings that a run's version decided: later versions decide otherwise, but not for a run that goes on.
+OF_VERSION = ("held_out_choice", "timesteps")
 # Values of settings that older checkpoints do not have: what their runs were planned with, by default or by flags that
 # did not exist yet.
 OLD_DEFAULTS = {"barrier": "step", "accumulation": 1, "balance": "none"}
@@ -91,6 +93,7 @@ WITHOUT_FLAG = {
     "accumulation",
     "dealing",
     "held_out_choice",
+    "timesteps",
 }
 
 
@@ -162,14 +165,14 @@ def first_launch_settings(state: TrainState) -> dict[str, Any]:
         UserError: an older version filled the slots by cost in a way that this one cannot repeat.
     """
     settings = {**state.settings, "slots": state.slots}
-    choice = {"held_out_choice": settings.get("held_out_choice", LATER_DEFAULTS["held_out_choice"])}
+    kept = {name: settings.get(name, LATER_DEFAULTS[name]) for name in OF_VERSION}
     if "barrier" in settings:
-        return {name: settings[name] for name in FIRST_LAUNCH} | choice
+        return {name: settings[name] for name in FIRST_LAUNCH} | kept
     if settings.get("slot_fill") == "cost":
         what = "the run was started by an older version, which filled slots by cost in another way"
         hint = "start a new run in another --output_dir from its weights (--transformer_path)"
         raise UserError("--resume_from_checkpoint", what, hint, MODEL)
-    return {**OLD_DEFAULTS, **{name: settings[name] for name in FIRST_LAUNCH if name in settings}, **choice}
+    return {**OLD_DEFAULTS, **{name: settings[name] for name in FIRST_LAUNCH if name in settings}, **kept}
 
 
 def refuse_other_run(output_dir: Path, state: TrainState) -> None:

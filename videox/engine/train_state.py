@@ -26,7 +26,7 @@ NEXT_COLUMNS_FILE = "next_columns.safetensors"
 # Later settings are left out of plan_inputs at these values, so that the names of runs without them stay.
 LATER_DEFAULTS = {
     "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "launch_tokens": 0,
-    "held_out_choice": "random",
+    "held_out_choice": "random", "timesteps": "per_step",
 }  # fmt: skip
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"
@@ -84,6 +84,11 @@ class TrainState:
     data_changes: list[dict[str, Any]] = field(default_factory=list)
     next_data: NextData | None = None
     columns: PlanColumns | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def first_step_of_epoch(self) -> int:
+        """The number of the current epoch's first step, from 0."""
+        return self.step - self.epoch_step
 
     @property
     def later_quarantined(self) -> list[int]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from videox.data.dataset import Batch
+from videox.data.plan.timesteps import ACROSS_STEPS
 from videox.device import memory_phase
 from videox.diffusion.flow_matching import draw_sigmas, timestep_density
 from videox.distributed.collectives import run_on_main
@@ -373,12 +374,11 @@ def clip_limit_at(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor
 
 
 def sigmas_of_batch(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:
-    """Sigmas, float32 [B]: stratified over the global batch, or drawn independently from the scheme's density."""
-    if args.uniform_sampling:
-        draws = batch["strata"]
-    else:
-        independent = uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
-        draws = timestep_density(independent, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    """Sigmas, float32 [B], from the density of the weighting scheme: stratified or drawn independently."""
+    draws = batch["strata"] if args.uniform_sampling else uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
+    # runs of older versions took no density with --uniform_sampling, and go on so
+    if not args.uniform_sampling or batch["timesteps"] == ACROSS_STEPS:
+        draws = timestep_density(draws, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
     return draw_sigmas(draws, shift, args.train_sampling_steps)
 
 

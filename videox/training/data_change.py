@@ -94,7 +94,7 @@ def rows_of_epoch(
         UserError: (MODEL) these rows are not stored.
     """
     columns = state.columns or columns_of(index, by_second=args.video_sample_fps > 0)
-    plan = plan_epoch(columns, settings, state.epoch, state.quarantined)
+    plan = plan_epoch(columns, settings, state.epoch, state.quarantined, state.first_step_of_epoch)
     if not state.next_data:
         return index, plan, 0
     rows = stored_rows(args, ctx, state.index, index)

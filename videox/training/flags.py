@@ -276,7 +276,7 @@ def add_optimizer(parser: Parser) -> None:
 def add_timesteps(parser: Parser) -> None:
     """Add the flags of how timesteps are drawn and losses weighted."""
     add = parser.add_argument_group("timesteps and loss weights").add_argument
-    strata = "stratify timesteps over the global batch; otherwise draw each independently"
+    strata = "timesteps that cover the range in each step and from step to step; otherwise draw each independently"
     add("--uniform_sampling", action="store_true", help=strata)
     shift = (
         "flow shift of the noise levels, in training, held-out loss and sample clips (1 = none); auto: of a yaml that "
@@ -286,7 +286,7 @@ def add_timesteps(parser: Parser) -> None:
     noisiest = "train only on this many of the 1000 timesteps, the noisiest ones (1000 = all)"
     last = NUM_TRAIN_TIMESTEPS
     add("--train_sampling_steps", type=number(int, 1, last), default=last, help=noisiest)
-    scheme = "weight of the loss, and density of the timesteps without uniform_sampling (none: weight 1, uniform)"
+    scheme = "weight of the loss (sigma_sqrt, cosmap) or density of the timesteps (logit_normal, mode); none: neither"
     add("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help=scheme)
     add("--logit_mean", type=number(float, -20, 20), default=0.0, help="mean of the logit_normal density")
     deviation = "standard deviation of the logit_normal density"

@@ -33,7 +33,9 @@ def iterate_steps(schedule: Schedule, data: DataPipeline, clock: StepClock) -> I
     state, plan = schedule.state, schedule.plan
     while state.step < schedule.total:
         if plan.epoch != state.epoch:
-            plan = plan_epoch(schedule.columns, schedule.settings, state.epoch, state.quarantined)
+            plan = plan_epoch(
+                schedule.columns, schedule.settings, state.epoch, state.quarantined, state.first_step_of_epoch
+            )
         first_row = schedule.first_row if plan is schedule.plan else 0
         data.sampler.set_plan(plan, state.epoch_step, first_row)
         loaded = iter(data.loader)

@@ -10,6 +10,7 @@ from typing import Any
 from videox.data.index.index import DataLocation
 from videox.data.plan.held_out import RANDOM, STRATIFIED
 from videox.data.plan.settings import PlanSettings
+from videox.data.plan.timesteps import ACROSS_STEPS, PER_STEP
 from videox.training.args import size_policy
 from videox.training.data_sources import sources_of
 
@@ -55,5 +56,6 @@ def plan_settings(
         caption_shuffle_tags=args.caption_shuffle_tags,
         launch_tokens=args.launch_tokens,
         held_out_choice=STRATIFIED if args.validation_rows else RANDOM,
+        timesteps=ACROSS_STEPS if args.uniform_sampling else PER_STEP,
     )
     return PlanSettings(**{**fields, **launched})

@@ -45,7 +45,7 @@ from videox.training.validation_flags import prompts_of
 DIFFERENCES = (
     "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
     "trainable weights are float32 (bfloat16 with optimizers named _bf16); only compute is bfloat16, where requested",
-    "timesteps are stratified over the global batch instead of assigned to processes",
+    "--uniform_sampling covers the timesteps in each step and from step to step; no process keeps a part of them",
     "max_grad_norm clips from the first step on",
     "in buckets each clip keeps its own aspect ratio; each row is seen once per epoch unless flags say otherwise",
 )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from videox.data.plan.buckets import Fate
+from videox.data.plan.timesteps import ACROSS_STEPS, PER_STEP, place_in_stratum
 from videox.errors import UserError
 from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import GRID, Bucket, token_count
@@ -50,7 +51,7 @@ class PlannedSample(NamedTuple):
     row: metadata row, -1 for padding; start: first source frame; key: key of the draws that are new in each epoch;
     variant: key of the draws whose results a cache can store; weight: share of the step's loss; stratum: timestep draw
     in (0, 1); step: step within the epoch; micro: number of the rank's micro-batch in the step, from 0; last: whether
-    it is the rank's last micro-batch of the step.
+    it is the rank's last micro-batch of the step; timesteps: of the plan.
     """
 
     row: int
@@ -63,6 +64,7 @@ class PlannedSample(NamedTuple):
     step: int
     micro: int
     last: bool
+    timesteps: str = PER_STEP
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class EpochPlan:
     row, copy, start int64 [N]; key, variant uint64 [N], keys of the draws that are new in each epoch and of those that
     may repeat (cache_variants); micro_first int64 [M + 1] into samples; micro_bucket int64 [M] into buckets;
     slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row; min_frames: the shortest sample that the
-    model accepts.
+    model accepts; timesteps: one of TIMESTEPS; first_step: number of the epoch's first step in the run, from 0.
     """
 
     epoch: int
@@ -89,6 +91,8 @@ class EpochPlan:
     slot_first: np.ndarray
     fates: np.ndarray
     min_frames: int = 1
+    timesteps: str = PER_STEP
+    first_step: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -135,15 +139,18 @@ class EpochPlan:
         """Return one draw in (0, 1) per sample: of n samples, each is drawn within its own stratum of width 1/n.
 
         Which stratum a sample gets is a keyed permutation, so that no bucket and no rank is tied to one range of
-        timesteps.
+        timesteps. With ACROSS_STEPS, place_in_stratum is the place within it: the sample in stratum p gets
+        (p + place) / n.
         """
         first, last = self._sample_range(step)
         count = last - first
         # keyed by the step and not by the sample: the permutation covers all strata for any samples
         order = hash_key(self.seed, self.epoch, step, Purpose.STRATUM, np.arange(count))
-        place = np.empty(count, np.int64)
-        place[np.argsort(order, kind="stable")] = np.arange(count)
-        return (place + uniform(self.key[first:last], Purpose.TIMESTEP)) / count
+        stratum = np.empty(count, np.int64)
+        stratum[np.argsort(order, kind="stable")] = np.arange(count)
+        if self.timesteps == ACROSS_STEPS:
+            return (stratum + place_in_stratum(self.seed, self.first_step + step)) / count
+        return (stratum + uniform(self.key[first:last], Purpose.TIMESTEP)) / count
 
     def micro_batches(self, step: int, data_group: int, data_groups: int) -> list[MicroBatch]:
         """Return what one data group runs in a step; all groups together run the same step at any number of groups.

@@ -180,7 +180,11 @@ def draw_epoch(columns: PlanColumns, settings: PlanSettings, epoch: int, fates: 
 
 
 def plan_epoch(
-    columns: PlanColumns, settings: PlanSettings, epoch: int, excluded: np.ndarray | Sequence[int] = ()
+    columns: PlanColumns,
+    settings: PlanSettings,
+    epoch: int,
+    excluded: np.ndarray | Sequence[int] = (),
+    first_step: int = 0,
 ) -> EpochPlan:
     """Return the plan of an epoch: the same on every rank and at every world size.
 
@@ -189,6 +193,7 @@ def plan_epoch(
         settings: with the seed; plans of two seeds are independent.
         epoch: number of the epoch, from 0.
         excluded: metadata rows that all ranks agreed to leave out from this epoch on.
+        first_step: number of the epoch's first step in the run, from 0; only the timesteps depend on it.
 
     Raises:
         UserError: no row is left to train.
@@ -236,6 +241,8 @@ def plan_epoch(
         slot_first=np.concatenate([[0], np.cumsum(np.bincount(position[slot]))]),
         fates=fates,
         min_frames=settings.policy.min_frames,
+        timesteps=settings.timesteps,
+        first_step=first_step,
     )
 
 

@@ -88,7 +88,8 @@ class PlanSettings:
     clip_sampling, one of SAMPLINGS; cache_variants: number of epochs with their own draws of clip starts, sizes and
     crops, after which these draws repeat (0 = they never repeat); caption_prefix, trigger_word, caption_shuffle_tags:
     as the fields of CaptionRules; launch_tokens: each micro-batch has the cost of one sample of this many tokens in
-    addition, where ranks are balanced.
+    addition, where ranks are balanced; timesteps: how they are drawn within their strata, one of TIMESTEPS
+    (timesteps.py).
     """
 
     policy: SizePolicy
@@ -111,6 +112,7 @@ class PlanSettings:
     caption_shuffle_tags: bool = False
     launch_tokens: int = 0
     held_out_choice: str = "random"
+    timesteps: str = "per_step"
 
     @property
     def caption_rules(self) -> CaptionRules:
