@@ -49,7 +49,7 @@ PAGES = (
 # Pages without commands of their own, whose links are checked, too.
 LINKED = (
     "models/README.md", "datasets/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/how_it_works.md", "docs/flow_shift.md",
-    "docs/sizes.md", "docs/defaults.md", "docs/speed.md",
+    "docs/sizes.md", "docs/defaults.md", "docs/speed.md", "docs/timesteps.md",
     "docs/map.md", "docs/import_graph.md", "benchmarks/README.md", "benchmarks/families.md",
 )  # fmt: skip
 # Variables that a cluster sets in the shell where the command for several machines is run.

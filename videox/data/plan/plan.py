@@ -201,15 +201,7 @@ def plan_epoch(
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
     rows, copies, starts, key, variants, number, buckets = draw_epoch(columns, settings, epoch, fates)
     if not len(rows):
-        counts_by_fate = ", ".join(
-            f"{np.count_nonzero(fates == fate)} {fate.name.lower()}" for fate in Fate if np.any(fates == fate)
-        )
-        hint = "fix the problems reported above, or lower --video_sample_n_frames or --video_sample_stride"
-        if np.any(fates == Fate.HELD_OUT):  # these rows could be trained
-            hint = "lower --validation_rows"
-        if np.any(fates == Fate.NOT_DRAWN):  # these rows would be trained with weight 1
-            hint = "raise the `weight` of some rows: 1 means once per epoch"
-        raise UserError("--train_data_meta", f"no row of {len(columns)} can be trained ({counts_by_fate})", hint, DATA)
+        raise _no_row_error(fates)
 
     # Shuffle all samples, then sort by bucket with a stable sort: random order within each bucket. The order is that
     # of hashed keys, not of a stream of random numbers: excluding a row does not reorder the others.
@@ -244,6 +236,19 @@ def plan_epoch(
         timesteps=settings.timesteps,
         first_step=first_step,
     )
+
+
+def _no_row_error(fates: np.ndarray) -> UserError:
+    """Return the error for an epoch without samples; fates: of all rows."""
+    counts_by_fate = ", ".join(
+        f"{np.count_nonzero(fates == fate)} {fate.name.lower()}" for fate in Fate if np.any(fates == fate)
+    )
+    hint = "fix the problems reported above, or lower --video_sample_n_frames or --video_sample_stride"
+    if np.any(fates == Fate.HELD_OUT):  # these rows could be trained
+        hint = "lower --validation_rows"
+    if np.any(fates == Fate.NOT_DRAWN):  # these rows would be trained with weight 1
+        hint = "raise the `weight` of some rows: 1 means once per epoch"
+    return UserError("--train_data_meta", f"no row of {len(fates)} can be trained ({counts_by_fate})", hint, DATA)
 
 
 def slot_order(
