@@ -55,7 +55,7 @@ def test_a_phase_has_its_own_time_without_the_phases_inside_it() -> None:
     }  # fmt: skip
     one = torch.ones(())
     step = PendingStep(
-        1, None, 0, StepReport(False, 0, 0.0), 1e-3, False, step_scalars(one, one, one > 0), 30.0, 0.0, None, None, spans  # type: ignore[arg-type]
+        1, None, 0, StepReport(False, 0, 0.0), 1e-3, False, step_scalars(one, one, one > 0, one), 30.0, 0.0, None, None, spans  # type: ignore[arg-type]
     )  # fmt: skip
     assert step.parts() == {
         "encode_seconds": 5.0, "forward_seconds": 6.5, "backward_seconds": 12.0, "optimizer_seconds": 0.125,

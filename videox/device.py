@@ -72,18 +72,18 @@ class AsyncScalars:
     """Scalars of the device that are being copied to the host.
 
     Args:
-        tensors: scalars, on the device or on the host.
-        device: where they are stacked before the copy.
+        tensors: scalars, or vectors of them, on the device or on the host.
+        device: where they are joined before the copy.
     """
 
     def __init__(self, *tensors: Tensor, device: torch.device) -> None:
-        stacked = torch.stack([to_device(tensor.detach(), device).double() for tensor in tensors])
-        self._on_host = torch.empty(len(tensors), dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._on_host.copy_(stacked, non_blocking=True)
+        joined = torch.cat([to_device(tensor.detach(), device).double().reshape(-1) for tensor in tensors])
+        self._on_host = torch.empty(len(joined), dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._on_host.copy_(joined, non_blocking=True)
         self.event = DeviceEvent(device)
 
     def read(self) -> list[float]:
-        """Return the values; waits for the copy, which is finished if one step has passed."""
+        """Return the values in order; waits for the copy, which is finished if one step has passed."""
         self.event.wait()
         return self._on_host.tolist()
 

@@ -142,7 +142,7 @@ from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels
 from videox.diffusion.flow_matching import add_noise, batch_noise, loss_weights, motion_losses, velocity_losses
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.distributed.accelerator import compute_dtype
-from videox.distributed.collectives import accumulate, backward, sum_over_ranks
+from videox.distributed.collectives import accumulate, backward
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
@@ -159,6 +159,7 @@ from videox.training import build, launch, loop, memory_check, precompute, start
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
 from videox.training.schedule import build_schedule
+from videox.training.step_loss import StepLoss
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
 LATENT_CHANNELS = 16
@@ -343,7 +344,7 @@ def accumulate_gradients(
     args: argparse.Namespace, accelerator: Accelerator, wan: Wan, model: torch.nn.Module, batch: Batch,
     dump_to: Path | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Accumulate the gradients of a micro-batch and return its part of the step's loss, float64 scalar.
+    """Accumulate the gradients of a micro-batch and return each sample's part of the step's loss, float64 [B].
 
     x_t = (1 - sigma) x_0 + sigma noise; the model predicts noise - x_0. Every draw is a function of a sample's key.
     """
@@ -362,13 +363,13 @@ def accumulate_gradients(
         losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme))
         if args.motion_sub_loss:
             losses = motion_losses(prediction, target, losses, args.motion_sub_loss_ratio)
-        loss = (losses.double() * weights).sum()
-        backward(accelerator, model, loss)
+        parts = losses.double() * weights
+        backward(accelerator, model, parts.sum())
     write_dump(
         dump_to, accelerator.process_index, batch, inputs, latents=latents, noise=noise, sigma=sigmas,
         timestep=inputs["timestep"], weight=weights, target=target, prediction=prediction, loss=losses,
     )  # fmt: skip
-    return loss.detach()
+    return parts.detach()
 
 
 def predict_held_out(wan: Wan, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut) -> torch.Tensor:
@@ -434,15 +435,15 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     with StopRequest() as stop, data.encode, recorder:
         for step in loop.iterate_steps(schedule, data, recorder.clock):
             engine.set_lr(lr := lr_at(state.step))
-            loss = torch.zeros((), dtype=torch.float64, device=ctx.device)
+            loss = StepLoss(step, ctx.device)
             for batch in step.micro_batches():
                 with memory_check.name_batch(batch):  # encode, add noise, forward, loss, backward
                     dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
-                    loss += accumulate_gradients(args, ctx.accelerator, wan, engine.model, batch, dump_to)
+                    loss.add(batch, accumulate_gradients(args, ctx.accelerator, wan, engine.model, batch, dump_to))
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
-            loss = sum_over_ranks(loss)
+            loss.reduce()
             limit_of_norm = build.clip_limit_at(args, state.step)
-            update = loop.clip_and_step(engine, state, loss, empty=step.is_empty(report), limit=limit_of_norm)
+            update = loop.clip_and_step(engine, state, loss.total, empty=step.is_empty(report), limit=limit_of_norm)
             epoch_ended = state.advance(steps_of_epoch=step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
             done = state.step == schedule.total

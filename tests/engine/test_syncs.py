@@ -86,9 +86,10 @@ def test_weights_count_as_on_the_device() -> None:
 
 def test_async_scalars_round_trip() -> None:
     numbers = AsyncScalars(
-        torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("inf")), torch.tensor(True), device=DEVICE
-    )
-    assert numbers.read() == [0.1, float("inf"), 1.0]
+        torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("inf")), torch.tensor(True), torch.arange(2.0),
+        device=DEVICE,
+    )  # fmt: skip
+    assert numbers.read() == [0.1, float("inf"), 1.0, 0.0, 1.0]
 
 
 def test_device_event_of_the_cpu_uses_the_host_clock() -> None:

@@ -488,7 +488,7 @@ def gradients(kind: ModelKind, model: Path, tmp_path: Path, batch: Batch, **chan
             predictions.append(output[0])
 
         components.transformer.register_forward_hook(record)
-        loss = kind.trainer.accumulate_gradients(args, accelerator, components, prepared, batch, None)
+        loss = kind.trainer.accumulate_gradients(args, accelerator, components, prepared, batch, None).sum()
         weights = {name: weight.grad for name, weight in components.transformer.named_parameters()}
     (prediction,) = predictions
     return Gradients(loss.item(), prediction.grad, weights)

@@ -64,6 +64,7 @@ class TrainState:
         data_changes: for each change of the data, the first step (0-based) and epoch that trained the new data, and
             the fingerprints of the index before and after it.
         next_data: changed data that waits for the end of the epoch; None = the data has not changed.
+        loss_means: running means of the training loss, of videox.tracking.corrected_loss.
         columns: what the plan reads of the rows; saved in a separate file.
     """
 
@@ -83,6 +84,7 @@ class TrainState:
     sources: list[str] = field(default_factory=list)
     data_changes: list[dict[str, Any]] = field(default_factory=list)
     next_data: NextData | None = None
+    loss_means: dict[str, Any] = field(default_factory=dict)
     columns: PlanColumns | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -125,7 +127,7 @@ def read_state(checkpoint: Path) -> TrainState:
     path = checkpoint / STATE_FILE
     try:
         # older versions did not write these fields
-        absent: dict[str, Any] = {"sources": [], "data_changes": [], "next_data": None}
+        absent: dict[str, Any] = {"sources": [], "data_changes": [], "next_data": None, "loss_means": {}}
         content = {**absent, **json.loads(path.read_text(encoding="utf-8"))}
         names = [each.name for each in fields(TrainState) if each.name != "columns"]
         state = TrainState(**{name: content[name] for name in names})

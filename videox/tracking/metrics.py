@@ -25,6 +25,8 @@ class StepRecord:
         rows: metadata row numbers of the global batch in schedule order.
         buckets: (frames, height, width) of each row, height and width in pixels.
         measured: additional metrics of the step by name, see videox.estimate.mfu.
+        loss_corrected: `loss` without what follows from its noise levels and buckets, see
+            videox.tracking.corrected_loss; None where it is not known.
     """
 
     step: int
@@ -37,6 +39,7 @@ class StepRecord:
     rows: Sequence[int]
     buckets: Sequence[Sequence[int]]
     measured: Mapping[str, float] = field(default_factory=dict)
+    loss_corrected: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON object for metrics.jsonl; numpy and torch numbers are converted to Python's."""
@@ -45,6 +48,7 @@ class StepRecord:
         return {
             "step": int(self.step),
             "loss": float(self.loss),
+            **({} if self.loss_corrected is None else {"loss_corrected": float(self.loss_corrected)}),
             "lr": float(self.lr),
             "grad_norm": float(self.grad_norm),
             "tokens": int(self.tokens),

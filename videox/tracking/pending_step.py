@@ -30,7 +30,8 @@ class PendingStep:
         report: what the ranks agreed on in this step.
         lr: learning rate of the parameters that train at the full LR (the others train at half of it).
         empty: whether none of its samples could be read.
-        scalars: loss, gradient norm before clipping, and whether the optimizer step was applied.
+        scalars: loss, gradient norm before clipping, whether the optimizer step was applied, and each sample's part of
+            the loss.
         host_seconds: duration by the host's clock.
         data_wait: seconds of it that this rank waited for data.
         begin: when the device began the step.
@@ -77,6 +78,6 @@ class PendingStep:
         return max(self.work_done.since(self.begin) - self.data_wait, 1e-9)
 
 
-def step_scalars(loss: Tensor, grad_norm: Tensor, applied: Tensor) -> AsyncScalars:
-    """Start to copy a step's scalars to the host, from the device of `loss`."""
-    return AsyncScalars(loss, grad_norm, applied, device=loss.device)
+def step_scalars(loss: Tensor, grad_norm: Tensor, applied: Tensor, parts: Tensor) -> AsyncScalars:
+    """Start to copy a step's scalars to the host, from the device of `loss`; parts: of the loss, one per sample."""
+    return AsyncScalars(loss, grad_norm, applied, parts, device=loss.device)

@@ -161,6 +161,7 @@ class Tracker:
         self.scalars(
             {
                 "train/loss": record.loss,
+                **({} if record.loss_corrected is None else {"train/loss_corrected": record.loss_corrected}),
                 "train/lr": record.lr,
                 "train/grad_norm": record.grad_norm,
                 "speed/tokens": float(record.tokens),

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from videox.data.dataset import Batch
@@ -44,7 +43,6 @@ from videox.models.norm_dtype import keep_norm_dtype
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
 from videox.optim.build import choose_trainable, clip_limit, lr_schedule
 from videox.optim.registry import kind_of
-from videox.rng import Purpose, uniform
 from videox.tracking.gpu_memory import GpuMemory
 from videox.tracking.jsonl import json_line
 from videox.tracking.progress import ProgressBar
@@ -61,6 +59,7 @@ from videox.training.sampling import SampleClip
 from videox.training.schedule import Schedule, most_common_shape
 from videox.training.speed import attention_fact, prepare_blocks
 from videox.training.startup import prepare_folder
+from videox.training.step_loss import StepCorrection, uniform_draws
 from videox.training.validation_flags import prompts_of
 from videox.training.validation_loss import HeldOutLoss
 from videox.training.validator import (
@@ -282,6 +281,7 @@ def _instruments(
         ),
         meter=meter,
         time_left=TimeLeft(meter, schedule.total, every),
+        correct=StepCorrection(args, schedule.state),
         times=step_times(ctx.accelerator, schedule.settings),
         timer=backward_timer(ctx.accelerator, engine.model), memory=_gpu_memory(args, ctx, schedule, profile),
     )  # fmt: skip
@@ -375,7 +375,7 @@ def clip_limit_at(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor
 
 def sigmas_of_batch(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:
     """Sigmas, float32 [B], from the density of the weighting scheme: stratified or drawn independently."""
-    draws = batch["strata"] if args.uniform_sampling else uniform(np.array(batch["keys"], np.uint64), Purpose.TIMESTEP)
+    draws = uniform_draws(args, batch["strata"], batch["keys"])
     # runs of older versions took no density with --uniform_sampling, and go on so
     if not args.uniform_sampling or batch["timesteps"] == ACROSS_STEPS:
         draws = timestep_density(draws, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-
-from torch import Tensor
 
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Sample, TokenLengthDataset
@@ -37,6 +36,7 @@ from videox.training.guard import StepOutcome
 from videox.training.sampling import FinishedClip, SampledClips
 from videox.training.schedule import Schedule
 from videox.training.step import PlannedStep
+from videox.training.step_loss import StepCorrection, StepLoss
 from videox.training.validation_loss import ValidationLoss, append_validation, change_since_first
 
 VALIDATION, SAVE = "validation", "save"  # kinds of pauses between steps
@@ -54,6 +54,7 @@ class Instruments:
         timer: measures this rank's own work apart from its waiting for other ranks; None where that is not possible.
         memory: compares the memory in use with the predicted one; None where there is no GPU.
         time_left: estimates the time until the end of the run.
+        correct: corrects the loss of a step.
     """
 
     bar: ProgressBar
@@ -62,6 +63,7 @@ class Instruments:
     times: StepTimes
     timer: BackwardTimer | None
     time_left: TimeLeft
+    correct: StepCorrection
     memory: GpuMemory | None = None
 
 
@@ -70,7 +72,7 @@ class Recorder:
 
     Args:
         ctx: of the run.
-        schedule: its state is read, never changed.
+        schedule: its state is read, and never changed except for the running means of the loss.
         instruments: of the run.
         on_outcome: called with each step's outcome when the device has it; may raise UserError.
     """
@@ -81,6 +83,7 @@ class Recorder:
         self.ctx, self.state, self.on_outcome = ctx, schedule.state, on_outcome
         self.bar, self.tracker, self.meter = instruments.bar, instruments.tracker, instruments.meter
         self.times, self.timer, self.time_left = instruments.times, instruments.timer, instruments.time_left
+        self.correct = instruments.correct
         self.metrics = MetricsLog(ctx.output_dir, enabled=ctx.is_main, after=self.state.step)
         self.clock = StepClock()
         self.fallbacks: Counter[str] = Counter()  # clips that PyAV read in place of decord, by reason
@@ -130,21 +133,21 @@ class Recorder:
             except SaveError as why:
                 self.bar.note(f"warning: the first batch was not written ({why}); training continues")
 
-    def log(self, step: PlannedStep, report: StepReport, lr: float, loss: Tensor, update: Update) -> None:
+    def log(self, step: PlannedStep, report: StepReport, lr: float, loss: StepLoss, update: Update) -> None:
         """Take note of an optimizer step that the state counts already; `flush` records it during the next one.
 
         Args:
             step: of the plan.
             report: what the ranks agreed on.
             lr: learning rate of the full-rate group.
-            loss: sum over all ranks, scalar on the device.
+            loss: summed over all ranks.
             update: of the engine.
         """
         self.fallbacks.update(step.fallbacks)
         waited, seconds = self.clock.data_wait, self.clock.split()
         self._pending = PendingStep(
             self.state.step, step.plan, step.epoch_step, report, lr, step.is_empty(report),
-            step_scalars(loss, update.grad_norm, update.applied), seconds, waited, self._start,
+            step_scalars(loss.total, update.grad_norm, update.applied, loss.parts), seconds, waited, self._start,
             self.timer.take() if self.timer else None, self._phases.take(),
         )  # fmt: skip
         self._start = self._pending.scalars.event
@@ -168,7 +171,8 @@ class Recorder:
     def _record(self, busy: Sequence[float] = ()) -> None:
         assert self._pending is not None
         step, self._pending = self._pending, None
-        loss, grad_norm, applied = step.scalars.read()
+        loss, grad_norm, applied, *parts = step.scalars.read()
+        corrected = self.correct(step.plan, step.epoch_step, parts)
         rows, tokens = step.plan.rows_of_step(step.epoch_step).tolist(), step.plan.tokens_of_step(step.epoch_step)
         self.on_outcome(StepOutcome(step.step, rows, step.empty, bool(applied)))
         times = self.clock.count(tokens, step.duration(), step.report.data_wait)
@@ -188,6 +192,7 @@ class Recorder:
             rows=rows,
             buckets=step.plan.buckets_of_step(step.epoch_step),
             measured=measured,
+            loss_corrected=corrected if math.isfinite(corrected) else None,
         )
         if self.ctx.is_main:
             self.times.add(step.plan, step.epoch_step, max(times.seconds - times.data_wait, 1e-9))

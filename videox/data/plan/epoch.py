@@ -112,6 +112,11 @@ class EpochPlan:
         first, last = self._sample_range(step)
         return self.row[first:last]
 
+    def keys_of_step(self, step: int) -> np.ndarray:
+        """Return the key (uint64) of the random draws of each row of rows_of_step; no two are equal."""
+        first, last = self._sample_range(step)
+        return self.key[first:last]
+
     def buckets_of_step(self, step: int) -> list[Bucket]:
         """Return the bucket of each row of rows_of_step."""
         slots = self._slot_range(step)
