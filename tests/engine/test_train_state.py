@@ -167,6 +167,20 @@ def test_old_state_without_a_setting_is_refused_with_its_name() -> None:
         refuse_changed_plan(state, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out_share": 0.1}, "--validation_share was 0.0, is 0.1"),
+        ({"held_out_list": "1f2e"}, "--validation_meta was '', is 1f2e"),
+    ],
+)
+def test_other_held_out_rows_are_refused_with_their_flag(change: dict, message: str) -> None:
+    assert not change.keys() & state_of().settings.keys()  # at its default it is not stored: old runs keep their names
+    with pytest.raises(UserError) as refused:
+        refuse_changed_plan(state_of(), replace(SETTINGS, **change))
+    assert message in refused.value.what
+
+
 def test_checkpoint_from_before_balance_keeps_its_order(tmp_path: Path) -> None:
     old = write_older(tmp_path / "older", state_of())
     state, settings = begin(old, seed=None)

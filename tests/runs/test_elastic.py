@@ -136,6 +136,8 @@ def assert_same_run(output_dir: Path, reference: Path, precision: str, since: in
     assert [line["step"] for line in found] == list(range(1, last + 1))
     losses, norms = ([[line[name] for line in lines] for lines in (found, wanted)] for name in ("loss", "grad_norm"))
     np.testing.assert_allclose(*losses, rtol=0, atol=TOLERANCE[precision])
+    corrected = [[line["loss_corrected"] for line in lines] for lines in (found, wanted)]
+    np.testing.assert_allclose(*corrected, rtol=0, atol=5 * TOLERANCE[precision])
     np.testing.assert_allclose(*norms, rtol=10 * TOLERANCE[precision])
     inputs = dumped_inputs(output_dir)
     expected = {key: value for key, value in dumped_inputs(reference).items() if since < key[0] <= last}

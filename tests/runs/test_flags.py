@@ -107,6 +107,8 @@ COVERED_ELSEWHERE = {
     "use_fsdp": "test_train.test_an_error_is_one_line_before_any_weight_is_loaded",
     "vae_sample_mode": "test_train.test_vae_samples_are_the_mean_plus_keyed_noise",
     "validation_prompts": "test_train.test_sample_clips_have_the_frame_rate_of_the_data",
+    "validation_meta": "test_train.test_a_list_of_its_own_is_measured_and_not_trained",
+    "validation_share": "test_held_out.test_a_share_holds_out_that_share_of_the_trainable_rows",
     "validation_rows": "test_train.test_validation_is_bit_identical_while_the_lr_is_zero",
     "validation_steps": "test_train.test_validation_does_not_change_training",
 }

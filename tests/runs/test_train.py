@@ -427,6 +427,37 @@ def test_held_out_rows_are_captioned_clips_and_named(model: Path, tmp_path: Path
     assert f"training rows {last['train_loss']:.4f}; " in outcome.stdout + outcome.stderr
 
 
+def test_a_list_of_its_own_is_measured_and_not_trained(model: Path, metadata: Path, tmp_path: Path) -> None:
+    """--validation_meta: all of its rows that the training could use, beside as many training rows."""
+    table = json.loads(metadata.read_text(encoding="utf-8"))
+    clips = [row for row in table if row["type"] == "video"]
+    for number in (0, 1):
+        tiny.write_clip(tmp_path / f"own/{number}.mp4", frames=30, seed=100 + number)
+    tiny.write_clip(tmp_path / "own/short.mp4", frames=3)
+    rows = [{"file_path": f"{name}.mp4", "text": f"caption {name}"} for name in (0, "short", 1)]
+    listed = tmp_path / "own/list.json"
+    listed.write_text(json.dumps(rows), encoding="utf-8")
+    settings = {"max_train_steps": 2, "train_data_dir": None, **SMALL_STEPS}
+    without = runs.train(runs.wan_flags(model, metadata, tmp_path / "without", **settings))
+    outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", validation_meta=listed, **settings))
+    assert (outcome.code, without.code) == (0, 0), outcome.stderr
+    assert metrics_of(outcome) == metrics_of(without) and len(clips) > 2  # the training is the same one
+    records = read_lines(outcome.folder / "held_out.jsonl")
+    assert [(line["set"], line["file"], line["caption"]) for line in records[:2]] == [
+        ("held_out", "0.mp4", "caption 0"), ("held_out", "1.mp4", "caption 1"),
+    ]  # fmt: skip
+    assert [line["set"] for line in records[2:]] == ["training"] * 2
+    assert {line["file"] for line in records[2:]} <= {row["file_path"] for row in clips}
+    assert "--validation_meta: 1 of its 3 rows are not measured (1 too_short)" in outcome.stdout
+    assert [line["step"] for line in outcome.validation] == [0, 2] and outcome.validation[1]["train_loss"] > 0
+    report = json.loads((outcome.folder / "args.json").read_text(encoding="utf-8"))["resolved"]["plan"]
+    assert report["held_out_list"] and "held_out_share" not in report
+
+    listed.write_text(json.dumps([rows[1]]), encoding="utf-8")
+    refused = runs.train(runs.wan_flags(model, metadata, tmp_path / "refused", validation_meta=listed, **settings))
+    assert "--validation_meta: none of its 1 rows can be measured (1 too_short)" in refused.stderr
+
+
 @pytest.mark.slow
 def test_a_run_without_progress_ends_early(model: Path, metadata: Path, tmp_path: Path) -> None:
     settings = {"learning_rate": 0, "validation_rows": 1, "validation_steps": 1, "early_stop": 2, "max_train_steps": 9}

@@ -75,7 +75,11 @@ def test_the_line_is_steadier_than_the_loss_and_falls_as_the_level_does(batch: i
 def test_a_loss_that_falls_to_a_thirtieth_is_followed() -> None:
     raw, line, expected = two_buckets(np.geomspace(1.0, 1 / 30, STEPS)).run(CorrectedLoss({}))
     later = slice(STEPS // 3, None)
-    assert np.abs(np.log(line[later] / expected[later])).mean() < 0.12 < np.abs(np.log(raw[later] / expected[later])).mean() / 4
+    assert (
+        np.abs(np.log(line[later] / expected[later])).mean()
+        < 0.12
+        < np.abs(np.log(raw[later] / expected[later])).mean() / 4
+    )
     assert line.min() > 0
 
 
@@ -113,7 +117,7 @@ def test_one_broken_sample_does_not_spoil_its_band() -> None:
     losses=st.lists(st.lists(st.floats(1e-3, 10), min_size=1, max_size=5), min_size=1, max_size=20),
     draw=st.randoms(use_true_random=False),
 )
-def test_the_unit_of_the_loss_does_not_matter(factor: float, losses: list[list[float]], draw) -> None:  # noqa: ANN001
+def test_the_unit_of_the_loss_does_not_matter(factor: float, losses: list[list[float]], draw) -> None:
     one, other = CorrectedLoss({}), CorrectedLoss({})
     for step in losses:
         bands, buckets = [draw.randrange(BANDS) for _ in step], [draw.choice("ab") for _ in step]

@@ -179,6 +179,16 @@ def test_the_best_checkpoint_and_an_early_stop_need_held_out_rows(tmp_path: Path
         assert parse(tmp_path, *words, "--validation_rows", "1").validation_rows == 1
 
 
+def test_only_one_flag_names_the_held_out_rows(tmp_path: Path) -> None:
+    for words in (["--validation_share", "0.1"], ["--validation_meta", str(tmp_path / "held_out.json")]):
+        assert parse(tmp_path, *words, "--keep_best").keep_best
+        with pytest.raises(UserError) as refused:
+            parse(tmp_path, "--validation_rows", "2", *words)
+        assert (refused.value.where, refused.value.what) == (
+            words[0], "contradicts --validation_rows: each names the rows of the held-out loss",
+        )  # fmt: skip
+
+
 def test_a_run_reads_its_prompts_from_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat --w 64\na dog\n", encoding="utf-8")

@@ -175,6 +175,10 @@ class TokenLengthDataset(Dataset):
         """Return the number of source frames from one kept frame of a row to the next."""
         return float(np.ravel(pace_of(self.policy, self.index.fps[[max(row, 0)]]))[0])
 
+    def of_index(self, index: Index) -> TokenLengthDataset:
+        """Return a copy that reads the rows of another index."""
+        return self._replace(index=index)
+
     def without_dropout(self) -> TokenLengthDataset:
         """Return a copy that drops no caption."""
         return self._replace(caption_dropout=0.0)
@@ -184,8 +188,8 @@ class TokenLengthDataset(Dataset):
         return self._replace(cache_view=None)
 
     def _replace(self, **changes: Any) -> TokenLengthDataset:  # noqa: ANN401 - keyword arguments of the class
-        names = ("policy", "reader", "caption_dropout", "caption_rules", "cache_view", "always_read")
-        return TokenLengthDataset(self.index, **{name: getattr(self, name) for name in names} | changes)
+        names = ("index", "policy", "reader", "caption_dropout", "caption_rules", "cache_view", "always_read")
+        return TokenLengthDataset(**{name: getattr(self, name) for name in names} | changes)
 
     def _read(self, sample: Sample, path: Path) -> np.ndarray:
         planned, indices = sample["planned"], sample["frame_indices"].tolist()

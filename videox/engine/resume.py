@@ -82,6 +82,7 @@ FLAGS_OF_SETTINGS = {
     "policy.n_frames": "video_sample_n_frames", "policy.stride": "video_sample_stride",
     "policy.sample_fps": "video_sample_fps", "policy.grid": "bucket_grid", "policy.token_length": "training_with_video_token_length",
     "batch_size": "train_batch_size", "held_out": "validation_rows",
+    "held_out_share": "validation_share", "held_out_list": "validation_meta",
 }  # fmt: skip
 # Settings that follow from the model, the launch or the version.
 WITHOUT_FLAG = {

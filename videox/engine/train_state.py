@@ -26,7 +26,7 @@ NEXT_COLUMNS_FILE = "next_columns.safetensors"
 # Later settings are left out of plan_inputs at these values, so that the names of runs without them stay.
 LATER_DEFAULTS = {
     "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "launch_tokens": 0,
-    "held_out_choice": "random", "timesteps": "per_step",
+    "held_out_choice": "random", "timesteps": "per_step", "held_out_share": 0.0, "held_out_list": "",
 }  # fmt: skip
 ASSIGNMENT_VERSION = 3  # increased when equal settings would assign samples to slots in another order than before
 OPTIMIZER_STEM = "optimizer"

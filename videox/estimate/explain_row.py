@@ -90,7 +90,7 @@ def _reason(index: Index, columns: PlanColumns, settings: PlanSettings, row: int
         problems = {number: f"{kind} ({detail})" for number, _, kind, detail in index.problems()}
         return problems.get(row, "it cannot be used")
     if fate is Fate.HELD_OUT:
-        return "held out by --validation_rows for the validation loss"
+        return "held out for the validation loss (--validation_rows, --validation_share)"
     if fate is Fate.TOO_SMALL:
         return f"a side is smaller than {GRID} pixels"
     if columns.kind[row] == 0:
@@ -118,7 +118,8 @@ def _epoch_lines(
     usable[row] = True
     only_this_row = replace(columns, usable=usable)
     one_slot = replace(
-        settings, held_out=0, slots=1, accumulation=1, batch_size=1, slot_fill="fixed", balance="none"
+        settings, held_out=0, held_out_share=0.0, slots=1, accumulation=1, batch_size=1, slot_fill="fixed",
+        balance="none",
     )  # fmt: skip
     pace = _pace(columns, settings, row)
     lines = [

@@ -17,6 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from videox.files import atomic_write, write_json_atomically
+from videox.run.branch import BEFORE
 from videox.tracking.jsonl import read_lines
 
 THUMB_SIDE = 256  # pixels, the longer side of the frames on a contact sheet
@@ -276,10 +277,10 @@ def _wrap(text: str, font: Font, width: int, lines: int) -> list[str]:
 
 
 def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> bool:
-    """Plot a run's curves from metrics.jsonl and, if it exists, validation.jsonl.
+    """Plot a run's curves from metrics.jsonl and, if it exists, validation.jsonl, with those before a branch.
 
-    The upper panel has the training loss of each step (faint), its exponential moving average, and the held-out loss;
-    the lower panel has the learning rate and the gradient norm.
+    The upper panel has the training loss of each step (faint), the moving average of the corrected loss (of the loss
+    itself for steps without one), and the held-out loss; the lower panel has the learning rate and the gradient norm.
 
     Returns:
         False if there is no step to plot.
@@ -297,7 +298,14 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     upper.plot(steps[:, 0], steps[:, 1], color="tab:blue", alpha=0.3, linewidth=1, label="training loss, each step")
-    upper.plot(steps[:, 0], smooth(steps[:, 1]), color="tab:blue", linewidth=2, label="training loss, smoothed")
+    corrected = _series(metrics_path, ("step", "loss_corrected"), only_with="loss_corrected")
+    if len(corrected):
+        label = "training loss, corrected for noise levels and buckets"
+        upper.plot(corrected[:, 0], corrected[:, 1], color="tab:purple", alpha=0.35, linewidth=1)
+        upper.plot(corrected[:, 0], smooth(corrected[:, 1]), color="tab:purple", linewidth=2, label=label)
+    before = steps[steps[:, 0] < corrected[0, 0]] if len(corrected) else steps
+    if len(before) > len(steps) // 20:  # of an earlier version
+        upper.plot(before[:, 0], smooth(before[:, 1]), color="tab:blue", linewidth=2, label="training loss, smoothed")
     held_out = _series(validation_path, ("step", "loss"))
     if len(held_out):
         upper.plot(held_out[:, 0], held_out[:, 1], color="tab:red", marker="o", label="held-out loss, fixed noise")
@@ -342,7 +350,10 @@ def smooth(values: np.ndarray, memory: float = 20.0) -> np.ndarray:
 def _series(path: Path, names: Sequence[str], only_with: str = "step") -> np.ndarray:
     """Return float64 [lines, names] from a JSON Lines file; null becomes NaN, a truncated last line is ignored.
 
+    The lines of a run in another folder, that this one continues, come first.
+
     only_with: lines without this key are left out.
     """
-    values = [[record[name] for name in names] for record in read_lines(path) if only_with in record]
+    records = [*read_lines(path.parent / BEFORE / path.name), *read_lines(path)]
+    values = [[record[name] for name in names] for record in records if only_with in record]
     return np.array(values, dtype=np.float64).reshape(-1, len(names))

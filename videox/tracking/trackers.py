@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from videox.errors import UserError
+from videox.run.branch import METRICS, VALIDATION, earlier_lines
+from videox.tracking.jsonl import read_lines
 from videox.tracking.metrics import StepRecord
 
 GIF_SIDE, GIF_FPS = 256, 10.0  # longer side in pixels, and frames per second, of clips in TensorBoard
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 class _Backend(Protocol):
     errors: tuple[type[Exception], ...]
+    continues: bool  # what earlier processes logged in the same folder is part of the curves
 
     def write(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -33,6 +36,7 @@ class _Backend(Protocol):
 
 class _TensorBoard:
     errors: tuple[type[Exception], ...] = (OSError,)
+    continues = True
 
     def __init__(self, logging_dir: Path, project: str, settings: Mapping[str, object], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -60,6 +64,7 @@ class _TensorBoard:
 
 class _Wandb:
     errors: tuple[type[Exception], ...]
+    continues = False
 
     def __init__(self, logging_dir: Path, project: str, settings: Mapping[str, object], first_step: int) -> None:
         import wandb
@@ -171,6 +176,29 @@ class Tracker:
             },
             record.step,
         )
+
+    def earlier(self, output_dir: Path) -> None:
+        """Send the curves of the steps before this process that the tracker does not have.
+
+        These are the ones before a branch, and in W&B, where every start is a separate run, all of them.
+
+        Args:
+            output_dir: of the run.
+        """
+        if self._backend is None:
+            return
+        has_own = (output_dir / METRICS).is_file() and bool(read_lines(output_dir / METRICS))
+        if self._backend.continues and has_own:
+            return
+        tags = {name: f"train/{name}" for name in ("loss", "loss_corrected", "lr", "grad_norm")}
+        measured = {name: f"validation/{name}" for name in ("loss", "train_loss", "ema_loss")}
+        found: list[tuple[int, dict[str, float]]] = []
+        for name, names in ((METRICS, tags), (VALIDATION, measured)):
+            for record in map(json.loads, earlier_lines(output_dir / name)):
+                values = {tag: record[key] for key, tag in names.items() if record.get(key) is not None}
+                found.append((record["step"], values))
+        for step, values in sorted(found, key=lambda pair: pair[0]):  # W&B refuses a step below the last one
+            self.scalars(values, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Send named scalars of one optimizer step."""

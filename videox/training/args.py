@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "dataset_config",
     "output_dir", "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
+    "validation_meta",
 )  # fmt: skip
 
 

@@ -269,16 +269,14 @@ def _instruments(
         settings=schedule.settings, device=ctx.device,
     )  # fmt: skip
     every = {VALIDATION: args.validation_steps, SAVE: args.checkpointing_steps}
+    tracker = Tracker(
+        args.report_to, ctx.output_dir / args.logging_dir, project=args.tracker_project_name, settings=vars(args),
+        first_step=schedule.state.step + 1, enabled=ctx.is_main,
+    )  # fmt: skip
+    tracker.earlier(ctx.output_dir)
     return Instruments(
         bar=bar,
-        tracker=Tracker(
-            args.report_to,
-            ctx.output_dir / args.logging_dir,
-            project=args.tracker_project_name,
-            settings=vars(args),
-            first_step=schedule.state.step + 1,
-            enabled=ctx.is_main,
-        ),
+        tracker=tracker,
         meter=meter,
         time_left=TimeLeft(meter, schedule.total, every),
         correct=StepCorrection(args, schedule.state),

@@ -130,7 +130,7 @@ def change_lines(
     rows = stored_rows(args, ctx, before, index)
     changes = [] if rows is None else compare_rows(rows, index)
     lines = [f"the data has changed: {'; '.join([*shorten(changes), when])}"]
-    if rows is not None and settings.held_out:
+    if rows is not None and settings.holds_out:
         lines += held_out_warning(rows, index, args.video_sample_fps > 0, settings)
     if not args.max_train_steps and first_epoch >= args.num_train_epochs:
         lines.append(

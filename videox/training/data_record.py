@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from videox.data.index.captions import draw_caption
+from videox.data.index.index import Index
 from videox.data.plan.buckets import Fate, crop_share, frame_offsets, pace_of
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import held_out_plan
@@ -16,6 +17,7 @@ from videox.estimate.data_report import MUCH_CROPPED
 from videox.files import write_json_atomically
 from videox.shapes import Bucket, token_count
 from videox.tracking.report.collect import DATA_REPORT
+from videox.training.measured_rows import row_sets
 from videox.training.schedule import Schedule
 
 SHOWN_CLIPS, SHOWN_ROWS = 600, 500  # clips with pictures on the page, and rows of a list; all are counted
@@ -37,7 +39,9 @@ def data_report(schedule: Schedule) -> dict[str, Any]:
     cropped = _cropped(schedule, plan)
     much = np.flatnonzero(cropped > MUCH_CROPPED)
     worst = much[np.argsort(-cropped[much], kind="stable")][:SHOWN_ROWS]
-    rows = np.flatnonzero(plan.fates == Fate.HELD_OUT)
+    index, rows = schedule.index, np.flatnonzero(plan.fates == Fate.HELD_OUT)
+    if schedule.validation is not None and (listed := row_sets(schedule)[0].plan):
+        index, rows = schedule.validation, np.unique(listed.row)
     lost = cropped[np.isfinite(cropped)]
     return {
         "epoch": plan.epoch,
@@ -57,7 +61,8 @@ def data_report(schedule: Schedule) -> dict[str, Any]:
         "cropped_rows": [{**_named(schedule, row), "cropped": round(float(cropped[row]), 4)} for row in worst.tolist()],
         "cropped_rows_total": len(much),
         "held_out": [
-            {**_named(schedule, row), "caption": _caption(schedule, row, 0)} for row in rows[:SHOWN_ROWS].tolist()
+            {"row": row, "path": index.file_path[row].as_py(), "caption": _caption(schedule, index, row, 0)}
+            for row in rows[:SHOWN_ROWS].tolist()
         ],
         "held_out_total": len(rows),
         **_clips(schedule, [plan, *([held_out] if held_out else [])], plan.fates),
@@ -68,8 +73,8 @@ def _named(schedule: Schedule, row: int) -> dict[str, Any]:
     return {"row": row, "path": schedule.index.file_path[row].as_py()}
 
 
-def _caption(schedule: Schedule, row: int, key: int) -> str:
-    caption = draw_caption(schedule.index.captions(row), schedule.settings.caption_rules, key)
+def _caption(schedule: Schedule, index: Index, row: int, key: int) -> str:
+    caption = draw_caption(index.captions(row), schedule.settings.caption_rules, key)
     return caption[:MOST_CAPTION]
 
 
@@ -109,7 +114,7 @@ def _clip(schedule: Schedule, plan: EpochPlan, sample: int, bucket: Bucket) -> d
     share = crop_share(index.height[[row]], index.width[[row]], np.array(bucket.height), np.array(bucket.width))
     return {
         **_named(schedule, row),
-        "caption": _caption(schedule, row, int(plan.key[sample])),
+        "caption": _caption(schedule, index, row, int(plan.key[sample])),
         "kind": "image" if index.kind[row] == 0 else "video",
         "bucket": list(bucket),
         "indices": indices,

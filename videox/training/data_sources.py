@@ -70,6 +70,13 @@ def sources_of(args: argparse.Namespace) -> DataSources:
     )
 
 
+def validation_source(args: argparse.Namespace) -> Source:
+    """The list or folder of --validation_meta; its files are in --train_data_dir, as those of --train_data_meta."""
+    path = Path(args.validation_meta)
+    given = None if path.is_dir() else args.train_data_dir
+    return Source(path, _data_dir_of(path, given), allow_absolute=not given)
+
+
 def _data_dir_of(path: Path, given: str | None) -> Path:
     """Return the folder that the file_path values of a list or folder are relative to."""
     if given:

@@ -12,12 +12,15 @@ from videox.data.plan.held_out import RANDOM, STRATIFIED
 from videox.data.plan.settings import PlanSettings
 from videox.data.plan.timesteps import ACROSS_STEPS, PER_STEP
 from videox.training.args import size_policy
-from videox.training.data_sources import sources_of
+from videox.training.data_sources import DataSources, sources_of, validation_source
 
 
 def index_path(args: argparse.Namespace) -> Path:
     """Where the index is stored: next to the metadata, or in output_dir if that folder is read-only."""
-    path = sources_of(args).index_path()
+    return _writable(sources_of(args).index_path(), args)
+
+
+def _writable(path: Path, args: argparse.Namespace) -> Path:
     return path if os.access(path.parent, os.W_OK) else Path(args.output_dir) / path.name
 
 
@@ -32,6 +35,15 @@ def data_location(args: argparse.Namespace) -> DataLocation:
         args.allow_outside_data_dir,
         allow_absolute=found.is_plain and first.allow_absolute,
         sources=() if found.is_plain else found.sources,
+    )
+
+
+def validation_location(args: argparse.Namespace) -> DataLocation:
+    """Return where the list of --validation_meta and its index are stored."""
+    source = validation_source(args)
+    path = _writable(DataSources((source,)).index_path(), args)
+    return DataLocation(
+        source.metadata_path, source.data_dir, path, args.allow_outside_data_dir, allow_absolute=source.allow_absolute
     )
 
 
@@ -55,7 +67,8 @@ def plan_settings(
         trigger_word=args.trigger_word,
         caption_shuffle_tags=args.caption_shuffle_tags,
         launch_tokens=args.launch_tokens,
-        held_out_choice=STRATIFIED if args.validation_rows else RANDOM,
+        held_out_share=args.validation_share or 0.0,
+        held_out_choice=STRATIFIED if args.validation_rows or args.validation_share else RANDOM,
         timesteps=ACROSS_STEPS if args.uniform_sampling else PER_STEP,
     )
     return PlanSettings(**{**fields, **launched})

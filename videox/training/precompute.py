@@ -25,7 +25,7 @@ from videox.data.dataset import BadSample, TokenLengthDataset, collate, sample_k
 from videox.data.index.captions import caption_counts, drawn_caption
 from videox.data.loader import init_worker
 from videox.data.plan.epoch import PADDING, PlannedSample
-from videox.data.plan.plan import compared_plan, count_steps, draw_epoch, held_out_plan, row_fates
+from videox.data.plan.plan import count_steps, draw_epoch, row_fates
 from videox.distributed.collectives import run_on_all, run_on_main
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders
@@ -33,6 +33,7 @@ from videox.errors import STOPPED, STORAGE, UserError
 from videox.rng import Purpose, uniform
 from videox.shapes import token_count
 from videox.training.context import Context
+from videox.training.measured_rows import row_sets
 from videox.training.schedule import Schedule
 
 
@@ -160,12 +161,12 @@ def find_missing(schedule: Schedule, dataset: TokenLengthDataset, encoder: Encod
     while remaining > 0 and (steps := count_steps(columns, settings, end, state.later_quarantined)):
         remaining, end = remaining - steps, end + 1
     trained = chain(trained, distinct_samples(schedule, range(first, end), dataset.caption_dropout))
-    measured = (held_out_samples(make(columns, settings)) for make in (held_out_plan, compared_plan))
-    seen: set[bytes] = set()  # a caption that both have is one entry
-    return [
-        missing_of(trained, dataset, encoder, seen),
-        missing_of(chain.from_iterable(measured), dataset.without_dropout(), encoder, seen),
-    ]
+    seen: set[bytes] = set()  # a caption that several have is one entry
+    todos = [missing_of(trained, dataset, encoder, seen)]
+    for rows in row_sets(schedule):
+        measured = dataset.of_index(rows.index).without_dropout()
+        todos.append(missing_of(held_out_samples(rows.plan), measured, encoder, seen))
+    return todos
 
 
 def format_missing(todos: Sequence[CacheTodo], cache: Cache, uncached: Sequence[EncodingSpec] = ()) -> list[str]:

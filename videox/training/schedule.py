@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import videox.estimate.data_report as report
-from videox.data.index.index import Index, build_index, load_index
+from videox.data.index.index import DataLocation, Index, build_index, load_index
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import count_steps, plan_epoch
 from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
@@ -31,7 +31,7 @@ from videox.training.argument_parser import AUTO
 from videox.training.context import Context
 from videox.training.data_change import change_lines, indexed_data, keep_rows, rows_of_epoch
 from videox.training.flow_shift import with_default_yaml
-from videox.training.planning import data_location, plan_settings
+from videox.training.planning import data_location, plan_settings, validation_location
 
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
@@ -42,7 +42,7 @@ WITHOUT_NUMBERS = {
     "export_layouts", "export_at", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "sample_every", "sample_resolution", "sample_frames", "sample_fps", "sample_steps", "sample_guidance",
-    "sample_negative_prompt", "sample_seed", "sample_minutes", "keep_best", "early_stop",
+    "sample_negative_prompt", "sample_seed", "sample_minutes", "keep_best", "early_stop", "validation_meta",
     "gradient_accumulation_steps", "max_bad_fraction", "video_reader", "use_deepspeed", "use_fsdp",
     "use_ema", "ema_decay", "ema_device", "validate_ema",
     "save_whole_weights", "latent_cache", "cache_only",
@@ -55,6 +55,7 @@ LATER_FLAGS: Mapping[str, Any] = {
     "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
     "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO, "deterministic": False, "vae_dtype": "fp32",
     "text_multiple": None, "launch_tokens": 0, "compile": False, "attention_backend": "native", "vae_tiling": False,
+    "validation_share": None,
 }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ class Schedule:
         profile: of the model.
         first_row: where the rows of `plan` begin in the index: 0, unless its epoch began with other data than the
             columns describe.
+        validation: index of --validation_meta; None without it.
     """
 
     index: Index
@@ -83,6 +85,7 @@ class Schedule:
     total: int
     profile: ModelProfile
     first_row: int = 0
+    validation: Index | None = None
 
     def plan_of_columns(self) -> EpochPlan:
         """The plan of this epoch, or of the next one if the columns are those of changed data that begin then."""
@@ -114,6 +117,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     current = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else profile.cost
     requested_slots = ctx.world_size * args.gradient_accumulation_steps
+    validation = validation_index(args, ctx)
     data = indexed_data(args, ctx, index, current)
     state, settings = resume_or_begin(
         ctx.checkpoint,
@@ -125,6 +129,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             cost_quadratic=cost[1],
             barrier=ctx.backend.barrier,
             accumulation=args.gradient_accumulation_steps,
+            held_out_list=validation.fingerprint()[:16] if validation else "",
         ),
         data,
         seed=args.seed,
@@ -139,7 +144,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     if ctx.checkpoint:
         refuse_other_run(ctx.output_dir, state)
     keep_rows(args, ctx, state, data, index)
-    schedule = _schedule_of(args, ctx, index, state, settings, profile)
+    schedule = replace(_schedule_of(args, ctx, index, state, settings, profile), validation=validation)
     described = schedule.plan_of_columns()
     ctx.print(*report.unreadable_lines(index, schedule.columns, current))
     ctx.print(*report.data_lines(index, schedule.columns, described, settings.policy))
@@ -235,7 +240,15 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def shared_index(args: argparse.Namespace, ctx: Context) -> Index:
     """The index, brought up to date by the main process and memory-mapped by the others."""
-    location = data_location(args)
+    return _index_at(data_location(args), args, ctx)
+
+
+def validation_index(args: argparse.Namespace, ctx: Context) -> Index | None:
+    """The index of --validation_meta, as shared_index; None without the flag."""
+    return _index_at(validation_location(args), args, ctx) if args.validation_meta else None
+
+
+def _index_at(location: DataLocation, args: argparse.Namespace, ctx: Context) -> Index:
     workers = max(args.dataloader_num_workers, 1)
     build = partial(build_index, location, workers=workers, progress=True, notify=ctx.print)
     run_on_main(build, is_main=ctx.is_main, gather=ctx.gather)

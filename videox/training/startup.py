@@ -26,6 +26,7 @@ from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
 from videox.optim.registry import check_supported, is_class_name
+from videox.run.branch import copy_curves
 from videox.run.folder import require_disk_space, rewind
 from videox.tracking.events import append_event
 from videox.tracking.trackers import check_tracker
@@ -208,6 +209,8 @@ def prepare_folder(
     def prepare() -> None:
         require_disk_space(ctx.output_dir, checkpoint_bytes)
         moved = rewind(ctx.output_dir, state.step)
+        if ctx.checkpoint:
+            copy_curves(ctx.checkpoint, ctx.output_dir, state.step, state.run)
         changed = changed_flags(ctx.output_dir, vars(args)) if ctx.checkpoint else []
         write_json_atomically(ctx.output_dir / "args.json", {"asked": vars(args), "resolved": values})
         append_event(

@@ -13,6 +13,7 @@ from videox.shapes import GRID, snap_frames
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, Parser, number
 from videox.training.prompts import FLAG, SamplePrompt, read_prompts
 
+HELD_OUT_FLAGS = ("validation_rows", "validation_share", "validation_meta")  # exclude each other
 SAMPLE_STEPS = 25  # denoising steps
 # Minutes that one round of samples may take. Other processes wait for the sampling one for an hour at most.
 SAMPLE_MINUTES, MOST_MINUTES_TOGETHER = 30.0, 50.0
@@ -27,6 +28,13 @@ def add_validation(parser: Parser) -> None:
         default=0,
         help="rows held out of training for the held-out loss, captioned clips first; held_out.jsonl names them (0 = off)",
     )
+    share = "the same as a share of the rows, above 0 and below 1, such as 0.05"
+    add("--validation_share", type=number(float, 0.0001, 0.9), metavar="SHARE", help=share)
+    meta = (
+        "a list of clips or a folder of its own for the held-out loss, read as --train_data_meta is; all of its rows "
+        "are measured, and none is trained"
+    )
+    add("--validation_meta", metavar="FILE", help=meta)
     add("--validation_steps", type=COUNT, default=2000, help="steps between validations")
     add("--validation_epochs", type=COUNT_OR_ZERO, default=0, help="epochs between further validations (0 = off)")
     best = (
@@ -74,10 +82,14 @@ def add_samples(parser: Parser) -> None:
 
 
 def check_validation(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that need the held-out loss, without held-out rows."""
+    """Raise UserError for flags that need the held-out loss, without held-out rows, and for two kinds of such rows."""
+    given = [f"--{flag}" for flag in HELD_OUT_FLAGS if getattr(args, flag)]
+    if len(given) > 1:
+        what = f"contradicts {' and '.join(given[:-1])}: each names the rows of the held-out loss"
+        raise UserError(given[-1], what, "use one of them")
     for flag in ("keep_best", "early_stop"):
-        if getattr(args, flag) and not args.validation_rows:
-            what = "there is no held-out loss without --validation_rows"
+        if getattr(args, flag) and not given:
+            what = "there is no held-out loss without --validation_rows, --validation_share or --validation_meta"
             raise UserError(f"--{flag}", what, "add --validation_rows N, or remove the flag")
 
 

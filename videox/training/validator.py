@@ -11,19 +11,19 @@ import torch
 
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
-from videox.data.plan.plan import compared_plan, held_out_plan
 from videox.device import memory_phase
 from videox.distributed.collectives import sum_over_ranks
 from videox.engine.train_state import TrainState
 from videox.errors import DATA, UserError
 from videox.training.context import Context
+from videox.training.measured_rows import HELD_OUT_SET, list_notes, row_sets
 from videox.training.overfitting import Measured, read_history, sentence
 from videox.training.recorder import Recorder
 from videox.training.sampling import ClipWriter, SampleClip, SampledClips, TimeLimit, sample_clips
 from videox.training.schedule import Schedule
 from videox.training.validation_loss import HeldOut, HeldOutLoss, Predict, ValidationLoss, validation_loss
 
-HELD_OUT_FILE, HELD_OUT_SET = "held_out.jsonl", "held_out"
+HELD_OUT_FILE = "held_out.jsonl"
 SIGMAS = 4  # noise levels at which each held-out row is measured
 
 
@@ -54,7 +54,7 @@ class MeasuredRows:
         held_out: never trained on; may be empty.
         trained: of training rows, about as many.
         records: a line for each.
-        notes: lines on training rows that could not be read.
+        notes: lines on rows that are not measured, or should not be.
     """
 
     held_out: list[HeldOut]
@@ -84,25 +84,26 @@ def encode_held_out(
 
     Args:
         dataset: of the run.
-        schedule: whose settings decide which rows are held out.
+        schedule: whose settings, or list of clips for validation, decide which rows are held out.
         encode: returns a batch's latents, by the mode of the posterior, and the other inputs of the model.
 
     Raises:
         UserError: (DATA) a held-out row cannot be read.
     """
-    rows, with_captions = MeasuredRows([], [], [], []), dataset.without_dropout()
-    sets = ((HELD_OUT_SET, held_out_plan, rows.held_out), ("training", compared_plan, rows.trained))
-    for name, plan, encoded in sets:
-        for planned in held_out_samples(plan(schedule.columns, schedule.settings)):
+    rows = MeasuredRows([], [], [], list_notes(schedule))
+    for (name, index, plan), encoded in zip(row_sets(schedule), (rows.held_out, rows.trained), strict=True):
+        with_captions = dataset.of_index(index).without_dropout()
+        for planned in held_out_samples(plan):
             sample = with_captions[planned]
-            file = str(schedule.index.file_path[planned.row].as_py())
+            file = str(index.file_path[planned.row].as_py())
             if (bad := sample["bad"]) is not None:
                 what = f"row {planned.row} is {bad.media_class} ({bad.detail})"
                 if name != HELD_OUT_SET:
                     rows.notes.append(f"warning: no loss of the training row {file} at validations: {what}")
                     continue
                 hint = f"fix {bad.path} or remove it from the metadata"
-                raise UserError("--validation_rows", f"the held-out {what}", hint, DATA)
+                flag = "--validation_meta" if schedule.validation else "--validation_rows"
+                raise UserError(flag, f"the held-out {what}", hint, DATA)
             with memory_phase("encoding the held-out rows"):
                 latents, given = encode(collate([sample]))
             encoded.append(HeldOut(latents.cpu(), {key: value.cpu() for key, value in given.items()}))

@@ -12,7 +12,14 @@ from plans import SETTINGS, random_columns
 
 from videox.data.plan.buckets import Fate
 from videox.data.plan.held_out import RANDOM, STRATIFIED, choose_rows
-from videox.data.plan.plan import compared_plan, compared_rows, held_out_plan, held_out_rows, plan_epoch
+from videox.data.plan.plan import (
+    compared_plan,
+    compared_rows,
+    held_out_plan,
+    held_out_rows,
+    list_plan,
+    plan_epoch,
+)
 from videox.data.plan.settings import PlanColumns
 
 STRATIFYING = replace(SETTINGS, held_out_choice=STRATIFIED)
@@ -74,6 +81,29 @@ def test_each_choice_is_a_set_of_trainable_rows(columns: PlanColumns, count: int
     assert not set(kept) & set(beside) and set(beside) <= set(trainable)
     plan = plan_epoch(columns, stratifying, 0)
     assert set(beside) <= set(plan.row.tolist()) and not set(kept) & set(plan.row.tolist())
+
+
+@settings(max_examples=15)
+@given(random_columns, st.floats(0.001, 0.9))
+def test_a_share_holds_out_that_share_of_the_trainable_rows(columns: PlanColumns, share: float) -> None:
+    trainable = np.flatnonzero(plan_epoch(columns, SETTINGS, 0).fates == Fate.TRAINED)
+    sharing = replace(STRATIFYING, held_out=0, held_out_share=share)
+    kept = held_out_rows(columns, sharing)
+    count = max(round(share * len(trainable)), 1)
+    assert len(kept) == count and sharing.holds_out
+    assert kept.tolist() == held_out_rows(columns, replace(STRATIFYING, held_out=count)).tolist()
+    assert not set(kept) & set(plan_epoch(columns, sharing, 0).row.tolist())
+    assert len(compared_rows(columns, sharing)) == min(count, len(trainable) - count)
+    assert sorted(set(held_out_plan(columns, sharing).row.tolist())) == kept.tolist()
+
+
+def test_a_list_of_its_own_is_measured_as_a_whole() -> None:
+    listed = clips([49, 49, 300, 49], [(640, 480), (640, 8), (640, 480), (640, 480)])
+    plan = list_plan(listed, replace(SETTINGS, batch_size=3, slots=4))
+    assert sorted(set(plan.row.tolist())) == [0, 2, 3] and plan.n_steps == len(plan.row)  # row 1 is too small
+    assert list_plan(clips([49], [(640, 8)]), SETTINGS) is None
+    columns = clips([49] * 12, [(640, 480)] * 12)
+    assert len(compared_rows(columns, SETTINGS, 3)) == 3  # nothing of the training data is held out
 
 
 def test_compared_rows_are_trained_ones_with_a_plan_of_their_own() -> None:

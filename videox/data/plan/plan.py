@@ -39,19 +39,29 @@ from videox.shapes import Bucket, token_count
 
 def held_out_rows(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
     """Return the rows (int64, ascending) held out for validation, chosen among those that could be trained."""
-    rows = np.flatnonzero(_static_fates(columns, settings) == Fate.TRAINED)
-    return choose_rows(columns, rows, settings.held_out, settings.seed, choice=settings.held_out_choice)
+    rows, count = np.flatnonzero(_static_fates(columns, settings) == Fate.TRAINED), settings.held_out
+    if not count and settings.held_out_share:
+        count = max(round(settings.held_out_share * len(rows)), 1)
+    return choose_rows(columns, rows, count, settings.seed, choice=settings.held_out_choice)
 
 
-def compared_rows(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
-    """Return as many trained rows (int64, ascending) as are held out, whose loss is compared with theirs."""
-    fates = _static_fates(columns, settings)
-    fates[held_out_rows(columns, settings)] = Fate.HELD_OUT
+def compared_rows(columns: PlanColumns, settings: PlanSettings, count: int | None = None) -> np.ndarray:
+    """Return trained rows (int64, ascending) whose loss is compared with that of the held-out ones.
+
+    Args:
+        columns: of the index.
+        settings: of the run.
+        count: how many; None: as many as are held out.
+    """
+    fates, kept = _static_fates(columns, settings), held_out_rows(columns, settings)
+    fates[kept] = Fate.HELD_OUT
     trained = fates == Fate.TRAINED
     if columns.weight is not None:
         trained &= columns.weight > 0
     rows = np.flatnonzero(trained)
-    return choose_rows(columns, rows, settings.held_out, settings.seed, choice=STRATIFIED, beside=True)
+    return choose_rows(
+        columns, rows, len(kept) if count is None else count, settings.seed, choice=STRATIFIED, beside=True
+    )
 
 
 def _static_fates(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
@@ -61,28 +71,40 @@ def _static_fates(columns: PlanColumns, settings: PlanSettings) -> np.ndarray:
 
 def held_out_plan(columns: PlanColumns, settings: PlanSettings) -> EpochPlan | None:
     """Return a plan of the held-out rows alone, one sample per step, the same for the whole run; None without any."""
-    return _plan_of_rows(columns, settings, held_out_rows(columns, settings)) if settings.held_out else None
+    return _plan_of_rows(columns, settings, held_out_rows(columns, settings)) if settings.holds_out else None
 
 
-def compared_plan(columns: PlanColumns, settings: PlanSettings) -> EpochPlan | None:
-    """Return a plan of compared_rows alone, as held_out_plan; None where no row is left."""
-    rows = compared_rows(columns, settings) if settings.held_out else ()
-    return _plan_of_rows(columns, settings, np.asarray(rows)) if len(rows) else None
+def compared_plan(columns: PlanColumns, settings: PlanSettings, count: int | None = None) -> EpochPlan | None:
+    """Return a plan of compared_rows alone, as held_out_plan; None where there is no row. count: see compared_rows."""
+    rows = compared_rows(columns, settings, count)
+    return _plan_of_rows(columns, settings, rows) if len(rows) else None
+
+
+def list_plan(columns: PlanColumns, settings: PlanSettings) -> EpochPlan | None:
+    """Return a plan of all rows of a list that is only measured, as held_out_plan; None where none is usable.
+
+    Args:
+        columns: of the list.
+        settings: of the run.
+    """
+    rows = np.flatnonzero(_static_fates(columns, settings) == Fate.TRAINED)
+    return _plan_of_rows(columns, settings, rows) if len(rows) else None
 
 
 def _plan_of_rows(columns: PlanColumns, settings: PlanSettings, rows: np.ndarray) -> EpochPlan:
     chosen = np.zeros(len(columns), bool)
     chosen[rows] = True
     one_per_step = replace(
-        settings, held_out=0, batch_size=1, slots=1, accumulation=1, slot_fill="fixed", balance="none", video_repeat=1
-    )
+        settings, held_out=0, held_out_share=0.0, batch_size=1, slots=1, accumulation=1, slot_fill="fixed",
+        balance="none", video_repeat=1,
+    )  # fmt: skip
     return plan_epoch(replace(columns, usable=chosen, weight=None), one_per_step, 0)
 
 
 def row_fates(columns: PlanColumns, settings: PlanSettings, excluded: np.ndarray) -> np.ndarray:
     """Return a Fate per metadata row (uint8); excluded: rows quarantined during training."""
     fates = _static_fates(columns, settings)
-    if settings.held_out:
+    if settings.holds_out:
         fates[held_out_rows(columns, settings)] = Fate.HELD_OUT
     fates[np.asarray(excluded, np.int64)] = Fate.QUARANTINED
     return fates
@@ -201,7 +223,7 @@ def plan_epoch(
     fates = row_fates(columns, settings, np.asarray(excluded, np.int64))
     rows, copies, starts, key, variants, number, buckets = draw_epoch(columns, settings, epoch, fates)
     if not len(rows):
-        raise _no_row_error(fates)
+        raise _no_row_error(fates, settings)
 
     # Shuffle all samples, then sort by bucket with a stable sort: random order within each bucket. The order is that
     # of hashed keys, not of a stream of random numbers: excluding a row does not reorder the others.
@@ -238,14 +260,14 @@ def plan_epoch(
     )
 
 
-def _no_row_error(fates: np.ndarray) -> UserError:
+def _no_row_error(fates: np.ndarray, settings: PlanSettings) -> UserError:
     """Return the error for an epoch without samples; fates: of all rows."""
     counts_by_fate = ", ".join(
         f"{np.count_nonzero(fates == fate)} {fate.name.lower()}" for fate in Fate if np.any(fates == fate)
     )
     hint = "fix the problems reported above, or lower --video_sample_n_frames or --video_sample_stride"
     if np.any(fates == Fate.HELD_OUT):  # these rows could be trained
-        hint = "lower --validation_rows"
+        hint = "lower --validation_share" if settings.held_out_share else "lower --validation_rows"
     if np.any(fates == Fate.NOT_DRAWN):  # these rows would be trained with weight 1
         hint = "raise the `weight` of some rows: 1 means once per epoch"
     return UserError("--train_data_meta", f"no row of {len(fates)} can be trained ({counts_by_fate})", hint, DATA)

@@ -81,7 +81,9 @@ class PlanSettings:
 
     batch_size: samples per micro-batch; slots: slots per optimizer step, processes x accumulation at first launch;
     slot_fill: "fixed" or "cost"; video_repeat: how often a video occurs in an epoch (0 and 1 both mean once);
-    held_out: number of rows kept for validation; held_out_choice: how they are chosen, one of CHOICES (held_out.py);
+    held_out: number of rows kept for validation; held_out_share: share of the rows kept for it, where held_out is 0;
+    held_out_list: fingerprint of a list of rows that validations measure instead, "" without one; held_out_choice: how
+    the kept rows are chosen, one of CHOICES (held_out.py);
     cost_linear, cost_quadratic: a and b of a sample's cost a*S + b*S^2 for S tokens; barrier: one of BARRIERS;
     balance: one of BALANCES, "none" leaves slots in random order; accumulation: gradient accumulation steps at first
     launch; clips_per_video: at most this many clips of a video that is long enough for several, chosen by
@@ -113,6 +115,13 @@ class PlanSettings:
     launch_tokens: int = 0
     held_out_choice: str = "random"
     timesteps: str = "per_step"
+    held_out_share: float = 0.0
+    held_out_list: str = ""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are kept out of the training for validation."""
+        return self.held_out > 0 or self.held_out_share > 0
 
     @property
     def caption_rules(self) -> CaptionRules:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from videox.run.branch import BEFORE, METRICS, VALIDATION
 from videox.run.checkpoint import checkpoint_folders, step_in_name
 from videox.run.status import Status, read_status
 
@@ -109,8 +110,8 @@ def read_run(folder: Path) -> RunFiles:
         status=read_status(folder),
         asked=asked,
         resolved=resolved,
-        metrics=read_metrics(folder / "metrics.jsonl", problems),
-        validation=list(_lines(folder / "validation.jsonl", problems)),
+        metrics=read_metrics(folder / METRICS, problems),
+        validation=list(_with_before(folder / VALIDATION, problems)),
         data=_read_object(folder / DATA_REPORT, problems),
         refused=_read_listing(folder / "refused_rows.jsonl", problems),
         bad=_read_listing(folder / "bad_samples.jsonl", problems),
@@ -162,6 +163,12 @@ def _lines(path: Path, problems: list[str]) -> Iterator[Record]:
         problems.append(f"{path.name} cannot be read: {why}")
 
 
+def _with_before(path: Path, problems: list[str]) -> Iterator[Record]:
+    """Yield the records of a file, after those of the run in another folder that this one continues."""
+    yield from _lines(path.parent / BEFORE / path.name, problems)
+    yield from _lines(path, problems)
+
+
 def _read_listing(path: Path, problems: list[str]) -> Listing:
     records: list[Record] = []
     total = 0
@@ -186,12 +193,12 @@ def whole(value: object, default: int = 0) -> int:
 
 
 def read_metrics(path: Path, problems: list[str]) -> Metrics:
-    """Return metrics.jsonl in columns; steps that are not increasing are left out."""
+    """Return metrics.jsonl in columns, with what came before a branch; steps that do not increase are left out."""
     steps: list[float] = []
     columns: dict[str, list[float]] = {}
     not_finite: list[int] = []
     trained: Counter[int] = Counter()
-    for record in _lines(path, problems):
+    for record in _with_before(path, problems):
         step = finite(record.get("step"))
         if math.isnan(step) or (steps and step <= steps[-1]):
             continue

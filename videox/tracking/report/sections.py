@@ -23,7 +23,7 @@ PARTS = {
 MEMORY = {
     "peak_allocated_gib": "peak allocated", "peak_reserved_gib": "peak reserved", "predicted_gib": "predicted",
 }  # fmt: skip
-SHOWN = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "planned_balance", "straggler_share", "mfu",
+SHOWN = {"loss", "loss_corrected", "lr", "grad_norm", "tokens", "tokens_per_second", "planned_balance", "straggler_share", "mfu",
          "step_seconds", *PARTS, *MEMORY}  # fmt: skip
 STATES = {
     "running": "running", "finished": "finished", "stopped": "stopped and saved", "failed": "ended with an error",
@@ -140,12 +140,15 @@ def _resumes(run: RunFiles) -> list[int]:
 
 
 def loss_chart(run: RunFiles) -> Markup | None:
-    """The training loss of each step and its moving average."""
-    steps, loss = run.metrics.steps, run.metrics.column("loss")
+    """The training loss of each step and its moving average, and the corrected loss where the run has it."""
+    steps, loss, corrected = run.metrics.steps, run.metrics.column("loss"), run.metrics.column("loss_corrected")
     if not len(steps):
         return None
     note = "The loss of a step depends on its timesteps and sizes: single steps scatter, the average shows the trend."
     curves = [Curve("range of single steps", steps, loss, "spread"), Curve("smoothed", steps, smooth(loss, 50.0))]
+    if np.isfinite(corrected).any():
+        note += " The corrected loss is divided by how hard the noise levels and buckets of a step are."
+        curves.append(Curve("corrected, smoothed", steps, smooth(corrected)))
     return chart("Training loss", curves, note=note, marks=_resumes(run))
 
 
