@@ -433,8 +433,8 @@ def test_a_list_of_its_own_is_measured_and_not_trained(model: Path, metadata: Pa
     clips = [row for row in table if row["type"] == "video"]
     for number in (0, 1):
         tiny.write_clip(tmp_path / f"own/{number}.mp4", frames=30, seed=100 + number)
-    tiny.write_clip(tmp_path / "own/short.mp4", frames=3)
-    rows = [{"file_path": f"{name}.mp4", "text": f"caption {name}"} for name in (0, "short", 1)]
+    tiny.write_clip(tmp_path / "own/small.mp4", width=64, height=12)
+    rows = [{"file_path": f"{name}.mp4", "text": f"caption {name}"} for name in (0, "small", 1)]
     listed = tmp_path / "own/list.json"
     listed.write_text(json.dumps(rows), encoding="utf-8")
     settings = {"max_train_steps": 2, "train_data_dir": None, **SMALL_STEPS}
@@ -448,14 +448,14 @@ def test_a_list_of_its_own_is_measured_and_not_trained(model: Path, metadata: Pa
     ]  # fmt: skip
     assert [line["set"] for line in records[2:]] == ["training"] * 2
     assert {line["file"] for line in records[2:]} <= {row["file_path"] for row in clips}
-    assert "--validation_meta: 1 of its 3 rows are not measured (1 too_short)" in outcome.stdout
+    assert "--validation_meta: 1 of its 3 rows are not measured (1 too_small)" in outcome.stdout
     assert [line["step"] for line in outcome.validation] == [0, 2] and outcome.validation[1]["train_loss"] > 0
     report = json.loads((outcome.folder / "args.json").read_text(encoding="utf-8"))["resolved"]["plan"]
     assert report["held_out_list"] and "held_out_share" not in report
 
     listed.write_text(json.dumps([rows[1]]), encoding="utf-8")
     refused = runs.train(runs.wan_flags(model, metadata, tmp_path / "refused", validation_meta=listed, **settings))
-    assert "--validation_meta: none of its 1 rows can be measured (1 too_short)" in refused.stderr
+    assert "--validation_meta: none of its 1 rows can be measured (1 too_small)" in refused.stderr
 
 
 @pytest.mark.slow

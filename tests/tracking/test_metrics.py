@@ -55,6 +55,12 @@ def test_a_line_has_its_keys_in_order_and_steps_are_consecutive(tmp_path):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_the_corrected_loss_stands_beside_the_loss_where_it_is_known(tmp_path):
+    lines = [record(1, loss_corrected=np.float64(0.1 + 0.2)).as_dict(), record(2).as_dict()]
+    assert list(lines[0])[:3] == ["step", "loss", "loss_corrected"] and lines[0]["loss_corrected"] == 0.1 + 0.2
+    assert "loss_corrected" not in lines[1]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_truncated_last_line_is_removed_and_written_again(tmp_path_factory, data):

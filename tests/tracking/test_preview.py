@@ -302,6 +302,25 @@ def test_curves_are_plotted_with_gaps_truncated_lines_and_without_validation(tmp
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
 
 
+def test_the_corrected_loss_and_the_curve_before_a_branch_are_plotted(tmp_path):
+    def purple_columns(picture):
+        red, green, blue = (np.asarray(Image.open(picture).convert("RGB")).astype(int)[..., i] for i in range(3))
+        found = (abs(red - 148) < 30) & (abs(green - 103) < 30) & (abs(blue - 189) < 30)
+        return np.flatnonzero(found.any(0))
+
+    lines = [{**step_line(step, 1.0), "loss_corrected": 0.5} for step in range(1, 101)]
+    metrics, picture = write_lines(tmp_path / "metrics.jsonl", lines[50:]), tmp_path / "loss.png"
+    assert plot_losses(metrics, tmp_path / "validation.jsonl", picture)
+    alone = len(purple_columns(picture))
+    (tmp_path / "before").mkdir()
+    write_lines(tmp_path / "before/metrics.jsonl", [step_line(step, 1.0) for step in range(1, 51)])  # without it
+    assert plot_losses(metrics, tmp_path / "validation.jsonl", picture)
+    assert 0.3 * alone < len(purple_columns(picture)) < 0.7 * alone  # half of the axis belongs to the steps before
+    write_lines(tmp_path / "before/metrics.jsonl", lines[:50])
+    assert plot_losses(metrics, tmp_path / "validation.jsonl", picture)
+    assert len(purple_columns(picture)) == pytest.approx(alone, rel=0.1)
+
+
 def test_without_a_step_nothing_is_plotted(tmp_path):
     assert not plot_losses(tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", tmp_path / "loss.png")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sys
 import time
@@ -33,6 +34,28 @@ def test_tensorboard_contains_the_logged_values(tmp_path):
     assert {"train/lr", "train/grad_norm", "speed/tokens_per_second", "speed/data_wait"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_tensorboard_shows_the_corrected_loss_and_the_curves_before_a_branch(tmp_path):
+    (tmp_path / "before").mkdir()
+    earlier = [{**record(step, loss_corrected=0.1 * step).as_dict(), "loss": 2.0} for step in (1, 2)]
+    for name, lines in (("metrics.jsonl", earlier), ("validation.jsonl", [{"step": 2, "loss": 0.5, "train_loss": None}])):
+        (tmp_path / "before" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tracker = Tracker("tensorboard", tmp_path / "logs", project="videox", settings={}, first_step=3)
+    tracker.earlier(tmp_path)
+    tracker.log(record(3, loss_corrected=0.25))
+    tracker.close()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(3).as_dict()) + "\n")
+    time.sleep(1.1)
+    again = Tracker("tensorboard", tmp_path / "logs", project="videox", settings={}, first_step=4)
+    again.earlier(tmp_path)  # a resume: TensorBoard has these curves
+    again.close()
+    events = EventAccumulator(str(tmp_path / "logs/videox"))
+    events.Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 2.0), (3, 0.5)]
+    assert [e.value for e in events.Scalars("train/loss_corrected")] == pytest.approx([0.1, 0.2, 0.25])
+    assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(2, 0.5)]
+    assert "validation/train_loss" not in events.Tags()["scalars"]
 
 
 def test_a_resumed_tracker_hides_the_steps_after_the_checkpoint(tmp_path):

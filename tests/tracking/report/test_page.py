@@ -162,6 +162,18 @@ def test_metrics_have_a_value_or_nan_in_every_step(tmp_path: Path) -> None:
     assert "new measure" in page and "loss or gradient was not finite" in page
 
 
+def test_the_corrected_loss_and_the_curves_before_a_branch_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    write_lines(tmp_path / "before/metrics.jsonl", metric_lines(4))
+    write_lines(tmp_path / "metrics.jsonl", [{**line, "loss_corrected": 0.5} for line in metric_lines(6)[4:]])
+    write_lines(tmp_path / "before/validation.jsonl", [{"step": 0, "loss": 1.0}])
+    run = read_run(tmp_path)
+    assert run.metrics.steps.tolist() == [1, 2, 3, 4, 5, 6] and [line["step"] for line in run.validation] == [0]
+    assert np.isnan(run.metrics.column("loss_corrected")).tolist() == [True] * 4 + [False] * 2
+    page = render(run, Cache(tmp_path / FOLDER, until=0.0))
+    assert "corrected, smoothed" in page and "loss corrected" not in page  # no chart of its own
+
+
 def test_unknown_losses_of_a_validation_are_drawn(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 1.0, "training_rows_loss": 0.5} for step in (0, 10)]
     write_lines(tmp_path / "validation.jsonl", lines)
