@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +17,8 @@ from videox.training.schedule import Schedule
 HELD_OUT_SET, TRAINING_SET = "held_out", "training"
 
 
-class RowSet(NamedTuple):
+@dataclass(frozen=True)
+class RowSet:
     """Rows that validations measure.
 
     Attributes:
@@ -63,7 +63,9 @@ def list_notes(schedule: Schedule) -> list[str]:
             f"{len(listed) - len(rows)} of its {len(listed)} rows are not measured ({_left_out(listed, settings)})"
         )
         lines.append(f"--validation_meta: {left_out}")
-    files = {schedule.index.file(row).resolve() for row in range(len(schedule.index))}
+    # Only files of the same name are looked up on the disk: the training data may have a million rows.
+    names, paths = {listed.file(row).name for row in rows}, schedule.index.file_path.to_pylist()
+    files = {(schedule.index.data_dir / path).resolve() for path in paths if path.rpartition("/")[2] in names}
     both = [str(listed.file_path[row].as_py()) for row in rows if listed.file(row).resolve() in files]
     if both:
         lines.append(

@@ -91,14 +91,14 @@ def encode_held_out(
         UserError: (DATA) a held-out row cannot be read.
     """
     rows = MeasuredRows([], [], [], list_notes(schedule))
-    for (name, index, plan), encoded in zip(row_sets(schedule), (rows.held_out, rows.trained), strict=True):
-        with_captions = dataset.of_index(index).without_dropout()
-        for planned in held_out_samples(plan):
+    for measured, encoded in zip(row_sets(schedule), (rows.held_out, rows.trained), strict=True):
+        with_captions = dataset.of_index(measured.index).without_dropout()
+        for planned in held_out_samples(measured.plan):
             sample = with_captions[planned]
-            file = str(index.file_path[planned.row].as_py())
+            file = str(measured.index.file_path[planned.row].as_py())
             if (bad := sample["bad"]) is not None:
                 what = f"row {planned.row} is {bad.media_class} ({bad.detail})"
-                if name != HELD_OUT_SET:
+                if measured.name != HELD_OUT_SET:
                     rows.notes.append(f"warning: no loss of the training row {file} at validations: {what}")
                     continue
                 hint = f"fix {bad.path} or remove it from the metadata"
@@ -108,7 +108,7 @@ def encode_held_out(
                 latents, given = encode(collate([sample]))
             encoded.append(HeldOut(latents.cpu(), {key: value.cpu() for key, value in given.items()}))
             facts = {**planned.bucket._asdict(), "start": planned.start, "caption": sample["caption"]}
-            rows.records.append({"set": name, "row": planned.row, "file": file, **facts})
+            rows.records.append({"set": measured.name, "row": planned.row, "file": file, **facts})
     return rows
 
 
