@@ -210,7 +210,10 @@ def prepare_folder(
         require_disk_space(ctx.output_dir, checkpoint_bytes)
         moved = rewind(ctx.output_dir, state.step)
         if ctx.checkpoint:
-            copy_curves(ctx.checkpoint, ctx.output_dir, state.step, state.run)
+            try:
+                copy_curves(ctx.checkpoint, ctx.output_dir, state.step, state.run)
+            except OSError as why:
+                ctx.print(f"warning: the curves before step {state.step} are not shown ({why})")
         changed = changed_flags(ctx.output_dir, vars(args)) if ctx.checkpoint else []
         write_json_atomically(ctx.output_dir / "args.json", {"asked": vars(args), "resolved": values})
         append_event(
