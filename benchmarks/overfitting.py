@@ -36,7 +36,7 @@ from pictures import IMAGES, save_small
 FEW, MANY, HELD_OUT = 4, 200, 8
 FRAMES, HEIGHT, WIDTH = 5, 48, 64
 VALIDATIONS = 10  # of a run
-MODEL = {"heads": 4, "head_dim": 24, "layers": 2, "ffn_dim": 192, "flow_shift": 1.0}
+MODEL = {"heads": 4, "head_dim": 24, "layers": 2, "ffn_dim": 192, "flow_shift": 8.0}
 FLAGS = {
     "video_sample_size": 48, "token_sample_size": 48, "image_sample_size": 48, "video_sample_n_frames": FRAMES,
     "video_sample_stride": 1, "train_batch_size": 4, "num_train_epochs": None, "tokenizer_max_length": 16,
