@@ -5,7 +5,8 @@
 Both runs are the published Wan2.1 command on a small model of the real classes, with equal flags, an equal number of
 steps and the same eight held-out clips (--validation_meta): one trains 4 clips, the other 200 of the same kind. The
 command checks the sentences, the curves and --keep_best against validation.jsonl, and measures the exported weights
-of the best and of the last step on clips that neither run has seen. If a check fails, so does the command, and nothing is written.
+of the best and of the last step on clips that neither run has seen. If a check fails, so does
+the command, and nothing is written.
 """
 
 from __future__ import annotations
