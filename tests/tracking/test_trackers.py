@@ -39,7 +39,10 @@ def test_tensorboard_contains_the_logged_values(tmp_path):
 def test_tensorboard_shows_the_corrected_loss_and_the_curves_before_a_branch(tmp_path):
     (tmp_path / "before").mkdir()
     earlier = [{**record(step, loss_corrected=0.1 * step).as_dict(), "loss": 2.0} for step in (1, 2)]
-    for name, lines in (("metrics.jsonl", earlier), ("validation.jsonl", [{"step": 2, "loss": 0.5, "train_loss": None}])):
+    for name, lines in (
+        ("metrics.jsonl", earlier),
+        ("validation.jsonl", [{"step": 2, "loss": 0.5, "train_loss": None}]),
+    ):
         (tmp_path / "before" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     tracker = Tracker("tensorboard", tmp_path / "logs", project="videox", settings={}, first_step=3)
     tracker.earlier(tmp_path)
