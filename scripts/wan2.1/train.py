@@ -443,13 +443,12 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
             loss.reduce()
             limit_of_norm = build.clip_limit_at(args, state.step)
-            update = loop.clip_and_step(engine, state, loss.total, empty=step.is_empty(report), limit=limit_of_norm)
+            update = loop.clip_and_step(engine, guard, loss.total, empty=step.is_empty(report), limit=limit_of_norm)
             epoch_ended = state.advance(steps_of_epoch=step.plan.n_steps)
             recorder.log(step, report, lr, loss, update)
             done = state.step == schedule.total
             if report.stop and not done:
-                checkpoints.save()
-                return checkpoints.stopped(stop.signal_name)
+                return checkpoints.save_and_stop(stop.signal_name)
             if loop.finish_step(args, validate, checkpoints, epoch_ended=epoch_ended, done=done):
                 break
     return checkpoints.export_and_finish()

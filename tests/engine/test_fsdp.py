@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetada
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from videox.engine import fsdp
-from videox.engine.fsdp import is_finite
+from videox.engine.base import NO_BOUNDS, Bounds, may_step
 
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")  # in place of a GPU, for operations that need CUDA even on fake tensors
@@ -73,9 +73,9 @@ def test_fsdp1_gathers_a_weight_on_the_device_of_the_process_group(
 
 @pytest.mark.parametrize(("norm", "loss"), [(1.0, 2.0), (float("inf"), 2.0), (1.0, float("nan"))])
 def test_a_step_is_skipped_by_a_flag_on_the_device_of_the_parameters(norm: float, loss: float) -> None:
-    applied = is_finite(torch.tensor(norm), torch.tensor(loss))
+    applied = may_step(torch.tensor(norm), torch.tensor(loss), NO_BOUNDS)
     assert applied.dtype == torch.bool and bool(applied) == (norm == 1.0 and loss == 2.0)
     with FakeTensorMode():  # parameters on the CPU (fsdp_offload_params), loss on the GPU
         offloaded = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=GPU)
-        assert is_finite(*offloaded).device.type == "cpu"
+        assert may_step(*offloaded, Bounds(1.0, 1.0)).device.type == "cpu"
         assert (offloaded[0].isfinite() & offloaded[1].isfinite()).device == GPU, "else the copy is not needed"

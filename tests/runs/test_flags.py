@@ -101,6 +101,7 @@ COVERED_ELSEWHERE = {
     "sample_resolution": "test_sample_requests.test_flags_replace_the_defaults_of_the_run",
     "sample_seed": "test_sample_requests.test_flags_replace_the_defaults_of_the_run",
     "sample_steps": "test_sample_requests.test_flags_replace_the_defaults_of_the_run",
+    "skip_spikes": "test_spikes.test_a_spike_is_left_out_of_a_run",
     "slot_fill": "test_train.test_an_epoch_trains_each_row_once_and_reports_the_rest",
     "trainable_modules_low_learning_rate": "test_train.test_low_learning_rate_modules_get_half_the_lr",
     "use_deepspeed": "test_train.test_an_error_is_one_line_before_any_weight_is_loaded",

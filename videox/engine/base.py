@@ -6,6 +6,7 @@ one of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from videox.engine.saved_state import SavedTensor
 from videox.engine.train_state import TrainState, write_state
 from videox.optim.ema import Fp32Params
 from videox.run.checkpoint import SAVE_ERRORS
@@ -21,6 +23,16 @@ from videox.weights.format import WeightFormat
 from videox.weights.safetensors_io import write_config
 
 OptimizerFactory = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+
+
+class Bounds(NamedTuple):
+    """The largest loss and gradient norm that a step may have; a step above them is skipped. Infinity: no bound."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_BOUNDS = Bounds()
 
 
 class Update(NamedTuple):
@@ -57,19 +69,29 @@ class Engine(Protocol):
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step; each group multiplies it by its rate_factor."""
 
-    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+    def update(
+        self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor], bounds: Bounds = NO_BOUNDS
+    ) -> Update:
         """Step the weights by the accumulated gradients and reset these; skip the step if anything is not finite.
 
-        Whether loss and gradient norm are finite is checked on the device, so the host does not wait.
+        Whether loss and gradient norm are finite is checked on the device, so the host does not wait. All ranks skip
+        the same steps.
 
         Args:
             loss: of the step, over all ranks: scalar on the device.
             empty: no sample of the step could be read, so its gradients are zero and the step is skipped.
             limit: maps the gradient norm to the norm to clip to, both scalars on the device.
+            bounds: the step is also skipped if its loss or its gradient norm is above them; equal on all ranks.
         """
 
     def zero_grad(self) -> None:
         """Drop the gradients accumulated since the last step."""
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        """Yield the weights and moments that this rank saves, for a check of their values. No collective.
+
+        Tensors that all ranks have alike are yielded on the rank that writes them only.
+        """
 
     def save(self, folder: Path, state: TrainState) -> None:
         """Write what resuming needs into a folder that all ranks share.
@@ -89,6 +111,17 @@ class Engine(Protocol):
 
     def fp32_params(self) -> Fp32Params:
         """Return this rank's part of the trainable parameters in float32, to read and to swap."""
+
+
+def may_step(norm: Tensor, loss: Tensor, bounds: Bounds) -> Tensor:
+    """Return whether gradient norm and loss are finite and within the bounds: boolean scalar on the norm's device.
+
+    That is the device of the parameters. With offloaded parameters (fsdp_offload_params) the norm is on the CPU and
+    the loss on the GPU. A result on the GPU would be copied by the optimizer without waiting, and its kernel on the
+    CPU could read the flag before it is there.
+    """
+    good_loss = loss.isfinite() & (loss <= bounds.loss)
+    return norm.isfinite() & (norm <= bounds.grad_norm) & good_loss.to(norm.device)
 
 
 # ------------------------------------------------------------------------------- helpers of the sharded engines

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from videox.engine.base import OptimizerFactory, Update
+from videox.engine.base import NO_BOUNDS, Bounds, OptimizerFactory, Update, may_step
+from videox.engine.saved_state import SavedTensor, moment_tensors, weight_tensors
 from videox.engine.train_state import TrainState, checkpoint_bytes, load_state, save_state
 from videox.optim.build import clip_gradients, gradient_norm, set_learning_rate, step_if
 from videox.optim.cpu_offload import CpuOffloadOptimizer
@@ -36,6 +39,7 @@ class DdpEngine:
         weight_format: WeightFormat | None = None,
     ) -> None:
         self.is_main, self.weight_format = accelerator.is_main_process, weight_format or FullWeights()
+        self.world_size = accelerator.num_processes
         self.config = transformer.to_json_string()  # type: ignore[operator]
         self.network = transformer.to(accelerator.device)
         self.optimizer = make_optimizer(dict(transformer.named_parameters()))
@@ -52,10 +56,17 @@ class DdpEngine:
         """See Engine.set_lr."""
         set_learning_rate(self.optimizer, lr)
 
-    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+    def update(
+        self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor], bounds: Bounds = NO_BOUNDS
+    ) -> Update:
         """See Engine.update."""
         norm = gradient_norm(self.trainable)
-        applied = norm.isfinite() & loss.isfinite()
+        if self.world_size > 1:
+            # Every rank computes the norm of its own copy of the reduced gradients. If only one of them has an
+            # infinite value, by a fault of its memory or of the reduction, all ranks must skip the step.
+            norm = torch.where(norm.isfinite(), norm, math.inf)
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+        applied = may_step(norm, loss, bounds)
         if empty:
             applied = torch.zeros_like(applied)
         else:
@@ -67,6 +78,12 @@ class DdpEngine:
     def zero_grad(self) -> None:
         """See Engine.zero_grad."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        """See Engine.saved_tensors; nothing on a rank that does not write."""
+        if self.is_main:
+            yield from weight_tensors(self.weights())
+            yield from moment_tensors(self.optimizer, {p: name for name, p in self.network.named_parameters()})
 
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: transformer/ in diffusers layout, and the optimizer's tensors."""

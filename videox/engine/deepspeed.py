@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 
 from videox.distributed.collectives import gather_objects
 from videox.engine.base import (
+    NO_BOUNDS,
+    Bounds,
     OptimizerFactory,
     Update,
     compute_in_bf16,
@@ -43,6 +47,7 @@ from videox.engine.deepspeed_universal import (
     load_universal,
     saved_world_size,
 )
+from videox.engine.saved_state import WEIGHT, SavedTensor, weight_tensors
 from videox.engine.train_state import TrainState, checkpoint_bytes
 from videox.errors import SaveError, UserError
 from videox.models.zero_init import set_fp32_params
@@ -138,6 +143,7 @@ class DeepSpeedEngine:
         else:
             for name, value in exact.items():
                 safe_set_full_fp32_param(self.parameters[name], value.to(accelerator.device, torch.float32))
+        self.norms = _BoundedNorms(self.model.optimizer, sharded=self.shards_weights)
         self.writer = _DeferredErrorWriter()
         self.model.checkpoint_engine = self.writer
         self.model._copy_recovery_script = partial(self.writer.attempt, self.model._copy_recovery_script)
@@ -146,7 +152,9 @@ class DeepSpeedEngine:
         """See Engine.set_lr."""
         set_learning_rate(self.model.optimizer, lr)
 
-    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+    def update(
+        self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor], bounds: Bounds = NO_BOUNDS
+    ) -> Update:
         """See Engine.update. DeepSpeed clips to its own limit, and skips a step whose gradient norm is not finite.
 
         It checks the norm on the host, inside its own step.
@@ -154,8 +162,12 @@ class DeepSpeedEngine:
         del limit
         if empty and bool(loss.isfinite()):  # rare, so that the host may wait for the loss
             return Update(torch.zeros(()), torch.tensor(False))  # its zero gradients may stay accumulated
+        # A step is left out by its norm alone: a loss above its bound lets no norm pass.
+        spike = bounds.loss < math.inf and bool(loss > bounds.loss)
+        self.norms.largest = -1.0 if spike else bounds.grad_norm
         self.model.step()
         norm, applied = self.model.get_global_grad_norm(), self.model.was_step_applied()
+        norm = norm if applied or self.norms.refused is None else self.norms.refused
         return Update(torch.as_tensor(norm, dtype=torch.float64), torch.tensor(applied))
 
     def zero_grad(self) -> None:
@@ -170,6 +182,28 @@ class DeepSpeedEngine:
             optimizer.averaged_gradients[group] = None
         if not self.shards_weights:
             optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        """See Engine.saved_tensors: this rank's part of the masters and moments, and its bfloat16 weights.
+
+        What DeepSpeed offloads to NVMe is not read.
+        """
+        yield from weight_tensors(self._held_weights())
+        if self.shards_weights and self.model.optimizer.swap_optimizer:
+            return
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                for kind, values in _states(self.model.optimizer, parameter, sharded=self.shards_weights):
+                    yield SavedTensor(kind, name, values)
+
+    def _held_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that this rank computes with: its shards, or on the main rank all of them."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad or not self.weight_format.trainable_only:
+                if self.shards_weights and hasattr(parameter, "ds_tensor"):
+                    yield name, parameter.ds_tensor.data
+                elif not self.shards_weights and self.is_main:
+                    yield name, parameter
 
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: DeepSpeed's checkpoint, and transformer/ from fp32 masters if full weights are saved."""
@@ -270,6 +304,57 @@ class DeepSpeedEngine:
             after_swap=partial(_gather_persistent, optimizer),
             sharded=True,
         )
+
+
+def _states(optimizer: Any, parameter: Any, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - DeepSpeed's
+    """Yield this rank's part of a parameter's float32 weight and moments, each with its kind.
+
+    Args:
+        optimizer: of ZeRO-2 or ZeRO-3, which have them in one flat tensor for each group of parameters.
+        parameter: a trainable one.
+        sharded: it is of ZeRO-3.
+    """
+    if sharded:
+        group, begin, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+    elif parameter._hp_mapping is None:  # this rank has no part of the parameter
+        return
+    else:
+        address = parameter._hp_mapping.hp_fragment_address
+        flat = optimizer.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
+        begin, count = address.start, address.numel
+    yield WEIGHT, flat.detach().narrow(0, begin, count)
+    for key, value in optimizer.optimizer.state.get(flat, {}).items():
+        if isinstance(value, Tensor) and value.shape == flat.shape:  # not the count of steps
+            yield key, value.narrow(0, begin, count)
+
+
+class _BoundedNorms:
+    """Has DeepSpeed's optimizer treat a gradient norm above a bound as it treats one that is not finite.
+
+    Attributes:
+        largest: the bound; infinity = none.
+        refused: the last step's norm if it was above the bound, else None.
+    """
+
+    def __init__(self, optimizer: Any, *, sharded: bool) -> None:  # noqa: ANN401 - of either stage
+        self.largest, self.refused = math.inf, None
+        self._norm = combine_grad_norm_groups if sharded else lambda norm: norm
+        # The methods that return the norm, all-reduced, before DeepSpeed decides whether to step.
+        name = "_get_norm_groups" if sharded else "scaled_global_norm"
+        self._compute, self._scale = getattr(optimizer, name), lambda: optimizer.loss_scale
+        self._infinite: Callable[[], Any] = (lambda: [math.inf]) if sharded else lambda: math.inf
+        setattr(optimizer, name, self._bounded)
+
+    def _bounded(self, *arguments: Any, **settings: Any) -> Any:  # noqa: ANN401 - DeepSpeed's own
+        computed, self.refused = self._compute(*arguments, **settings), None
+        if self.largest == math.inf:
+            return computed
+        norm = float(self._norm(computed)) / self._scale()
+        if norm <= self.largest or not math.isfinite(norm):
+            return computed
+        self.refused = norm
+        return self._infinite()
 
 
 def _gather_persistent(optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed's, of stage 3

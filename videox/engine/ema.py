@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from videox.engine.base import Engine, Update, run_all_writes, write_on_main
+from videox.engine.base import NO_BOUNDS, Bounds, Engine, Update, run_all_writes, write_on_main
+from videox.engine.saved_state import EMA, SavedTensor
 from videox.engine.train_state import TrainState
 from videox.errors import MODEL, UserError
 from videox.files import write_json_atomically
@@ -44,15 +45,23 @@ class EmaEngine:
         self.checkpoint_bytes = engine.checkpoint_bytes + full_weights_bytes
         self.ema = Ema(engine.fp32_params(), decay=decay, device=device)
 
-    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+    def update(
+        self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor], bounds: Bounds = NO_BOUNDS
+    ) -> Update:
         """See Engine.update."""
-        update = self.engine.update(loss=loss, empty=empty, limit=limit)
+        update = self.engine.update(loss=loss, empty=empty, limit=limit, bounds=bounds)
         self.ema.update(update.applied)
         return update
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Return a context in which `network` and `weights` have the EMA weights. Collective."""
         return self.ema.swapped()
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        """See Engine.saved_tensors; also the EMA."""
+        yield from self.engine.saved_tensors()
+        if self.is_main or self.ema.fp32_params.sharded:
+            yield from (SavedTensor(EMA, name, shard) for name, shard in self.ema.shards.items())
 
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save; also transformer_ema/ in diffusers layout, float32."""

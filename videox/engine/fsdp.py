@@ -37,16 +37,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from videox.engine.base import (
+    NO_BOUNDS,
+    Bounds,
     OptimizerFactory,
     Update,
     compute_in_bf16,
     hyperparameters,
+    may_step,
     restore_hyperparameters,
     run_all_writes,
     write_gathered,
     write_state_and_config,
 )
 from videox.engine.fsdp_local_optim import LocalShards
+from videox.engine.saved_state import SavedTensor, local_part, moment_tensors, weight_tensors
 from videox.engine.train_state import TrainState, checkpoint_bytes
 from videox.errors import MODEL, SaveError, UserError
 from videox.models.meta_init import fill_shards
@@ -113,6 +117,7 @@ class FsdpEngine:
             _allocate_shards(self.model, accelerator)
             fill_shards(_local_shards(self.model, stored), stored.folder)
         parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in self.model.named_parameters()}
+        self.all_parameters = parameters
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.group = _process_group(self.model, next(iter(self.parameters.values())))
         self.shards: LocalShards | None = None
@@ -129,17 +134,19 @@ class FsdpEngine:
         """See Engine.set_lr."""
         set_learning_rate(self.optimizer, lr)
 
-    def update(self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor]) -> Update:
+    def update(
+        self, *, loss: Tensor, empty: bool, limit: Callable[[Tensor], Tensor], bounds: Bounds = NO_BOUNDS
+    ) -> Update:
         """See Engine.update."""
         # The norm of the local shards is combined over ranks here, for both versions of FSDP and without a wait on the
         # host. In float64, since the square of a large but finite float32 norm may overflow.
-        gradients = [_local(parameter.grad) for parameter in self.trainable if parameter.grad is not None]
+        gradients = [local_part(parameter.grad) for parameter in self.trainable if parameter.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.trainable[0].device)
         if gradients:
             squares += torch.nn.utils.get_total_norm(gradients).double() ** 2
         dist.all_reduce(squares, group=self.group)
         norm = squares.sqrt()
-        applied = is_finite(norm, loss)
+        applied = may_step(norm, loss, bounds)
         if empty:
             applied = torch.zeros_like(applied)
         else:
@@ -157,6 +164,15 @@ class FsdpEngine:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.trainable:  # the optimizer may have other tensors: their local shards
             parameter.grad = None
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        """See Engine.saved_tensors: this rank's shards."""
+        _restore_parameters(self.model)
+        _reshard_all(self.model)
+        own = self.all_parameters if not self.weight_format.trainable_only else self.parameters
+        yield from weight_tensors(own.items())
+        named = self.shards.parameters if self.shards else self.all_parameters
+        yield from moment_tensors(self.optimizer, {parameter: name for name, parameter in named.items()})
 
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: torch's distributed checkpoints, each rank writing its shards; transformer/ on request."""
@@ -195,7 +211,7 @@ class FsdpEngine:
                 self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=options
             )
         restore_hyperparameters(self.optimizer, groups)
-        has_shards = any(_local(parameter).numel() for parameter in self.trainable)
+        has_shards = any(local_part(parameter).numel() for parameter in self.trainable)
         # accelerate's own loading silently leaves the state empty under FSDP1; training would restart the moments.
         if has_shards and not self.optimizer.state:
             raise RuntimeError(f"{checkpoint / OPTIMIZER_FOLDER} was read, but the optimizer has no state")
@@ -213,7 +229,7 @@ class FsdpEngine:
         """See Engine.fp32_params."""
 
         def read(name: str) -> Tensor:
-            return _local(self.parameters[name].detach())
+            return local_part(self.parameters[name].detach())
 
         return Fp32Params(
             tuple(self.parameters),
@@ -223,15 +239,6 @@ class FsdpEngine:
             sharded=True,
             group=self.group,
         )
-
-
-def is_finite(norm: Tensor, loss: Tensor) -> Tensor:
-    """Return whether gradient norm and loss are finite: boolean scalar on the norm's device, that of the parameters.
-
-    With offloaded parameters (fsdp_offload_params) the norm is on the CPU and the loss on the GPU. A result on the GPU
-    would be copied by the optimizer without waiting, and its kernel on the CPU could read the flag before it is there.
-    """
-    return norm.isfinite() & loss.isfinite().to(norm.device)
 
 
 def _optimizer_tensors(optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +294,7 @@ def _local_shards(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tu
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         own = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
-        yield name, parameter.to_local(), stored[name][own]
+        yield name, parameter.tolocal_part(), stored[name][own]
 
 
 def _wrap_fsdp1(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
@@ -342,10 +349,6 @@ def _process_group(model: Any, parameter: nn.Parameter) -> dist.ProcessGroup:  #
     if isinstance(parameter, DTensor):
         return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
     return model.process_group
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401 - a shard of either version, or a plain tensor

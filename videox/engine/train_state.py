@@ -59,6 +59,9 @@ class TrainState:
         bad: rows found unreadable since the epoch began.
         skipped: steps without an update of the weights.
         skipped_in_row: number of consecutive skipped steps up to now.
+        recent_losses: of the steps that the bound for spikes follows from, see videox.training.spikes.
+        recent_grad_norms: of the same steps.
+        spikes_in_row: number of consecutive steps above that bound up to now.
         names: fingerprint of the rows' names.
         sources: a line about each list or folder of the data if there are several; [] otherwise.
         data_changes: for each change of the data, the first step (0-based) and epoch that trained the new data, and
@@ -80,6 +83,9 @@ class TrainState:
     bad: list[int] = field(default_factory=list)
     skipped: int = 0
     skipped_in_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_grad_norms: list[float] = field(default_factory=list)
+    spikes_in_row: int = 0
     names: str = ""
     sources: list[str] = field(default_factory=list)
     data_changes: list[dict[str, Any]] = field(default_factory=list)
@@ -128,6 +134,7 @@ def read_state(checkpoint: Path) -> TrainState:
     try:
         # older versions did not write these fields
         absent: dict[str, Any] = {"sources": [], "data_changes": [], "next_data": None, "loss_means": {}}
+        absent |= {"recent_losses": [], "recent_grad_norms": [], "spikes_in_row": 0}
         content = {**absent, **json.loads(path.read_text(encoding="utf-8"))}
         names = [each.name for each in fields(TrainState) if each.name != "columns"]
         state = TrainState(**{name: content[name] for name in names})

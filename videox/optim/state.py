@@ -24,7 +24,7 @@ SCALARS: dict[str, tuple[type, torch.dtype]] = {
 }
 
 
-def _flatten_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return one parameter's optimizer state, with quantized moments split into their plain tensors."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
@@ -38,7 +38,7 @@ def _flatten_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unflatten_state(state: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """Return the state with quantized moments: the inverse of _flatten_state."""
+    """Return the state with quantized moments: the inverse of flatten_state."""
     restored = {key: value for key, value in state.items() if QUANTISED not in key}
     for base in sorted({key.partition(QUANTISED)[0] for key in state if QUANTISED in key}):
         from torchao.optim.subclass_8bit import OptimState8bit  # an optional package, needed by this optimizer anyway
@@ -105,7 +105,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
         state = optimizer.state.get(parameter, {})
         if not state:
             tensors[f"{name}/{STATELESS}"] = torch.empty(0)
-        for key, value in _flatten_state(state).items():
+        for key, value in flatten_state(state).items():
             suffix, tensor = _state_tensor(value, f"{key} of {name}")
             tensors[f"{name}/{key}{suffix}"] = tensor
     return tensors

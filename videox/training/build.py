@@ -238,7 +238,7 @@ def build_records(
     disk = Disk(engine.checkpoint_bytes, args.checkpointing_steps, schedule.total, args.checkpoints_total_limit)
     ctx.print(*keep_all_lines(disk))
     bar = ProgressBar(schedule.total, initial=schedule.state.step, enabled=ctx.is_main)
-    guard = StepGuard(ctx, schedule.state, args.max_bad_fraction, bar.note)
+    guard = StepGuard(ctx, schedule.state, args.max_bad_fraction, bar.note, skip_spikes=args.skip_spikes)
     recorder = Recorder(ctx, schedule, _instruments(args, ctx, schedule, engine, profile, bar), guard.count)
     size = args.token_sample_size if args.training_with_video_token_length else args.video_sample_size
     known = {

@@ -12,10 +12,11 @@ from videox.device import memory_phase
 from videox.distributed.collectives import run_on_all
 from videox.engine.base import Engine
 from videox.engine.export import FOLDER, earlier_exports, export_weights
+from videox.engine.saved_state import find_fault
 from videox.engine.train_state import TrainState
-from videox.errors import STOPPED, STORAGE, SaveError, UserError
+from videox.errors import NUMERICS, STOPPED, STORAGE, SaveError, UserError
 from videox.lora.reader import STEM
-from videox.run.checkpoint import publish_checkpoint
+from videox.run.checkpoint import latest_checkpoint, publish_checkpoint
 from videox.run.folder import best_exports, discard, prune
 from videox.tracking.preview import plot_losses
 from videox.training.context import Context
@@ -67,37 +68,77 @@ class Checkpointer:
         self, ctx: Context, state: TrainState, engine: Engine, recorder: Recorder, settings: ExportSettings
     ) -> None:
         self.ctx, self.state, self.engine, self.recorder, self.settings = ctx, state, engine, recorder, settings
-        self._save_failed = False
+        self._failure: UserError | None = None  # of the last save
+        self._sound_step: int | None = None  # at which the weights and moments were checked
 
-    def save(self) -> None:
+    def save(self, *, last: bool = False) -> None:
         """Publish checkpoint-N as a whole or not at all, then prune.
 
+        Nothing is written if a weight or a moment is not finite or absurdly large. Checkpoints that are there stay.
+
+        Args:
+            last: nothing is trained after it. A disk that refuses it ends the run after the export of the weights.
+
         Raises:
-            UserError: (STORAGE) two saves in a row failed; the first one is a warning.
+            UserError: (STORAGE or NUMERICS) two saves in a row failed, or the last one for its numbers; otherwise a
+                failure is a warning.
         """
-        ctx, step, note = self.ctx, self.state.step, self.recorder.bar.note
-        description = {**self.settings.facts, "base_model": base_model_name(self.settings.base_model)}
         with self.recorder.paused(SAVE), memory_phase("a save"):
-            self.recorder.metrics.sync()
+            fault = self._fault()
+            cause = fault or self._publish()
+        if cause:
+            self._fail(cause, NUMERICS if fault else STORAGE, last=last)
+            return
+        self._failure = None
+        if self.ctx.is_main:
             try:
-                with publish_checkpoint(
-                    ctx.output_dir, step, is_main=ctx.is_main, gather=ctx.gather, description=description
-                ) as folder:
-                    if folder is not None:
-                        self._write(folder)
-            except SaveError as why:
-                if self._save_failed:
-                    what = f"the save at step {step} failed, as the one before did ({why})"
-                    hint = "free some disk space or repair the disk, then resume"
-                    raise UserError(str(ctx.output_dir), what, hint, STORAGE) from why
-                self._save_failed = True
-                note(f"warning: no checkpoint at step {step} ({why}); training continues")
-                return
-        self._save_failed = False
-        if ctx.is_main:
-            self.recorder.times.write(ctx.output_dir)
+                self.recorder.times.write(self.ctx.output_dir)
+            except OSError as why:
+                self.recorder.bar.note(f"warning: cost_model.json was not written ({why})")
             for warning in self._prune():
-                note(f"warning: {warning}")
+                self.recorder.bar.note(f"warning: {warning}")
+
+    def _fault(self) -> str:
+        """Return what is wrong with the weights and moments of this step, on any rank; "" if they are sound."""
+        if self._sound_step == self.state.step:
+            return ""
+        faults = self.ctx.gather(find_fault(self.engine.saved_tensors()))
+        for rank, fault in enumerate(faults):
+            if fault:
+                return fault if len(faults) == 1 else f"rank {rank}: {fault}"
+        self._sound_step = self.state.step
+        return ""
+
+    def _publish(self) -> str:
+        """Write and publish the checkpoint of this step; return why the disk refused it, "" if it did not."""
+        ctx = self.ctx
+        description = {**self.settings.facts, "base_model": base_model_name(self.settings.base_model)}
+        try:
+            with publish_checkpoint(
+                ctx.output_dir, self.state.step, is_main=ctx.is_main, gather=ctx.gather, description=description
+            ) as folder:
+                if folder is not None:
+                    self._write(folder)
+                self.recorder.metrics.sync()  # before the publication, and after the collectives of the writes
+        except SaveError as why:
+            return str(why)
+        return ""
+
+    def _fail(self, cause: str, code: int, *, last: bool) -> None:
+        """Print that no checkpoint was saved, or end the run; code: NUMERICS or STORAGE."""
+        ctx, step = self.ctx, self.state.step
+        good = ctx.gather(_last_good(ctx.output_dir) if ctx.is_main else "")[0]
+        again = ", as the one before did" if self._failure else ""
+        what = f"the save at step {step} failed{again} ({cause}); {good}"
+        hint = "free some disk space or repair the disk, then resume with --resume_from_checkpoint latest"
+        if code == NUMERICS:
+            hint = "resume from the last good checkpoint, with a lower --learning_rate or --skip_spikes"
+        ends = bool(self._failure) and not last
+        self._failure = UserError(str(ctx.output_dir), what, hint, code)
+        if ends or (last and code == NUMERICS):
+            raise self._failure
+        then = "" if last else "; training continues"
+        self.recorder.bar.note(f"warning: no checkpoint at step {step} ({cause}); {good}{then}")
 
     def _prune(self) -> list[str]:
         """Delete checkpoints beyond the limit, but not the best one with --keep_best; on the main process."""
@@ -115,9 +156,8 @@ class Checkpointer:
         folder = ctx.output_dir / f"best-{step}"
         with self.recorder.paused(), memory_phase("the export"):
             try:
-                folder.mkdir(exist_ok=True)
                 self._export(folder, only_layouts=False)
-            except (UserError, SaveError, OSError) as why:  # on the main process, after the last collective
+            except (UserError, SaveError) as why:  # on all ranks, or on the main one after the last collective
                 note(f"warning: the best weights, of step {step}, were not exported ({why})")
                 return
         if not ctx.is_main:
@@ -148,15 +188,31 @@ class Checkpointer:
             note(f"warning: checkpoint-{step} lacks some exports: {why.where} {why.what}")
 
     def _export(self, folder: Path, *, only_layouts: bool) -> None:
+        """Export the weights; called on all ranks.
+
+        Raises:
+            UserError: (NUMERICS) they are not finite, or absurdly large; raised on all ranks before anything is
+                written, or on the main rank if only the export's dtype cannot represent a value.
+            SaveError: the disk refused, on the main rank.
+        """
+        if fault := self._fault():
+            raise UserError(f"step {self.state.step}", fault, "export an earlier checkpoint", NUMERICS)
         settings = self.settings
         facts = {**settings.facts, "steps": self.state.step, "seed": self.state.seed}
         metadata = model_metadata(settings.base_model, facts)
         options = ExportOptions(settings.dtype, settings.keep_fp32, settings.layouts, metadata, only_layouts)
         export_weights(self.engine, folder, options, is_main=self.ctx.is_main)
 
-    def stopped(self, signal_name: str) -> int:
-        """End a run that was asked to stop and has been saved; plot the losses and return its exit code."""
+    def save_and_stop(self, signal_name: str) -> int:
+        """Save and end a run that was asked to stop; plot the losses and return its exit code.
+
+        Raises:
+            UserError: (STORAGE or NUMERICS) the save failed.
+        """
+        self.save(last=True)
         self.recorder.close()
+        if self._failure:
+            raise self._failure
         by, step = signal_name or "another process", self.state.step
         line = f"stopped by {by} at step {step}; resume with --resume_from_checkpoint latest"
         self.ctx.run.status.write("stopped", step=step, exit_code=STOPPED, error=line)
@@ -168,15 +224,24 @@ class Checkpointer:
         """Export the trained weights, plot the losses and end the run; return the exit code.
 
         What an earlier process exported at this very step is not written again, unless this one trained up to it.
+
+        Raises:
+            UserError: (STORAGE) the last save failed, although the weights may have been exported, or the export did;
+                (NUMERICS) the weights cannot be exported.
         """
         ctx, state = self.ctx, self.state
         untouched = ctx.run.finished_step == ctx.run.resume.step == state.step
         exported = untouched and (ctx.output_dir / TRANSFORMER).is_dir()
         if not ctx.gather(exported)[0]:
             with memory_phase("the export"):
-                run_on_all(self._export_final, gather=ctx.gather)
+                try:
+                    run_on_all(self._export_final, gather=ctx.gather)
+                except UserError as why:
+                    raise self._failure or why from why  # the first cause
         self._plot()
         self.recorder.close()
+        if self._failure:
+            raise self._failure
         ctx.run.status.write("finished", step=state.step, exit_code=0)
         lora = self.engine.weight_format.trainable_only
         weights = ctx.output_dir / (f"{STEM}.safetensors" if lora else TRANSFORMER)
@@ -184,19 +249,33 @@ class Checkpointer:
         return 0
 
     def _plot(self) -> None:
-        """Write losses.png; the disk's refusal is a warning."""
+        """Write losses.png; a picture that cannot be made is a warning, since the run itself has ended well."""
         if self.ctx.is_main:
             names = ("metrics.jsonl", "validation.jsonl", "losses.png")
             try:
                 plot_losses(*(self.ctx.output_dir / name for name in names))
-            except OSError as why:
+            except (OSError, UserError, ValueError, RuntimeError, ImportError) as why:
                 self.recorder.bar.note(f"warning: losses.png was not written ({why})")
 
     def _export_final(self) -> None:
-        self._export(self.ctx.output_dir, only_layouts=False)
+        try:
+            self._export(self.ctx.output_dir, only_layouts=False)
+        except SaveError as why:
+            what = f"the trained weights of step {self.state.step} were not exported ({why})"
+            hint = "free some disk space or repair the disk, then resume with --resume_from_checkpoint latest"
+            raise UserError(str(self.ctx.output_dir), what, hint, STORAGE) from why
         if self.ctx.is_main and (stale := earlier_exports(self.ctx.output_dir, self.state.step)):
             files = ", ".join(f"{name} (step {step})" for name, step in stale.items())
             self.recorder.bar.note(
                 f"warning: {files} in {self.ctx.output_dir} are exports of an earlier step, not of step "
                 f"{self.state.step}: this run's --export_layouts does not include them"
             )
+
+
+def _last_good(output_dir: Path) -> str:
+    """Return the words on the newest sound checkpoint of a run."""
+    try:
+        checkpoint, _ = latest_checkpoint(output_dir)
+    except OSError as why:
+        return f"the checkpoints cannot be read ({why})"
+    return f"the last good checkpoint is {checkpoint.name}" if checkpoint else "there is no checkpoint yet"

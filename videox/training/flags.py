@@ -263,6 +263,11 @@ def add_optimizer(parser: Parser) -> None:
     add("--adam_epsilon", type=number(float, 1e-30, 1), default=1e-8, help=epsilon)
     clip = "global gradient norm to clip to (1e12 practically disables clipping)"
     add("--max_grad_norm", type=number(float, 1e-12, 1e12), default=1.0, help=clip)
+    spikes = (
+        "leave out a step whose loss or gradient norm is a spike: above exp(m + 6 * 1.4826 * MAD), with the median m "
+        "and the MAD of the logarithms in up to 128 steps before it; without this flag spikes are only printed"
+    )
+    add("--skip_spikes", action="store_true", help=spikes)
     ratio = "the clipping norm starts at this many times max_grad_norm and decreases to it (1 = off)"
     add("--initial_grad_norm_ratio", type=number(float, 1, 1e6), default=1.0, help=ratio)
     add(

@@ -11,7 +11,6 @@ from videox.data.plan.plan import plan_epoch
 from videox.device import memory_phase
 from videox.distributed.step_sync import StepReport, sync_step
 from videox.engine.base import Engine, Update
-from videox.engine.train_state import TrainState
 from videox.rng import Purpose, hash_key
 from videox.tracking.progress import StepClock
 from videox.training.checkpointing import Checkpointer
@@ -67,20 +66,21 @@ def agree(ctx: Context, step: PlannedStep, recorder: Recorder, guard: StepGuard,
 
 
 def clip_and_step(
-    engine: Engine, state: TrainState, loss: Tensor, *, empty: bool, limit: Callable[[Tensor], Tensor]
+    engine: Engine, guard: StepGuard, loss: Tensor, *, empty: bool, limit: Callable[[Tensor], Tensor]
 ) -> Update:
-    """Clip the accumulated gradients and update the weights, unless loss or gradients are not finite.
+    """Clip the accumulated gradients and update the weights, unless loss or gradients are not finite or a spike.
 
     Args:
         engine: with the gradients of the step.
-        state: at the step; the seed of stochastic rounding follows from it, so that replicated weights round alike.
+        guard: with the bounds of --skip_spikes, from the steps before; the seed of stochastic rounding follows from
+            its state, so that replicated weights round alike.
         loss: sum over all ranks, scalar on the device.
         empty: no sample of the step could be read: its gradients are zero, and the weights are not updated.
         limit: the norm to clip to, from the gradient norm; both are scalars on the device.
     """
-    seed_generators(int(hash_key(state.seed, state.step, Purpose.ROUNDING)))
+    seed_generators(int(hash_key(guard.state.seed, guard.state.step, Purpose.ROUNDING)))
     with memory_phase("the optimizer step"):
-        return engine.update(loss=loss, empty=empty, limit=limit)
+        return engine.update(loss=loss, empty=empty, limit=limit, bounds=guard.spikes.bounds_to_skip())
 
 
 def finish_step(
@@ -99,7 +99,7 @@ def finish_step(
     is_best = bool(args.keep_best and measured and last_is_best(validate.history))
     stops = bool(args.early_stop and measured and without >= args.early_stop and not done)
     if done or stops or is_best or checkpoints.state.step % args.checkpointing_steps == 0:
-        checkpoints.save()
+        checkpoints.save(last=done or stops)
     if is_best:
         checkpoints.export_best()
     validate.sample_if_due(epoch_ended=epoch_ended, done=done or stops)

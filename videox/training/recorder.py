@@ -174,7 +174,7 @@ class Recorder:
         loss, grad_norm, applied, *parts = step.scalars.read()
         corrected = self.correct(step.plan, step.epoch_step, parts)
         rows, tokens = step.plan.rows_of_step(step.epoch_step).tolist(), step.plan.tokens_of_step(step.epoch_step)
-        self.on_outcome(StepOutcome(step.step, rows, step.empty, bool(applied)))
+        self.on_outcome(StepOutcome(step.step, rows, step.empty, bool(applied), loss, grad_norm))
         times = self.clock.count(tokens, step.duration(), step.report.data_wait)
         measured = self._measured(step, times.seconds) if self.ctx.is_main else {}
         share, stragglers = straggler_share(busy), None
