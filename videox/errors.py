@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,12 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 INTERRUPTED_LINE = "interrupted outside a step; nothing was saved"
 # What diffusers, transformers, safetensors and torch raise for a file or configuration that they cannot load.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
+
+# How a disk or a file system refuses a write. A missing file and a lost connection are not among them.
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ESTALE, errno.ENXIO, errno.ENODEV,
+}  # fmt: skip
+PERMISSION_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class UserError(Exception):
@@ -77,13 +84,30 @@ class SaveError(Exception):
     """A save that did not reach the disk and was dropped as a whole; the text is the first cause. Older saves stay."""
 
 
+def storage_line(error: BaseException) -> str:
+    """Return the one line for an OSError by which a disk or file system refuses a write, "" for any other error.
+
+    Writes are made in many places, most of which can do nothing about it: the exception ends the run, with this line
+    in place of a traceback.
+    """
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS | PERMISSION_ERRORS:
+        return ""
+    file = error.filename2 or error.filename
+    hint = (
+        "free some disk space or repair the disk, then start again; a run goes on with --resume_from_checkpoint latest"
+    )
+    if error.errno in PERMISSION_ERRORS:
+        hint = "make it readable and writable for the user that runs this, or pass another folder"
+    return _one_line(f"error: {file or 'a file'}: {error.strerror or error}. Fix: {hint}.")
+
+
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a run that ends with this exception."""
     if isinstance(error, (UserError, PeerFailed)):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return STORAGE if isinstance(error, SaveError) else BUG
+    return STORAGE if isinstance(error, SaveError) or storage_line(error) else BUG
 
 
 def error_line(error: BaseException) -> str:
@@ -96,7 +120,7 @@ def error_line(error: BaseException) -> str:
         return INTERRUPTED_LINE
     if isinstance(error, SaveError):
         return _one_line(f"error: {error}. Fix: free some disk space, or pass a writable folder")
-    return _one_line(f"error: {type(error).__name__}: {error}")
+    return storage_line(error) or _one_line(f"error: {type(error).__name__}: {error}")
 
 
 def error_text(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -112,8 +113,26 @@ def test_sigchld_of_a_loader_worker_does_not_prevent_the_status(
             "error: /run: No space left. Fix: free some disk space, or pass a writable folder",
         ),
         (ValueError("two\nlines"), BUG, "error: ValueError: two lines"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/run/.tmp-args.json-1", None, "/run/args.json"),
+            STORAGE,
+            "error: /run/args.json: No space left on device. Fix: free some disk space or repair the disk, then start "
+            "again; a run goes on with --resume_from_checkpoint latest.",
+        ),
+        (
+            PermissionError(errno.EROFS, "Read-only file system", "/run/args.json"),
+            STORAGE,
+            "error: /run/args.json: Read-only file system. Fix: make it readable and writable for the user that runs "
+            "this, or pass another folder.",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+            BUG,
+            "error: FileNotFoundError: [Errno 2] No such file: '/x'",
+        ),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), BUG, "error: ConnectionResetError: [Errno 104] reset"),
     ],
-    ids=["user_error", "save_error", "bug"],
+    ids=["user_error", "save_error", "bug", "full", "read_only", "missing", "connection"],
 )
 def test_exception_is_written_to_the_status_and_reraised(
     tmp_path: Path, error: BaseException, code: int, line: str

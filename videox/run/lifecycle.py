@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch.distributed as dist
 
 from videox.errors import (
+    BUG,
     INTERRUPTED,
     INTERRUPTED_LINE,
     PeerFailed,
@@ -158,8 +159,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         sys.stderr.write("interrupted outside a step; the last checkpoint is kept\n")
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the outermost boundary: the exception is printed
-        sys.stderr.write(f"{crash_text(error)}\n")
         code = exit_code(error)
+        sys.stderr.write(f"{crash_text(error) if code == BUG else error_text(error)}\n")
     if dist.is_initialized():
         _leave_group(code)
     sys.exit(code)

@@ -87,7 +87,7 @@ def write_table(table: pa.Table, header: dict[str, Any], path: Path) -> None:
         ):
             writer.write_table(table)
     except OSError as error:
-        what = f"the index cannot be written ({error.strerror})"
+        what = f"the index cannot be written ({error.strerror or error})"
         raise UserError(str(path), what, "free disk space, or make the folder writable", STORAGE) from error
 
 
