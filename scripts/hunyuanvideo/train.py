@@ -132,7 +132,6 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from transformers import AutoTokenizer
 
 from videox.data.dataset import Batch
 from videox.device import to_device
@@ -148,10 +147,11 @@ from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, sample_latents
 from videox.models.attention_backend import UnmaskedKernel
 from videox.models.component import diffusers_components
-from videox.models.folder import check_tokenizer, full_config, load_class, read_component
+from videox.models.folder import full_config, load_class, load_pipeline, read_component
 from videox.models.hub import local_folder
 from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
+from videox.models.tokenizer import load_tokenizer
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
 from videox.tracking.dump import dump_folder, write_dump
@@ -163,6 +163,7 @@ from videox.training.step_loss import StepLoss
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
 LATENT_CHANNELS = 16
+PROBES = {"tokenizer": "A red fox,\n\n2 years old, runs <3", "tokenizer_2": "a red fox runs"}
 
 
 @dataclass(frozen=True)
@@ -214,20 +215,20 @@ def load_encoders(
     root, classes = components["scheduler"].path.parent, classes_of(args.train_mode)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], **dict.fromkeys(TEXT_ENCODERS, compute_dtype(accelerator))}
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    tokenizers = {  # not of the classes in model_index.json: transformers 5 would rebuild one without spaces and line breaks
+        name: load_tokenizer(root / name, load_class(classes[encoder]), components[encoder].config, PROBES[name])
+        for name, encoder in zip(PROBES, TEXT_ENCODERS, strict=True)
+    }
     modules = {name: load(load_class(classes[name]), components[name], dtype) for name, dtype in dtypes.items()}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
     pipeline_class = (
         HunyuanVideoPipeline if args.train_mode == "normal" else diffusers.HunyuanVideoImageToVideoPipeline
     )
-    # Not of the class in model_index.json: transformers 5 would rebuild that without spaces and line breaks.
-    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-    pipeline = pipeline_class.from_pretrained(root, transformer=None, tokenizer=tokenizer, **modules)
+    pipeline = load_pipeline(pipeline_class, root, {**modules, **tokenizers})
     pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
-    check_tokenizer(tokenizer, root / "tokenizer", "A red fox,\n\n2 years old, runs <3")
     # The pipeline warns for each caption over CLIP's 77 tokens; only the pooled embedding is cut, which is expected.
     logging.getLogger(pipeline_class.__module__).setLevel(logging.ERROR)
-    check_tokenizer(pipeline.tokenizer_2, root / "tokenizer_2", "a red fox runs")
     offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}
     return Encoders(**offloaded, pipeline=pipeline)
 

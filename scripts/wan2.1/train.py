@@ -134,7 +134,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import AutoTokenizer, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 
 from videox.data.dataset import Batch
 from videox.device import to_device
@@ -148,10 +148,11 @@ from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEnco
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
 from videox.models import component as models
-from videox.models.folder import check_tokenizer, full_config, load_class, read_component
+from videox.models.folder import full_config, load_class, load_pipeline, read_component
 from videox.models.hub import local_folder
 from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
+from videox.models.tokenizer import load_tokenizer
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
 from videox.tracking.dump import dump_folder, write_dump
@@ -165,6 +166,7 @@ from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 LATENT_CHANNELS = 16
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+PROBE = "A red fox, 2 years old, runs over the hill <3"
 SAMPLING_GUIDANCE = 5.0  # of the sample clips
 
 
@@ -195,17 +197,16 @@ class Wan:
 
 
 def build_pipeline(
-    args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, torch.nn.Module]
+    args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, Any]
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
     """diffusers' pipeline over these encoders, without a transformer; its scheduler has the flow shift of the run."""
     # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     if "scheduler" in components:
-        pipeline = pipeline_class.from_pretrained(components["scheduler"].path.parent, transformer=None, **encoders)
+        pipeline = load_pipeline(pipeline_class, components["scheduler"].path.parent, encoders)
         pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
         return pipeline
-    tokenizer = AutoTokenizer.from_pretrained(components["tokenizer"].path, local_files_only=True)
-    modules: dict[str, Any] = {"tokenizer": tokenizer}
+    modules: dict[str, Any] = {}
     if "image_encoder" in components:
         side = components["image_encoder"].config["image_size"]
         crop = {"height": side, "width": side}
@@ -223,11 +224,12 @@ def load_encoders(
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
     dtypes["image_encoder"] = torch.float32
+    text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"].config
+    tokenizer = load_tokenizer(components["tokenizer"].path, *text_encoder, PROBE)
     modules = {n: load(load_class(CLASSES[n]), components[n], dtype) for n, dtype in dtypes.items() if n in components}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
-    pipeline = build_pipeline(args, components, shift, modules)
-    check_tokenizer(pipeline.tokenizer, components["tokenizer"].path, "A red fox, 2 years old, runs over the hill <3")
+    pipeline = build_pipeline(args, components, shift, {**modules, "tokenizer": tokenizer})
     offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}
     return Encoders(offloaded["text_encoder"], offloaded.get("image_encoder"), offloaded["vae"], pipeline)
 

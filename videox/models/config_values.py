@@ -28,9 +28,30 @@ def value_fault(model_class: type, config: Mapping[str, Any]) -> str:
     hints = get_type_hints(inspect.unwrap(model_class.__init__))  # type: ignore[misc]
     for name, value in config.items():
         if name in hints and not _fits(value, hints[name]):
-            text = repr(value)
-            shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-            return f"{name} is {shown}, expected {_words(hints[name])}"
+            return f"{name} is {_shown(value)}, expected {_words(hints[name])}"
+    return ""
+
+
+def number_fault(config: Mapping[str, Any]) -> str:
+    """Return what is wrong with the first number of a configuration, at any depth, that no model can have.
+
+    Whole numbers above 10^7, also below -10^7, and numbers that are not finite. Classes of transformers would try to
+    build a model of 2^31 layers.
+
+    Returns:
+        "key is value, expected ..."; "" if all numbers are possible.
+    """
+    left: list[tuple[str, Any]] = list(config.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Mapping):
+            left += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(name, inner) for inner in value]
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            return f"{name} is {_shown(value)}, expected a whole number up to {LARGEST:,}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value}, expected a number"
     return ""
 
 
@@ -51,6 +72,17 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - a type hint may b
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     return True
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message, cut to a readable length."""
+    # Python refuses to convert whole numbers of more than 4300 digits to decimal text.
+    text = (
+        f"a number of {value.bit_length()} bits"
+        if isinstance(value, int) and value.bit_length() > 200
+        else repr(value)
+    )
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _words(hint: Any) -> str:  # noqa: ANN401 - a type hint may be any object

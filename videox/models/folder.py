@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
-from videox.models.config_files import read_json
+from videox.models.config_files import download_again, read_json
+from videox.models.config_values import number_fault
 from videox.models.downloads import (
     check_component_files,
     check_links,
@@ -145,7 +145,10 @@ def read_component(folder: Path, check_weights: bool) -> dict[str, Any]:
     check_component_files(folder)
     if check_weights:
         check_weight_set(folder)
-    return read_json(config)
+    content = read_json(config)
+    if config.name == CONFIG_NAMES[0] and (fault := number_fault(content)):
+        raise UserError(str(config), fault, download_again(folder), MODEL)
+    return content
 
 
 def _list_names(folder: Path, limit: int = 8) -> str:
@@ -209,6 +212,21 @@ def load_strictly(model_class: Any, folder: Path, **settings: Any) -> torch.nn.M
     return model
 
 
+def load_pipeline(pipeline_class: Any, root: Path, parts: dict[str, Any]) -> Any:  # noqa: ANN401 - of diffusers
+    """Return a pipeline of diffusers without a transformer, with these parts; the others are read from the folder.
+
+    Args:
+        pipeline_class: of diffusers.
+        root: the model's folder.
+        parts: loaded ones, by their names in model_index.json.
+
+    Raises:
+        UserError: (MODEL) a part cannot be read.
+    """
+    with convert_load_errors(pipeline_class, root):
+        return pipeline_class.from_pretrained(root, transformer=None, local_files_only=True, **parts)
+
+
 @contextmanager
 def convert_load_errors(model_class: Any, folder: Path) -> Iterator[None]:  # noqa: ANN401 - of diffusers or transformers
     """Convert the errors that the libraries raise for mismatched weights or configurations into a UserError."""
@@ -270,31 +288,6 @@ def full_config(model_class: Any, config: dict[str, Any]) -> Any:  # noqa: ANN40
         UserError: the class cannot be built from the configuration.
     """
     return build_on_meta(model_class, config).config
-
-
-def check_tokenizer(tokenizer: Any, folder: Path, probe: str) -> None:  # noqa: ANN401 - of transformers
-    """Check that a loaded tokenizer splits text as its own tokenizer.json defines.
-
-    The class that a model folder names may rebuild the tokenizer from its vocabulary with other rules. Spaces and line
-    breaks then disappear silently, and training prompts differ from those at inference.
-
-    Args:
-        tokenizer: the tokenizer that the pipeline uses.
-        folder: the folder that it was loaded from; a folder without tokenizer.json is not checked.
-        probe: a text with every kind of character that the family's prompts may contain.
-
-    Raises:
-        UserError: it splits the probe differently.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        return
-    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    reference.no_padding()
-    reference.no_truncation()
-    if tokenizer(probe).input_ids != reference.encode(probe).ids:
-        what = f"is loaded as {type(tokenizer).__name__}, which splits text differently from its tokenizer.json"
-        hint = "set the tokenizer_class that its tokenizer_config.json was saved with"
-        raise UserError(str(folder), what, hint, MODEL)
 
 
 def check_finite(model: torch.nn.Module, folder: Path) -> None:
