@@ -18,13 +18,17 @@ STOPPED = 75
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 INTERRUPTED_LINE = "interrupted outside a step; nothing was saved"
 # What diffusers, transformers, safetensors and torch raise for a file or configuration that they cannot load.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)
+LOAD_ERRORS = (
+    OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError,
+    MemoryError,
+)  # fmt: skip
 
 # How a disk or a file system refuses a write. A missing file and a lost connection are not among them.
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ESTALE, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
 PERMISSION_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS}
+NAME_ERRORS = {errno.EISDIR, errno.ENOTDIR}  # a folder has the name of a file, or the other way round
 
 
 class UserError(Exception):
@@ -90,7 +94,7 @@ def storage_line(error: BaseException) -> str:
     Writes are made in many places, most of which can do nothing about it: the exception ends the run, with this line
     in place of a traceback.
     """
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS | PERMISSION_ERRORS:
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS | PERMISSION_ERRORS | NAME_ERRORS:
         return ""
     file = error.filename2 or error.filename
     hint = (
@@ -98,6 +102,8 @@ def storage_line(error: BaseException) -> str:
     )
     if error.errno in PERMISSION_ERRORS:
         hint = "make it readable and writable for the user that runs this, or pass another folder"
+    elif error.errno in NAME_ERRORS:
+        hint = "move what has this name away, or pass another folder"
     return _one_line(f"error: {file or 'a file'}: {error.strerror or error}. Fix: {hint}.")
 
 

@@ -95,8 +95,8 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
     """The model's profile from its configurations alone, for the plan and the estimates."""
     config, images = components["transformer"].config, 0
     if "image_encoder" in components:
-        clip = components["image_encoder"].config
-        images = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+        clip = components["image_encoder"]
+        images = (clip.count("image_size") // clip.count("patch_size")) ** 2 + 1
     return ModelProfile(
         task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),
@@ -148,7 +148,7 @@ from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEnco
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
 from videox.models import component as models
-from videox.models.folder import full_config, load_class, load_pipeline, read_component
+from videox.models.folder import build_config, full_config, load_class, load_pipeline, read_component
 from videox.models.hub import local_folder
 from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
@@ -208,7 +208,7 @@ def build_pipeline(
         return pipeline
     modules: dict[str, Any] = {}
     if "image_encoder" in components:
-        side = components["image_encoder"].config["image_size"]
+        side = components["image_encoder"].count("image_size")
         crop = {"height": side, "width": side}
         modules["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
     scheduler = UniPCMultistepScheduler(
@@ -295,7 +295,7 @@ def encoding_specs(
         known = partial(encode_known, encoders, mode, args.vae_mini_batch)
         specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
-        clip = CLIPVisionConfig(**components["image_encoder"].config)
+        clip = build_config(CLIPVisionConfig, components["image_encoder"])
         shape = fixed_shape((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
         specs.append(EncodingSpec(

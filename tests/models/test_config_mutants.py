@@ -7,11 +7,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import runs
 import tiny
+import torch
 from accelerate import Accelerator
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from mutants import mutants
@@ -39,14 +40,24 @@ class Model:
         self.argv = runs.train_flags(family, self.folder, folder / "data.json", folder / "out", **self.settings)
         self.transformer_class = WanTransformer3DModel if family == "wan2.1" else HunyuanVideoTransformer3DModel
 
-    def read(self) -> None:
-        """Read the model as a run does, up to its weights. Raises UserError."""
+    def read(self, *, weights: bool = True) -> None:
+        """Read the model as a run does. Raises UserError.
+
+        Args:
+            weights: False reads configurations alone: what a dry run reads, and the specifications of the encoders.
+        """
         args = self.script.parse_args(self.argv, check=lambda _: None)
         components, accelerator = self.script.check_model(args), Accelerator(cpu=True)
         describe = getattr(self.script, "describe", None) or self.script.profile_and_shift
-        _, shift = describe(args, components, None)
-        self.script.load_encoders(args, components, shift.value, accelerator, lambda value: [value])
-        load_transformer(self.transformer_class, components["transformer"], accelerator)
+        profile, shift = describe(args, components, None)
+        profile.network(half=True)
+        self.script.encoding_specs(args, components, lambda: None, torch.bfloat16)
+        if weights:
+            encoders = self.script.load_encoders(args, components, shift.value, accelerator, lambda value: [value])
+            transformer = load_transformer(self.transformer_class, components["transformer"], accelerator)
+            given = [] if self.transformer_class is WanTransformer3DModel else [args]
+            encode = SimpleNamespace(device=torch.device("cpu"))
+            self.script.build_model(*given, components, shift.value, transformer, lambda: encoders, encode)
 
 
 def configurations(folder: Path) -> list[str]:
@@ -65,7 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     return model
 
 
-def faults_of(model: Model, file: str, count: int) -> list[str]:
+def faults_of(model: Model, file: str, count: int, *, weights: bool = True) -> list[str]:
     """Return what is wrong with how mutants of a file are treated, one sentence each."""
     path, found = model.folder / file, list[str]()
     content = path.read_bytes()
@@ -73,7 +84,7 @@ def faults_of(model: Model, file: str, count: int) -> list[str]:
         for number, (words, mutant) in enumerate(mutants(content, count, seed=len(file))):
             path.write_bytes(mutant)
             begin = time.process_time()
-            outcome = _outcome(model, file)
+            outcome = _outcome(model, file, weights=weights)
             seconds = time.process_time() - begin
             if seconds > SECONDS:
                 outcome = f"{outcome} took {seconds:.1f} s"
@@ -84,11 +95,11 @@ def faults_of(model: Model, file: str, count: int) -> list[str]:
     return found
 
 
-def _outcome(model: Model, file: str) -> str:
+def _outcome(model: Model, file: str, *, weights: bool) -> str:
     """Return what is wrong with how the model's folder is read now, "" if nothing."""
     try:
         with runs.restored_process_state():
-            model.read()
+            model.read(weights=weights)
     except UserError as error:
         line = error.line()
         folder, _, name = file.rpartition("/")
@@ -152,5 +163,5 @@ def test_the_tokenizer_of_another_model_is_refused(models: Callable[[str], Model
     model, other = damaged(tmp_path, models, "wan"), models("hunyuan")
     shutil.rmtree(model.folder / "tokenizer")
     shutil.copytree(other.folder / "tokenizer", model.folder / "tokenizer")
-    with pytest.raises(UserError, match="makes a tokenizer of .* tokens, and the text encoder's embedding has"):
+    with pytest.raises(UserError, match=r"makes a tokenizer of .* tokens, and the text encoder's embedding has"):
         model.read()

@@ -107,7 +107,7 @@ def test_bad_numbers_in_the_last_step_are_a_failure_without_an_export(
     folder = tmp_path / "run"
     outcome = damaged_run(paths, folder, monkeypatch, damage, max_train_steps=BAD_STEP)
     assert (outcome.code, outcome.status["state"]) == (NUMERICS, "failed")
-    assert "the last good checkpoint is checkpoint-2. Fix: resume from" in outcome.status["error"]
+    assert "the last good checkpoint is checkpoint-2. Fix: resume with" in outcome.status["error"]
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert not (folder / "transformer").exists()
 

@@ -98,10 +98,18 @@ def test_a_picture_that_cannot_be_written_does_not_fail_a_finished_run(setup: St
 # -------------------------------------------------------------------------------------------------------- every write
 
 
-@pytest.mark.parametrize(
-    "largest",
-    [300, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 100, 900, 2500, 6000, 20_000, 90_000))],
-)
+def test_a_file_that_cannot_be_replaced_is_named_in_one_line(setup: StorageRuns, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "args.json" / "mine").mkdir(parents=True)
+    trainer = setup.run(folder)
+    check_refused(trainer)
+    assert f"{folder / 'args.json'}: Is a directory. Fix: move what has this name away" in trainer.error_line()
+    assert (folder / "args.json" / "mine").is_dir() and not (folder / "crash.txt").exists()
+    assert forkserver.read_status(folder)["exit_code"] == STORAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [20_000, 50_000, 90_000])
 def test_a_file_of_any_size_that_is_refused_ends_the_run_with_one_line(
     setup: StorageRuns, tmp_path: Path, largest: int
 ) -> None:
@@ -112,11 +120,12 @@ def test_a_file_of_any_size_that_is_refused_ends_the_run_with_one_line(
 
 @pytest.mark.slow
 def test_an_index_that_cannot_be_written_is_named(setup: StorageRuns, tmp_path: Path) -> None:
-    metadata = tiny.make_dataset(tmp_path / "data", copies=30)
-    flags = runs.wan_flags(setup.model, metadata, tmp_path / "run", max_train_steps=1)
-    trainer = forkserver.shared().run(flags, tmp_path / "log", largest_file=2000)
+    metadata = tiny.make_dataset(tmp_path / "data")
+    index = metadata.with_name(next(setup.metadata.parent.glob("*.arrow")).name)
+    index.mkdir()
+    trainer = forkserver.shared().run(runs.wan_flags(setup.model, metadata, tmp_path / "run"), tmp_path / "log")
     check_refused(trainer)
-    assert "index" in trainer.error_line()
+    assert f"{index}: the index cannot be written" in trainer.error_line()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from videox.errors import LOAD_ERRORS, UserError
 
-IMPORT_ERRORS = (ImportError, SyntaxError, *LOAD_ERRORS)
+IMPORT_ERRORS = (SyntaxError, *LOAD_ERRORS)
 # What a train script imports; the name of the package where the module is called otherwise.
 IMPORTED = (
     "numpy", "PIL", "av", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece", "ftfy", "omegaconf", "yaml",

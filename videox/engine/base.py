@@ -121,7 +121,9 @@ def may_step(norm: Tensor, loss: Tensor, bounds: Bounds) -> Tensor:
     CPU could read the flag before it is there.
     """
     good_loss = loss.isfinite() & (loss <= bounds.loss)
-    return norm.isfinite() & (norm <= bounds.grad_norm) & good_loss.to(norm.device)
+    if good_loss.device != norm.device:
+        good_loss = good_loss.to(norm.device)
+    return norm.isfinite() & (norm <= bounds.grad_norm) & good_loss
 
 
 # ------------------------------------------------------------------------------- helpers of the sharded engines

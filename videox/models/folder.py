@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.models.config_files import download_again, read_json
 from videox.models.config_values import number_fault
+from videox.models.configured import Component
 from videox.models.downloads import (
     check_component_files,
     check_links,
@@ -279,6 +280,20 @@ def build_on_meta(model_class: Any, config: dict[str, Any]) -> torch.nn.Module: 
     except (StrictDataclassError, *LOAD_ERRORS) as error:
         what = f"is not a configuration of {model_class.__name__} ({' '.join(str(error).split())[:300]})"
         raise UserError("config.json", what, DOWNLOAD_AGAIN, MODEL) from error
+
+
+def build_config(config_class: Any, component: Component) -> Any:  # noqa: ANN401 - of transformers
+    """Return the configuration of a component as an object of its class, with defaults for keys that it leaves out.
+
+    Args:
+        config_class: of transformers.
+        component: whose configuration is read.
+
+    Raises:
+        UserError: (MODEL) the class refuses it.
+    """
+    with convert_load_errors(config_class, component.path):
+        return config_class(**component.config)
 
 
 def full_config(model_class: Any, config: dict[str, Any]) -> Any:  # noqa: ANN401 - diffusers' own class and configuration

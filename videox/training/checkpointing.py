@@ -132,7 +132,7 @@ class Checkpointer:
         what = f"the save at step {step} failed{again} ({cause}); {good}"
         hint = "free some disk space or repair the disk, then resume with --resume_from_checkpoint latest"
         if code == NUMERICS:
-            hint = "resume from the last good checkpoint, with a lower --learning_rate or --skip_spikes"
+            hint = "resume with --resume_from_checkpoint latest; if it happens again, lower --learning_rate or add --skip_spikes"
         ends = bool(self._failure) and not last
         self._failure = UserError(str(ctx.output_dir), what, hint, code)
         if ends or (last and code == NUMERICS):
