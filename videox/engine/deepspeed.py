@@ -164,7 +164,7 @@ class DeepSpeedEngine:
             return Update(torch.zeros(()), torch.tensor(False))  # its zero gradients may stay accumulated
         # A step is left out by its norm alone: a loss above its bound lets no norm pass.
         spike = bounds.loss < math.inf and bool(loss > bounds.loss)
-        self.norms.largest = -1.0 if spike else bounds.grad_norm
+        self.norms.largest, self.norms.refused = -1.0 if spike else bounds.grad_norm, None
         self.model.step()
         norm, applied = self.model.get_global_grad_norm(), self.model.was_step_applied()
         norm = norm if applied or self.norms.refused is None else self.norms.refused
@@ -334,11 +334,12 @@ class _BoundedNorms:
 
     Attributes:
         largest: the bound; infinity = none.
-        refused: the last step's norm if it was above the bound, else None.
+        refused: the norm of a step that was left out for it; to be reset to None before each step.
     """
 
     def __init__(self, optimizer: Any, *, sharded: bool) -> None:  # noqa: ANN401 - of either stage
-        self.largest, self.refused = math.inf, None
+        self.largest = math.inf
+        self.refused: float | None = None
         self._norm = combine_grad_norm_groups if sharded else lambda norm: norm
         # The methods that return the norm, all-reduced, before DeepSpeed decides whether to step.
         name = "_get_norm_groups" if sharded else "scaled_global_norm"
@@ -347,7 +348,7 @@ class _BoundedNorms:
         setattr(optimizer, name, self._bounded)
 
     def _bounded(self, *arguments: Any, **settings: Any) -> Any:  # noqa: ANN401 - DeepSpeed's own
-        computed, self.refused = self._compute(*arguments, **settings), None
+        computed = self._compute(*arguments, **settings)
         if self.largest == math.inf:
             return computed
         norm = float(self._norm(computed)) / self._scale()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from videox.optim.state import flatten_state
@@ -39,12 +39,12 @@ def weight_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[SavedTensor]
         yield SavedTensor(WEIGHT, name, local_part(tensor.detach()))
 
 
-def moment_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> Iterator[SavedTensor]:
+def moment_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> Iterator[SavedTensor]:
     """Yield the state of an optimizer of torch, or this rank's shards of it.
 
     Args:
         optimizer: with any kind of state; quantized moments are checked by their scales.
-        names: of its parameters.
+        names: by parameter.
     """
     for parameter, state in optimizer.state.items():
         tensors = {key: local_part(value) for key, value in state.items() if isinstance(value, Tensor)}
