@@ -13,6 +13,7 @@ from videox.device import to_device
 from videox.diffusion.flow_matching import batch_noise
 from videox.encoders.encode import EncoderInput, LazyEncoders
 from videox.encoders.offload import OffloadedModule
+from videox.errors import MODEL, UserError
 from videox.rng import Purpose, hash_key
 
 # Values of --vae_dtype: what the VAE's weights are loaded in, and what it computes in.
@@ -80,7 +81,15 @@ def use_tiling(vae: Any, tiled: bool) -> None:  # noqa: ANN401 - of diffusers
 
 
 def latent_statistics(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - of diffusers
-    """Return mean and standard deviation of latents per channel, [1, C, 1, 1, 1], from the VAE's configuration."""
+    """Return mean and standard deviation of latents per channel, [1, C, 1, 1, 1], from the VAE's configuration.
+
+    Raises:
+        UserError: (MODEL) they are not one number for each channel, or a deviation is not above 0.
+    """
+    for key, values in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
+        if len(values) != config.z_dim or (key == "latents_std" and min(values) <= 0):
+            what = f"{key} is not {config.z_dim} numbers{' above 0' if key == 'latents_std' else ''}"
+            raise UserError("vae/config.json", what, "download the model again", MODEL)
     mean, std = (
         torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
         for values in (config.latents_mean, config.latents_std)

@@ -37,6 +37,7 @@ from videox.weights.weight_files import (
 )
 
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+WITHOUT_WEIGHTS = ("scheduler_config.json", "preprocessor_config.json")
 DOWNLOAD_AGAIN = "download the model again"
 ORIGINAL_MARKS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
 # Folders in the original releases of HunyuanVideo -> the same model in diffusers' layout.
@@ -222,10 +223,19 @@ def load_pipeline(pipeline_class: Any, root: Path, parts: dict[str, Any]) -> Any
         parts: loaded ones, by their names in model_index.json.
 
     Raises:
-        UserError: (MODEL) a part cannot be read.
+        UserError: (MODEL) a part cannot be read; it is named.
     """
-    with convert_load_errors(pipeline_class, root):
-        return pipeline_class.from_pretrained(root, transformer=None, local_files_only=True, **parts)
+    index, loaded = root / "model_index.json", dict(parts)
+    for name, entry in read_json(index).items():
+        # Parts without weights are loaded here, because diffusers' errors do not say which part they are of.
+        if name in loaded or not any((root / name / config).is_file() for config in WITHOUT_WEIGHTS):
+            continue
+        with convert_load_errors(pipeline_class, index):
+            part_class = load_class(".".join(entry))
+        with convert_load_errors(part_class, root / name):
+            loaded[name] = part_class.from_pretrained(root / name, local_files_only=True)
+    with convert_load_errors(pipeline_class, index):
+        return pipeline_class.from_pretrained(root, transformer=None, local_files_only=True, **loaded)
 
 
 @contextmanager
