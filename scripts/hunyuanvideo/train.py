@@ -216,7 +216,7 @@ def load_encoders(
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], **dict.fromkeys(TEXT_ENCODERS, compute_dtype(accelerator))}
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     tokenizers = {  # not of the classes in model_index.json: transformers 5 would rebuild one without spaces and line breaks
-        name: load_tokenizer(root / name, load_class(classes[encoder]), components[encoder].config, PROBES[name])
+        name: load_tokenizer(root / name, load_class(classes[encoder]), components[encoder], PROBES[name])
         for name, encoder in zip(PROBES, TEXT_ENCODERS, strict=True)
     }
     modules = {name: load(load_class(classes[name]), components[name], dtype) for name, dtype in dtypes.items()}

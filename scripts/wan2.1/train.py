@@ -224,7 +224,7 @@ def load_encoders(
     load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
     dtypes["image_encoder"] = torch.float32
-    text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"].config
+    text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"]
     tokenizer = load_tokenizer(components["tokenizer"].path, *text_encoder, PROBE)
     modules = {n: load(load_class(CLASSES[n]), components[n], dtype) for n, dtype in dtypes.items() if n in components}
     if args.vae_tiling:

@@ -103,7 +103,8 @@ def _outcome(model: Model, file: str, *, weights: bool) -> str:
     except UserError as error:
         line = error.line()
         folder, _, name = file.rpartition("/")
-        named = name in line or (folder and folder in line)
+        # a pipeline of another kind: the flag names the model's folder
+        named = name in line or (folder and folder in line) or (not folder and "--pretrained_model_name" in line)
         return "" if named and len(line) < 2000 and error.exit_code in (MODEL, 2) else f"not named: {line[:300]}"
     except (Exception, RecursionError) as error:  # noqa: BLE001 - what a user would see as a traceback
         return f"{type(error).__name__}: {str(error)[:200]}"

@@ -294,7 +294,7 @@ def _local_shards(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tu
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         own = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
-        yield name, parameter.tolocal_part(), stored[name][own]
+        yield name, parameter.to_local(), stored[name][own]
 
 
 def _wrap_fsdp1(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:

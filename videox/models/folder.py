@@ -82,7 +82,8 @@ def read_model_folder(
     index = read_json(root / "model_index.json")
     if index.get("_class_name") not in pipelines:
         hint = f"pass a {' or '.join(pipelines)} model"
-        raise UserError(flag, f"{folder} is a {index.get('_class_name')} model", hint, MODEL)
+        kind = str(index.get("_class_name"))[:60]
+        raise UserError(flag, f"{folder} is a {kind} model", hint, MODEL)
     configs: dict[str, dict[str, Any]] = {"": index}
     for name in components:
         configs[name] = read_component(root / name, name in with_weights)

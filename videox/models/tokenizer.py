@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 
 from videox.errors import MODEL, UserError
 from videox.models.config_files import read_json
+from videox.models.configured import Component
 from videox.models.downloads import download_hint
 from videox.models.folder import convert_load_errors
 
@@ -24,7 +24,7 @@ LENGTH = 64  # tokens, more than SENTENCE has in any of them
 PARTS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def load_tokenizer(folder: Path, encoder_class: Any, encoder: Mapping[str, Any], probe: str) -> Any:  # noqa: ANN401 - of transformers
+def load_tokenizer(folder: Path, encoder_class: Any, encoder: Component, probe: str) -> Any:  # noqa: ANN401 - of transformers
     """Return the tokenizer of a folder, after checks that need no weights.
 
     transformers builds a tokenizer of a few special tokens where files are missing, and its classes may rebuild one
@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path, encoder_class: Any, encoder: Mapping[str, Any],
     Args:
         folder: the tokenizer's folder.
         encoder_class: class of the text encoder, of transformers.
-        encoder: configuration of the text encoder.
+        encoder: the text encoder.
         probe: a text with every kind of character that the family's prompts may contain.
 
     Raises:
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, encoder_class: Any, encoder: Mapping[str, Any],
     with _refusing(folder / PARTS[0]):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = max([len(tokenizer), *(1 + number for number in tokenizer.get_vocab().values())])
-    _check_size(folder, size, _embedding_rows(folder, encoder_class, encoder))
+    _check_size(folder, size, _embedding_rows(encoder_class, encoder))
     with _refusing(folder / PARTS[0]):
         encoded = tokenizer(SENTENCE, padding="max_length", max_length=LENGTH, truncation=True)
         mask = list(encoded.attention_mask)
@@ -72,10 +72,10 @@ def load_tokenizer(folder: Path, encoder_class: Any, encoder: Mapping[str, Any],
     return tokenizer
 
 
-def _embedding_rows(folder: Path, encoder_class: Any, encoder: Mapping[str, Any]) -> int:  # noqa: ANN401 - of transformers
+def _embedding_rows(encoder_class: Any, encoder: Component) -> int:  # noqa: ANN401 - of transformers
     """Return the number of rows of the text encoder's embedding, by its configuration."""
-    with convert_load_errors(encoder_class, folder.parent):
-        config = encoder_class.config_class.from_dict(dict(encoder))
+    with convert_load_errors(encoder_class, encoder.path):
+        config = encoder_class.config_class.from_dict(dict(encoder.config))
         return int(getattr(config, "vocab_size", None) or config.text_config.vocab_size)
 
 
