@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videox.engine.saved_state import EMA, LARGEST_WEIGHT, WEIGHT, SavedTensor, find_fault, moment_tensors
@@ -17,6 +17,7 @@ def tensors(values: torch.Tensor, kind: str = WEIGHT) -> list[SavedTensor]:
     return [SavedTensor(WEIGHT, "first", torch.ones(3)), SavedTensor(kind, "blocks.0.weight", values)]
 
 
+@settings(max_examples=40)
 @given(
     size=st.integers(1, 300),
     place=st.integers(0, 299),
@@ -68,8 +69,8 @@ def test_what_has_no_checked_values_is_sound() -> None:
 def test_the_moments_of_an_optimizer_are_checked(name: str) -> None:
     model = torch.nn.Linear(64, 64)
     groups = parameter_groups(model, ["weight", "bias"], [])
-    settings = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, "epsilon": 1e-8}
-    optimizer = make_optimizer(groups, name=name, **settings)
+    asked = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, "epsilon": 1e-8}
+    optimizer = make_optimizer(groups, name=name, **asked)
     names = {parameter: key for key, parameter in model.named_parameters()}
     model(torch.ones(2, 64)).sum().backward()
     optimizer.step()

@@ -111,6 +111,7 @@ def _outcome(model: Model, file: str, *, weights: bool) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_read_and_one_damaged_file_is_named(models: Callable[[str], Model]) -> None:
     model = models("wan")
     model.read()

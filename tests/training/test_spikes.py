@@ -14,7 +14,7 @@ import pytest
 import runs
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videox.engine.base import NO_BOUNDS
@@ -32,6 +32,7 @@ def new_state() -> TrainState:
 # -------------------------------------------------------------------------------------------------------- the bound
 
 
+@settings(max_examples=25)
 @given(values=st.lists(st.floats(0, 1e30), min_size=LEAST, max_size=WINDOW), factor=st.floats(1e-3, 1e3))
 def test_the_bound_scales_with_the_values_and_is_at_least_twice_their_median(
     values: list[float], factor: float
@@ -57,7 +58,7 @@ def test_the_bound_is_the_documented_formula() -> None:
 
 
 def test_values_that_vary_by_factors_are_no_spikes() -> None:
-    draws = np.random.default_rng(2).lognormal(-3, 1.0, (3_000, 2))
+    draws = np.random.default_rng(2).lognormal(-3, 1.0, (1_500, 2))
     detector = SpikeDetector(new_state(), skip=False)
     assert sum(bool(detector.add(*step)) for step in draws.tolist()) == 0
     assert detector.add(1.0, 1e3) and detector.add(1e3, 1.0) == "", "the second step belongs to the same event"
@@ -98,8 +99,8 @@ class SpikeRuns:
         self.model, self.metadata = tiny.build_wan_t2v(folder / "model"), tiny.make_dataset(folder / "data", copies=4)
 
     def train(self, folder: Path, **changes: object) -> runs.Outcome:
-        settings = {"max_train_steps": STEPS, "checkpointing_steps": 1, "mixed_precision": "no", "num_train_epochs": 9}
-        return runs.train(runs.wan_flags(self.model, self.metadata, folder, **{**settings, **changes}))
+        asked = {"max_train_steps": STEPS, "checkpointing_steps": 1, "mixed_precision": "no", "num_train_epochs": 9}
+        return runs.train(runs.wan_flags(self.model, self.metadata, folder, **{**asked, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,7 @@ def weights_equal(outcome: runs.Outcome, first: int, second: int) -> bool:
     return all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_of_a_run(wan: SpikeRuns, tmp_path: Path) -> None:
     outcome = wan.train(tmp_path / "run", skip_spikes=True)
     assert outcome.code == 0, outcome.stderr
