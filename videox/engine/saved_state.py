@@ -83,7 +83,7 @@ def find_fault(tensors: Iterable[SavedTensor]) -> str:
         places.append((values.device, len(on_device)))
         on_device.append(torch.stack((low, high)).double())
         found.append((kind, name))
-    on_host = {device: torch.stack(pairs).tolist() for device, pairs in extremes.items()}
+    on_host = {device: torch.stack(pairs).cpu().tolist() for device, pairs in extremes.items()}
     faults = []
     for (kind, name), (device, place) in zip(found, places, strict=True):
         if problem := _problem(kind, *on_host[device][place]):
