@@ -48,6 +48,7 @@ def at_step(script: Any, step: int, damage: Callable[[Any], None], patch: Callab
     patch(script, "accumulate_gradients", accumulate_and_damage)
 
 
+@torch.no_grad()
 def damage_weight(engine: Any, value: float = math.nan) -> None:
     """Set one number of a weight that this rank has a part of; under ZeRO of its float32 master alone."""
     params = engine.fp32_params()
@@ -57,6 +58,7 @@ def damage_weight(engine: Any, value: float = math.nan) -> None:
     params.write(name, values)
 
 
+@torch.no_grad()
 def damage_moment(engine: Any) -> None:
     state = next(state for state in engine.optimizer.state.values() if "exp_avg_sq" in state)
     state["exp_avg_sq"].view(-1)[0] = -1e-3
