@@ -57,7 +57,7 @@ def test_the_tensor_and_what_was_found_are_named(kind: str, value: float, said: 
 
 def test_several_bad_tensors_are_counted() -> None:
     bad = [SavedTensor(WEIGHT, f"w{number}", torch.tensor([math.nan])) for number in range(3)]
-    assert find_fault(bad) == "w0 contains NaN, and 2 more tensors are refused"
+    assert find_fault(bad) == "w0 contains NaN; in all, 3 tensors are refused"
 
 
 def test_what_has_no_checked_values_is_sound() -> None:

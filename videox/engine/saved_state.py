@@ -70,7 +70,7 @@ def find_fault(tensors: Iterable[SavedTensor]) -> str:
         tensors: each is dropped before the next one is taken.
 
     Returns:
-        Such as "blocks.0.ffn.weight contains NaN, and 2 more tensors are refused".
+        Such as "blocks.0.ffn.weight contains NaN; in all, 3 tensors are refused".
     """
     found: list[tuple[str, str]] = []
     extremes: dict[torch.device, list[Tensor]] = {}
@@ -89,7 +89,7 @@ def find_fault(tensors: Iterable[SavedTensor]) -> str:
         if problem := _problem(kind, *on_host[device][place]):
             faults.append(f"{name if kind == WEIGHT else f'{kind} of {name}'} {problem}")
     if len(faults) > 1:
-        faults[0] += f", and {len(faults) - 1} more tensors are refused"
+        faults[0] += f"; in all, {len(faults)} tensors are refused"
     return faults[0] if faults else ""
 
 
