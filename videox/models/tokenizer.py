@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path, encoder_class: Any, encoder: Component, probe: 
     with _refusing(folder / PARTS[0]):
         encoded = tokenizer(SENTENCE, padding="max_length", max_length=LENGTH, truncation=True)
         mask = list(encoded.attention_mask)
-        decoded = tokenizer.decode(encoded.input_ids, skip_special_tokens=True)
+        decoded = str(tokenizer.decode(encoded.input_ids, skip_special_tokens=True))
         split, expected = tokenizer(probe).input_ids, reference.encode(probe).ids if reference else None
     if "".join(decoded.lower().split()) != SENTENCE.replace(" ", ""):
         what = f"turns the text {SENTENCE!r} into {decoded[:100]!r}"
