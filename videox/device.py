@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from videox.activity import ACTIVITY
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on the device; the copy is queued behind the device's work and does not block.
@@ -160,7 +162,7 @@ def seconds_by_phase(spans: Sequence[Span]) -> dict[str, float]:
 
 @contextmanager
 def memory_phase(name: str) -> Iterator[None]:
-    """Name what runs inside, for the message of an out-of-memory error and for the times of a step.
+    """Name what runs inside: for out-of-memory errors, for the times of a step, and for the watchdog.
 
     In the message the innermost name counts. The error keeps its type, so that code which handles
     torch.OutOfMemoryError goes on to do so; videox.training.memory_check turns one that ends the run into a line with
@@ -171,6 +173,7 @@ def memory_phase(name: str) -> Iterator[None]:
     """
     try:
         with ExitStack() as stack:
+            stack.enter_context(ACTIVITY.section(name))
             for times in _TIMES:
                 stack.enter_context(times.phase(name))
             yield

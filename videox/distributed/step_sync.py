@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from videox.activity import ACTIVITY
 from videox.distributed.accelerator import COLLECTIVE_TIMEOUT
 from videox.errors import PEER_LOST, UserError
 
@@ -60,7 +61,8 @@ def sync_step(
     numbers[0], numbers[1] = float(stop), float(bad_samples)
     numbers[2 + rank], numbers[2 + world + rank], numbers[2 + 2 * world + rank] = data_wait, busy, float(stamp)
     if world > 1:
-        dist.all_reduce(numbers, group=host_group())
+        with ACTIVITY.section("the agreement at the end of a step"):
+            dist.all_reduce(numbers, group=host_group())
     values = numbers.tolist()
     stamps = values[2 + 2 * world :]
     if any(other != float(stamp) for other in stamps):

@@ -17,10 +17,12 @@ import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from videox.activity import ACTIVITY
 from videox.models.activation_checkpoint import checkpoint_settings
 
 # Graphs of a class of blocks: with and without gradients, with and without a mask, one sample or several, and the ways
@@ -29,6 +31,7 @@ MOST_GRAPHS = 64
 # bfloat16 results within a fused kernel are rounded as those of separate kernels are.
 OPTIONS = {"emulate_precision_casts": True}
 CAUSE_LENGTH = 160  # characters of a cause that are printed
+COMPILING = "compilation"  # the section of the watchdog
 
 
 class Compilation:
@@ -144,6 +147,17 @@ def compile_blocks(blocks: Sequence[torch.nn.Module], note: Callable[[str], None
     # torch warns of operators that write in place in a checkpoint, such as those of the rotary embedding; the tests
     # compare gradients.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    if _note_begin not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_note_begin)
+        callback_handler.register_end_callback(_note_end)
     compilation = Compilation(note, backend)
     for block in blocks:
         block.forward = CompiledForward(block, compilation)
+
+
+def _note_begin(_: object) -> None:
+    ACTIVITY.enter(COMPILING)
+
+
+def _note_end(_: object) -> None:
+    ACTIVITY.leave(COMPILING)

@@ -6,6 +6,7 @@ connection broke. So each rank has one more connection, to rank 0 (videox.run.fa
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import secrets
@@ -13,8 +14,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,10 +32,12 @@ from videox.run.failure_hub import (
     lost_peer_line,
     open_listener,
 )
+from videox.run.hangs import Beat, Clock, Hang
 from videox.run.status import RunStatus
 
 BLOCKED_SECONDS = 5.0  # after the verdict; a process that raised no exception by then is blocked in a collective
 EXIT_SECONDS = 15  # within which a process must end once it has failed
+PRINT_SECONDS = 2.0  # for the line of a run that hangs: the reader of stderr may hang, too
 
 
 class FailureMonitor:
@@ -40,16 +45,25 @@ class FailureMonitor:
 
     Attributes:
         status: writer of run_status.json, once it exists; used by the thread that ends a blocked process.
+        stacks: folder that the stacks of a run that hangs are written to.
     """
 
     def __init__(self) -> None:
         self.status: RunStatus | None = None
+        self.stacks = Path("stacks")
         self.rank, self.machines = 0, [""]
         self._connection: Connection | None = None
         self._verdict: Report | None = None
         # _decided: the verdict has arrived. _failing: this process has raised an exception and ends by itself.
         self._decided, self._failing = threading.Event(), threading.Event()
         self._finished = False
+        self._server: FailureServer | None = None
+        self._heard, self._clock = 0.0, Clock(time.monotonic())  # when rank 0 last sent a message, and its clock
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no connection to other ranks."""
+        return self._connection is None
 
     def join(self, rank: int, gather: Callable[[Any], list[Any]], environment: Mapping[str, str]) -> list[str]:
         """Connect the ranks; called on all of them. Returns notes about ranks that could not be connected.
@@ -69,7 +83,8 @@ class FailureMonitor:
             here, there = socket.socketpair()
             connections = {0: Connection(there), **accept_connections(listener, token, len(gathered) - 1)}
             self._connection = Connection(here)
-            FailureServer(connections, [name.rpartition(" ")[0] for name in self.machines]).start()
+            self._server = FailureServer(connections, [name.rpartition(" ")[0] for name in self.machines])
+            self._server.start()
             missing = sorted(set(range(len(gathered))) - set(connections))
         else:
             self._connection, missing = self._connect(environment, port, token), []
@@ -96,6 +111,39 @@ class FailureMonitor:
         self._finished = True
         if self._connection is not None:
             self._connection.send({"bye": True})
+
+    def write_stacks_to(self, folder: Path) -> None:
+        """Set the folder that the stacks of a run that hangs are written to."""
+        self.stacks = folder
+        if self._server is not None:
+            self._server.stacks = str(folder)
+
+    def report_beat(self, beat: Beat) -> None:
+        """Report the progress of this process to rank 0; end the process if neither it nor rank 0 responds.
+
+        To be called at the intervals of the reports.
+        """
+        if self._connection is None or self._finished or self._decided.is_set() or self._failing.is_set():
+            return
+        self._connection.send({"beat": list(beat)})
+        now = self._clock.tick(time.monotonic(), beat.interval)
+        self._heard = min(self._heard or now, now)  # a stop of this process is no silence of rank 0
+        silence = now - self._heard
+        if self.rank != 0 and beat.age > beat.limit and silence > max(beat.limit, 3 * beat.interval + 2):
+            self.end_hanging(Hang(0, silence, "an unknown section", beat.limit, silent=True))
+
+    def end_hanging(self, hang: Hang) -> None:
+        """End this process because the run hangs in one of its processes; the others decide the same by themselves.
+
+        Does nothing if the run has ended already, or this process is about to end.
+        """
+        if self._finished or self._decided.is_set() or self._failing.is_set():
+            return
+        host = self.machines[hang.rank].rpartition(" ")[0] or socket.gethostname()
+        line = hang.line(host, str(self.stacks))
+        self._verdict = Report(hang.rank, line, PEER_LOST, lost=hang.silent, hangs=True)
+        self._decided.set()
+        self._end_blocked(self._verdict)
 
     def first_cause(self) -> AbstractContextManager[None]:
         """Return a context that replaces the exception that ends its block by the failure that ended the run.
@@ -131,36 +179,60 @@ class FailureMonitor:
             self.status.enabled = True
         machine = self.machines[self.rank]
         # The failed rank prints the line itself, but only its own machine's log has it. On every other machine, and if
-        # the failed rank was killed, the lowest remaining rank of the machine prints it.
-        printed_here = machine == self.machines[verdict.rank] and not verdict.lost
+        # the failed rank was killed or hangs, the lowest remaining rank of the machine prints it.
+        printed_here = machine == self.machines[verdict.rank] and not (verdict.lost or verdict.hangs)
         others = [rank for rank, name in enumerate(self.machines) if name == machine and rank != verdict.rank]
-        return PeerFailed(verdict.line, verdict.exit_code, should_print=not printed_here and self.rank == others[0])
+        printer = others[0] if others else verdict.rank
+        return PeerFailed(verdict.line, verdict.exit_code, should_print=not printed_here and self.rank == printer)
 
     def _listen(self) -> None:
         """Wait for the verdict; end the process if it does not end by itself."""
         connection = self._connection
         while connection is not None:
             for message in connection.receive():
-                if self._finished or (message is not None and "verdict" not in message):
+                if message is not None and "beat" in message:
+                    self._heard = self._clock.at(time.monotonic())
+                    continue
+                if self._finished or self._decided.is_set() or (message is not None and "verdict" not in message):
                     return
                 # The stream ended without a verdict: rank 0 itself was killed.
                 lost = Report(0, lost_peer_line(0, self.machines[0].rpartition(" ")[0]), PEER_LOST, lost=True)
                 self._verdict = Report(**message["verdict"]) if message else lost
                 self._decided.set()
-                if not self._failing.wait(BLOCKED_SECONDS):
+                if not self._failing.wait(0 if self._verdict.hangs else BLOCKED_SECONDS):
                     self._end_blocked(self._verdict)
                 return
 
     def _end_blocked(self, verdict: Report) -> None:
+        if verdict.hangs:
+            self._write_stacks()
         failure = self._failure(verdict)
         if self.status is not None:
             self.status.write("failed", exit_code=failure.exit_code, error=failure.line)
+        if verdict.hangs:  # the main thread may hang in a write to a stream, whose lock it then has
+            line = f"{failure.line}\n".encode() if failure.should_print else b""
+            printer = threading.Thread(target=os.write, args=(2, line), daemon=True)
+            printer.start()
+            printer.join(PRINT_SECONDS)
+            os._exit(failure.exit_code)
         if failure.should_print:
             sys.stderr.write(f"{failure.line}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         # The main thread is blocked in a collective and cannot raise an exception, so sys.exit would not end it.
         os._exit(failure.exit_code)
+
+    def _write_stacks(self) -> None:
+        """Write the stacks of all threads to the folder `stacks`; to stderr if that cannot be written."""
+        try:
+            self.stacks.mkdir(parents=True, exist_ok=True)
+            with (self.stacks / f"process-{self.rank}.txt").open("a", encoding="utf-8") as file:
+                file.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {self.rank} (PID {os.getpid()})\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError:
+            with suppress(OSError):
+                faulthandler.dump_traceback(2)
 
 
 class _FirstCause(AbstractContextManager[None]):

@@ -2,7 +2,8 @@
 
 Every rank has a connection to rank 0, where the FailureServer listens. A rank that fails reports it over its
 connection; a connection that closes without a message is a process that was killed; TCP keepalive probes detect a
-machine that is gone.
+machine that is gone. Each rank also reports its progress at regular intervals (videox.run.watchdog), from which the
+FailureServer finds out whether the run hangs; it answers, so that the others notice when rank 0 does not respond.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from videox.errors import PEER_LOST, UserError
+from videox.run.hangs import Beat, Clock, HangWatch
 
 CONNECT_SECONDS = 30.0  # timeout for establishing the connections
 # How long to collect reports before the verdict. An error that all ranks agreed on is reported by every rank.
 REPORT_SECONDS = 0.5
 # The same after a report of a broken connection: its cause may be reported later than the consequence.
 CONSEQUENCE_SECONDS = 3.0
+# Assumed of a rank that has not reported its progress yet: it may take this long until the watchdog is started.
+FIRST_BEAT = Beat(0.0, 1800.0, 30.0, "the start")
 PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 9}  # a silent machine counts as lost after 60 s
 
 
@@ -38,7 +42,8 @@ class Report(NamedTuple):
         line: the error line for the user.
         exit_code: of the run, if this is its cause.
         consequence: a connection broke, so the cause may be at another rank.
-        lost: the process ended without reporting anything.
+        lost: the process ended without reporting anything, or does not respond.
+        hangs: the run makes no progress, and this process is the cause.
     """
 
     rank: int
@@ -46,6 +51,7 @@ class Report(NamedTuple):
     exit_code: int
     consequence: bool = False
     lost: bool = False
+    hangs: bool = False
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -83,15 +89,18 @@ class Connection:
         for name, value in PROBES.items():
             if connection.family != socket.AF_UNIX and hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.connection, self._incomplete = connection, b""
+        self.connection, self._incomplete, self._lock = connection, b"", threading.Lock()
 
     def fileno(self) -> int:
         """Return the file descriptor, so that select can wait for the connection."""
         return self.connection.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message. A broken connection is ignored here, since receive() reports it."""
-        with contextlib.suppress(OSError):
+        """Send a message; may be called by several threads.
+
+        A broken connection is ignored here, since receive() reports it.
+        """
+        with self._lock, contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any] | None]:
@@ -129,13 +138,22 @@ def accept_connections(listener: socket.socket, token: str, expected: int) -> di
 
 
 class FailureServer(threading.Thread):
-    """Runs on rank 0: hears every rank, decides which failure came first, and sends the verdict to all."""
+    """Runs on rank 0: hears every rank, decides which failure came first, and sends the verdict to all.
+
+    Args:
+        connections: by rank.
+        hosts: machine of each rank.
+    """
 
     def __init__(self, connections: Mapping[int, Connection], hosts: Sequence[str]) -> None:
         super().__init__(name="videox-peers", daemon=True)
         self.connections, self.hosts = dict(connections), hosts
+        self.stacks = ""  # folder with the stacks of the ranks of a run that hangs
         self.reports: list[Report] = []
         self.deadline, self.decided = math.inf, False
+        now = time.monotonic()
+        self._clock, self._watch, self._next_look = Clock(now), HangWatch(list(connections), now, FIRST_BEAT), now
+        self._watching = False  # from the first report of progress on
 
     def run(self) -> None:
         """Receive until all connections are closed.
@@ -144,33 +162,57 @@ class FailureServer(threading.Thread):
         not get to read the verdict.
         """
         while self.connections:
-            waiting = self.decided or self.deadline == math.inf
-            timeout = None if waiting else max(self.deadline - time.monotonic(), 0)
-            ready = select.select(list(self.connections.values()), [], [], timeout)[0]
+            ready = select.select(list(self.connections.values()), [], [], self._timeout())[0]
+            now = self._clock.tick(time.monotonic(), self._watch.interval)
             for rank in [rank for rank, connection in self.connections.items() if connection in ready]:
-                self._handle_messages(rank)
+                self._handle_messages(rank, now)
+            if self._watching and not self.decided and time.monotonic() >= self._next_look:
+                self._look(now)
             if not self.decided and time.monotonic() >= self.deadline:
                 self.decided = True
-                verdict = {"verdict": find_cause(self.reports)._asdict()}
                 # Rank 0, this process, last: its verdict may end the process, and this thread with it.
-                for _, connection in sorted(self.connections.items(), reverse=True):
-                    connection.send(verdict)
+                self._send_all({"verdict": find_cause(self.reports)._asdict()})
 
-    def _handle_messages(self, rank: int) -> None:
+    def _timeout(self) -> float | None:
+        """Return the seconds to wait for messages; None: forever."""
+        due = math.inf if self.decided else min(self.deadline, self._next_look if self._watching else math.inf)
+        return None if due == math.inf else max(due - time.monotonic(), 0)
+
+    def _send_all(self, message: Mapping[str, Any]) -> None:
+        """Send a message to all ranks, rank 0 last."""
+        for _, connection in sorted(self.connections.items(), reverse=True):
+            connection.send(message)
+
+    def _look(self, now: float) -> None:
+        """Find out whether the run hangs, and let the other ranks know that this one responds."""
+        self._next_look = time.monotonic() + self._watch.interval
+        self._send_all({"beat": True})
+        hang = self._watch.find(now)
+        if hang is not None and not self.reports:
+            line = hang.line(self.hosts[hang.rank], self.stacks)
+            self._add_report(Report(hang.rank, line, PEER_LOST, lost=hang.silent, hangs=True))
+
+    def _handle_messages(self, rank: int, now: float) -> None:
         for message in self.connections[rank].receive():
             if message is None:
-                del self.connections[rank]
+                self._remove(rank)
                 self._add_report(Report(rank, lost_peer_line(rank, self.hosts[rank]), PEER_LOST, lost=True))
+            elif "beat" in message:
+                self._watch.hear(rank, Beat(*message["beat"]), now)
+                self._watching = True
             elif "report" in message:
                 self._add_report(Report(**message["report"]))
             elif rank == 0:  # this process leaves without a failure: the monitoring of all ranks ends
-                for connection in self.connections.values():
-                    connection.send({"bye": True})
+                self._send_all({"bye": True})
                 self.connections.clear()
                 return
             else:
-                del self.connections[rank]
+                self._remove(rank)
                 return
+
+    def _remove(self, rank: int) -> None:
+        del self.connections[rank]
+        self._watch.forget(rank)
 
     def _add_report(self, report: Report) -> None:
         self.reports.append(report)

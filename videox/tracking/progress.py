@@ -12,6 +12,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+from videox.activity import ACTIVITY
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -54,7 +56,8 @@ class StepClock:
         """Count the time inside as waiting for data; `data_wait` is the sum since the step began."""
         start = self._now()
         try:
-            yield
+            with ACTIVITY.section("waiting for data"):
+                yield
         finally:
             self.data_wait += self._now() - start
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from videox.distributed.backends import Backend
 from videox.run.lifecycle import Run
+from videox.run.watchdog import Watchdog
 from videox.tracking.report.live import LiveReport
 from videox.training.memory_advice import MemoryAdvice
 
@@ -30,6 +31,7 @@ class Context:
         output_dir: folder of the run.
         memory: the estimated memory of the run, once its plan is made.
         report: writes report.html.
+        watchdog: ends the run if it hangs.
     """
 
     accelerator: Accelerator
@@ -39,6 +41,7 @@ class Context:
     output_dir: Path
     memory: MemoryAdvice = field(default_factory=MemoryAdvice)
     report: LiveReport = field(default_factory=LiveReport.off)
+    watchdog: Watchdog = field(default_factory=Watchdog.off)
 
     @property
     def device(self) -> torch.device:

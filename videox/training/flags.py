@@ -329,6 +329,11 @@ def add_run(parser: Parser) -> None:
         "least seconds between two pages: output_dir/report.html shows the run, its data and its samples (0 = no page)"
     )
     add("--report_seconds", type=number(float, 0, 10**6), default=REPORT_SECONDS, help=page)
+    hang = (
+        "end a run in which no process makes progress for so long, and name the process (default: 10 times the slowest "
+        "step, at least 120 s, and longer for data, saves and whatever is not part of every step; 0 = never)"
+    )
+    add("--watchdog_seconds", type=number_or_auto(0, 10**6), default=AUTO, help=hang)
     save = "steps between checkpoints; the last step is always saved"
     add("--checkpointing_steps", type=COUNT, default=500, help=save)
     add("--checkpoints_total_limit", type=COUNT, help="keep this many newest checkpoints; by default all")

@@ -18,8 +18,10 @@ from videox.distributed.signals import stop_with_launcher
 from videox.run.equal_processes import code_facts, refuse_differences
 from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import open_run
+from videox.run.watchdog import Watchdog
 from videox.tracking.report.live import LiveReport
 from videox.training.args import PATHS
+from videox.training.argument_parser import AUTO
 from videox.training.context import Context
 from videox.training.memory_check import explain_oom
 
@@ -59,10 +61,11 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     )
     # The monitor is entered inside the run folder too, so that run_status.json gets the first cause of a failure.
     report = LiveReport(output_dir, args.report_seconds, enabled=is_main)
+    watchdog = Watchdog(None if args.watchdog_seconds == AUTO else args.watchdog_seconds, monitor, output_dir)
     try:
-        with monitor.first_cause(), folder as run, monitor.first_cause():
+        with monitor.first_cause(), folder as run, monitor.first_cause(), watchdog:
             monitor.status = run.status
-            ctx = Context(accelerator, backend, run, gather, output_dir, report=report)
+            ctx = Context(accelerator, backend, run, gather, output_dir, report=report, watchdog=watchdog)
             with explain_oom(ctx.memory):
                 code = train(args, ctx)
         monitor.leave()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from videox.activity import ACTIVITY
 from videox.data.bucket_sampler import planned_samples
 from videox.data.dataset import Sample, TokenLengthDataset
 from videox.data.media.decord import fallback_line
@@ -199,6 +200,7 @@ class Recorder:
         self.metrics.append(record)
         self.tracker.log(record)
         self.ctx.run.status.heartbeat(step.step)
+        self.ctx.watchdog.step_took(times.seconds)
         if not self.ctx.is_main:
             return
         self.time_left.add_step(step.plan, step.epoch_step, times.seconds)
@@ -286,7 +288,8 @@ class Recorder:
         if self.memory is not None:
             self.bar.note(self.memory.line())
         self.bar.close()
-        self.tracker.close()
+        with ACTIVITY.section("closing the records"):
+            self.tracker.close()
 
 
 def shown_caption(sample: Sample, dataset: TokenLengthDataset) -> str:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from videox.activity import ACTIVITY
 from videox.models.scheduler import with_shift
 from videox.shapes import Bucket
 from videox.tracking.preview import SheetEntry, write_clip, write_contact_sheet
@@ -217,6 +218,7 @@ def _sample(
     def after_step(_: object, index: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal denoised
         denoised = index + 1
+        ACTIVITY.progress()
         if denoised < len(pipeline.scheduler.timesteps) and limit is not None and limit.is_over():
             raise TimeIsUp
         return tensors

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from videox.activity import ACTIVITY
 from videox.diffusion.flow_matching import add_noise, keyed_noise, shifted, velocity_losses
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.rng import Purpose, hash_key
@@ -98,6 +99,7 @@ class HeldOutLoss:
         latents = sample.latents.to(device, torch.float32)
         noise = keyed_noise(key, latents.shape).to(device)
         level = torch.full((1,), sigma, dtype=torch.float32, device=device)
+        ACTIVITY.progress()
         prediction = self.predict(add_noise(latents, noise, level), NUM_TRAIN_TIMESTEPS * level, sample)
         generated = (slice(None), slice(None), slice(self.given_frames, None))
         return velocity_losses(prediction[generated], (noise - latents)[generated], torch.ones_like(level))[0]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from videox.activity import ACTIVITY
 from videox.data.index.metadata import ROW_PROBLEMS, Metadata
 from videox.data.index.probe import ProbeResult, probe_each
 from videox.data.index.table import (
@@ -332,6 +333,7 @@ def probe_files(
     bar = tqdm(results, "probing media files", len(paths), unit=" files", disable=not progress, file=sys.stderr)
     for done, (position, result) in enumerate(bar, 1):
         files.record(int(numbers[position]), result)
+        ACTIVITY.progress()
         if announce is not None and done == estimate_at:
             announce(len(paths), (time.monotonic() - started) / estimate_at * len(paths))
         if time.monotonic() - committed > _COMMIT_SECONDS:
