@@ -13,6 +13,8 @@ from crashes import file_names, fork, inject_fault, kill_self, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
+from videox import files
+from videox.activity import ACTIVITY
 from videox.files import atomic_write, flush, flush_tree, temp_path, unique_path, write_json_atomically
 
 
@@ -104,3 +106,17 @@ def test_flush_tree_flushes_files_and_folders_and_refuses_missing_ones(tmp_path,
     ] == (str(tmp_path))
     with pytest.raises(FileNotFoundError):
         flush(tmp_path / "absent")
+
+
+def test_flushing_a_large_file_makes_progress_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 1 << 20)
+    calls = []
+    monkeypatch.setattr(ACTIVITY, "progress", lambda: calls.append(1))
+    for size, parts in ((2 << 20, 2), ((5 << 20) + 7, 6), ((2 << 20) - 1, 0)):
+        path = tmp_path / str(size)
+        path.write_bytes(bytes(size))
+        flush(path)
+        assert len(calls) == parts
+        calls.clear()
+    flush(tmp_path)
+    assert not calls

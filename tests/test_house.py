@@ -43,6 +43,8 @@ MAY_PRINT = {"videox.doctor.__main__"}
 # reports what it caught.
 BROAD_BOUNDARIES = {
     "videox.run.lifecycle.run_script",
+    "videox.data.dataset._read_or_refuse",
+    "videox.data.index.probe.serve_probes",
     "videox.models.attention_backend.failure_of",
     "videox.models.compiled_blocks.probe",
     "videox.training.sampling._sample",

@@ -1,4 +1,4 @@
-"""Tests of --watchdog_seconds: in real runs of two processes the one that hangs is named, and the run can be resumed."""
+"""Tests of --watchdog_seconds: in runs of two processes the one that hangs is named, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from videox.run.checkpoint import find_checkpoints, verify
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-SECONDS = 6.0  # of the watchdog
-MOST_SECONDS = 60.0  # after the hang; the machine of a test may be busy
+SECONDS = 10.0  # of the watchdog; longer than any part of a step on a busy machine
+MOST_SECONDS = 100.0  # after the hang; the machine of a test may be busy
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,6 @@ def check_ended(folder: Path, ranks: list, victim: int, what: str, stacks: tuple
 def test_a_process_that_hangs_is_named(
     wan: BackendRuns, tmp_path: Path, fault: str, section: str, frame: str, victim: int
 ) -> None:
-    if fault == "lock_in_a_save" and victim == 1:
-        pytest.skip("one process writes the checkpoint under DDP, and engine.save of the other has returned")
     folder = tmp_path / "run"
     ranks = start(wan, folder, fault, victim)
     assert [rank.wait() for rank in ranks] == [PEER_LOST, PEER_LOST], output_of(ranks)

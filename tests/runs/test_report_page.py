@@ -86,7 +86,7 @@ def test_a_run_writes_its_page_and_trains_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_why_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, build_loader = tiny.build_wan_t2v(tmp_path / "model"), data_pipeline.build_loader
+    model, build_loader = tiny.build_wan_t2v(tmp_path / "model"), data_pipeline.BatchLoader
     metadata = tiny.make_dataset(tmp_path / "data", tuple((f"{number}.png", 64, 64, 0, 0.0) for number in range(16)))
 
     def build_then_delete(*arguments: Any, **settings: Any) -> Any:
@@ -95,7 +95,7 @@ def test_a_run_that_fails_says_why_on_its_page(tmp_path: Path, monkeypatch: pyte
             (metadata.parent / f"{number}.png").unlink()
         return loader
 
-    monkeypatch.setattr(data_pipeline, "build_loader", build_then_delete)
+    monkeypatch.setattr(data_pipeline, "BatchLoader", build_then_delete)
     flags = {**FLAGS, "validation_prompts": None, "validation_rows": None, "max_bad_fraction": 0, "report_seconds": 1}
     flags |= {"train_batch_size": 16, "image_sample_size": 64, "vae_mini_batch": 16}
     outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / "out", **flags))

@@ -22,7 +22,6 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from forkserver import TIMING_KEYS
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from videox.data.plan.buckets import Fate
 from videox.tracking.jsonl import read_lines
@@ -649,14 +648,14 @@ def damaged_run(
     **changes,
 ) -> runs.Outcome:
     """Train, and damage the data after the index was built and before the first batch is read."""
-    build_loader = data_pipeline.build_loader
+    build_loader = data_pipeline.BatchLoader
 
-    def build_then_damage(*arguments, **settings) -> DataLoader:
+    def build_then_damage(*arguments, **settings) -> object:
         loader = build_loader(*arguments, **settings)
         damage()
         return loader
 
-    monkeypatch.setattr(data_pipeline, "build_loader", build_then_damage)
+    monkeypatch.setattr(data_pipeline, "BatchLoader", build_then_damage)
     return runs.train(runs.wan_flags(model, metadata, output_dir, **changes))
 
 

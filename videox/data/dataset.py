@@ -16,11 +16,13 @@ from torch.utils.data import Dataset, get_worker_info
 from videox.data.cache.cache import CacheView, SampleKey
 from videox.data.index.captions import CaptionRules, draw_caption
 from videox.data.index.index import Index
+from videox.data.media.container import bad_media_of
 from videox.data.media.timeout import READ_SECONDS, time_limit
 from videox.data.media.video import BadMedia, read_clip, read_image
 from videox.data.plan.buckets import SizePolicy, frame_offsets, pace_of
 from videox.data.plan.epoch import PADDING, PlannedSample
 from videox.diffusion.conditioning import mask_name
+from videox.errors import UserError
 from videox.rng import Purpose, uniform
 from videox.shapes import Bucket
 
@@ -115,6 +117,9 @@ class TokenLengthDataset(Dataset):
         caption_rules: what is done to each caption before that.
         cache_view: cache of encoder outputs; a file is not read if all tensors computed from it are cached.
         always_read: read the files even then, for a caller that needs the pixels.
+
+    Attributes:
+        crashed: rows that are not read because reading them ended a process, by their position in the index, and how.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class TokenLengthDataset(Dataset):
         self.caption_rules = caption_rules or CaptionRules()
         self.cache_view = cache_view
         self.always_read = always_read
+        self.crashed: dict[int, str] = {}
 
     def __getitem__(self, planned: PlannedSample) -> Sample:
         """Read a sample; one that cannot be read has zeros as pixels, weight 0 and the reason in `bad`."""
@@ -154,13 +160,33 @@ class TokenLengthDataset(Dataset):
                 sample["pixels"] = None
                 return sample
         path = self.index.file(planned.row)
+        why = self._read_or_refuse(sample, path)
+        if why is not None:
+            sample["pixels"] = zeros
+            sample["bad"] = BadSample(self.index.number(planned.row), str(path), why.media_class, why.detail)
+            sample["planned"] = planned._replace(weight=0.0)
+        return sample
+
+    def _read_or_refuse(self, sample: Sample, path: Path) -> BadMedia | None:
+        """Read the pixels of a sample; return why if its file is bad: whatever a decoder raises is a bad sample.
+
+        Raises:
+            OSError: the process has no file descriptors or memory left for a call of the system.
+            UserError: --video_reader decord, and decord is not installed.
+        """
+        row = sample["planned"].row
+        if row in self.crashed:
+            return BadMedia("crashed", self.crashed[row])
         try:
             with time_limit(READ_SECONDS, own_process=get_worker_info() is not None):
                 sample["pixels"] = self._read(sample, path)
         except BadMedia as why:
-            sample["bad"] = BadSample(self.index.number(planned.row), str(path), why.media_class, why.detail)
-            sample["planned"] = planned._replace(weight=0.0)
-        return sample
+            return why
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the error is reported with the sample
+            return bad_media_of(error)
+        return None
 
     def caption_of(self, planned: PlannedSample) -> str:
         """Return a sample's caption, "" if it is dropped."""
@@ -189,7 +215,10 @@ class TokenLengthDataset(Dataset):
 
     def _replace(self, **changes: Any) -> TokenLengthDataset:  # noqa: ANN401 - keyword arguments of the class
         names = ("index", "policy", "reader", "caption_dropout", "caption_rules", "cache_view", "always_read")
-        return TokenLengthDataset(**{name: getattr(self, name) for name in names} | changes)
+        copy = TokenLengthDataset(**{name: getattr(self, name) for name in names} | changes)
+        if copy.index is self.index:  # its keys are rows of the index
+            copy.crashed = self.crashed
+        return copy
 
     def _read(self, sample: Sample, path: Path) -> np.ndarray:
         planned, indices = sample["planned"], sample["frame_indices"].tolist()

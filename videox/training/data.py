@@ -6,11 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch.utils.data import DataLoader
-
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import TokenLengthDataset
-from videox.data.loader import build_loader
+from videox.data.loader import BatchLoader
 from videox.encoders.encode import Encoder, EncodingSpec, LazyEncoders
 from videox.errors import UserError
 from videox.training.context import Context
@@ -33,7 +31,7 @@ class DataPipeline:
     encode: Encoder
     dataset: TokenLengthDataset
     sampler: BucketBatchSampler
-    loader: DataLoader
+    loader: BatchLoader
     missing: Sequence[CacheTodo]
 
 
@@ -73,5 +71,5 @@ def build_data(
         encoders.load(ctx.gather)
     sampler = BucketBatchSampler(data_group=ctx.data_group, data_groups=ctx.data_groups)
     pin = ctx.device.type == "cuda"
-    loader = build_loader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pin)
+    loader = BatchLoader(dataset, sampler, workers=args.dataloader_num_workers, pin_memory=pin)
     return DataPipeline(encode, dataset, sampler, loader, missing)

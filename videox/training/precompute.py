@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from videox.data.bucket_sampler import BucketBatchSampler, held_out_samples
 from videox.data.cache.cache import Cache, CacheField, CacheView, cache_key, read_memo, write_memo
 from videox.data.cache.maintenance import format_size
-from videox.data.dataset import BadSample, TokenLengthDataset, collate, sample_key_of
+from videox.data.dataset import BadSample, TokenLengthDataset, sample_key_of
 from videox.data.index.captions import caption_counts, drawn_caption
-from videox.data.loader import init_worker
+from videox.data.loader import BatchLoader
 from videox.data.plan.epoch import PADDING, PlannedSample
 from videox.data.plan.plan import count_steps, draw_epoch, row_fates
 from videox.distributed.collectives import run_on_all, run_on_main
@@ -286,13 +285,7 @@ def encode_missing(
     total = sum(len(jobs) for _, jobs in shares)
     with encoder, tqdm(total=total, unit="sample", desc="encoding", disable=ctx.rank != 0 or not total) as bar:
         for dataset, jobs in shares:
-            loader = DataLoader(
-                dataset,
-                batch_sampler=[[job.planned] for job in jobs],
-                collate_fn=collate,
-                num_workers=workers,
-                worker_init_fn=init_worker if workers else None,
-            )
+            loader = BatchLoader(dataset, [[job.planned] for job in jobs], workers=workers)
             for job, batch in zip(jobs, loader, strict=True):
                 encoder(batch, only=job.keys)
                 bad += batch["bad"]

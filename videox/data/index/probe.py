@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from videox.data.media.container import BadMedia, MediaInfo
+from videox.data.media.container import BadMedia, MediaInfo, bad_media_of
 from videox.errors import BUG, UserError
 
 PROBE_SECONDS = 60.0  # time limit for one file
@@ -143,6 +143,9 @@ def serve_probes(timeout: float) -> None:
             result = {"bad": (bad.media_class, bad.detail[:_MAX_DETAIL])}
         except MemoryError:
             result = {"bad": ("too_large", f"probing it needs more than {_MAX_MEMORY >> 30} GiB of memory")}
+        except Exception as error:  # noqa: BLE001 - the error is reported with the file
+            bad = bad_media_of(error)
+            result = {"bad": (bad.media_class, bad.detail[:_MAX_DETAIL])}
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(out, json.dumps(result).encode() + b"\n")
 

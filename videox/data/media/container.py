@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,23 @@ def raise_system_error(error: Exception) -> None:
         if error.errno in _PROCESS_ERRNOS:
             raise error
         raise BadMedia("unreadable", os.strerror(error.errno)) from error
+
+
+def bad_media_of(error: Exception) -> BadMedia:
+    """Return the BadMedia of an error that no reader foresaw, with the place where it was raised.
+
+    Raises:
+        OSError: the given error, as `raise_system_error`.
+    """
+    try:
+        raise_system_error(error)
+    except BadMedia as bad:
+        return bad
+    if isinstance(error, MemoryError):
+        return BadMedia("too_large", "reading it needs more memory than there is")
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({Path(place[0].filename).name}:{place[0].lineno})" if place else ""
+    return BadMedia("undecodable", f"{' '.join(f'{type(error).__name__}: {error}'.split())}{where}")
 
 
 def _check_complete(file: BinaryIO, format_name: str, size: int) -> bool:
