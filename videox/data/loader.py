@@ -84,7 +84,7 @@ class BatchLoader:
         self._reading = multiprocessing.RawArray(ctypes.c_int64, [IDLE] * self.workers)
         self._loader = DataLoader(
             _Reporting(self.dataset, self._reading) if self.workers else self.dataset,
-            batch_sampler=self._batches,  # type: ignore[arg-type]
+            batch_sampler=self._batches,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

@@ -144,8 +144,8 @@ def serve_probes(timeout: float) -> None:
         except MemoryError:
             result = {"bad": ("too_large", f"probing it needs more than {_MAX_MEMORY >> 30} GiB of memory")}
         except Exception as error:  # noqa: BLE001 - the error is reported with the file
-            bad = bad_media_of(error)
-            result = {"bad": (bad.media_class, bad.detail[:_MAX_DETAIL])}
+            problem = bad_media_of(error)
+            result = {"bad": (problem.media_class, problem.detail[:_MAX_DETAIL])}
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(out, json.dumps(result).encode() + b"\n")
 
