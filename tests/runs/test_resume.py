@@ -377,6 +377,17 @@ def test_one_failed_save_is_a_warning(setup: ResumeRuns, tmp_path: Path) -> None
     assert setup.differences(folder) == []
 
 
+def test_a_picture_that_cannot_be_made_does_not_fail_a_finished_run(setup: ResumeRuns, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainer = setup.start(folder, max_train_steps=EVERY)
+    trainer.wait_until(lambda: metrics(folder))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"edited by hand\n")
+    assert trainer.wait() == 0, trainer.output()[-4000:]
+    assert "warning: losses.png was not written (" in trainer.output()
+    assert forkserver.read_status(folder)["state"] == "finished"
+
+
 def test_a_second_failed_save_ends_the_run(setup: ResumeRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert setup.run(folder, max_train_steps=EVERY).code == 0
