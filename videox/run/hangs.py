@@ -88,6 +88,9 @@ class HangWatch:
     process that does not respond; else the one that has made no progress for the longest time, among those that do not
     wait in a collective if there are any.
 
+    A process that does not respond may have entered another section since its last report: the limit of the others
+    holds for it too, if that is lower than its own.
+
     Args:
         ranks: of the processes.
         now: time in seconds.
@@ -114,13 +117,18 @@ class HangWatch:
     def find(self, now: float) -> Hang | None:
         """Return the process in which the run hangs; None if a process makes progress."""
         ages = {rank: beat.age + now - heard for rank, (heard, beat) in self._beats.items()}
-        if not ages or any(ages[rank] <= beat.limit for rank, (_, beat) in self._beats.items()):
-            return None
         silent = [rank for rank, (heard, beat) in self._beats.items() if now - heard > 3 * beat.interval + 2]
+        limits = {rank: beat.limit for rank, (_, beat) in self._beats.items()}
+        highest = max(
+            (limits[rank] for rank in limits if rank not in silent), default=max(limits.values(), default=0.0)
+        )
+        limits |= {rank: min(limits[rank], highest) for rank in silent}
+        if not ages or any(ages[rank] <= limits[rank] for rank in ages):
+            return None
         if silent:
             rank = min(silent)
             heard, beat = self._beats[rank]
-            return Hang(rank, now - heard, beat.section, beat.limit, silent=True)
+            return Hang(rank, now - heard, beat.section, limits[rank], silent=True)
         at_work = [rank for rank, (_, beat) in self._beats.items() if not beat.waits]
         rank = max(at_work or ages, key=lambda rank: ages[rank])
         beat = self._beats[rank][1]

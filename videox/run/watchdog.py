@@ -63,7 +63,7 @@ class Watchdog:
         self._stopped = threading.Event()
         now = time.monotonic()
         self._clock, self._progressed, self._seen, self._moved = Clock(now), now, activity.progressed, 0
-        self._interval = self._interval_of(self.step_limit)
+        self._interval = self._next_interval()
 
     @classmethod
     def off(cls) -> Watchdog:
@@ -119,7 +119,7 @@ class Watchdog:
             self._seen, self._progressed = progressed, min(when, here)
         elif (self._first is None or any(name in LONG + SAVES for name in sections)) and self._has_moved_bytes():
             self._progressed = here
-        self._interval = self._interval_of(limit)
+        self._interval = self._next_interval()
         age = here - self._progressed
         section = sections[-1] if sections else (START if self._first is None else "the step, between its parts")
         return Beat(age, limit, self._interval, section, age > limit / 4 and _main_thread_waits())
@@ -132,9 +132,12 @@ class Watchdog:
         self._moved = moved
         return True
 
-    @staticmethod
-    def _interval_of(limit: float) -> float:
-        return min(limit / 20, MOST_INTERVAL)
+    def _next_interval(self) -> float:
+        """Return the seconds until the next look: as a step needs it, also in a section with a longer limit.
+
+        Otherwise the others would go by that limit if this process is stopped in the next step, before it reports.
+        """
+        return min(self.step_limit / 20, MOST_INTERVAL)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
