@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a model folder, or refused where they do not fit the text encoder or split text otherwise."""
+"""Tokenizers: loaded from a model folder, or refused where they do not fit the text encoder or split text wrongly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def load_tokenizer(folder: Path, encoder_class: Any, encoder: Component, probe: 
 
     Raises:
         UserError: (MODEL) a file is damaged; the number of tokens does not fit the text encoder's embedding; a
-            sentence is not the same after encoding and decoding; it pads on the left; or it splits the probe in another
-            way than its tokenizer.json.
+            sentence is not the same after encoding and decoding; it pads on the left; or it splits the probe in
+            another way than its tokenizer.json.
     """
     for name in PARTS:
         if (folder / name).is_file():
