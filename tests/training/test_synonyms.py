@@ -51,7 +51,7 @@ def test_what_people_type_names_the_flag(word: str, flag: str) -> None:
         ("--fp16", "--mixed_precision=bf16"),
         ("--num_processes", "accelerate launch, in front of"),
         ("--deepspeed_config_file", "accelerate launch, in front of"),
-        ("--blocks_to_swap", "--dry_run"),
+        ("--blocks_to_swap", "--stream_blocks"),
         ("--xformers", "use --attention_backend"),
         ("--width", "--fix_sample_size HEIGHT WIDTH"),
         ("--local-rank", "never used it"),

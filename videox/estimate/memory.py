@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from videox.estimate.flops import Network
-from videox.models.recompute import COPIES_ON_DEVICE, select_blocks
+from videox.models.base_precision import BF16, quantised_bytes
+from videox.models.recompute import COPIES_ON_DEVICE, ON_DEVICE, select_blocks
 from videox.optim.registry import kind_of, moments_of
 
 GB = 1e9
@@ -32,17 +33,39 @@ BY_SHARDING = (*UNSHARDED, "zero2", "fsdp1", "zero3", "fsdp2")  # backends in or
 
 
 @dataclass(frozen=True)
+class BlockWeights:
+    """The weights of a repeated block, without adapters.
+
+    elements: all; linear: those of the weights of linear layers; rows: the rows of these weights; largest: elements of
+    the largest of them.
+    """
+
+    elements: int
+    linear: int
+    rows: int
+    largest: int
+
+    def bytes_in(self, precision: str, element: int) -> float:
+        """Return the bytes with linear layers in a precision, and with `element` bytes for every other number."""
+        if precision == BF16:
+            return float(element * self.elements)
+        return quantised_bytes(precision, self.linear, self.rows) + element * (self.elements - self.linear)
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The number of parameters of a transformer.
 
     total: all; trainable: those that get gradients, with a LoRA those of the adapters alone; block: of the largest
-    repeated block; outside: of all layers outside the repeated blocks.
+    repeated block; outside: of all layers outside the repeated blocks; blocks: the repeated blocks, in order, where
+    their frozen weights may be quantised or streamed.
     """
 
     total: int
     trainable: int
     block: int
     outside: int
+    blocks: tuple[BlockWeights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,8 @@ class MemorySetup:
         accumulation: micro-batches per step and process.
         keep: what recomputed blocks keep (--gradient_checkpointing_keep), "" for nothing.
         offload_activations: inputs of recomputed blocks are in host memory between the passes.
+        base_precision: of the frozen linear layers of the blocks under a LoRA (--base_precision).
+        streamed: number of blocks whose frozen weights rest in host memory (--stream_blocks).
     """
 
     backend: str
@@ -106,6 +131,8 @@ class MemorySetup:
     accumulation: int = 1
     keep: str = ""
     offload_activations: bool = False
+    base_precision: str = BF16
+    streamed: int = 0
 
     @property
     def lora(self) -> bool:
@@ -175,6 +202,28 @@ class Memory:
         return {**self.states, **by_phase, "context": CONTEXT, "fragments": fragments, "total": self.total()}
 
 
+class FrozenBytes(NamedTuple):
+    """Bytes of the frozen weights of one process: of those that stay on the GPU, of a streamed block, at rest."""
+
+    resident: float
+    streamed_block: float
+    resting: float
+
+    def on_device(self) -> tuple[float, float]:
+        """Return the bytes on the GPU: of what stays, and of the buffers of streamed blocks."""
+        return self.resident, ON_DEVICE * self.streamed_block
+
+
+def frozen_bytes(parameters: Parameters, setup: MemorySetup) -> FrozenBytes:
+    """Return the bytes of the frozen weights of a backend that replicates them, or of all shards together."""
+    sizes = [block.bytes_in(setup.base_precision, setup.frozen_bytes) for block in parameters.blocks]
+    in_blocks = sum(block.elements for block in parameters.blocks)
+    other = setup.frozen_bytes * (parameters.total - parameters.trainable - in_blocks)
+    numbers = select_blocks(len(sizes), setup.streamed / len(sizes)) if setup.streamed else []
+    resting = [sizes[number] for number in numbers]
+    return FrozenBytes(other + sum(sizes) - sum(resting), max(resting, default=0.0), sum(resting))
+
+
 def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     """Return weights, fp32 parameters ("masters"), gradients and optimizer state of one process on its GPU, by engine.
 
@@ -186,7 +235,7 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     if setup.backend in UNSHARDED or setup.backend.startswith("fsdp"):
         optimizer, sharding = kind_of(setup.optimizer), 1.0 if setup.backend in UNSHARDED else share
         sizes = {
-            "weights": setup.frozen_bytes * (total - trainable) + optimizer.weight_bytes * trainable,
+            "weights": sum(frozen_bytes(parameters, setup).on_device()) + optimizer.weight_bytes * trainable,
             "masters": 0,
         }
         # FSDP1 flattens a block into one tensor: if a part of the block trains, the gradient of all of it is allocated
@@ -218,7 +267,10 @@ def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
         # Gradients are views of DDP's buckets, except those of a step's earlier micro-batches, which are not reduced.
         has_both = setup.backend == "ddp" and setup.accumulation > 1
         buckets = weight * parameters.trainable if has_both else 0
-        return float(weight_copies + buckets)
+        # the weight of the layer that runs, in the dtype of computation
+        largest = max((block.largest for block in parameters.blocks), default=0)
+        dequantised = size * largest * (setup.base_precision != BF16)
+        return float(weight_copies + buckets + dequantised)
     share = 1 / setup.processes
     if setup.backend.startswith("fsdp"):
         # the next block is gathered during the current one; a block's gradients are cast for their reduction
@@ -311,6 +363,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
         training["offloaded optimizer"] = count * kind_of(moments_of(setup.optimizer)).moment_bytes * trainable
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
+    if setup.streamed:
+        training["streamed blocks"] = frozen_bytes(parameters, setup).resting
     if setup.ema_device == "cpu":
         training["average"] = count * _sharded_bytes(4.0 * trainable, setup)
     return {"loading": count * setup.frozen_bytes * parameters.total * share + encoders.total(), **training}

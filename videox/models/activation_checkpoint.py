@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -47,13 +47,28 @@ def keep_policy(keep: str, *details: Any, **settings: Any) -> CheckpointPolicy: 
     return CheckpointPolicy.MUST_SAVE
 
 
-@cache
-def checkpoint_settings(keep: str) -> dict[str, Any]:
-    """Return the keywords of torch's checkpoint for Recompute.keep."""
+def checkpoint_settings(
+    keep: str, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> dict[str, Any]:
+    """Return the keywords of torch's checkpoint.
+
+    Args:
+        keep: see Recompute.keep.
+        around: returns a context for each pass of a block, for operations that are not counted; used where something is
+            kept.
+    """
     if not keep:
         return {"use_reentrant": False}
-    context_fn = partial(create_selective_checkpoint_contexts, partial(keep_policy, keep))
+    counted = partial(create_selective_checkpoint_contexts, partial(keep_policy, keep))
+    context_fn = counted if around is nullcontext else lambda: tuple(_nested(around(), inner) for inner in counted())
     return {"use_reentrant": False, "context_fn": context_fn}
+
+
+@contextmanager
+def _nested(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter two contexts, the inner one last."""
+    with outer, inner:
+        yield
 
 
 def checkpoint_blocks(
@@ -87,6 +102,7 @@ def checkpoint_blocks(
             if recompute.keep and compiled is not None:  # what is kept is decided inside of the compiled function
                 with compiled(recompute.keep):
                     return block(*inputs)
-            return checkpoint(block, *inputs, **checkpoint_settings(recompute.keep))
+            streamed = getattr(inner.forward, "on_device", nullcontext)  # of videox.models.streamed_blocks
+            return checkpoint(block, *inputs, **checkpoint_settings(recompute.keep, streamed))
 
     model.enable_gradient_checkpointing(run)

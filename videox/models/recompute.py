@@ -1,10 +1,13 @@
-"""Which blocks of a transformer recompute their activations in the backward pass; imports no torch."""
+"""Which blocks of a transformer recompute their activations, and which are streamed; imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 COPIES_ON_DEVICE = 3  # of offloaded inputs, on the GPU at a time: of the block that computes, and copies on their way
+
+ON_DEVICE = 2  # streamed blocks whose weights are on the GPU at a time: of the block that runs, and of the next one
+LEAST_STREAMED = ON_DEVICE + 1  # blocks; fewer need no less memory
 
 
 @dataclass(frozen=True)

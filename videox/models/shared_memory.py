@@ -1,4 +1,4 @@
-"""Loads frozen models so that all processes of a machine share one copy of the weights in host memory."""
+"""Host memory that all processes of a machine share, and frozen models whose weights are in it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from videox.models.configured import Component
 from videox.weights.weight_files import chosen_set
 
 ALIGNED = 64  # bytes; the offset of each tensor is a multiple, as in memory that torch allocates
+Gather = Callable[[Any], list[Any]]
 
 
 class TensorSlot(NamedTuple):
@@ -44,7 +45,7 @@ def load_frozen(
     dtype: torch.dtype,
     *,
     pinned: bool,
-    gather: Callable[[Any], list[Any]],
+    gather: Gather,
 ) -> nn.Module:
     """Return load_component(model_class, component, dtype) with one copy of its weights per machine.
 
@@ -90,6 +91,35 @@ def load_frozen(
     return model
 
 
+def allocate_shared(size: int, *, pinned: bool, gather: Gather) -> tuple[Tensor, bool]:
+    """Return memory that all processes of a machine share, uint8 [size], and whether this process has to fill it.
+
+    It is freed when the last process ends. A collective; another one has to follow before the others read the memory.
+
+    Args:
+        size: in bytes, equal in all processes.
+        pinned: page-lock it for copies to the GPU.
+        gather: a collective that returns every process's value.
+    """
+    local = [pid for machine, pid in gather((_machine_id(), os.getpid())) if machine == _machine_id()]
+    is_leader, alone = local[0] == os.getpid(), len(local) == 1
+    block = None
+    if alone:
+        memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    elif is_leader:
+        descriptor = _create_shared(size)
+        memory, block = _mmap(descriptor, size), SharedBlock(os.getpid(), descriptor, size, {})
+    offered = [other for machine, other in gather((_machine_id(), block)) if machine == _machine_id()]
+    if not alone and not is_leader:
+        memory = _open_shared(next(filter(None, offered)))
+    gather(None)  # the descriptor may be closed only after all processes have opened it
+    if block is not None:
+        os.close(block.descriptor)
+    if pinned:
+        _pin_memory(memory)
+    return memory, is_leader
+
+
 def stored_dtype(folder: Path) -> torch.dtype | None:
     """Return the dtype of most bytes of a folder's weights; None if it has no safetensors files. Raises UserError."""
     sizes: Counter[torch.dtype] = Counter()
@@ -121,13 +151,21 @@ def _move_to_shared(model: nn.Module) -> tuple[Tensor, SharedBlock]:
     for name, tensor in _named_tensors(model).items():
         slots[name] = TensorSlot(size, tensor.dtype, tuple(tensor.shape))
         size += -(-tensor.nbytes // ALIGNED) * ALIGNED
-    # Unlike a file in /dev/shm, a memfd needs no cleanup after a kill, and a container's limit of /dev/shm does not
-    # apply to it.
-    descriptor = os.memfd_create("videox")
-    os.ftruncate(descriptor, size)
+    descriptor = _create_shared(size)
     memory = _mmap(descriptor, size)
     _rebind(model, memory, slots, copy=True)
     return memory, SharedBlock(os.getpid(), descriptor, size, slots)
+
+
+def _create_shared(size: int) -> int:
+    """Return the descriptor of new shared memory.
+
+    Unlike a file in /dev/shm, a memfd needs no cleanup after a kill, and a container's limit of /dev/shm does not apply
+    to it.
+    """
+    descriptor = os.memfd_create("videox")
+    os.ftruncate(descriptor, size)
+    return descriptor
 
 
 def _open_shared(block: SharedBlock) -> Tensor:

@@ -6,7 +6,6 @@ What only a family knows (its model, its encoders, the inputs of its transformer
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,13 +52,13 @@ from videox.training.context import Context
 from videox.training.guard import StepGuard
 from videox.training.optimizer import optimizer_factory
 from videox.training.recorder import SAVE, VALIDATION, Instruments, Recorder
-from videox.training.run_memory import RunMemory, launch_of
 from videox.training.sample_requests import ClipDefaults, build_clips, with_flags
 from videox.training.sampling import SampleClip
 from videox.training.schedule import Schedule, most_common_shape
 from videox.training.speed import attention_fact, prepare_blocks
 from videox.training.startup import prepare_folder
 from videox.training.step_loss import StepCorrection, uniform_draws
+from videox.training.streaming import stream_frozen
 from videox.training.validation_flags import prompts_of
 from videox.training.validation_loss import HeldOutLoss
 from videox.training.validator import (
@@ -164,6 +163,7 @@ def build_engine(
             stored = AdaptedTensors(stored, lora.values) if stored is not None else None
         full_weights = checkpoint_bytes(transformer, trained=4, frozen=4 if lora is None else 0)
         numbers = checkpoint_bytes(transformer, trained=1, frozen=1)
+        stream_frozen(args, ctx, blocks)
         make = optimizer_factory(args, base_lr(args, schedule), full, half)
         engine = _engine_of_backend(args, ctx, schedule, transformer, blocks, make, stored, lora)
         if args.use_ema:
@@ -281,15 +281,15 @@ def _instruments(
         time_left=TimeLeft(meter, schedule.total, every),
         correct=StepCorrection(args, schedule.state),
         times=step_times(ctx.accelerator, schedule.settings),
-        timer=backward_timer(ctx.accelerator, engine.model), memory=_gpu_memory(args, ctx, schedule, profile),
+        timer=backward_timer(ctx.accelerator, engine.model), memory=_gpu_memory(ctx),
     )  # fmt: skip
 
 
-def _gpu_memory(args: argparse.Namespace, ctx: Context, schedule: Schedule, profile: ModelProfile) -> GpuMemory | None:
+def _gpu_memory(ctx: Context) -> GpuMemory | None:
     """What compares the GPU's memory with the estimate of --dry_run; None except on the main process with a GPU."""
     if ctx.device.type != "cuda" or not ctx.is_main:
         return None
-    run = RunMemory(args, profile, launch_of(os.environ, args), schedule.columns, schedule.settings)
+    run = ctx.memory.run
     return GpuMemory(ctx.device, run.memory(run.setup).allocated())
 
 

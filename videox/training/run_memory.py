@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -23,17 +23,28 @@ from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, p
 from videox.estimate.duration import Speed
 from videox.estimate.flops import Network
 from videox.estimate.gpus import Gpu
-from videox.estimate.memory import SAFE_SHARE, UNSHARDED, Encoders, Memory, MemorySetup, Parameters, memory_of
+from videox.estimate.memory import (
+    SAFE_SHARE,
+    UNSHARDED,
+    BlockWeights,
+    Encoders,
+    Memory,
+    MemorySetup,
+    Parameters,
+    memory_of,
+)
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.module_facts import Modules
 from videox.lora.targets import adapter_sizes, choose_targets
 from videox.models.config_files import read_json
-from videox.models.recompute import Recompute, select_blocks
+from videox.models.recompute import LEAST_STREAMED, Recompute, select_blocks
 from videox.optim.registry import OPTIMIZERS
 from videox.optim.selection import select_parameters
 from videox.shapes import Bucket, token_count
 from videox.training.args import optimizer_of
+from videox.training.argument_parser import AUTO
 from videox.training.planned_gpu import memory_limit
+from videox.training.speed_flags import ALL
 
 VAE_PARTS = 4  # parts of a clip on which the memory of a VAE that encodes clips part by part is measured
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +156,8 @@ class RunMemory:
         if args.activation_memory:
             chosen = self.recompute_for(self.setup.batch, self.setup.tokens, memory_limit(args))
             self.setup = replace(self.setup, recompute_share=chosen.share, keep=chosen.keep)
+        if args.stream_blocks:
+            self.setup = replace(self.setup, streamed=self.streamed(memory_limit(args)))
 
     def network(self, setup: MemorySetup) -> Network:
         """Return FLOPs and activation bytes of the transformer in a setup."""
@@ -171,6 +184,20 @@ class RunMemory:
 
         keeps = BACKENDS[setup.backend].keeps_attention
         return choose_recompute(self.network(setup), tokens, fits, [c for c in CHOICES if keeps or not c.keep])
+
+    def streamed(self, limit: float) -> int:
+        """Return the number of blocks that --stream_blocks streams.
+
+        Args:
+            limit: bytes of a GPU; auto streams as few blocks as fit in it with 5 % left free, or all of them.
+        """
+        blocks = len(self.parameters(self.setup.lora_rank).blocks)
+        if self.args.stream_blocks != AUTO:
+            return blocks if self.args.stream_blocks == ALL else min(self.args.stream_blocks, blocks)
+        for count in (0, *range(LEAST_STREAMED, blocks)):
+            if self.memory(replace(self.setup, streamed=count)).total() <= SAFE_SHARE * limit:
+                return count
+        return blocks
 
     def recomputed_flops(self, limit: float) -> Callable[[int], float]:
         """Return the FLOPs that are recomputed for a sample of so many tokens, as a function."""
@@ -252,15 +279,19 @@ class RunMemory:
     def _parameters(self, lora_rank: int) -> Parameters:
         args, shapes = self.args, self.modules.shapes()
         sizes = dict[tuple[str, ...], int]()  # elements by block, such as ("blocks", "3"); (): outside of them
+        linear = dict[tuple[str, ...], list[tuple[int, ...]]]()  # shapes of the weights of linear layers
         for name, shape in shapes.items():
             block = tuple(name.split(".")[:2])
             block = block if block[0] in self.model.blocks else ()
             sizes[block] = sizes.get(block, 0) + math.prod(shape)
+            linear.setdefault(block, []).extend([shape] * (len(shape) == 2))
         everything, outside = sum(sizes.values()), sizes.pop((), 0)
         if lora_rank:
             targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
             trained = sum(adapter_sizes(shapes, targets, lora_rank, dora=args.lora_type == "dora").values())
-            return Parameters(everything + trained, trained, max(sizes.values()), outside)
+            order = sorted(sizes, key=lambda block: ([*self.model.blocks].index(block[0]), int(block[1])))
+            blocks = tuple(_block_weights(sizes[block], linear[block]) for block in order)
+            return Parameters(everything + trained, trained, max(sizes.values()), outside, blocks)
         selected = select_parameters(list(shapes), args.trainable_modules, args.trainable_modules_low_learning_rate)
         trained = sum(math.prod(shapes[name]) for names in selected for name in names)
         return Parameters(everything, trained, max(sizes.values()), outside)
@@ -285,6 +316,11 @@ class RunMemory:
     def _tokens_of(self, **changes: Any) -> int:  # noqa: ANN401 - fields of SizePolicy
         policy = replace(self.settings.policy, **changes)
         return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)))
+
+
+def _block_weights(elements: int, linear: Sequence[tuple[int, ...]]) -> BlockWeights:
+    counts = [math.prod(shape) for shape in linear]
+    return BlockWeights(elements, sum(counts), sum(rows for rows, _ in linear), max(counts, default=0))
 
 
 def largest_micro_batches(plan: EpochPlan) -> dict[Bucket, int]:

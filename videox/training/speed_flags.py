@@ -6,9 +6,11 @@ import argparse
 
 from videox.distributed.backends import Backend
 from videox.errors import UserError
+from videox.models.recompute import LEAST_STREAMED, ON_DEVICE
 from videox.training.argument_parser import AUTO, Parser
 
 KEEPS = ("attention", "self_attention")  # values of --gradient_checkpointing_keep
+ALL = "all"  # value of --stream_blocks
 NATIVE = "native"  # the default of --attention_backend: torch's own choice
 
 
@@ -29,6 +31,11 @@ def add_speed(parser: Parser) -> None:
         "keep the inputs of recomputed blocks in pinned host memory between the passes; gradients are bit-identical"
     )
     add("--offload_activations", action="store_true", help=offload)
+    stream = (
+        "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) rest in host memory and are copied to the "
+        "GPU when a block runs; for a LoRA with --gradient_checkpointing; results are bit-identical"
+    )
+    add("--stream_blocks", type=stream_count, metavar="auto|N|all", help=stream)
     blocks = (
         "compile the repeated blocks (torch.compile): faster steps after a slow first one, other rounding; not under "
         "ZeRO-3; falls back if it fails"
@@ -41,6 +48,16 @@ def add_speed(parser: Parser) -> None:
     add("--attention_backend", metavar="NAME", default=NATIVE, help=kernels)
     tiles = "encode and decode clips in overlapping tiles: less memory, slightly other latents, which are cached separately"
     add("--vae_tiling", action="store_true", help=tiles)
+
+
+def stream_count(text: str) -> str | int:
+    """Return the value of --stream_blocks: auto, all, or a number of blocks."""
+    if text in (AUTO, ALL):
+        return text
+    if not text.isdecimal() or int(text) < LEAST_STREAMED:
+        why = f"{ON_DEVICE} streamed blocks are on the GPU at a time"
+        raise argparse.ArgumentTypeError(f"expected auto, all, or at least {LEAST_STREAMED} blocks, since {why}")
+    return int(text)
 
 
 def check_speed(args: argparse.Namespace) -> None:
@@ -61,6 +78,21 @@ def check_speed(args: argparse.Namespace) -> None:
         if given[flag] and not recomputes:
             what = "there are no recomputed blocks without --gradient_checkpointing or --selective_ac"
             raise UserError(f"--{flag}", what, "add one of them, or remove the flag")
+    if args.stream_blocks:
+        _check_streaming(args)
+
+
+def _check_streaming(args: argparse.Namespace) -> None:
+    """Raise UserError where --stream_blocks cannot work with another flag."""
+    value = args.stream_blocks
+    if not args.lora_rank:
+        what = f"{value}: only frozen weights are streamed, and without --lora_rank all of them are trained"
+        raise UserError("--stream_blocks", what, "add --lora_rank, or remove the flag")
+    if not args.gradient_checkpointing:
+        what = f"{value}: a streamed block has to be recomputed, or its weights would stay on the GPU"
+        raise UserError("--stream_blocks", what, "use --gradient_checkpointing (not --selective_ac or --activation_memory)")
+    if args.compile:
+        raise UserError("--stream_blocks", "compiled blocks cannot be streamed", "remove --compile, or this flag")
 
 
 def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
@@ -71,6 +103,9 @@ def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
     if args.gradient_checkpointing_keep and not backend.keeps_attention:
         what = f"{args.gradient_checkpointing_keep}: {backend.name} gathers weights while blocks are recomputed"
         raise UserError("--gradient_checkpointing_keep", what, "remove the flag, or launch FSDP2")
+    if args.stream_blocks and backend.engine != "replicated":
+        what = f"{backend.name} stores the frozen weights in its own way"
+        raise UserError("--stream_blocks", what, "launch one process or DDP, or remove the flag")
     if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
         what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
         raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
