@@ -415,7 +415,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     if args.cache_only:
         return precompute.fill_cache(ctx, data.missing, data.encode, args.dataloader_num_workers)
     # model: build_engine freezes what is not trained, and loads the checkpoint if the run resumes
-    transformer = build.load_model(args, ctx, HunyuanVideoTransformer3DModel, components["transformer"])
+    transformer = build.load_model(args, ctx, schedule, HunyuanVideoTransformer3DModel, components["transformer"])
     hunyuan = build_model(args, components, shift, transformer, encoders, data.encode)
     blocks, component = blocks_of(transformer), components["transformer"]
     engine = build.build_engine(args, ctx, schedule, transformer, blocks, component, lora)

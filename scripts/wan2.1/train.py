@@ -418,7 +418,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     if args.cache_only:
         return precompute.fill_cache(ctx, data.missing, data.encode, args.dataloader_num_workers)
     # model: build_engine freezes what is not trained, and loads the checkpoint if the run resumes
-    transformer = build.load_model(args, ctx, WanTransformer3DModel, components["transformer"])
+    transformer = build.load_model(args, ctx, schedule, WanTransformer3DModel, components["transformer"])
     wan = build_model(components, shift, transformer, encoders, data.encode)
     engine = build.build_engine(args, ctx, schedule, transformer, transformer.blocks, components["transformer"], lora)
     wan = replace(wan, transformer=engine.network)  # as validation and sampling call it

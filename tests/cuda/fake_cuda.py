@@ -43,6 +43,8 @@ class Record:
             the innermost ones.
         attention: calls of the transformer's attention with gradients, by (where, dtypes, contiguous, masked).
         errors: operations that the GPU would refuse.
+        races: memory of the GPU that an operation uses although it does not wait for one of another stream that writes
+            it, or writes although it does not wait for one that uses it.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class Record:
         self.waits: Counter[tuple[int, str, str, str]] = Counter()
         self.attention: Counter[tuple[str, str, bool, bool]] = Counter()
         self.errors: list[str] = []
+        self.races: list[str] = []
 
     def wait(self, what: str) -> None:
         own, inner = places()
@@ -59,6 +62,7 @@ class Record:
         return {
             "steps": self.step,
             "errors": self.errors,
+            "races": self.races,
             "waits": [[*key, count] for key, count in self.waits.items()],
             "attention": [[*key, count] for key, count in self.attention.items()],
         }
@@ -164,6 +168,7 @@ class FakeGpu(TorchDispatchMode):
             own, inner = places()
             RECORD.errors.append(f"{function} of {', '.join(tensors)} in {own or inner}: {error}")
             raise
+        note_access(function, args, kwargs, result)
         pinned = bool(kwargs.get("pin_memory") or kwargs.get("non_blocking"))
         return pytree.tree_map(lambda value: to_host(value, pinned), result)
 
@@ -225,28 +230,108 @@ def attention_site() -> str:
 # --------------------------------------------------------------------------------------------- torch.cuda
 
 
+STREAMS: list[Stream] = []
+
+
 class Stream:
-    """A stream on which everything is done at once."""
+    """A stream on which everything is done at once; it knows which operations its own are ordered after.
+
+    Attributes:
+        clock: by number of a stream, how many of its operations the next operation of this one waits for.
+    """
 
     device = torch.device("cuda", 0)
     cuda_stream = stream_id = device_index = 0
     device_type = 1
+    count = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, other: Stream) -> None: ...
-    def wait_event(self, event: Event) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.number, self.clock = Stream.count, {Stream.count: 0}
+        Stream.count += 1
+        STREAMS.append(self)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_for(other.clock)
+
+    def wait_event(self, event: Event) -> None:
+        self.wait_for(event.clock)
+
+    def wait_for(self, clock: dict[int, int]) -> None:
+        for number, operations in clock.items():
+            self.clock[number] = max(self.clock.get(number, 0), operations)
+
     def __enter__(self) -> Stream:
+        self.outer, CURRENT[0] = CURRENT[0], self
         return self
 
-    def __exit__(self, *raised: object) -> None: ...
+    def __exit__(self, *raised: object) -> None:
+        CURRENT[0] = self.outer
+
     def query(self) -> bool:
         return True
 
     def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
+        event = event or Event()
+        event.clock = dict(self.clock)
+        return event
 
     def synchronize(self) -> None:
         RECORD.wait("a stream")
+        for other in STREAMS:  # what is queued from now on comes after what the host has waited for
+            other.wait_stream(self)
+
+
+CURRENT = [Stream()]  # the stream in which operations are queued
+
+
+class Access:
+    """The last operation that wrote a memory, and those that have read it since, as (stream, its operation)."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage  # not freed, so that its address is not that of another one
+        self.written: tuple[int, int] | None = None
+        self.read: dict[int, int] = {}
+
+
+ACCESSES: dict[int, Access] = {}
+
+
+def note_access(function: Any, args: tuple, kwargs: dict, result: Any) -> None:
+    """Record what an operation reads and writes, and where it does not wait for another stream."""
+    if Stream.count == 1:  # everything is in one order
+        return
+    schema = function._schema
+    if any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns):
+        return  # a view
+    given = [*zip(schema.arguments, args, strict=False)]
+    given += [(argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs]
+    changed = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
+    written = {id(leaf) for leaf in pytree.tree_leaves(changed)}
+    stream = CURRENT[0]
+    stream.clock[stream.number] += 1
+    now = stream.number, stream.clock[stream.number]
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if is_fake(leaf) and leaf.device.type == "cuda":
+            access(leaf, now, stream.clock, writes=id(leaf) in written, where=str(function))
+    for leaf in pytree.tree_leaves(result):
+        if is_fake(leaf) and leaf.device.type == "cuda" and id(leaf) not in written:
+            access(leaf, now, stream.clock, writes=True, where=str(function))
+
+
+def access(tensor: Tensor, now: tuple[int, int], clock: dict[int, int], *, writes: bool, where: str) -> None:
+    """Record an access to a tensor's memory, and a race where an access before it is not waited for."""
+    storage = tensor.untyped_storage()
+    known = ACCESSES.setdefault(storage._cdata, Access(storage))
+    before = [known.written] if known.written else []
+    before += known.read.items() if writes else []
+    if any(clock.get(number, 0) < operation for number, operation in before):
+        own, inner = places()
+        kind = "writes" if writes else "reads"
+        RECORD.races.append(f"step {RECORD.step}: {where} {kind} {tuple(tensor.shape)} at {own or inner}")
+    if writes:
+        known.written, known.read = now, {}
+    else:
+        known.read[now[0]] = now[1]
 
 
 class Event:
@@ -255,13 +340,16 @@ class Event:
     _clock = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.step, self.time = RECORD.step, 0
+        self.step, self.time, self.clock = RECORD.step, 0, dict[int, int]()
 
     def record(self, stream: Stream | None = None) -> None:
         Event._clock += 1
         self.step, self.time = RECORD.step, Event._clock
+        self.clock = dict((stream or CURRENT[0]).clock)
 
-    def wait(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or CURRENT[0]).wait_for(self.clock)
+
     def query(self) -> bool:
         return True
 
@@ -324,12 +412,11 @@ def install(devices: int, guard: ctypes.CDLL) -> None:
     properties = types.SimpleNamespace(
         name=NAME, total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, gcnArchName=""
     )
-    stream = Stream()
     answers = {
         "is_available": True, "is_initialized": True, "device_count": devices, "current_device": 0,
         "get_device_name": NAME, "get_device_capability": (9, 0), "get_device_properties": properties,
         "get_arch_list": ["sm_90"], "is_bf16_supported": True, "is_current_stream_capturing": False,
-        "current_stream": stream, "default_stream": stream, "memory_stats": {}, "mem_get_info": (MEMORY, MEMORY),
+        "default_stream": CURRENT[0], "memory_stats": {}, "mem_get_info": (MEMORY, MEMORY),
         "_is_in_bad_fork": False, "cudart": types.SimpleNamespace(cudaHostRegister=lock_pages),
     }  # fmt: skip
     answers |= dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "ipc_collect", "check_error"))
@@ -342,7 +429,9 @@ def install(devices: int, guard: ctypes.CDLL) -> None:
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.cuda.synchronize = lambda *args: RECORD.wait("the device")
     torch.cuda.Stream, torch.cuda.Event = Stream, Event
-    torch.cuda.stream = torch.cuda.device = lambda *args: contextlib.nullcontext()
+    torch.cuda.current_stream = lambda *args: CURRENT[0]
+    torch.cuda.stream = lambda stream: stream if isinstance(stream, Stream) else contextlib.nullcontext()
+    torch.cuda.device = lambda *args: contextlib.nullcontext()
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Tensor.record_stream = lambda self, stream: None

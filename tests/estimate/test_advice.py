@@ -22,7 +22,7 @@ from videox.estimate.advice import (
     propose,
 )
 from videox.estimate.flops import cross_attention_network
-from videox.estimate.memory import Encoders, Memory, MemorySetup, Parameters, memory_of
+from videox.estimate.memory import BlockWeights, Encoders, Memory, MemorySetup, Parameters, memory_of
 from videox.optim.registry import check_supported
 
 GIB = 2**30
@@ -224,3 +224,63 @@ def test_optimizers_that_are_not_installed_are_not_proposed() -> None:
     names = {change.flags for change in changes_of(SETUP, installed=False)}
     assert not any(name.startswith("--optimizer") for name in names)
     assert "--optimizer adamw8bit" in {change.flags for change in changes_of(SETUP)}
+
+
+# ------------------------------------------------------------------------------------------------- small cards
+
+LINEAR = 8 * 5120**2 + 2 * 5120 * 13_824
+BLOCKS = (BlockWeights(LINEAR + 100_000, LINEAR, 9 * 5120 + 13_824, 5120 * 13_824),) * 40
+LORA = replace(SETUP, half=True, recompute_share=1.0, lora_rank=32, batch=1, cached=True, tokens=20_280)
+
+
+def small_card(gib: float, setup: MemorySetup = LORA) -> list[Proposal]:
+    """Return the proposals for Wan2.1 14B, whose blocks may be streamed and quantised."""
+    name, full, adapters = MODELS["14b"]
+
+    def memory(changed: MemorySetup) -> Memory:
+        trained = adapters * changed.lora_rank // 32 if changed.lora else full.total
+        total = full.total + (trained if changed.lora else 0)
+        parameters = replace(full, total=total, trainable=trained, blocks=BLOCKS if changed.lora else ())
+        network = cross_attention_network(CONFIGS[name], text_tokens=512, image_tokens=0, half=changed.half)
+        return memory_of(parameters, replace(network, frozen=changed.lora), ENCODERS, changed)
+
+    changes = possible_changes(
+        setup, sharded_backend="zero3", smaller=SMALLER, installed=lambda name: True, blocks=len(BLOCKS)
+    )
+    return propose(setup, gib * GIB, memory, changes)
+
+
+def test_a_14b_lora_is_made_to_fit_without_rounding_where_that_is_enough() -> None:
+    (found, *_) = small_card(24)
+    assert found.fits and found.flags in ("--stream_blocks all", "--offload_activations --stream_blocks all")
+    assert found.changes[-1].host["streamed blocks"] == 40 * 2 * BLOCKS[0].elements
+
+
+def test_weights_are_rounded_before_something_else_is_trained() -> None:
+    """On a machine whose launch already shards nothing and streams: 8 bits, then 4."""
+    streamed = replace(LORA, streamed=40, offload_activations=True)
+    needed = small_card(1, streamed)[0]
+    assert not needed.fits
+    groups = [step.change.group for step in needed.changes]
+    assert groups == sorted(groups)
+    resident = replace(LORA, backend="ddp", processes=1, recompute_share=0.5)
+    flags = [step.change.flags for proposal in small_card(20, resident) for step in proposal.changes]
+    assert not any(flag.startswith("--lora_rank") for flag in flags)
+
+
+def test_a_full_training_is_proposed_a_streamed_lora_for_a_small_card() -> None:
+    (found, *_) = small_card(16, replace(LORA, lora_rank=0))
+    assert found.fits and "--lora_rank" in found.flags
+    assert "--stream_blocks all" in found.flags or "--base_precision" in found.flags
+
+
+def test_streamed_or_quantised_weights_are_not_proposed_with_sharding() -> None:
+    for change in possible_changes(
+        LORA, sharded_backend="zero3", smaller=[], installed=lambda name: True, blocks=len(BLOCKS)
+    ):
+        for setup in (replace(LORA, streamed=40), replace(LORA, base_precision="int8")):
+            after = change.apply(replace(setup, processes=8, backend="ddp"))
+            assert after is None or after.backend == "ddp"
+        if change.flags.startswith(("--stream_blocks", "--base_precision")):
+            assert change.apply(replace(LORA, backend="zero3")) is None
+            assert change.apply(replace(LORA, lora_rank=0)) is None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import forkserver
 import launches
@@ -25,7 +26,10 @@ from videox.engine.ddp import DdpEngine
 from videox.engine.fsdp import FsdpEngine
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.memory import (
+    SAFE_SHARE,
+    BlockWeights,
     Encoders,
+    Memory,
     MemorySetup,
     Parameters,
     checkpoint_size,
@@ -247,6 +251,56 @@ def test_offloaded_inputs_move_from_the_gpu_to_the_host(share: float) -> None:
 def test_nothing_is_offloaded_without_recomputed_blocks() -> None:
     setup = replace(SETUP, recompute_share=0.0)
     assert memory(replace(setup, offload_activations=True)) == memory(setup)
+
+
+# Of Wan2.1 14B: four square matrices in each of two attentions, and two of the feed-forward part; their rows.
+LINEAR = 8 * 5120**2 + 2 * 5120 * 13_824
+ROWS = 9 * 5120 + 13_824
+BLOCK = BlockWeights(LINEAR + 100_000, LINEAR, ROWS, 5120 * 13_824)
+ADAPTERS = 77_000_000
+ADAPTED = Parameters(40 * BLOCK.elements + 247_000_000 + ADAPTERS, ADAPTERS, BLOCK.elements, 247_000_000, (BLOCK,) * 40)
+SMALL_CARD = replace(SETUP, backend="ddp", lora_rank=32)
+
+
+def adapted(**changes: Any) -> Memory:
+    setup = replace(SMALL_CARD, **changes)
+    network = cross_attention_network(CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=True)
+    return memory_of(ADAPTED, replace(network, frozen=True), ENCODERS, setup)
+
+
+@pytest.mark.parametrize(
+    ("precision", "in_linear"),
+    [("fp8", LINEAR + 4 * ROWS), ("int8", LINEAR + 4 * ROWS), ("nf4", LINEAR / 2 + 4 * LINEAR / 64)],
+)
+def test_quantised_blocks_take_their_bytes_and_one_layer_in_bfloat16(precision: str, in_linear: float) -> None:
+    there, here = adapted(), adapted(base_precision=precision)
+    saved = 40 * (2 * LINEAR - in_linear)
+    assert there.states["weights"] - here.states["weights"] == pytest.approx(saved)
+    more = here.phases["training"]["communication"] - there.phases["training"]["communication"]
+    assert more == 2 * BLOCK.largest
+    frozen = 2 * 247_000_000 + 40 * (in_linear + 2 * 100_000)
+    assert here.host["loading"] == pytest.approx(8 * (frozen + 4 * ADAPTERS) + ENCODERS.total())
+
+
+def test_streamed_blocks_rest_on_the_host_once_and_two_of_them_are_on_the_gpu() -> None:
+    there, here = adapted(), adapted(streamed=40)
+    block = 2 * BLOCK.elements
+    assert there.states["weights"] - here.states["weights"] == 38 * block
+    assert here.host == {**there.host, "streamed blocks": 40 * block}  # for eight processes
+    half = adapted(streamed=20, base_precision="int8")
+    quantised = LINEAR + 4 * ROWS + 2 * 100_000
+    assert half.host["streamed blocks"] == pytest.approx(20 * quantised)
+    assert here.states["gradients"] == half.states["gradients"] == 4 * ADAPTERS
+
+
+def test_a_14b_lora_fits_a_card_of_16_and_of_24_gigabytes() -> None:
+    """At 480p and 49 frames (20,280 tokens), the encoders' outputs cached, as in docs/speed.md."""
+    setup = {"backend": "single", "processes": 1, "per_host": 1, "tokens": 20_280, "cached": True}
+    setup |= {"offload_activations": True}
+    assert adapted(**setup).total() > 24 * GIB
+    assert adapted(**setup, streamed=40).total() < 16 * GIB * SAFE_SHARE
+    assert adapted(**setup, base_precision="int8").total() < 24 * GIB * SAFE_SHARE
+    assert adapted(**setup, base_precision="nf4").total() < 16 * GIB * SAFE_SHARE
 
 
 def test_kept_attention_takes_memory_that_grows_with_its_outputs() -> None:

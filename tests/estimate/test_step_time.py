@@ -16,7 +16,7 @@ from steps import PUBLISHED, SETUP, step_of
 
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.gpus import GPUS
-from videox.estimate.memory import Parameters
+from videox.estimate.memory import BlockWeights, Parameters
 from videox.estimate.rates import LINK, NETWORK, rates_of
 from videox.estimate.step_time import (
     COMPILED_LAUNCHES,
@@ -27,6 +27,7 @@ from videox.estimate.step_time import (
     exchanged_bytes,
     offload_seconds,
     optimizer_bytes,
+    streamed_bytes,
 )
 from videox.shapes import Bucket, token_count
 
@@ -269,3 +270,31 @@ def test_the_step_is_near_what_others_have_measured() -> None:
 def test_the_module_needs_no_torch() -> None:
     code = "import sys, videox.estimate.epoch_time; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_streamed_blocks_cost_what_their_copies_outlast_the_computation() -> None:
+    """At few tokens the bus limits the step, at many the copies are hidden; 8 bits halve what is copied."""
+    found = {}
+    for tokens in (100, 32_760):
+        for precision in ("bf16", "int8"):
+            step = step_of("wan2.1-t2v-14b", "rtx4090", lora_rank=32, streamed=40, base_precision=precision)
+            blocks = (BlockWeights(351_000_000, 350_000_000, 60_000, 70_000_000),) * 40
+            step = replace(step, parameters=replace(step.parameters, blocks=blocks))
+            found[tokens, precision] = step.micro_batch(1, tokens, range(40)).host
+    copied = 38 * 2 * 351_000_000  # two blocks are there from the pass before
+    step = replace(step, setup=replace(step.setup, base_precision="bf16"))
+    assert streamed_bytes(step.parameters, step.setup) == pytest.approx(copied)
+    both = 2 * copied / step.rates.host
+    assert 0.5 * both < found[100, "bf16"] < both
+    assert found[100, "int8"] < 0.55 * found[100, "bf16"]
+    assert found[32_760, "bf16"] == found[32_760, "int8"] == 0
+
+
+def test_quantised_weights_are_read_and_written_in_every_pass() -> None:
+    plain = step_of("wan2.1-t2v-14b", lora_rank=32)
+    blocks = (BlockWeights(351_000_000, 350_000_000, 60_000, 70_000_000),) * 40
+    for precision, moved in (("int8", 1 + 6), ("nf4", 0.5 + 4 / 64 + 2)):
+        setup = replace(plain.setup, base_precision=precision)
+        step = replace(plain, parameters=replace(plain.parameters, blocks=blocks), setup=setup)
+        more = step.micro_batch(1, 32_760, range(40)).memory - plain.micro_batch(1, 32_760, range(40)).memory
+        assert more == pytest.approx(3 * 40 * 350_000_000 * moved / plain.rates.memory, rel=0.01)

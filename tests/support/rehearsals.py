@@ -71,6 +71,7 @@ class Report:
         failure: traceback of an exception.
         steps: number of steps.
         errors: operations that a GPU would refuse.
+        races: uses of memory that do not wait for another stream.
         warnings: Python's warnings.
         waits: [step, what for, innermost place in videox or scripts, place outside torch, count].
         attention: [where, dtypes of query, key and value, contiguous, masked, count].
@@ -81,6 +82,7 @@ class Report:
     failure: str
     steps: int
     errors: list[str]
+    races: list[str]
     warnings: list[str]
     waits: list[tuple[int, str, str, str, int]]
     attention: list[tuple[str, str, bool, bool, int]]

@@ -23,11 +23,14 @@ from videox.estimate.duration import Speed
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.gpus import GPUS
 from videox.estimate.measure import count_without_embeddings, vae_flops_per_pixel
-from videox.estimate.memory import SAFE_SHARE, Encoders
+from videox.estimate.memory import SAFE_SHARE, BlockWeights, Encoders, Parameters, frozen_bytes
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.peak_memory import peak_bytes
 from videox.estimate.stand_in_data import describe_data
 from videox.lora.targets import choose_targets
+from videox.models.configured import Component
+from videox.models.quantised_loading import load_quantised
+from videox.models.streamed_blocks import stream_blocks
 from videox.training.flags import make_parser
 from videox.training.planning import plan_settings
 from videox.training.run_memory import Launch, RunMemory, launch_of
@@ -162,6 +165,38 @@ def test_parameters_are_those_that_train(tmp_path: Path) -> None:
     assert (lora.total, lora.trainable, lora.block) == (whole + adapters, adapters, blocks[0])
     dora = run_memory(tmp_path, "--lora_rank", "8", "--lora_type", "dora").parameters(8)
     assert dora.trainable == adapters + sum(outputs for outputs, _ in sides)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precision: str) -> None:
+    """Resident, and with all blocks streamed; the estimate counts norms and modulation in bfloat16, as most are."""
+    torch.manual_seed(0)
+    WanTransformer3DModel.from_config(TRANSFORMER).save_pretrained(tmp_path / "model")
+    component = Component(tmp_path / "model", dict(WanTransformer3DModel.load_config(tmp_path / "model")))
+    model, _ = load_quantised(WanTransformer3DModel, component, ["blocks"], precision, torch.device("cpu"))
+    flags = ["--lora_rank", "4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--base_precision", precision]
+    run = run_memory(tmp_path, *SMALL_CLIPS, *flags, "--stream_blocks", "all")
+    assert run.setup.streamed == 3
+    parameters = run.parameters(4)
+    found = frozen_bytes(parameters, replace(run.setup, streamed=0))
+    assert found.resident == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+    stream = stream_blocks(model.requires_grad_(False).blocks, range(3), torch.device("cpu"), lambda value: [value])
+    found = frozen_bytes(parameters, run.setup)
+    assert found.resident == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+    assert found.resting == pytest.approx(stream.bytes, rel=0.1)  # small tensors are aligned to 256 bytes
+    assert found.on_device()[1] == 2 * found.streamed_block
+
+
+def test_auto_streams_as_few_blocks_as_necessary(tmp_path: Path) -> None:
+    flags = ["--lora_rank", "4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--stream_blocks", "auto"]
+    run = run_memory(tmp_path, *SMALL_CLIPS, *flags)
+    run.parameters = lambda rank: Parameters(10**9 + 10, 10, 10**8, 0, (BlockWeights(10**8, 10**8, 10**4, 10**6),) * 10)
+    counts = {}
+    for count in (0, *range(3, 11)):
+        counts[count] = run.memory(replace(run.setup, streamed=count)).total()
+    for count, total in counts.items():
+        assert run.streamed(total / SAFE_SHARE) == count
+    assert run.streamed(counts[10] / 2) == 10  # as near as it gets
 
 
 def test_smaller_samples_are_those_of_a_run_with_their_flags(tmp_path: Path) -> None:

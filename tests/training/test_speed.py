@@ -9,9 +9,12 @@ import runs
 
 from videox.distributed.backends import BACKENDS
 from videox.errors import UserError
+from videox.models import base_precision
 from videox.training.speed_flags import check_backend_flags
 
 PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metadata.json"]
+
+STREAMED = ["--lora_rank=4", "--gradient_checkpointing"]
 
 
 @pytest.mark.parametrize(
@@ -22,12 +25,14 @@ PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metad
         (["--lora_rank=4", "--lora_type=dora"], "zero3", "--lora_type: dora: peft reads a layer's weights after ZeRO-3"),
         (["--deterministic", "--attention_backend=flash"], "single", "--attention_backend: flash: only torch's own kernels"),
         (["--attention_backend=flahs"], "single", "--attention_backend: flahs"),
+        ([*STREAMED, "--stream_blocks=all"], "zero2", "--stream_blocks: zero2 stores the frozen weights in its own way"),
+        ([*STREAMED, "--base_precision=fp8"], "fsdp2", "--base_precision: fp8: fsdp2 stores the frozen weights"),
     ],
 )  # fmt: skip
 def test_a_combination_that_cannot_work_is_refused(flags: list[str], backend: str, message: str) -> None:
     args = runs.train_script().parse_args([*PATHS, *flags])
     with pytest.raises(UserError, match=re.escape(message)):
-        check_backend_flags(args, BACKENDS[backend])
+        check_backend_flags(args, BACKENDS[backend], half=True)
 
 
 @pytest.mark.parametrize("backend", ["single", "ddp", "zero2", "fsdp1", "fsdp2"])
@@ -35,4 +40,41 @@ def test_the_flags_work_elsewhere(backend: str) -> None:
     args = runs.train_script().parse_args(
         [*PATHS, "--compile", "--lora_rank=4", "--lora_type=dora", "--deterministic"]
     )
-    check_backend_flags(args, BACKENDS[backend])
+    check_backend_flags(args, BACKENDS[backend], half=True)
+
+
+@pytest.mark.parametrize("backend", ["single", "ddp"])
+def test_small_cards_are_trained_on_by_one_process_and_ddp(backend: str) -> None:
+    words = [*PATHS, *STREAMED, "--offload_activations", "--stream_blocks=3", "--base_precision=int8"]
+    args = runs.train_script().parse_args(words)
+    check_backend_flags(args, BACKENDS[backend], half=True)
+    with pytest.raises(UserError, match="--base_precision: int8: quantised weights are computed with in bfloat16"):
+        check_backend_flags(args, BACKENDS[backend], half=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient_checkpointing", "--stream_blocks=all"], "--stream_blocks: all: only frozen weights are streamed"),
+        (["--lora_rank=4", "--stream_blocks=all"], "--stream_blocks: all: a streamed block has to be recomputed"),
+        ([*STREAMED, "--stream_blocks=auto", "--compile"], "--stream_blocks: compiled blocks cannot be streamed"),
+        ([*STREAMED, "--stream_blocks=2"], "at least 3 blocks, since 2 streamed blocks are on the GPU at a time"),
+        ([*STREAMED, "--stream_blocks=some"], "auto, all, or at least 3 blocks"),
+        (["--base_precision=nf4"], "--base_precision: nf4: only frozen weights are quantised"),
+        ([*STREAMED, "--lora_type=dora", "--base_precision=int8"], "--base_precision: int8: a DoRA needs the norms"),
+        ([*STREAMED, "--compile", "--base_precision=int8"], "--base_precision: int8: quantised blocks cannot be compiled"),
+    ],
+)  # fmt: skip
+def test_flags_of_small_cards_that_contradict_others_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        runs.train_script().parse_args([*PATHS, *flags])
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("precision", "package"), [("fp8", "torchao"), ("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_package_that_is_missing_is_named_with_its_version(
+    precision: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_precision, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{precision} needs {package}, which is not installed. Fix: pip install {package}=="):
+        runs.train_script().parse_args([*PATHS, *STREAMED, f"--base_precision={precision}"])

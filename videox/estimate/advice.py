@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from videox.estimate.memory import BY_SHARDING, Memory, MemorySetup
+from videox.estimate.memory import BY_SHARDING, UNSHARDED, Memory, MemorySetup
+from videox.models.base_precision import BF16, FP8, INT8, NF4
+from videox.models.recompute import LEAST_STREAMED
 from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 
 # What a change costs, in the order in which changes are considered. A later group is only used where the earlier ones
 # together are not enough.
-FREE, TIME, HOST, OTHER_TRAINING, MORE_GPUS = range(5)
+FREE, TIME, HOST, ROUNDING, OTHER_TRAINING, MORE_GPUS = range(6)
 LORA_RANKS = (32, 16, 8, 4)
 GPU_COUNTS = (2, 4, 8, 16, 32, 64)
 PER_HOST = 8  # GPUs of a machine
@@ -23,7 +25,7 @@ class Change:
     """One setting to change.
 
     Attributes:
-        group: what kind of cost it has: FREE, TIME, HOST, OTHER_TRAINING or MORE_GPUS.
+        group: what kind of cost it has: FREE, TIME, HOST, ROUNDING (of frozen weights), OTHER_TRAINING or MORE_GPUS.
         flags: the flags that make the change, as typed.
         effect: what it costs, in words.
         apply: returns the changed setup; None where it changes nothing or is not possible.
@@ -109,7 +111,7 @@ def _cheapest(
     setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
 ) -> list[Proposal]:
     """Return the proposal that fits with the cheapest kind of changes on the same GPUs, or none."""
-    for group in (FREE, TIME, HOST, OTHER_TRAINING):
+    for group in (FREE, TIME, HOST, ROUNDING, OTHER_TRAINING):
         proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
         if proposal.fits:
             return [proposal]
@@ -192,6 +194,7 @@ def possible_changes(
     smaller: Sequence[SmallerSamples],
     installed: Callable[[str], bool],
     accumulation: int = 1,
+    blocks: int = 0,
 ) -> list[Change]:
     """Return the changes that a run may make, in order of their cost.
 
@@ -201,6 +204,7 @@ def possible_changes(
         smaller: flags of smaller samples, the largest first.
         installed: whether an optimizer's package is installed.
         accumulation: micro-batches per step (--gradient_accumulation_steps).
+        blocks: repeated blocks of the model, which may be streamed; 0: none.
     """
     accumulate = f" --gradient_accumulation_steps {setup.batch * accumulation}"
     free = [
@@ -221,7 +225,8 @@ def possible_changes(
     for backend in ("zero2", sharded_backend, "fsdp2"):
         words = _launch(backend, setup.processes, setup.half)
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
-    host = _offloads(setup, installed)
+    host = [*_of_frozen_weights(HOST, blocks), *_offloads(setup, installed)]
+    rounding = _of_frozen_weights(ROUNDING, blocks)
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
@@ -233,13 +238,36 @@ def possible_changes(
         )
         for rank in LORA_RANKS
     ]
+    if not setup.lora:  # the changes above need a LoRA
+        other += [replace(change, group=OTHER_TRAINING) for change in (*_of_frozen_weights(HOST, blocks), *rounding)]
     other += [
         Change(
             OTHER_TRAINING, samples.flags, f"samples of at most {samples.tokens:,} tokens", partial(_smaller, samples)
         )
         for samples in smaller
     ]
-    return [*free, *time, *host, *other, *_on_more_gpus(setup, sharded_backend)]
+    return [*free, *time, *host, *rounding, *other, *_on_more_gpus(setup, sharded_backend)]
+
+
+def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
+    """Return the changes of one group that apply to a LoRA alone: streamed blocks (HOST), quantised ones (ROUNDING)."""
+    if not blocks:
+        return []
+    if group == HOST:
+        offload = "inputs of recomputed blocks are in host memory between the passes"
+        stream = "frozen weights rest in host memory and are copied when a block runs: bit-identical results"
+        return [
+            Change(HOST, "--offload_activations", offload, _offload_activations),
+            Change(HOST, "--stream_blocks all", stream, partial(_stream, blocks=blocks)),
+        ]
+    effects = {
+        INT8: "frozen weights in 8 bits (torchao): the start prints the error",
+        NF4: "frozen weights in 4 bits (bitsandbytes): the start prints the error",
+    }
+    return [
+        Change(ROUNDING, f"--base_precision {name}", effect, partial(_quantise, precision=name))
+        for name, effect in effects.items()
+    ]
 
 
 def _offloads(setup: MemorySetup, installed: Callable[[str], bool]) -> list[Change]:
@@ -310,6 +338,27 @@ def _recompute(setup: MemorySetup) -> MemorySetup | None:
     return replace(setup, recompute_share=1.0) if setup.recompute_share < 1 else None
 
 
+def _offload_activations(setup: MemorySetup) -> MemorySetup | None:
+    possible = setup.lora and setup.recompute_share > 0 and not setup.offload_activations
+    return replace(setup, offload_activations=True) if possible else None
+
+
+def _stream(setup: MemorySetup, blocks: int) -> MemorySetup | None:
+    possible = setup.lora and setup.recompute_share == 1 and setup.backend in UNSHARDED
+    return replace(setup, streamed=blocks) if possible and setup.streamed < blocks and blocks >= LEAST_STREAMED else None
+
+
+def _quantise(setup: MemorySetup, precision: str) -> MemorySetup | None:
+    smaller = (FP8, INT8, BF16).count(setup.base_precision) if precision == NF4 else setup.base_precision == BF16
+    possible = setup.lora and setup.half and setup.backend in UNSHARDED
+    return replace(setup, base_precision=precision) if possible and smaller else None
+
+
+def _is_unsharded_only(setup: MemorySetup) -> bool:
+    """Return whether the frozen weights are stored in a way that only backends without sharding know."""
+    return bool(setup.streamed) or setup.base_precision != BF16
+
+
 def _use_optimizer(setup: MemorySetup, name: str) -> MemorySetup | None:
     smaller = OPTIMIZERS[name].bytes_per_parameter < kind_of(setup.optimizer).bytes_per_parameter
     possible = setup.backend in OPTIMIZERS[name].backends and not setup.lora and (setup.half or name == "adamw8bit")
@@ -317,7 +366,7 @@ def _use_optimizer(setup: MemorySetup, name: str) -> MemorySetup | None:
 
 
 def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
-    if backend not in kind_of(setup.optimizer).backends or setup.processes == 1:
+    if backend not in kind_of(setup.optimizer).backends or setup.processes == 1 or _is_unsharded_only(setup):
         return None
     more = BY_SHARDING.index(backend) > BY_SHARDING.index(setup.backend)
     return replace(setup, backend=backend, half=True, zero={}) if more else None
@@ -335,7 +384,7 @@ def _is_sharded_by_zero3(optimizer: str) -> bool:
 def _offload_to_host(setup: MemorySetup, named: str) -> MemorySetup | None:
     done = setup.offloads("optimizer") and setup.offloads("param")
     possible = _is_sharded_by_zero3(setup.optimizer)
-    if done or (not possible and setup.optimizer != named):
+    if done or _is_unsharded_only(setup) or (not possible and setup.optimizer != named):
         return None  # flags name another optimizer already
     to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     optimizer = setup.optimizer if possible else "adamw"
@@ -363,7 +412,7 @@ def _smaller(samples: SmallerSamples, setup: MemorySetup) -> MemorySetup | None:
 
 def _more_gpus(setup: MemorySetup, count: int, backend: str, named: str) -> MemorySetup | None:
     optimizer = moments_of(setup.optimizer)
-    if count <= setup.processes or backend not in kind_of(optimizer).backends:
+    if count <= setup.processes or backend not in kind_of(optimizer).backends or _is_unsharded_only(setup):
         return None
     if setup.optimizer != named and kind_of(named).on_host:
         return None  # a LoRA, whose flags name an optimizer already

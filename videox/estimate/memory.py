@@ -36,8 +36,8 @@ BY_SHARDING = (*UNSHARDED, "zero2", "fsdp1", "zero3", "fsdp2")  # backends in or
 class BlockWeights:
     """The weights of a repeated block, without adapters.
 
-    elements: all; linear: those of the weights of linear layers; rows: the rows of these weights; largest: elements of
-    the largest of them.
+    elements: all; linear: those of the weights of linear layers that --base_precision quantises; rows: the rows of these
+    weights; largest: elements of the largest of them.
     """
 
     elements: int
@@ -348,7 +348,7 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     """Return the bytes of host memory of one machine: while loading, and while training.
 
     Every process loads the whole transformer, in its final dtype, before it is moved or sharded; under ZeRO-3 and
-    FSDP2 a process reads its own shard alone. Encoders are in shared memory, once for all processes of a machine.
+    FSDP2 a process reads its own shard alone. Streamed blocks at rest and encoders are in shared memory, once for all processes of a machine.
     """
     count, trainable = setup.per_host, float(parameters.trainable)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
@@ -367,7 +367,11 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
         training["streamed blocks"] = frozen_bytes(parameters, setup).resting
     if setup.ema_device == "cpu":
         training["average"] = count * _sharded_bytes(4.0 * trainable, setup)
-    return {"loading": count * setup.frozen_bytes * parameters.total * share + encoders.total(), **training}
+    loading = setup.frozen_bytes * parameters.total * share
+    if setup.base_precision != BF16:  # a block is quantised when it was read
+        frozen = frozen_bytes(parameters, setup)
+        loading = frozen.resident + frozen.resting + kind_of(setup.optimizer).weight_bytes * trainable
+    return {"loading": count * loading + encoders.total(), **training}
 
 
 def checkpoint_size(parameters: Parameters, setup: MemorySetup) -> float:

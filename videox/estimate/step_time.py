@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from videox.estimate.flops import Block, Network
 from videox.estimate.gpus import Gpu
+from videox.estimate.memory import MemorySetup, Parameters, frozen_bytes
 from videox.estimate.rates import Rates
+from videox.models.base_precision import BF16, NF4, quantised_bytes
+from videox.models.recompute import ON_DEVICE
 from videox.optim.registry import REPLICATED, kind_of, moments_of
-
-if TYPE_CHECKING:  # its module is heavier than the formulas here
-    from videox.estimate.memory import MemorySetup, Parameters
 
 # Kernels of a block's forward pass, traced in diffusers' eager blocks of both families; the backward pass has twice as
 # many. The host queues them one by one. The time of one is a rough figure for a server's processor, until it is
@@ -103,7 +103,7 @@ class StepModel:
         exchange = exchanged_bytes(self.parameters, self.setup) / self._between_gpus()
         return work._replace(
             communication=max(exchange - seconds, 0.0),
-            host=self._offload(samples, tokens, recomputed, keep),
+            host=self._offload(samples, tokens, recomputed, keep) + self._streaming(samples, tokens, recomputed, keep),
             launches=max(self.launch_seconds(len(recomputed)) - seconds, 0.0),
         )
 
@@ -112,7 +112,8 @@ class StepModel:
         blocks = self.network.blocks
         work = self._pass([*blocks], samples, tokens)
         outside = samples * self.network.outside(tokens) / self.rates.matmul
-        return work.plus(Parts(matmul=outside, memory=self._casts(self.parameters.total) / self.rates.memory))
+        moved = self._casts(self.parameters.total) + _dequantised_bytes(self.parameters, self.setup)
+        return work.plus(Parts(matmul=outside, memory=moved / self.rates.memory))
 
     def recomputation(self, samples: int, tokens: int, recomputed: Collection[int], keep: str = "") -> Parts:
         """Return the work of the forward passes that a backward pass repeats."""
@@ -122,7 +123,9 @@ class StepModel:
         work = self._pass(blocks, samples, tokens)
         kept = samples * sum(block.kept_flops(keep)(tokens) for block in blocks) / self.rates.attention
         in_blocks = (self.parameters.total - self.parameters.outside) * len(blocks) / len(self.network.blocks)
-        return work.plus(Parts(attention=-kept, memory=self._casts(in_blocks) / self.rates.memory))
+        moved = self._casts(in_blocks)
+        moved += _dequantised_bytes(self.parameters, self.setup) * len(blocks) / len(self.network.blocks)
+        return work.plus(Parts(attention=-kept, memory=moved / self.rates.memory))
 
     def backward(self, samples: int, tokens: int) -> Parts:
         """Return the work of a micro-batch's backward pass, without recomputation."""
@@ -130,6 +133,7 @@ class StepModel:
         attention = 2 * sum(block.attention(tokens) for block in network.blocks)
         products = network.forward_backward(tokens) - network.forward(tokens) - attention
         moved = samples * sum(self._traffic(block, tokens)[1] for block in network.blocks)
+        moved += _dequantised_bytes(self.parameters, self.setup)
         weights = kind_of(self.setup.optimizer).weight_bytes * self.parameters.trainable
         if self._casts(1):
             moved += 1.5 * weights  # bfloat16 gradients are read, float32 ones are written
@@ -220,6 +224,31 @@ class StepModel:
         again = self.recomputation(samples, tokens, recomputed, keep).total() / len(recomputed)
         backward = again + self.backward(samples, tokens).total() / count
         return sum(max(copy - forward, 0.0) + max(copy - backward, 0.0) for copy in copies)
+
+    def _streaming(self, samples: int, tokens: int, recomputed: Collection[int], keep: str) -> float:
+        """Return by how much copies of streamed weights (--stream_blocks) outlast the blocks beside them."""
+        streamed = self.setup.streamed
+        if not streamed:
+            return 0.0
+        forward, copy = self.forward(samples, tokens).total(), streamed_bytes(self.parameters, self.setup) / self.rates.host
+        backward = self.recomputation(samples, tokens, recomputed, keep).plus(self.backward(samples, tokens)).total()
+        return max(copy - forward, 0.0) + max(copy - backward, 0.0)
+
+
+def streamed_bytes(parameters: Parameters, setup: MemorySetup) -> float:
+    """Return the bytes of streamed weights that are copied to the GPU in one pass: two blocks are there from before."""
+    count = setup.streamed
+    return frozen_bytes(parameters, setup).resting * max(count - ON_DEVICE, 0) / count if count else 0.0
+
+
+def _dequantised_bytes(parameters: Parameters, setup: MemorySetup) -> float:
+    """Return what a GPU reads and writes to dequantise the frozen weights of all blocks once."""
+    if setup.base_precision == BF16:
+        return 0.0
+    read = sum(quantised_bytes(setup.base_precision, block.linear, block.rows) for block in parameters.blocks)
+    # 8-bit values are cast and then multiplied: written, read and written again
+    written = 2 if setup.base_precision == NF4 else 6
+    return read + written * sum(block.linear for block in parameters.blocks)
 
 
 def exchanged_bytes(parameters: Parameters, setup: MemorySetup) -> float:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-BF16 = "bf16"  # the default: as computed in
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from videox.errors import UserError
+
+BF16 = "bf16"  # the default: in the dtype of computation
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 PRECISIONS = (BF16, FP8, INT8, NF4)
+PACKAGES = {FP8: "torchao==0.18.0", INT8: "torchao==0.18.0", NF4: "bitsandbytes==0.50.2"}
 NF4_GROUP = 64  # elements that share a scale; 8-bit weights have a scale for each row (output feature)
 SCALE = 4  # bytes
 
 
+def is_quantised(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter of a repeated block is a weight of a linear layer that is quantised.
+
+    Modulation, by which norms are scaled and shifted, keeps its precision; diffusers names its layers as parts of norms.
+
+    Args:
+        name: of the parameter, in the block or in the model.
+        shape: of the parameter.
+    """
+    *modules, kind = name.split(".")
+    return kind == "weight" and len(shape) == 2 and not any(module.startswith("norm") for module in modules)
+
+
 def quantised_bytes(precision: str, elements: int, rows: int) -> float:
-    """Return the bytes of weights of linear layers.
+    """Return the bytes of weights of linear layers with their scales.
 
     Args:
         precision: FP8, INT8 or NF4.
@@ -20,3 +39,11 @@ def quantised_bytes(precision: str, elements: int, rows: int) -> float:
     if precision == NF4:
         return elements / 2 + SCALE * elements / NF4_GROUP
     return float(elements + SCALE * rows)
+
+
+def check_precision_installed(precision: str) -> None:
+    """Raise UserError if the package that quantises to a precision is not installed."""
+    package = PACKAGES.get(precision, "")
+    if package and find_spec(package.partition("=")[0]) is None:
+        what = f"{precision} needs {package.partition('=')[0]}, which is not installed"
+        raise UserError("--base_precision", what, f"pip install {package}")

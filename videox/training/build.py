@@ -36,9 +36,12 @@ from videox.files import atomic_write
 from videox.lora.adapters import AdaptedTensors, Lora
 from videox.lora.checkpoint import LoraWeights, prepare_lora
 from videox.lora.targets import choose_targets
+from videox.models.base_precision import BF16
 from videox.models.configured import Component
 from videox.models.meta_init import is_sharded
 from videox.models.norm_dtype import keep_norm_dtype
+from videox.models.quantised import element_count
+from videox.models.quantised_loading import load_quantised
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
 from videox.optim.build import choose_trainable, clip_limit, lr_schedule
 from videox.optim.registry import kind_of
@@ -114,12 +117,18 @@ def build_lora(
 def load_model(
     args: argparse.Namespace,
     ctx: Context,
+    schedule: Schedule,
     model_class: Any,  # noqa: ANN401 - of diffusers
     component: Component,
 ) -> Any:  # noqa: ANN401 - of diffusers
-    """Load the transformer: trainable weights in float32, the frozen ones of a LoRA run in the compute dtype."""
+    """Load the transformer: trainable weights in float32, the frozen ones of a LoRA run in --base_precision."""
     with memory_phase("loading the model"):
-        return load_transformer(model_class, component, ctx.accelerator, fp32_params=with_fp32_params(args))
+        if args.base_precision == BF16:  # the compute dtype
+            return load_transformer(model_class, component, ctx.accelerator, fp32_params=with_fp32_params(args))
+        lists = [*schedule.profile.blocks]
+        model, error = load_quantised(model_class, component, lists, args.base_precision, ctx.device)
+    ctx.print(f"base       {args.base_precision}: {error}")
+    return model
 
 
 def base_lr(args: argparse.Namespace, schedule: Schedule) -> float:
@@ -162,7 +171,7 @@ def build_engine(
             full, half = attach_adapters(transformer, lora.lora, lora.values, ctx.accelerator), []
             stored = AdaptedTensors(stored, lora.values) if stored is not None else None
         full_weights = checkpoint_bytes(transformer, trained=4, frozen=4 if lora is None else 0)
-        numbers = checkpoint_bytes(transformer, trained=1, frozen=1)
+        numbers = element_count(transformer)
         stream_frozen(args, ctx, blocks)
         make = optimizer_factory(args, base_lr(args, schedule), full, half)
         engine = _engine_of_backend(args, ctx, schedule, transformer, blocks, make, stored, lora)

@@ -19,7 +19,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import UserError
 from videox.estimate.activation_choice import CHOICES, choose_recompute
-from videox.estimate.advice import Proposal, SmallerSamples, possible_changes, propose
+from videox.estimate.advice import LORA_RANKS, Proposal, SmallerSamples, possible_changes, propose
 from videox.estimate.duration import Speed
 from videox.estimate.flops import Network
 from videox.estimate.gpus import Gpu
@@ -36,6 +36,7 @@ from videox.estimate.memory import (
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.module_facts import Modules
 from videox.lora.targets import adapter_sizes, choose_targets
+from videox.models.base_precision import is_quantised
 from videox.models.config_files import read_json
 from videox.models.recompute import LEAST_STREAMED, Recompute, select_blocks
 from videox.optim.registry import OPTIMIZERS
@@ -149,6 +150,7 @@ class RunMemory:
             accumulation=max(args.gradient_accumulation_steps, 1 if args.slot_fill == "fixed" else 2),
             keep=args.gradient_checkpointing_keep or "",
             offload_activations=args.offload_activations,
+            base_precision=args.base_precision,
         )
         self.modules = Modules(model.components)
         self.parameters = cache(self._parameters)
@@ -236,9 +238,13 @@ class RunMemory:
             smaller=list(self._smaller_samples()),
             installed=lambda name: find_spec(OPTIMIZERS[name].module) is not None,
             accumulation=self.args.gradient_accumulation_steps,
+            blocks=len(self.parameters(self.setup.lora_rank or LORA_RANKS[0]).blocks),
         )
         if self.args.activation_memory:  # which has chosen already what is recomputed
-            changes = [change for change in changes if not change.flags.startswith("--gradient_checkpointing")]
+            chosen = ("--gradient_checkpointing", "--offload_activations", "--stream_blocks")
+            changes = [change for change in changes if not change.flags.startswith(chosen)]
+        if self.args.lora_type == "dora" or self.args.compile:  # which need the weights as they are
+            changes = [change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))]
         return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
 
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
@@ -279,12 +285,12 @@ class RunMemory:
     def _parameters(self, lora_rank: int) -> Parameters:
         args, shapes = self.args, self.modules.shapes()
         sizes = dict[tuple[str, ...], int]()  # elements by block, such as ("blocks", "3"); (): outside of them
-        linear = dict[tuple[str, ...], list[tuple[int, ...]]]()  # shapes of the weights of linear layers
+        linear = dict[tuple[str, ...], list[tuple[int, ...]]]()  # shapes of what --base_precision quantises
         for name, shape in shapes.items():
             block = tuple(name.split(".")[:2])
             block = block if block[0] in self.model.blocks else ()
             sizes[block] = sizes.get(block, 0) + math.prod(shape)
-            linear.setdefault(block, []).extend([shape] * (len(shape) == 2))
+            linear.setdefault(block, []).extend([shape] * is_quantised(name, shape))
         everything, outside = sum(sizes.values()), sizes.pop((), 0)
         if lora_rank:
             targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)

@@ -6,6 +6,7 @@ import argparse
 
 from videox.distributed.backends import Backend
 from videox.errors import UserError
+from videox.models.base_precision import BF16, PRECISIONS, check_precision_installed
 from videox.models.recompute import LEAST_STREAMED, ON_DEVICE
 from videox.training.argument_parser import AUTO, Parser
 
@@ -31,6 +32,11 @@ def add_speed(parser: Parser) -> None:
         "keep the inputs of recomputed blocks in pinned host memory between the passes; gradients are bit-identical"
     )
     add("--offload_activations", action="store_true", help=offload)
+    base = (
+        "precision of the frozen linear layers of the blocks under a LoRA: bf16 (as computed), fp8 or int8 (torchao), nf4 "
+        "(4 bits, bitsandbytes); the start prints how much the outputs of blocks change"
+    )
+    add("--base_precision", choices=PRECISIONS, default=BF16, help=base)
     stream = (
         "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) rest in host memory and are copied to the "
         "GPU when a block runs; for a LoRA with --gradient_checkpointing; results are bit-identical"
@@ -80,6 +86,22 @@ def check_speed(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}", what, "add one of them, or remove the flag")
     if args.stream_blocks:
         _check_streaming(args)
+    if args.base_precision != BF16:
+        _check_precision(args)
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    """Raise UserError where --base_precision cannot work with another flag, or needs a package."""
+    value = args.base_precision
+    if not args.lora_rank:
+        what = f"{value}: only frozen weights are quantised, and without --lora_rank all of them are trained"
+        raise UserError("--base_precision", what, "add --lora_rank, or remove the flag")
+    if args.lora_type == "dora":
+        what = f"{value}: a DoRA needs the norms of the weights in full precision"
+        raise UserError("--base_precision", what, "train with --lora_type lora, or remove the flag")
+    if args.compile:
+        raise UserError("--base_precision", f"{value}: quantised blocks cannot be compiled", "remove --compile")
+    check_precision_installed(value)
 
 
 def _check_streaming(args: argparse.Namespace) -> None:
@@ -95,8 +117,17 @@ def _check_streaming(args: argparse.Namespace) -> None:
         raise UserError("--stream_blocks", "compiled blocks cannot be streamed", "remove --compile, or this flag")
 
 
-def check_backend_flags(args: argparse.Namespace, backend: Backend) -> None:
-    """Raise UserError if a flag of speed cannot be used under a backend, or names an unknown attention kernel."""
+def check_backend_flags(args: argparse.Namespace, backend: Backend, *, half: bool) -> None:
+    """Raise UserError if a flag of speed cannot be used under a backend, or names an unknown attention kernel.
+
+    half: the run computes in bfloat16.
+    """
+    if args.base_precision != BF16 and backend.engine != "replicated":
+        what = f"{args.base_precision}: {backend.name} stores the frozen weights in its own way"
+        raise UserError("--base_precision", what, "launch one process or DDP, or remove the flag")
+    if args.base_precision != BF16 and not half:
+        what = f"{args.base_precision}: quantised weights are computed with in bfloat16"
+        raise UserError("--base_precision", what, "add --mixed_precision bf16, or remove the flag")
     if args.compile and not backend.compiles:
         what = f"{backend.name} gathers the weights inside of the blocks, so that they cannot be compiled"
         raise UserError("--compile", what, "remove the flag, or launch FSDP2")

@@ -72,7 +72,7 @@ def announce(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift
     refuse_other_backend(checkpoint, backend, optimizer)
     check_checkpoint_kind(checkpoint, args.lora_rank)
     check_supported(optimizer, backend.name, ctx.accelerator.mixed_precision, lora=args.lora_rank > 0)
-    check_backend_flags(args, backend)
+    check_backend_flags(args, backend, half=ctx.accelerator.mixed_precision == "bf16")
     if is_class_name(optimizer) and backend.engine == "deepspeed":
         refuse_under_deepspeed(ctx, optimizer)
     if checkpoint and backend.engine == "fsdp":

@@ -97,6 +97,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "dry_run": ("dryrun", "estimate", "plan"),
     "compile": ("torch_compile", "compile_model", "use_compile"),
     "offload_activations": ("gradient_checkpointing_cpu_offload", "activation_offloading", "offload_checkpoints"),
+    "base_precision": ("fp8_base", "fp8_scaled", "quantize", "quantize_base", "transformer_dtype", "base_model_precision"),
     "stream_blocks": ("blocks_to_swap", "block_swap", "block_swap_h2d_only", "blocks_swap"),
     "vae_tiling": ("enable_vae_tiling", "vae_enable_tiling", "tiled_vae"),
     "deterministic": ("use_deterministic", "full_determinism"),
@@ -126,7 +127,7 @@ INSTEAD: Mapping[str, str] = {
          "sage_attn"), ATTENTION,
     ),
     **dict.fromkeys(
-        ("fp8_base", "fp8_scaled", "fp8_t5", "fp8_llm", "quantize", "fp8"), SMALLER
+        ("fp8_t5", "fp8_llm", "fp8"), SMALLER
     ),
     **dict.fromkeys(
         ("t5", "t5_path", "text_encoder", "text_encoder1", "text_encoder2", "text_encoder_path", "clip", "clip_path",

@@ -1,0 +1,101 @@
+"""Tests of videox.models.quantised_loading: block by block, with the error of each, and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from networks import CONFIGS, SMALL_CONFIGS, blocks_of, build_transformer, is_joint
+from safetensors.torch import load_file, save_file
+
+from videox.errors import UserError
+from videox.models.base_precision import FP8, INT8, NF4
+from videox.models.component import load_checked
+from videox.models.configured import Component
+from videox.models.quantised import QuantisedLinear, quantise
+from videox.models.quantised_loading import load_quantised, probe_inputs
+from videox.models.streamed_blocks import stream_blocks
+
+CPU = torch.device("cpu")
+LISTS = {False: ["blocks"], True: ["transformer_blocks", "single_transformer_blocks"]}
+CLASSES = {False: WanTransformer3DModel, True: HunyuanVideoTransformer3DModel}
+
+
+def saved(name: str, folder: Path) -> tuple[type, Component, list[str]]:
+    """Return class, component and lists of blocks of a model that was written to a folder."""
+    config = SMALL_CONFIGS[name]
+    torch.manual_seed(0)
+    build_transformer(config).save_pretrained(folder)
+    joint = is_joint(config)
+    read: Any = CLASSES[joint].load_config(folder)
+    return CLASSES[joint], Component(folder, read), LISTS[joint]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("text", INT8),
+        pytest.param("image", FP8, marks=pytest.mark.slow),
+        pytest.param("text", NF4, marks=pytest.mark.slow),
+        ("joint, first frame concatenated", NF4),
+        pytest.param("joint", FP8, marks=pytest.mark.slow),
+    ],
+)
+def test_only_linear_layers_of_blocks_are_quantised(name: str, precision: str, tmp_path: Path) -> None:
+    model_class, component, lists = saved(name, tmp_path)
+    model, error = load_quantised(model_class, component, lists, precision, CPU)
+    expected = load_checked(model_class, component, torch.bfloat16)
+    found, layers = model.state_dict(), {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+    kept = {key for key in found if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    values = expected.state_dict()
+    for key in kept:
+        assert torch.equal(found[key], values[key]) and found[key].dtype == values[key].dtype, key
+    assert values.keys() - kept == {f"{layer}.weight" for layer in layers}
+    assert all(layer.startswith(tuple(lists)) and "norm" not in layer for layer in layers)
+    layer = next(iter(layers))
+    for found_part, part in zip((layers[layer].values, layers[layer].scale), quantise(values[f"{layer}.weight"], precision), strict=True):
+        assert torch.equal(found_part, part)
+    assert len(error.of_blocks) == len(blocks_of(model))
+    low, high = {FP8: (1e-3, 0.05), INT8: (3e-4, 0.02), NF4: (3e-3, 0.15)}[precision]
+    assert all(low < each < high for each in error.of_blocks) and low < error.mean() < high
+    assert f"differs by {error.mean():.2%} from bfloat16" in str(error)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_loading_twice_gives_equal_weights_and_streaming_equal_outputs(tmp_path: Path) -> None:
+    model_class, component, lists = saved("text", tmp_path)
+    first, error = load_quantised(model_class, component, lists, NF4, CPU)
+    second, again = load_quantised(model_class, component, lists, NF4, CPU)
+    assert error == again
+    second.requires_grad_(False)
+    second.enable_gradient_checkpointing()
+    given = probe_inputs(first.config, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = first(**given)[0]
+        assert torch.equal(second(**given)[0], expected)
+        stream_blocks(blocks_of(second), range(3), CPU, lambda value: [value])
+        assert torch.equal(second(**given)[0], expected)
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model_class, component, lists = saved("text", tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.1.attn1.to_q.weight"][3, 5] = float("inf")
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q\.weight contains values that are not finite"):
+        load_quantised(model_class, component, lists, INT8, CPU)
+
+
+@pytest.mark.parametrize("config", [*SMALL_CONFIGS.values(), *CONFIGS.values()])
+def test_the_probe_has_the_inputs_of_every_model(config: Mapping[str, Any]) -> None:
+    """On the meta device, where models of any size run."""
+    with torch.device("meta"):
+        model = build_transformer({**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}})
+    given = probe_inputs(model.config, torch.device("cpu"))
+    moved = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    assert model(**moved)[0].shape[0] == 1

@@ -1,0 +1,130 @@
+"""Linear layers with frozen weights of 8 or 4 bits, through which gradients flow to their inputs (--base_precision).
+
+torchao and bitsandbytes quantise. Their own layers are not used, because of what these save for the backward pass:
+torchao's the weight in bfloat16, and bitsandbytes' the weight outside of autograd's saved tensors, where activation
+checkpointing does not replace it by that of the recomputation. Streamed blocks need that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from videox.models.base_precision import FP8, NF4, NF4_GROUP
+
+
+def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Return a weight's quantised values and their scales, float32.
+
+    8-bit values have the shape of the weight: int8, or uint8 with the bits of float8_e4m3fn, which collectives do not
+    accept everywhere. Their scales are [rows, 1]: the largest magnitude of a row divided by that of the dtype. 4-bit
+    values are uint8 [elements / 2, 1], two in a byte, with a scale for NF4_GROUP elements in the order of memory: the
+    NormalFloat of QLoRA (Dettmers et al. 2023), without a second quantisation of the scales.
+
+    Args:
+        weight: bfloat16 or float32 [rows, columns], with an even number of elements.
+        precision: FP8, INT8 or NF4.
+    """
+    if precision == NF4:
+        from bitsandbytes.functional import quantize_4bit  # an optional package
+
+        values, state = quantize_4bit(weight.contiguous(), blocksize=NF4_GROUP, quant_type="nf4")
+        return values, state.absmax
+    from torchao.quantization import (  # imported where used: slow
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
+
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    config = Float8WeightOnlyConfig if precision == FP8 else Int8WeightOnlyConfig
+    quantize_(layer, config(set_inductor_config=False))
+    quantised: Any = layer.weight
+    values = quantised.qdata.view(torch.uint8) if precision == FP8 else quantised.qdata
+    return values.contiguous(), quantised.scale.float().reshape(rows, 1).contiguous()
+
+
+def dequantise(values: Tensor, scale: Tensor, precision: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the weight that quantised values stand for: their product with the scales in float32, rounded to dtype.
+
+    Args:
+        values, scale, precision: of `quantise`.
+        shape: of the weight.
+        dtype: of the result.
+    """
+    if precision == NF4:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = QuantState(absmax=scale, shape=shape, blocksize=NF4_GROUP, quant_type="nf4", dtype=dtype)
+        return dequantize_4bit(values, state)
+    exact = values.view(torch.float8_e4m3fn) if precision == FP8 else values
+    return exact.to(dtype).mul_(scale)  # all values of 8 bits are exact in bfloat16
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b with a frozen quantised weight W; W itself is there only while it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, layer: Any) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(values, scale)
+        ctx.weight_of = layer.weight_of
+        return nn.functional.linear(x, layer.weight_of(values, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (gradient,) = gradients
+        values, scale = ctx.saved_tensors
+        return gradient @ ctx.weight_of(values, scale, gradient.dtype), None, None, None, None
+
+
+class QuantisedLinear(nn.Linear):
+    """A linear layer whose frozen weight is quantised.
+
+    Args:
+        linear: the layer to replace.
+        precision: FP8, INT8 or NF4.
+
+    Attributes:
+        values, scale: of `quantise`.
+        bias: in the dtype of computation, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: str) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
+        self._dtype = linear.weight.dtype
+        values, scale = quantise(linear.weight.detach(), precision)
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Shape and dtype of the weight, on the meta device: peft reads them when it adds an adapter."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+
+    def weight_of(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight, [out_features, in_features]."""
+        return dequantise(values, scale, self.precision, torch.Size((self.out_features, self.in_features)), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, in the dtype of autocast if it is enabled."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _FrozenProduct.apply(x, self.values, self.scale, bias, self)  # type: ignore[no-untyped-call]
+
+
+def element_count(model: nn.Module) -> int:
+    """Return the number of a model's parameters, where a quantised weight counts as what it stands for."""
+    layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+    stored = sum(layer.values.numel() + layer.scale.numel() for layer in layers)
+    # DeepSpeed's sharded parameters are empty, and have their size as an attribute
+    everything = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return everything - stored + sum(x.in_features * x.out_features for x in layers)
