@@ -199,7 +199,7 @@ def test_a_wait_in_the_loop_is_found(rehearsals: Rehearsals, tmp_path: Path) -> 
 def test_a_wait_of_streamed_blocks_that_is_removed_is_found(
     rehearsals: Rehearsals, tmp_path: Path, change: str
 ) -> None:
-    """A copy that the block does not wait for is read too early; one that does not wait replaces what is still used."""
+    """A copy that the block does not wait for is read too early; one that does not wait replaces what is in use."""
     script = tmp_path / runs.TRAIN_SCRIPTS["hunyuanvideo"]
     script.parent.mkdir(parents=True)
     source = (tiny.ROOT / runs.TRAIN_SCRIPTS["hunyuanvideo"]).read_text(encoding="utf-8")

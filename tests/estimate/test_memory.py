@@ -258,7 +258,9 @@ LINEAR = 8 * 5120**2 + 2 * 5120 * 13_824
 ROWS = 9 * 5120 + 13_824
 BLOCK = BlockWeights(LINEAR + 100_000, LINEAR, ROWS, 5120 * 13_824)
 ADAPTERS = 77_000_000
-ADAPTED = Parameters(40 * BLOCK.elements + 247_000_000 + ADAPTERS, ADAPTERS, BLOCK.elements, 247_000_000, (BLOCK,) * 40)
+ADAPTED = Parameters(
+    40 * BLOCK.elements + 247_000_000 + ADAPTERS, ADAPTERS, BLOCK.elements, 247_000_000, (BLOCK,) * 40
+)
 SMALL_CARD = replace(SETUP, backend="ddp", lora_rank=32)
 
 

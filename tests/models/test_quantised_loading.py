@@ -57,7 +57,9 @@ def test_only_linear_layers_of_blocks_are_quantised(name: str, precision: str, t
     assert values.keys() - kept == {f"{layer}.weight" for layer in layers}
     assert all(layer.startswith(tuple(lists)) and "norm" not in layer for layer in layers)
     layer = next(iter(layers))
-    for found_part, part in zip((layers[layer].values, layers[layer].scale), quantise(values[f"{layer}.weight"], precision), strict=True):
+    for found_part, part in zip(
+        (layers[layer].values, layers[layer].scale), quantise(values[f"{layer}.weight"], precision), strict=True
+    ):
         assert torch.equal(found_part, part)
     assert len(error.of_blocks) == len(blocks_of(model))
     low, high = {FP8: (1e-3, 0.05), INT8: (3e-4, 0.02), NF4: (3e-3, 0.15)}[precision]
@@ -95,7 +97,9 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def test_the_probe_has_the_inputs_of_every_model(config: Mapping[str, Any]) -> None:
     """On the meta device, where models of any size run."""
     with torch.device("meta"):
-        model = build_transformer({**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}})
+        model = build_transformer(
+            {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}}
+        )
     given = probe_inputs(model.config, torch.device("cpu"))
     moved = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in given.items()}
     assert model(**moved)[0].shape[0] == 1

@@ -20,6 +20,7 @@ from videox.distributed.collectives import gather_objects
 from videox.models.configured import Component
 from videox.models.folder import load_strictly
 from videox.models.shared_memory import load_frozen, stored_dtype
+from videox.models.streamed_blocks import stream_blocks
 
 CLASSES = {"text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan}
 WORLD = 2
@@ -124,3 +125,47 @@ def test_a_cast_encoder_is_in_memory_once_per_machine(tmp_path: Path) -> None:
     assert total_separate > 2 * size
     assert size < total_shared < size + SPARE
     assert total_shared < total_separate - 0.9 * size
+
+
+def stream_and_report() -> int:
+    """Entry point of a rank: stream four blocks of 32 MB and write outputs and memory use to a file."""
+    (out,) = json.loads(sys.argv[1])
+    accelerator, _ = make_accelerator("bf16")
+    gather = gather_objects(accelerator)
+    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 131072)
+    torch.manual_seed(0)
+    blocks = [torch.nn.Linear(4096, 4096, dtype=torch.bfloat16).requires_grad_(False) for _ in range(4)]
+    x = torch.randn(1, 4096, dtype=torch.bfloat16)
+    gather(None)
+    before = private_bytes()
+    expected = [block(x) for block in blocks]
+    stream = stream_blocks(blocks, range(4), torch.device("cpu"), gather)
+    with torch.no_grad():
+        equal = all(torch.equal(block(x), output) for block, output in zip(blocks, expected, strict=True))
+    gather(None)
+    used = private_bytes() - before
+    gather(None)
+    report = {"equal": equal, "taken": used, "bytes": stream.bytes}
+    Path(f"{out}-{accelerator.process_index}.json").write_text(json.dumps(report))
+    return 0
+
+
+@pytest.mark.slow
+def test_streamed_weights_are_once_in_the_memory_of_a_machine(tmp_path: Path) -> None:
+    """Before, each process has 128 MB; then both together have these, and each two buffers of 32 MB."""
+    out = tmp_path / "streamed"
+    ranks = forkserver.shared().start_ranks(
+        WORLD,
+        [json.dumps([str(out)])],
+        out.with_suffix(".log"),
+        entry_points=["tests.models.test_shared_memory:stream_and_report"] * WORLD,
+        environment=launcher_environment("ddp", "wan2.1 normal", WORLD),
+    )
+    assert [rank.wait() for rank in ranks] == [0] * WORLD, [rank.output()[-3000:] for rank in ranks]
+    reports = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(WORLD)]
+    assert all(report["equal"] for report in reports)
+    size = reports[0]["bytes"]
+    assert 4 * 2 * 4096**2 <= size < 4.01 * 2 * 4096**2
+    change = sum(report["taken"] for report in reports)
+    expected = size - WORLD * size + WORLD * size / 2  # shared ones, the processes' own, and the buffers
+    assert abs(change - expected) < SPARE

@@ -92,9 +92,7 @@ def test_ten_losses_and_a_resumed_run_are_bit_identical(small: SmallRuns, kind: 
         assert resident.losses == pytest.approx(plain.losses, rel=0.05)
         assert f"base       {precision}: the output of a block differs by " in resident.stdout
     checkpoint = streamed.folder / "checkpoint-5"
-    resumed = small(
-        kind, 10, base_precision=precision, output_dir=streamed.folder, resume_from_checkpoint=checkpoint
-    )
+    resumed = small(kind, 10, base_precision=precision, output_dir=streamed.folder, resume_from_checkpoint=checkpoint)
     assert numbers(resumed) == numbers(resident)
 
 
@@ -108,7 +106,9 @@ def test_three_of_four_blocks_may_be_streamed_and_auto_streams_what_does_not_fit
     assert f"streaming  {BLOCKS} of {BLOCKS} blocks" in tight.stdout
     for outcome in (some, roomy, tight):
         assert_alike(outcome, small())
-    names = {json.loads((o.folder / "checkpoint-4/trainer_state.json").read_text())["run"] for o in (some, roomy, small())}
+    names = {
+        json.loads((o.folder / "checkpoint-4/trainer_state.json").read_text())["run"] for o in (some, roomy, small())
+    }
     assert len(names) == 1
 
 
@@ -122,7 +122,9 @@ def test_a_quantised_run_is_merged_into_the_bfloat16_base(small: SmallRuns) -> N
     for name, value in base.items():
         if name.removesuffix(".weight") not in adapted:
             assert torch.equal(merged[name].float(), value.to(merged[name].dtype).float()), name
-    changed = [name for name in adapted if not torch.equal(merged[f"{name}.weight"], base[f"{name}.weight"].bfloat16())]
+    changed = [
+        name for name in adapted if not torch.equal(merged[f"{name}.weight"], base[f"{name}.weight"].bfloat16())
+    ]
     assert changed
     assert outcome.validation  # the held-out loss is that of the quantised model
 
@@ -135,7 +137,5 @@ def test_two_processes_share_the_weights_at_rest(tmp_path: Path, precision: str)
     for name, changes in cases.items():
         ranks = ddp.run_ranks("ddp", tmp_path / name, base_precision=precision, **changes)
         assert launches.exit_codes(ranks) == [0, 0], launches.output_of(ranks)
-    found = [
-        [(step["loss"], step["grad_norm"]) for step in forkserver.read_steps(tmp_path / name)] for name in cases
-    ]
+    found = [[(step["loss"], step["grad_norm"]) for step in forkserver.read_steps(tmp_path / name)] for name in cases]
     assert found[0] == found[1] and len(found[0]) == 4

@@ -174,7 +174,15 @@ def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precisio
     WanTransformer3DModel.from_config(TRANSFORMER).save_pretrained(tmp_path / "model")
     component = Component(tmp_path / "model", dict(WanTransformer3DModel.load_config(tmp_path / "model")))
     model, _ = load_quantised(WanTransformer3DModel, component, ["blocks"], precision, torch.device("cpu"))
-    flags = ["--lora_rank", "4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--base_precision", precision]
+    flags = [
+        "--lora_rank",
+        "4",
+        "--mixed_precision",
+        "bf16",
+        "--gradient_checkpointing",
+        "--base_precision",
+        precision,
+    ]
     run = run_memory(tmp_path, *SMALL_CLIPS, *flags, "--stream_blocks", "all")
     assert run.setup.streamed == 3
     parameters = run.parameters(4)
@@ -190,7 +198,9 @@ def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precisio
 def test_auto_streams_as_few_blocks_as_necessary(tmp_path: Path) -> None:
     flags = ["--lora_rank", "4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--stream_blocks", "auto"]
     run = run_memory(tmp_path, *SMALL_CLIPS, *flags)
-    run.parameters = lambda rank: Parameters(10**9 + 10, 10, 10**8, 0, (BlockWeights(10**8, 10**8, 10**4, 10**6),) * 10)
+    run.parameters = lambda rank: Parameters(
+        10**9 + 10, 10, 10**8, 0, (BlockWeights(10**8, 10**8, 10**4, 10**6),) * 10
+    )
     counts = {}
     for count in (0, *range(3, 11)):
         counts[count] = run.memory(replace(run.setup, streamed=count)).total()

@@ -76,5 +76,7 @@ def test_a_package_that_is_missing_is_named_with_its_version(
     precision: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_precision, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"{precision} needs {package}, which is not installed. Fix: pip install {package}=="):
+    with pytest.raises(
+        UserError, match=f"{precision} needs {package}, which is not installed. Fix: pip install {package}=="
+    ):
         runs.train_script().parse_args([*PATHS, *STREAMED, f"--base_precision={precision}"])

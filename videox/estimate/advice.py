@@ -250,7 +250,7 @@ def possible_changes(
 
 
 def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
-    """Return the changes of one group that apply to a LoRA alone: streamed blocks (HOST), quantised ones (ROUNDING)."""
+    """Return the changes of a group that apply to a LoRA alone: streamed blocks (HOST), quantised ones (ROUNDING)."""
     if not blocks:
         return []
     if group == HOST:
@@ -345,7 +345,9 @@ def _offload_activations(setup: MemorySetup) -> MemorySetup | None:
 
 def _stream(setup: MemorySetup, blocks: int) -> MemorySetup | None:
     possible = setup.lora and setup.recompute_share == 1 and setup.backend in UNSHARDED
-    return replace(setup, streamed=blocks) if possible and setup.streamed < blocks and blocks >= LEAST_STREAMED else None
+    return (
+        replace(setup, streamed=blocks) if possible and setup.streamed < blocks and blocks >= LEAST_STREAMED else None
+    )
 
 
 def _quantise(setup: MemorySetup, precision: str) -> MemorySetup | None:

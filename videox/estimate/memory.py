@@ -36,8 +36,8 @@ BY_SHARDING = (*UNSHARDED, "zero2", "fsdp1", "zero3", "fsdp2")  # backends in or
 class BlockWeights:
     """The weights of a repeated block, without adapters.
 
-    elements: all; linear: those of the weights of linear layers that --base_precision quantises; rows: the rows of these
-    weights; largest: elements of the largest of them.
+    elements: all; linear: those of the weights of linear layers that --base_precision quantises; rows: the rows of
+    these weights; largest: elements of the largest of them.
     """
 
     elements: int
@@ -317,6 +317,11 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     return Memory(states, {"training": training, "encoding": encoding, "step": step}, host)
 
 
+def moved_to_host(host: Mapping[str, float]) -> dict[str, float]:
+    """Return the items of Memory.host that flags move there from the GPU; not those of the encoders."""
+    return {name: size for name, size in host.items() if name.startswith(("offloaded", "streamed")) and size}
+
+
 def pinned_bytes(size: float) -> float:
     """Return the bytes of a pinned buffer: torch's allocator of pinned memory rounds up to a power of two."""
     return float(2 ** math.ceil(math.log2(size))) if size else 0.0
@@ -348,7 +353,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     """Return the bytes of host memory of one machine: while loading, and while training.
 
     Every process loads the whole transformer, in its final dtype, before it is moved or sharded; under ZeRO-3 and
-    FSDP2 a process reads its own shard alone. Streamed blocks at rest and encoders are in shared memory, once for all processes of a machine.
+    FSDP2 a process reads its own shard alone. Streamed blocks at rest and encoders are in shared memory, once for all
+    processes of a machine.
     """
     count, trainable = setup.per_host, float(parameters.trainable)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0

@@ -16,7 +16,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.estimate.advice import AppliedChange, Proposal
 from videox.estimate.duration import Duration, format_duration, format_gpu_time, rounded_hours
 from videox.estimate.flops import Network
-from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup
+from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup, moved_to_host
 from videox.shapes import token_count
 
 WORLD_SIZES = (1, 8, 64, 512)  # numbers of processes for which balance and mix are reported
@@ -335,7 +335,7 @@ def _proposal_title(proposal: Proposal, goal: str) -> str:
 
 
 def _host_lines(last: AppliedChange) -> list[str]:
-    host = {name: size for name, size in last.host.items() if name.startswith("offloaded") and size}
+    host = moved_to_host(last.host)
     return [f"    host memory per machine: {sum(host.values()) / GIB:,.0f} GiB"] if host else []
 
 

@@ -230,13 +230,16 @@ class StepModel:
         streamed = self.setup.streamed
         if not streamed:
             return 0.0
-        forward, copy = self.forward(samples, tokens).total(), streamed_bytes(self.parameters, self.setup) / self.rates.host
+        forward, copy = (
+            self.forward(samples, tokens).total(),
+            streamed_bytes(self.parameters, self.setup) / self.rates.host,
+        )
         backward = self.recomputation(samples, tokens, recomputed, keep).plus(self.backward(samples, tokens)).total()
         return max(copy - forward, 0.0) + max(copy - backward, 0.0)
 
 
 def streamed_bytes(parameters: Parameters, setup: MemorySetup) -> float:
-    """Return the bytes of streamed weights that are copied to the GPU in one pass: two blocks are there from before."""
+    """Return the bytes of streamed weights that are copied to the GPU in one pass; two blocks are there already."""
     count = setup.streamed
     return frozen_bytes(parameters, setup).resting * max(count - ON_DEVICE, 0) / count if count else 0.0
 

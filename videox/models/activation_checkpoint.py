@@ -47,15 +47,13 @@ def keep_policy(keep: str, *details: Any, **settings: Any) -> CheckpointPolicy: 
     return CheckpointPolicy.MUST_SAVE
 
 
-def checkpoint_settings(
-    keep: str, around: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> dict[str, Any]:
+def checkpoint_settings(keep: str, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> dict[str, Any]:
     """Return the keywords of torch's checkpoint.
 
     Args:
         keep: see Recompute.keep.
-        around: returns a context for each pass of a block, for operations that are not counted; used where something is
-            kept.
+        around: returns a context for each pass of a block, for operations that are not counted; used where something
+            is kept.
     """
     if not keep:
         return {"use_reentrant": False}

@@ -18,7 +18,7 @@ SCALE = 4  # bytes
 def is_quantised(name: str, shape: Sequence[int]) -> bool:
     """Return whether a parameter of a repeated block is a weight of a linear layer that is quantised.
 
-    Modulation, by which norms are scaled and shifted, keeps its precision; diffusers names its layers as parts of norms.
+    Modulation, by which norms are scaled and shifted, keeps its precision: its layers are parts of norms in diffusers.
 
     Args:
         name: of the parameter, in the block or in the model.

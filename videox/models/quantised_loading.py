@@ -121,7 +121,7 @@ def _read(
     module: nn.Module, prefix: str, names: Iterator[str] | Sequence[str], source: TensorSource, fp32: set[str],
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Read parameters of a module in bfloat16, or in float32 those of some modules; prefix: of the names in the model."""
+    """Read parameters of a module in bfloat16, those of some modules in float32; prefix: of the names in the model."""
     for name in list(names):
         stored = source[f"{prefix}{name}"]
         if has_nonfinite(stored):
@@ -129,7 +129,9 @@ def _read(
         dtype = torch.float32 if fp32 & {*f"{prefix}{name}".split(".")} else torch.bfloat16
         path, _, kind = name.rpartition(".")
         # a copy, also of a tensor that is mapped from its file in this dtype
-        setattr(module.get_submodule(path), kind, nn.Parameter(stored.to(device, dtype, copy=True), requires_grad=False))
+        setattr(
+            module.get_submodule(path), kind, nn.Parameter(stored.to(device, dtype, copy=True), requires_grad=False)
+        )
 
 
 def relative_error(found: Any, expected: Any) -> float:  # noqa: ANN401 - tensors, or tuples of them
@@ -144,7 +146,7 @@ def _tensors(output: Any) -> list[Tensor]:  # noqa: ANN401 - as above
 
 
 def probe_inputs(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return keywords of a transformer's forward pass: normal numbers from a fixed seed, one sample in the middle of the noise.
+    """Return keywords of a transformer's forward pass: one sample of normal numbers from a fixed seed.
 
     Args:
         config: the transformer's; its keys decide which inputs it takes.

@@ -160,8 +160,8 @@ def _move_to_shared(model: nn.Module) -> tuple[Tensor, SharedBlock]:
 def _create_shared(size: int) -> int:
     """Return the descriptor of new shared memory.
 
-    Unlike a file in /dev/shm, a memfd needs no cleanup after a kill, and a container's limit of /dev/shm does not apply
-    to it.
+    Unlike a file in /dev/shm, a memfd needs no cleanup after a kill, and a container's limit of /dev/shm does not
+    apply to it.
     """
     descriptor = os.memfd_create("videox")
     os.ftruncate(descriptor, size)

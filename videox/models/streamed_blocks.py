@@ -44,8 +44,8 @@ class Part(NamedTuple):
 class HostCopies:
     """Copies from host memory to a device, in a stream of their own.
 
-    On a CPU a copy is made when it is waited for, the last moment at which a GPU makes it; until then its target has NaN.
-    A result is then not finite if it depends on a copy that was not waited for, or on what the copy replaced.
+    On a CPU a copy is made when it is waited for, the last moment at which a GPU makes it; until then its target has
+    NaN. A result is then not finite if it depends on a copy that was not waited for, or on what the copy replaced.
 
     Args:
         device: of the copies.
@@ -83,7 +83,7 @@ class BlockStream:
         device: where blocks run.
 
     Attributes:
-        record: takes what is queued, as (COPY, USE or RELEASE, number of the block, number of the buffer); None drops it.
+        record: takes what is queued, as (COPY, USE or RELEASE, number of the block, number of the buffer), if set.
     """
 
     def __init__(self, memory: Sequence[Tensor], device: torch.device) -> None:

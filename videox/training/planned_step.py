@@ -15,9 +15,10 @@ from videox.data.plan.epoch import EpochPlan
 from videox.distributed.backends import BACKENDS
 from videox.estimate.duration import Speed
 from videox.estimate.epoch_time import EpochTime, FlagGain, epoch_time
-from videox.estimate.memory import Encoders, MemorySetup, memory_of
+from videox.estimate.memory import Encoders, MemorySetup, memory_of, moved_to_host
 from videox.estimate.rates import Rates, kernel_of, rates_of
 from videox.estimate.step_time import StepModel
+from videox.models.base_precision import BF16, INT8, NF4
 from videox.models.recompute import Recompute, select_blocks
 from videox.shapes import Bucket
 from videox.training.planned_gpu import gpu_of, memory_limit
@@ -118,6 +119,7 @@ class PlannedStep:
                     yield self._changed(f"{KEEP} {keep}", replace(setup, keep=keep))
             if setup.recompute_share and not setup.offload_activations:
                 yield self._changed("--offload_activations", replace(setup, offload_activations=True))
+        yield from self._of_frozen_weights()
         if not args.compile and backend.compiles:
             yield self._gain("--compile", self.time_with(setup, compiled=True), words="the first steps take minutes")
         if not setup.half:
@@ -128,6 +130,19 @@ class PlannedStep:
             )
             if faster.seconds < -LEAST_GAIN * self.time.step.total():
                 yield faster
+
+    def _of_frozen_weights(self) -> Iterator[FlagGain]:
+        """Yield the flags that change where and how the frozen weights under a LoRA are stored."""
+        args, setup = self.args, self.run.setup
+        if not setup.lora or BACKENDS[setup.backend].engine != "replicated" or args.compile:
+            return
+        blocks = len(self.run.parameters(setup.lora_rank).blocks)
+        if args.gradient_checkpointing and not setup.streamed:
+            yield self._changed("--stream_blocks all", replace(setup, streamed=blocks), words="bit-identical")
+        if setup.base_precision == BF16 and setup.half and args.lora_type == "lora":
+            for precision in (INT8, NF4):
+                changed = replace(setup, base_precision=precision)
+                yield self._changed(f"--base_precision {precision}", changed, words="rounded weights")
 
     def _of_encoding(self) -> Iterator[FlagGain]:
         """Yield the flags that change how clips and captions are encoded; with a cache it is done once."""
@@ -161,8 +176,7 @@ class PlannedStep:
         gain = self._gain(flags, self.time_with(setup), seconds, words)
         too_much = after.total() > self.limit >= before.total()
         words = "; ".join(part for part in (words, "does not fit any more" if too_much else "") if part)
-        host = sum(size for name, size in after.host.items() if name.startswith("offloaded"))
-        host -= sum(size for name, size in before.host.items() if name.startswith("offloaded"))
+        host = sum(moved_to_host(after.host).values()) - sum(moved_to_host(before.host).values())
         return replace(gain, gpu=after.total() - before.total(), host=host, words=words)
 
     def _gain(self, flags: str, time: EpochTime, seconds: float = 0.0, words: str = "") -> FlagGain:

@@ -244,7 +244,9 @@ class RunMemory:
             chosen = ("--gradient_checkpointing", "--offload_activations", "--stream_blocks")
             changes = [change for change in changes if not change.flags.startswith(chosen)]
         if self.args.lora_type == "dora" or self.args.compile:  # which need the weights as they are
-            changes = [change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))]
+            changes = [
+                change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))
+            ]
         return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
 
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:

@@ -112,7 +112,9 @@ def _check_streaming(args: argparse.Namespace) -> None:
         raise UserError("--stream_blocks", what, "add --lora_rank, or remove the flag")
     if not args.gradient_checkpointing:
         what = f"{value}: a streamed block has to be recomputed, or its weights would stay on the GPU"
-        raise UserError("--stream_blocks", what, "use --gradient_checkpointing (not --selective_ac or --activation_memory)")
+        raise UserError(
+            "--stream_blocks", what, "use --gradient_checkpointing (not --selective_ac or --activation_memory)"
+        )
     if args.compile:
         raise UserError("--stream_blocks", "compiled blocks cannot be streamed", "remove --compile, or this flag")
 
