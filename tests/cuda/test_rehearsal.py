@@ -157,10 +157,10 @@ MUTANTS = {
 
 # Changes of a module before the run, and what is then found. Each removes one wait.
 WAITS = {
-    "copy is not waited for": "HostCopies.wait = lambda self: None",
+    "copy is not waited for": "WeightCopies.wait = lambda self: None",
     "copy does not wait": (
-        "HostCopies.start = lambda self, target, source: "
-        "[self._stream.__enter__(), target.copy_(source, non_blocking=True), self._stream.__exit__()]"
+        "WeightCopies.start = lambda self, target, source: "
+        "[self.stream.__enter__(), target.copy_(source, non_blocking=True), self.stream.__exit__()]"
     ),
 }
 
@@ -205,7 +205,7 @@ def test_a_wait_of_streamed_blocks_that_is_removed_is_found(
     source = (tiny.ROOT / runs.TRAIN_SCRIPTS["hunyuanvideo"]).read_text(encoding="utf-8")
     before = "\n\ndef main("
     assert source.count(before) == 1
-    removed = f"\n\nfrom videox.models.streamed_blocks import HostCopies\n{WAITS[change]}\n"
+    removed = f"\n\nfrom videox.models.streamed_blocks import WeightCopies\n{WAITS[change]}\n"
     script.write_text(source.replace(before, removed + before), encoding="utf-8")
     (tmp_path / "config").symlink_to(tiny.ROOT / "config")
     flags = {**flags_of("hunyuanvideo", "normal", "streamed"), "cached": True, "offload_activations": None}

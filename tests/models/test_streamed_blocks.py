@@ -13,7 +13,7 @@ from torch import Tensor
 from videox.models.activation_checkpoint import checkpoint_blocks
 from videox.models.activation_offload import HostOffload
 from videox.models.recompute import Recompute
-from videox.models.streamed_blocks import COPY, RELEASE, USE, BlockStream, HostCopies, stream_blocks
+from videox.models.streamed_blocks import COPY, RELEASE, USE, BlockStream, WeightCopies, stream_blocks
 
 CPU = torch.device("cpu")
 
@@ -156,7 +156,7 @@ def test_what_is_not_waited_for_or_used_too_late_is_not_finite(mutant: str, monk
         model.enable_gradient_checkpointing()
     stream_blocks(model.blocks, range(4), CPU, lambda value: [value])
     if mutant == "no wait":
-        monkeypatch.setattr(HostCopies, "wait", lambda self: None)
+        monkeypatch.setattr(WeightCopies, "wait", lambda self: None)
     if mutant == "stale weights":  # the block that follows is copied over the one that runs
         copy = BlockStream._copy
         monkeypatch.setattr(BlockStream, "_copy", lambda self, number, buffer: copy(self, number, 0))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from videox.models.side_stream import SideStream
+
 
 class HostBuffers:
     """Host memory that is used again: as many buffers as inputs are on the host at the same time.
@@ -83,7 +85,7 @@ class HostOffload:
         self.device = device
         self.buffers = HostBuffers(pinned=device.type == "cuda")
         self.moved_bytes = 0  # to the host, since the start
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = SideStream(device)
         self._last: weakref.ref[_OnHost] | None = None
 
     def around(self, moved: Tensor) -> AbstractContextManager[object]:
@@ -117,13 +119,7 @@ class HostOffload:
         # also if the graph is dropped without a backward pass
         weakref.finalize(packed, self.buffers.give_back, packed.buffer)
         self.moved_bytes += size
-        if self._stream is None:
-            packed.on_host().copy_(memory)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                packed.on_host().copy_(memory, non_blocking=True)
-            memory.record_stream(self._stream)  # it is used again only when it was copied
+        self._copies.start(packed.on_host(), memory)
         packed.before, self._last = self._last, weakref.ref(packed)
         return packed
 
@@ -132,19 +128,12 @@ class HostOffload:
         if packed.copy is None:
             # allocated in the compute stream's memory pool, whose last kernels may still use that memory
             packed.copy = torch.empty(packed.elements, dtype=packed.dtype, device=packed.device)
-            if self._stream is None:
-                packed.copy.copy_(packed.on_host())
-            else:
-                self._stream.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(self._stream):
-                    packed.copy.copy_(packed.on_host(), non_blocking=True)
-                packed.copy.record_stream(self._stream)
+            self._copies.start(packed.copy, packed.on_host())
         return packed.copy
 
     def _to_device(self, view: _View) -> Tensor:
         copy = self._start_copy(view.memory)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._copies.wait()
         before = view.memory.before() if view.memory.before is not None else None
         if before is not None:  # during the computation of this block
             self._start_copy(before)

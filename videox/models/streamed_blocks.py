@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from videox.models.recompute import ON_DEVICE
 from videox.models.shared_memory import Gather, allocate_shared
+from videox.models.side_stream import SideStream
 
 ALIGNED = 256  # bytes; the offset of each tensor in a buffer is a multiple, as in memory that torch allocates on a GPU
 UNUSED = 0xFF  # a byte; all floating-point numbers of these bytes are NaN
@@ -41,35 +42,28 @@ class Part(NamedTuple):
         return memory[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class HostCopies:
-    """Copies from host memory to a device, in a stream of their own.
+class WeightCopies(SideStream):
+    """Copies of weights to the device.
 
     On a CPU a copy is made when it is waited for, the last moment at which a GPU makes it; until then its target has
     NaN. A result is then not finite if it depends on a copy that was not waited for, or on what the copy replaced.
-
-    Args:
-        device: of the copies.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        super().__init__(device)
         self._queued: list[tuple[Tensor, Tensor]] = []
 
     def start(self, target: Tensor, source: Tensor) -> None:
-        """Copy bytes after all computation that was queued until now."""
-        if self._stream is None:
-            target.fill_(UNUSED)
-            self._queued.append((target, source))
+        """As SideStream.start, of bytes."""
+        if self.stream is not None:
+            super().start(target, source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+        target.fill_(UNUSED)
+        self._queued.append((target, source))
 
     def wait(self) -> None:
-        """Let the computation that is queued from now on wait for all copies that were started."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        """As SideStream.wait."""
+        super().wait()
         for target, source in self._queued:
             target.copy_(source)
         self._queued.clear()
@@ -91,7 +85,7 @@ class BlockStream:
         size = max(map(Tensor.numel, memory))
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(ON_DEVICE)]
         self._blocks: list[int | None] = [None] * ON_DEVICE  # in each buffer
-        self._copies = HostCopies(device)
+        self._copies = WeightCopies(device)
         self._last = 0  # buffer of the block that ran last
         self.record: Callable[[tuple[str, int, int]], None] | None = None
 
