@@ -108,7 +108,7 @@ QUESTIONS = (
         "And with the weights in host memory, at 512 x 512 x 81?", "tdrussell/diffusion-pipe#129",
         "barely, with 32 of 40 blocks swapped to the host", "wan2.1",
         f"--recipe t2v-14b-lora-24gb --video_sample_n_frames 81 {CLIPS.split(' --video_sample_n')[0]}", FITS,
-        gib=(18, 24), deepspeed=OFFLOAD,
+        gib=(12, 24),
     ),
     Question(
         "A 14B LoRA with 16 GB, 512-pixel images only, 24 GB of host memory?", "tdrussell/diffusion-pipe#149",

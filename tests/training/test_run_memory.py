@@ -169,7 +169,7 @@ def test_parameters_are_those_that_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precision: str) -> None:
-    """Resident, and with all blocks streamed; the estimate counts norms and modulation in bfloat16, as most are."""
+    """Resident, and with all blocks streamed. The few parameters that diffusers keeps in float32 are in the 5 %."""
     torch.manual_seed(0)
     WanTransformer3DModel.from_config(TRANSFORMER).save_pretrained(tmp_path / "model")
     component = Component(tmp_path / "model", dict(WanTransformer3DModel.load_config(tmp_path / "model")))
@@ -186,11 +186,13 @@ def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precisio
     run = run_memory(tmp_path, *SMALL_CLIPS, *flags, "--stream_blocks", "all")
     assert run.setup.streamed == 3
     parameters = run.parameters(4)
-    found = frozen_bytes(parameters, replace(run.setup, streamed=0))
-    assert found.resident == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+    in_blocks = sum(block.bytes_in(precision, 2) for block in parameters.blocks)
+    assert in_blocks == pytest.approx(sum(p.nbytes for p in model.blocks.parameters()), rel=0.05)
+    whole = frozen_bytes(parameters, replace(run.setup, streamed=0))
     stream = stream_blocks(model.requires_grad_(False).blocks, range(3), torch.device("cpu"), lambda value: [value])
     found = frozen_bytes(parameters, run.setup)
-    assert found.resident == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+    assert list(model.blocks.parameters()) == []
+    assert found.resident == whole.resident - in_blocks
     assert found.resting == pytest.approx(stream.bytes, rel=0.1)  # small tensors are aligned to 256 bytes
     assert found.on_device()[1] == 2 * found.streamed_block
 

@@ -115,7 +115,10 @@ def _cheapest(
         proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
         if proposal.fits:
             return [proposal]
-    return []
+    # a LoRA whose frozen weights are streamed or quantised, which backends that shard do not know
+    kept = [c for c in changes if c.group not in (HOST, MORE_GPUS) and not c.flags.startswith("accelerate launch")]
+    proposal = _search(setup, limit, memory, kept)
+    return [proposal] if proposal.fits else []
 
 
 def _with_filled_cache(

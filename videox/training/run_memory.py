@@ -243,6 +243,8 @@ class RunMemory:
         if self.args.activation_memory:  # which has chosen already what is recomputed
             chosen = ("--gradient_checkpointing", "--offload_activations", "--stream_blocks")
             changes = [change for change in changes if not change.flags.startswith(chosen)]
+        if self.args.selective_ac:  # which streamed blocks exclude
+            changes = [change for change in changes if not change.flags.startswith("--stream_blocks")]
         if self.args.lora_type == "dora" or self.args.compile:  # which need the weights as they are
             changes = [
                 change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))
