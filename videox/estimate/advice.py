@@ -15,6 +15,7 @@ from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 # together are not enough.
 FREE, TIME, HOST, ROUNDING, OTHER_TRAINING, MORE_GPUS = range(6)
 LORA_RANKS = (32, 16, 8, 4)
+OF_LORA = ("--lora_rank", "--offload_activations", "--stream_blocks", "--base_precision")
 GPU_COUNTS = (2, 4, 8, 16, 32, 64)
 PER_HOST = 8  # GPUs of a machine
 OFFLOAD_CONFIG = "config/zero_stage3_config_cpu_offload.json"
@@ -111,14 +112,23 @@ def _cheapest(
     setup: MemorySetup, limit: float, memory: Callable[[MemorySetup], Memory], changes: Sequence[Change]
 ) -> list[Proposal]:
     """Return the proposal that fits with the cheapest kind of changes on the same GPUs, or none."""
-    for group in (FREE, TIME, HOST, ROUNDING, OTHER_TRAINING):
-        proposal = _search(setup, limit, memory, [change for change in changes if change.group <= group])
+    searches = [[change for change in changes if change.group <= group] for group in range(MORE_GPUS)]
+    # Before other changes of the training: a LoRA with streamed or quantised weights, which is not for backends that
+    # shard. The changes above would use these first.
+    if any(change.group == OTHER_TRAINING and change.flags.startswith(OF_LORA[1:]) for change in changes):
+        searches.insert(OTHER_TRAINING, [change for change in changes if _is_for_one_gpu(change)])
+    for allowed in searches:
+        proposal = _search(setup, limit, memory, allowed)
         if proposal.fits:
             return [proposal]
-    # a LoRA whose frozen weights are streamed or quantised, which backends that shard do not know
-    kept = [c for c in changes if c.group not in (HOST, MORE_GPUS) and not c.flags.startswith("accelerate launch")]
-    proposal = _search(setup, limit, memory, kept)
-    return [proposal] if proposal.fits else []
+    return []
+
+
+def _is_for_one_gpu(change: Change) -> bool:
+    """Return whether a change may be made for a LoRA with all weights on one GPU, streamed or quantised."""
+    if change.group == OTHER_TRAINING:
+        return change.flags.startswith(OF_LORA)
+    return change.group <= TIME and not change.flags.startswith(("accelerate launch", "--optimizer"))
 
 
 def _with_filled_cache(

@@ -118,7 +118,7 @@ class QuantisedLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenProduct.apply(x, self.values, self.scale, bias, self)  # type: ignore[no-untyped-call]
+        return _FrozenProduct.apply(x, self.values, self.scale, bias, self)
 
 
 def element_count(model: nn.Module) -> int:

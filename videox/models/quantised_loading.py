@@ -71,7 +71,7 @@ def load_quantised(
         UserError: the weights do not match the configuration, or are not finite.
     """
     source = component.source()
-    model = build_meta_model(model_class, source, component.inferred_config())
+    model: Any = build_meta_model(model_class, source, component.inferred_config())
     # from_pretrained keeps some modules in float32; files of other layouts are read in one dtype
     fp32 = set(() if component.tensors is not None else model_class._keep_in_fp32_modules or ())
     blocks = {f"{name}.{number}": block for name in lists for number, block in enumerate(getattr(model, name))}

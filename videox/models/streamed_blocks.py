@@ -163,7 +163,8 @@ class StreamedForward:
         self._is_there = True
         try:
             for part in self._parts:
-                part.owner._parameters[part.name] = part.of(memory)  # type: ignore[assignment] - not trained
+                # not trained: a tensor is enough
+                part.owner._parameters[part.name] = part.of(memory)  # type: ignore[assignment]
             yield
         finally:  # a recomputation ends with an exception of torch's as soon as all that is needed is there
             self._is_there = False
@@ -206,7 +207,7 @@ def stream_blocks(
     gather(None)  # until then the memory of the others may be without values
     stream = BlockStream(of_blocks, device)
     for number, (block, of_block) in enumerate(zip(chosen, parts, strict=True)):
-        block.forward = StreamedForward(block, of_block, stream, number)  # type: ignore[method-assign]
+        block.forward = StreamedForward(block, of_block, stream, number)
     return stream
 
 
