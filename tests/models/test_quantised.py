@@ -12,7 +12,7 @@ from videox.models.base_precision import FP8, INT8, NF4, is_quantised, quantised
 from videox.models.quantised import QuantisedLinear, dequantise, element_count, quantise
 
 QUANTISED = (FP8, INT8, NF4)
-# Relative error of the weight, L2: measured for normal weights, and for rows with a few values that are 20 times as large.
+# Relative error of the weight, L2: of normal weights, and of rows with a few values that are 20 times as large.
 ERRORS = {FP8: (0.03, 0.035), INT8: (0.01, 0.06), NF4: (0.10, 0.25)}
 
 

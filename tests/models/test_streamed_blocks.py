@@ -1,4 +1,4 @@
-"""Tests of videox.models.streamed_blocks: bit-identical results, the order of copies, and that nothing stale is read."""
+"""Tests of videox.models.streamed_blocks: bit-identical results, order of copies, and that nothing stale is read."""
 
 from __future__ import annotations
 
