@@ -277,11 +277,23 @@ class Stream:
 
     def synchronize(self) -> None:
         RECORD.wait("a stream")
-        for other in STREAMS:  # what is queued from now on comes after what the host has waited for
-            other.wait_stream(self)
+        order_after(self.clock)
 
 
 CURRENT = [Stream()]  # the stream in which operations are queued
+
+
+def order_after(*clocks: dict[int, int]) -> None:
+    """Order what is queued from now on, in every stream, after what the host has waited for."""
+    for clock in clocks:
+        for stream in STREAMS:
+            stream.wait_for(clock)
+
+
+def synchronize(*args: Any) -> None:
+    """torch.cuda.synchronize."""
+    RECORD.wait("the device")
+    order_after(*(dict(stream.clock) for stream in STREAMS))
 
 
 class Access:
@@ -356,6 +368,7 @@ class Event:
     def synchronize(self) -> None:
         if self.step == RECORD.step:  # what an earlier step queued may be done by now, and later work is queued behind
             RECORD.wait("an event of this step")
+        order_after(self.clock)
 
     def elapsed_time(self, other: Event) -> float:
         return float(other.time - self.time)
@@ -427,7 +440,7 @@ def install(devices: int, guard: ctypes.CDLL) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
-    torch.cuda.synchronize = lambda *args: RECORD.wait("the device")
+    torch.cuda.synchronize = synchronize
     torch.cuda.Stream, torch.cuda.Event = Stream, Event
     torch.cuda.current_stream = lambda *args: CURRENT[0]
     torch.cuda.stream = lambda stream: stream if isinstance(stream, Stream) else contextlib.nullcontext()
