@@ -84,6 +84,18 @@ class PeerFailed(Exception):
         super().__init__(line)
 
 
+class StopSignal(KeyboardInterrupt):
+    """Ends a run that got a stop signal while no step was running; nothing is saved, the last checkpoint is kept.
+
+    Args:
+        name: of the signal, such as "SIGTERM".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+
 class SaveError(Exception):
     """A save that did not reach the disk and was dropped as a whole; the text is the first cause. Older saves stay."""
 
@@ -112,7 +124,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, (UserError, PeerFailed)):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return STOPPED if isinstance(error, StopSignal) and error.name != "SIGINT" else INTERRUPTED
     return STORAGE if isinstance(error, SaveError) or storage_line(error) else BUG
 
 
@@ -123,7 +135,9 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, PeerFailed):
         return error.line
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED_LINE
+        if exit_code(error) == INTERRUPTED:
+            return INTERRUPTED_LINE
+        return f"stopped by {error} outside a step; nothing was saved, the last checkpoint is kept"
     if isinstance(error, SaveError):
         return _one_line(f"error: {error}. Fix: free some disk space, or pass a writable folder")
     return storage_line(error) or _one_line(f"error: {type(error).__name__}: {error}")

@@ -1,4 +1,5 @@
-"""Signals that stop a run: SIGTERM and Ctrl-C request a stop after the step, and processes end with their parent."""
+"""Signals that stop a run: during a step they request a stop after it, before and after all steps they end the run at
+once, and processes end with their parent."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
+from videox.errors import StopSignal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO_SECONDS = 0.3  # a second SIGINT within this time is the first one, passed on by the launcher
 
 
@@ -31,6 +36,64 @@ def stop_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
 
 
+class StopOutsideSteps:
+    """Ends a run by StopSignal at the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP that comes outside of the steps.
+
+    These are start, index, encoding and compilation, and the export after the last step; `StopRequest` replaces the
+    handlers during the steps. Further signals change nothing, except that a later SIGINT exits at once.
+
+    Attributes:
+        before_exit: called before the process exits at once, to write the status.
+    """
+
+    current: ClassVar[StopOutsideSteps | None] = None
+
+    def __init__(self) -> None:
+        self.before_exit: Callable[[], object] = lambda: None
+        self.received_at: float | None = None
+        self._over, self._owner = False, os.getpid()
+        self._previous_handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOutsideSteps:
+        StopOutsideSteps.current = self
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        StopOutsideSteps.current = None
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def begin(self) -> None:
+        """Handle the signals from now on; a second call does nothing. In a thread they are left as they are."""
+        if self._previous_handlers or threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._previous_handlers[number] = signal.signal(number, self._handle)
+
+    def end(self) -> None:
+        """Ignore the signals from now on: the status says how the run ended, and the process ends by itself."""
+        self._over = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        # A data worker has this handler from its fork until it sets its own.
+        if self._over or os.getpid() != self._owner:
+            return
+        if self.received_at is None:
+            self.received_at = time.monotonic()
+            raise StopSignal(signal.Signals(number).name)
+        if number == signal.SIGINT and time.monotonic() - self.received_at > ECHO_SECONDS:
+            exit_at_once(number)
+
+
+def exit_at_once(number: int) -> NoReturn:
+    """End the process without any cleanup but its status; the exit code is that of a shell, 128 + number."""
+    if StopOutsideSteps.current is not None:
+        StopOutsideSteps.current.before_exit()
+    os._exit(128 + number)
+
+
 class StopRequest:
     """Turns SIGTERM, SIGINT, SIGUSR1 or SIGHUP into a request to stop after the step; a second SIGINT exits at once.
 
@@ -46,7 +109,7 @@ class StopRequest:
         return bool(self.signal_name)
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             # nohup ignores SIGHUP, and the run must go on ignoring it
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous_handlers[number] = signal.signal(number, self._note)
@@ -60,10 +123,12 @@ class StopRequest:
         del frame
         if self.signal_name:
             if number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
-                os._exit(128 + number)
+                exit_at_once(number)
             # The launcher, or the kernel in its place (stop_with_launcher), sends a signal that was already received.
             return
         self.signal_name, self._received_at = signal.Signals(number).name, time.monotonic()
+        if StopOutsideSteps.current is not None:
+            StopOutsideSteps.current.received_at = self._received_at
         what = f"process {os.getpid()} saves after this step, then prints 'stopped', also if its launcher has ended"
         message = f"\n{self.signal_name}: {what} (Ctrl-C again: exit now, the last checkpoint is kept)\n"
         # os.write, because a signal handler may interrupt a write to a buffered stream, which must not be re-entered.

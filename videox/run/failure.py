@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from videox.errors import PEER_LOST, PeerFailed, UserError, error_line, exit_code
+from videox.errors import INTERRUPTED, PEER_LOST, STOPPED, PeerFailed, UserError, error_line, exit_code
 from videox.run.failure_hub import (
     CONNECT_SECONDS,
     Connection,
@@ -208,7 +208,8 @@ class FailureMonitor:
             self._write_stacks()
         failure = self._failure(verdict)
         if self.status is not None:
-            self.status.write("failed", exit_code=failure.exit_code, error=failure.line)
+            state = "stopped" if failure.exit_code in (STOPPED, INTERRUPTED) else "failed"
+            self.status.write(state, exit_code=failure.exit_code, error=failure.line)
         if verdict.hangs:  # the main thread may hang in a write to a stream, whose lock it then has
             line = f"{failure.line}\n".encode() if failure.should_print else b""
             printer = threading.Thread(target=os.write, args=(2, line), daemon=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from videox.errors import (
     BUG,
     INTERRUPTED,
-    INTERRUPTED_LINE,
+    STOPPED,
     PeerFailed,
     SaveError,
     UserError,
@@ -57,36 +57,39 @@ class _StatusOnError:
         self.status = status
 
     def __enter__(self) -> None:
-        self.status.write("running")
+        pass
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
             return
-        with _default_sigchld():
+        with _undisturbed():
             record_crash(error, self.status.path.parent)
-            if isinstance(error, KeyboardInterrupt):
-                self.status.write("stopped", exit_code=INTERRUPTED, error=INTERRUPTED_LINE)
-            else:
-                self.status.write("failed", exit_code=exit_code(error), error=error_line(error))
+            code = exit_code(error)
+            state = "stopped" if code in (STOPPED, INTERRUPTED) else "failed"
+            self.status.write(state, exit_code=code, error=error_line(error))
 
 
 @contextmanager
-def _default_sigchld() -> Iterator[None]:
-    """Suspend the SIGCHLD handler of torch's DataLoader within the block.
+def _undisturbed() -> Iterator[None]:
+    """Suspend handlers that raise an exception within the block, which reports how the run ended.
 
-    It raises an exception when a worker has died, also inside the code that reports the first failure.
+    These are the SIGCHLD handler of torch's DataLoader, which raises when a worker has died, and those of stop
+    signals, which may come twice in quick succession, or after a failure.
     """
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ignored = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:
-        if before is not None:  # None: the handler was not installed from Python
-            signal.signal(signal.SIGCHLD, before)
+        for number, handler in before.items():
+            if handler is not None:  # None: the handler was not installed from Python
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -115,6 +118,7 @@ def open_run(
         status = RunStatus(output_dir, enabled=is_main)
         status.step = shared.resume.step
         stack.enter_context(_StatusOnError(status))
+        status.write("running")  # inside, so that a signal meanwhile does not leave this as the last word
         yield Run(shared.resume, status, shared.notes, shared.finished_step)
 
 
@@ -155,9 +159,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         if error.should_print:
             sys.stderr.write(f"{error.line}\n")
         code = error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted outside a step; the last checkpoint is kept\n")
-        code = INTERRUPTED
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{error_line(error)}\n")
+        code = exit_code(error)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: the exception is printed
         code = exit_code(error)
         sys.stderr.write(f"{crash_text(error) if code == BUG else error_text(error)}\n")

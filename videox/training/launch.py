@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
@@ -14,7 +15,8 @@ from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
 from videox.distributed.cuda_variables import set_cuda_variables
 from videox.distributed.environment import settle_environment
-from videox.distributed.signals import stop_with_launcher
+from videox.distributed.signals import StopOutsideSteps, stop_with_launcher
+from videox.errors import INTERRUPTED, INTERRUPTED_LINE
 from videox.run.equal_processes import code_facts, refuse_differences
 from videox.run.failure import FailureMonitor
 from videox.run.lifecycle import open_run
@@ -41,7 +43,17 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     Raises:
         UserError: the launch, the folder or the checkpoint to resume from cannot be used.
         PeerFailed: another process of the run failed first.
+        StopSignal: a stop signal came outside of the steps.
     """
+    with StopOutsideSteps() as signals:
+        return _launch(args, train, signals)
+
+
+def _launch(
+    args: argparse.Namespace, train: Callable[[argparse.Namespace, Context], int], signals: StopOutsideSteps
+) -> int:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        signals.begin()
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # one bar per component, each complete at once, would bury the start's lines
     stop_with_launcher(os.environ)
@@ -56,6 +68,8 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
         accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
         with monitor.first_cause():
             refuse_differences({**flags_of_all(args), **code_facts()}, SAME_COMMAND, gather)
+    # Not before: while several processes wait for each other to join, Python's handlers are not called.
+    signals.begin()
     folder = open_run(
         output_dir, resume=args.resume_from_checkpoint, verify=not args.skip_verify, is_main=is_main, gather=gather
     )
@@ -65,13 +79,16 @@ def launch(args: argparse.Namespace, train: Callable[[argparse.Namespace, Contex
     try:
         with monitor.first_cause(), folder as run, monitor.first_cause(), watchdog:
             monitor.status = run.status
+            signals.before_exit = partial(run.status.write, "stopped", exit_code=INTERRUPTED, error=INTERRUPTED_LINE)
             ctx = Context(accelerator, backend, run, gather, output_dir, report=report, watchdog=watchdog)
             with explain_oom(ctx.memory):
                 code = train(args, ctx)
+            signals.end()
         monitor.leave()
     except KeyboardInterrupt:  # the user wants to leave at once
         report.finish(wait=0.0)
         raise
     finally:  # after the status says how the run ended
+        signals.end()
         report.finish()
     return code
