@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all check style map gpu
+.PHONY: help setup doctor demo test test-all check style map gpu torture
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 16
@@ -55,6 +55,9 @@ style: setup  ## fix lint and format automatically
 
 gpu: setup  ## measure this GPU in at most 8 minutes, or try it at small size without one: outputs/gpu.md (GPU_FLAGS="--parts smoke --again")
 	@python benchmarks/gpu.py $(GPU_FLAGS)
+
+torture: setup  ## try faults on runs, files and ranks for an hour per area, and go on where it stopped: benchmarks/torture.md (TORTURE_FLAGS="--areas disk --seconds 600")
+	@python benchmarks/torture.py --seconds 3600 --continue --output benchmarks/torture.md $(TORTURE_FLAGS)
 
 map: setup  ## write the import graph of the packages: docs/import_graph.md and its picture
 	@python benchmarks/import_graph.py

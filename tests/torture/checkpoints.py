@@ -1,0 +1,136 @@
+"""Area checkpoints: damage of every file of a checkpoint and of the saved index."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+from tests.torture.cases import Area, Outcome, Row, flip_bit
+from tests.torture.ground import EVERY, STEPS, shared
+from videox.data.index.index import DataLocation, Index, build_index
+from videox.errors import MODEL, UserError
+from videox.run.checkpoint import verify
+from videox.run.folder import resolve_resume
+
+FILES = 20  # damaged files of a case
+INDEX_FILES = 4
+DAMAGE = ("bit", "bit", "bit", "cut", "longer", "missing", "other step")
+COLUMNS = ("kind", "width", "height", "frames", "fps", "usable", "weight", "file_size", "mtime_ns")
+
+
+def damage(path: Path, kind: str, draw: random.Random, other: Path | None = None) -> str:
+    """Damage a file and return how, "" if its content is still the same.
+
+    Args:
+        path: the file.
+        kind: one of DAMAGE.
+        other: the same file of another step; None if there is none.
+    """
+    before = path.read_bytes()
+    if kind == "bit":
+        return flip_bit(path, draw)
+    if kind == "missing":
+        path.unlink()
+        return "missing"
+    if kind == "cut":
+        path.write_bytes(before[: draw.randrange(len(before))])
+    elif kind == "longer":
+        path.write_bytes(before + draw.randbytes(draw.choice((1, 4096))))
+    elif other is not None and other.exists():
+        shutil.copyfile(other, path)
+    return kind if path.read_bytes() != before else ""
+
+
+class Checkpoints(Area):
+    """Damage is found before anything is trained from it."""
+
+    rows = (
+        Row("checkpoint", "a flipped bit, a cut, longer, missing or foreign file: the checkpoint is refused by the file's name, `latest` takes the older one", 1000),
+        Row("start", "the same through the train script: code 4 and one line that names the file", 100),
+        Row("index", "a damaged saved index: built again with the same content, never used", 1000),
+    )  # fmt: skip
+
+    def __init__(self, folder: Path, *, broken: bool = False) -> None:
+        super().__init__(folder, broken=broken)
+        self.ground = shared()
+        self.run = self.ground.reference()[0]
+        self.check = partial(verify, hashes=not broken)
+        self.newest, self.older = (f"checkpoint-{step}" for step in (STEPS, STEPS - EVERY))
+
+    def attempt(self, seed: int, draw: random.Random) -> Outcome:
+        if seed % 10 == 9 and not self.broken:
+            return self._start(seed, draw)
+        if seed % 10 in (3, 7):
+            return self._index(seed, draw)
+        place, problems, number = self.folder / f"case-{seed}", [], 0
+        while number < FILES:
+            shutil.copytree(self.run, place)
+            name, how = self._damage_a_file(place, draw)
+            if how:
+                number += 1
+                problems += [f"{name}, {how}: {found}" for found in self._problems_of_resume(place, name)]
+            shutil.rmtree(place)
+        return Outcome("checkpoint", f"{FILES} files", tried=FILES, problems=problems)
+
+    def _damage_a_file(self, run: Path, draw: random.Random) -> tuple[str, str]:
+        folder = run / self.newest
+        path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+        name = path.relative_to(folder).as_posix()
+        return name, damage(path, draw.choice(DAMAGE), draw, run / self.older / name)
+
+    def _problems_of_resume(self, run: Path, name: str) -> list[str]:
+        """Return at most one problem."""
+        latest = resolve_resume("latest", run, self.check)
+        if latest.path != run / self.older:
+            return [f"latest takes {latest.path and latest.path.name}"]
+        # a checkpoint without its manifest is none: it is passed over like any other folder
+        if name != "manifest.json" and not any(name in line for line in latest.warnings):
+            return [f"the warning does not name it: {latest.warnings}"]
+        try:
+            resolve_resume(str(run / self.newest), run, self.check)
+        except UserError as error:
+            # the manifest of another step says that all other files are not the ones that were saved
+            named = name in error.line() or name == "manifest.json"
+            return [] if error.exit_code == MODEL and named else [error.line()]
+        return ["it was accepted when it was passed by its path"]
+
+    def _start(self, seed: int, draw: random.Random) -> Outcome:
+        place = self.ground.new_place(f"checkpoints-{seed}")
+        shutil.copytree(self.run, place / "run")
+        name, how = self._damage_a_file(place / "run", draw)
+        run = self.ground.start(place, resume_from_checkpoint=place / "run" / self.newest)
+        run.wait()
+        lines = [line for line in run.output().splitlines() if line.startswith("error: ")]
+        named = len(lines) == 1 and (name in lines[0] or name == "manifest.json")
+        right = run.code == MODEL and named and "Traceback" not in run.output()
+        shutil.rmtree(place)
+        problems = [] if right or not how else [f"{name}, {how}: ended with {run.code}: {run.output()[-1000:]}"]
+        return Outcome("start", f"{name}, {how or 'the same content'}", tried=1 if how else 0, problems=problems)
+
+    def _index(self, seed: int, draw: random.Random) -> Outcome:
+        problems = []
+        for number in range(INDEX_FILES):
+            place = self.folder / f"index-{seed}-{number}"
+            shutil.copytree(self.ground.data, place)
+            path = place / "metadata.json.videox-index.arrow"
+            location = DataLocation(place / "metadata.json", place, path)
+            expected = content_of(build_index(location, workers=1, progress=False))
+            how = damage(path, draw.choice(DAMAGE[:5]), draw)
+            try:
+                found = content_of(build_index(location, workers=1, progress=False))
+            except UserError as error:
+                found = {"error": error.line()}
+            if found != expected:
+                different = [name for name in expected if found.get(name) != expected[name]]
+                problems.append(f"{how}: {found.get('error', f'the index has other values of {different}')}")
+            shutil.rmtree(place)
+        return Outcome("index", f"{INDEX_FILES} files", tried=INDEX_FILES, problems=problems)
+
+
+def content_of(index: Index) -> dict[str, object]:
+    """Return what a run takes from an index."""
+    content: dict[str, object] = {name: [repr(value) for value in getattr(index, name).tolist()] for name in COLUMNS}
+    captions = [index.captions(row) for row in range(len(index))]
+    return content | {"paths": index.file_path.to_pylist(), "captions": captions, "fingerprint": index.fingerprint()}

@@ -1,0 +1,78 @@
+"""Fast parts of the areas that damage files, and of the program that runs all areas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tests.torture.cases import Area
+from tests.torture.media import FORMATS, Media
+from tests.torture.metadata import FILES, MetadataFiles
+
+program = tiny.load_script("benchmarks/torture.py")
+
+
+@pytest.mark.parametrize(
+    ("kind", "seeds", "files"),
+    [
+        (MetadataFiles, range(4), FILES),
+        (Media, (0,), len(FORMATS)),
+        pytest.param(MetadataFiles, range(4, 100), FILES, marks=pytest.mark.slow),
+        pytest.param(Media, range(1, 9), len(FORMATS), marks=pytest.mark.slow),
+    ],
+)
+def test_damaged_files_are_read_or_named(kind: type[Area], seeds: range, files: int, tmp_path: Path) -> None:
+    area = kind(tmp_path)
+    for seed in seeds:
+        found = area.try_case(seed)
+        assert (found.tried, list(found.problems)) == (files, []), (seed, found)
+
+
+def test_an_unguarded_reader_is_wrong(tmp_path: Path) -> None:
+    assert MetadataFiles(tmp_path, broken=True).try_case(0).problems
+
+
+def test_a_row_that_is_swapped_in_silence_is_wrong(tmp_path: Path) -> None:
+    found = Media(tmp_path, broken=True).try_case(0)
+    assert any("another row came in its place" in line for line in found.problems), found
+
+
+# ----------------------------------------------------------------------------------------------------- the program
+
+
+def test_cases_depend_on_their_seed_alone(tmp_path: Path) -> None:
+    broken = MetadataFiles(tmp_path, broken=True)
+    assert broken.try_case(3) == broken.try_case(3) != broken.try_case(4)
+
+
+def test_an_area_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    short = ["--areas", "metadata", "--seconds", "0"]
+    assert program.main([*short, "--output", str(tmp_path / "table.md")]) == 0
+    (tmp_path / "results" / "metadata.jsonl").open("a").write('{"area": "metadata", "se')  # a kill cut this line off
+    assert program.main([*short, "--continue"]) == 0
+    cases = program.read_cases(tmp_path / "results", "metadata")
+    assert [case["seed"] for case in cases] == [0, 1]
+    assert f"| 200,000 | {FILES} | {FILES} | 0 |" in (tmp_path / "table.md").read_text()
+    assert f"| 200,000 | {2 * FILES} | {2 * FILES} | 0 |" in capsys.readouterr().out
+    assert program.main(short) == 0  # begins anew and keeps the earlier file
+    assert [case["seed"] for case in program.read_cases(tmp_path / "results", "metadata")] == [0]
+    assert program.read_cases(tmp_path / "results", "metadata-superseded") == cases
+
+
+def test_a_wrong_case_is_printed_with_its_seed_and_counted(tmp_path: Path, capsys) -> None:
+    (found,) = program.try_area("metadata", 0, tmp_path, first=7, broken=True)
+    assert "wrong: --only metadata:7 (" in capsys.readouterr().out
+    wrong = len(found["problems"])
+    assert 0 < wrong <= FILES
+    assert f"| 200,000 | {FILES} | {FILES - wrong} | {wrong} |" in program.page(tmp_path)
+    assert "- `--only metadata:7`" in program.page(tmp_path)
+
+
+def test_one_case_is_tried_alone(capsys) -> None:
+    assert program.main(["--only", "metadata:5"]) == 0
+    case = json.loads(capsys.readouterr().out)
+    assert (case["seed"], case["tried"], case["problems"]) == (5, FILES, [])
