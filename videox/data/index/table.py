@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from videox.errors import STORAGE, UserError
 from videox.files import atomic_write
 
 IMAGE, VIDEO, UNKNOWN = 0, 1, 2  # values of the column kind; UNKNOWN only where metadata does not state the type
-VERSION = 3
+VERSION = 4  # since 4 a table has a checksum
+_CHECKSUM = "crc32"
 MEASURED = {
     "kind": np.uint8,
     "width": np.int32,
@@ -40,11 +42,16 @@ _STALE_SECONDS = 3600.0
 
 
 def load_table(path: Path) -> pa.Table | None:
-    """Memory-map a saved table; None if there is none that this version can read: the files are then probed again."""
+    """Memory-map a saved table; None if there is none that this version can read, or if it is damaged.
+
+    The files are then probed again.
+    """
     try:
         with pa.memory_map(str(path)) as mapped:
             table = pa.ipc.open_file(mapped).read_all()
         table.validate(full=True)
+        if header_of(table).get("version") == VERSION and not _is_intact(table):
+            return None
     except (pa.ArrowException, OSError, UnicodeDecodeError):  # UnicodeDecodeError: a damaged column name
         return None
     # Version 1 has no weights, versions 1 and 2 no formats. Their rows are read from metadata again, and measurements
@@ -57,7 +64,37 @@ def load_table(path: Path) -> pa.Table | None:
             table = table.select(SCHEMA.names)
     if not table.schema.equals(SCHEMA) or any(table[name].num_chunks != 1 for name in SCHEMA.names):
         return None
-    return table if header_of(table).get("version") in (1, 2, VERSION) else None
+    return table if header_of(table).get("version") in (1, 2, 3, VERSION) else None
+
+
+def _is_intact(table: pa.Table) -> bool:
+    """Return whether header and columns are those that were written."""
+    metadata = table.schema.metadata or {}
+    return metadata.get(_CHECKSUM.encode()) == _checksum(table, metadata.get(b"videox", b"")).encode()
+
+
+def _checksum(table: pa.Table, header: bytes) -> str:
+    """Return the CRC-32 (hex) of a header and of all columns, independent of chunks; it finds any single wrong bit."""
+    crc = zlib.crc32(f"{table.num_rows} {table.schema.names}".encode(), zlib.crc32(header))
+    for column in table.columns:
+        values = column.combine_chunks()
+        parts = [values]
+        if isinstance(values, pa.DictionaryArray):
+            parts = [values.indices, values.dictionary]
+        for part in parts:
+            for block in _content(part):
+                crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _content(values: pa.Array) -> list[bytes | memoryview]:
+    """Return what an array of numbers or strings consists of: their bytes, and before these the lengths of strings."""
+    if not pa.types.is_large_string(values.type):
+        return [np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes()]
+    lengths = pc.binary_length(values).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+    _, offsets, data = values.buffers()
+    ends = np.frombuffer(offsets, np.int64)[[values.offset, values.offset + len(values)]]
+    return [lengths, memoryview(data or b"")[ends[0] : ends[1]]]
 
 
 def header_of(table: pa.Table) -> dict[str, Any]:
@@ -75,7 +112,8 @@ def write_table(table: pa.Table, header: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: exit code 5 if it cannot be written.
     """
-    table = table.replace_schema_metadata({"videox": json.dumps(header)})
+    text = json.dumps(header)
+    table = table.replace_schema_metadata({"videox": text, _CHECKSUM: _checksum(table, text.encode())})
     try:
         for leftover in path.parent.glob(f".tmp-{path.name}-*"):  # of a build that was killed
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
@@ -95,12 +133,9 @@ def hash_names(table: pa.Table) -> Any:  # noqa: ANN401 - a hash object of hashl
     """Return a sha256 hash object over file_path and text, independent of their chunks; it can be updated further."""
     digest = hashlib.sha256(str(table.num_rows).encode())
     for name in ("file_path", "text"):
-        strings = table[name].combine_chunks()
         # The lengths are hashed too: without them, moving a character from one string to the next changes nothing.
-        digest.update(pc.binary_length(strings).to_numpy().astype("<i8").tobytes())
-        _, offsets, data = strings.buffers()
-        ends = np.frombuffer(offsets, np.int64)[[strings.offset, strings.offset + len(strings)]]
-        digest.update(memoryview(data or b"")[ends[0] : ends[1]])
+        for block in _content(table[name].combine_chunks()):
+            digest.update(block)
     return digest
 
 
