@@ -91,7 +91,9 @@ def test_a_bad_weight_is_never_saved_and_two_refusals_end_the_run(
     assert outcome.code == NUMERICS, outcome.stderr
     said = "has the value -7e+04, and none above 65,504 is plausible); the last good checkpoint is checkpoint-2"
     (warning,) = [
-        line for line in outcome.stdout.splitlines() if line.startswith("warning: no checkpoint at step 3 (")
+        line.strip()
+        for line in (outcome.stdout + outcome.stderr).splitlines()
+        if line.strip().startswith("warning: no checkpoint at step 3 (")
     ]
     assert warning.endswith(f"{said}; training continues")
     error = outcome.status["error"]
