@@ -51,7 +51,7 @@ PURE_NUMBERS = {
 }
 UNITS = re.compile(
     r"GiB|pixels|frames|steps?\b|epochs|rows?\b|samples|share|times|processes|micro-batches|checkpoints|timesteps|tokens"
-    r"|norm|per |this much higher|GPU hour"
+    r"|norm|per |this much higher|GPU hour|blocks"
 )
 
 
