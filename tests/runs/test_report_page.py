@@ -86,11 +86,11 @@ def test_a_run_writes_its_page_and_trains_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_why_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, build_loader = tiny.build_wan_t2v(tmp_path / "model"), data_pipeline.BatchLoader
+    model, real_loader = tiny.build_wan_t2v(tmp_path / "model"), data_pipeline.BatchLoader
     metadata = tiny.make_dataset(tmp_path / "data", tuple((f"{number}.png", 64, 64, 0, 0.0) for number in range(16)))
 
     def build_then_delete(*arguments: Any, **settings: Any) -> Any:
-        loader = build_loader(*arguments, **settings)
+        loader = real_loader(*arguments, **settings)
         for number in range(11):  # ten unreadable rows are always allowed
             (metadata.parent / f"{number}.png").unlink()
         return loader

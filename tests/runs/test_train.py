@@ -648,10 +648,10 @@ def damaged_run(
     **changes,
 ) -> runs.Outcome:
     """Train, and damage the data after the index was built and before the first batch is read."""
-    build_loader = data_pipeline.BatchLoader
+    real_loader = data_pipeline.BatchLoader
 
     def build_then_damage(*arguments, **settings) -> object:
-        loader = build_loader(*arguments, **settings)
+        loader = real_loader(*arguments, **settings)
         damage()
         return loader
 

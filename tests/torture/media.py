@@ -19,7 +19,7 @@ from PIL import Image
 from tests.torture.cases import Area, Outcome, Row
 from videox.data.dataset import Sample, TokenLengthDataset
 from videox.data.index.index import DataLocation, Index, build_index
-from videox.data.loader import build_loader
+from videox.data.loader import BatchLoader
 from videox.data.plan.epoch import PlannedSample
 from videox.shapes import Bucket
 
@@ -179,7 +179,7 @@ class Media(Area):
         planned = [[PlannedSample(row, 0, row, 0, 1.0, 0.5, self._bucket(row), row, 0, True)] for row in rows]
         kind = SwappedInSilence if self.broken and workers else TokenLengthDataset
         dataset = kind(index, policy=POLICY, reader="pyav", caption_dropout=0.0)
-        yield from zip(rows, build_loader(dataset, planned, workers=workers, pin_memory=False), strict=True)
+        yield from zip(rows, BatchLoader(dataset, planned, workers=workers, pin_memory=False), strict=True)
 
 
 class SwappedInSilence(TokenLengthDataset):
