@@ -35,6 +35,16 @@ def page_with(folder: Path, words: str) -> str:
     raise AssertionError(f"no page with {words!r}: {text[:2000]}")
 
 
+def pictures_of(folder: Path, count: int) -> list[Path]:
+    """Wait for the pictures of the rows: the program goes on by itself, at the lowest priority, after the run."""
+    end = time.monotonic() + 120
+    while True:
+        found = [path for path in (folder / "report_files").glob("row-*.webp") if path.stat().st_size]
+        if len(found) >= count or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+
+
 def numbers(outcome: runs.Outcome) -> list[tuple[float, float, list[int]]]:
     return [(line["loss"], line["grad_norm"], line["rows"]) for line in outcome.metrics]
 
@@ -69,8 +79,7 @@ def test_a_run_writes_its_page_and_trains_the_same(tmp_path: Path) -> None:
     assert {clip["row"] for clip in data["clips"] if clip["fate"] == "held_out"} == {
         row["row"] for row in data["held_out"]
     }
-    pictures = [path for path in (folder / "report_files").glob("row-*.webp") if path.stat().st_size]
-    assert len(pictures) == len(rows)
+    assert len(pictures_of(folder, len(rows))) == len(rows)
     assert [event["event"] for event in read_lines(without.folder / "events.jsonl")] == ["launch", "end"]
 
     # the page is no part of a run's name: a resume may switch it off, and records what else changed
