@@ -17,7 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = trainer_flags(trainer, source, base, flags)
     guidance = args.guidance_scale if family.embedded_guidance else trainer.SAMPLING_GUIDANCE
     defaults = clip_defaults(source, family, guidance, flags)
-    clips = requested_clips(source, defaults, args.train_mode, flags)
+    clips = requested_clips(source, replace(defaults, text_tokens=args.tokenizer_max_length), args.train_mode, flags)
     components = trainer.check_model(args)
     stored = source.resolved.get("shift")
     yaml = None if "scheduler" in components else SHIPPED_YAML

@@ -542,6 +542,7 @@ def test_sample_clips_have_their_own_settings_and_interval(model: Path, metadata
         (64, 48, 5, 5.0, 1)
     }
     assert {(r["width"], r["frames"], r["seed"], r["steps"]) for r in records[1::2]} == {(48, 1, 3, 2)}
+    assert {r["text_tokens"] for r in records} == {16}  # as in training
     (events,) = outcome.folder.rglob("events.out.tfevents.*")
     assert b"samples/prompt-0" in events.read_bytes() and b"GIF89a" in events.read_bytes()
 

@@ -126,6 +126,13 @@ def test_pictures_come_from_the_option_or_in_order_from_the_flag() -> None:
         with_pictures(prompts, [], "normal", "--validation_paths")
 
 
+def test_prompts_are_padded_as_in_training() -> None:
+    (clip,), _ = build_clips(read_prompts(["a cat"]), dataclasses.replace(WAN, text_tokens=16))
+    assert clip.arguments()["max_sequence_length"] == clip.facts()["text_tokens"] == 16
+    (clip,), _ = build_clips(read_prompts(["a cat"]), WAN)
+    assert "max_sequence_length" not in clip.arguments()  # the pipeline's own
+
+
 # ------------------------------------------------------------------------------------------------------------- flags
 
 

@@ -334,6 +334,7 @@ def build_validator(
             negative_prompt=args.sample_negative_prompt,
             seed=seed % 2**32,
             embedded_guidance=family.embedded_guidance,
+            text_tokens=args.tokenizer_max_length,
         )
         clips, notes = build_clips(prompts, with_flags(args, defaults))
         ctx.print(*notes)

@@ -31,6 +31,7 @@ class ClipDefaults:
         seed: of the first clip; the next one has the next number.
         embedded_guidance: the family's guidance scale is an input of the transformer (HunyuanVideo); else it is
             classifier-free (Wan2.1).
+        text_tokens: length that the embeddings of prompts are padded to, as in training; None = the pipeline's own.
     """
 
     shape: Bucket
@@ -40,6 +41,7 @@ class ClipDefaults:
     negative_prompt: str
     seed: int
     embedded_guidance: bool
+    text_tokens: int | None = None
 
 
 def with_flags(args: argparse.Namespace, defaults: ClipDefaults) -> ClipDefaults:
@@ -80,6 +82,7 @@ def build_clips(prompts: Sequence[SamplePrompt], defaults: ClipDefaults) -> tupl
                 flow_shift=prompt.flow_shift,
                 image=_read_picture(prompt, shape) if prompt.image else None,
                 image_path=prompt.image,
+                text_tokens=defaults.text_tokens,
             )
         )
     return clips, notes

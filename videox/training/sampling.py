@@ -50,6 +50,7 @@ class SampleClip:
         flow_shift: of the noise levels; None = that of the pipeline's scheduler.
         image: what the clip starts from, in image-to-video; of the clip's height and width.
         image_path: where it was read, for the records.
+        text_tokens: length that the prompt's embeddings are padded to; None = the pipeline's own.
     """
 
     prompt: str
@@ -62,6 +63,7 @@ class SampleClip:
     flow_shift: float | None = None
     image: Image.Image | None = None
     image_path: Path | None = None
+    text_tokens: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of the pipeline."""
@@ -76,7 +78,8 @@ class SampleClip:
             "output_type": "np",
             **self.guidance,
         }
-        return arguments | ({"image": self.image} if self.image is not None else {})
+        optional = {"image": self.image, "max_sequence_length": self.text_tokens}
+        return arguments | {name: value for name, value in optional.items() if value is not None}
 
     def facts(self) -> dict[str, object]:
         """Everything that the clip depends on besides the weights, for its record."""
@@ -84,7 +87,7 @@ class SampleClip:
             "prompt": self.prompt, "negative_prompt": self.negative_prompt, "width": self.shape.width,
             "height": self.shape.height, "frames": self.shape.frames, "fps": self.fps, "seed": self.seed,
             "steps": self.steps, **self.guidance, "flow_shift": self.flow_shift,
-            "image": str(self.image_path) if self.image_path else None,
+            "image": str(self.image_path) if self.image_path else None, "text_tokens": self.text_tokens,
         }  # fmt: skip
 
 
