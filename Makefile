@@ -2,6 +2,7 @@
 
 FAMILY ?= wan2.1
 MODE ?= normal
+WHAT ?= full
 
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # pytest-xdist workers, 2 to 4: most tests run one busy process, or two that wait for each other.
@@ -34,8 +35,8 @@ setup:  ## create or update .venv (the other targets do this first)
 doctor:  ## what of this machine will not work, and how to fix it; works without setup
 	@env -u HF_HOME -u HF_HUB_OFFLINE -u TORCH_EXTENSIONS_DIR $(USERS_VARIABLES) python3 -m videox.doctor
 
-demo: setup  ## train a small model on real clips, stop, resume and sample (FAMILY=wan2.1|hunyuanvideo MODE=normal|i2v)
-	@python scripts/demo.py --family "$(FAMILY)" --mode "$(MODE)"
+demo: setup  ## train a small model on real clips, stop, resume and sample (FAMILY=wan2.1|hunyuanvideo MODE=normal|i2v|inpaint WHAT=full|lora)
+	@python scripts/demo.py --family "$(FAMILY)" --mode "$(MODE)" --what "$(WHAT)"
 
 test: setup  ## run all tests except the slow ones
 	@python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"

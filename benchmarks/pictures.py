@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--demo outputs/demo/wan2.1-normal] [--only dry_run]
 
-The demo runs first if its folder has no finished run (about two minutes). Pictures are scaled down and stored with a
+The demo runs first if its folder has no finished run (about four minutes). Pictures are scaled down and stored with a
 palette, so that each stays below 150 kB.
 """
 
@@ -54,12 +54,13 @@ def save_small(source: Path | BinaryIO, path: Path, width: int = 1100) -> None:
 
 
 def from_demo(demo: Path) -> None:
-    """Write losses.png and contact_sheet.png from the demo's run, which is made first if it is not there."""
+    """Write demo.png, losses.png and contact_sheet.png from the demo's run, which is made first if it is not there."""
     curve, sheet = demo / "run/losses.png", demo / "run/first_batch/contact_sheet.png"
-    if not (curve.exists() and sheet.exists()):
+    if not ((demo / "comparison.png").exists() and curve.exists() and sheet.exists()):
         family, mode = demo.name.rsplit("-", 1)
         command = [sys.executable, "scripts/demo.py", "--family", family, "--mode", mode, "--output", str(demo.parent)]
         subprocess.run(command, cwd=ROOT, check=True)
+    save_small(demo / "comparison.png", IMAGES / "demo.png")
     save_small(curve, IMAGES / "losses.png")
     save_small(sheet, IMAGES / "contact_sheet.png")
 

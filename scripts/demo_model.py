@@ -36,8 +36,9 @@ CHARACTERS = [chr(code) for code in range(33, 127)]
 LOG_VARIANCE = -10.0  # of the VAE's posterior
 CHARACTER_SCORE = -20.0  # log-probability of a single character, lower than that of every word
 
-# Fields of WanSizes for a training whose loss falls within a minute.
-WAN_DEMO = {"heads": 4, "head_dim": 24, "layers": 4, "ffn_dim": 256, "text_dim": 64, "vae_dim": 6}
+# Fields of WanSizes for a training that learns three clips within minutes on a CPU.
+WAN_DEMO = {"heads": 4, "head_dim": 32, "layers": 4, "ffn_dim": 256, "text_dim": 64, "vae_dim": 6}
+TRAINED_VAE = Path(__file__).resolve().parents[1] / "config/demo/vae"  # made by train_demo_vae.py
 
 VOCABULARY_TEXT = """
 a large gray rabbit comes out of its burrow and stretches, a rabbit walks out in the morning light under a tree
@@ -293,3 +294,12 @@ def calibrate_latents(folder: Path, clips: torch.Tensor) -> None:
         latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
     )
     vae.save_config(folder / "vae")
+
+
+def use_trained_vae(folder: Path) -> None:
+    """Replace the VAE of a built model with the trained one of config/demo/vae; it is stored in float32.
+
+    Args:
+        folder: as returned by build_wan_t2v or build_wan_i2v; vae/ is overwritten.
+    """
+    AutoencoderKLWan.from_pretrained(TRAINED_VAE, torch_dtype=torch.float32).save_pretrained(folder / "vae")
