@@ -186,7 +186,7 @@ def test_the_vae_of_the_demo_is_small_and_states_its_sources(vae: AutoencoderKLW
     assert all(name in page for name, *_ in (*vae_script.CLIPS, *vae_script.PHOTOS))
 
 
-LEAST_PSNR = 20.0  # dB
+LEAST_PSNR = 18.0  # dB; the mean colour of each clip gives 12 to 14
 
 
 def test_the_vae_reconstructs_the_clips_of_the_demo(vae: AutoencoderKLWan, tmp_path: Path) -> None:
