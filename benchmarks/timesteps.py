@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import numpy as np
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from machine import machine_line
+from point_sets import discrepancy, largest_gap
 
 from videox.data.plan.buckets import SizePolicy
 from videox.data.plan.plan import plan_epoch
@@ -69,7 +71,7 @@ class Family:
 
 
 def make_clips(count: int, seed: int) -> Clips:
-    """Return clips of bright spots that move in one of MOTIONS directions, each of which has its color."""
+    """Return clips of bright spots. A spot moves in one of MOTIONS directions, and each direction has a color."""
     rng = np.random.default_rng(seed)
     channels, frames, height, width = SHAPE
     motions, phases = rng.integers(0, MOTIONS, count), rng.random((count, 2))
@@ -174,22 +176,6 @@ def held_out_loss(call: Callable[..., torch.Tensor], clips: Clips, shift: float)
         prediction = call(add_noise(clips.latents, noise, sigmas), sigmas, clips.motions)
         losses.append(velocity_losses(prediction, noise - clips.latents, torch.ones(HELD_OUT)).mean().item())
     return float(np.mean(losses))
-
-
-def discrepancy(points: np.ndarray) -> np.ndarray:
-    """Return the star discrepancy of points in [0, 1), float64 [..., N] -> [...]: 0.5 / N at best, 1 at worst.
-
-    The largest difference between the share of the points below x and x (Niederreiter 1992, theorem 2.6).
-    """
-    ordered, count = np.sort(points, axis=-1), points.shape[-1]
-    upper = np.arange(1, count + 1) / count
-    return np.maximum((upper - ordered).max(-1), (ordered - upper + 1 / count).max(-1))
-
-
-def largest_gap(points: np.ndarray) -> np.ndarray:
-    """Return the widest part of the circle [0, 1) without a point, float64 [..., N] -> [...]."""
-    ordered = np.sort(points, axis=-1)
-    return np.maximum(np.diff(ordered, axis=-1).max(-1), 1 - ordered[..., -1] + ordered[..., 0])
 
 
 def draws_of(way: str, batch: int, seeds: int, count: int) -> np.ndarray:

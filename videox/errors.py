@@ -103,8 +103,7 @@ class SaveError(Exception):
 def storage_line(error: BaseException) -> str:
     """Return the one line for an OSError by which a disk or file system refuses a write, "" for any other error.
 
-    Writes are made in many places, most of which can do nothing about it: the exception ends the run, with this line
-    in place of a traceback.
+    Most places that write cannot handle such an error. It ends the run, with this line in place of a traceback.
     """
     if not isinstance(error, OSError) or error.errno not in DISK_ERRORS | PERMISSION_ERRORS | NAME_ERRORS:
         return ""

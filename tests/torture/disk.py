@@ -98,7 +98,7 @@ class Disk(Area):
         changes |= {"resume_from_checkpoint": "latest"} if scene == "resume" else {}
         report = place.with_name(f"{place.name}.report")
         run = self.ground.start(
-            place, ENTRY_POINT, fault.environment(self.ground.folder, report, self.ground.library), **changes
+            place, ENTRY_POINT, fault.environment(self.ground.folder, report, self.ground.preloaded), **changes
         )
         run.wait()
         calls, _, hit = report.read_text(encoding="utf-8").partition(" ") if report.exists() else ("0", "", "")

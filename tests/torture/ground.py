@@ -21,7 +21,8 @@ from videox.run.checkpoint import find_checkpoints, latest_checkpoint, verify
 
 STEPS, EVERY, KEPT = 6, 2, 2
 MEDIA = tuple(tiny.DATASET[i] for i in (1, 2, 4, 5))
-LEFT_BEHIND = (".tmp-*", ".trash-*", "superseded-*", "*-superseded*")
+# Not superseded-*: a resume keeps the records of the steps after its checkpoint there.
+LEFT_BEHIND = (".tmp-*", ".trash-*")
 
 
 @cache
@@ -42,7 +43,7 @@ class Ground:
 
     Attributes:
         inputs: the data set and latent cache of the current case; always the same path, because a checkpoint names it.
-        library: the compiled file_faults.c, which all trainers have loaded; it does nothing until one arms it.
+        preloaded: the compiled file_faults.c, which all trainers have loaded; it does nothing until one arms it.
         calls: number of file-changing calls of each scene of the area disk that were counted.
 
     Raises:
@@ -50,8 +51,8 @@ class Ground:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.inputs, self.library = folder, folder / "inputs", faults.compile_library(folder)
-        self.server = faults.server_with(self.library)
+        self.folder, self.inputs, self.preloaded = folder, folder / "inputs", faults.compile_library(folder)
+        self.server = faults.server_with(self.preloaded)
         self.model = tiny.build_wan_t2v(folder / "model")
         self.data = tiny.make_dataset(folder / "data", MEDIA, copies=2).parent
         self.calls: dict[str, int] = {}

@@ -90,7 +90,7 @@ def test_a_constant_level_gives_a_constant_line() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rare_buckets_do_not_mislead(seed: int) -> None:
-    """Forty buckets, most of which have one sample in a hundred or fewer: most cells never get a second sample."""
+    """There are 40 buckets. Most have at most 1 % of the samples, so that most cells never get a second sample."""
     draw = np.random.default_rng(seed)
     shares = draw.dirichlet(np.full(40, 0.6))
     training = Training(shares, np.exp(draw.normal(0, 0.5, 40)), np.linspace(1.0, 0.8, STEPS))

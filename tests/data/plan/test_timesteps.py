@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import COLUMNS, SETTINGS, all_batches, batches_of_step, make_columns, real_batches
+from point_sets import discrepancy, largest_gap
 
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import plan_epoch
@@ -26,21 +27,8 @@ WINDOW = 16
 WINDOW_BOUND = 0.224
 
 
-def discrepancy(points: np.ndarray) -> np.ndarray:
-    """Return the largest difference between the share of points below x and x: [..., N] -> [...]."""
-    ordered, count = np.sort(points, axis=-1), points.shape[-1]
-    upper = np.arange(1, count + 1) / count
-    return np.maximum((upper - ordered).max(-1), (ordered - upper + 1 / count).max(-1))
-
-
-def largest_gap(points: np.ndarray) -> np.ndarray:
-    """Return the widest part of the circle [0, 1) without a point: [..., N] -> [...]."""
-    ordered = np.sort(points, axis=-1)
-    return np.maximum(np.diff(ordered, axis=-1).max(-1), 1 - ordered[..., -1] + ordered[..., 0])
-
-
 def run_of(asked: PlanSettings, epochs: int, rows: int = 25) -> list[EpochPlan]:
-    """Return the plans of a run's epochs, each of which begins where the one before ends."""
+    """Return the plans of a run's epochs. Each epoch begins at the step after the last one of the epoch before."""
     plans, columns = [], make_columns(rows, image_share=0.5)
     for epoch in range(epochs):
         plans.append(plan_epoch(columns, asked, epoch, first_step=sum(plan.n_steps for plan in plans)))

@@ -288,7 +288,7 @@ def _place(file: InputContainer, packets: Packets, start: int) -> tuple[int, np.
 
 
 def _without_undelivered(path: Path, container: Container, listing: Listing) -> Listing:
-    """Return the listing, without those packets at the beginning of which the decoder delivers no frame.
+    """Return the listing without the packets at the beginning that give no decoded frame.
 
     A recording that begins between keyframes, or at a keyframe whose neighbours refer to frames before it, begins with
     packets that cannot be decoded. Where that is possible, they are found by decoding up to the second keyframe.
@@ -312,7 +312,7 @@ def _without_undelivered(path: Path, container: Container, listing: Listing) -> 
 
 
 def _without_lost(path: Path, container: Container, listing: Listing) -> Listing:
-    """Return the listing, without those packets after a loss of which the decoder delivers no frame.
+    """Return the listing without the packets after a loss that give no decoded frame.
 
     A recording with a disturbance, or one that was repaired, lacks pictures in its middle. The decoder then leaves out
     frames until the next keyframe: they are found by decoding from the keyframe before the loss to that one. Of more
@@ -350,7 +350,7 @@ def _keyframes_around(packets: Packets, at: int) -> tuple[int, int]:
 
 
 def _delivered(path: Path, container: Container, packets: Packets, start: int, end: int) -> list[int]:
-    """Return the packets of which the decoder delivers a frame when it decodes those from `start` to `end`.
+    """Return the packets that give a frame when the packets from `start` to `end` are decoded.
 
     Raises:
         OrderError: the file cannot be read from `start`.
