@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Fields of HunyuanSizes for a training whose loss falls within a minute; the transformer is as wide as with WAN_DEMO.
+# Fields of HunyuanSizes for a training whose loss falls within a minute.
 HUNYUAN_DEMO = {
     "heads": 4,
     "rope_axes": (8, 8, 8),

@@ -233,13 +233,6 @@ def test_calibration_gives_latents_of_standard_deviation_1(tmp_path: Path) -> No
     assert abs(latents.std() - 1) < 0.02
 
 
-def test_both_demo_transformers_have_the_same_width() -> None:
-    wan, hunyuan = (tiny.load_script(f"scripts/demo_{family}.py") for family in ("model", "hunyuan"))
-    models = wan.wan_components(**wan.WAN_DEMO), hunyuan.hunyuan_components(**hunyuan.HUNYUAN_DEMO)
-    configs = [components["transformer"].config for components in models]
-    assert [config.num_attention_heads * config.attention_head_dim for config in configs] == [96, 96]
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_clip_reads_back(tmp_path: Path, suffix: str) -> None:
     path = tiny.write_clip(tmp_path / f"clip{suffix}", frames=13, width=96, height=64, fps=24)
