@@ -38,19 +38,33 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     TORCH_EXTENSIONS_DIR to a private one: no other pytest session builds there or leaves a lock when it is killed."""
     before = {name: os.environ.get(name) for name in ("HF_HOME", "TORCH_EXTENSIONS_DIR")}
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
-    extensions = tmp_path_factory.mktemp("torch_extensions")
-    for extension in BUILT.glob("*"):
-        shutil.copytree(extension, extensions / extension.name)  # with modification times, by which ninja rebuilds
+    extensions = session_extensions(tmp_path_factory.getbasetemp())
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
     yield
     for extension in extensions.iterdir():
         cache_extension(extension)
-    shutil.rmtree(extensions)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name)
         else:
             os.environ[name] = value
+
+
+def session_extensions(base: Path) -> Path:
+    """A folder for the extensions of one pytest session, with a copy of those in BUILT.
+
+    The workers of pytest-xdist share it: an extension takes minutes to build, and the second worker waits for it.
+    """
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch_extensions"
+    if not folder.exists():
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        for extension in BUILT.glob("*"):
+            shutil.copytree(extension, temporary / extension.name)  # with modification times, by which ninja rebuilds
+        try:
+            temporary.rename(folder)
+        except OSError:  # another worker was faster
+            shutil.rmtree(temporary)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,7 @@ def test_the_estimate_equals_torchs_count_without_text_and_outer_layers(size: st
             assert estimated(size, bucket) == pytest.approx(total, rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_cost_ratios_between_shapes_equal_torchs(size: str) -> None:
     model = wan(size)
@@ -77,6 +78,7 @@ def test_cost_ratios_between_shapes_equal_torchs(size: str) -> None:
     assert ratio > 1.2 * token_count(large) / token_count(small)  # cost grows faster than tokens
 
 
+@pytest.mark.slow
 def test_a_batch_costs_its_samples() -> None:
     model = wan("1.3B")
     assert count_flops(model, SHAPES[1], batch=3) == pytest.approx(3 * count_flops(model, SHAPES[1]), rel=1e-9)

@@ -168,6 +168,7 @@ def test_diffusers_and_the_merged_model_equal_the_formula(wan: BackendRuns) -> N
         assert any("lora_magnitude_vector" in name for name in load_file(folder / FILE))
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical(wan: BackendRuns, tmp_path: Path) -> None:
     folder = shutil.copytree(wan.baseline, tmp_path / "run")
     flags = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": folder / "checkpoint-2"}

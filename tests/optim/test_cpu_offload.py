@@ -237,6 +237,7 @@ def test_a_launch_with_too_few_threads_gets_a_note() -> None:
     assert thread_notes("adamw_offload", 1, 1, {}) == []
 
 
+@pytest.mark.slow
 def test_resume_with_and_without_cpu_offload_is_bit_identical(tmp_path: Path) -> None:
     model, metadata = tiny.build_wan_t2v(tmp_path / "model"), tiny.make_dataset(tmp_path / "data", copies=2)
 

@@ -186,6 +186,7 @@ def test_one_process_averages_its_fp32_params(wan: BackendRuns, ema_run: runs.Ou
     check_loads(ema_run.folder / "transformer_ema", torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_ema_does_not_change_the_training(wan: BackendRuns, ema_run: runs.Outcome) -> None:
     assert forkserver.read_steps(ema_run.folder) == forkserver.read_steps(wan.baseline)
     plain = runs.read_lines(wan.baseline / "validation.jsonl")

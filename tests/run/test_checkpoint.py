@@ -252,6 +252,7 @@ def save_and_prune(run: Path) -> None:
     assert prune(run, keep=1) == []
 
 
+@pytest.mark.slow
 def test_kill_at_every_file_operation_of_save_and_prune(third_unsound, tmp_path):
     points = 0
     while True:
@@ -381,6 +382,7 @@ def test_any_damage_to_any_file_is_reported_and_the_older_is_used(two_checkpoint
         assert name in warnings[0] or (name, damage) == (MANIFEST, "swapped")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_single_bit_is_verified(two_checkpoints, tmp_path_factory, data):

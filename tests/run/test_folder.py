@@ -240,6 +240,7 @@ def test_rewind_keeps_every_line_once_and_in_order(tmp_path_factory, steps, save
     assert rewind(run, back_to) is None
 
 
+@pytest.mark.slow
 def test_rewind_killed_at_every_file_operation_is_completed_by_the_next(tmp_path):
     """At each point the newest remaining checkpoint has all its records, and no line or checkpoint is lost."""
     everything = lines_of(range(1, 60))

@@ -318,7 +318,7 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 75])
 def test_process_exits_with_its_code_while_gloo_holds_tensors(code: int) -> None:
     command = [sys.executable, "-c", GLOO_PROCESS.format(code=code)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -303,6 +303,7 @@ def test_a_process_that_goes_on_is_left_alone(tmp_path: Path, name: str) -> None
     assert "Timeout" not in process.output()
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
     process = start("be_stopped", tmp_path)
     process.wait_until(lambda: "ready" in process.output())

@@ -200,7 +200,7 @@ def train_with_an_unreadable_step() -> int:
 
 
 @pytest.mark.parametrize(
-    "backend", ["zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "fsdp1"))]
+    "backend", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "fsdp1", "fsdp2"))]
 )
 def test_a_nonfinite_loss_skips_the_step_on_all_ranks(wan: BackendRuns, tmp_path: Path, backend: str) -> None:
     ranks = wan.run_ranks(backend, tmp_path / "run", entry_point="launches:train_with_infinite_loss")

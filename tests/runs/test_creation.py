@@ -241,6 +241,7 @@ def check_shards(reports: list[dict], stored: StoredTensors) -> None:
         assert total <= sum(shards) < total + WORLD * rows, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 def test_sharded_creation_is_bit_identical_to_a_full_load(small: Path, tmp_path: Path, backend: str) -> None:
     reports = reports_of(backend, small, tmp_path / "found", ["full", "sharded"], ["attn1", "ffn"])

@@ -123,6 +123,7 @@ def test_make_passes_what_is_asked_for() -> None:
         assert 'scripts/demo.py --family "{}" --mode "{}" --what "{}"'.format(*expected) in printed
 
 
+@pytest.mark.slow
 def test_the_data_is_the_same_in_every_run(tmp_path: Path) -> None:
     one, other = demo.build_data(tmp_path / "one"), demo.build_data(tmp_path / "other", held_out={demo.HELD_OUT_PHOTO})
     assert [row for row in one if row["file_path"] != demo.HELD_OUT_PHOTO] == other and len(one) == len(other) + 1

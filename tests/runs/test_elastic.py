@@ -172,6 +172,7 @@ def resume_each(
 # -------------------------------------------------------------------------------------------------- another world size
 
 
+@pytest.mark.slow
 def test_a_deepspeed_run_resumes_on_one_rank(setup: ElasticRuns, tmp_path: Path) -> None:
     reference, folder = tmp_path / "reference", tmp_path / "c++ [1] (a)*"  # DeepSpeed uses the path as a glob pattern
     setup.train("zero3", "no", 2, reference, max_train_steps=3, checkpointing_steps=HALFWAY)

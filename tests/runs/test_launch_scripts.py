@@ -287,6 +287,7 @@ def hang() -> int:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_killed_with_the_others(tmp_path: Path) -> None:
     ranks = forkserver.shared().start_ranks(
         3, [], tmp_path / "log", entry_points=["tests.runs.test_launch_scripts:hang"] * 3

@@ -538,6 +538,7 @@ LADDER: Mapping[str, object] = {
 }
 
 
+@pytest.mark.slow
 def test_image_to_video_leaves_out_images_and_short_clips(models: Callable[[str], Path], tmp_path: Path) -> None:
     media = (
         ("whole.mp4", 320, 240, 17, 24.0),

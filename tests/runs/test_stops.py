@@ -224,6 +224,7 @@ def test_a_stop_signal_saves_and_stops(
     check_stopped(setup, reference, trainer, folder, name)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_during_a_save_lets_the_save_finish(setup: StopRuns, reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     trainer = setup.start(folder, checkpointing_steps=1)
@@ -240,6 +241,7 @@ def test_a_stop_signal_during_a_save_lets_the_save_finish(setup: StopRuns, refer
     assert verify(folder / under_way[0].name.removeprefix(".tmp-").rpartition("-")[0], hashes=True) == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_exits_immediately(setup: StopRuns, tmp_path: Path) -> None:
     # Steps of about a second: the trainer is still in the step when the second Ctrl-C arrives.
     folder = tmp_path / "run"

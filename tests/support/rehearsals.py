@@ -56,8 +56,10 @@ def build_guard() -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         command = [compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{package}/include", str(source)]
-        command += [f"-L{package}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{package}/lib", "-o", str(library)]
+        built = library.with_name(f"guard-{os.getpid()}.so")  # other workers of pytest-xdist have this folder, too
+        command += [f"-L{package}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{package}/lib", "-o", str(built)]
         subprocess.run(command, check=True, timeout=300)
+        built.rename(library)
     return library
 
 

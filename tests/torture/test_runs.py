@@ -73,6 +73,7 @@ def test_a_broken_variant_is_wrong(kind: type[Area], seed: int, problem: str, tm
     assert any(problem in line for line in found.problems), found
 
 
+@pytest.mark.slow
 def test_a_lost_write_is_wrong(tmp_path: Path) -> None:
     """A kill whose checkpoint is then changed, and resumed without a check of hashes, is found."""
     area = Disk(tmp_path, broken=True)

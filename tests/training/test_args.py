@@ -491,7 +491,7 @@ def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(family: str,
 @pytest.mark.parametrize(
     ("family", "model", "gpu", "code"),
     [
-        ("wan2.1", "wan2.1-t2v-1.3b", "rtx4090", 0),
+        pytest.param("wan2.1", "wan2.1-t2v-1.3b", "rtx4090", 0, marks=pytest.mark.slow),
         ("wan2.1", "wan2.1-t2v-14b", "rtx3060", DOES_NOT_FIT),
         ("hunyuanvideo", "hunyuanvideo-t2v", "h100", 0),
     ],

@@ -216,6 +216,7 @@ def two_sources(folder: Path) -> list[Path]:
     return places
 
 
+@pytest.mark.slow
 def test_a_run_over_several_sources_resumes_with_the_same_ones_only(model: Path, tmp_path: Path) -> None:
     one, two = two_sources(tmp_path / "data")
 

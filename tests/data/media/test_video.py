@@ -165,7 +165,7 @@ def test_both_readers_are_exact_on_real_clips(name):
             np.testing.assert_array_equal(read_clip(folder / name, indices, 96, 160, reader), expected[indices])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(indices=st.lists(st.integers(0, 49), min_size=1, max_size=12))
 def test_any_ascending_list_with_repeats_is_read_exactly(clip, indices):
     indices.sort()
