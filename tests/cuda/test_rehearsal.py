@@ -42,8 +42,8 @@ BF16 = "bfloat16 bfloat16 bfloat16"  # of query, key and value
 
 # Where a step may wait for the GPU, and why: functions of videox and scripts, or of a library that calls none of them.
 KNOWN_WAITS: Mapping[str, str] = {
-    "scripts/wan2.1/train.py encode_captions": "without a cache: the pipeline copies token ids and mask to the GPU",
-    "scripts/wan2.1/train.py encode_first_frames": "without a cache: the image processor's output is on the host",
+    "videox/families/wan.py encode_captions": "without a cache: the pipeline copies token ids and mask to the GPU",
+    "videox/families/wan.py encode_first_frames": "without a cache: the image processor's output is on the host",
     "videox/encoders/vae.py to_images": "without a cache: the image processor's input is on the host",
     "videox/encoders/hunyuan_text.py encode_text": "without a cache: the pipeline reads positions of tokens",
     "videox/encoders/hunyuan_text.py encode_pooled": "without a cache: the pipeline copies token ids to the GPU",

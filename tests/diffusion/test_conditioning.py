@@ -35,6 +35,7 @@ from videox.diffusion.conditioning import (
 from videox.distributed.accelerator import make_accelerator
 from videox.encoders.encode import EncoderInput
 from videox.encoders.vae import encode_moments
+from videox.families.wan import encode_first_frames
 from videox.rng import hash_key
 from videox.shapes import Bucket
 
@@ -265,7 +266,7 @@ def model_inputs(trainer: ModuleType, components: Any, video: torch.Tensor, mode
         known, _ = known_pixels(mode, video, keys)
         encoded["known"] = list(encode_moments(components.encoders().vae, known, mini_batch=count)[:, :16])
         sources = EncoderInput(video, [""] * count, keys)
-        encoded["image_embeds"] = list(trainer.encode_first_frames(components.encoders, mode, sources))
+        encoded["image_embeds"] = list(encode_first_frames(components.encoders, mode, sources))
     batch = {"keys": keys, "variants": keys, "bucket": bucket}
     return trainer.encode_batch(args, replace(components, encode=lambda _: encoded), batch, None)[1]
 

@@ -20,6 +20,7 @@ from videox.data.cache import cache as cache_module
 from videox.data.cache.cache import Cache
 from videox.data.cache.maintenance import clean, verify
 from videox.errors import STOPPED
+from videox.families import wan
 from videox.models.folder import load_class
 
 cache_memory = tiny.load_script("benchmarks/cache_memory.py")
@@ -59,7 +60,7 @@ def train_with_restrictions() -> int:
     cache_module.MAX_SHARD_ENTRIES = 4
     script = runs.train_script(os.environ[FAMILY])
     if os.environ.get(NO_ENCODER):
-        script.load_encoders = script.load_frozen = fail_if_called
+        script.load_encoders = script.load_frozen = wan.load_frozen = fail_if_called
         for kind in encoder_classes(script):
             kind.from_pretrained, kind.__new__ = fail_if_called, allow_only_on_meta
     if os.environ.get(NO_MODEL):

@@ -42,6 +42,7 @@ from videox.distributed.accelerator import make_accelerator
 from videox.encoders.encode import EncoderInput
 from videox.encoders.hunyuan_text import pad_texts, trim_text
 from videox.encoders.vae import encode_moments, sample_latents, to_images
+from videox.families.wan import encode_captions
 from videox.rng import hash_key
 from videox.shapes import Bucket
 from videox.training.planning import plan_settings
@@ -730,7 +731,7 @@ def test_a_wan_prompt_without_tokens_is_finite(models: Callable[[str], Path], tm
     latents, sigmas = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)), torch.tensor([0.4])
     with open_run(WAN_T2V, models("wan"), tmp_path) as (_, _, components, _), torch.no_grad():
         embeds = torch.zeros_like(
-            WAN_T2V.trainer.encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0]))
+            encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0]))
         )
         inputs = WAN_T2V.trainer.transformer_inputs(latents, sigmas, {"prompt_embeds": embeds})
         assert torch.isfinite(components.transformer(**inputs)[0]).all()

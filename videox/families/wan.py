@@ -1,0 +1,227 @@
+"""What the training scripts of the Wan models share: frozen encoders, cached outputs, and the transformer's inputs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import CLIPVisionConfig
+
+from videox.data.dataset import Batch
+from videox.device import to_device
+from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
+from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
+from videox.distributed.accelerator import compute_dtype
+from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
+from videox.encoders.offload import OffloadedModule
+from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
+from videox.families.wan_names import CLASSES
+from videox.models.configured import Component
+from videox.models.folder import build_config, full_config, load_class, load_pipeline
+from videox.models.scheduler import with_shift
+from videox.models.shared_memory import load_frozen
+from videox.models.tokenizer import load_tokenizer
+from videox.training.context import Gather
+from videox.training.validator import HeldOut
+
+LATENT_CHANNELS = 16
+PROBE = "A red fox, 2 years old, runs over the hill <3"
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders, and diffusers' pipeline over them, for prompts and sample clips."""
+
+    text_encoder: OffloadedModule
+    image_encoder: OffloadedModule | None
+    vae: OffloadedModule
+    pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
+
+
+@dataclass(frozen=True)
+class Wan:
+    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
+
+    transformer: WanTransformer3DModel
+    encoders: LazyEncoders[Encoders]
+    encode: Encoder
+    latents_mean: torch.Tensor
+    latents_std: torch.Tensor
+    shift: float
+
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
+        return (z - self.latents_mean) * (1 / self.latents_std)
+
+
+def build_pipeline(
+    args: argparse.Namespace, components: dict[str, Component], shift: float, encoders: dict[str, Any]
+) -> WanPipeline | diffusers.WanImageToVideoPipeline:
+    """diffusers' pipeline over these encoders, without a transformer; its scheduler has the flow shift of the run."""
+    # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
+    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
+    if "scheduler" in components:
+        pipeline = load_pipeline(pipeline_class, components["scheduler"].path.parent, encoders)
+        pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
+        return pipeline
+    modules: dict[str, Any] = {}
+    if "image_encoder" in components:
+        side = components["image_encoder"].count("image_size")
+        crop = {"height": side, "width": side}
+        modules["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+    return pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
+
+
+def load_encoders(
+    args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
+) -> Encoders:
+    """Load the frozen encoders: text in the compute dtype, the VAE in --vae_dtype, the image encoder in float32."""
+    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
+    dtypes["image_encoder"] = torch.float32
+    text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"]
+    tokenizer = load_tokenizer(components["tokenizer"].path, *text_encoder, PROBE)
+    modules = {n: load(load_class(CLASSES[n]), components[n], dtype) for n, dtype in dtypes.items() if n in components}
+    if args.vae_tiling:
+        modules["vae"].enable_tiling()
+    pipeline = build_pipeline(args, components, shift, {**modules, "tokenizer": tokenizer})
+    offloaded = {n: OffloadedModule(m, accelerator.device, offload=args.low_vram) for n, m in modules.items()}
+    return Encoders(offloaded["text_encoder"], offloaded.get("image_encoder"), offloaded["vae"], pipeline)
+
+
+def build_model(
+    components: dict[str, Component], shift: float, transformer: torch.nn.Module, encoders: LazyEncoders[Encoders],
+    encode: Encoder,
+) -> Wan:  # fmt: skip
+    """What a training step needs of the model; no encoder is loaded."""
+    mean, std = latent_statistics(full_config(AutoencoderKLWan, components["vae"].config), encode.device)
+    return Wan(transformer, encoders, encode, mean, std, shift)
+
+
+@torch.no_grad()
+def encode_captions(encoders: LazyEncoders[Encoders], max_length: int, inputs: EncoderInput) -> torch.Tensor:
+    """UMT5 embeddings [B, max_length, D], zeros past each caption's length, as WanPipeline computes them.
+
+    Each caption is encoded alone, so that its embedding is bitwise independent of the other captions of a batch.
+    """
+    encoder, pipeline = encoders().text_encoder, encoders().pipeline
+    settings = {"do_classifier_free_guidance": False, "max_sequence_length": max_length}
+    with encoder.on_device():
+        embeds = [pipeline.encode_prompt([c], device=encoder.device, **settings)[0] for c in inputs.captions]
+    return torch.cat(embeds)
+
+
+def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, inputs: EncoderInput) -> torch.Tensor:
+    """Moments of the VAE's posterior for the known pixels, float32 [B, 32, t, h, w]; only their mean is used."""
+    pixels, _ = known_pixels(mode, inputs.video, inputs.variants)
+    return encode_moments(encoders().vae, pixels, mini_batch=mini_batch)
+
+
+@torch.no_grad()
+def encode_first_frames(encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput) -> torch.Tensor:
+    """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known."""
+    encoder, pipeline = encoders().image_encoder, encoders().pipeline
+    video, mask = known_pixels(mode, inputs.video, inputs.variants)
+    with encoder.on_device():
+        embeds = [pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
+    return torch.cat(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
+
+
+def encoding_specs(
+    args: argparse.Namespace, components: dict[str, Component], encoders: LazyEncoders[Encoders], dtype: torch.dtype
+) -> list[EncodingSpec]:
+    """How the encoder outputs of a sample are computed and cached; dtype: of text embeddings.
+
+    moments: of the VAE's posterior; prompt_embeds; with images also known: the mode of the posterior of the known
+    pixels, and image_embeds: of the known pixels of the first frame, for models that take them.
+    """
+    config, mode, length = components["transformer"].config, args.train_mode, args.tokenizer_max_length
+    vae, text = (components["vae"].path,), (components["text_encoder"].path, components["tokenizer"].path)
+    video = partial(clip_moments, encoders, args.vae_mini_batch)
+    captions, latents = partial(encode_captions, encoders, length), partial(latents_spec, vae_dtype=args.vae_dtype)
+    specs = [
+        latents("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
+        EncodingSpec(
+            "prompt_embeds", ("caption",), captions, fixed_shape(length, config["text_dim"]), dtype, text,
+            f"{length}", padded=True, module="text_encoder",
+        ),
+    ]  # fmt: skip
+    if mode != "normal":
+        known = partial(encode_known, encoders, mode, args.vae_mini_batch)
+        specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+    if config.get("image_dim"):
+        clip = build_config(CLIPVisionConfig, components["image_encoder"])
+        shape = fixed_shape((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size)
+        weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
+        specs.append(EncodingSpec(
+            "image_embeds", ("frame", "mask"), partial(encode_first_frames, encoders, mode), shape, torch.float32,
+            weights, module="image_encoder",
+        ))  # fmt: skip
+    return specs
+
+
+def encode_batch(
+    args: argparse.Namespace, wan: Wan, batch: Batch, keys: Sequence[int] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and the other inputs of the transformer.
+
+    These are prompt_embeds [B, L, D]; except for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16
+    of the known pixels' latents, and image_embeds [B, N, D] for models that take them.
+
+    Args:
+        keys: one per sample, draw the posterior's noise; None takes its mode.
+    """
+    encoded = {name: torch.stack(tensors) for name, tensors in wan.encode(batch).items()}
+    given = {"prompt_embeds": encoded["prompt_embeds"]}
+    if args.train_mode != "normal":
+        mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=wan.latents_mean.device)
+        keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
+        # keep: 0 drops the condition of 90 % of the images without known pixels: they train text-to-image
+        given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
+    if "image_embeds" in encoded:
+        given["image_embeds"] = encoded["image_embeds"]
+    return wan.normalise(sample_latents(encoded["moments"], LATENT_CHANNELS, keys)), given
+
+
+def transformer_inputs(
+    noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Keywords of WanTransformer3DModel; its timestep is 1000 sigma, float32 [B]."""
+    condition = [given["condition"]] if "condition" in given else []
+    return {
+        "hidden_states": torch.cat([noisy_latents, *condition], 1),
+        "timestep": NUM_TRAIN_TIMESTEPS * sigmas,
+        "encoder_hidden_states": given["prompt_embeds"],
+        "encoder_hidden_states_image": given.get("image_embeds"),
+        "return_dict": False,
+    }
+
+
+def predict_held_out(wan: Wan, noisy_latents: torch.Tensor, timestep: torch.Tensor, sample: HeldOut) -> torch.Tensor:
+    """The velocity prediction for one held-out sample, as in training."""
+    given = {name: value.to(noisy_latents.device) for name, value in sample.conditions.items()}
+    return wan.transformer(**transformer_inputs(noisy_latents, timestep / NUM_TRAIN_TIMESTEPS, given))[0]
+
+
+@contextmanager
+def sampling_pipeline(wan: Wan) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
+    """The pipeline with the transformer in training, its encoders on the device."""
+    with wan.encoders.temporary() as encoders, ExitStack() as stack:
+        for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
+            if encoder is not None:
+                stack.enter_context(encoder.on_device())
+        encoders.pipeline.transformer = wan.transformer
+        yield encoders.pipeline
+        encoders.pipeline.transformer = None

@@ -1,0 +1,9 @@
+"""Names of Wan's components, their classes, and the layers that get adapters; imports no torch."""
+
+from __future__ import annotations
+
+LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # layers that get adapters, by list of blocks
+CLASSES = {"transformer": "diffusers.WanTransformer3DModel", "vae": "diffusers.AutoencoderKLWan"}
+CLASSES |= {"text_encoder": "transformers.UMT5EncoderModel", "image_encoder": "transformers.CLIPVisionModel"}
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")  # folders of a model in diffusers layout
