@@ -31,12 +31,15 @@ from machine import machine_line
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from videox.weights.expert_names import EXPERTS
+
 STEPS, INTERRUPTED_AT = 4, 2
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
 CLOCK = (  # fields of metrics.jsonl that differ between equal runs
     "tokens_per_second", "data_wait", "step_seconds", "encode_seconds", "forward_seconds", "backward_seconds",
     "optimizer_seconds",
 )  # fmt: skip
+TRANSFORMERS = {"wan": "WanTransformer3DModel", "hunyuanvideo": "HunyuanVideoTransformer3DModel"}
 HEADER = ("family", "mode", "model", "resumed bit-equal", "export loads", "sampled", "held-out loss, first -> last")
 
 
@@ -56,6 +59,11 @@ class Cell:
         """The name of the cell in tests and on the terminal."""
         return " ".join((self.family, self.mode, self.model)).strip()
 
+    @property
+    def place(self) -> str:
+        """The place of the trained transformer in the pipeline; `model` is the expert of a model with two."""
+        return EXPERTS.get(self.model, "transformer")
+
 
 def cells() -> list[Cell]:
     """Return all combinations that differ in a flag or in the model's configuration."""
@@ -74,12 +82,15 @@ def cells() -> list[Cell]:
         ("wan2.1", "i2v", "without image embedder", without_embedder, wan_image),
         ("wan2.1", "inpaint", "with image embedder", tiny.build_wan_i2v, wan_image),
         ("wan2.1", "inpaint", "without image embedder", without_embedder, wan_image),
+        ("wan2.2", "normal", "high_noise", tiny.build_wan22_t2v, wan),
+        ("wan2.2", "normal", "low_noise", tiny.build_wan22_t2v, wan),
+        ("wan2.2", "i2v", "high_noise", tiny.build_wan22_i2v, wan_image),
+        ("wan2.2", "i2v", "low_noise", tiny.build_wan22_i2v, wan_image),
         ("hunyuanvideo", "normal", "", tiny.build_hunyuan_t2v, hunyuan),
         ("hunyuanvideo", "i2v", "token_replace", tiny.build_hunyuan_i2v, hunyuan_image),
         ("hunyuanvideo", "i2v", "latent_concat", latent_concat, hunyuan_image),
     ]
-    transformers = {"wan2.1": "WanTransformer3DModel", "hunyuanvideo": "HunyuanVideoTransformer3DModel"}
-    return [Cell(*row, transformer=transformers[row[0]]) for row in rows]
+    return [Cell(*row, transformer=TRANSFORMERS[row[0].rstrip("12.")]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
         "checkpointing_steps": INTERRUPTED_AT,
         "validation_rows": 2,
         "max_train_steps": STEPS,
+        **({"expert": cell.model} if cell.model in EXPERTS else {}),
     }
     argvs = (
         runs.train_flags(cell.family, model, metadata, whole, **asked),
@@ -116,14 +128,17 @@ def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
     failed = [f"a run ended with {run.code}: {run.stderr[-2000:]}" for run in outcomes if run.code]
     if failed:
         return CellResult(failed, failed, failed, [])
-    not_loaded, exported = load(cell, whole / "transformer")
+    not_loaded, exported = load(cell, whole / cell.place)
     not_sampled = sample(cell, model, exported) if exported is not None else ["nothing to sample with"]
     losses = [record["loss"] for record in outcomes[0].validation]
-    return CellResult(differences(outcomes[0], outcomes[2]), not_loaded, not_sampled, losses)
+    return CellResult(differences(outcomes[0], outcomes[2], cell.place), not_loaded, not_sampled, losses)
 
 
-def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
-    """Return what differs between two runs: metrics (not timings), weights, optimizer, position, validation."""
+def differences(one: runs.Outcome, other: runs.Outcome, exported: str = "transformer") -> list[str]:
+    """Return what differs between two runs: metrics (not timings), weights, optimizer, position, validation.
+
+    exported: the folder of the exported weights.
+    """
     found = []
     numbers = [
         [{name: value for name, value in record.items() if name not in CLOCK} for record in run.metrics]
@@ -135,7 +150,7 @@ def differences(one: runs.Outcome, other: runs.Outcome) -> list[str]:
     measured = [{record["step"]: record["loss"] for record in run.validation} for run in (one, other)]
     if any(measured[0][step] != measured[1][step] for step in (0, STEPS)):
         found.append("validation.jsonl")
-    for name in ("transformer", f"checkpoint-{STEPS}/transformer", f"checkpoint-{STEPS}/optimizer"):
+    for name in (exported, f"checkpoint-{STEPS}/transformer", f"checkpoint-{STEPS}/optimizer"):
         here, there = one.weights(name), other.weights(name)
         same = here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
         if not same or not here:
@@ -166,12 +181,12 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     if cell.mode != "normal":
         given["image"] = Image.fromarray(tiny.moving_square(1, SIZE["width"], SIZE["height"])[0])
     clips = []
-    base = getattr(diffusers, cell.transformer).from_pretrained(model / "transformer", torch_dtype=torch.bfloat16)
+    base = getattr(diffusers, cell.transformer).from_pretrained(model / cell.place, torch_dtype=torch.bfloat16)
     for transformer in (exported, base.float()):
         transformer = deepcopy(
             transformer
         )  # tensors of a mapped file are unaligned, for which kernels round differently
-        pipeline = getattr(diffusers, cell.pipeline).from_pretrained(model, transformer=transformer)
+        pipeline = getattr(diffusers, cell.pipeline).from_pretrained(model, **{cell.place: transformer})
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         clips.append(pipeline(prompt="a rabbit walks", generator=generator, **given).frames[0])

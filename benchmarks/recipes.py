@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "config" / "recipes"
-FAMILIES = ("wan2.1", "hunyuanvideo")
+FAMILIES = ("wan2.1", "wan2.2", "hunyuanvideo")
 DATA = "200x5s@24fps:1280x720"
 DATA_WORDS = "200 clips of 5 s at 24 fps, 1280x720"
 GIB = 2**30

@@ -257,6 +257,26 @@ def build_wan_i2v(
     return folder
 
 
+def build_wan22(folder: Path, *, images: bool = False, seed: int = 0, **sizes: int | float) -> Path:
+    """Write a Wan2.2 with random weights in the diffusers folder layout and return the folder.
+
+    It has two transformers, for high and for low noise, with the published boundary between them.
+
+    Args:
+        folder: created if it does not exist; model_index.json and one folder per component are written into it.
+        images: whether it is an image-to-video model, whose transformers take 20 channels more and no image embedding.
+        seed: seed of the random weights; equal arguments give equal files.
+        sizes: other fields of WanSizes.
+    """
+    size = {**sizes, "condition_channels": 20 if images else 0}
+    components = wan_components(seed=seed, **size)
+    with seeded(seed + 1):
+        components["transformer_2"] = wan_transformer(WanSizes(seed=seed, **size))
+    kind, boundary = (WanImageToVideoPipeline, 0.9) if images else (WanPipeline, 0.875)
+    kind(**components, boundary_ratio=boundary).save_pretrained(folder)
+    return folder
+
+
 def clip_vision_config(*, width: int, layers: int, image_size: int) -> CLIPVisionConfig:
     """Return the configuration of a CLIP image encoder with patches of 14 x 14 pixels, as published."""
     return CLIPVisionConfig(

@@ -27,6 +27,7 @@ from videox.errors import FLAGS, MODEL, UserError
 from videox.shapes import Bucket
 from videox.training.argument_parser import Parser, number, parse_or_exit
 from videox.training.validation_flags import SAMPLE_STEPS, check_clip_shape, with_pictures
+from videox.weights.expert_names import EXPERTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bf16", "fp32")
@@ -58,6 +59,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed", type=number(int, 0, 2**63 - 1), help="seed of the first clip; the next has the next one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of computation (default: that of the run, else bf16)")
+    expert = "Wan2.2: the expert that weights without a run belong to (default: as their header says)"
+    parser.add_argument("--expert", choices=tuple(EXPERTS), help=expert)
     low = "keep the encoders in host memory between their uses"
     parser.add_argument("--low_vram", action="store_true", help=low)
     flags = parser.parse(argv)
@@ -95,14 +98,15 @@ from videox.training.prompts import read_prompts
 from videox.training.sample_requests import ClipDefaults, build_clips
 from videox.training.sampling import ClipWriter, FinishedClip, SampleClip, SampledClips, sample_clips
 from videox.weights.deepspeed_reader import tag_folder
-from videox.weights.format import TRANSFORMER
+from videox.weights.expert_names import exported_name
 from videox.weights.fsdp_reader import fsdp_folder
+from videox.weights.header import read_metadata
 from videox.weights.safetensors_io import join_first
 
 # Flags of a run that decide how its model is loaded and sampled.
 KEPT = (
     "train_mode", "config_path", "transformer_path", "vae_path", "vae_dtype", "vae_tiling", "tokenizer_max_length", "guidance_scale",
-    "num_hidden_layers_to_skip", "image_embed_interleave",
+    "num_hidden_layers_to_skip", "image_embed_interleave", "expert", "other_transformer_path",
 )  # fmt: skip
 
 
@@ -130,6 +134,9 @@ class Family:
 FAMILIES = {
     "Wan": Family(
         "wan2.1/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(81, 480, 832), 16.0, embedded_guidance=False
+    ),
+    "Wan2.2": Family(
+        "wan2.2/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(81, 480, 832), 16.0, embedded_guidance=False
     ),
     "HunyuanVideo": Family(
         "hunyuanvideo/train.py", "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", Bucket(61, 544, 960), 24.0,
@@ -188,7 +195,7 @@ def newest_of_run(run: Path) -> tuple[Path, int]:
     """
     path = run / "run_status.json"
     status = read_json(path) if path.is_file() else {}
-    exported = lora_file(run) is not None or (run / TRANSFORMER).is_dir()
+    exported = lora_file(run) is not None or any((run / name).is_dir() for name in EXPERTS.values())
     if exported and status.get("state") == "finished":
         return run, int(status.get("step") or 0)
     newest, _ = latest_checkpoint(run)
@@ -218,9 +225,10 @@ def weights_of_run(source: Path, ema: bool) -> tuple[Path, int]:
             raise UserError(str(folder), f"is damaged: {join_first(problems)}", "sample another checkpoint", MODEL)
         step = int(read_manifest(folder)["step"])
     if ema:
-        if not (folder / EMA_FOLDER).is_dir():
+        places = [folder / exported_name(EMA_FOLDER, expert) for expert in EXPERTS]
+        if (found := next((place for place in places if place.is_dir()), None)) is None:
             raise UserError("--ema", f"{folder} has no {EMA_FOLDER}", "remove the flag: the run kept no EMA", MODEL)
-        return folder / EMA_FOLDER, step
+        return found, step
     if lora_file(folder) is not None:
         return folder, step
     if (full := find_full_weights(folder)) is not None:
@@ -234,7 +242,10 @@ def weights_of_run(source: Path, ema: bool) -> tuple[Path, int]:
 def family_of(base: Path) -> Family:
     """Return the family of a model folder; without model_index.json it is Wan's original layout."""
     index = base / "model_index.json"
-    name = str(read_json(index).get("_class_name")) if index.is_file() else "Wan"
+    content = read_json(index) if index.is_file() else {"_class_name": "Wan"}
+    name = str(content.get("_class_name"))
+    if name.startswith("Wan") and (content.get("boundary_ratio") or (base / f"{next(iter(EXPERTS))}_model").is_dir()):
+        return FAMILIES["Wan2.2"]
     for prefix, family in FAMILIES.items():
         if name.startswith(prefix):
             return family
@@ -243,7 +254,7 @@ def family_of(base: Path) -> Family:
 
 def load_trainer(family: Family) -> ModuleType:
     """Return the family's train.py as a module; `wan2.1` is not an importable name."""
-    path, name = ROOT / "scripts" / family.script, f"trainer_of_{family.transformer}"
+    path, name = ROOT / "scripts" / family.script, f"trainer_of_{Path(family.script).parent.name.replace('.', '_')}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -270,10 +281,26 @@ def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argpar
         args.train_mode = "i2v" if images else "normal"
     if source.weights is not None:
         args.transformer_path = str(source.weights)
+    if hasattr(args, "expert") and not (args.expert and source.asked):
+        args.expert = expert_of(source, flags)
     precision = source.asked.get("mixed_precision") or "bf16"
     args.mixed_precision = {"bf16": "bf16", "fp32": "no", None: precision}[flags.dtype]
     args.low_vram = flags.low_vram or bool(source.asked.get("low_vram"))
     return args
+
+
+def expert_of(source: Source, flags: argparse.Namespace) -> str:
+    """Return which expert of Wan2.2 weights without a run belong to; of a whole model it makes no difference.
+
+    Raises:
+        UserError: neither --expert nor the header of the weights names it.
+    """
+    weights = source.lora or source.weights
+    expert = flags.expert or (read_metadata(weights).get("expert") if weights else next(iter(EXPERTS)))
+    if expert not in EXPERTS:
+        what = f"{weights} may belong to either expert of Wan2.2"
+        raise UserError("--expert", what, f"pass --expert {' or '.join(EXPERTS)}", FLAGS)
+    return expert
 
 
 def first(*values: Any) -> Any:  # noqa: ANN401 - values of any flag
@@ -337,11 +364,12 @@ def apply_lora(model: Any, component: Component, path: Path, family: Family, sca
         model.get_parameter(name).data.copy_(weight)
 
 
-def add_dora(pipeline: Any, path: Path | None, scale: float) -> None:  # noqa: ANN401 - of diffusers
-    """Add a DoRA to the pipeline's transformer by diffusers; None adds nothing."""
+def add_dora(pipeline: Any, path: Path | None, scale: float, second: bool = False) -> None:  # noqa: ANN401 - of diffusers
+    """Add a DoRA to the pipeline's transformer, or to its second one, by diffusers; None adds nothing."""
     if path is None:
         return
-    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="sampled")
+    place = {"load_into_transformer_2": True} if second else {}
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="sampled", **place)
     pipeline.set_adapters(["sampled"], adapter_weights=[scale])
 
 
@@ -369,6 +397,11 @@ def sample(
         return sample_clips(pipeline, clips, ClipWriter(folder, step, on_clip=report))
 
 
+def shipped_yaml(trainer: ModuleType, args: argparse.Namespace) -> str:
+    """Return the yaml whose flow shift a model in the original layout has by default."""
+    return str(trainer.SHIPPED_YAMLS[args.train_mode]) if hasattr(trainer, "SHIPPED_YAMLS") else SHIPPED_YAML
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
     source = find_source(flags)
@@ -381,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clips = requested_clips(source, replace(defaults, text_tokens=args.tokenizer_max_length), args.train_mode, flags)
     components = trainer.check_model(args)
     stored = source.resolved.get("shift")
-    yaml = None if "scheduler" in components else SHIPPED_YAML
+    yaml = None if "scheduler" in components else shipped_yaml(trainer, args)
     shift = stored or choose_shift(args, None, components.get("scheduler"), shipped_yaml=yaml).value
     accelerator, _ = make_accelerator(args.mixed_precision)
     with explain_oom(MemoryAdvice()), memory_phase("loading the model"):
@@ -394,10 +427,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             encoders=encoders, transformer=model.to(accelerator.device), attention=SimpleNamespace()
         )
     print(f"{source.lora or source.weights or base}: step {source.step}, flow shift {shift:g}, {accelerator.device}")
-    prepare = partial(add_dora, path=dora, scale=flags.lora_scale)
+    expert = getattr(args, "expert", None)
+    prepare = partial(add_dora, path=dora, scale=flags.lora_scale, second=expert == "low_noise")
+    opened: list[Any] = [described] + ([trainer.find_expert(args, components, accelerator)] if expert else [])
     folder = unique_path(flags.output)
     with explain_oom(MemoryAdvice()):
-        result = sample(clips, partial(trainer.sampling_pipeline, described), prepare, folder, source.step)
+        result = sample(clips, partial(trainer.sampling_pipeline, *opened), prepare, folder, source.step)
     if result.warnings:
         raise UserError(str(folder), "; ".join(result.warnings), "see the line of each clip above", MODEL)
     print(f"clips and contact sheet in {folder.resolve()}")

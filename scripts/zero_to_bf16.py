@@ -35,6 +35,7 @@ from videox.models.infer_config import foreign_kind
 from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script
 from videox.weights.deepspeed_reader import LATEST, read_zero, tag_folder
+from videox.weights.expert_names import EXPERTS
 from videox.weights.fsdp_reader import FOLDERS, fsdp_folder, read_fsdp
 from videox.weights.lazy_tensor import CheckpointTensors, read_folder
 from videox.weights.safetensors_io import CONFIG, WEIGHTS, join_first
@@ -152,7 +153,7 @@ def open_checkpoint(checkpoint: Path, tag: str | None, exclude_frozen: bool) -> 
 
 def find_full_weights(checkpoint: Path) -> Path | None:
     """Return the folder with a checkpoint's full weights; None if it has none."""
-    for folder in (checkpoint / TRANSFORMER, checkpoint):
+    for folder in (*(checkpoint / name for name in EXPERTS.values()), checkpoint):
         if any((folder / f"{WEIGHTS}.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
             return folder
     return None

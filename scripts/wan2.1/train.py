@@ -23,7 +23,7 @@ from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
 from videox.families.wan_names import CLASSES, LORA_TARGETS, NAMES, PIPELINES
-from videox.models.config_files import SHIPPED_YAML
+from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
 from videox.training.args import check_args, is_dry_run, planned_model
@@ -64,6 +64,7 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         overrides = {"transformer": ("wan", args.transformer_path), "vae": ("wan_vae", args.vae_path)}
         checked = ("text_encoder",) if check_weights else ()
         components = models.diffusers_components(root, PIPELINES, NAMES, overrides, checked)
+        check_one_transformer(args, root)
     check_mode(args, components["transformer"].config)
     if components["transformer"].config.get("image_dim"):
         encoder = paths["image_encoder"] if paths else root / "image_encoder"
@@ -71,6 +72,16 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         if not paths:
             read_component(root / "image_processor", check_weights=False)
     return components
+
+
+def check_one_transformer(args: argparse.Namespace, root: Path) -> None:
+    """Check that a new run does not train one expert of Wan2.2 on all noise levels. Raises UserError."""
+    if read_json(root / "model_index.json").get("boundary_ratio") is not None and not args.resume_from_checkpoint:
+        what, hint = (
+            f"{root} is Wan2.2, with one transformer for high and one for low noise",
+            "use scripts/wan2.2/train.py",
+        )
+        raise UserError("--pretrained_model_name_or_path", what, hint, MODEL)
 
 
 def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:

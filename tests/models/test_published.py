@@ -15,7 +15,7 @@ from videox.models.published import dry_run_components, published_models
 
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
-    "hunyuanvideo-t2v": 12_821_012_544,
+    "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184, "hunyuanvideo-t2v": 12_821_012_544,
 }  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def test_a_published_configuration_builds_the_published_model(name: str) -> None
 
 def test_every_family_has_models() -> None:
     assert published_models("wan2.1") == ["wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"]
+    assert published_models("wan2.2") == ["wan2.2-i2v-a14b", "wan2.2-t2v-a14b"]
     assert published_models("hunyuanvideo") == ["hunyuanvideo-i2v", "hunyuanvideo-t2v"]
 
 

@@ -40,9 +40,9 @@ def record_shifts(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[float]]:
         seen["training"].add(shift)
         return draw(draws, shift, steps)
 
-    def recorded_fixed(count: int, shift: float) -> Any:
+    def recorded_fixed(count: int, shift: float, window: Any) -> Any:
         seen["held-out"].add(shift)
-        return fixed(count, shift)
+        return fixed(count, shift, window)
 
     def recorded_sample(pipeline: Any, *arguments: Any) -> Any:
         seen["samples"].add(scheduler_shift(pipeline.scheduler.config, Path()))

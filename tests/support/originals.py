@@ -98,6 +98,20 @@ def build_wan(folder: Path, model: Path, *, shards: int = 1, dtype: torch.dtype 
     return folder
 
 
+def build_wan22(folder: Path, model: Path) -> Path:
+    """Write a diffusers Wan2.2 in the original layout, with a folder for each expert; return the folder."""
+    build_wan(folder, model)
+    for path in (folder / "config.json", folder / "diffusion_pytorch_model.safetensors"):
+        path.unlink()
+    for name, source in (("high_noise_model", "transformer"), ("low_noise_model", "transformer_2")):
+        config = json.loads((model / source / "config.json").read_text())
+        task = "i2v" if config["in_channels"] == 36 else "t2v"
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(wan_config(config, task)))
+        write_shards(folder / name, rebuilt(weights(model / source), "wan"), 1)
+    return folder
+
+
 def original_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIP as published: its image tower under original names, and tensors that Wan does not use."""
     plain = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}

@@ -39,7 +39,9 @@ from videox.tracking.jsonl import read_lines
 
 ROOT = tiny.ROOT
 WAN_SCRIPT = "scripts/wan2.1/train.py"
-TRAIN_SCRIPTS = {"wan2.1": WAN_SCRIPT, "hunyuanvideo": "scripts/hunyuanvideo/train.py"}
+TRAIN_SCRIPTS = {
+    "wan2.1": WAN_SCRIPT, "wan2.2": "scripts/wan2.2/train.py", "hunyuanvideo": "scripts/hunyuanvideo/train.py",
+}  # fmt: skip
 TIME_LIMIT = 240  # seconds for a launch; one that takes longer counts as hanging
 
 # The published Wan2.1 command with every flag in its order, at sizes that one CPU core trains in a moment.
@@ -76,6 +78,7 @@ WAN_FLAGS: Mapping[str, object] = {
 # The published HunyuanVideo command has the same flags; its three sample sizes are equal.
 FAMILY_FLAGS: Mapping[str, Mapping[str, object]] = {
     "wan2.1": WAN_FLAGS,
+    "wan2.2": {**WAN_FLAGS, "expert": "high_noise"},
     "hunyuanvideo": {**WAN_FLAGS, "image_sample_size": 64},
 }
 

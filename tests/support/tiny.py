@@ -61,6 +61,16 @@ def build_wan_i2v(folder: Path, *, image_embedder: bool = True, **sizes: int | f
     return load_script("scripts/demo_model.py").build_wan_i2v(folder, image_embedder=image_embedder, **sizes)
 
 
+def build_wan22_t2v(folder: Path, **sizes: int | float) -> Path:
+    """Write a Wan2.2 text-to-video model: two transformers of 28 thousand parameters; see scripts/demo_model.py."""
+    return load_script("scripts/demo_model.py").build_wan22(folder, **sizes)
+
+
+def build_wan22_i2v(folder: Path, **sizes: int | float) -> Path:
+    """Write a Wan2.2 image-to-video model, without an image embedder; see scripts/demo_model.py."""
+    return load_script("scripts/demo_model.py").build_wan22(folder, images=True, **sizes)
+
+
 def build_hunyuan_t2v(folder: Path, **sizes: int | float | tuple[int, int, int]) -> Path:
     """Write a HunyuanVideo text-to-video model with 96 thousand parameters; see scripts/demo_hunyuan.py."""
     return load_script("scripts/demo_hunyuan.py").build_hunyuan_t2v(folder, **sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,14 +47,61 @@ def timestep_density(
     return u.numpy()
 
 
-def draw_sigmas(draw: np.ndarray, shift: float, train_sampling_steps: int = NUM_TRAIN_TIMESTEPS) -> torch.Tensor:
+Density = tuple[str, float, float, float]  # scheme, logit_mean, logit_std and mode_scale of timestep_density
+
+
+def draws_in_window(
+    draw: np.ndarray, density: Density, steps: range, train_sampling_steps: int = NUM_TRAIN_TIMESTEPS
+) -> np.ndarray:
+    """Return draws in (0, 1) that timestep_density maps into a window: its density, truncated to the window.
+
+    For an inverse CDF G, uniform draws u and a window [a, b), G(F(a) + u (F(b) - F(a))) has the density of G divided
+    by its mass in the window, with F the inverse of G. The map of u is linear: stratified draws stay stratified.
+
+    Args:
+        draw: float64 [B], uniform in (0, 1).
+        density: that is applied afterwards.
+        steps: of the window, from NoiseWindow.steps; not empty.
+        train_sampling_steps: as for draw_sigmas.
+    """
+    first, last = _window_edges(density, steps.start, steps.stop, train_sampling_steps)
+    return first + np.asarray(draw, np.float64) * (last - first)
+
+
+@lru_cache
+def _window_edges(density: Density, start: int, stop: int, train_sampling_steps: int) -> tuple[float, float]:
+    """Return the draws that the density maps to the ends of a window, the smaller one first."""
+    places = start / train_sampling_steps, stop / train_sampling_steps
+    if density[0] not in ("logit_normal", "mode"):
+        return places  # the draws are left uniform
+    first, last = sorted(_draw_of(place, density) for place in places)
+    return first, last
+
+
+def _draw_of(place: float, density: Density) -> float:
+    """Return the draw that timestep_density, which is monotonic, maps to a place in [0, 1], by bisection."""
+    rising = density[0] == "logit_normal"  # the mode density falls from 1 to 0
+    if place in (0.0, 1.0):
+        return place if rising else 1 - place
+    low, high = 0.0, 1.0
+    for _ in range(60):  # halvings; float64 has 53 bits
+        middle = (low + high) / 2
+        below = float(timestep_density(np.array([middle]), *density)[0]) < place
+        low, high = (middle, high) if below == rising else (low, middle)
+    return (low + high) / 2
+
+
+def draw_sigmas(
+    draw: np.ndarray, shift: float, train_sampling_steps: int = NUM_TRAIN_TIMESTEPS, steps: range | None = None
+) -> torch.Tensor:
     """Return sigmas in (0, 1], float32 [B], from draws in (0, 1).
 
     The draw selects one of the first train_sampling_steps of the 1000 training timesteps t = 1, 0.999, ... 0.001,
     noisiest first (with fewer than 1000 steps, only the noisiest part is trained); sigma = shift t / (1 + (shift - 1)
-    t).
+    t). With `steps`, draws beyond them, by rounding, select the nearest of these.
     """
-    index = np.clip(np.floor(np.asarray(draw, np.float64) * train_sampling_steps), 0, train_sampling_steps - 1)
+    chosen = range(train_sampling_steps) if steps is None else steps
+    index = np.clip(np.floor(np.asarray(draw, np.float64) * train_sampling_steps), chosen.start, chosen.stop - 1)
     return shifted(torch.from_numpy((NUM_TRAIN_TIMESTEPS - index) / NUM_TRAIN_TIMESTEPS), shift).float()
 
 

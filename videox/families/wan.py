@@ -70,7 +70,9 @@ def build_pipeline(
     # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
     pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
     if "scheduler" in components:
-        pipeline = load_pipeline(pipeline_class, components["scheduler"].path.parent, encoders)
+        # A second transformer, which Wan2.2 has, is never read here: the script of Wan2.2 loads it for sampling.
+        parts = {"transformer_2": None, **encoders}
+        pipeline = load_pipeline(pipeline_class, components["scheduler"].path.parent, parts)
         pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
         return pipeline
     modules: dict[str, Any] = {}

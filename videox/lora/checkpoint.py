@@ -96,26 +96,27 @@ class LoraWeights:
         """
         exact = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
         cast = _cast(exact, options.dtype)
-        folder = _adapter_folder(output_dir, name)
+        folder, own_stem = _adapter_folder(output_dir, name, options), options.stem(STEM)
         folder.mkdir(parents=True, exist_ok=True)
         own = {**options.metadata, "rank": str(self.lora.rank), "alpha": f"{self.lora.alpha:g}"}
         metadata = {**own, **self._manager_fields(folder, output_dir, options)}
         write = partial(
-            write_adapters, tensors=cast, lora=self.lora, save_lora_weights=self.save_lora_weights, metadata=metadata
-        )
-        publish_file(folder / f"{STEM}.safetensors", write)
+            write_adapters, tensors=cast, lora=self.lora, save_lora_weights=self.save_lora_weights, metadata=metadata,
+            stem=own_stem,
+        )  # fmt: skip
+        publish_file(folder / f"{own_stem}.safetensors", write)
         for layout in options.layouts:
             header = {**(own if layout == MERGED else metadata), "layout": layout}
             if layout == MERGED:
                 # From the exact adapters: the sum with the base model is rounded once.
-                target = output_dir / f"{name}_{MERGED}"
+                target = output_dir / f"{options.folder(name)}_{MERGED}"
                 self._merge(target, exact, config, options.dtype, options.keep_fp32, header)
                 continue
             public = {public_name(key): tensor for key, tensor in cast.items()}
             ratio = json.loads(config).get("mlp_ratio", 4.0)
             convert = lora_to_kohya if layout == KOHYA else lora_to_comfyui
             converted = convert(public, self.family, self.lora.alpha, mlp_ratio=ratio)
-            stem = f"{STEM}_{layout}"
+            stem = f"{own_stem}_{layout}"
             save = partial(save_tensors, tensors=converted, stem=stem, metadata=header)
             publish_file(folder / f"{stem}.safetensors", save)
 
@@ -124,7 +125,7 @@ class LoraWeights:
         facts: dict[str, object] = dict(options.metadata)
         if "checkpoint-" not in str(output_dir.resolve()):
             facts["output_name"] = output_dir.resolve().name
-        date = export_date(folder / f"{STEM}.safetensors", options.metadata.get(STEPS))
+        date = export_date(folder / f"{options.stem(STEM)}.safetensors", options.metadata.get(STEPS))
         rank, alpha = self.lora.rank, self.lora.alpha
         return manager_fields(facts, self.family, rank=rank, alpha=alpha, date=date)
 
@@ -156,8 +157,9 @@ class LoraWeights:
         return {peft_name(key.removeprefix(PREFIX)): tensors[key] for key in tensors}
 
 
-def _adapter_folder(folder: Path, name: str) -> Path:
-    return folder if name == TRANSFORMER else folder / name
+def _adapter_folder(folder: Path, name: str, options: ExportOptions | None = None) -> Path:
+    """Return the folder of adapters; options: of an export, None for a checkpoint."""
+    return folder if name == TRANSFORMER else folder / (options.folder(name) if options else name)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -169,6 +171,7 @@ def write_adapters(
     lora: Lora,
     save_lora_weights: SaveLora,
     metadata: Mapping[str, str] | None = None,
+    stem: str = STEM,
 ) -> None:
     """Write pytorch_lora_weights.safetensors, with rank and alpha in its header, where diffusers reads them.
 
@@ -178,12 +181,13 @@ def write_adapters(
         lora: the adaptation that they belong to.
         save_lora_weights: the method of the family's diffusers pipeline.
         metadata: further entries of the header.
+        stem: another stem of the file.
 
     Raises:
         OSError, SafetensorError: the write failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{STEM}.safetensors"
+    path = folder / f"{stem}.safetensors"
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     settings |= {"use_dora": True} if lora.dora else {}
     with mode_of_umask(path):

@@ -16,13 +16,14 @@ from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.foreign import MERGE, OTHER_ADAPTERS, explain_unread, foreign_model
 from videox.lora.layouts import Adapter, group_names, read_adapters
 from videox.lora.names import family_of_names
+from videox.weights.expert_names import EXPERTS
 from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.header import parse_json_object, read_metadata
 
 STEM = "pytorch_lora_weights"  # the stem of diffusers' LORA_WEIGHT_NAME_SAFE
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PeftModel.save_pretrained names them
-# Stems of the file to read in a folder: of diffusers, of peft and diffusion-pipe, of VideoX-Fun.
-STEMS = (STEM, PEFT_STEM, "lora_diffusion_pytorch_model")
+# Stems of the file to read in a folder: of diffusers and of an expert, of peft and diffusion-pipe, of VideoX-Fun.
+STEMS = (STEM, *(f"{STEM}_{expert}" for expert in EXPERTS), PEFT_STEM, "lora_diffusion_pytorch_model")
 PREFIX = "transformer."  # diffusers' name of the adapted component in such a file
 SETTINGS = "lora_adapter_metadata"  # key of the settings of the LoRA in the header of diffusers' files
 HALF_MARKS = (".lora_A.", ".lora_down.", ".lora.down.")  # every LoRA has a tensor name that contains one of them

@@ -17,7 +17,8 @@ import torch
 from videox.data.dataset import Batch
 from videox.data.plan.timesteps import ACROSS_STEPS
 from videox.device import memory_phase
-from videox.diffusion.flow_matching import draw_sigmas, timestep_density
+from videox.diffusion.flow_matching import draw_sigmas, draws_in_window, timestep_density
+from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.distributed.collectives import run_on_main
 from videox.distributed.straggler import backward_timer
 from videox.engine.base import Engine, OptimizerFactory
@@ -240,7 +241,7 @@ def build_records(
     Args:
         profile: of the model, for MFU.
         model: of diffusers, for the names of tensors that stay float32.
-        facts: task and flow shift, for args.json, the manifest and the headers of exported files.
+        facts: task and flow shift, and expert if there are two, for args.json, the manifest and headers of exports.
     """
     resolved = {"shift": facts["shift"], "sample": sample_defaults(args, schedule)}
     prepare_folder(args, ctx, schedule, resolved, engine.checkpoint_bytes)
@@ -265,6 +266,7 @@ def build_records(
         at_end_only=args.export_at == "end",
         keep_best=args.keep_best,
         save_every=args.checkpointing_steps,
+        expert=str(facts["expert"]) if "expert" in facts else None,
     )
     return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings))
 
@@ -326,7 +328,9 @@ def build_validator(
     if ctx.is_main and rows.records:
         with atomic_write(ctx.output_dir / HELD_OUT_FILE) as temporary:
             temporary.write_bytes(b"".join(map(json_line, rows.records)))
-    if prompts := prompts_of(args):
+    if (prompts := prompts_of(args)) and family.no_samples:
+        ctx.print(f"no sample clips: {family.no_samples}")
+    elif prompts:
         defaults = ClipDefaults(
             **sample_defaults(args, schedule),
             steps=args.sample_steps,
@@ -339,7 +343,7 @@ def build_validator(
         clips, notes = build_clips(prompts, with_flags(args, defaults))
         ctx.print(*notes)
     ctx.print(*rare_notes(args, schedule.total, held_out=bool(rows.held_out), clips=bool(clips)))
-    measure = HeldOutLoss(family.predict, engine.network, shift, seed, SIGMAS, family.given_frames)
+    measure = HeldOutLoss(family.predict, engine.network, shift, seed, SIGMAS, family.given_frames, family.window)
     ema = engine.ema_weights if args.validate_ema and isinstance(engine, EmaEngine) else None
     sampler = Sampler(ctx, recorder, clips, family.pipeline, args.sample_minutes)
     intervals = Intervals(args.validation_steps, args.validation_epochs, args.sample_every)
@@ -381,13 +385,21 @@ def clip_limit_at(args: argparse.Namespace, step: int) -> Callable[[torch.Tensor
     )  # fmt: skip
 
 
-def sigmas_of_batch(args: argparse.Namespace, batch: Batch, shift: float) -> torch.Tensor:
-    """Sigmas, float32 [B], from the density of the weighting scheme: stratified or drawn independently."""
-    draws = uniform_draws(args, batch["strata"], batch["keys"])
+def sigmas_of_batch(args: argparse.Namespace, batch: Batch, shift: float, window: NoiseWindow = WHOLE) -> torch.Tensor:
+    """Sigmas, float32 [B], from the density of the weighting scheme: stratified or drawn independently.
+
+    window: that the density is truncated to; some of the timesteps that are trained lie in it.
+    """
+    draws, count = uniform_draws(args, batch["strata"], batch["keys"]), args.train_sampling_steps
     # runs of older versions took no density with --uniform_sampling, and go on so
-    if not args.uniform_sampling or batch["timesteps"] == ACROSS_STEPS:
-        draws = timestep_density(draws, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
-    return draw_sigmas(draws, shift, args.train_sampling_steps)
+    shaped = not args.uniform_sampling or batch["timesteps"] == ACROSS_STEPS
+    scheme = args.weighting_scheme if shaped else "none"
+    density = (scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    if window == WHOLE:
+        return draw_sigmas(timestep_density(draws, *density), shift, count)
+    steps = window.steps(shift, count)
+    draws = timestep_density(draws_in_window(draws, density, steps, count), *density)
+    return draw_sigmas(draws, shift, count, steps)
 
 
 def extra_layouts(args: argparse.Namespace) -> list[str]:

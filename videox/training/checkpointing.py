@@ -22,6 +22,7 @@ from videox.tracking.preview import plot_losses
 from videox.training.context import Context
 from videox.training.overfitting import best_of, read_history
 from videox.training.recorder import SAVE, Recorder
+from videox.weights.expert_names import exported_name, lora_stem
 from videox.weights.format import TRANSFORMER, ExportOptions
 from videox.weights.header import base_model_name, model_metadata
 
@@ -40,6 +41,7 @@ class ExportSettings:
         at_end_only: these layouts are written at the end of the run, not in each checkpoint.
         keep_best: the checkpoint with the lowest held-out loss is kept beyond `keep`, and exported.
         save_every: steps between checkpoints; one at another step was saved as the best or the last one.
+        expert: as in ExportOptions.
     """
 
     dtype: torch.dtype
@@ -51,6 +53,7 @@ class ExportSettings:
     at_end_only: bool = False
     keep_best: bool = False
     save_every: int = 1
+    expert: str | None = None
 
 
 class Checkpointer:
@@ -200,7 +203,9 @@ class Checkpointer:
         settings = self.settings
         facts = {**settings.facts, "steps": self.state.step, "seed": self.state.seed}
         metadata = model_metadata(settings.base_model, facts)
-        options = ExportOptions(settings.dtype, settings.keep_fp32, settings.layouts, metadata, only_layouts)
+        options = ExportOptions(
+            settings.dtype, settings.keep_fp32, settings.layouts, metadata, only_layouts, settings.expert
+        )
         export_weights(self.engine, folder, options, is_main=self.ctx.is_main)
 
     def save_and_stop(self, signal_name: str) -> int:
@@ -231,7 +236,8 @@ class Checkpointer:
         """
         ctx, state = self.ctx, self.state
         untouched = ctx.run.finished_step == ctx.run.resume.step == state.step
-        exported = untouched and (ctx.output_dir / TRANSFORMER).is_dir()
+        folder = exported_name(TRANSFORMER, self.settings.expert)
+        exported = untouched and (ctx.output_dir / folder).is_dir()
         if not ctx.gather(exported)[0]:
             with memory_phase("the export"):
                 try:
@@ -244,7 +250,8 @@ class Checkpointer:
             raise self._failure
         ctx.run.status.write("finished", step=state.step, exit_code=0)
         lora = self.engine.weight_format.trainable_only
-        weights = ctx.output_dir / (f"{STEM}.safetensors" if lora else TRANSFORMER)
+        stem = lora_stem(STEM, self.settings.expert)
+        weights = ctx.output_dir / (f"{stem}.safetensors" if lora else folder)
         self.recorder.bar.note(f"finished at step {state.step}; trained weights: {weights}")
         return 0
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from videox.activity import ACTIVITY
 from videox.diffusion.flow_matching import add_noise, keyed_noise, shifted, velocity_losses
+from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.rng import Purpose, hash_key
 from videox.tracking.jsonl import append_line, read_lines
@@ -85,6 +86,7 @@ class HeldOutLoss:
         noise_key: integer that the noise is drawn from, such as the run's seed.
         sigmas_per_sample: forward passes for each sample.
         given_frames: leading latent frames that the model is given; they are excluded from the loss.
+        window: of noise levels that the model is trained at.
     """
 
     predict: Predict
@@ -93,6 +95,7 @@ class HeldOutLoss:
     noise_key: int
     sigmas_per_sample: int
     given_frames: int = 0
+    window: NoiseWindow = WHOLE
 
     def at(self, sample: HeldOut, sigma: float, key: int, device: torch.device | str) -> torch.Tensor:
         """Loss of one sample at one noise level, float32 scalar: x_t = (1 - sigma) x_0 + sigma noise."""
@@ -105,21 +108,25 @@ class HeldOutLoss:
         return velocity_losses(prediction[generated], (noise - latents)[generated], torch.ones_like(level))[0]
 
 
-def fixed_sigmas(count: int, shift: float) -> tuple[float, ...]:
+def fixed_sigmas(count: int, shift: float, window: NoiseWindow = WHOLE) -> tuple[float, ...]:
     """The noise levels at the middles of `count` equal shares of training's uniform draws, increasing.
 
-    sigma = shift t / (1 + (shift - 1) t) at t = (i + 0.5) / count: the quantiles of the sigmas that training draws.
+    sigma = shift t / (1 + (shift - 1) t) at t = (i + 0.5) / count: the quantiles of the sigmas that training draws;
+    with a window, t is at the same places between the ends of the window.
 
     Args:
         count: at least 1.
         shift: above 0 (1 = no shift).
+        window: of noise levels.
 
     Raises:
         ValueError: if one of them is out of range.
     """
     if count < 1 or not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"{count} sigmas with shift {shift}: at least 1, and a shift above 0")
-    return tuple(shifted((torch.arange(count, dtype=torch.float64) + 0.5) / count, shift).tolist())
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    lowest, highest = window.times(shift)
+    return tuple(shifted(places if window == WHOLE else lowest + places * (highest - lowest), shift).tolist())
 
 
 def validation_loss(
@@ -149,7 +156,7 @@ def validation_loss(
     """
     if not samples or (world_size > 1 and all_reduce_sum is None):
         raise ValueError(f"{len(samples)} held-out samples on {world_size} processes: samples and a sum are required")
-    sigmas = fixed_sigmas(measure.sigmas_per_sample, measure.shift)
+    sigmas = fixed_sigmas(measure.sigmas_per_sample, measure.shift, measure.window)
     table = torch.zeros(len(samples), len(sigmas), device=device)  # one rank fills each row, so that its sum is exact
     with evaluation_mode([measure.model]):
         for first in range(0, len(samples), world_size):

@@ -12,6 +12,7 @@ import torch
 from videox.data.bucket_sampler import held_out_samples
 from videox.data.dataset import Batch, TokenLengthDataset, collate
 from videox.device import memory_phase
+from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.distributed.collectives import sum_over_ranks
 from videox.engine.train_state import TrainState
 from videox.errors import DATA, UserError
@@ -37,6 +38,8 @@ class FamilyValidation:
         guidance_scale: of the sample clips.
         given_frames: leading latent frames that the model is given; they are excluded from the loss.
         embedded_guidance: the guidance scale is an input of the transformer; else it is classifier-free.
+        window: of noise levels that the transformer is trained at.
+        no_samples: why no clips are sampled; "" = they are.
     """
 
     predict: Predict
@@ -44,6 +47,8 @@ class FamilyValidation:
     guidance_scale: float
     given_frames: int = 0
     embedded_guidance: bool = False
+    window: NoiseWindow = WHOLE
+    no_samples: str = ""
 
 
 @dataclass(frozen=True)

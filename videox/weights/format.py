@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from videox.weights.expert_names import TRANSFORMER, exported_name, lora_stem
 from videox.weights.layout_writer import export_file
 from videox.weights.safetensors_io import NamedTensors, StoredTensors, export_transformer, load_weights, save_weights
 
-TRANSFORMER = "transformer"  # name of the weights in training inside a checkpoint; the EMA has another name
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their command-line names
 
 
@@ -28,6 +28,7 @@ class ExportOptions:
         layouts: layouts to write in addition to diffusers' ("original", "comfyui", "merged").
         metadata: key-value pairs for the header of each file.
         only_layouts: of full weights, keep the files of `layouts` and delete the diffusers folder.
+        expert: which transformer of a model of two is exported; it is part of the names. None: the only one.
     """
 
     dtype: torch.dtype
@@ -35,6 +36,15 @@ class ExportOptions:
     layouts: Sequence[str] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     only_layouts: bool = False
+    expert: str | None = None
+
+    def folder(self, name: str) -> str:
+        """Return the folder for weights of this name: of a low-noise expert transformer_2 in place of transformer."""
+        return exported_name(name, self.expert)
+
+    def stem(self, stem: str) -> str:
+        """Return the stem of a LoRA file, which names the expert."""
+        return lora_stem(stem, self.expert)
 
 
 class WeightFormat(Protocol):
@@ -92,7 +102,7 @@ class FullWeights:
 
     def export(self, output_dir: Path, name: str, tensors: NamedTensors, config: str, options: ExportOptions) -> None:
         """As WeightFormat.export: a diffusers folder, and one file next to it for each other layout."""
-        folder = output_dir / name
+        folder = output_dir / options.folder(name)
         export_transformer(tensors, config, folder, options.dtype, options.keep_fp32, metadata=options.metadata)
         for layout in options.layouts:
             target = folder.with_name(f"{folder.name}_{layout}.safetensors")

@@ -1,0 +1,105 @@
+"""Tests of videox.diffusion.noise_window: draws of an expert stay in its window of noise and have its density."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from videox.data.plan.timesteps import ACROSS_STEPS, place_in_stratum
+from videox.diffusion.flow_matching import draw_sigmas, timestep_density
+from videox.diffusion.noise_window import WHOLE, NoiseWindow
+from videox.training.build import sigmas_of_batch
+from videox.training.validation_loss import fixed_sigmas
+
+DRAWS = 10_000
+EXPERTS = {
+    "high_noise": lambda boundary: NoiseWindow(lowest=boundary),
+    "low_noise": lambda boundary: NoiseWindow(end=boundary),
+}
+SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
+
+
+def flags(scheme: str, *, uniform: bool, steps: int = 1000) -> Namespace:
+    return Namespace(
+        weighting_scheme=scheme, uniform_sampling=uniform, logit_mean=0.3, logit_std=1.2, mode_scale=1.29,
+        train_sampling_steps=steps,
+    )  # fmt: skip
+
+
+def sigmas(args: Namespace, window: NoiseWindow, shift: float, strata: np.ndarray) -> np.ndarray:
+    batch = {"strata": strata, "keys": list(range(len(strata))), "timesteps": ACROSS_STEPS}
+    return sigmas_of_batch(args, batch, shift, window).double().numpy()
+
+
+@pytest.mark.parametrize(("shift", "boundary"), [(3.0, 0.875), (12.0, 0.875), (3.0, 0.9), (1.0, 0.9), (0.5, 0.3)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("uniform", [True, False], ids=["stratified", "independent"])
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_draws_are_the_ones_of_the_whole_range_that_lie_in_the_window(
+    expert: str, uniform: bool, scheme: str, shift: float, boundary: float
+) -> None:
+    """Truncation keeps the shape of a density: it is that of the draws of one model that happen to lie there."""
+    window, args = EXPERTS[expert](boundary), flags(scheme, uniform=uniform)
+    strata = (np.arange(DRAWS) + place_in_stratum(1, 0)) / DRAWS
+    found = sigmas(args, window, shift, strata)
+    inside = (found >= boundary - 1e-7) if expert == "high_noise" else (found < boundary)
+    assert inside.all() and len(found) == DRAWS
+    density = (scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    fine = draw_sigmas(timestep_density((np.arange(400_000) + 0.5) / 400_000, *density), shift).double().numpy()
+    expected = fine[(fine >= boundary - 1e-7) if expert == "high_noise" else (fine < boundary)]
+    quantiles = np.linspace(0.01, 0.99, 50)
+    # The largest distance between the two distribution functions; 1.95 / sqrt(n) has a probability of 0.1 %.
+    levels = np.quantile(expected, quantiles)
+    distance = np.abs(np.searchsorted(np.sort(found), levels, side="right") / DRAWS
+                      - np.searchsorted(np.sort(expected), levels, side="right") / len(expected)).max()  # fmt: skip
+    assert distance < (0.002 if uniform else 1.95 / DRAWS**0.5)
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_every_stratum_of_the_window_is_drawn_once_per_step(expert: str) -> None:
+    window, shift, samples = EXPERTS[expert](0.875), 3.0, 8
+    steps = window.steps(shift)
+    seen = []
+    for step in range(200):
+        strata = (np.arange(samples) + place_in_stratum(7, step)) / samples
+        t = sigmas(flags("none", uniform=True), window, shift, strata)
+        index = 1000 * (1 - t / (shift - (shift - 1) * t))
+        place = (index - steps.start + 0.5) / len(steps)
+        assert np.abs(place - strata).max() < 1 / len(steps)  # each in its own stratum, within a timestep
+        seen.append(place * samples % 1)
+    # The place in the strata moves from step to step and covers them evenly, within the width of a timestep.
+    places = np.sort(np.concatenate(seen))
+    assert np.abs(places - (np.arange(len(places)) + 0.5) / len(places)).max() < 0.05
+
+
+def test_the_two_windows_share_the_timesteps_between_them() -> None:
+    for shift in (0.5, 1.0, 3.0, 5.0, 12.0):
+        for boundary in (0.875, 0.9):
+            high, low = (EXPERTS[name](boundary).steps(shift) for name in EXPERTS)
+            assert [*high, *low] == list(range(1000))
+            t = 1000 * draw_sigmas((np.array([*high]) + 0.5) / 1000, shift).double()
+            assert bool((t >= 1000 * boundary - 1e-3).all())  # as the pipeline decides, on timesteps
+    assert WHOLE.steps(3.0) == range(1000)
+    assert NoiseWindow(end=0.3).steps(3.0, 100) == range(0)  # of the noisiest tenth, none has little noise
+
+
+def test_the_whole_window_changes_no_draw() -> None:
+    strata = (np.arange(64) + 0.3) / 64
+    for scheme in SCHEMES:
+        args = flags(scheme, uniform=True)
+        density = timestep_density(strata, scheme, args.logit_mean, args.logit_std, args.mode_scale)
+        found = sigmas_of_batch(args, {"strata": strata, "keys": [0] * 64, "timesteps": ACROSS_STEPS}, 3.0)
+        assert torch.equal(found, draw_sigmas(density, 3.0))
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_held_out_sigmas_are_the_middles_of_shares_of_the_window(expert: str) -> None:
+    window = EXPERTS[expert](0.9)
+    found = np.array(fixed_sigmas(4, 5.0, window))
+    assert ((found >= window.lowest) & (found < window.end)).all() and (np.diff(found) > 0).all()
+    times = found / (5.0 - 4.0 * found)
+    lowest, highest = window.times(5.0)
+    assert np.allclose(times, lowest + (highest - lowest) * np.array([0.125, 0.375, 0.625, 0.875]))

@@ -1,0 +1,216 @@
+"""Tests of scripts/wan2.2/train.py: an expert is trained on its noise levels, exported, and sampled with the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import originals
+import pytest
+import runs
+import tiny
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+
+from videox.diffusion.noise_window import NoiseWindow
+from videox.errors import FLAGS, MODEL, UserError
+from videox.models.scheduler import with_shift
+from videox.weights.expert_names import EXPERTS
+from videox.weights.header import read_metadata
+
+BOUNDARY, SHIFT = 0.875, 3.0
+PROMPT = "a rabbit walks"
+SETTINGS = {
+    "mixed_precision": "no", "max_train_steps": 1, "export_dtype": "fp32", "sample_steps": 4, "tokenizer_max_length": 16,
+    "gradient_checkpointing": None, "checkpointing_steps": 1, "learning_rate": 0.01, "lr_warmup_steps": 0,
+    "max_grad_norm": 10, "low_vram": None, "video_sample_n_frames": 5, "image_sample_size": 64, "sample_seed": 3,
+    "dump_steps": 1, "train_batch_size": 2, "validation_rows": 1,
+}  # fmt: skip
+SAMPLES = {"validation_prompts": [f"{PROMPT} --f 1 --w 64 --h 48"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_wan22_t2v(tmp_path_factory.mktemp("model") / "wan")
+
+
+@pytest.fixture(scope="module")
+def train(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., runs.Outcome]:
+    folder = tmp_path_factory.mktemp("runs")
+    metadata = tiny.make_dataset(folder / "data")
+
+    def start(name: str, **changes: object) -> runs.Outcome:
+        argv = runs.train_flags("wan2.2", model, metadata, folder / name, **{**SETTINGS, **changes})
+        return runs.train(argv, runs.train_script("wan2.2"))
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def high(train: Callable[..., runs.Outcome]) -> runs.Outcome:
+    return train("high", expert="high_noise")
+
+
+@pytest.fixture(scope="module")
+def low(train: Callable[..., runs.Outcome], high: runs.Outcome) -> runs.Outcome:
+    return train("low", expert="low_noise", other_transformer_path=high.folder, **SAMPLES)
+
+
+def parsed(model: Path, **flags: object) -> Namespace:
+    words = {"pretrained_model_name_or_path": model, "train_data_meta": "m.json", "output_dir": "out", **flags}
+    return runs.train_script("wan2.2").parse_args(runs.to_argv(words))
+
+
+def refusal(action: Callable[[], Any]) -> UserError:
+    with pytest.raises(UserError) as raised:
+        action()
+    return raised.value
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(("expert", "words"), [("high_noise", "sigma 0.875 to 1"), ("low_noise", "sigma 0 to 0.875")])
+def test_an_expert_trains_and_validates_in_its_window(expert: str, words: str, request: pytest.FixtureRequest) -> None:
+    outcome: runs.Outcome = request.getfixturevalue(expert.removesuffix("_noise"))
+    assert outcome.code == 0, outcome.stderr
+    assert f"expert      {expert}, {words} (the boundary is 0.875)" in outcome.stdout
+    assert f"flow shift  {SHIFT:g} (the model's scheduler/scheduler_config.json)" in outcome.stdout
+    dumps = [runs.read_dump(path) for path in sorted((outcome.folder / "dump/step-1").glob("*.safetensors"))]
+    timesteps = torch.cat([dump["timestep"] for dump in dumps])
+    levels = [sigma for sigma, _ in outcome.validation[-1]["per_sigma"]]
+    inside = (lambda value: value >= BOUNDARY) if expert == "high_noise" else (lambda value: value < BOUNDARY)
+    assert len(timesteps) and all(inside(t / 1000) for t in timesteps.tolist())
+    assert len(levels) == 4 and all(map(inside, levels))
+
+
+def test_the_other_expert_and_the_layout_stay_as_they_are(high: runs.Outcome, low: runs.Outcome, model: Path) -> None:
+    for outcome, expert in ((high, "high_noise"), (low, "low_noise")):
+        (exported,) = (path.name for path in outcome.folder.glob("transformer*"))
+        assert exported == EXPERTS[expert]
+        base, trained = runs.read_weights(model / exported), outcome.weights(exported)
+        assert base.keys() == trained.keys()
+        assert any(not torch.equal(base[name], trained[name]) for name in base)
+        header = read_metadata(outcome.folder / exported)
+        assert (header["expert"], header["boundary"], header["task"]) == (expert, "0.875", "wan2.2 normal")
+
+
+def test_samples_are_those_of_the_pipeline_with_both_trained_experts(
+    high: runs.Outcome, low: runs.Outcome, model: Path, tmp_path: Path
+) -> None:
+    own = np.asarray(Image.open(low.folder / "samples/step-000001-prompt-0.png"))
+    whole = shutil.copytree(model, tmp_path / "model")
+    for outcome, name in zip((high, low), EXPERTS.values(), strict=True):  # as a user puts the exports into the model
+        shutil.copytree(outcome.folder / name, whole / name, dirs_exist_ok=True)
+    pipeline = WanPipeline.from_pretrained(whole)
+    assert pipeline.config.boundary_ratio == BOUNDARY
+    pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, SHIFT))
+    pipeline.set_progress_bar_config(disable=True)
+    calls = {name: count_calls(getattr(pipeline, name)) for name in EXPERTS.values()}
+    sample = partial(
+        pipeline, prompt=PROMPT, negative_prompt="", height=48, width=64, num_frames=1, num_inference_steps=4,
+        guidance_scale=4.0, max_sequence_length=16, output_type="np",
+    )  # fmt: skip
+    frames = sample(generator=torch.Generator().manual_seed(3)).frames[0]
+    assert {name: len(seen) for name, seen in calls.items()} == {
+        "transformer": 4,
+        "transformer_2": 4,
+    }  # two steps each
+    assert np.array_equal((frames[0].clip(0, 1) * 255).round().astype(np.uint8), own)
+    before = np.asarray(Image.open(low.folder / "samples/step-000000-prompt-0.png"))
+    assert not np.array_equal(before, own)
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_the_sample_script_makes_the_clips_of_the_run(low: runs.Outcome, tmp_path: Path) -> None:
+    script = tiny.load_script("scripts/sample.py")
+    with runs.restored_process_state():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        assert script.main([str(low.folder), "--output", str(tmp_path / "clips")]) == 0
+    name = "step-000001-prompt-0.png"
+    assert (tmp_path / "clips" / name).read_bytes() == (low.folder / "samples" / name).read_bytes()
+
+
+def test_a_lora_is_named_for_its_expert_and_loads_into_it(train: Callable[..., runs.Outcome], model: Path) -> None:
+    outcome = train("lora", expert="low_noise", lora_rank=2, export_layouts=["comfyui"], validation_rows=None)
+    assert outcome.code == 0, outcome.stderr
+    names = {path.name for path in outcome.folder.glob("*.safetensors")}
+    stem = "pytorch_lora_weights_low_noise"
+    assert names == {f"{stem}.safetensors", f"{stem}_comfyui.safetensors"}
+    assert all(read_metadata(outcome.folder / name)["expert"] == "low_noise" for name in names)
+    assert f"trained weights: {outcome.folder / stem}.safetensors" in outcome.stdout
+    pipeline = WanPipeline.from_pretrained(model)
+    pipeline.load_lora_weights(outcome.folder, weight_name=f"{stem}.safetensors", load_into_transformer_2=True)
+    adapted = {name: hasattr(getattr(pipeline, name), "peft_config") for name in EXPERTS.values()}
+    assert adapted == {"transformer": False, "transformer_2": True}
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_an_expert_has_to_be_chosen(model: Path) -> None:
+    error = refusal(lambda: parsed(model))
+    assert (error.where, error.exit_code) == ("--expert", FLAGS) and "a run trains one" in error.line()
+
+
+def test_a_run_resumes_with_its_own_expert(high: runs.Outcome, train: Callable[..., runs.Outcome]) -> None:
+    assert high.code == 0
+    changes = {"expert": "low_noise", "resume_from_checkpoint": "latest", "max_train_steps": 2}
+    outcome = train("high", **changes)
+    assert outcome.code == MODEL
+    assert "error: --expert: low_noise, checkpoint-1 is of the high_noise expert. Fix: pass --expert" in outcome.stderr
+
+
+def test_each_script_refuses_the_models_of_the_other(model: Path, tmp_path: Path) -> None:
+    words = {"pretrained_model_name_or_path": model, "train_data_meta": "m.json", "output_dir": "out"}
+    wan21 = runs.train_script("wan2.1")
+    error = refusal(lambda: wan21.check_model(wan21.parse_args(runs.to_argv(words))))
+    assert error.exit_code == MODEL and error.hint == "use scripts/wan2.2/train.py"
+    old = tiny.build_wan_t2v(tmp_path / "old")
+    shutil.copytree(old / "transformer", old / "transformer_2")
+    error = refusal(lambda: runs.train_script("wan2.2").check_model(parsed(old, expert="high_noise")))
+    assert error.exit_code == MODEL and "has no boundary_ratio" in error.what
+    error = refusal(
+        lambda: runs.train_script("wan2.2").check_model(parsed(model, expert="high_noise", train_mode="i2v"))
+    )
+    assert error.where == "--train_mode i2v" and "takes 16 channels" in error.what
+
+
+def test_a_window_without_timesteps_is_refused(model: Path) -> None:
+    script, args = runs.train_script("wan2.2"), parsed(model, expert="low_noise", train_sampling_steps=50)
+    error = refusal(lambda: script.describe(args, script.check_model(args), None))
+    assert error.where == "--train_sampling_steps" and "none of these" in error.what
+
+
+# --------------------------------------------------------------------------------------------- original layout
+
+
+@pytest.mark.parametrize(("mode", "boundary", "shift"), [("normal", 0.875, 12.0), ("i2v", 0.9, 5.0)])
+def test_the_original_layout_has_both_experts_boundary_and_shift(
+    mode: str, boundary: float, shift: float, model: Path, tmp_path: Path
+) -> None:
+    source = model if mode == "normal" else tiny.build_wan22_i2v(tmp_path / "i2v")
+    folder, script = originals.build_wan22(tmp_path / "original", source), runs.train_script("wan2.2")
+    windows = {"high_noise": NoiseWindow(lowest=boundary), "low_noise": NoiseWindow(end=boundary)}
+    for expert, place in EXPERTS.items():
+        args = parsed(folder, expert=expert, train_mode=mode)
+        components = script.check_model(args)
+        trained = script.describe(args, components, None)
+        assert (trained.boundary, trained.shift.value, trained.window) == (boundary, shift, windows[expert])
+        others = {"transformer": place, "other": EXPERTS["low_noise" if expert == "high_noise" else "high_noise"]}
+        for name, stored in others.items():
+            tensors, expected = components[name].source(), runs.read_weights(source / stored)
+            assert set(tensors) == set(expected)
+            assert all(torch.equal(tensors[key], expected[key]) for key in expected)
