@@ -44,7 +44,7 @@ ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
 PAGES = (
     "README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md", "docs/dry_run.md", "docs/cache.md",
-    "docs/walkthroughs.md", "docs/samples.md",
+    "docs/walkthroughs.md", "docs/samples.md", "scripts/wan2.2/README_TRAIN.md",
 )  # fmt: skip
 # Pages without commands of their own, whose links are checked, too.
 LINKED = (
