@@ -82,6 +82,8 @@ def cells() -> list[Cell]:
         ("wan2.1", "i2v", "without image embedder", without_embedder, wan_image),
         ("wan2.1", "inpaint", "with image embedder", tiny.build_wan_i2v, wan_image),
         ("wan2.1", "inpaint", "without image embedder", without_embedder, wan_image),
+        ("wan2.1", "flf2v", "with image embedder", tiny.build_wan_flf2v, wan_image),
+        ("wan2.1", "flf2v", "without image embedder", without_embedder, wan_image),
         ("wan2.2", "normal", "high_noise", tiny.build_wan22_t2v, wan),
         ("wan2.2", "normal", "low_noise", tiny.build_wan22_t2v, wan),
         ("wan2.2", "i2v", "high_noise", tiny.build_wan22_i2v, wan_image),
@@ -180,6 +182,8 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     given = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
     if cell.mode != "normal":
         given["image"] = Image.fromarray(tiny.moving_square(1, SIZE["width"], SIZE["height"])[0])
+    if cell.mode == "flf2v":
+        given["last_image"] = Image.fromarray(tiny.moving_square(9, SIZE["width"], SIZE["height"])[-1])
     clips = []
     base = getattr(diffusers, cell.transformer).from_pretrained(model / cell.place, torch_dtype=torch.bfloat16)
     for transformer in (exported, base.float()):

@@ -107,6 +107,7 @@ class WanSizes:
         seed: seed of the random weights; equal arguments give equal files.
         condition_channels: input channels of the transformer in addition to the 16 noisy ones.
         image_dim: width of the image embeddings that the transformer attends to; None for no image embeddings.
+        image_positions: tokens of the two images of a first-and-last-frame model, each with a position of its own.
     """
 
     heads: int = 2
@@ -120,6 +121,7 @@ class WanSizes:
     seed: int = 0
     condition_channels: int = 0
     image_dim: int | None = None
+    image_positions: int | None = None
 
 
 def wan_components(**sizes: int | float | None) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def shrink_posterior_variance(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo)
 
 def wan_transformer(size: WanSizes) -> WanTransformer3DModel:
     """Return the transformer."""
-    return WanTransformer3DModel(
+    transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=size.heads,
         attention_head_dim=size.head_dim,
@@ -204,7 +206,11 @@ def wan_transformer(size: WanSizes) -> WanTransformer3DModel:
         image_dim=size.image_dim,
         added_kv_proj_dim=None if size.image_dim is None else size.heads * size.head_dim,
         rope_max_seq_len=1024,
+        pos_embed_seq_len=size.image_positions,
     )
+    if size.image_positions is not None:  # zeros in a new model: a wrong use of them would change nothing
+        torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
+    return transformer
 
 
 def build_wan_t2v(folder: Path, **sizes: int | float) -> Path:
@@ -225,6 +231,7 @@ def build_wan_i2v(
     image_dim: int = 32,
     image_layers: int = 2,
     image_size: int = 56,
+    both_frames: bool = False,
     seed: int = 0,
     **sizes: int | float,
 ) -> Path:
@@ -241,12 +248,14 @@ def build_wan_i2v(
         image_layers: layers of the image encoder, at least 2: the embeddings are taken before the last layer.
         image_size: side in pixels of the image encoder's input, a multiple of the patch size 14; the published 224
             gives 257 tokens.
+        both_frames: a first-and-last-frame model, which attends to the embeddings of two images.
         seed: seed of the random weights; equal arguments give equal files.
         sizes: other fields of WanSizes.
     """
     components = wan_components(
-        condition_channels=20, image_dim=image_dim if image_embedder else None, seed=seed, **sizes
-    )
+        condition_channels=20, image_dim=image_dim if image_embedder else None, seed=seed,
+        image_positions=2 * ((image_size // 14) ** 2 + 1) if both_frames else None, **sizes,
+    )  # fmt: skip
     if image_embedder:
         with seeded(seed):
             components["image_encoder"] = CLIPVisionModel(

@@ -1,4 +1,4 @@
-r"""Fine-tunes Wan2.1: text-to-video, image-to-video and inpainting, the whole model or a LoRA.
+r"""Fine-tunes Wan2.1: text-, image-, first-and-last-frame-to-video and inpainting, the whole model or a LoRA.
 
 One process, one per GPU (DDP), or sharded (DeepSpeed ZeRO, FSDP); the part after the script's name stays the same:
 
@@ -33,6 +33,7 @@ from videox.training.flow_shift import FlowShift, choose_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {"normal": "text-to-video", "i2v": "image-to-video", "inpaint": "inpainting"}
+TASKS["flf2v"] = "first-and-last-frame-to-video"
 
 
 def parse_args(
@@ -87,13 +88,15 @@ def check_one_transformer(args: argparse.Namespace, root: Path) -> None:
 def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Check that the transformer with this configuration is made for --train_mode."""
     channels = config.get("in_channels")
-    modes = {16: ("normal",), 36: ("i2v", "inpaint")}.get(channels, ())
-    if args.train_mode not in modes or config.get("pos_embed_seq_len"):
-        what = f"the transformer takes {channels} channels, which no mode here trains"
+    modes, takes = {16: ["normal"], 36: ["i2v", "inpaint"]}.get(channels, []), f"{channels} channels"
+    if config.get("pos_embed_seq_len"):
+        modes, takes = ["flf2v"], "features of two images"
+    elif modes and channels == 36 and not config.get("image_dim"):
+        modes.append("flf2v")  # a last frame is then a matter of the mask
+    if args.train_mode not in modes:
+        what = f"the transformer takes {takes}, which no mode here trains"
         if modes:
-            what = f"the transformer takes {channels} channels: it is made for --train_mode {' or '.join(modes)}"
-        if config.get("pos_embed_seq_len"):
-            what = "the transformer takes features of two images, which no mode here trains"
+            what = f"the transformer takes {takes}: it is made for --train_mode {' or '.join(modes)}"
         raise UserError(f"--train_mode {args.train_mode}", what, "use that mode, or weights made for this one", MODEL)
     if config.get("image_dim") and args.tokenizer_max_length != 512:
         what = f"{args.tokenizer_max_length}: a model with an image embedder takes 512 text tokens"
@@ -105,7 +108,7 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
     config, images = components["transformer"].config, 0
     if "image_encoder" in components:
         clip = components["image_encoder"]
-        images = (clip.count("image_size") // clip.count("patch_size")) ** 2 + 1
+        images = ((clip.count("image_size") // clip.count("patch_size")) ** 2 + 1) * (1 + (args.train_mode == "flf2v"))
     return ModelProfile(
         task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),

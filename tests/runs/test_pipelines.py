@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -110,8 +110,10 @@ def hunyuan_i2v(condition: str, guidance_scale: float) -> ModelKind:
     return ModelKind(build, HUNYUAN, "i2v", pipeline, transformer, {"guidance_scale": guidance_scale})
 
 
+WAN_FLF2V = replace(wan_i2v(image_embedder=True), build=tiny.build_wan_flf2v, mode="flf2v")
 KINDS = {
     "wan": WAN_T2V,
+    "wan-flf2v": WAN_FLF2V,
     "wan-i2v-clip": wan_i2v(image_embedder=True),
     "wan-i2v": wan_i2v(image_embedder=False),
     "hunyuan": HUNYUAN_T2V,
@@ -231,8 +233,10 @@ def sample(kind: ModelKind, pipeline: DiffusionPipeline, dump: runs.Dump) -> tor
     pipeline.scheduler.set_timesteps = partial(pipeline.scheduler.set_timesteps, sigmas=sigmas)
     pipeline.set_progress_bar_config(disable=True)
     settings = dict(kind.sampling)
-    if kind.mode == "i2v":
+    if kind.mode != "normal":
         settings["image"] = Image.fromarray(dump["pixels"][0, 0].numpy())
+    if kind.mode == "flf2v":
+        settings["last_image"] = Image.fromarray(dump["pixels"][0, -1].numpy())
     if kind.script == HUNYUAN:
         settings["sigmas"] = sigmas
     latents = (noisy_latents(dump), dump["latents"])
@@ -323,6 +327,10 @@ def test_the_channel_order_of_noise_mask_and_image(pair: Pair) -> None:
     elif pair.kind.mode == "i2v":
         assert states[:, 16:20, 0].eq(1).all() and states[:, 16:20, 1:].eq(0).all()
         assert states[:, 20:, 1:].any()  # the latents of grey frames are not zero
+    elif pair.kind.mode == "flf2v":  # of the last four frames, the last one is known
+        assert states[:, 16:20, 0].eq(1).all() and states[:, 19, -1].eq(1).all()
+        assert states[:, 16:20, 1:-1].eq(0).all() and states[:, 16:19, -1].eq(0).all()
+        assert pair.training.keywords["encoder_hidden_states_image"].shape[0] == 2  # CLIP's features of both
     else:
         assert states.shape[1] == 16
 
@@ -730,8 +738,6 @@ def test_a_prompt_without_tokens_is_finite(models: Callable[[str], Path], tmp_pa
 def test_a_wan_prompt_without_tokens_is_finite(models: Callable[[str], Path], tmp_path: Path) -> None:
     latents, sigmas = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)), torch.tensor([0.4])
     with open_run(WAN_T2V, models("wan"), tmp_path) as (_, _, components, _), torch.no_grad():
-        embeds = torch.zeros_like(
-            encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0]))
-        )
+        embeds = torch.zeros_like(encode_captions(components.encoders, 512, EncoderInput(latents, [""], [0])))
         inputs = WAN_T2V.trainer.transformer_inputs(latents, sigmas, {"prompt_embeds": embeds})
         assert torch.isfinite(components.transformer(**inputs)[0]).all()

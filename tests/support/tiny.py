@@ -61,6 +61,11 @@ def build_wan_i2v(folder: Path, *, image_embedder: bool = True, **sizes: int | f
     return load_script("scripts/demo_model.py").build_wan_i2v(folder, image_embedder=image_embedder, **sizes)
 
 
+def build_wan_flf2v(folder: Path, **sizes: int | float) -> Path:
+    """Write a Wan2.1 first-and-last-frame model with an image embedder; see scripts/demo_model.py."""
+    return load_script("scripts/demo_model.py").build_wan_i2v(folder, both_frames=True, **sizes)
+
+
 def build_wan22_t2v(folder: Path, **sizes: int | float) -> Path:
     """Write a Wan2.2 text-to-video model: two transformers of 28 thousand parameters; see scripts/demo_model.py."""
     return load_script("scripts/demo_model.py").build_wan22(folder, **sizes)

@@ -16,13 +16,14 @@ from einops import rearrange, reduce
 from videox.rng import Purpose, hash_key, uniform
 from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
 
-MODES = ("normal", "i2v", "inpaint")
+MODES = ("normal", "i2v", "inpaint", "flf2v")
 IMAGE_DROP = 0.9  # share of images whose condition is zeroed, to preserve text-to-video ability
 
 # Families of masks for inpainting, with their shares; for an image, which has one frame, only two make sense.
 CLIP_MASKS = {"first": 0.3, "first_and_last": 0.2, "boxes": 0.2, "frames": 0.2, "nothing": 0.1}
 IMAGE_MASKS = {"boxes": 0.75, "nothing": 0.25}
 MAX_BOXES = 4
+GIVEN_FRAMES = {"i2v": "first", "flf2v": "first_and_last"}  # the masks of the clips of these modes
 
 
 def known_mask(
@@ -31,8 +32,8 @@ def known_mask(
     """Return the mask of known pixels of each sample: float32 [B, 1, T, H, W], 1 = known.
 
     Args:
-        mode: "i2v" (the first frame of a clip; nothing of an image) | "inpaint" (a family of masks drawn by the
-            sample's key).
+        mode: "i2v" (the first frame of a clip; nothing of an image) | "flf2v" (the first and the last one) |
+            "inpaint" (a family of masks drawn by the sample's key).
         keys: one per sample.
         frames, height, width: of the bucket, in pixels.
         device: where the mask is created.
@@ -43,7 +44,7 @@ def known_mask(
             family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
             fill_mask(mask[0], family, key)
         elif frames > 1:
-            fill_mask(mask[0], "first", key)
+            fill_mask(mask[0], GIVEN_FRAMES[mode], key)
     return masks
 
 
@@ -69,7 +70,7 @@ def draw_family(families: dict[str, float], key: int) -> str:
 def mask_name(mode: str, key: int, frames: int) -> str:
     """Return a name of the mask that known_mask makes for a sample: equal names mean equal masks of the same size."""
     if mode != "inpaint":
-        return "first" if mode == "i2v" and frames > 1 else "nothing"
+        return GIVEN_FRAMES.get(mode, "nothing") if frames > 1 else "nothing"
     family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
     return f"{family} {key:016x}" if family in ("boxes", "frames") else family
 

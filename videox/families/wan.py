@@ -133,12 +133,18 @@ def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, i
 
 @torch.no_grad()
 def encode_first_frames(encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput) -> torch.Tensor:
-    """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known."""
+    """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known.
+
+    In the mode flf2v [B, 2 N, D], of the first and the last frames.
+    """
     encoder, pipeline = encoders().image_encoder, encoders().pipeline
     video, mask = known_pixels(mode, inputs.video, inputs.variants)
     with encoder.on_device():
-        embeds = [pipeline.encode_image([image], video.device) for image in to_images(video[:, :, 0])]
-    return torch.cat(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
+        pictures = [to_images(video[:, :, frame]) for frame in ((0, -1) if mode == "flf2v" else (0,))]
+        embeds = [
+            pipeline.encode_image([*images], video.device).flatten(0, 1) for images in zip(*pictures, strict=True)
+        ]
+    return torch.stack(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
 
 
 def encoding_specs(
@@ -165,11 +171,12 @@ def encoding_specs(
         specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
         clip = build_config(CLIPVisionConfig, components["image_encoder"])
-        shape = fixed_shape((clip.image_size // clip.patch_size) ** 2 + 1, clip.hidden_size)
+        tokens, both = (clip.image_size // clip.patch_size) ** 2 + 1, mode == "flf2v"
+        shape = fixed_shape(tokens * (1 + both), clip.hidden_size)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
         specs.append(EncodingSpec(
-            "image_embeds", ("frame", "mask"), partial(encode_first_frames, encoders, mode), shape, torch.float32,
-            weights, module="image_encoder",
+            "image_embeds", ("clip" if both else "frame", "mask"), partial(encode_first_frames, encoders, mode), shape,
+            torch.float32, weights, "first and last" if both else "", module="image_encoder",
         ))  # fmt: skip
     return specs
 
@@ -180,7 +187,8 @@ def encode_batch(
     """Normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and the other inputs of the transformer.
 
     These are prompt_embeds [B, L, D]; except for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16
-    of the known pixels' latents, and image_embeds [B, N, D] for models that take them.
+    of the known pixels' latents, and image_embeds [B, N, D] for models that take them, or [2 B, N, D] in the mode
+    flf2v.
 
     Args:
         keys: one per sample, draw the posterior's noise; None takes its mode.
@@ -194,6 +202,8 @@ def encode_batch(
         given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
     if "image_embeds" in encoded:
         given["image_embeds"] = encoded["image_embeds"]
+        if args.train_mode == "flf2v":  # the transformer takes the two pictures of a sample as two rows
+            given["image_embeds"] = given["image_embeds"].unflatten(1, (2, -1)).flatten(0, 1)
     return wan.normalise(sample_latents(encoded["moments"], LATENT_CHANNELS, keys)), given
 
 

@@ -167,6 +167,8 @@ def check_class(path: Path, kind: str, config: Mapping[str, Any]) -> None:
 
 def check_values(path: Path, kind: str, config: Mapping[str, Any]) -> None:
     """Check the types of a configuration's values. Raises UserError (MODEL) naming the first that is wrong."""
+    if "dim" in config:  # of Wan's original code, also as VideoX-Fun writes it: there qk_norm is true or false
+        config = {key: value for key, value in config.items() if key != "qk_norm"}
     if kind in CLASS_NAMES and (fault := value_fault(getattr(diffusers, CLASS_NAMES[kind]), config)):
         place = path / "config.json" if path.is_dir() else path
         raise UserError(str(place), fault, DOWNLOAD_AGAIN, MODEL)

@@ -44,6 +44,7 @@ class SamplePrompt:
         flow_shift: of the noise levels in sampling.
         negative: negative prompt.
         image: picture that the clip starts from.
+        last_image: picture that the clip ends with.
     """
 
     text: str
@@ -59,6 +60,7 @@ class SamplePrompt:
     flow_shift: float | None = None
     negative: str | None = None
     image: Path | None = None
+    last_image: Path | None = None
 
 
 def _whole(low: int, high: int, text: str) -> int:
@@ -111,6 +113,7 @@ OPTIONS = (
     _Option("flow_shift", ("fs", "flow_shift"), ("discrete_flow_shift",), partial(_real, 0.001, 999)),
     _Option("negative", ("n", "negative"), ("negative_prompt", "neg"), str),
     _Option("image", ("i", "image"), ("image_path",), _path),
+    _Option("last_image", ("ei", "last_image"), ("end_image_path",), _path),
 )
 BY_NAME: Mapping[str, _Option] = {name: option for option in OPTIONS for name in option.names}
 BY_KEY: Mapping[str, _Option] = {**BY_NAME, **{key: option for option in OPTIONS for key in option.keys}}
@@ -119,7 +122,6 @@ OF_OTHER_MODELS: Mapping[str, str] = {
     "ci": "a control image",
     "cim": "a mask of a control image",
     "cn": "a control video",
-    "ei": "a last frame",
     "of": "one-frame inference",
     "am": "multipliers of several LoRAs",
     "ss": "another sampler: clips are made with the model's own",
@@ -175,10 +177,11 @@ def _read_file(path: Path, flag: str) -> list[SamplePrompt]:
 
 
 def _beside(prompt: SamplePrompt, folder: Path) -> SamplePrompt:
-    image = prompt.image
-    if image is None or image.is_absolute() or image.exists() or not (folder / image).exists():
-        return prompt
-    return replace(prompt, image=folder / image)
+    def find(image: Path | None) -> Path | None:
+        here = image is None or image.is_absolute() or image.exists() or not (folder / image).exists()
+        return image if here or image is None else folder / image
+
+    return replace(prompt, image=find(prompt.image), last_image=find(prompt.last_image))
 
 
 def _parse_content(path: Path, text: str, flag: str) -> Any:  # noqa: ANN401 - whatever a file has
@@ -282,5 +285,15 @@ def _unknown(name: str, place: str, known: Sequence[str], dashes: str) -> UserEr
 
 def example_of(name: str) -> str:
     """Return an option with a value that is right, by the option's first name."""
-    values = {"n": "blurry", "i": "fox.png", "w": "832", "h": "480", "f": "81", "fps": "16", "d": "42", "s": "30"}
+    values = {
+        "n": "blurry",
+        "i": "fox.png",
+        "ei": "end.png",
+        "w": "832",
+        "h": "480",
+        "f": "81",
+        "fps": "16",
+        "d": "42",
+        "s": "30",
+    }
     return f"--{name} {values.get(name, '5')}"

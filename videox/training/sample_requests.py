@@ -68,6 +68,9 @@ def build_clips(prompts: Sequence[SamplePrompt], defaults: ClipDefaults) -> tupl
     clips, notes = [], []
     for number, prompt in enumerate(prompts):
         shape, changes = shape_of(prompt, defaults.shape, _size_of(prompt) if prompt.image else None)
+        if prompt.last_image and shape.frames == 1:
+            what = "one frame: a clip between two pictures has at least 5"
+            raise UserError(prompt.place, what, "add --f 5 or more to the prompt, or pass --sample_frames")
         guidance, more = guidance_of(prompt, defaults)
         notes += [f"{prompt.place}: {line}" for line in (*changes, *more)]
         clips.append(
@@ -80,8 +83,10 @@ def build_clips(prompts: Sequence[SamplePrompt], defaults: ClipDefaults) -> tupl
                 guidance=guidance,
                 negative_prompt=defaults.negative_prompt if prompt.negative is None else prompt.negative,
                 flow_shift=prompt.flow_shift,
-                image=_read_picture(prompt, shape) if prompt.image else None,
+                image=_read_picture(prompt, prompt.image, shape) if prompt.image else None,
                 image_path=prompt.image,
+                last_image=_read_picture(prompt, prompt.last_image, shape) if prompt.last_image else None,
+                last_image_path=prompt.last_image,
                 text_tokens=defaults.text_tokens,
             )
         )
@@ -157,8 +162,9 @@ def guidance_of(prompt: SamplePrompt, defaults: ClipDefaults) -> tuple[dict[str,
 def check_pictures(prompts: Sequence[SamplePrompt]) -> None:
     """Raise UserError if a prompt's picture cannot be read."""
     for prompt in prompts:
-        if prompt.image is not None:
-            _read_picture(prompt, Bucket(1, GRID, GRID))
+        for picture in (prompt.image, prompt.last_image):
+            if picture is not None:
+                _read_picture(prompt, picture, Bucket(1, GRID, GRID))
 
 
 def _size_of(prompt: SamplePrompt) -> tuple[int, int]:
@@ -171,13 +177,12 @@ def _size_of(prompt: SamplePrompt) -> tuple[int, int]:
     return found.height, found.width
 
 
-def _read_picture(prompt: SamplePrompt, shape: Bucket) -> Image.Image:
-    """Return a prompt's picture, scaled to cover the clip's size and cropped at the centre."""
-    assert prompt.image is not None
+def _read_picture(prompt: SamplePrompt, picture: Path, shape: Bucket) -> Image.Image:
+    """Return a picture of a prompt, scaled to cover the clip's size and cropped at the centre."""
     try:
-        return Image.fromarray(read_image(prompt.image, shape.height, shape.width)[0])
+        return Image.fromarray(read_image(picture, shape.height, shape.width)[0])
     except BadMedia as why:
-        raise _unreadable(prompt, prompt.image, why) from why
+        raise _unreadable(prompt, picture, why) from why
 
 
 def _unreadable(prompt: SamplePrompt, image: Path, why: BadMedia) -> UserError:

@@ -50,6 +50,7 @@ class SampleClip:
         flow_shift: of the noise levels; None = that of the pipeline's scheduler.
         image: what the clip starts from, in image-to-video; of the clip's height and width.
         image_path: where it was read, for the records.
+        last_image: what the clip ends with, as `image`; last_image_path: where it was read.
         text_tokens: length that the prompt's embeddings are padded to; None = the pipeline's own.
     """
 
@@ -63,6 +64,8 @@ class SampleClip:
     flow_shift: float | None = None
     image: Image.Image | None = None
     image_path: Path | None = None
+    last_image: Image.Image | None = None
+    last_image_path: Path | None = None
     text_tokens: int | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -78,7 +81,7 @@ class SampleClip:
             "output_type": "np",
             **self.guidance,
         }
-        optional = {"image": self.image, "max_sequence_length": self.text_tokens}
+        optional = {"image": self.image, "last_image": self.last_image, "max_sequence_length": self.text_tokens}
         return arguments | {name: value for name, value in optional.items() if value is not None}
 
     def facts(self) -> dict[str, object]:
@@ -88,6 +91,7 @@ class SampleClip:
             "height": self.shape.height, "frames": self.shape.frames, "fps": self.fps, "seed": self.seed,
             "steps": self.steps, **self.guidance, "flow_shift": self.flow_shift,
             "image": str(self.image_path) if self.image_path else None, "text_tokens": self.text_tokens,
+            **({"last_image": str(self.last_image_path)} if self.last_image_path else {}),
         }  # fmt: skip
 
 

@@ -102,8 +102,9 @@ def check_samples(args: argparse.Namespace) -> None:
     check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames")
     prompts = prompts_of(args)
     for prompt in prompts:
-        if prompt.image is not None and not prompt.image.is_file():
-            raise UserError(prompt.place, f"the picture {prompt.image} does not exist", "pass a picture that exists")
+        for picture in (prompt.image, prompt.last_image):
+            if picture is not None and not picture.is_file():
+                raise UserError(prompt.place, f"the picture {picture} does not exist", "pass a picture that exists")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.sample_minutes > MOST_MINUTES_TOGETHER:
         what = f"{args.sample_minutes:g}: the processes wait for each other for an hour at most"
         raise UserError("--sample_minutes", what, f"pass at most {MOST_MINUTES_TOGETHER:g} with several processes")
@@ -138,27 +139,32 @@ def prompts_of(args: argparse.Namespace) -> list[SamplePrompt]:
 
 
 def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: str, flag: str) -> list[SamplePrompt]:
-    """Return prompts with a picture each if the task starts from one, and without any otherwise.
+    """Return prompts with the pictures that the task starts from: none, one each, or a first and a last one.
 
     Args:
         prompts: of read_prompts.
-        paths: pictures for the prompts without one, in order.
+        paths: the pictures that their options do not name, in order.
         task: value of --train_mode, for messages.
         flag: that has the paths, for messages.
 
     Raises:
         UserError: too many or too few pictures.
     """
-    starts_from_picture = task != "normal"
-    named = [prompt for prompt in prompts if prompt.image is not None]
-    if named and not starts_from_picture:
-        what = f"--i {named[0].image}: --train_mode {task} starts from no picture"
-        raise UserError(named[0].place, what, "remove the option, or use a model for image-to-video")
-    wanted = len(prompts) - len(named) if starts_from_picture else 0
+    fields = {"normal": (), "flf2v": ("image", "last_image")}.get(task, ("image",))
+    for field, option, role in (
+        ("image", "--i", "starts from no picture"),
+        ("last_image", "--ei", "has no last frame"),
+    ):
+        named = next((prompt for prompt in prompts if getattr(prompt, field) is not None), None)
+        if named and field not in fields:
+            what = f"{option} {getattr(named, field)}: --train_mode {task} {role}"
+            raise UserError(named.place, what, "remove the option, or use a model for image-to-video")
+    wanted = sum(getattr(prompt, field) is None for prompt in prompts for field in fields)
     if len(paths) != wanted:
         what = f"{len(paths)} images, --train_mode {task} needs {wanted}"
-        raise UserError(flag, what, "pass one image per prompt in i2v and inpaint, by this flag or by the option --i")
-    left = iter(paths)
-    return [
-        p if p.image is not None or not starts_from_picture else replace(p, image=Path(next(left))) for p in prompts
-    ]
+        hint = "pass one image per prompt in i2v and inpaint, by this flag or by the option --i"
+        if len(fields) > 1:
+            hint = "pass a first and a last image per prompt, by this flag or by the options --i and --ei"
+        raise UserError(flag, what, hint)
+    left = map(Path, paths)
+    return [replace(prompt, **{field: getattr(prompt, field) or next(left) for field in fields}) for prompt in prompts]
