@@ -279,6 +279,8 @@ def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argpar
     if not source.asked and (base / "model_index.json").is_file():
         images = "ImageToVideo" in str(read_json(base / "model_index.json").get("_class_name"))
         args.train_mode = "i2v" if images else "normal"
+    if hasattr(args, "clip_image"):  # older versions cropped
+        args.clip_image = source.resolved.get("clip_image") or ("crop" if source.asked else None)
     if source.weights is not None:
         args.transformer_path = str(source.weights)
     if hasattr(args, "expert") and not (args.expert and source.asked):

@@ -22,7 +22,7 @@ from typing import Any
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
-from videox.families.wan_names import CLASSES, LORA_TARGETS, NAMES, PIPELINES
+from videox.families.wan_names import CLASSES, CLIP_IMAGES, LORA_TARGETS, NAMES, PIPELINES
 from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
@@ -45,6 +45,8 @@ def parse_args(
     content = "yaml with flow shift (scheduler_kwargs.shift) and paths inside a model in original layout; by default"
     shipped = "config/wan2.1/wan_civitai.yaml, whose shift holds for the original layout only"
     add("--config_path", help=f"{content} {shipped}")
+    picture = "picture for CLIP: crop its centre as diffusers does, or squash it to a square as Wan's own code does"
+    add("--clip_image", choices=CLIP_IMAGES, help=f"{picture} (default: squash for the original layout, else crop)")
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
     args = parser.parse(argv)
     check(args)
@@ -68,10 +70,11 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         check_one_transformer(args, root)
     check_mode(args, components["transformer"].config)
     if components["transformer"].config.get("image_dim"):
-        encoder = paths["image_encoder"] if paths else root / "image_encoder"
+        encoder, processor = paths["image_encoder"] if paths else root / "image_encoder", root / "image_processor"
         components["image_encoder"] = models.find_component(encoder, "clip_vision", check_weights=check_weights)
+        components["image_processor"] = choose_clip_image(args.clip_image, processor, original=bool(paths))
         if not paths:
-            read_component(root / "image_processor", check_weights=False)
+            read_component(processor, check_weights=False)
     return components
 
 
@@ -154,6 +157,7 @@ from videox.encoders.encode import LazyEncoders
 from videox.families.wan import (
     Wan,
     build_model,
+    choose_clip_image,
     encode_batch,
     encoding_specs,
     load_encoders,
@@ -209,6 +213,16 @@ def accumulate_gradients(
     return parts.detach()
 
 
+def keep_clip_image(args: argparse.Namespace, chosen: Component, ctx: Context) -> Component:
+    """How the picture that CLIP sees is made: as chosen, or as the run that is resumed began with; prints it."""
+    if ctx.checkpoint is None:
+        ctx.print(f"CLIP image  {chosen.config['clip_image']}")
+        return chosen
+    kept = choose_clip_image(args.clip_image, chosen.path, original=False, checkpoint=ctx.checkpoint)
+    ctx.print(f"CLIP image  {kept.config['clip_image']} ({ctx.checkpoint.name}: a resumed run keeps its own)")
+    return kept
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
@@ -221,6 +235,10 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     profile, chosen = describe(args, components, ctx.checkpoint)
     shift = chosen.value
     startup.announce(args, ctx, profile.task, chosen)
+    facts: dict[str, object] = {"task": f"wan2.1 {args.train_mode}", "shift": shift}
+    if "image_processor" in components:
+        components["image_processor"] = keep_clip_image(args, components["image_processor"], ctx)
+        facts |= components["image_processor"].config
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule = build_schedule(args, ctx, profile)
@@ -240,7 +258,6 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     engine = build.build_engine(args, ctx, schedule, transformer, transformer.blocks, components["transformer"], lora)
     wan = replace(wan, transformer=engine.network)  # as validation and sampling call it
     # records, checkpoints, validation
-    facts = {"task": f"wan2.1 {args.train_mode}", "shift": shift}
     recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
     held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, args, wan, keys=None))
     family = FamilyValidation(partial(predict_held_out, wan), partial(sampling_pipeline, wan), SAMPLING_GUIDANCE)

@@ -42,6 +42,7 @@ from videox.models import attention_backend
 COVERED: dict[str, str] = {}  # flag -> test in this file that shows its effect
 # flag -> test in another file that shows its effect
 COVERED_ELSEWHERE = {
+    "clip_image": "test_clip_image.test_features_of_both_layouts",
     "base_precision": "test_small_cards.test_ten_losses_and_a_resumed_run_are_bit_identical",
     "stream_blocks": "test_small_cards.test_streamed_blocks_train_the_same",
     "dry_run_deepspeed_config": "test_run_memory.test_the_launch_is_that_of_the_launcher_or_of_the_flags",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,15 +22,17 @@ from videox.device import to_device
 from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.distributed.accelerator import compute_dtype
+from videox.encoders.clip_image import SquashProcessor
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
-from videox.families.wan_names import CLASSES
+from videox.families.wan_names import CLASSES, CROP, SQUASH
 from videox.models.configured import Component
 from videox.models.folder import build_config, full_config, load_class, load_pipeline
 from videox.models.scheduler import with_shift
 from videox.models.shared_memory import load_frozen
 from videox.models.tokenizer import load_tokenizer
+from videox.run.checkpoint import read_manifest
 from videox.training.context import Gather
 from videox.training.validator import HeldOut
 
@@ -74,16 +77,45 @@ def build_pipeline(
         parts = {"transformer_2": None, **encoders}
         pipeline = load_pipeline(pipeline_class, components["scheduler"].path.parent, parts)
         pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
+        if squashes(components):
+            pipeline.register_modules(image_processor=squash_processor(components, pipeline.image_processor))
         return pipeline
     modules: dict[str, Any] = {}
     if "image_encoder" in components:
         side = components["image_encoder"].count("image_size")
         crop = {"height": side, "width": side}
-        modules["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+        processor = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
+        modules["image_processor"] = squash_processor(components, processor) if squashes(components) else processor
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
     return pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
+
+
+def squashes(components: dict[str, Component]) -> bool:
+    """Whether the picture that CLIP sees is resized to a square, as in Wan's own code."""
+    return "image_processor" in components and components["image_processor"].config["clip_image"] == SQUASH
+
+
+def squash_processor(components: dict[str, Component], processor: transformers.CLIPImageProcessor) -> SquashProcessor:
+    """What makes CLIP's picture as Wan's own code does; processor: has the mean and deviation of each channel."""
+    side = components["image_encoder"].count("image_size")
+    return SquashProcessor(side, processor.image_mean, processor.image_std)
+
+
+def choose_clip_image(asked: str | None, path: Path, *, original: bool, checkpoint: Path | None = None) -> Component:
+    """How CLIP's picture is made, as a component of a model with an image encoder.
+
+    Args:
+        asked: --clip_image; None = as the inference of the model's layout does.
+        path: of the image processor.
+        original: the model has Wan's original layout.
+        checkpoint: to resume from; a run keeps what it began with, and older versions cropped.
+    """
+    chosen = asked or (SQUASH if original else CROP)
+    if checkpoint is not None:
+        chosen = str(read_manifest(checkpoint)["description"].get("clip_image", CROP))
+    return Component(path, {"clip_image": chosen})
 
 
 def load_encoders(
@@ -174,9 +206,10 @@ def encoding_specs(
         tokens, both = (clip.image_size // clip.patch_size) ** 2 + 1, mode == "flf2v"
         shape = fixed_shape(tokens * (1 + both), clip.hidden_size)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
+        settings = " ".join(["first and last"] * both + [SQUASH] * squashes(components))
         specs.append(EncodingSpec(
             "image_embeds", ("clip" if both else "frame", "mask"), partial(encode_first_frames, encoders, mode), shape,
-            torch.float32, weights, "first and last" if both else "", module="image_encoder",
+            torch.float32, weights, settings, module="image_encoder",
         ))  # fmt: skip
     return specs
 

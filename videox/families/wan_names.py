@@ -7,3 +7,5 @@ CLASSES = {"transformer": "diffusers.WanTransformer3DModel", "vae": "diffusers.A
 CLASSES |= {"text_encoder": "transformers.UMT5EncoderModel", "image_encoder": "transformers.CLIPVisionModel"}
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 NAMES = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")  # folders of a model in diffusers layout
+# The picture that CLIP sees: its centre is cut out (diffusers), or its sides are made equal (Wan's own code).
+CLIP_IMAGES = CROP, SQUASH = ("crop", "squash")

@@ -243,7 +243,8 @@ def build_records(
         model: of diffusers, for the names of tensors that stay float32.
         facts: task and flow shift, and expert if there are two, for args.json, the manifest and headers of exports.
     """
-    resolved = {"shift": facts["shift"], "sample": sample_defaults(args, schedule)}
+    resolved = {name: facts[name] for name in ("shift", "clip_image") if name in facts}
+    resolved |= {"sample": sample_defaults(args, schedule)}
     prepare_folder(args, ctx, schedule, resolved, engine.checkpoint_bytes)
     disk = Disk(engine.checkpoint_bytes, args.checkpointing_steps, schedule.total, args.checkpoints_total_limit)
     ctx.print(*keep_all_lines(disk))
