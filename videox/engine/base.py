@@ -93,6 +93,12 @@ class Engine(Protocol):
         Tensors that all ranks have alike are yielded on the rank that writes them only.
         """
 
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that all ranks have alike, in the same order on each; none if they are sharded.
+
+        They are the model's own tensors, on this rank's device. No collective.
+        """
+
     def save(self, folder: Path, state: TrainState) -> None:
         """Write what resuming needs into a folder that all ranks share.
 

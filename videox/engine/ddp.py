@@ -85,6 +85,10 @@ class DdpEngine:
             yield from weight_tensors(self.weights())
             yield from moment_tensors(self.optimizer, {p: name for name, p in self.network.named_parameters()})
 
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine.replicated_weights: all parameters, those of streamed blocks excepted."""
+        return ((name, parameter.detach()) for name, parameter in self.network.named_parameters())
+
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: transformer/ in diffusers layout, and the optimizer's tensors."""
         if self.is_main:

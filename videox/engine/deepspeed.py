@@ -205,6 +205,11 @@ class DeepSpeedEngine:
                 elif not self.shards_weights and self.is_main:
                     yield name, parameter
 
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine.replicated_weights: under ZeRO-2 the weights in bfloat16, gathered from the sharded masters."""
+        parameters = {} if self.shards_weights else self.parameters
+        return ((name, parameter.detach()) for name, parameter in parameters.items())
+
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: DeepSpeed's checkpoint, and transformer/ from fp32 masters if full weights are saved."""
         writes: list[Callable[[], object]] = [partial(self._save_engine, folder)]

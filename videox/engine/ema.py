@@ -42,6 +42,7 @@ class EmaEngine:
         self.config, self.weight_format = engine.config, engine.weight_format
         self.fp32_params, self.weights, self.set_lr = engine.fp32_params, engine.weights, engine.set_lr
         self.zero_grad, self.moments_on_host = engine.zero_grad, engine.moments_on_host
+        self.replicated_weights = engine.replicated_weights
         self.checkpoint_bytes = engine.checkpoint_bytes + full_weights_bytes
         self.ema = Ema(engine.fp32_params(), decay=decay, device=device)
 

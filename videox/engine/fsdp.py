@@ -174,6 +174,10 @@ class FsdpEngine:
         named = self.shards.parameters if self.shards else self.all_parameters
         yield from moment_tensors(self.optimizer, {parameter: name for name, parameter in named.items()})
 
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine.replicated_weights: none."""
+        return iter(())
+
     def save(self, folder: Path, state: TrainState) -> None:
         """See Engine.save: torch's distributed checkpoints, each rank writing its shards; transformer/ on request."""
         _restore_parameters(self.model)

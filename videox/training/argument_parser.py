@@ -171,14 +171,14 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
-def number_or_auto(low: float, high: float) -> Callable[[str], Any]:
-    """An argparse type: a finite float within [low, high], or the word AUTO."""
-    parse_number = number(float, low, high)
+def number_or_auto(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: a finite int or float within [low, high], or the word AUTO."""
+    parse_number = number(kind, low, high)
 
     def parse(text: str) -> float | str:
-        return AUTO if text == AUTO else float(parse_number(text))
+        return AUTO if text == AUTO else parse_number(text)
 
-    parse.metavar = f"X|{AUTO}"  # type: ignore[attr-defined]
+    parse.metavar = f"{'N' if kind is int else 'X'}|{AUTO}"  # type: ignore[attr-defined]
     return parse
 
 

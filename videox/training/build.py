@@ -20,6 +20,7 @@ from videox.device import memory_phase
 from videox.diffusion.flow_matching import draw_sigmas, draws_in_window, timestep_density
 from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.distributed.collectives import run_on_main
+from videox.distributed.replicas import NEVER, ReplicaCheck
 from videox.distributed.straggler import backward_timer
 from videox.engine.base import Engine, OptimizerFactory
 from videox.engine.ddp import DdpEngine
@@ -51,6 +52,7 @@ from videox.tracking.jsonl import json_line
 from videox.tracking.progress import ProgressBar
 from videox.tracking.trackers import Tracker
 from videox.training.args import optimizer_of, with_fp32_params
+from videox.training.argument_parser import AUTO
 from videox.training.checkpointing import Checkpointer, ExportSettings
 from videox.training.context import Context
 from videox.training.guard import StepGuard
@@ -269,7 +271,9 @@ def build_records(
         save_every=args.checkpointing_steps,
         expert=str(facts["expert"]) if "expert" in facts else None,
     )
-    return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings))
+    every = NEVER if ctx.world_size == 1 else args.replica_check_steps
+    replicas = ReplicaCheck(ctx.device, ctx.gather, None if every == AUTO else int(every))
+    return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings, replicas))
 
 
 def _instruments(

@@ -10,6 +10,7 @@ import torch
 
 from videox.device import memory_phase
 from videox.distributed.collectives import run_on_all
+from videox.distributed.replicas import ReplicaCheck
 from videox.engine.base import Engine
 from videox.engine.export import FOLDER, earlier_exports, export_weights
 from videox.engine.saved_state import find_fault
@@ -65,14 +66,34 @@ class Checkpointer:
         engine: with the weights.
         recorder: is paused during a save.
         settings: of exports and pruning.
+        replicas: compares the weights of all ranks every N steps and before each save.
     """
 
     def __init__(
-        self, ctx: Context, state: TrainState, engine: Engine, recorder: Recorder, settings: ExportSettings
+        self,
+        ctx: Context,
+        state: TrainState,
+        engine: Engine,
+        recorder: Recorder,
+        settings: ExportSettings,
+        replicas: ReplicaCheck,
     ) -> None:
         self.ctx, self.state, self.engine, self.recorder, self.settings = ctx, state, engine, recorder, settings
+        self.replicas = replicas
         self._failure: UserError | None = None  # of the last save
         self._sound_step: int | None = None  # at which the weights and moments were checked
+
+    def compare_replicas(self, *, due: bool = True) -> None:
+        """Compare the weights that all ranks have alike if it is due, or in any case with `due` false.
+
+        Raises:
+            UserError: (NUMERICS) they differ.
+        """
+        step = self.state.step
+        if due and not self.replicas.is_due(step):
+            return
+        if line := self.replicas.compare(self.engine.replicated_weights(), step):
+            self.recorder.bar.note(line)
 
     def save(self, *, last: bool = False) -> None:
         """Publish checkpoint-N as a whole or not at all, then prune.
@@ -83,10 +104,11 @@ class Checkpointer:
             last: nothing is trained after it. A disk that refuses it ends the run after the export of the weights.
 
         Raises:
-            UserError: (STORAGE or NUMERICS) two saves in a row failed, or the last one for its numbers; otherwise a
-                failure is a warning.
+            UserError: (STORAGE or NUMERICS) two saves in a row failed, or the last one for its numbers, or the ranks
+                have different weights; otherwise a failure is a warning.
         """
         with self.recorder.paused(SAVE), memory_phase("a save"):
+            self.compare_replicas(due=False)
             fault = self._fault()
             cause = fault or self._publish()
         if cause:

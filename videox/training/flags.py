@@ -334,6 +334,11 @@ def add_run(parser: Parser) -> None:
         "step, at least 120 s, and longer for data, saves and whatever is not part of every step; 0 = never)"
     )
     add("--watchdog_seconds", type=number_or_auto(0, 10**6), default=AUTO, help=hang)
+    replicas = (
+        "steps between comparisons of the weights that all processes have alike (DDP, ZeRO-2), which are also compared "
+        "before each save; auto: 100, or more where they would take more than 0.1 %% of the time (0 = never)"
+    )
+    add("--replica_check_steps", type=number_or_auto(0, 10**9, int), default=AUTO, help=replicas)
     save = "steps between checkpoints; the last step is always saved"
     add("--checkpointing_steps", type=COUNT, default=500, help=save)
     add("--checkpoints_total_limit", type=COUNT, help="keep this many newest checkpoints; by default all")

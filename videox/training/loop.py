@@ -86,14 +86,15 @@ def clip_and_step(
 def finish_step(
     args: argparse.Namespace, validate: Validator, checkpoints: Checkpointer, *, epoch_ended: bool, done: bool
 ) -> bool:
-    """Measure the held-out loss, save and sample clips, each if it is due, in this order; return whether the run ends.
+    """Compare replicas, measure the held-out loss, save and sample clips, each if due; return whether the run ends.
 
-    Clips are sampled after the save, so that nothing is lost if the run ends while they are made.
+    In this order: clips are sampled after the save, so that nothing is lost if the run ends while they are made.
 
     Args:
         epoch_ended: the step was the last one of an epoch.
         done: the step was the last one of the run.
     """
+    checkpoints.compare_replicas()
     measured = validate.measure_if_due(epoch_ended=epoch_ended, done=done)
     without = waited(validate.history)
     is_best = bool(args.keep_best and measured and last_is_best(validate.history))
