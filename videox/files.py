@@ -5,20 +5,23 @@ from __future__ import annotations
 import ctypes
 import errno
 import filecmp
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from videox.activity import ACTIVITY
 from videox.errors import SaveError
 
+SEAL = "seal"  # key of a JSON object's hash, see seal_of
 _PART = 64 << 20  # bytes that a slow disk writes in a few seconds
 _WRITE_AND_WAIT = 7  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER of linux/fs.h
 
@@ -124,6 +127,15 @@ def write_json_atomically(path: Path, content: object) -> None:
     text = json.dumps(content, indent=1) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object without its key SEAL, in hexadecimal; it does not depend on the layout.
+
+    A JSON file that has it as its value of SEAL shows by itself whether it is what was written.
+    """
+    body = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------ output files and folders, whole or absent

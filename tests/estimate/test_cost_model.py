@@ -87,6 +87,25 @@ def test_a_written_cost_model_can_be_read(tmp_path: Path) -> None:
     assert (content["steps"], content["device"], content["processes"], content["barrier"]) == (13, "cpu", 4, "step")
     assert read_cost_model(tmp_path / COST_MODEL) == pytest.approx((LINEAR, QUADRATIC), rel=0.05)
     assert sample_cost(SETTINGS, plan.buckets).min() > 0
+    refuse_every_damage(tmp_path / COST_MODEL)
+
+
+def refuse_every_damage(path: Path) -> None:
+    """Every changed bit is refused, unless the file still says the same; so is every shorter file."""
+    content, pair, refused = path.read_bytes(), read_cost_model(path), 0
+    for at in range(len(content)):
+        for mutant in (content[:at], content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]):
+            path.write_bytes(mutant)
+            try:
+                assert read_cost_model(path) == pair, at
+            except UserError as error:
+                assert str(path) in error.what
+                refused += 1
+    assert refused > 1.9 * len(content)  # all but changed letters of the word `seal`, an E for an e, a lost line end
+    body = json.loads(content)
+    path.write_text(json.dumps({**body, "linear": 2 * body["linear"]}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"has changed since it was written.*a file without `seal`"):
+        read_cost_model(path)
 
 
 @pytest.mark.parametrize(

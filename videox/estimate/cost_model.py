@@ -14,7 +14,7 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanSettings
 from videox.distributed.backends import backend_of
 from videox.errors import UserError
-from videox.files import write_json_atomically
+from videox.files import SEAL, seal_of, write_json_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,15 +139,18 @@ class StepTimes:
             "barrier": self.barrier,
             "planned_with": planned_with,
         }
-        write_json_atomically(folder / COST_MODEL, {**fitted._asdict(), **context})
+        content = {**fitted._asdict(), **context}
+        write_json_atomically(folder / COST_MODEL, {**content, SEAL: seal_of(content)})
         return True
 
 
 def read_cost_model(path: Path) -> tuple[float, float]:
     """Read a and b of a sample's cost a*S + b*S^2 from a cost_model.json.
 
+    A file without a seal is of an older version, or written by hand.
+
     Raises:
-        UserError: the file is missing, or has no usable pair of numbers.
+        UserError: the file is missing, has changed since it was written, or has no usable pair of numbers.
     """
     hint = "pass the cost_model.json of a run, or omit the flag"
     try:
@@ -159,6 +162,9 @@ def read_cost_model(path: Path) -> tuple[float, float]:
     except (ValueError, KeyError, TypeError) as error:
         what = f"{path} is not a cost model: not a JSON object with numbers `linear` and `quadratic`"
         raise UserError("--cost_model", what, hint) from error
+    if SEAL in content and content[SEAL] != seal_of(content):
+        what = f"{path} has changed since it was written: its seal does not match"
+        raise UserError("--cost_model", what, f"{hint}; numbers of your own need a file without `{SEAL}`")
     if not all(math.isfinite(value) and value >= 0 for value in pair) or not any(pair):
         raise UserError(
             "--cost_model",

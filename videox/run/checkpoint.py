@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from videox import __version__
 from videox.errors import MODEL, SaveError, UserError
-from videox.files import flush, flush_tree, temp_path, unique_path, write_json_atomically
+from videox.files import SEAL, flush, flush_tree, seal_of, temp_path, unique_path, write_json_atomically
 
 FORMAT = 1  # of manifest.json; increased when an older videox could not resume what this one writes
 MANIFEST = "manifest.json"
@@ -91,11 +91,6 @@ def _flush_and_hash(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[st
         return dict(zip(sizes, pool.map(entry, sizes), strict=True))
 
 
-def _seal(body: Mapping[str, Any]) -> str:
-    """Return the hash of a manifest's content, independent of its layout as text."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _installed(package: str) -> str:
     try:
         return version(package)
@@ -116,7 +111,7 @@ def _publish(
         "versions": {"videox": __version__, **packages},
         "files": dict(sorted(files.items())),
     }
-    write_json_atomically(folder / MANIFEST, {**body, "seal": _seal(body)})
+    write_json_atomically(folder / MANIFEST, {**body, SEAL: seal_of(body)})
     flush_tree(folder)
     target = folder.with_name(f"checkpoint-{step}")
     if os.path.lexists(target):
@@ -216,9 +211,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     hint = "resume from another checkpoint"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        body = {key: value for key, value in manifest.items() if key != "seal"}
+        body = {key: value for key, value in manifest.items() if key != SEAL}
         newer = manifest["format"] > FORMAT
-        sealed = manifest["seal"] == _seal(body)
+        sealed = manifest[SEAL] == seal_of(body)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         raise UserError(str(checkpoint), what, hint, MODEL) from error

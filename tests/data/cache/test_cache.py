@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -25,7 +27,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from videox.data.cache import cache as cache_module
-from videox.data.cache.cache import Cache, CacheField, SampleKey, cache_key, restore_zeros, trim_zeros
+from videox.data.cache.cache import (
+    FINGERPRINTS,
+    Cache,
+    CacheField,
+    SampleKey,
+    cache_key,
+    read_memo,
+    restore_zeros,
+    trim_zeros,
+    write_memo,
+)
 from videox.data.cache.maintenance import clean, summarize, verify
 from videox.errors import STOPPED, STORAGE, UserError
 from videox.shapes import Bucket
@@ -172,6 +184,38 @@ def test_corruption_is_reported_and_other_entries_stay_readable(
     reopened = Cache(tmp_path)
     assert all(torch.equal(reopened.read(key(number)), tensor_of(number)) for number in range(8))
     assert sum(clean(tmp_path).values()) == 1 and verify(tmp_path) == (8, [])
+
+
+def test_a_changed_bit_or_a_lost_end_is_found_wherever_it_is(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    (path,) = shard_files(tmp_path)
+    content, draw = path.read_bytes(), random.Random(0)
+    for number in range(300):
+        damaged = bytearray(content)
+        at = draw.randrange(len(content))
+        if number % 5:
+            damaged[at] ^= 1 << draw.randrange(8)
+        else:
+            del damaged[at:]
+        path.write_bytes(damaged)
+        intact, errors = verify(tmp_path)
+        assert intact < 3 and errors and all(path.name in error for error in errors), (number, at)
+        cache = Cache(tmp_path)
+        found = [cache.read(key(entry)) for entry in range(3)]
+        assert all(tensor is None or torch.equal(tensor, tensor_of(entry)) for entry, tensor in enumerate(found))
+        assert len(cache.corruption_messages()) >= 1, (number, at)
+
+
+def test_damaged_hashes_of_weights_are_computed_again(tmp_path: Path) -> None:
+    hashes = {"/models/vae.safetensors 12 345": "ab" * 32}
+    write_memo(tmp_path, hashes)
+    path = tmp_path / FINGERPRINTS
+    content = path.read_bytes()
+    assert read_memo(tmp_path) == hashes
+    path.write_bytes(content.replace(b"abab", b"acab", 1))
+    assert read_memo(tmp_path) == {}
+    path.write_text(json.dumps(hashes))  # of an older version
+    assert read_memo(tmp_path) == hashes
 
 
 def test_clean_drops_only_the_requested_entries(tmp_path: Path) -> None:

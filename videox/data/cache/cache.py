@@ -28,7 +28,7 @@ from videox.data.cache.shard import (
     read_entry,
 )
 from videox.errors import STORAGE, UserError
-from videox.files import write_json_atomically
+from videox.files import SEAL, seal_of, write_json_atomically
 from videox.shapes import Bucket
 
 VERSION = 1  # increase it whenever decoding, resizing, masks or encoding give other numbers than before
@@ -286,16 +286,21 @@ def restore_zeros(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def read_memo(folder: Path) -> dict[str, Any]:
-    """Return the saved hashes of weight files, {} if the file is absent or damaged; see `fingerprint`."""
+    """Return the saved hashes of weight files, {} if the file is absent or damaged; see `fingerprint`.
+
+    A file of an older version has no seal.
+    """
     path = folder / FINGERPRINTS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or content.pop(SEAL, seal := seal_of(content)) != seal:
+        return {}
+    return content
 
 
 def write_memo(folder: Path, memo: Mapping[str, Any]) -> None:
     """Save the hashes of weight files, if the folder is writable. Raises OSError."""
     if os.access(folder, os.W_OK):
-        write_json_atomically(folder / FINGERPRINTS, dict(memo))
+        write_json_atomically(folder / FINGERPRINTS, {**memo, SEAL: seal_of(memo)})

@@ -1,8 +1,9 @@
 """A cache shard: one large safetensors file of many tensors, written to a temporary file and renamed.
 
 The file contains one blob with the bytes of all tensors, and columns with the position of each, so that a file of a
-thousand entries opens in a millisecond. Each tensor has a checksum, and so have the columns together. The writer holds
-a lock on its temporary file: an unlocked one was left by a process that died.
+thousand entries opens in a millisecond. Each tensor has a checksum, and so have the columns together. The header is
+compared with the one that the columns give, so that every byte of the file is checked. The writer holds a lock on its
+temporary file: an unlocked one was left by a process that died.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ _COLUMNS = (
     ("dtype", np.uint8, "U8", ()),
     ("shape", np.int32, "I32", (_MAX_DIMS,)),
 )
+_ALL_COLUMNS = (*_COLUMNS, ("notes", np.uint8, "U8", ()))
+_ALIGNED = 8  # bytes; the columns begin at a multiple
 
 
 class CorruptedError(Exception):
@@ -133,19 +136,32 @@ class ShardWriter:
             "dtype": [_DTYPES.index(entry.dtype) for entry in entries],
             "shape": shapes,
         }
-        self._end += -self._end % 8  # align the columns to 8 bytes
-        start, checksum = self.size, 0
-        header: dict[str, Any] = {"blob": _header_entry("U8", [start], 0, start)}
-        columns = [(name, np.ascontiguousarray(values[name], kind), code) for name, kind, code, _ in _COLUMNS]
-        columns.append(("notes", np.frombuffer(json.dumps(self._notes).encode(), np.uint8), "U8"))
-        for name, column, code in columns:
-            end = _write(self.handle, column.view(np.uint8).reshape(-1).data, self._end)
-            header[name] = _header_entry(code, list(column.shape), self._end - _HEADER, end - _HEADER)
-            checksum, self._end = zlib.crc32(column.tobytes(), checksum), end
-        header["__metadata__"] = {"format": _FORMAT, "columns_checksum": str(checksum)}
-        # safetensors starts with the length of the JSON text in 8 bytes; spaces after the text are legal.
-        text = json.dumps(header).encode().ljust(_HEADER - 8)
-        _write(self.handle, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        gap = -self._end % _ALIGNED
+        self._end = _write(self.handle, memoryview(bytes(gap)), self._end)
+        start = self.size
+        columns = [np.ascontiguousarray(values[name], kind) for name, kind, _, _ in _COLUMNS]
+        columns.append(np.frombuffer(json.dumps(self._notes).encode(), np.uint8))
+        for column in columns:
+            self._end = _write(self.handle, column.view(np.uint8).reshape(-1).data, self._end)
+        _write(self.handle, memoryview(_header(start, columns)), 0)
+
+
+def _header(start: int, columns: Sequence[np.ndarray]) -> bytes:
+    """Return the first bytes of a shard: the safetensors header of its blob and columns.
+
+    Args:
+        start: bytes of the blob.
+        columns: in the order of _ALL_COLUMNS.
+    """
+    header: dict[str, Any] = {"blob": _header_entry("U8", [start], 0, start)}
+    checksum = 0
+    for (name, _, code, _), column in zip(_ALL_COLUMNS, columns, strict=True):
+        header[name] = _header_entry(code, list(column.shape), start, start + column.nbytes)
+        checksum, start = zlib.crc32(column.tobytes(), checksum), start + column.nbytes
+    header["__metadata__"] = {"format": _FORMAT, "columns_checksum": str(checksum)}
+    # safetensors starts with the length of the JSON text in 8 bytes; spaces after the text are legal.
+    text = json.dumps(header).encode().ljust(_HEADER - 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _header_entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
@@ -208,7 +224,7 @@ class Shard:
         self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._columns = self._read_columns()
-        except (ValueError, KeyError, TypeError, IndexError) as why:
+        except (ValueError, LookupError, TypeError, RecursionError) as why:
             raise CorruptedError(f"its header or columns are corrupted ({why})") from why
         self.keys = self._columns["key"].tobytes()
 
@@ -246,12 +262,19 @@ class Shard:
         expected = _HEADER + header["notes"]["data_offsets"][1]
         if length != expected:
             raise CorruptedError(f"it has {length} of {expected} bytes")
-        columns, checksum = {}, 0
-        for name, kind, _, entry_shape in (*_COLUMNS, ("notes", np.uint8, "U8", ())):
+        columns = {}
+        for name, kind, _, entry_shape in _ALL_COLUMNS:
             start, end = header[name]["data_offsets"]
+            if not 0 <= start <= end <= length - _HEADER:
+                raise ValueError(f"{name} lies outside of it")
             content = os.pread(self.handle, end - start, _HEADER + start)
-            checksum = zlib.crc32(content, checksum)
             columns[name] = np.frombuffer(content, kind).reshape(-1, *entry_shape)
-        if str(checksum) != header["__metadata__"]["columns_checksum"]:
-            raise ValueError("the checksum of the columns differs")
+        # What was written follows from the columns, the checksum of their content included.
+        first = int(header["blob"]["data_offsets"][1])
+        if os.pread(self.handle, _HEADER, 0) != _header(first, [*columns.values()]):
+            raise ValueError("the checksum of the columns or the header differs")
+        end_of_entries = int(columns["place"][-1].sum())
+        gap = os.pread(self.handle, first - end_of_entries, _HEADER + end_of_entries)
+        if len(gap) >= _ALIGNED or any(gap):
+            raise ValueError("there are bytes between the entries and the columns")
         return columns
