@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from videox.distributed.backends import BACKENDS, Backend, backend_name, refuse_other_launch, requested_engine
 from videox.distributed.build_lock import refuse_stale_locks
+from videox.distributed.peer_watch import PeerWatch
 from videox.distributed.rendezvous import wait_for_processes
 from videox.errors import UserError, print_once_per_machine
 
@@ -49,7 +50,7 @@ def _launch_on_cpu(engine: str) -> Iterator[None]:
         PartialState._prepare_backend = original
 
 
-def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]:
+def make_accelerator(mixed_precision: str | None, peers: PeerWatch | None = None) -> tuple[Accelerator, Backend]:
     """Return the Accelerator and the backend that really runs.
 
     The training loop accumulates gradients itself (the plan says which micro-batch is a step's last one), and the plan
@@ -57,6 +58,7 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
 
     Args:
         mixed_precision: "no" | "bf16", None = the launcher's; fp32 master weights are kept in any case.
+        peers: is started when all processes have joined.
 
     Raises:
         UserError: the running backend is not what the launcher and mixed_precision ask for.
@@ -70,7 +72,9 @@ def make_accelerator(mixed_precision: str | None) -> tuple[Accelerator, Backend]
     if engine == "deepspeed":
         with print_once_per_machine(os.environ):
             refuse_stale_locks(os.environ)
-    _STORES.append(wait_for_processes(os.environ))
+    _STORES.append(store := wait_for_processes(os.environ))
+    if peers is not None:
+        peers.start(store)
     gloo = {"backend": "gloo"} if engine == "deepspeed" and not torch.accelerator.is_available() else {}
     # Gradients are views of DDP's buckets: without it every gradient is stored twice.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

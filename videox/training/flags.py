@@ -116,7 +116,10 @@ def add_model_and_data(parser: Parser) -> None:
     add("--clips_per_video", type=COUNT, default=1, help=clips)
     starts = "where clips start: random; uniform: spread evenly; head: one after the other from the first frame"
     add("--clip_sampling", choices=SAMPLINGS, default=SAMPLINGS[0], help=starts)
-    loaders = "worker processes that decode media, per training process (0 = decode in the training process)"
+    loaders = (
+        "worker processes that decode media, per training process (0 = decode in the training process, which a file ends "
+        "that crashes its decoder; a worker is started again without the file)"
+    )
     add("--dataloader_num_workers", type=number(int, 0, 256), default=0, help=loaders)
     add("--video_reader", choices=READERS, default=READERS[0], help="video decoder; both return the same frames")
     bad = "share of rows, 0 to 1, that may be unreadable before the run ends with an error; ten are always allowed"

@@ -15,6 +15,7 @@ from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
 from videox.distributed.cuda_variables import set_cuda_variables
 from videox.distributed.environment import settle_environment
+from videox.distributed.peer_watch import PeerWatch
 from videox.distributed.signals import StopOutsideSteps, stop_with_launcher
 from videox.errors import INTERRUPTED, INTERRUPTED_LINE
 from videox.run.equal_processes import code_facts, refuse_differences
@@ -59,13 +60,15 @@ def _launch(
     stop_with_launcher(os.environ)
     set_aside = settle_environment(os.environ)
     set_cuda_variables(os.environ, deterministic=args.deterministic)
-    accelerator, backend = make_accelerator(args.mixed_precision)
-    gather, monitor, output_dir = gather_objects(accelerator), FailureMonitor(), Path(args.output_dir)
-    is_main = accelerator.is_main_process
-    if set_aside:
-        accelerator.print(*set_aside, sep="\n")
+    monitor, output_dir = FailureMonitor(), Path(args.output_dir)
+    with PeerWatch(os.environ) as peers:
+        accelerator, backend = make_accelerator(args.mixed_precision, peers)
+        gather, is_main = gather_objects(accelerator), accelerator.is_main_process
+        if set_aside:
+            accelerator.print(*set_aside, sep="\n")
+        if accelerator.num_processes > 1:
+            accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
     if accelerator.num_processes > 1:
-        accelerator.print(*monitor.join(accelerator.process_index, gather, os.environ), sep="\n", end="")
         with monitor.first_cause():
             refuse_differences({**flags_of_all(args), **code_facts()}, SAME_COMMAND, gather)
     # Not before: while several processes wait for each other to join, Python's handlers are not called.
