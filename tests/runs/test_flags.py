@@ -58,7 +58,7 @@ COVERED_ELSEWHERE = {
     "recipe": "test_recipes.test_a_recipe_trains_a_small_model",
     "report_seconds": "test_report_page.test_a_run_writes_its_page_and_trains_the_same",
     "watchdog_seconds": "test_hangs.test_a_process_that_hangs_is_named",
-    "replica_check_steps": "test_replicas.test_drifted_replicas_end_the_run_on_all_ranks",
+    "replica_check_steps": "test_drift.test_drifted_replicas_end_the_run_on_all_ranks",
     "assumed_mfu": "test_dry_run.test_a_memory_limit_that_is_too_small_is_reported",
     "bucket_grid": "test_dry_run.test_the_exact_grid_crops_less_than_the_ratio_grid",
     "dry_run": "test_dry_run.test_a_dry_run_needs_neither_weights_nor_media",

@@ -1,4 +1,4 @@
-"""Area checkpoints: damage of every file of a checkpoint and of the saved index."""
+"""Area checkpoints: damage of every file of a checkpoint, of the saved index and of a latent cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tests.torture.cases import Area, Outcome, Row, flip_bit
 from tests.torture.ground import EVERY, STEPS, shared
+from videox.data.cache import maintenance
+from videox.data.cache.cache import FINGERPRINTS, Cache, read_memo, write_memo
 from videox.data.index.index import DataLocation, Index, build_index
 from videox.errors import MODEL, UserError
 from videox.run.checkpoint import verify
@@ -16,6 +20,10 @@ from videox.run.folder import resolve_resume
 
 FILES = 20  # damaged files of a case
 INDEX_FILES = 4
+CACHE_FILES = 50
+CACHED = {number.to_bytes(16, "big"): torch.arange(200.0) + number for number in range(6)}
+NOTE = {"part": "moments", "encoder": "e", "file": "a.mp4", "size": 3, "mtime_ns": 4}
+HASHES = {"/models/vae.safetensors 12 345": "ab" * 32}  # of the weights that the cache was made with
 DAMAGE = ("bit", "bit", "bit", "cut", "longer", "missing", "other step")
 COLUMNS = ("kind", "width", "height", "frames", "fps", "usable", "weight", "file_size", "mtime_ns")
 
@@ -50,6 +58,7 @@ class Checkpoints(Area):
         Row("checkpoint", "a flipped bit, a cut, longer, missing or foreign file: the checkpoint is refused by the file's name, `latest` takes the older one", 1000),
         Row("start", "the same through the train script: code 4 and one line that names the file", 100),
         Row("index", "a damaged saved index: built again with the same content, never used", 1000),
+        Row("cache", "a flipped bit or a cut in any file of a latent cache: `scripts/cache.py verify` names it, and no run reads it", 1000),
     )  # fmt: skip
 
     def __init__(self, folder: Path, *, broken: bool = False) -> None:
@@ -64,6 +73,8 @@ class Checkpoints(Area):
             return self._start(seed, draw)
         if seed % 10 in (3, 7):
             return self._index(seed, draw)
+        if seed % 10 == 5:
+            return self._cache(seed, draw)
         place, problems, number = self.folder / f"case-{seed}", [], 0
         while number < FILES:
             shutil.copytree(self.run, place)
@@ -127,6 +138,37 @@ class Checkpoints(Area):
                 problems.append(f"{how}: {found.get('error', f'the index has other values of {different}')}")
             shutil.rmtree(place)
         return Outcome("index", f"{INDEX_FILES} files", tried=INDEX_FILES, problems=problems)
+
+    def _cache(self, seed: int, draw: random.Random) -> Outcome:
+        problems, place = [], self.folder / f"cache-{seed}"
+        for _ in range(CACHE_FILES):
+            cache = Cache(place)
+            for number, (key, tensor) in enumerate(CACHED.items()):
+                cache.put(key, tensor, NOTE)
+                if number % 2:
+                    cache.publish()  # three shards
+            write_memo(place, HASHES)
+            path = draw.choice(sorted(place.iterdir()))
+            how = damage(path, draw.choice(("bit", "cut")), draw)
+            if found := problem_of_cache(place, path):
+                problems.append(f"{path.name}, {how}: {found}")
+            shutil.rmtree(place)
+        return Outcome("cache", f"{CACHE_FILES} files", tried=CACHE_FILES, problems=problems)
+
+
+def problem_of_cache(folder: Path, damaged: Path) -> str:
+    """Return what is wrong with how a cache with one damaged file is read, "" if nothing."""
+    intact, errors = maintenance.verify(folder)
+    if damaged.name == FINGERPRINTS:
+        # one letter of the word `seal` may be another one: the hashes are what they were
+        return "" if read_memo(folder) in ({}, HASHES) and not errors else f"hashes {read_memo(folder)}, {errors}"
+    if intact == len(CACHED) or not errors or not all(damaged.name in error for error in errors):
+        return f"verify finds {intact} intact entries and {errors}"
+    cache = Cache(folder)
+    read = {key: cache.read(key) for key in CACHED}
+    if not all(tensor is None or torch.equal(tensor, CACHED[key]) for key, tensor in read.items()):
+        return "an entry was read otherwise than it was written"
+    return "" if any(damaged.name in line for line in cache.corruption_messages()) else "the run does not name it"
 
 
 def content_of(index: Index) -> dict[str, object]:

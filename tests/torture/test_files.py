@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from tests.torture.cases import Area
+from tests.torture.configs import MUTANTS, Configs
 from tests.torture.media import FORMATS, Media
 from tests.torture.metadata import FILES, MetadataFiles
 
@@ -20,8 +21,10 @@ program = tiny.load_script("benchmarks/torture.py")
     [
         (MetadataFiles, range(4), FILES),
         (Media, (0,), len(FORMATS)),
+        (Configs, (0,), MUTANTS),
         pytest.param(MetadataFiles, range(4, 100), FILES, marks=pytest.mark.slow),
         pytest.param(Media, range(1, 9), len(FORMATS), marks=pytest.mark.slow),
+        pytest.param(Configs, range(1, 90), MUTANTS, marks=pytest.mark.slow),
     ],
 )
 def test_damaged_files_are_read_or_named(kind: type[Area], seeds: range, files: int, tmp_path: Path) -> None:
@@ -33,6 +36,11 @@ def test_damaged_files_are_read_or_named(kind: type[Area], seeds: range, files: 
 
 def test_an_unguarded_reader_is_wrong(tmp_path: Path) -> None:
     assert MetadataFiles(tmp_path, broken=True).try_case(0).problems
+
+
+def test_a_configuration_that_is_read_without_care_is_wrong(tmp_path: Path) -> None:
+    area = Configs(tmp_path, broken=True)
+    assert any("JSONDecodeError" in line for line in area.try_case(0).problems)
 
 
 def test_a_row_that_is_swapped_in_silence_is_wrong(tmp_path: Path) -> None:

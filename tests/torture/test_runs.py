@@ -49,7 +49,7 @@ def attempt(kind: type[Area], folder: Path, seed: int, *, broken: bool = False, 
         *(pytest.param(Kills, seed, marks=pytest.mark.slow) for seed in (1, 2, 4)),
         *(pytest.param(Signals, seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
         *(pytest.param(Disk, seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 6, 12, 13)),
-        pytest.param(Checkpoints, 9, marks=pytest.mark.slow),
+        *(pytest.param(Checkpoints, seed, marks=pytest.mark.slow) for seed in (5, 9)),
         *(pytest.param(Ranks, seed, marks=pytest.mark.slow) for seed in range(5)),
     ],
 )

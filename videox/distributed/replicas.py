@@ -92,15 +92,19 @@ class ReplicaCheck:
         """
         if self.every == NEVER or step == self._step:
             return ""
+        named = [*weights]
+        if not named:
+            self.every = NEVER
+            return ""
         with ACTIVITY.section("the comparison of the replicas"):
             DeviceEvent(self._device).wait()  # for the step before, which is not part of the cost
             begun = self._now()
-            names, sums = _sums_of(weights)
-            if not names:
-                self.every = NEVER
-                return ""
+            device = named[0][1].device
+            # the host waits once, for all sums
+            sums: list[int] = torch.stack([bit_sum(tensor).to(device) for _, tensor in named]).cpu().tolist()
             own = _Report(socket.gethostname(), sums, self._now() - begun, begun - self._ended)
             reports: list[_Report] = self._gather(own)
+        names = [name for name, _ in named]
         self._refuse_differences(names, reports, step)
         line = "" if self._step is None else self._report_cost(len(names), reports, step - self._step)
         self._step, self._ended = step, self._now()
@@ -144,16 +148,6 @@ class ReplicaCheck:
             f"replicas: {tensors} weights of {len(reports)} ranks are compared in {1000 * seconds:.1f} ms, every "
             f"{self.every} steps and before each save: {share:.2g} % of the time"
         )
-
-
-def _sums_of(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[int]]:
-    """Return the names of the weights and their sums; the host waits once, for all of them."""
-    named = [(name, bit_sum(tensor)) for name, tensor in weights]
-    if not named:
-        return [], []
-    device = named[0][1].device
-    sums: list[int] = torch.stack([total.to(device) for _, total in named]).cpu().tolist()
-    return [name for name, _ in named], sums
 
 
 def _named(ranks: list[int]) -> str:

@@ -16,7 +16,7 @@ from videox.errors import NUMERICS
 from videox.run.checkpoint import find_checkpoints, verify
 
 BAD_STEP = 3
-HERE = "tests.runs.test_replicas"
+HERE = "tests.runs.test_drift"
 
 
 @torch.no_grad()
