@@ -150,12 +150,11 @@ from videox.models.component import diffusers_components
 from videox.models.folder import full_config, load_class, load_pipeline, read_component
 from videox.models.hub import local_folder
 from videox.models.scheduler import with_shift
-from videox.models.shared_memory import load_frozen
 from videox.models.tokenizer import load_tokenizer
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
 from videox.tracking.dump import dump_folder, write_dump
-from videox.training import build, launch, loop, memory_check, precompute, startup
+from videox.training import build, frozen_encoders, launch, loop, memory_check, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
 from videox.training.schedule import build_schedule
@@ -214,12 +213,12 @@ def load_encoders(
     """Load the frozen encoders: text in the compute dtype, the VAE in --vae_dtype; the scheduler has the shift."""
     root, classes = components["scheduler"].path.parent, classes_of(args.train_mode)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], **dict.fromkeys(TEXT_ENCODERS, compute_dtype(accelerator))}
-    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    load = partial(frozen_encoders.load, args, accelerator, gather)
     tokenizers = {  # not of the classes in model_index.json: transformers 5 would rebuild one without spaces and line breaks
         name: load_tokenizer(root / name, load_class(classes[encoder]), components[encoder], PROBES[name])
         for name, encoder in zip(PROBES, TEXT_ENCODERS, strict=True)
     }
-    modules = {name: load(load_class(classes[name]), components[name], dtype) for name, dtype in dtypes.items()}
+    modules = {name: load(name, classes[name], components[name], dtype) for name, dtype in dtypes.items()}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
     pipeline_class = (
@@ -277,8 +276,8 @@ def encoding_specs(
         latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels, vae),
         EncodingSpec(
             "prompt_embeds", ("caption",) if condition is None else ("frame", "caption"), prompts,
-            fixed_shape(length, config["text_embed_dim"]), dtype, llama, f"{settings}", trimmed=True,
-            module="text_encoder",
+            fixed_shape(length, config["text_embed_dim"]), dtype, llama,
+            frozen_encoders.text_settings(args, settings), trimmed=True, module="text_encoder",
         ),
         EncodingSpec(
             "pooled", ("caption",), partial(encode_pooled, encoders), fixed_shape(config["pooled_projection_dim"]),

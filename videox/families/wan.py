@@ -30,9 +30,9 @@ from videox.families.wan_names import CLASSES, CROP, SQUASH
 from videox.models.configured import Component
 from videox.models.folder import build_config, full_config, load_class, load_pipeline
 from videox.models.scheduler import with_shift
-from videox.models.shared_memory import load_frozen
 from videox.models.tokenizer import load_tokenizer
 from videox.run.checkpoint import read_manifest
+from videox.training import frozen_encoders
 from videox.training.context import Gather
 from videox.training.validator import HeldOut
 
@@ -122,12 +122,12 @@ def load_encoders(
     args: argparse.Namespace, components: dict[str, Component], shift: float, accelerator: Accelerator, gather: Gather
 ) -> Encoders:
     """Load the frozen encoders: text in the compute dtype, the VAE in --vae_dtype, the image encoder in float32."""
-    load = partial(load_frozen, pinned=args.low_vram and accelerator.device.type == "cuda", gather=gather)
+    load = partial(frozen_encoders.load, args, accelerator, gather)
     dtypes = {"vae": VAE_DTYPES[args.vae_dtype], "text_encoder": compute_dtype(accelerator)}
     dtypes["image_encoder"] = torch.float32
     text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"]
     tokenizer = load_tokenizer(components["tokenizer"].path, *text_encoder, PROBE)
-    modules = {n: load(load_class(CLASSES[n]), components[n], dtype) for n, dtype in dtypes.items() if n in components}
+    modules = {n: load(n, CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
     if args.vae_tiling:
         modules["vae"].enable_tiling()
     pipeline = build_pipeline(args, components, shift, {**modules, "tokenizer": tokenizer})
@@ -195,7 +195,7 @@ def encoding_specs(
         latents("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
         EncodingSpec(
             "prompt_embeds", ("caption",), captions, fixed_shape(length, config["text_dim"]), dtype, text,
-            f"{length}", padded=True, module="text_encoder",
+            frozen_encoders.text_settings(args, length), padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
     if mode != "normal":

@@ -1,4 +1,4 @@
-"""Precisions of the frozen weights under a LoRA (--base_precision), and the bytes that they take; imports no torch."""
+"""Precisions of frozen weights (--base_precision, --text_encoder_precision), and their bytes; imports no torch."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def quantised_bytes(precision: str, elements: int, rows: int) -> float:
     return float(elements + SCALE * rows)
 
 
-def check_precision_installed(precision: str) -> None:
-    """Raise UserError if the package that quantises to a precision is not installed."""
+def check_precision_installed(precision: str, flag: str = "--base_precision") -> None:
+    """Raise UserError, which names the flag, if the package that quantises to a precision is not installed."""
     package = PACKAGES.get(precision, "")
     if package and find_spec(package.partition("=")[0]) is None:
         what = f"{precision} needs {package.partition('=')[0]}, which is not installed"
-        raise UserError("--base_precision", what, f"pip install {package}")
+        raise UserError(flag, what, f"pip install {package}")

@@ -49,6 +49,14 @@ def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     return values.contiguous(), quantised.scale.float().reshape(rows, 1).contiguous()
 
 
+def empty_quantised(rows: int, columns: int, precision: str) -> tuple[Tensor, Tensor]:
+    """Return memory without values in the place of what `quantise` returns for a weight [rows, columns], on the CPU."""
+    if precision == NF4:
+        elements = rows * columns
+        return torch.empty(elements // 2, 1, dtype=torch.uint8), torch.empty(-(-elements // NF4_GROUP))
+    return torch.empty(rows, columns, dtype=torch.uint8 if precision == FP8 else torch.int8), torch.empty(rows, 1)
+
+
 def dequantise(values: Tensor, scale: Tensor, precision: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return the weight that quantised values stand for: their product with the scales in float32, rounded to dtype.
 
@@ -87,19 +95,21 @@ class QuantisedLinear(nn.Linear):
     """A linear layer whose frozen weight is quantised.
 
     Args:
-        linear: the layer to replace.
+        linear: the layer to replace; only its bias is used where `stored` is given, so that its weight may be on the
+            meta device.
         precision: FP8, INT8 or NF4.
+        stored: values and scale as `quantise` returns them; None quantises the layer's weight.
 
     Attributes:
         values, scale: of `quantise`.
         bias: in the dtype of computation, or None.
     """
 
-    def __init__(self, linear: nn.Linear, precision: str) -> None:
+    def __init__(self, linear: nn.Linear, precision: str, stored: tuple[Tensor, Tensor] | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
         self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
         self._dtype = linear.weight.dtype
-        values, scale = quantise(linear.weight.detach(), precision)
+        values, scale = quantise(linear.weight.detach(), precision) if stored is None else stored
         self.values = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from videox.models.base_precision import is_quantised
+from videox.models.base_precision import FP8, is_quantised
 from videox.models.configured import Component
 from videox.models.folder import has_nonfinite, nonfinite_error
 from videox.models.meta_init import build_meta_model
 from videox.models.quantised import QuantisedLinear
+from videox.weights.reader import LayoutTensors
 from videox.weights.safetensors_io import TensorSource
 
 SEED = 0  # of the probe's random numbers
 FRAMES, SIDE = 2, 16  # latent frames and pixels of the probe: 128 tokens
 TEXT, TEXT_WITH_IMAGES = 32, 512  # text tokens; a model with an image embedder takes 512
 IMAGE_TOKENS = 16
+NAN = 0x7F  # bits of float8_e4m3fn without the sign
+
+_Read = Callable[[nn.Module, str, Iterable[str]], None]
+_Stored = Callable[[str], tuple[Tensor, Tensor] | None]
 
 
 @dataclass
@@ -41,6 +47,8 @@ class QuantisationError:
 
     def __str__(self) -> str:
         """Return it in words."""
+        if not any(self.of_blocks):
+            return "the weights are those of the file, which has them in 8 bits"
         worst = max(range(len(self.of_blocks)), key=self.of_blocks.__getitem__)
         return (
             f"the output of a block differs by {self.mean():.2%} from bfloat16, at most by {self.of_blocks[worst]:.2%} "
@@ -58,7 +66,8 @@ def load_quantised(
     """Return a transformer in host memory with quantised linear layers in its blocks, and the error of that.
 
     Everything else is as a bfloat16 model has it. Each block is read and quantised on the device, where it runs twice:
-    at no time are there more than one block's weights in bfloat16.
+    at no time are there more than one block's weights in bfloat16. Weights that a single file has in float8_e4m3fn,
+    as ComfyUI writes them, are taken as they are in FP8, with the file's scale, and have no error.
 
     Args:
         model_class: a class of diffusers.
@@ -74,15 +83,17 @@ def load_quantised(
     model: Any = build_meta_model(model_class, source, component.inferred_config())
     # from_pretrained keeps some modules in float32; files of other layouts are read in one dtype
     fp32 = set(() if component.tensors is not None else model_class._keep_in_fp32_modules or ())
+    read, stored = partial(_read, source, fp32, device), partial(_stored_values, source, precision)
     blocks = {f"{name}.{number}": block for name in lists for number, block in enumerate(getattr(model, name))}
-    outside = (name for name, _ in model.named_parameters() if ".".join(name.split(".")[:2]) not in blocks)
-    _read(model, "", outside, source, fp32, device)
+    outside = [name for name, _ in model.named_parameters() if ".".join(name.split(".")[:2]) not in blocks]
+    read(model, "", outside)
     for module in model.modules():  # not model.to(device): the blocks' parameters are on the meta device
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
     error = QuantisationError()
     for name, block in blocks.items():
-        block.forward = _LoadingForward(name, block, source, fp32, precision, device, error)
+        reader = _BlockReader(name, block, read, stored, device)
+        block.forward = LoadingForward(block, reader, reader.layers, precision, error)
     inputs = probe_inputs(model.config, device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         model(**inputs)
@@ -90,39 +101,84 @@ def load_quantised(
     return model.to("cpu"), error
 
 
-class _LoadingForward:
-    """The first forward pass of a block, which reads its weights, quantises them, and leaves it in host memory."""
+class LoadingForward:
+    """The first forward pass of a block, which loads its weights, quantises them, and leaves it in host memory.
+
+    Args:
+        block: its forward method is replaced by this one, and is its class's own again afterwards.
+        load: gives the block its weights in the dtype of computation, on the device; layers whose stored values are
+            quantised already get them here.
+        layers: returns the linear layers of the block that are to be quantised, by name, after `load`.
+        precision: FP8, INT8 or NF4.
+        error: the block's error is added to it.
+    """
 
     def __init__(
-        self, name: str, block: nn.Module, source: TensorSource, fp32: set[str], precision: str, device: torch.device,
+        self,
+        block: nn.Module,
+        load: Callable[[], object],
+        layers: Callable[[nn.Module], Mapping[str, nn.Linear]],
+        precision: str,
         error: QuantisationError,
-    ) -> None:  # fmt: skip
-        self._name, self._block, self._source, self._fp32 = name, block, source, fp32
-        self._precision, self._device, self._error = precision, device, error
+    ) -> None:
+        self._block, self._load, self._layers, self._precision, self._error = block, load, layers, precision, error
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - of a block
-        """Return the output of the bfloat16 block."""
+        """Return the output of the block before it is quantised."""
         block: Any = self._block
         del block.forward  # the class's own again
-        names = [name for name, _ in block.named_parameters()]
-        _read(block, f"{self._name}.", names, self._source, self._fp32, self._device)
+        self._load()
         expected = block(*inputs, **named)
-        for name, shape in [(name, parameter.shape) for name, parameter in block.named_parameters()]:
-            if is_quantised(name, shape):
-                path, _, _ = name.rpartition(".")
-                linear = block.get_submodule(path)
-                block.set_submodule(path, QuantisedLinear(linear, self._precision))
-        self._error.of_blocks.append(relative_error(block(*inputs, **named), expected))
+        error, layers = 0.0, self._layers(block)
+        for path, linear in layers.items():
+            block.set_submodule(path, QuantisedLinear(linear, self._precision))
+        if layers:
+            error = relative_error(block(*inputs, **named), expected)
+        self._error.of_blocks.append(error)
         block.to("cpu")
         return expected
 
 
+class _BlockReader:
+    """Reads the weights of one block from the transformer's files.
+
+    Args:
+        name: of the block in the model.
+        block: its parameters are on the meta device.
+        read: reads parameters by their names in the block, as `_read`.
+        stored: returns the quantised values and scale that the files have of a weight, or None.
+        device: for the weights.
+    """
+
+    def __init__(self, name: str, block: nn.Module, read: _Read, stored: _Stored, device: torch.device) -> None:
+        self._name, self._block, self._read, self._stored, self._device = name, block, read, stored, device
+
+    def __call__(self) -> None:
+        """Give the block its weights on the device; those that are quantised in the files stay as they are."""
+        block = self._block
+        for path, linear in self.layers(block).items():
+            if (stored := self._stored(f"{self._name}.{path}.weight")) is not None:
+                values, scale = (part.to(self._device) for part in stored)
+                block.set_submodule(path, QuantisedLinear(linear, FP8, (values, scale)))
+        names = [name for name, parameter in block.named_parameters() if parameter.is_meta]
+        self._read(block, f"{self._name}.", names)
+
+    def layers(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """Return the linear layers of the block that are to be quantised and are not, by name."""
+        found = {}
+        for name, parameter in block.named_parameters():
+            module = block.get_submodule(name.rpartition(".")[0])
+            if is_quantised(name, parameter.shape) and not isinstance(module, QuantisedLinear):
+                assert isinstance(module, nn.Linear)
+                found[name.rpartition(".")[0]] = module
+        return found
+
+
 def _read(
-    module: nn.Module, prefix: str, names: Iterator[str] | Sequence[str], source: TensorSource, fp32: set[str],
-    device: torch.device,
-) -> None:  # fmt: skip
+    source: TensorSource, fp32: set[str], device: torch.device, module: nn.Module, prefix: str, names: Iterable[str]
+) -> None:
     """Read parameters of a module in bfloat16, those of some modules in float32; prefix: of the names in the model."""
-    for name in list(names):
+    for name in names:
         stored = source[f"{prefix}{name}"]
         if has_nonfinite(stored):
             raise nonfinite_error(f"{prefix}{name}", source.folder)
@@ -132,6 +188,17 @@ def _read(
         setattr(
             module.get_submodule(path), kind, nn.Parameter(stored.to(device, dtype, copy=True), requires_grad=False)
         )
+
+
+def _stored_values(source: TensorSource, precision: str, name: str) -> tuple[Tensor, Tensor] | None:
+    """Return values and scale of a weight as `quantise` does, if the file has it in FP8 and that is asked for."""
+    stored = source.eight_bit(name) if precision == FP8 and isinstance(source, LayoutTensors) else None
+    if stored is None:
+        return None
+    values, scale = stored
+    if (values & NAN == NAN).any():
+        raise nonfinite_error(name, source.folder)
+    return values, torch.full((len(values), 1), scale)
 
 
 def relative_error(found: Any, expected: Any) -> float:  # noqa: ANN401 - tensors, or tuples of them

@@ -20,6 +20,9 @@ from videox.weights.weight_files import chosen_set
 
 ALIGNED = 64  # bytes; the offset of each tensor is a multiple, as in memory that torch allocates
 Gather = Callable[[Any], list[Any]]
+# Changes a loaded model in place. The first process of a machine gives it its values (True); the others give it its
+# modules alone (False), and use the values of the first.
+Change = Callable[[nn.Module, bool], None]
 
 
 class TensorSlot(NamedTuple):
@@ -46,6 +49,7 @@ def load_frozen(
     *,
     pinned: bool,
     gather: Gather,
+    change: Change | None = None,
 ) -> nn.Module:
     """Return load_component(model_class, component, dtype) with one copy of its weights per machine.
 
@@ -61,22 +65,29 @@ def load_frozen(
         dtype: the dtype of the weights.
         pinned: page-lock the weights for copies to the GPU.
         gather: a collective that returns every process's value.
+        change: is given the model in the dtype of its files, and casts and quantises it; None casts it.
 
     Raises:
         UserError: as load_component.
     """
     stored = stored_dtype(component.path) if component.tensors is None else component.tensors.dtype()
-    mapped = stored == dtype and not pinned
+    mapped = stored == dtype and not pinned and change is None
+    loaded_in = dtype if change is None else stored
     processes = gather((_machine_id(), os.getpid(), mapped))
     count = Counter(machine for machine, _, _ in processes)
     # The decision must be the same in all processes, since the gathers below are collectives.
     if max(count.values()) == 1 or all(mapped for _, _, mapped in processes):
-        return load_component(model_class, component, dtype)
+        model = load_component(model_class, component, loaded_in)
+        if change is not None:
+            change(model, True)
+        return model
     leader = next(pid for machine, pid, _ in processes if machine == _machine_id())
     is_leader, alone = leader == os.getpid(), count[_machine_id()] == 1
     # The other processes load in the stored dtype: that maps the files and allocates nothing, and the weights are
     # replaced by the shared ones below.
-    model = load_component(model_class, component, dtype if is_leader else stored)
+    model = load_component(model_class, component, loaded_in if is_leader else stored)
+    if change is not None:
+        change(model, is_leader)
     memory, block = _move_to_shared(model) if is_leader and not alone else (None, None)
     blocks = [block for block in gather(block) if block is not None and block.pid == leader]
     if not is_leader:

@@ -56,7 +56,8 @@ LATER_FLAGS: Mapping[str, Any] = {
     "dataset_config": None, "caption_prefix": "", "trigger_word": "", "caption_shuffle_tags": False, "lora_type": "lora",
     "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO, "deterministic": False, "vae_dtype": "fp32",
     "text_multiple": None, "launch_tokens": 0, "compile": False, "attention_backend": "native", "vae_tiling": False,
-    "validation_share": None, "skip_spikes": False, "base_precision": "bf16", "clip_image": None,
+    "validation_share": None, "skip_spikes": False, "base_precision": "bf16", "text_encoder_precision": "bf16",
+    "clip_image": None,
 }  # fmt: skip
 
 

@@ -37,6 +37,11 @@ def add_speed(parser: Parser) -> None:
         "(4 bits, bitsandbytes); the start prints how much the outputs of blocks change"
     )
     add("--base_precision", choices=PRECISIONS, default=BF16, help=base)
+    text = (
+        "precision of the linear layers of the text encoder's blocks, as --base_precision; embeddings differ slightly "
+        "and are cached separately"
+    )
+    add("--text_encoder_precision", choices=PRECISIONS, default=BF16, help=text)
     stream = (
         "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) rest in host memory and are copied to the "
         "GPU when a block runs; for a LoRA with --gradient_checkpointing; results are bit-identical"
@@ -88,6 +93,7 @@ def check_speed(args: argparse.Namespace) -> None:
         _check_streaming(args)
     if args.base_precision != BF16:
         _check_precision(args)
+    check_precision_installed(args.text_encoder_precision, "--text_encoder_precision")
 
 
 def _check_precision(args: argparse.Namespace) -> None:
@@ -130,6 +136,9 @@ def check_backend_flags(args: argparse.Namespace, backend: Backend, *, half: boo
     if args.base_precision != BF16 and not half:
         what = f"{args.base_precision}: quantised weights are computed with in bfloat16"
         raise UserError("--base_precision", what, "add --mixed_precision bf16, or remove the flag")
+    if args.text_encoder_precision != BF16 and not half:
+        what = f"{args.text_encoder_precision}: quantised weights are computed with in bfloat16"
+        raise UserError("--text_encoder_precision", what, "add --mixed_precision bf16, or remove the flag")
     if args.compile and not backend.compiles:
         what = f"{backend.name} gathers the weights inside of the blocks, so that they cannot be compiled"
         raise UserError("--compile", what, "remove the flag, or launch FSDP2")

@@ -98,6 +98,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "compile": ("torch_compile", "compile_model", "use_compile"),
     "offload_activations": ("gradient_checkpointing_cpu_offload", "activation_offloading", "offload_checkpoints"),
     "base_precision": ("fp8_base", "fp8_scaled", "quantize", "quantize_base", "transformer_dtype", "base_model_precision"),
+    "text_encoder_precision": ("fp8_t5", "fp8_llm", "fp8_text_encoder", "text_encoder_dtype", "quantize_text_encoder"),
     "stream_blocks": ("blocks_to_swap", "block_swap", "block_swap_h2d_only", "blocks_swap"),
     "vae_tiling": ("enable_vae_tiling", "vae_enable_tiling", "tiled_vae"),
     "deterministic": ("use_deterministic", "full_determinism"),
@@ -126,9 +127,7 @@ INSTEAD: Mapping[str, str] = {
         ("sdpa", "xformers", "flash_attn", "flash3", "attn_mode", "use_flash_attn", "enable_xformers_memory_efficient_attention",
          "sage_attn"), ATTENTION,
     ),
-    **dict.fromkeys(
-        ("fp8_t5", "fp8_llm", "fp8"), SMALLER
-    ),
+    "fp8": SMALLER,
     **dict.fromkeys(
         ("t5", "t5_path", "text_encoder", "text_encoder1", "text_encoder2", "text_encoder_path", "clip", "clip_path",
          "tokenizer", "tokenizer_path"), WHOLE_MODEL,

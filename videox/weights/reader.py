@@ -114,6 +114,13 @@ class LayoutTensors(TensorSource):
         spans = tuple(slice_spans(tensor, begin * row, (end - begin) * row))
         return read_tensor(replace(tensor, shape=(end - begin, *tensor.shape[1:]), spans=spans))
 
+    def eight_bit(self, name: str) -> tuple[Tensor, float] | None:
+        """Return the bits of a float8_e4m3fn tensor, uint8, and its scale; None for a tensor of another dtype."""
+        tensor = self.lazy(name)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return None
+        return read_tensor(replace(tensor, dtype=torch.uint8, scale=1.0)), tensor.scale
+
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor without reading it. Raises UserError (MODEL) if its pieces cannot be concatenated."""
         return assemble(self._entries[name], self.stored, self.path)
