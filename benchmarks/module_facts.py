@@ -130,6 +130,8 @@ def facts_of(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         facts["peaks"] = {name: peaks_of(kind, config, half) for name, half in (("fp32", False), ("bf16", True))}
     else:
         facts["without_embeddings"] = measure.count_without_embeddings(module)
+        if "CLIP" not in kind:  # of these encoders no weight is quantised
+            facts["linear"] = list(measure.linear_counts(module))
     return facts
 
 

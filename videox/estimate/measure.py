@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videox.estimate.peak_memory import peak_bytes
 from videox.models.folder import build_on_meta, load_class
+from videox.models.quantised_text import linear_layers, text_blocks
 
 PROBE = (9, 128, 128)  # frames, height and width of the clip on which a VAE's FLOPs are counted
 
@@ -57,6 +58,13 @@ def count_without_embeddings(module: nn.Module) -> int:
     """Return the number of parameters of a text encoder that take part in matrix products: all but its embeddings."""
     named = module.named_parameters()
     return sum(p.numel() for name, p in named if "embed" not in name and "shared" not in name)
+
+
+def linear_counts(module: nn.Module) -> tuple[int, int]:
+    """Return elements and rows of the weights of a text encoder that --text_encoder_precision quantises."""
+    _, blocks = text_blocks(module)
+    shapes = [layer.weight.shape for block in blocks for layer in linear_layers(block).values()]
+    return sum(rows * columns for rows, columns in shapes), sum(rows for rows, _ in shapes)
 
 
 def vae_flops_per_pixel(vae: Any) -> float:  # noqa: ANN401 - a VAE of diffusers, on the meta device

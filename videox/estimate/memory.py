@@ -110,6 +110,7 @@ class MemorySetup:
         offload_activations: inputs of recomputed blocks are in host memory between the passes.
         base_precision: of the frozen linear layers of the blocks under a LoRA (--base_precision).
         streamed: number of blocks whose frozen weights rest in host memory (--stream_blocks).
+        text_precision: of the linear layers of the text encoder's blocks (--text_encoder_precision).
     """
 
     backend: str
@@ -133,6 +134,7 @@ class MemorySetup:
     offload_activations: bool = False
     base_precision: str = BF16
     streamed: int = 0
+    text_precision: str = BF16
 
     @property
     def lora(self) -> bool:

@@ -55,6 +55,15 @@ class Modules:
         names = [name for name in self.components if name.startswith("text")]
         return float(sum(2 * tokens * self._without_embeddings(name) for name in names))
 
+    def text_linear(self) -> tuple[int, int]:
+        """Return elements and rows of the text encoder's weights that --text_encoder_precision quantises."""
+        if (stored := self._stored("text_encoder")) is not None:
+            elements, rows = stored["linear"]
+            return int(elements), int(rows)
+        from videox.estimate import measure
+
+        return measure.linear_counts(measure.build(*self.components["text_encoder"]))
+
     def vae_flops_per_pixel(self) -> float:
         """Return the FLOPs of the VAE's encoder per pixel and frame."""
         if (stored := self._stored("vae")) is not None:

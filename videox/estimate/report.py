@@ -364,16 +364,16 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Se
     )
     total = memory.total()
     verdict = "fits in" if total <= limit else "does not fit in"
-    spare = f"{(limit - total) / GIB:.1f} GiB to spare"
-    if total > limit:
-        margin = f", {(total - limit) / GIB:.1f} GiB too much"
-    else:
-        margin = f", {spare}" if total <= SAFE_SHARE * limit else f", but only {spare}: too close to be sure"
-    lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{margin}")
-    lines += [f"  {line}" for line in proposal_lines(proposals, limit)]
-    host = ", ".join(f"{LABELS.get(name, name)} {size / GIB:,.1f} GiB" for name, size in memory.host.items() if size)
-    started = f"{setup.per_host} process{'es' * (setup.per_host > 1)}"
-    return [*lines, f"host memory per machine ({started}): {host}"]
+    lines.append(f"  {'total':>{WIDTH}} {total / GIB:>8.2f} GiB: {verdict} {limit / GIB:g} GiB{margin(total, limit)}")
+    return [*lines, *(f"  {line}" for line in proposal_lines(proposals, limit))]
+
+
+def margin(size: float, limit: float) -> str:
+    """Return by how much bytes are below or above a limit."""
+    spare = f"{(limit - size) / GIB:.1f} GiB to spare"
+    if size > limit:
+        return f", {(size - limit) / GIB:.1f} GiB too much"
+    return f", {spare}" if size <= SAFE_SHARE * limit else f", but only {spare}: too close to be sure"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from videox.estimate.duration import ENCODER_SHARE, Duration, Speed
 from videox.estimate.epoch_time import gain_lines, step_time_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
+from videox.estimate.host_report import host_lines
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.plan_picture import PlanPicture
@@ -66,7 +67,7 @@ from videox.tracking.jsonl import json_line
 from videox.training.args import optimizer_of
 from videox.training.flow_shift import FlowShift
 from videox.training.notes import notes
-from videox.training.planned_gpu import gpu_of, memory_limit
+from videox.training.planned_gpu import gpu_of, host_room, memory_limit
 from videox.training.planned_step import PlannedStep, rates
 from videox.training.planning import data_location, plan_settings
 from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, launch_of
@@ -76,8 +77,8 @@ from videox.training.speed_flags import check_backend_flags
 def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile, FlowShift]]) -> int:
     """Print the plan of a run and its estimates, or how one row is used (--explain); return the exit code.
 
-    It is DOES_NOT_FIT if the flags name a GPU that the run does not fit, so that a script can tell; under a launcher,
-    which would print a traceback for it, it is 0.
+    It is DOES_NOT_FIT if the flags name a GPU or a host memory that the run does not fit, so that a script can tell;
+    under a launcher, which would print a traceback for it, it is 0.
 
     Args:
         describe: returns the model's profile and the flow shift of a new run; called on the first process only.
@@ -87,7 +88,7 @@ def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile
     """
     if os.environ.get("RANK", "0") == "0":
         fits = _plan(args, *describe())
-        named = args.gpu or args.gpu_memory is not None
+        named = args.gpu or args.gpu_memory is not None or args.host_memory is not None
         if named and not fits and not (is_launched(os.environ) or "ACCELERATE_MIXED_PRECISION" in os.environ):
             return DOES_NOT_FIT
     return 0
@@ -177,11 +178,12 @@ class _Estimates:
         extra = {
             "seconds": rounded(seconds), "step_parts": rounded(step.time.step._asdict()),
             "mfu": round(step.time.mfu(), 4), "disk": int(disk.needed()), "gpu_memory": int(memory_limit(args)),
-            "host": int(memory.host_peak()),
+            "host": int(memory.host_peak()), "host_memory": int(host_room(args).total),
         }  # fmt: skip
         picture = self._picture(flops, balanced if several else {}, memory, facts)
         self._write({**values, **extra}, picture)
-        return memory.total() <= memory_limit(args)
+        fits_host = args.host_memory is None or memory.host_peak() <= host_room(args).total
+        return memory.total() <= memory_limit(args) and fits_host
 
     def _steps(self) -> int:
         return int(self.args.max_train_steps or self.plan.n_steps * self.args.num_train_epochs)
@@ -211,7 +213,12 @@ class _Estimates:
         memory, parameters = self.run.memory(setup), self.run.parameters(setup.lora_rank)
         proposals = self.run.proposals(limit) if memory.total() > SAFE_SHARE * limit else []
         counts = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
-        _print(counts, *memory_lines(memory, setup, limit, proposals))
+        room = host_room(self.args)
+        _print(
+            counts,
+            *memory_lines(memory, setup, limit, proposals),
+            *host_lines(memory, setup, room.total, room.source, self.run.less_host()),
+        )
         return memory
 
     def _picture(

@@ -392,6 +392,8 @@ def add_dry_run(parser: Parser) -> None:
     add("--gpu", choices=tuple(GPUS), help="dry run: the GPU to plan for; sets its memory and speed")
     memory = "dry run and --activation_memory: memory of a GPU in GiB; a dry run takes that of --gpu, or 80"
     add("--gpu_memory", type=number(float, 1, 10**4), help=memory)
+    host = "dry run: memory of each machine in GiB that the run must fit in; by default that of this machine"
+    add("--host_memory", type=number(float, 1, 10**5), help=host)
     add("--gpu_price", type=number(float, 0, 10**6), help="dry run: price of a GPU hour, to print the cost (0 = free)")
     mfu = (
         "dry run: take this MFU (model FLOPs utilization, share of the GPU's peak, 0 to 1) instead of computing the time of "

@@ -9,14 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from videox.models.base_precision import BF16
+from videox.models.base_precision import BF16, QUANTISED_ENCODER
 from videox.models.configured import Component
 from videox.models.folder import load_class
 from videox.models.quantised_text import prepare_quantised, quantise_text_encoder
 from videox.models.shared_memory import load_frozen
 from videox.training.context import Gather
-
-QUANTISED = "text_encoder"  # the component that --text_encoder_precision is about
 
 
 def load(
@@ -44,7 +42,7 @@ def load(
         UserError: as load_frozen.
     """
     change = None
-    if name == QUANTISED and args.text_encoder_precision != BF16:
+    if name == QUANTISED_ENCODER and args.text_encoder_precision != BF16:
         change = _quantise(args.text_encoder_precision, dtype, accelerator)
     pinned = args.low_vram and accelerator.device.type == "cuda"
     return load_frozen(load_class(class_name), component, dtype, pinned=pinned, gather=gather, change=change)

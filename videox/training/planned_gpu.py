@@ -1,8 +1,10 @@
-"""The GPU that the estimates of a run are made for: of the flags, or of this machine."""
+"""The GPU and the host memory that the estimates of a run are made for: of the flags, or of this machine."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from videox.estimate.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_of_device
@@ -12,16 +14,17 @@ from videox.estimate.report import GIB
 if TYPE_CHECKING:
     import torch
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DEFAULT_MEMORY = 80.0  # GiB of a GPU, where neither --gpu nor --gpu_memory is given
 
 
 class Room(NamedTuple):
-    """The memory of a GPU.
+    """The memory of a GPU or of a machine.
 
     Attributes:
         total: bytes.
         others: bytes that other programs use; 0 where this is not known.
-        source: where `total` comes from, in words that follow "GPU".
+        source: where `total` comes from, in words that follow "GPU" or the number.
     """
 
     total: float
@@ -50,6 +53,16 @@ def memory_limit(args: argparse.Namespace) -> float:
     if args.gpu_memory is not None:
         return float(args.gpu_memory * GIB)
     return (GPUS[args.gpu].gib if args.gpu else DEFAULT_MEMORY) * GIB
+
+
+def host_room(args: argparse.Namespace) -> Room:
+    """Return the memory of each machine that the run must fit in: of --host_memory, or of this machine or container."""
+    if args.host_memory is not None:
+        return Room(float(args.host_memory * GIB), 0.0, "of --host_memory")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CONTAINER_LIMIT.read_text(encoding="ascii").strip() if CONTAINER_LIMIT.is_file() else ""
+    here = min(total, int(limit)) if limit.isdecimal() else total
+    return Room(float(here), 0.0, "of this machine, --host_memory states another")
 
 
 def room_of(args: argparse.Namespace, device: torch.device) -> Room:

@@ -36,7 +36,7 @@ from videox.estimate.memory import (
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.module_facts import Modules
 from videox.lora.targets import adapter_sizes, choose_targets
-from videox.models.base_precision import is_quantised
+from videox.models.base_precision import BF16, INT8, NF4, QUANTISED_ENCODER, is_quantised, quantised_bytes
 from videox.models.config_files import read_json
 from videox.models.recompute import LEAST_STREAMED, Recompute, select_blocks
 from videox.optim.registry import OPTIMIZERS
@@ -151,6 +151,7 @@ class RunMemory:
             keep=args.gradient_checkpointing_keep or "",
             offload_activations=args.offload_activations,
             base_precision=args.base_precision,
+            text_precision=args.text_encoder_precision,
         )
         self.modules = Modules(model.components)
         self.parameters = cache(self._parameters)
@@ -214,7 +215,9 @@ class RunMemory:
         return flops
 
     def encoders(self, setup: MemorySetup) -> Encoders:
-        """Return the bytes of the frozen encoders: text in the compute dtype, VAE in --vae_dtype, others in float32.
+        """Return the bytes of the frozen encoders: VAE in --vae_dtype, images in float32, text in the compute dtype.
+
+        The linear layers of the text encoder's blocks are in --text_encoder_precision.
 
         The VAE's activations are measured on the largest sample of the plan, and proportional to smaller ones.
         """
@@ -223,6 +226,9 @@ class RunMemory:
             name: (2 if in_half.get(name.partition("_")[0]) else 4) * self.modules.elements(name)
             for name in self.modules.frozen()
         }
+        if setup.text_precision != BF16 and QUANTISED_ENCODER in weights:
+            elements, rows = self.modules.text_linear()
+            weights[QUANTISED_ENCODER] += round(quantised_bytes(setup.text_precision, elements, rows)) - 2 * elements
         return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
 
     def proposals(self, limit: float, phase: str | None = None) -> list[Proposal]:
@@ -250,6 +256,18 @@ class RunMemory:
                 change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))
             ]
         return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
+
+    def less_host(self) -> dict[str, float]:
+        """Return the host memory of a machine after each single change that may need less of it, by its flags."""
+        setup, args = self.setup, self.args
+        changed = {"--dataloader_num_workers 1": replace(setup, workers=min(setup.workers, 1))}
+        for precision in (INT8, NF4) if setup.half else ():
+            changed[f"--text_encoder_precision {precision}"] = replace(setup, text_precision=precision)
+            if setup.lora and setup.backend in UNSHARDED and args.lora_type == "lora" and not args.compile:
+                changed[f"--base_precision {precision}"] = replace(setup, base_precision=precision)
+        if setup.streamed:
+            changed["without --stream_blocks"] = replace(setup, streamed=0)
+        return {flags: self.memory(other).host_peak() for flags, other in changed.items()}
 
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
         """Return the time of encoding the clips (--vae_dtype) and captions (compute dtype) of an epoch on one GPU."""

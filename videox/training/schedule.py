@@ -49,7 +49,7 @@ WITHOUT_NUMBERS = {
     "dry_run", "explain", "dry_run_plan", "dry_run_processes", "dry_run_backend", "dry_run_deepspeed_config", "gpu_memory", "assumed_mfu",
     "peak_tflops", "try_largest_first", "missing_caption", "config", "recipe", "dry_run_model", "dry_run_data", "gpu",
     "gpu_price", "accept_data_change", "gradient_checkpointing_keep", "activation_memory", "offload_activations",
-    "watchdog_seconds", "replica_check_steps", "stream_blocks", "other_transformer_path",
+    "watchdog_seconds", "replica_check_steps", "stream_blocks", "other_transformer_path", "host_memory",
 }  # fmt: skip
 # Flags that older versions did not have, with their defaults: at its default a flag is not part of a run's name.
 LATER_FLAGS: Mapping[str, Any] = {
