@@ -277,6 +277,29 @@ def test_a_full_training_is_proposed_a_streamed_lora_for_a_small_card() -> None:
     assert "--stream_blocks all" in found.flags or "--base_precision" in found.flags
 
 
+def test_the_text_encoder_is_quantised_where_encoding_does_not_fit() -> None:
+    """Of 11 GB, 9.2 are linear layers; before anything else is trained, and not where only the training is too large."""
+
+    def encoders(setup: MemorySetup) -> Encoders:
+        saved = {"int8": 4_600_000_000, "nf4": 6_900_000_000}.get(setup.text_precision, 0)
+        return replace(ENCODERS, weights={**ENCODERS.weights, "text_encoder": 11_000_000_000 - saved})
+
+    def memory(setup: MemorySetup) -> Memory:
+        network = cross_attention_network(CONFIGS[MODELS["1.3b"][0]], text_tokens=512, image_tokens=0, half=setup.half)
+        trained = MODELS["1.3b"][2] * setup.lora_rank // 32
+        full = MODELS["1.3b"][1]
+        parameters = replace(full, total=full.total + trained, trainable=trained)
+        return memory_of(parameters, replace(network, frozen=True), encoders(setup), setup)
+
+    (int8, *_) = propose(LORA, 10.8 * GIB, memory, changes_of(LORA))
+    assert int8.fits and int8.flags == "--text_encoder_precision int8"
+    (nf4, *_) = propose(LORA, 7 * GIB, memory, changes_of(LORA))
+    assert nf4.fits and "--text_encoder_precision nf4" in nf4.flags and "int8" not in nf4.flags
+    assert memory(LORA).total() > 10.8 * GIB
+    training = propose(replace(LORA, tokens=75_600), 14 * GIB, memory, changes_of(LORA))
+    assert not any("--text_encoder" in proposal.flags for proposal in training if proposal.fits)
+
+
 def test_streamed_or_quantised_weights_are_not_proposed_with_sharding() -> None:
     for change in possible_changes(
         LORA, sharded_backend="zero3", smaller=[], installed=lambda name: True, blocks=len(BLOCKS)

@@ -37,6 +37,17 @@ def test_the_stored_shapes_are_those_of_the_transformer(script: ModuleType) -> N
     assert Modules({"transformer": (kind, config)}).shapes() == measure.parameter_shapes(measure.build(kind, config))
 
 
+def test_the_stored_linear_layers_are_those_of_the_text_encoder(script: ModuleType) -> None:
+    for kind, model in (
+        (script.WAN["text_encoder"], "wan2.1-t2v-14b"),
+        (script.HUNYUAN["text_encoder"], "hunyuanvideo-t2v"),
+        (script.LLAVA["text_encoder"], "hunyuanvideo-i2v"),
+    ):
+        config = config_of(model, "text_encoder")
+        expected = measure.linear_counts(measure.build(kind, config))
+        assert Modules({"text_encoder": (kind, config)}).text_linear() == expected
+
+
 @pytest.mark.parametrize(
     ("family", "model", "size"),
     [

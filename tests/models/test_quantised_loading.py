@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import originals
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from videox.errors import UserError
 from videox.models.base_precision import FP8, INT8, NF4
-from videox.models.component import load_checked
+from videox.models.component import find_component, load_checked
 from videox.models.configured import Component
 from videox.models.quantised import QuantisedLinear, quantise
 from videox.models.quantised_loading import load_quantised, probe_inputs
@@ -81,6 +82,58 @@ def test_loading_twice_gives_equal_weights_and_streaming_equal_outputs(tmp_path:
         assert torch.equal(second(**given)[0], expected)
         stream_blocks(blocks_of(second), range(3), CPU, lambda value: [value])
         assert torch.equal(second(**given)[0], expected)
+
+
+# a layer that the file of a test has in bfloat16: its name in the file, and in diffusers
+KEPT = {
+    "wan": ("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj"),
+    "hunyuan": ("double_blocks.0.img_mlp.fc1.weight", "transformer_blocks.0.ff.net.0.proj"),
+}
+
+
+@pytest.mark.parametrize("name", ["text", pytest.param("joint", marks=pytest.mark.slow)])
+def test_a_file_in_8_bits_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    """ComfyUI's scaled fp8, with HunyuanVideo's fused projections: values and scale of the file are used unchanged."""
+    config = SMALL_CONFIGS[name]
+    joint = is_joint(config)
+    family = "hunyuan" if joint else "wan"
+    kept, layer_kept = KEPT[family]
+    torch.manual_seed(0)
+    state = originals.rebuilt(build_transformer(config).state_dict(), family)
+    stored: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    exact = dict[str, torch.Tensor]()
+    for key, value in state.items():
+        exact[key] = stored[key] = value.to(torch.bfloat16)
+        if value.ndim == 2 and "blocks." in key and key != kept:
+            scale = value.abs().max() / 448
+            stored[key] = (value / scale).to(torch.float8_e4m3fn)
+            stored[f"{key.removesuffix('.weight')}.scale_weight"] = scale
+            exact[key] = (stored[key].float() * scale).bfloat16()
+    assert kept in exact
+    save_file(stored, tmp_path / "fp8.safetensors")
+    component = find_component(tmp_path / "fp8.safetensors", family, dict(build_transformer(config).config))
+    found, error = load_quantised(CLASSES[joint], component, LISTS[joint], FP8, CPU)
+    expected = originals.rebuilt(exact, family, back=False)
+    layers = {n: m for n, m in found.named_modules() if isinstance(m, QuantisedLinear)}
+    plain = load_checked(CLASSES[joint], component, torch.bfloat16)
+    for path, layer in layers.items():
+        weight = layer.weight_of(layer.values, layer.scale, torch.bfloat16)
+        assert torch.equal(weight, expected[f"{path}.weight"]) == (path != layer_kept), path
+        plain.get_submodule(path).weight = torch.nn.Parameter(weight)
+    assert [number for number, each in enumerate(error.of_blocks) if each > 0] == [0]  # of the layer that is rounded here
+    given = probe_inputs(found.config, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found(**given)[0], plain(**given)[0])
+
+
+def test_a_value_of_8_bits_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+    state = originals.rebuilt(build_transformer(SMALL_CONFIGS["text"]).state_dict(), "wan")
+    stored = {key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in state.items()}
+    stored["blocks.1.self_attn.q.weight"].view(torch.uint8)[3, 5] = 0xFF
+    save_file(stored, tmp_path / "fp8.safetensors")
+    component = find_component(tmp_path / "fp8.safetensors", "wan", dict(build_transformer(SMALL_CONFIGS["text"]).config))
+    with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q\.weight contains values that are not finite"):
+        load_quantised(WanTransformer3DModel, component, LISTS[False], FP8, CPU)
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from videox.shapes import token_count
 from videox.tracking.jsonl import read_lines
 
 KEYS = {
-    "seconds", "step_parts", "mfu", "disk", "gpu_memory", "host",
+    "seconds", "step_parts", "mfu", "disk", "gpu_memory", "host", "host_memory",
     "rows", "fates", "attributes", "cropped", "buckets", "global_batch", "steps_per_epoch", "tokens_per_step",
     "flops_per_step", "balance", "balance_unplanned", "mix", "memory",
 }  # fmt: skip
@@ -170,6 +170,28 @@ def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
     assert "does not fit in 1 GiB" in outcome.stdout and report["memory"]["total"] > 2**30
     fast, _ = setup.dry_run("fast", assumed_mfu=0.5, peak_tflops=100)
     assert "50% of 100 TFLOP/s" in fast.stdout
+
+
+def test_host_memory_is_judged(tmp_path: Path) -> None:
+    """That of this machine without an effect on the exit code; that of --host_memory as the GPU's is."""
+    words = "--dry_run --dry_run_model wan2.1-t2v-14b --dry_run_data 20x5s@24fps:1280x720 --mixed_precision bf16 --gpu_memory 400"
+    words += f" --lora_rank 16 --gradient_checkpointing --stream_blocks all --low_vram --output_dir {tmp_path}"
+    here = runs.train(words.split())
+    assert here.code == 0 and "GiB (of this machine, --host_memory states another)" in here.stdout, here.stderr
+    enough = runs.train([*words.split(), "--host_memory", "128"])
+    assert enough.code == 0 and " GiB: within 128 GiB (of --host_memory), " in enough.stdout
+    small = runs.train([*words.split(), "--host_memory", "24"])
+    report = json.loads((tmp_path / "plan_report.json").read_text())
+    assert small.code == DOES_NOT_FIT and report["host"] > report["host_memory"] == 24 * 2**30
+    too_much = (report["host"] - report["host_memory"]) / 2**30
+    assert f" GiB: more than 24 GiB (of --host_memory), {too_much:.1f} GiB too much" in small.stdout
+    lines = small.stdout.splitlines()
+    # each change that is printed gives what it says
+    for flags in ("--base_precision int8", "--text_encoder_precision int8"):
+        (size,) = [line.split()[-2] for line in lines if line.startswith(f"    {flags} ")]
+        changed = runs.train([*words.split(), "--host_memory", "128", *flags.split()])
+        report = json.loads((tmp_path / "plan_report.json").read_text())
+        assert changed.code == 0 and size == f"{report['host'] / 2**30:.1f}"
 
 
 def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import forkserver
 import launches
+import originals
 import pytest
 import runs
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 BLOCKS = 4
 LORA = {
@@ -127,6 +128,48 @@ def test_a_quantised_run_is_merged_into_the_bfloat16_base(small: SmallRuns) -> N
     ]
     assert changed
     assert outcome.validation  # the held-out loss is that of the quantised model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "precision"), [("wan2.1 normal", "int8"), ("hunyuanvideo normal", "nf4")])
+def test_a_quantised_text_encoder_trains_and_is_cached_separately(
+    small: SmallRuns, kind: str, precision: str, tmp_path: Path
+) -> None:
+    """Its losses are near those of bf16 and not equal; from the cache they are equal, and bf16 uses other entries."""
+    plain, quantised = small(kind), small(kind, text_encoder_precision=precision)
+    assert f"text       {precision}: the output of a block differs by " in quantised.stdout
+    assert numbers(quantised) != numbers(plain)
+    assert quantised.losses == pytest.approx(plain.losses, rel=0.05)
+    cached = small(kind, text_encoder_precision=precision, latent_cache=tmp_path / "cache", low_vram=True)
+    assert numbers(cached) == numbers(quantised)
+    again = small(kind, text_encoder_precision=precision, latent_cache=tmp_path / "cache", low_vram=True, output_dir=tmp_path / "again")
+    assert "no encoder is needed for training" in again.stdout and "text       " not in again.stdout
+    other = small(kind, latent_cache=tmp_path / "cache")
+    assert " to encode, " in other.stdout and numbers(other) == numbers(plain)
+    names = {json.loads((o.folder / "checkpoint-4/trainer_state.json").read_text())["run"] for o in (plain, other)}
+    assert len(names) == 1
+
+
+@pytest.mark.slow
+def test_a_base_in_8_bits_is_trained_as_it_is_and_not_merged(small: SmallRuns, tmp_path: Path) -> None:
+    state = originals.rebuilt(runs.read_weights(small.model("wan2.1 normal") / "transformer"), "wan")
+    stored: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    for name, value in state.items():
+        stored[name] = value.bfloat16()
+        if value.ndim == 2 and name.startswith("blocks."):
+            scale = value.abs().max().float() / 448
+            stored[name], stored[f"{name.removesuffix('.weight')}.scale_weight"] = (value / scale).to(torch.float8_e4m3fn), scale
+    save_file(stored, tmp_path / "fp8.safetensors")
+    settings = {"transformer_path": tmp_path / "fp8.safetensors"}
+    taken, plain = small(base_precision="fp8", **settings), small(**settings)
+    assert "base       fp8: the weights are those of the file, which has them in 8 bits" in taken.stdout
+    assert numbers(taken) == numbers(plain)
+    flags = runs.train_flags(
+        "wan2.1", small.model("wan2.1 normal"), small.metadata, tmp_path / "merged",
+        **{**LORA, "train_mode": "normal", "base_precision": "fp8", "export_layouts": ["merged"], **settings},
+    )  # fmt: skip
+    refused = runs.train(flags, runs.train_script("wan2.1"))
+    assert refused.code == 2 and "merged: " in refused.stderr and "has 8-bit weights" in refused.stderr
 
 
 @pytest.mark.slow

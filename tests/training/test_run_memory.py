@@ -30,6 +30,7 @@ from videox.estimate.stand_in_data import describe_data
 from videox.lora.targets import choose_targets
 from videox.models.configured import Component
 from videox.models.quantised_loading import load_quantised
+from videox.models.quantised_text import quantise_text_encoder
 from videox.models.streamed_blocks import stream_blocks
 from videox.training.flags import make_parser
 from videox.training.planning import plan_settings
@@ -195,6 +196,20 @@ def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precisio
     assert found.resident == whole.resident - in_blocks
     assert found.resting == pytest.approx(stream.bytes, rel=0.1)  # small tensors are aligned to 256 bytes
     assert found.on_device()[1] == 2 * found.streamed_block
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_text_encoder_is_as_large_as_it_is_loaded(tmp_path: Path, precision: str) -> None:
+    run = run_memory(tmp_path, *SMALL_CLIPS, "--mixed_precision", "bf16", "--text_encoder_precision", precision)
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(UMT5Config(**TEXT)).bfloat16()
+    whole = sum(parameter.nbytes for parameter in encoder.parameters())
+    quantise_text_encoder(encoder, precision, torch.bfloat16, torch.device("cpu"))
+    size = sum(parameter.nbytes for parameter in encoder.parameters())
+    assert run.encoders(run.setup).weights["text_encoder"] == size < whole
+    plain = run.encoders(replace(run.setup, text_precision="bf16")).weights["text_encoder"]
+    assert plain == whole
+    assert run.memory(run.setup).states["encoders"] < run.memory(replace(run.setup, text_precision="bf16")).states["encoders"]
 
 
 def test_auto_streams_as_few_blocks_as_necessary(tmp_path: Path) -> None:

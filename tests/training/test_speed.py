@@ -52,6 +52,14 @@ def test_small_cards_are_trained_on_by_one_process_and_ddp(backend: str) -> None
         check_backend_flags(args, BACKENDS[backend], half=False)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_text_encoder_may_be_quantised_in_every_training_in_bfloat16(backend: str) -> None:
+    args = runs.train_script().parse_args([*PATHS, "--text_encoder_precision=nf4"])
+    check_backend_flags(args, BACKENDS[backend], half=True)
+    with pytest.raises(UserError, match="--text_encoder_precision: nf4: quantised weights are computed with in"):
+        check_backend_flags(args, BACKENDS[backend], half=False)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -80,3 +88,5 @@ def test_a_package_that_is_missing_is_named_with_its_version(
         UserError, match=f"{precision} needs {package}, which is not installed. Fix: pip install {package}=="
     ):
         runs.train_script().parse_args([*PATHS, *STREAMED, f"--base_precision={precision}"])
+    with pytest.raises(UserError, match=f"--text_encoder_precision: {precision} needs {package}"):
+        runs.train_script().parse_args([*PATHS, f"--text_encoder_precision={precision}"])

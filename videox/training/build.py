@@ -28,6 +28,7 @@ from videox.engine.ema import EmaEngine
 from videox.engine.export import export_bytes
 from videox.engine.fsdp import FsdpEngine
 from videox.engine.train_state import checkpoint_bytes
+from videox.errors import UserError
 from videox.estimate.cost_model import step_times
 from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
@@ -77,6 +78,8 @@ from videox.training.validator import (
     Validator,
 )
 from videox.weights.format import EXPORT_DTYPES
+from videox.weights.layout_tables import MERGED
+from videox.weights.lazy_tensor import FLOAT8_DTYPES
 
 SIZES = (
     "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
@@ -100,6 +103,7 @@ def build_lora(
     """
     if not args.lora_rank:
         return None
+    _check_merge(args, component)
     stored = component.source()
     targets = choose_targets(stored.shapes(), default_targets, args.lora_target_modules)
     alpha, dora = args.lora_alpha or float(args.lora_rank), args.lora_type == "dora"
@@ -115,6 +119,16 @@ def build_lora(
     )
     ctx.print(*lines, *frozen_notes(ctx.accelerator))
     return weights
+
+
+def _check_merge(args: argparse.Namespace, component: Component) -> None:
+    """Raise UserError where a merged model would be made of the 8-bit weights that the run computes with."""
+    stored = component.tensors.stored.values() if component.tensors is not None else ()
+    in_8_bits = any(tensor.dtype in FLOAT8_DTYPES for tensor in stored)
+    if args.base_precision != BF16 and MERGED in args.export_layouts and in_8_bits:
+        what = f"{MERGED}: {component.path} has 8-bit weights, which the merged model would have, too"
+        hint = "remove it, and merge the LoRA into the bf16 model afterwards (scripts/export.py with --base)"
+        raise UserError("--export_layouts", what, hint)
 
 
 def load_model(
