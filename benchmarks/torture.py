@@ -32,7 +32,7 @@ from videox.files import unique_path
 ROOT = Path(__file__).resolve().parents[1]
 AREAS = {
     "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "metadata": "MetadataFiles",
-    "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "soak": "Soak",
+    "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "soak": "Soak", "small_cards": "SmallCards",
 }  # fmt: skip
 RESULTS = ROOT / "outputs" / "torture"
 HEADER = ("area", "what must hold", "asked", "tried", "right", "wrong", "command")

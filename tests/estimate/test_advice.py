@@ -278,7 +278,7 @@ def test_a_full_training_is_proposed_a_streamed_lora_for_a_small_card() -> None:
 
 
 def test_the_text_encoder_is_quantised_where_encoding_does_not_fit() -> None:
-    """Of 11 GB, 9.2 are linear layers; before anything else is trained, and not where only the training is too large."""
+    """Before anything else is trained, and not where only the training is too large."""
 
     def encoders(setup: MemorySetup) -> Encoders:
         saved = {"int8": 4_600_000_000, "nf4": 6_900_000_000}.get(setup.text_precision, 0)

@@ -120,7 +120,9 @@ def test_a_file_in_8_bits_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
         weight = layer.weight_of(layer.values, layer.scale, torch.bfloat16)
         assert torch.equal(weight, expected[f"{path}.weight"]) == (path != layer_kept), path
         plain.get_submodule(path).weight = torch.nn.Parameter(weight)
-    assert [number for number, each in enumerate(error.of_blocks) if each > 0] == [0]  # of the layer that is rounded here
+    assert [number for number, each in enumerate(error.of_blocks) if each > 0] == [
+        0
+    ]  # of the layer that is rounded here
     given = probe_inputs(found.config, CPU)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(found(**given)[0], plain(**given)[0])
@@ -131,7 +133,9 @@ def test_a_value_of_8_bits_that_is_not_a_number_is_named(tmp_path: Path) -> None
     stored = {key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in state.items()}
     stored["blocks.1.self_attn.q.weight"].view(torch.uint8)[3, 5] = 0xFF
     save_file(stored, tmp_path / "fp8.safetensors")
-    component = find_component(tmp_path / "fp8.safetensors", "wan", dict(build_transformer(SMALL_CONFIGS["text"]).config))
+    component = find_component(
+        tmp_path / "fp8.safetensors", "wan", dict(build_transformer(SMALL_CONFIGS["text"]).config)
+    )
     with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q\.weight contains values that are not finite"):
         load_quantised(WanTransformer3DModel, component, LISTS[False], FP8, CPU)
 

@@ -31,7 +31,13 @@ LLAMA = {
     "vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
 MODELS: dict[str, tuple[Any, Any]] = {
     "umt5": (
         UMT5EncoderModel,
@@ -40,7 +46,9 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaModel, lambda: LlamaConfig(**LLAMA)),
     "llava": (
         LlavaForConditionalGeneration,
-        lambda: LlavaConfig(text_config=LlamaConfig(**LLAMA), vision_config={"model_type": "clip_vision_model", **VISION}),
+        lambda: LlavaConfig(
+            text_config=LlamaConfig(**LLAMA), vision_config={"model_type": "clip_vision_model", **VISION}
+        ),
     ),
 }
 

@@ -142,7 +142,13 @@ def test_a_quantised_text_encoder_trains_and_is_cached_separately(
     assert quantised.losses == pytest.approx(plain.losses, rel=0.05)
     cached = small(kind, text_encoder_precision=precision, latent_cache=tmp_path / "cache", low_vram=True)
     assert numbers(cached) == numbers(quantised)
-    again = small(kind, text_encoder_precision=precision, latent_cache=tmp_path / "cache", low_vram=True, output_dir=tmp_path / "again")
+    again = small(
+        kind,
+        text_encoder_precision=precision,
+        latent_cache=tmp_path / "cache",
+        low_vram=True,
+        output_dir=tmp_path / "again",
+    )
     assert "no encoder is needed for training" in again.stdout and "text       " not in again.stdout
     other = small(kind, latent_cache=tmp_path / "cache")
     assert " to encode, " in other.stdout and numbers(other) == numbers(plain)
@@ -158,7 +164,10 @@ def test_a_base_in_8_bits_is_trained_as_it_is_and_not_merged(small: SmallRuns, t
         stored[name] = value.bfloat16()
         if value.ndim == 2 and name.startswith("blocks."):
             scale = value.abs().max().float() / 448
-            stored[name], stored[f"{name.removesuffix('.weight')}.scale_weight"] = (value / scale).to(torch.float8_e4m3fn), scale
+            stored[name], stored[f"{name.removesuffix('.weight')}.scale_weight"] = (
+                (value / scale).to(torch.float8_e4m3fn),
+                scale,
+            )
     save_file(stored, tmp_path / "fp8.safetensors")
     settings = {"transformer_path": tmp_path / "fp8.safetensors"}
     taken, plain = small(base_precision="fp8", **settings), small(**settings)

@@ -15,6 +15,7 @@ from tests.torture.disk import Disk
 from tests.torture.kills import Kills
 from tests.torture.ranks import Ranks
 from tests.torture.signals import Signals
+from tests.torture.small_cards import SmallCards
 from tests.torture.soak import Soak
 
 ROWS_OF_DISK = [row.name for row in Disk.rows]
@@ -51,6 +52,7 @@ def attempt(kind: type[Area], folder: Path, seed: int, *, broken: bool = False, 
         *(pytest.param(Disk, seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 6, 12, 13)),
         *(pytest.param(Checkpoints, seed, marks=pytest.mark.slow) for seed in (5, 9)),
         *(pytest.param(Ranks, seed, marks=pytest.mark.slow) for seed in range(5)),
+        *(pytest.param(SmallCards, seed, marks=pytest.mark.slow) for seed in range(4)),
     ],
 )
 def test_a_case_is_right(kind: type[Area], seed: int, tmp_path: Path) -> None:
@@ -66,6 +68,7 @@ def test_a_case_is_right(kind: type[Area], seed: int, tmp_path: Path) -> None:
         (Checkpoints, 0, "latest takes checkpoint-6"),
         pytest.param(Soak, 0, "open files", marks=pytest.mark.slow),
         pytest.param(Ranks, 0, "the other rank ended with -9", marks=pytest.mark.slow),
+        pytest.param(SmallCards, 0, "metrics of step", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_variant_is_wrong(kind: type[Area], seed: int, problem: str, tmp_path: Path) -> None:

@@ -209,7 +209,10 @@ def test_a_quantised_text_encoder_is_as_large_as_it_is_loaded(tmp_path: Path, pr
     assert run.encoders(run.setup).weights["text_encoder"] == size < whole
     plain = run.encoders(replace(run.setup, text_precision="bf16")).weights["text_encoder"]
     assert plain == whole
-    assert run.memory(run.setup).states["encoders"] < run.memory(replace(run.setup, text_precision="bf16")).states["encoders"]
+    assert (
+        run.memory(run.setup).states["encoders"]
+        < run.memory(replace(run.setup, text_precision="bf16")).states["encoders"]
+    )
 
 
 def test_auto_streams_as_few_blocks_as_necessary(tmp_path: Path) -> None:
@@ -297,7 +300,7 @@ def test_the_launch_is_that_of_the_launcher_or_of_the_flags(tmp_path: Path) -> N
 def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tmp_path: Path) -> None:
     """At every limit, each proposal is typed as it is printed, and the run of these flags has its memory."""
     run = run_memory(tmp_path, *SIZES, *flags)
-    run._vae_peak = lambda: 10.0**8
+    run._vae_peak = lambda tiled: 10.0**8
     base = run.memory(run.setup).total()
     tried = 0
     for share in (0.6, 0.35):
@@ -309,7 +312,7 @@ def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tm
             typed = run_memory(tmp_path, *words, **variables)
             vae = 10.0**8 * typed.setup.tokens / run.setup.tokens
             typed.encoders = lambda setup, typed=typed, vae=vae: Encoders(typed.__class__.encoders(typed, setup).weights, vae)  # type: ignore[method-assign]  # fmt: skip
-            typed._vae_peak = lambda: 0.0
+            typed._vae_peak = lambda tiled: 0.0
             assert typed.memory(typed.setup).total() == pytest.approx(proposal.changes[-1].total, rel=1e-6), words
             tried += 1
             if step := next((s for s in proposal.changes if "--train_batch_size 1" in s.change.flags), None):
@@ -323,9 +326,9 @@ def test_the_proposed_flags_make_the_run_that_was_estimated(flags: list[str], tm
 def test_the_memory_of_a_vae_that_encodes_in_parts_is_that_of_the_whole_clip(frames: str, tmp_path: Path) -> None:
     run = run_memory(tmp_path, *SMALL_CLIPS[:-7], frames, *SMALL_CLIPS[-6:], "--video_sample_stride", "1")
     assert run.largest.frames == int(frames)
-    whole = run._measure_vae()
+    whole = run._measure_vae(tiled=False)
     run.model = replace(run.model, vae_frames=4)
-    assert run._measure_vae() == whole
+    assert run._measure_vae(tiled=False) == whole
 
 
 def test_encoding_takes_the_flops_of_pixels_and_captions(tmp_path: Path) -> None:

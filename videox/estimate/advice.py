@@ -16,7 +16,7 @@ from videox.optim.registry import OPTIMIZERS, kind_of, moments_of
 FREE, TIME, HOST, ROUNDING, OTHER_TRAINING, MORE_GPUS = range(6)
 LORA_RANKS = (32, 16, 8, 4)
 OF_LORA = ("--lora_rank", "--offload_activations", "--stream_blocks", "--base_precision")
-TEXT = "--text_encoder_precision"
+TEXT, TILES = "--text_encoder_precision", "--vae_tiling"
 GPU_COUNTS = (2, 4, 8, 16, 32, 64)
 PER_HOST = 8  # GPUs of a machine
 OFFLOAD_CONFIG = "config/zero_stage3_config_cpu_offload.json"
@@ -130,7 +130,7 @@ def _is_for_one_gpu(change: Change) -> bool:
     if change.group == OTHER_TRAINING:
         return change.flags.startswith(OF_LORA)
     if change.group == ROUNDING:
-        return change.flags.startswith(TEXT)
+        return change.flags.startswith((TEXT, TILES))
     return change.group <= TIME and not change.flags.startswith(("accelerate launch", "--optimizer"))
 
 
@@ -243,10 +243,11 @@ def possible_changes(
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
     host = [*_of_frozen_weights(HOST, blocks), *_offloads(setup, installed)]
     rounding = _of_frozen_weights(ROUNDING, blocks)
-    text = [
+    encoders = [
         Change(ROUNDING, f"{TEXT} {name}", f"text encoder in {bits} bits", partial(_quantise_text, precision=name))
         for name, bits in ((INT8, 8), (NF4, 4))
     ]
+    encoders.append(Change(ROUNDING, TILES, "the VAE encodes in tiles that overlap: slightly other latents", _tile))
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
@@ -266,7 +267,7 @@ def possible_changes(
         )
         for samples in smaller
     ]
-    return [*free, *time, *host, *text, *rounding, *other, *_on_more_gpus(setup, sharded_backend)]
+    return [*free, *time, *host, *encoders, *rounding, *other, *_on_more_gpus(setup, sharded_backend)]
 
 
 def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
@@ -379,6 +380,10 @@ def _quantise(setup: MemorySetup, precision: str) -> MemorySetup | None:
 def _quantise_text(setup: MemorySetup, precision: str) -> MemorySetup | None:
     smaller = setup.text_precision != NF4 if precision == NF4 else setup.text_precision == BF16
     return replace(setup, text_precision=precision) if setup.half and smaller else None
+
+
+def _tile(setup: MemorySetup) -> MemorySetup | None:
+    return replace(setup, vae_tiled=True) if not setup.vae_tiled else None
 
 
 def _is_unsharded_only(setup: MemorySetup) -> bool:

@@ -111,6 +111,7 @@ class MemorySetup:
         base_precision: of the frozen linear layers of the blocks under a LoRA (--base_precision).
         streamed: number of blocks whose frozen weights rest in host memory (--stream_blocks).
         text_precision: of the linear layers of the text encoder's blocks (--text_encoder_precision).
+        vae_tiled: the VAE encodes in tiles (--vae_tiling).
     """
 
     backend: str
@@ -135,6 +136,7 @@ class MemorySetup:
     base_precision: str = BF16
     streamed: int = 0
     text_precision: str = BF16
+    vae_tiled: bool = False
 
     @property
     def lora(self) -> bool:

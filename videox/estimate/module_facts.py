@@ -16,6 +16,8 @@ from typing import Any
 
 CONVOLUTION, ATTENTION = "convolution", "attention"  # what may need the most memory in a VAE's encoder
 LONGER = "longer"  # key of the parts in which a VAE encodes longer clips
+TILE, TILE_STRIDE = 256, 192  # pixels of a tile's side, and from one to the next: diffusers' defaults of both VAEs
+MOMENTS, SCALE = 32, 8  # channels of a VAE's output, and pixels of a side per latent
 MOST_PIXELS = 1280 * 720  # of a frame, up to which the stored peaks were checked
 STORED = Path(__file__).resolve().parents[2] / "config" / "module_facts.json"
 
@@ -80,9 +82,12 @@ class Modules:
             half: in bfloat16, else in float32.
             tiled: it encodes in tiles.
         """
-        stored = None if tiled else self._stored("vae")
-        if stored is not None and (peak := stored_peak(stored["peaks"]["bf16" if half else "fp32"], size)) is not None:
-            return peak
+        stored = self._stored("vae")
+        if stored is not None:
+            peaks = stored["peaks"]["bf16" if half else "fp32"]
+            peak = stored_tiled_peak(peaks, size, 2 if half else 4) if tiled else stored_peak(peaks, size)
+            if peak is not None:
+                return peak
         from videox.estimate import measure
 
         return measure.vae_peak_bytes(measure.build(*self.components["vae"], half=half, tiled=tiled), size)
@@ -156,3 +161,31 @@ def stored_peak(peaks: Mapping[str, Any], size: tuple[int, int, int]) -> float |
         return None
     terms = {CONVOLUTION: convolution_terms(height, width), ATTENTION: attention_terms(frames, height, width)}
     return kept + max(sum(map(operator.mul, values, terms[name])) for name, values in found.items())
+
+
+def stored_tiled_peak(peaks: Mapping[str, Any], size: tuple[int, int, int], element: int) -> float | None:
+    """Return the peak bytes of a VAE's encoder that works in tiles; None where none are stored.
+
+    It is that of one tile, with the outputs of all tiles and, where the frames are encoded in parts, what is kept of the
+    parts before.
+
+    Args:
+        peaks: as for stored_peak.
+        size: frames, height and width of the clip.
+        element: bytes of a number.
+    """
+    frames, height, width = size
+    if max(height, width) <= TILE:
+        return stored_peak(peaks, size)
+    part = peaks.get(LONGER)
+    in_part = min(frames, part["frames"]) if part else frames
+    tile = stored_peak(peaks, (in_part, min(height, TILE), min(width, TILE)))
+    if tile is None:
+        return None
+    earlier = 0.0
+    if part and frames > in_part:
+        further = frames - in_part
+        earlier = (further // part["every"] * part["kept"] + further * part["clip"]) * height * width
+    tiles = -(-height // TILE_STRIDE) * -(-width // TILE_STRIDE)
+    outputs = element * MOMENTS * (1 + (in_part - 1) // 4) * (TILE // SCALE) ** 2 * tiles
+    return tile + earlier + outputs

@@ -11,7 +11,7 @@ BF16 = "bf16"  # the default: in the dtype of computation
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 PRECISIONS = (BF16, FP8, INT8, NF4)
 PACKAGES = {FP8: "torchao==0.18.0", INT8: "torchao==0.18.0", NF4: "bitsandbytes==0.50.2"}
-QUANTISED_ENCODER = "text_encoder"  # the component that --text_encoder_precision quantises; a second one (CLIP) is small
+QUANTISED_ENCODER = "text_encoder"  # what --text_encoder_precision quantises; a second one (CLIP) is small
 NF4_GROUP = 64  # elements that share a scale; 8-bit weights have a scale for each row (output feature)
 SCALE = 4  # bytes
 

@@ -50,7 +50,7 @@ def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def empty_quantised(rows: int, columns: int, precision: str) -> tuple[Tensor, Tensor]:
-    """Return memory without values in the place of what `quantise` returns for a weight [rows, columns], on the CPU."""
+    """Return what `quantise` returns for a weight [rows, columns], on the CPU and without values."""
     if precision == NF4:
         elements = rows * columns
         return torch.empty(elements // 2, 1, dtype=torch.uint8), torch.empty(-(-elements // NF4_GROUP))

@@ -15,7 +15,7 @@ IMAGES = "vision"  # in the names of the image encoder of a model that takes tex
 
 
 def text_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return name and list of the repeated blocks of a text encoder of transformers; those for images are not meant."""
+    """Return name and list of the repeated blocks of a text encoder of transformers, for text and not for images."""
     lists = (pair for pair in model.named_modules() if isinstance(pair[1], nn.ModuleList))
     name, blocks = next((name, blocks) for name, blocks in lists if IMAGES not in name)
     assert isinstance(blocks, nn.ModuleList)

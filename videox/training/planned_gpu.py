@@ -56,7 +56,7 @@ def memory_limit(args: argparse.Namespace) -> float:
 
 
 def host_room(args: argparse.Namespace) -> Room:
-    """Return the memory of each machine that the run must fit in: of --host_memory, or of this machine or container."""
+    """Return the memory of a machine that the run must fit in: of --host_memory, or of this machine or container."""
     if args.host_memory is not None:
         return Room(float(args.host_memory * GIB), 0.0, "of --host_memory")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

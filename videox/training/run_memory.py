@@ -152,6 +152,7 @@ class RunMemory:
             offload_activations=args.offload_activations,
             base_precision=args.base_precision,
             text_precision=args.text_encoder_precision,
+            vae_tiled=args.vae_tiling,
         )
         self.modules = Modules(model.components)
         self.parameters = cache(self._parameters)
@@ -229,7 +230,7 @@ class RunMemory:
         if setup.text_precision != BF16 and QUANTISED_ENCODER in weights:
             elements, rows = self.modules.text_linear()
             weights[QUANTISED_ENCODER] += round(quantised_bytes(setup.text_precision, elements, rows)) - 2 * elements
-        return Encoders(weights, self._vae_peak() * setup.tokens / self.setup.tokens)
+        return Encoders(weights, self._vae_peak(setup.vae_tiled) * setup.tokens / self.setup.tokens)
 
     def proposals(self, limit: float, phase: str | None = None) -> list[Proposal]:
         """Return changes after which the run fits in `limit` bytes of a GPU with a margin.
@@ -288,13 +289,13 @@ class RunMemory:
             return 0.0
         return micro_batches * max(self.encoders(self.setup).weights.values()) / gpu.host_bandwidth
 
-    def _measure_vae(self) -> float:
+    def _measure_vae(self, tiled: bool) -> float:
         height, width = self.largest.height, self.largest.width
         given = 4 + (2 if self.vae_half else 0)  # the video is there in float32, and in the VAE's dtype too
 
         def peak(frames: int) -> float:
             size = (frames, height, width)
-            activations = self.modules.vae_peak(size, half=self.vae_half, tiled=self.args.vae_tiling)
+            activations = self.modules.vae_peak(size, half=self.vae_half, tiled=tiled)
             return activations + given * 3 * math.prod(size)
 
         frames, part = self.largest.frames, self.model.vae_frames
