@@ -469,6 +469,8 @@ def test_a_run_without_progress_ends_early(model: Path, metadata: Path, tmp_path
         in outcome.stdout + outcome.stderr
     )
     assert (outcome.folder / "checkpoint-2").is_dir() and outcome.weights()
+    events = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text("utf-8").splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("launch", 0), ("early_stop", 2), ("end", 2)]
 
 
 @pytest.mark.slow

@@ -55,6 +55,10 @@ def test_a_line_has_its_keys_in_order_and_steps_are_consecutive(tmp_path):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_a_step_without_an_update_is_marked():
+    assert record(1, skipped=True).as_dict()["skipped"] is True and "skipped" not in record(1).as_dict()
+
+
 def test_the_corrected_loss_stands_beside_the_loss_where_it_is_known(tmp_path):
     lines = [record(1, loss_corrected=np.float64(0.1 + 0.2)).as_dict(), record(2).as_dict()]
     assert list(lines[0])[:3] == ["step", "loss", "loss_corrected"] and lines[0]["loss_corrected"] == 0.1 + 0.2

@@ -138,6 +138,7 @@ def test_a_spike_is_left_out_of_a_run(wan: SpikeRuns, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.stderr
     (line,) = re.findall(r"^.*\(--skip_spikes\).*$", outcome.stdout + outcome.stderr, re.MULTILINE)
     rows = outcome.metrics[SPIKE - 1]["rows"]
+    assert [line["step"] for line in outcome.metrics if line.get("skipped")] == [SPIKE]
     assert line.startswith(f"step {SPIKE} is left out (--skip_spikes): its loss ") and line.endswith(f"are {rows}")
     assert weights_equal(outcome, SPIKE - 1, SPIKE)
     assert not weights_equal(outcome, SPIKE, SPIKE + 1)

@@ -1,4 +1,7 @@
-"""events.jsonl: a line for each launch of a run and for its end. Nothing of it is removed when a run goes back."""
+"""events.jsonl: a line for each launch of a run, for its end, and for its early stop.
+
+Nothing of it is removed when a run goes back.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def append_event(output_dir: Path, event: str, step: int, **facts: object) -> No
 
     Args:
         output_dir: of the run.
-        event: "launch" or "end".
+        event: "launch", "end" or "early_stop".
         step: optimizer steps done.
         facts: further keys; those that are None or empty are left out.
 

@@ -27,6 +27,8 @@ class StepRecord:
         measured: additional metrics of the step by name, see videox.estimate.mfu.
         loss_corrected: `loss` without what follows from its noise levels and buckets, see
             videox.tracking.corrected_loss; None where it is not known.
+        skipped: the weights were not updated although loss and gradient norm are finite: a spike under --skip_spikes,
+            or a step none of whose samples could be read.
     """
 
     step: int
@@ -40,6 +42,7 @@ class StepRecord:
     buckets: Sequence[Sequence[int]]
     measured: Mapping[str, float] = field(default_factory=dict)
     loss_corrected: float | None = None
+    skipped: bool = False
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON object for metrics.jsonl; numpy and torch numbers are converted to Python's."""
@@ -55,6 +58,7 @@ class StepRecord:
             "tokens_per_second": float(self.tokens_per_second),
             "data_wait": float(self.data_wait),
             **{name: float(value) for name, value in self.measured.items()},
+            **({"skipped": True} if self.skipped else {}),
             "rows": [int(row) for row in self.rows],
             "buckets": [[int(side) for side in bucket] for bucket in self.buckets],
         }

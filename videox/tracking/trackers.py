@@ -158,7 +158,7 @@ class Tracker:
             return
         try:
             self._backend = build(logging_dir, project, settings, first_step)
-        except OSError as error:
+        except (OSError, ImportError) as error:  # ImportError: its packages do not fit together
             self._disable(error)
 
     def log(self, record: StepRecord) -> None:

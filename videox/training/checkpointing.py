@@ -19,9 +19,9 @@ from videox.errors import NUMERICS, STOPPED, STORAGE, SaveError, UserError
 from videox.lora.reader import STEM
 from videox.run.checkpoint import latest_checkpoint, publish_checkpoint
 from videox.run.folder import best_exports, discard, prune
+from videox.tracking.overfitting import best_of, read_history
 from videox.tracking.preview import plot_losses
 from videox.training.context import Context
-from videox.training.overfitting import best_of, read_history
 from videox.training.recorder import SAVE, Recorder
 from videox.weights.expert_names import exported_name, lora_stem
 from videox.weights.format import TRANSFORMER, ExportOptions

@@ -12,12 +12,13 @@ from videox.device import memory_phase
 from videox.distributed.step_sync import StepReport, sync_step
 from videox.engine.base import Engine, Update
 from videox.rng import Purpose, hash_key
+from videox.tracking.events import append_event
+from videox.tracking.overfitting import last_is_best, waited
 from videox.tracking.progress import StepClock
 from videox.training.checkpointing import Checkpointer
 from videox.training.context import Context
 from videox.training.data import DataPipeline
 from videox.training.guard import StepGuard
-from videox.training.overfitting import last_is_best, waited
 from videox.training.recorder import Recorder
 from videox.training.schedule import Schedule
 from videox.training.step import PlannedStep, seed_generators
@@ -107,4 +108,6 @@ def finish_step(
     if stops:
         what = f"the held-out loss has had no new minimum for {without} validations (--early_stop)"
         checkpoints.recorder.bar.note(f"the run ends at step {checkpoints.state.step}: {what}")
+        if checkpoints.ctx.is_main:
+            append_event(checkpoints.ctx.output_dir, "early_stop", checkpoints.state.step, text=what)
     return done or stops

@@ -194,6 +194,7 @@ class Recorder:
             buckets=step.plan.buckets_of_step(step.epoch_step),
             measured=measured,
             loss_corrected=corrected if math.isfinite(corrected) else None,
+            skipped=not applied and math.isfinite(loss) and math.isfinite(grad_norm),
         )
         if self.ctx.is_main:
             self.times.add(step.plan, step.epoch_step, max(times.seconds - times.data_wait, 1e-9))

@@ -16,9 +16,9 @@ from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.distributed.collectives import sum_over_ranks
 from videox.engine.train_state import TrainState
 from videox.errors import DATA, UserError
+from videox.tracking.overfitting import Measured, read_history, sentence
 from videox.training.context import Context
 from videox.training.measured_rows import HELD_OUT_SET, list_notes, row_sets
-from videox.training.overfitting import Measured, read_history, sentence
 from videox.training.recorder import Recorder
 from videox.training.sampling import ClipWriter, SampleClip, SampledClips, TimeLimit, sample_clips
 from videox.training.schedule import Schedule

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -22,7 +23,7 @@ from videox.data.media.video import read_clip
 from videox.run.status import _process_start
 from videox.tracking.report.__main__ import main
 from videox.tracking.report.assets import SCRIPT
-from videox.tracking.report.collect import read_run
+from videox.tracking.report.collect import SampleFile, read_run
 from videox.tracking.report.markup import escaped
 from videox.tracking.report.media import (
     FOLDER,
@@ -35,7 +36,7 @@ from videox.tracking.report.media import (
     training_strip,
 )
 from videox.tracking.report.page import PAGE, render, write_page
-from videox.tracking.report.pictures import chosen_steps, data_dir_of, training_clips
+from videox.tracking.report.pictures import chosen_steps, data_dir_of, shown_samples, training_clips
 
 LIMIT = 10_000_000  # bytes of a page
 EVENT_HANDLER = "on"  # attributes with this prefix run scripts
@@ -160,6 +161,52 @@ def test_metrics_have_a_value_or_nan_in_every_step(tmp_path: Path) -> None:
     assert metrics.not_finite == [2] and metrics.trained == {3: 2, 4: 1}
     page = render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))
     assert "new measure" in page and "loss or gradient was not finite" in page
+
+
+def test_what_the_validations_say_and_the_best_weights_are_on_the_page(tmp_path: Path) -> None:
+    losses = [(0, 1.0, 1.0), (100, 0.8, 0.75), (200, 0.82, 0.7), (300, 0.85, 0.6)]
+    lines = [{"step": step, "loss": held_out, "train_loss": trained} for step, held_out, trained in losses]
+    write_lines(tmp_path / "validation.jsonl", lines)
+    (tmp_path / "best-100").mkdir()
+    text = "".join(Parsed(render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))).text)
+    words = "training rows 0.6000; best at step 100: 0.8000; overfitting since step 100"
+    assert f"Held-out loss at step 300: 0.8500; {words}" in text
+    assert "best-100" in text and "the weights of the lowest held-out loss" in text and "training rows" in text
+
+
+def test_skipped_steps_and_an_early_stop_are_events(tmp_path: Path) -> None:
+    lines = metric_lines(4)
+    lines[2] |= {"skipped": True}
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    write_lines(tmp_path / "events.jsonl", [{"event": "early_stop", "step": 4, "time": 1.8e9, "text": "no new minimum"}])
+    page = render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))
+    text = "".join(Parsed(page).text)
+    assert "the weights were not changed" in text and "early stop" in text and "no new minimum" in text
+    assert read_run(tmp_path).metrics.skipped == [3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 29, 30, 31, 1000])
+def test_the_samples_on_the_page_stay_the_same_as_new_ones_come(tmp_path: Path, count: int) -> None:
+    """Of many steps an even part is taken, so that most of the reduced copies are of use again later."""
+
+    def shown(steps: int) -> list[int]:
+        samples = [SampleFile(10 * i, n, Path(f"{i}-{n}.mp4"), "", None, "") for i in range(steps) for n in (0, 1)]
+        return sorted({sample.step for sample in shown_samples(replace(run, samples=samples))})
+
+    run = read_run(tmp_path)
+    steps = shown(count)
+    assert len(steps) == count if count <= 30 else 15 <= len(steps) <= 30
+    assert not count or (steps[0], steps[-1]) == (0, 10 * (count - 1))
+    gone = {*steps} - {*shown(count + 1)}
+    assert len(gone) <= 1 or count == 30  # the last one; at 30 every second one is left out
+
+
+def test_links_to_many_clips_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for step in range(200):
+        (tmp_path / "samples" / f"step-{step:06d}-prompt-0.mp4").touch()
+    page = render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))
+    assert page.count("<a href") == 60 and "and 140 earlier ones in samples/" in page and "step 199" in page
 
 
 def test_the_corrected_loss_and_the_curves_before_a_branch_are_shown(tmp_path: Path) -> None:

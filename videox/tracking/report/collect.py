@@ -15,12 +15,13 @@ import numpy as np
 
 from videox.run.branch import BEFORE, METRICS, VALIDATION
 from videox.run.checkpoint import checkpoint_folders, step_in_name
+from videox.run.folder import best_exports
 from videox.run.status import Status, read_status
 
 DATA_REPORT = "data_report.json"
 LISTED = 2000  # lines of a list (refused rows, unreadable samples) that are read and shown; all are counted
 _CLIP = re.compile(r"step-(\d+)-prompt-(\d+)\.(mp4|png)")
-_NO_NUMBERS = ("step", "rows", "buckets", "non_finite")  # keys of a step that are not curves
+_NO_NUMBERS = ("step", "rows", "buckets", "non_finite", "skipped")  # keys of a step that are not curves
 Record = Mapping[str, Any]
 
 
@@ -40,12 +41,14 @@ class Metrics:
         steps: float64 [n].
         columns: float64 [n] by name, NaN where a step has no value.
         not_finite: steps whose loss or gradient was not finite; they did not change the weights.
+        skipped: steps with finite numbers that did not change the weights either.
         trained: number of times that each row was in a step.
     """
 
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     not_finite: Sequence[int] = ()
+    skipped: Sequence[int] = ()
     trained: Mapping[int, int] = field(default_factory=dict)
 
     def column(self, name: str) -> np.ndarray:
@@ -82,6 +85,7 @@ class RunFiles:
         events: the lines of events.jsonl.
         samples: sample clips, by step and prompt.
         checkpoints: their steps.
+        best: steps of the weights that --keep_best exported.
         problems: a sentence for each file that could not be read.
     """
 
@@ -97,6 +101,7 @@ class RunFiles:
     events: Sequence[Record]
     samples: Sequence[SampleFile]
     checkpoints: Sequence[int]
+    best: Sequence[int]
     problems: Sequence[str]
 
 
@@ -118,6 +123,7 @@ def read_run(folder: Path) -> RunFiles:
         events=list(_lines(folder / "events.jsonl", problems)),
         samples=read_samples(folder, asked, problems),
         checkpoints=sorted(step_in_name(path) for path in checkpoint_folders(folder)) if folder.is_dir() else (),
+        best=sorted(best_exports(folder)),
         problems=problems,
     )
 
@@ -197,6 +203,7 @@ def read_metrics(path: Path, problems: list[str]) -> Metrics:
     steps: list[float] = []
     columns: dict[str, list[float]] = {}
     not_finite: list[int] = []
+    skipped: list[int] = []
     trained: Counter[int] = Counter()
     for record in _with_before(path, problems):
         step = finite(record.get("step"))
@@ -211,12 +218,14 @@ def read_metrics(path: Path, problems: list[str]) -> Metrics:
         steps.append(step)
         if record.get("non_finite"):
             not_finite.append(int(step))
+        if record.get("skipped"):
+            skipped.append(int(step))
         if isinstance(rows := record.get("rows"), list):
             trained.update(row for row in rows if isinstance(row, int))
     arrays = {}
     for name, column in columns.items():
         arrays[name] = np.array([*column, *[math.nan] * (len(steps) - len(column))], np.float64)
-    return Metrics(np.array(steps, np.float64), arrays, not_finite, trained)
+    return Metrics(np.array(steps, np.float64), arrays, not_finite, skipped, trained)
 
 
 def read_samples(folder: Path, asked: Record, problems: list[str]) -> list[SampleFile]:

@@ -26,6 +26,7 @@ from videox.tracking.report.media import (
 
 STRIPS_BYTES, CLIPS_BYTES = 3_500_000, 3_000_000  # of the files before base64, which adds a third
 MOST_VIDEOS = 60  # browsers refuse to play many more on one page
+MOST_LINKS = 60  # to clips of a prompt that are not on the page
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def make_media(run: RunFiles, cache: Cache) -> bool:
     missing = [clip for clip in training_clips(run) if not cache.has(strip_name(clip))]
     made = [training_strip(cache, clip, folder) for clip in missing]
     made += [small_picture(cache, Path(sample.image)) for sample in run.samples if sample.image]
-    made += [small_clip(cache, sample) for sample in run.samples if not is_made(cache, sample)]
-    names = {clip_name(sample) for sample in run.samples}
+    shown = shown_samples(run)
+    made += [small_clip(cache, sample) for sample in shown if not is_made(cache, sample)]
+    names = {clip_name(sample) for sample in shown}
     cache.prune(names.union(strip_name(clip) for clip in training_clips(run)))
     return any(made)
 
@@ -114,6 +116,21 @@ def _strip_cell(run: RunFiles, strip: Strip) -> Markup:
     )
 
 
+def shown_samples(run: RunFiles) -> list[SampleFile]:
+    """Return the samples that the page may show: of at most as many steps as browsers play clips of.
+
+    Of more steps every second, fourth, eighth ... and the last one are taken, so that nearly all the reduced copies
+    that were made are still of use after the next samples.
+    """
+    steps = sorted({sample.step for sample in run.samples})
+    prompts = len({sample.number for sample in run.samples})
+    most, every = max(MOST_VIDEOS // max(prompts, 1), 2), 1
+    while len({*steps[::every], *steps[-1:]}) > most:
+        every *= 2
+    chosen = {*steps[::every], *steps[-1:]}
+    return [sample for sample in run.samples if sample.step in chosen]
+
+
 def chosen_steps(sizes: dict[int, int], limit: int, most: int) -> list[int]:
     """Return the steps whose samples are on the page: as many as fit, evenly spread, the first and last among them.
 
@@ -135,7 +152,7 @@ def samples_tab(run: RunFiles, cache: Cache, strips: Sequence[Strip]) -> Markup 
     """The sample clips: a line for each prompt, with its clips at several steps beside each other."""
     if not run.samples:
         return None
-    small = {sample: path for sample in run.samples if (path := small_clip(cache, sample)) is not None}
+    small = {sample: path for sample in shown_samples(run) if (path := small_clip(cache, sample)) is not None}
     sizes: dict[int, int] = {}
     for sample, path in small.items():
         sizes[sample.step] = sizes.get(sample.step, 0) + path.stat().st_size
@@ -168,18 +185,18 @@ def _prompt(run: RunFiles, cache: Cache, samples: Sequence[SampleFile], small: d
             name = f"step {sample.step}"
             link = tag("a", name, href=_relative(run.folder, sample.path))
             cells.append(tag("div", tag("p", tag("b", link)), _media(path, f"prompt {sample.number}, {name}")))
+    others = [sample for sample in samples if sample not in small]
     left = [
-        joined([tag("a", f"step {s.step}", href=_relative(run.folder, s.path)), " "])
-        for s in samples
-        if s not in small
+        joined([tag("a", f"step {s.step}", href=_relative(run.folder, s.path)), " "]) for s in others[-MOST_LINKS:]
     ]
+    more = f"and {len(others) - len(left):,} earlier ones in samples/" if len(others) > len(left) else ""
     title = f"prompt {last.number}"
     return [
         tag("h2", title),
         tag("p", last.prompt, dir="auto"),
         *([tag("p", last.settings, class_="soft", dir="auto")] if last.settings else []),
         tag("div", *cells, class_="run", tabindex="0", role="region", aria_label=f"clips of {title}"),
-        *([tag("p", "not embedded: ", *left, class_="soft")] if left else []),
+        *([tag("p", "not embedded: ", *left, more, class_="soft")] if left else []),
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from videox.tracking.overfitting import Measured, sentence
 from videox.tracking.preview import smooth
 from videox.tracking.report.charts import Curve, chart, stacked
 from videox.tracking.report.collect import LISTED, Listing, Record, RunFiles, finite, mapping, whole
@@ -77,13 +78,14 @@ def overview(run: RunFiles, seconds_left: float | None) -> Markup:
         ("held-out loss", _held_out_words(run)),
         ("epoch at the start of this launch", epoch if isinstance(epoch, int) else None),
         ("checkpoints", ", ".join(map(str, run.checkpoints[-6:])) or None),
+        ("weights of the lowest held-out loss", ", ".join(f"best-{step}" for step in run.best) or None),
         ("status written", moment(status.updated) if status else None),
         ("host", status.host if status else None),
     ])  # fmt: skip
     error = tag("p", status.error, class_="bad", dir="auto") if status and status.error else None
     problems = [tag("p", problem, class_="bad") for problem in run.problems]
     return joined([
-        tag("p", tag("span", state, class_=kind)), progress, error, *problems, shown,
+        tag("p", tag("span", state, class_=kind)), progress, error, *problems, _validation_words(run), shown,
         _grid([loss_chart(run), held_out_chart(run)]), command_box(run),
     ])  # fmt: skip
 
@@ -94,6 +96,27 @@ def _last(run: RunFiles, name: str) -> float | None:
         values = smooth(values)
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else None
+
+
+def _validation_words(run: RunFiles) -> Markup | None:
+    """What the last validation says together with those before it, as the log has it."""
+    history = _history(run)
+    words = sentence(history) if history else ""
+    if not words:
+        return None
+    last = history[-1]
+    loss = "not finite" if last.held_out is None else f"{last.held_out:.4f}"
+    return tag("p", tag("b", f"Held-out loss at step {last.step}: {loss}"), f"; {words}")
+
+
+def _history(run: RunFiles) -> list[Measured]:
+    """The validations of the run in order; a loss that is missing or not finite is None."""
+
+    def loss(line: Record, name: str) -> float | None:
+        value = finite(line.get(name))
+        return value if math.isfinite(value) else None
+
+    return [Measured(whole(line.get("step")), loss(line, "loss"), loss(line, "train_loss")) for line in run.validation]
 
 
 def _held_out_words(run: RunFiles) -> str | None:
@@ -154,7 +177,7 @@ def loss_chart(run: RunFiles) -> Markup | None:
 
 def held_out_chart(run: RunFiles) -> Markup | None:
     """Every loss of validation.jsonl: of the held-out rows, of the EMA, and others that a run measures."""
-    names = {"loss": "held-out rows", "ema_loss": "held-out rows, EMA"}
+    names = {"loss": "held-out rows", "train_loss": "training rows", "ema_loss": "held-out rows, EMA"}
     found = dict.fromkeys(
         name for line in run.validation for name, value in line.items() if name != "step" and finite(value) == value
     )
@@ -299,10 +322,12 @@ def _events(run: RunFiles) -> Iterator[tuple[float, int, str, str, str]]:
             for line in changed if isinstance(changed, list) else ():
                 yield time, step, "flag changed", str(line), moment(time)
         else:
-            words = [str(event[key]) for key in ("state", "error") if event.get(key)]
-            yield time, step, kind, ": ".join(words), moment(time)
+            words = [str(event[key]) for key in ("state", "error", "text") if event.get(key)]
+            yield time, step, kind.replace("_", " "), ": ".join(words), moment(time)
     for step in run.metrics.not_finite:
         yield math.nan, step, "skipped", "loss or gradient was not finite; the weights were not changed", ""
+    for step in run.metrics.skipped:
+        yield math.nan, step, "skipped", "a spike, or no readable sample; the weights were not changed", ""
     per_step = Counter(whole(record.get("step")) for record in run.bad.records)
     for step, count in per_step.items():
         yield math.nan, step, "unreadable", f"{count} samples were skipped (tab Data)", ""
@@ -311,8 +336,10 @@ def _events(run: RunFiles) -> Iterator[tuple[float, int, str, str, str]]:
         yield math.nan, whole(line.get("step")), "validation", text, ""
     for step in run.checkpoints:
         yield math.nan, step, "checkpoint", f"checkpoint-{step}", ""
-    for step in sorted({sample.step for sample in run.samples}):
-        yield math.nan, step, "samples", f"{sum(sample.step == step for sample in run.samples)} clips", ""
+    for step in run.best:
+        yield math.nan, step, "best", f"best-{step}: the weights of the lowest held-out loss", ""
+    for step, count in Counter(sample.step for sample in run.samples).items():
+        yield math.nan, step, "samples", f"{count} clips", ""
 
 
 def events_tab(run: RunFiles) -> Markup | None:

@@ -1,4 +1,4 @@
-"""Tests of videox.training.overfitting: what a series of validations says."""
+"""Tests of videox.tracking.overfitting: what a series of validations says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from videox.training.overfitting import Measured, best_of, last_is_best, overfits, read_history, sentence, waited
+from videox.tracking.overfitting import Measured, best_of, last_is_best, overfits, read_history, sentence, waited
 
 
 def series(*pairs: tuple[float | None, float | None]) -> list[Measured]:
