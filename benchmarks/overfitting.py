@@ -37,6 +37,10 @@ from pictures import IMAGES, save_small
 FEW, MANY, HELD_OUT = 4, 200, 8
 FRAMES, HEIGHT, WIDTH = 5, 48, 64
 VALIDATIONS = 12  # of a run
+# Each clip has a caption of its own, as in a data set: what a model learns by heart, it learns of captions. All are
+# words of the small tokenizer.
+COLOURS, THINGS = ("white", "red", "green", "orange", "gray", "black"), ("rabbit", "bus", "cat", "rocket", "bike", "taxi")
+PLACES = ("street", "mountains", "sea", "beach", "forest", "meadow")
 MODEL = {"heads": 4, "head_dim": 24, "layers": 2, "ffn_dim": 192, "flow_shift": 8.0}
 FLAGS = {
     "video_sample_size": 48, "token_sample_size": 48, "image_sample_size": 48, "video_sample_n_frames": FRAMES,
@@ -66,14 +70,16 @@ class Trained:
 
 
 def write_clips(folder: Path, count: int, first_seed: int) -> Path:
-    """Write clips of twelve coloured fields that move to the right, each clip with colours of its own."""
+    """Write clips of twelve coloured fields that move to the right, each clip with colours and a caption of its own."""
     rows = []
     for seed in range(first_seed, first_seed + count):
-        fields = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+        draw = np.random.default_rng(seed)
+        fields = draw.integers(0, 256, (3, 4, 3), np.uint8)
+        colour, thing, place = (draw.choice(words) for words in (COLOURS, THINGS, PLACES))
         picture = fields.repeat(HEIGHT // 3, axis=0).repeat(WIDTH // 4, axis=1)
         pixels = np.stack([np.roll(picture, 2 * frame, axis=1) for frame in range(FRAMES)])
         tiny.write_clip(folder / f"{seed}.mp4", pixels=pixels)
-        rows.append({"file_path": f"{seed}.mp4", "text": "coloured fields move", "type": "video"})
+        rows.append({"file_path": f"{seed}.mp4", "text": f"a {colour} {thing}, {place}", "type": "video"})
     metadata = folder / "metadata.json"
     metadata.write_text(json.dumps(rows), encoding="utf-8")
     return metadata

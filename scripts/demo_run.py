@@ -20,7 +20,7 @@ from videox.errors import BUG, STOPPED, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 READ_LOGS = "read the train-*.log files in the demo folder"
-TRAINING_TIMEOUT = 900  # seconds; a training that takes longer is assumed to hang
+STEP_TIMEOUT = 900.0  # seconds; a training without a new step for so long is assumed to hang
 MOST_THREADS = 4  # of the training process; more do not make these small models faster
 
 
@@ -102,12 +102,12 @@ def train(command: list[str], run: Path, log: Path, stop_step: int | None = None
     """Run the training to its end; with stop_step, send it SIGTERM once that step is done.
 
     Raises:
-        UserError: if it takes longer than TRAINING_TIMEOUT or fails.
+        UserError: if it fails, or has no new step for STEP_TIMEOUT.
     """
-    environment = dict(os.environ, OMP_NUM_THREADS=str(min(os.cpu_count() or 1, MOST_THREADS)))
+    environment = dict(os.environ, OMP_NUM_THREADS=str(min(len(os.sched_getaffinity(0)), MOST_THREADS)))
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    deadline = time.monotonic() + TRAINING_TIMEOUT
+    deadline, recorded = time.monotonic() + STEP_TIMEOUT, bytes_of(run / "metrics.jsonl")
     stop_requested = False
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
@@ -115,8 +115,10 @@ def train(command: list[str], run: Path, log: Path, stop_step: int | None = None
         )
         try:
             while launcher.poll() is None:
+                if (now_recorded := bytes_of(run / "metrics.jsonl")) != recorded:
+                    deadline, recorded = time.monotonic() + STEP_TIMEOUT, now_recorded
                 if time.monotonic() > deadline:
-                    raise UserError("training", f"not finished after {TRAINING_TIMEOUT} s", f"read {log}", BUG)
+                    raise UserError("training", f"no new step for {STEP_TIMEOUT:g} s", f"read {log}", BUG)
                 if stop_step is not None and not stop_requested and last_step(run) >= stop_step:
                     # The signal goes to the training process only: the launcher would end at once, and its exit code
                     # would hide that of the training process.
@@ -132,6 +134,11 @@ def train(command: list[str], run: Path, log: Path, stop_step: int | None = None
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         reason = status.get("error") or next((line for line in reversed(lines) if line.strip()), "no output")
         raise UserError("training", f"ended with exit code {launcher.returncode}: {reason}", f"read {log}", BUG)
+
+
+def bytes_of(path: Path) -> int:
+    """Return the size of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def json_lines(path: Path) -> list[dict]:

@@ -24,6 +24,7 @@ from videox.data.media.video import probe
 
 demo = tiny.load_script("scripts/demo.py")
 demo_model = tiny.load_script("scripts/demo_model.py")
+demo_run = sys.modules["demo_run"]  # as the demo imports it
 show = tiny.load_script("scripts/demo_show.py")
 vae_script = tiny.load_script("scripts/train_demo_vae.py")
 
@@ -109,6 +110,26 @@ def test_earlier_demos_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[st
     kept = [folder.with_name(f"wan2.1-normal-{name}") for name in ("earlier", "earlier-2")]
     assert [path.joinpath("sample.mp4").read_text("utf-8") for path in (*kept, folder)] == ["0", "1", "2"]
     assert all(f"the earlier demo is now in {path}" in capsys.readouterr().out for path in kept[:1])
+
+
+SLOW_TRAINING = """
+import pathlib, sys, time
+run = pathlib.Path(sys.argv[1]); run.mkdir()
+for step in range(int(sys.argv[2])):
+    with (run / "metrics.jsonl").open("a") as file: file.write("{}\\n")
+    time.sleep(0.5)
+time.sleep(float(sys.argv[3]))
+"""
+
+
+def test_a_slow_training_goes_on_and_one_without_a_new_step_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_run, "STEP_TIMEOUT", 2.5)
+    command = [sys.executable, "-c", SLOW_TRAINING]
+    demo_run.train([*command, str(tmp_path / "slow"), "7", "0"], tmp_path / "slow", tmp_path / "slow.log")
+    with pytest.raises(demo.UserError, match="no new step for 2.5 s"):
+        demo_run.train([*command, str(tmp_path / "hung"), "1", "600"], tmp_path / "hung", tmp_path / "hung.log")
 
 
 def test_make_passes_what_is_asked_for() -> None:

@@ -16,6 +16,7 @@ from records import ROOT, record
 from videox.errors import STORAGE, UserError
 from videox.tracking.jsonl import json_line, read_lines
 from videox.tracking.metrics import MetricsLog
+from videox.tracking.report.sections import MEMORY, PARTS, SHOWN
 
 
 @pytest.mark.parametrize("value", [5e-324, 1.7976931348623157e308, 0.1 + 0.2, float(np.float32(0.1)), -0.0])
@@ -53,6 +54,19 @@ def test_a_line_has_its_keys_in_order_and_steps_are_consecutive(tmp_path):
     with pytest.raises(ValueError, match="2 rows but 1 buckets"):
         log.append(record(3, buckets=[(1, 16, 16)]))
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+MOST_BYTES = 1000  # of a line, beside its rows and their buckets
+
+
+def test_a_line_is_small_beside_its_rows(tmp_path):
+    names = {*PARTS, *MEMORY, *(name for name in SHOWN if name not in record(1).as_dict())} - {"loss_corrected"}
+    longest = -1.2345678901234567e-300  # no float takes more characters
+    line = record(10**9, loss=longest, lr=longest, grad_norm=longest, tokens=10**12, tokens_per_second=longest,
+                  data_wait=longest, measured=dict.fromkeys(sorted(names), longest), loss_corrected=longest, skipped=True,
+                  rows=[0], buckets=[(1, 16, 16)])  # fmt: skip
+    assert len(names) >= 10
+    assert len(json_line(line.as_dict())) <= MOST_BYTES
 
 
 def test_a_step_without_an_update_is_marked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from records import record, run_python
+from skips import skip_missing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from videox.errors import FLAGS, UserError
+from videox.tracking.preview import write_clip
 from videox.tracking.trackers import TRACKERS, Tracker, check_tracker
 
 
@@ -120,6 +123,30 @@ def test_tensorboard_plays_clips(tmp_path):
     (still,) = events.Images("samples/prompt-1")
     assert (still.width, still.height) == (256, 19)
     assert Image.open(io.BytesIO(still.encoded_image_string)).n_frames == 1
+
+
+@pytest.mark.slow
+def test_wandb_gets_curves_clips_and_pictures(tmp_path, monkeypatch, caplog):
+    """Without a network: W&B keeps the files for a later upload."""
+    if importlib.util.find_spec("wandb") is None:
+        skip_missing("`pip install wandb`", "W&B")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    frames = np.zeros((9, 48, 64, 3), np.uint8)
+    clip = write_clip(tmp_path / "clip.mp4", frames, 8.0)
+    still = write_clip(tmp_path / "still.mp4", frames[:1], 8.0)
+    with caplog.at_level(logging.WARNING, "videox"):
+        tracker = Tracker("wandb", tmp_path / "logs", project="p", settings={"learning_rate": 1e-4})
+        for step in (1, 2):
+            tracker.log(record(step))
+            tracker.clip("samples/prompt-0", clip, frames, 8.0, step)
+            tracker.clip("samples/prompt-1", still, frames[:1], 8.0, step)
+        tracker.close()
+    assert caplog.records == []
+    media = [path for path in (tmp_path / "logs").rglob("media/**/*") if path.is_file()]
+    assert sorted(path.suffix for path in media) == [".mp4", ".mp4", ".png", ".png"]
+    assert all(path.read_bytes() == {".mp4": clip, ".png": still}[path.suffix].read_bytes() for path in media)
+    assert [path.stat().st_size > 0 for path in (tmp_path / "logs").rglob("run-*.wandb")] == [True]
 
 
 def test_unknown_and_missing_trackers_are_errors(monkeypatch):

@@ -178,7 +178,9 @@ def test_skipped_steps_and_an_early_stop_are_events(tmp_path: Path) -> None:
     lines = metric_lines(4)
     lines[2] |= {"skipped": True}
     write_lines(tmp_path / "metrics.jsonl", lines)
-    write_lines(tmp_path / "events.jsonl", [{"event": "early_stop", "step": 4, "time": 1.8e9, "text": "no new minimum"}])
+    write_lines(
+        tmp_path / "events.jsonl", [{"event": "early_stop", "step": 4, "time": 1.8e9, "text": "no new minimum"}]
+    )
     page = render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))
     text = "".join(Parsed(page).text)
     assert "the weights were not changed" in text and "early stop" in text and "no new minimum" in text
