@@ -56,6 +56,28 @@ def test_a_few_steps_are_drawn_one_by_one():
     assert page.count("<polyline") == 3 and "<polygon" not in page and page.count("h0") == 3
 
 
+@pytest.mark.parametrize("step", [0, 1, 7, 61, 10_000])
+def test_the_axis_of_steps_has_whole_numbers(step):
+    page = chart("x", [Curve("y", np.array([float(step)]), np.ones(1), "points")])
+    assert f">{step:,}<" in page
+    below = page[page.index('class="below"') :]
+    assert "." not in "".join(Parsed(below[: below.index("</div>")]).text)
+
+
+@pytest.mark.parametrize("count", [BINS, BINS + 1, 700, 3000])
+def test_a_spread_is_an_area_without_gaps(count):
+    """Two values a point, and one at the next, would be drawn as separate spikes."""
+    steps = np.arange(1.0, count + 1)
+    page = chart("x", [Curve("raw", steps, steps % 2, "spread")])
+    (points,) = [a["points"] for name, a in Parsed(page).elements if name in ("polygon", "polyline")]
+    heights = [float(point.split(",")[1]) for point in points.split()]
+    if count > BINS:
+        high, low = heights[: len(heights) // 2], heights[len(heights) // 2 :][::-1]
+        assert len(high) <= BINS and all(b - a > 100 for a, b in zip(high, low, strict=True))
+    else:
+        assert len(heights) == count
+
+
 @pytest.mark.parametrize("values", [[], [float("nan")] * 4, [0.0] * 4, [1e-30] * 4, [-5.0, 5.0, 1e12, float("inf")]])
 def test_unusual_values_are_drawn_or_left_out(values):
     steps = np.arange(1.0, len(values) + 1)

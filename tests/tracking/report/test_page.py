@@ -171,6 +171,9 @@ def test_what_the_validations_say_and_the_best_weights_are_on_the_page(tmp_path:
     text = "".join(Parsed(render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))).text)
     words = "training rows 0.6000; best at step 100: 0.8000; overfitting since step 100"
     assert f"Held-out loss at step 300: 0.8500; {words}" in text
+    write_lines(tmp_path / "validation.jsonl", [{"step": 0, "loss": None}])
+    page = render(read_run(tmp_path), Cache(tmp_path / FOLDER, until=0.0))
+    assert "Held-out loss at step 0: not finite<" in page
     assert "best-100" in text and "the weights of the lowest held-out loss" in text and "training rows" in text
 
 

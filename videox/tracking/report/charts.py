@@ -90,10 +90,11 @@ class _Axis:
             values = np.log10(np.maximum(values, 1e-300))
         return (values - self.low) / max(self.high - self.low, 1e-300)
 
-    def marks(self) -> list[tuple[float, str]]:
-        """Share and label of each tick."""
+    def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
+        """Share and label of each tick; whole: of whole numbers only, such as steps."""
         if not self.log:
-            return [(float(self.share(np.array(t))), number(t)) for t in ticks(self.low, self.high)]
+            chosen = [t for t in ticks(self.low, self.high) if not whole or abs(t - round(t)) < 1e-6]
+            return [(float(self.share(np.array(t))), number(t)) for t in chosen]
         powers = [t for t in ticks(self.low, self.high) if abs(t - round(t)) < 1e-9] or [self.low, self.high]
         return [((t - self.low) / max(self.high - self.low, 1e-300), number(10.0**t)) for t in powers]
 
@@ -131,7 +132,7 @@ def chart(
         log: logarithmic values, if all of them are above 0.
         marks: steps to mark by a vertical line, such as resumes.
     """
-    thinned = [(curve, thin(curve.steps, curve.values)) for curve in curves]
+    thinned = [(curve, thin(curve.steps, curve.values, _bins(curve))) for curve in curves]
     thinned = [(curve, points) for curve, points in thinned if len(points.steps)]
     if not thinned:
         return None
@@ -150,6 +151,11 @@ def chart(
         if curve.style != "spread"
     ]
     return _figure(title, drawn, (x, y), legend, hover, note)
+
+
+def _bins(curve: Curve) -> int:
+    """Return the most points of a curve: of a spread so few that each has a range of several steps, if not all."""
+    return BINS if curve.style != "spread" or len(curve.steps) <= BINS else min(BINS, len(curve.steps) // 4)
 
 
 def stacked(title: str, steps: np.ndarray, parts: Mapping[str, np.ndarray], *, note: str = "") -> Markup | None:
@@ -234,7 +240,7 @@ def _figure(
     left = [tag("span", label, style=f"bottom:{100 * share:.1f}%") for share, label in y.marks() if 0 <= share <= 1]
     below = [
         tag("span", label, style=f"left:{100 * share:.1f}%", class_="end" if share > 0.93 else None)
-        for share, label in x.marks()
+        for share, label in x.marks(whole=True)
         if 0 <= share <= 1
     ]
     last = ", ".join(f"{curve['label']} {curve['y'][-1]:g}" for curve in hover)  # type: ignore[index]

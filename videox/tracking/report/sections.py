@@ -75,7 +75,6 @@ def overview(run: RunFiles, seconds_left: float | None) -> Markup:
         ("time left", duration(left) if math.isfinite(left) else None),
         *((name, _last(run, key)) for name, key in (("loss, smoothed", "loss"), ("learning rate", "lr"),
                                                     ("tokens/s", "tokens_per_second"))),
-        ("held-out loss", _held_out_words(run)),
         ("epoch at the start of this launch", epoch if isinstance(epoch, int) else None),
         ("checkpoints", ", ".join(map(str, run.checkpoints[-6:])) or None),
         ("weights of the lowest held-out loss", ", ".join(f"best-{step}" for step in run.best) or None),
@@ -101,12 +100,11 @@ def _last(run: RunFiles, name: str) -> float | None:
 def _validation_words(run: RunFiles) -> Markup | None:
     """What the last validation says together with those before it, as the log has it."""
     history = _history(run)
-    words = sentence(history) if history else ""
-    if not words:
+    if not history:
         return None
-    last = history[-1]
+    last, words = history[-1], sentence(history)
     loss = "not finite" if last.held_out is None else f"{last.held_out:.4f}"
-    return tag("p", tag("b", f"Held-out loss at step {last.step}: {loss}"), f"; {words}")
+    return tag("p", tag("b", f"Held-out loss at step {last.step}: {loss}"), f"; {words}" if words else "")
 
 
 def _history(run: RunFiles) -> list[Measured]:
@@ -117,15 +115,6 @@ def _history(run: RunFiles) -> list[Measured]:
         return value if math.isfinite(value) else None
 
     return [Measured(whole(line.get("step")), loss(line, "loss"), loss(line, "train_loss")) for line in run.validation]
-
-
-def _held_out_words(run: RunFiles) -> str | None:
-    losses = [(finite(line.get("loss")), whole(line.get("step"))) for line in run.validation]
-    known = [pair for pair in losses if math.isfinite(pair[0])]
-    if not known:
-        return None
-    best, at = min(known)
-    return f"{number(known[-1][0])} (lowest at step {at}: {number(best)})"
 
 
 def command_box(run: RunFiles) -> Markup | None:
@@ -139,9 +128,10 @@ def command_box(run: RunFiles) -> Markup | None:
     if launches:
         recipe = run.asked.get("recipe")
         said = f"recipe {recipe}; " if recipe else ""
-        processes, backend = launches[-1].get("processes"), launches[-1].get("backend")
+        processes, backend = whole(launches[-1].get("processes"), 1), launches[-1].get("backend")
+        count = f"{processes} processes" if processes != 1 else "1 process"
         parts += [
-            tag("p", f"{said}{processes} process(es), backend {backend}", class_="soft"),
+            tag("p", f"{said}{count}, backend {backend}", class_="soft"),
             *_copyable("command", str(launches[-1]["command"])),
         ]
     parts += [tag("p", "The same flags in another folder:", class_="soft"), *_copyable("again", again)]
