@@ -6,7 +6,7 @@ clips are about 2 apart, equal ones 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from videox.data.media.video import read_clip
 from videox.tracking.preview import SheetEntry, write_contact_sheet
 
 FRAMES, HEIGHT, WIDTH = 9, 80, 128  # of a clip as the model gets it
+CELL = 8  # pixels; motion is compared in squares of this side
 STRIDE = 3  # source frames from one frame to the next
 SOURCE_FRAMES = (FRAMES - 1) * STRIDE + 1
 
@@ -66,18 +67,48 @@ def distances(generated: Sequence[Shown], trained: Sequence[Shown]) -> list[list
     return [[(a.latents - b.latents).square().mean().item() for b in trained] for a in generated]
 
 
-def still_distance(trained: Shown, vae: AutoencoderKLWan) -> float:
-    """Return the distance of a training clip to a still of its first frame."""
-    still = np.repeat(trained.frames[:1], len(trained.frames), axis=0)
-    return (latents_of(vae, still) - trained.latents).square().mean().item()
+def motion(frames: np.ndarray) -> np.ndarray:
+    """Return how the frames of a clip differ from its first one, in squares of CELL x CELL pixels.
+
+    Args:
+        frames: uint8 [T, H, W, 3]; H and W are multiples of CELL.
+
+    Returns:
+        float64 [T - 1, H / CELL, W / CELL, 3]; 0 everywhere for a still.
+    """
+    count, height, width, _ = frames.shape
+    cells = frames.reshape(count, height // CELL, CELL, width // CELL, CELL, 3).mean((2, 4))
+    return cells[1:] - cells[:1]
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the cosine of the angle between two motions: 1 = the same but for its strength; 0 for a still."""
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float((one * other).sum()) / norms if norms else 0.0
+
+
+def motion_table(generated: Sequence[Shown], trained: Sequence[Shown]) -> tuple[list[str], int]:
+    """Return lines with the likeness of motions, and how many generated clips move most like that of their caption."""
+    rows = [[likeness(motion(a.frames), motion(b.frames)) for b in trained] for a in generated]
+    return _lines(generated, trained, rows, np.argmax)
 
 
 def table(generated: Sequence[Shown], trained: Sequence[Shown]) -> tuple[list[str], int]:
     """Return lines with the distances, and how many generated clips are nearest to the clip of their own caption."""
+    return _lines(generated, trained, distances(generated, trained), np.argmin)
+
+
+def _lines(
+    generated: Sequence[Shown],
+    trained: Sequence[Shown],
+    rows: Sequence[Sequence[float]],
+    choose: Callable[[Sequence[float]], np.intp],
+) -> tuple[list[str], int]:
+    """Return a line of values for each generated clip, and for how many the own clip has the chosen value."""
     lines, right = [], 0
-    for clip, row in zip(generated, distances(generated, trained), strict=True):
-        nearest = trained[int(np.argmin(row))].caption
-        right += nearest == clip.caption
+    for clip, row in zip(generated, rows, strict=True):
+        chosen = trained[int(choose(row))].caption
+        right += chosen == clip.caption
         values = " ".join(
             f"[{value:.3f}]" if other.caption == clip.caption else f" {value:.3f} "
             for value, other in zip(row, trained, strict=True)
