@@ -39,7 +39,10 @@ FRAMES, HEIGHT, WIDTH = 5, 48, 64
 VALIDATIONS = 12  # of a run
 # Each clip has a caption of its own, as in a data set: what a model learns by heart, it learns of captions. All are
 # words of the small tokenizer.
-COLOURS, THINGS = ("white", "red", "green", "orange", "gray", "black"), ("rabbit", "bus", "cat", "rocket", "bike", "taxi")
+COLOURS, THINGS = (
+    ("white", "red", "green", "orange", "gray", "black"),
+    ("rabbit", "bus", "cat", "rocket", "bike", "taxi"),
+)
 PLACES = ("street", "mountains", "sea", "beach", "forest", "meadow")
 # Wan2.1's flow shift for 480p. With 8, most of the loss is of noise levels at which all clips look alike: 4 clips are
 # then learnt by heart without a rise of the held-out loss.
@@ -72,7 +75,7 @@ class Trained:
 
 
 def write_clips(folder: Path, count: int, first_seed: int) -> Path:
-    """Write clips of twelve coloured fields that move to the right, each clip with colours and a caption of its own."""
+    """Write clips of twelve coloured fields that move to the right; each has colours and a caption of its own."""
     rows = []
     for seed in range(first_seed, first_seed + count):
         draw = np.random.default_rng(seed)
