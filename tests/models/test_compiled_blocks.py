@@ -98,6 +98,18 @@ def test_images_and_clips_share_a_graph() -> None:
 
 
 @pytest.mark.slow
+def test_both_forward_passes_of_an_offloaded_block_share_a_graph() -> None:
+    """The inputs that come back from the host for the second one are no views, unlike those of the first one."""
+    notes: list[str] = []
+    plain, compiled = pair("text", "aot_eager", notes)
+    checkpoint_blocks(compiled, blocks_of(compiled), lambda *_: Recompute(1.0), HostOffload(torch.device("cpu")))
+    for side, frames, text in ((4, 2, 5), (6, 3, 7)):
+        given, _ = model_inputs(SMALL_CONFIGS["text"], text, side, frames)
+        assert difference(gradients(compiled, given), gradients(plain, given)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1 and not notes
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [True, False], ids=["bf16", "float32"])
 @pytest.mark.parametrize("keep", ["none", "", "attention", "offload"])
 @pytest.mark.parametrize("name", ["text", "joint"])

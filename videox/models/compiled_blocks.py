@@ -119,13 +119,33 @@ class CompiledForward:
         return result
 
 
-def _without_base(value: Any) -> Any:  # noqa: ANN401 - an input of a block
-    """Return a tensor that needs no gradient as one that is no view, with the same memory; anything else as it is.
+class _WithoutBase(torch.autograd.Function):
+    """A tensor as one that is no view, with the same memory and the same gradient."""
 
-    A graph holds for the sizes of an input's base, too. The angles of Wan's rotary embedding are a view of a tensor by
-    frames, rows and columns, so that clips and images (one frame) would have a graph each.
+    @staticmethod
+    def forward(ctx: Any, view: Tensor) -> Tensor:  # noqa: ANN401 - of torch
+        """Return the tensor without its base."""
+        del ctx
+        return view.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401 - of torch
+        """Return the gradient as it is."""
+        del ctx
+        return gradients[0]
+
+
+def _without_base(value: Any) -> Any:  # noqa: ANN401 - an input of a block
+    """Return a view as a tensor that is none, with the same memory; anything else as it is.
+
+    A graph holds for the sizes of an input's base, too, and for whether there is one. The angles of Wan's rotary
+    embedding are a view of a tensor by frames, rows and columns, so that clips and images (one frame) would have a
+    graph each. Where hooks handle saved tensors (--offload_activations), the inputs of a recomputed block are no
+    views, so that both forward passes would have one.
     """
-    return value.data if isinstance(value, Tensor) and value._is_view() and not value.requires_grad else value
+    if not isinstance(value, Tensor) or not value._is_view():
+        return value
+    return _WithoutBase.apply(value) if value.requires_grad else value.data
 
 
 def compile_blocks(blocks: Sequence[torch.nn.Module], note: Callable[[str], None], backend: str = "inductor") -> None:
