@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import runs
+import torch
 
 from videox.distributed.backends import BACKENDS
 from videox.errors import UserError
-from videox.models import base_precision
+from videox.models import attention_backend, base_precision
+from videox.training import speed
 from videox.training.speed_flags import check_backend_flags
 
 PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metadata.json"]
@@ -90,3 +97,50 @@ def test_a_package_that_is_missing_is_named_with_its_version(
         runs.train_script().parse_args([*PATHS, *STREAMED, f"--base_precision={precision}"])
     with pytest.raises(UserError, match=f"--text_encoder_precision: {precision} needs {package}"):
         runs.train_script().parse_args([*PATHS, f"--text_encoder_precision={precision}"])
+
+
+# ------------------------------------------------------------------------------------------------ attention kernel
+
+
+def on_ranks(work: Callable[[int, Callable[[Any], list[Any]]], Any], world: int = 2) -> list[Any]:
+    """Return what `work` returns on each rank, all at once; it gets its rank, and a function that gathers."""
+    barrier, slots = threading.Barrier(world, timeout=60), [None] * world
+
+    def run(rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            slots[rank] = value
+            barrier.wait()
+            found = list(slots)
+            barrier.wait()
+            return found
+
+        return work(rank, gather)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
+
+
+def test_the_main_process_measures_the_attention_kernel_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    printed: list[str] = []
+
+    def fastest(small: Any, large: Any, candidates: Any) -> tuple[str, dict[str, float]]:
+        measured.append(large.shape.tokens)
+        return "_native_math", {"_native_math": 0.001, "native": 0.002}
+
+    monkeypatch.setattr(attention_backend, "fastest_backend", fastest)
+    config = SimpleNamespace(num_attention_heads=2, attention_head_dim=16)
+    schedule = SimpleNamespace(plan=SimpleNamespace(buckets=[(1, 32, 32), (9, 64, 96)]))
+    monkeypatch.setattr(speed, "token_count", lambda bucket: bucket[0] * 100)
+
+    def choose(rank: int, gather: Callable[[Any], list[Any]]) -> str:
+        ctx: Any = SimpleNamespace(
+            device=torch.device("cpu"), accelerator=SimpleNamespace(mixed_precision="no"), checkpoint=None,
+            is_main=rank == 0, gather=gather, print=lambda *lines: printed.extend(lines if rank == 0 else ()),
+        )  # fmt: skip
+        args: Any = SimpleNamespace(attention_backend="auto")
+        return speed.choose_attention(args, ctx, schedule, SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+    assert on_ranks(choose) == ["_native_math"] * 2
+    assert measured == [900], "the other ranks do not measure: each could find another kernel"
+    assert "native_math 1 ms, native 2 ms" in printed[0] and printed[1] == "attention  native_math"

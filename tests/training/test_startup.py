@@ -8,7 +8,7 @@ import tiny
 from videox.distributed.backends import BACKENDS
 from videox.training.flags import make_parser
 from videox.training.notes import notes
-from videox.training.startup import planned_backend_notes
+from videox.training.startup import planned_backend_notes, recomputed
 
 PARSER = make_parser("", modes=("normal",), recipes=tiny.ROOT / "config/recipes/wan2.1")
 
@@ -40,3 +40,18 @@ def test_deterministic_does_not_reach_deepspeed(monkeypatch: pytest.MonkeyPatch)
     (line,) = lines_about("--deterministic", "--deterministic")
     assert "DeepSpeed's own kernels" in line
     assert lines_about("--deterministic") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "no block"),
+        (["--gradient_checkpointing"], "every block"),
+        (["--selective_ac=0.5"], "0.5 of the blocks"),
+        (["--gradient_checkpointing", "--gradient_checkpointing_keep=self_attention"], "every block, without self-attention"),
+        (["--gradient_checkpointing", "--offload_activations"], "every block, inputs in host memory"),
+        (["--activation_memory=auto"], "by the memory of the GPU, listed below"),
+    ],
+)  # fmt: skip
+def test_the_start_names_what_is_recomputed(flags: list[str], words: str) -> None:
+    assert recomputed(PARSER.parse(["--dry_run", "--dry_run_data", "10:512x512", "--dry_run_model", "small", *flags])) == words

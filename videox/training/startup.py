@@ -40,7 +40,7 @@ from videox.training.numerics import apply_numerics
 from videox.training.optimizer import try_optimizer
 from videox.training.sample_requests import check_pictures
 from videox.training.schedule import Schedule
-from videox.training.speed_flags import check_backend_flags
+from videox.training.speed_flags import AUTO, NATIVE, check_backend_flags
 from videox.training.validation_flags import prompts_of
 
 DIFFERENCES = (
@@ -128,15 +128,34 @@ def start_lines(args: argparse.Namespace, ctx: Context, task: str, shift: FlowSh
 def computing(args: argparse.Namespace, ctx: Context) -> dict[str, str]:
     """What computes, and how: the GPU, versions, attention kernel, recomputation, dtypes of the frozen encoders."""
     device, dtype = ctx.device, compute_dtype(ctx.accelerator)
-    recompute = f"{args.selective_ac:g} of the blocks" if args.selective_ac else "no block"
     text = "bf16" if dtype == torch.bfloat16 else "fp32"
+    if args.attention_backend == NATIVE:
+        attention = f"torch's, {attention_kernel(device, dtype)} kernel"
+    else:
+        attention = "the fastest one, measured below" if args.attention_backend == AUTO else args.attention_backend
     return {
         **({"GPU": gpu_name(device)} if device.type == "cuda" else {}),
         "versions": versions(device),
-        "attention": f"torch's, {attention_kernel(device, dtype)} kernel",
-        "recompute": "every block" if args.gradient_checkpointing else recompute,
+        "attention": attention,
+        "recompute": recomputed(args),
+        "compile": "the repeated blocks" if args.compile else "off",
         "encoders": f"VAE {args.vae_dtype}, text {text}",
     }
+
+
+def recomputed(args: argparse.Namespace) -> str:
+    """Return in words which activations are recomputed, kept and moved to the host."""
+    if args.activation_memory:
+        return "by the memory of the GPU, listed below"
+    share = 1.0 if args.gradient_checkpointing else args.selective_ac
+    if not share:
+        return "no block"
+    parts = ["every block" if share == 1 else f"{share:g} of the blocks"]
+    if args.gradient_checkpointing_keep:
+        parts.append(f"without {args.gradient_checkpointing_keep.replace('_', '-')}")
+    if args.offload_activations:
+        parts.append("inputs in host memory")
+    return ", ".join(parts)
 
 
 def changed_flags(output_dir: Path, now: Mapping[str, object]) -> list[str]:
