@@ -112,8 +112,13 @@ def run(
     model: Any,  # noqa: ANN401 - of diffusers
     given: dict[str, Any],
     offload: HostOffload | None = None,
+    *,
+    half: bool = True,
 ) -> tuple[Tensor, int, int, int]:
-    """Run a step; return gradients, bytes on the device between the passes, attention forwards, bytes on the host."""
+    """Run a step; return gradients, bytes on the device between the passes, attention forwards, bytes on the host.
+
+    half: in bfloat16, otherwise in float32.
+    """
     model.zero_grad(set_to_none=True)
     before = offload.moved_bytes if offload else 0
 
@@ -123,7 +128,7 @@ def run(
 
     with Watch() as watch:
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
             prediction = model(**given)[0]
         for parameter in (
             *model.parameters(),
@@ -140,11 +145,12 @@ def run(
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted of a flag. difference: of gradients, relative; graphs: -1 without --compile."""
+    """What was counted of a flag. difference, exact: of gradients in bfloat16 and float32, relative."""
 
     model: str
     flag: Flag
     difference: float
+    exact: float
     graphs: tuple[int, int]
     device: int
     host: int
@@ -164,14 +170,16 @@ def count(flags: Sequence[Flag]) -> list[Counted]:
             offload = flag.apply(model, blocks_of(model), notes, torch.device("cpu"))
             reference = run(plain, inputs_of(config, *FIRST))[0]
             gradients, device, attention, host = run(model, inputs_of(config, *FIRST), offload)
-            difference = float((gradients - reference).norm() / reference.norm())
             graphs = [counters["stats"]["unique_graphs"]]
             for clip in OTHERS:
                 run(model, inputs_of(config, *clip), offload)
                 graphs.append(counters["stats"]["unique_graphs"])
+            torch._dynamo.reset()  # the graphs of another dtype are none of those
+            exact, expected = (run(each, inputs_of(config, *FIRST), half=False)[0] for each in (model, plain))
             if notes:
                 raise RuntimeError(notes[0])
-            found.append(Counted(name, flag, difference, (graphs[1], graphs[-1]), device, host, attention))
+            differences = (float((a - b).norm() / b.norm()) for a, b in ((gradients, reference), (exact, expected)))
+            found.append(Counted(name, flag, *differences, (graphs[1], graphs[-1]), device, host, attention))
     return found
 
 
@@ -182,14 +190,15 @@ def counted_table(rows: Sequence[Counted]) -> list[str]:
     """Return the table of what was counted."""
     lines = []
     for row in rows:
-        equal = "bit-identical" if row.difference == 0 else f"within {row.difference:.1e}"
+        equal = ["bit-identical" if found == 0 else f"within {found:.1e}" for found in (row.difference, row.exact)]
         graphs = f"{row.graphs[0]}, {row.graphs[1]}" if row.flag.compiled else "none"
-        cells = [row.model, f"`{row.flag.flags}`" if row.flag.flags != "none" else "none", equal, graphs]
+        cells = [row.model, f"`{row.flag.flags}`" if row.flag.flags != "none" else "none", *equal, graphs]
         lines.append([*cells, f"{row.device:,}", f"{row.host:,}", str(row.attention)])
     header = [
         "model",
         "flags",
         "gradients",
+        "in float32",
         "graphs after 2 and 4 sizes",
         "bytes between the passes",
         "bytes on the host",
@@ -218,9 +227,9 @@ def page(counted: Sequence[Counted], computed: Mapping[str, Sequence[Computed]])
         "# Flags of speed and activation memory", "",
         f"Written by `python benchmarks/gpu_flags.py{compiled} --markdown benchmarks/gpu_flags.md`. Nothing was measured on a GPU.", "",
         "## Counted on a CPU", "",
-        "Small models of the real classes in bfloat16. Gradients are compared with those of `--gradient_checkpointing`; bytes are",
-        "those of tensors that exist between the two passes, without weights and inputs (of compiled blocks those that autograd saves).",
-        "HunyuanVideo's two attentions of the text refiner are not recomputed.", "", *counted_table(counted), "",
+        "Small models of the real classes in bfloat16. Gradients are compared with those of `--gradient_checkpointing` in the same",
+        "dtype; bytes are those of tensors that exist between the two passes, without weights and inputs (of compiled blocks those",
+        "that autograd saves). HunyuanVideo's two attentions of the text refiner are not recomputed.", "", *counted_table(counted), "",
         f"## Computed for one {GPU.upper()}, one clip of {size}", "",
         f"A whole step with float32 weights and AdamW, as the dry run computes it. {rates_of(GPUS[GPU], GPU).words()}.",
         "Compiled: all operators between two matrix products are one kernel, which is the most that compilation can give. MFU counts the",

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import runs
 import tiny
+import torch
 from rehearsals import STEPS, Rehearsals, Report, skip_unless_possible
+
+from videox.tracking.jsonl import read_lines
 
 MODES = [
     ("wan2.1", "normal"),
@@ -109,6 +112,20 @@ def assert_sound(report: Report) -> None:
     assert not any(masked for *_, masked, _ in attention)  # micro-batches of one sample: all text is real
 
 
+def assert_visible(report: Report) -> None:
+    """The start prints what runs, and each step records its parts, memory and share of the GPU's FLOPs."""
+    facts = {name: value for name, _, value in (line.partition("  ") for line in report.output.splitlines())}
+    assert facts["GPU"].strip() == "NVIDIA H100 80GB HBM3, 80.0 GiB"
+    assert facts["versions"].strip().startswith(f"torch {torch.__version__}")
+    assert {"attention", "recompute", "compile", "encoders"} <= facts.keys()
+    assert re.search(r"GPU memory so far: peak .* allocated, .* reserved; predicted [\d.]+ GiB", report.output)
+    for record in read_lines(report.folder / "metrics.jsonl"):
+        parts = [record[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
+        assert all(seconds > 0 for seconds in parts) and sum(parts) + record["encode_seconds"] <= record["step_seconds"]
+        assert record["data_wait"] >= 0 and record["mfu"] > 0 and record["predicted_gib"] > 0
+        assert {"peak_allocated_gib", "peak_reserved_gib"} <= record.keys()
+
+
 @pytest.mark.parametrize(
     ("family", "mode", "backend", "feature"),
     [run if run in FAST else pytest.param(*run, marks=pytest.mark.slow) for run in SHORT],
@@ -116,6 +133,7 @@ def assert_sound(report: Report) -> None:
 def test_short_rehearsal(rehearsals: Rehearsals, family: str, mode: str, backend: str, feature: str) -> None:
     report = rehearsals.run(family, mode, backend, **flags_of(family, mode, feature))
     assert_sound(report)
+    assert_visible(report)
     assert backend or report.races == []  # the waits of sharding backends are not all known to the fake GPU
 
 

@@ -77,10 +77,12 @@ class Report:
         warnings: Python's warnings.
         waits: [step, what for, innermost place in videox or scripts, place outside torch, count].
         attention: [where, dtypes of query, key and value, contiguous, masked, count].
+        folder: --output_dir.
     """
 
     code: int
     output: str
+    folder: Path
     failure: str
     steps: int
     errors: list[str]
@@ -139,7 +141,7 @@ class Rehearsals:
         )  # fmt: skip
         report = Path(wanted["report"])
         assert report.is_file(), trainer.output()[-6000:]
-        return Report(trainer.code, trainer.output(), **json.loads(report.read_text(encoding="utf-8")))
+        return Report(trainer.code, trainer.output(), self.folder / name, **json.loads(report.read_text(encoding="utf-8")))
 
     def _model(self, kind: str) -> Path:
         folder = self.folder / "models" / kind.replace(" ", "-")
