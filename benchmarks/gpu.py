@@ -27,6 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import videox  # noqa: F401 - before the libraries, whose warnings it filters
+
+# isort: split
+
 import diffusers
 import torch
 from gpu.process import NOT_FINISHED, PARTS, Measurer, cases

@@ -21,6 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import videox  # noqa: F401 - before the libraries, whose warnings it filters
+
+# isort: split
+
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from gpu.full_step import FLAGS, FULL, Computed, Flag, compute

@@ -121,7 +121,9 @@ def assert_visible(report: Report) -> None:
     assert re.search(r"GPU memory so far: peak .* allocated, .* reserved; predicted [\d.]+ GiB", report.output)
     for record in read_lines(report.folder / "metrics.jsonl"):
         parts = [record[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
-        assert all(seconds > 0 for seconds in parts) and sum(parts) + record["encode_seconds"] <= record["step_seconds"]
+        assert (
+            all(seconds > 0 for seconds in parts) and sum(parts) + record["encode_seconds"] <= record["step_seconds"]
+        )
         assert record["data_wait"] >= 0 and record["mfu"] > 0 and record["predicted_gib"] > 0
         assert {"peak_allocated_gib", "peak_reserved_gib"} <= record.keys()
 

@@ -141,7 +141,9 @@ class Rehearsals:
         )  # fmt: skip
         report = Path(wanted["report"])
         assert report.is_file(), trainer.output()[-6000:]
-        return Report(trainer.code, trainer.output(), self.folder / name, **json.loads(report.read_text(encoding="utf-8")))
+        return Report(
+            trainer.code, trainer.output(), self.folder / name, **json.loads(report.read_text(encoding="utf-8"))
+        )
 
     def _model(self, kind: str) -> Path:
         folder = self.folder / "models" / kind.replace(" ", "-")

@@ -54,4 +54,7 @@ def test_deterministic_does_not_reach_deepspeed(monkeypatch: pytest.MonkeyPatch)
     ],
 )  # fmt: skip
 def test_the_start_names_what_is_recomputed(flags: list[str], words: str) -> None:
-    assert recomputed(PARSER.parse(["--dry_run", "--dry_run_data", "10:512x512", "--dry_run_model", "small", *flags])) == words
+    assert (
+        recomputed(PARSER.parse(["--dry_run", "--dry_run_data", "10:512x512", "--dry_run_model", "small", *flags]))
+        == words
+    )
