@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from videox.data.bucket_sampler import BucketBatchSampler
 from videox.data.dataset import TokenLengthDataset
 from videox.data.loader import BatchLoader
@@ -35,6 +37,20 @@ class DataPipeline:
     missing: Sequence[CacheTodo]
 
 
+def with_numerics(args: argparse.Namespace, spec: EncodingSpec, device: torch.device) -> EncodingSpec:
+    """Return a spec with the flags that change its values in its address in the cache.
+
+    These are --vae_tiling, and --allow_tf32 where an encoder computes in float32 on a GPU. The dtypes are part of the
+    spec already.
+    """
+    if args.vae_tiling and spec.module == "vae":
+        spec = replace(spec, settings=f"{spec.settings}, tiled")
+    full = args.vae_dtype == "fp32" if spec.module == "vae" else spec.dtype == torch.float32
+    if args.allow_tf32 and full and device.type == "cuda":
+        spec = replace(spec, settings=f"{spec.settings}, TF32")
+    return spec
+
+
 def build_data(
     args: argparse.Namespace,
     ctx: Context,
@@ -53,8 +69,7 @@ def build_data(
     """
     if args.cache_only and not args.latent_cache:
         raise UserError("--cache_only", "there is no --latent_cache to fill", "name a folder with --latent_cache")
-    if args.vae_tiling:  # changes latents, so that they have other addresses in the cache
-        specs = [replace(s, settings=f"{s.settings}, tiled") if s.module == "vae" else s for s in specs]
+    specs = [with_numerics(args, spec, ctx.device) for spec in specs]
     rules = schedule.settings.caption_rules
     encode = open_encoder(
         specs, args.latent_cache, ctx, mode=args.train_mode, encoders=encoders, cache_text=not rules.shuffle_tags
