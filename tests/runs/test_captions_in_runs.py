@@ -135,6 +135,17 @@ def test_several_captions_and_a_forgotten_trigger_word_are_said() -> None:
     assert caption_lines(index, CaptionRules(trigger_word="tok")) == [several]
 
 
+def test_placeholders_that_stay_are_reported() -> None:
+    rules = CaptionRules(prefix="[TRIGGER],", trigger_word="tok")
+    index = index_of(["[Trigger] runs", "[trigger] runs", "a [name]", "[name]"], [True, True, True, False])
+    assert caption_lines(index, rules) == [
+        "warning: --caption_prefix has [TRIGGER], but only [trigger] is replaced by the trigger word",
+        "warning: the captions of 2 rows have [Trigger], [name], but only [trigger] is replaced by the trigger word: "
+        "rows 0, 2",
+    ]
+    assert caption_lines(index_of(["[trigger]"]), CaptionRules(trigger_word="tok")) == []
+
+
 def test_explain_shows_the_caption_of_each_epoch() -> None:
     index = index_of([pack_captions(RowCaptions(("a, b", "c, d")))])
     settings = replace(plans.SETTINGS, trigger_word="tok", caption_shuffle_tags=True)

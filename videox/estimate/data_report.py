@@ -13,6 +13,7 @@ from videox.data.index.captions import (
     CaptionRules,
     caption_counts,
     draw_caption,
+    other_placeholders,
     rows_with_placeholder,
     rows_without_caption,
     unpack_captions,
@@ -119,7 +120,7 @@ def check_captions(index: Index, missing_caption: str) -> None:
 
 
 def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list[str]:
-    """Return a line each on rows without a caption, rows with several, and captions whose "[trigger]" stays."""
+    """Return a line each on rows without a caption, rows with several, and captions whose placeholders stay."""
     bare = np.flatnonzero(index.usable & rows_without_caption(index.text))
     counts = caption_counts(index.text)
     several = np.flatnonzero(index.usable & (counts > 1))
@@ -142,7 +143,21 @@ def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list
             f"warning: {TRIGGER} in the captions of {len(left)} rows is trained as it is, because there is no "
             f"--trigger_word: rows {_listed(left, max_rows)}"
         )
-    return lines
+    return [*lines, *_placeholder_lines(index, rules.prefix, max_rows)]
+
+
+def _placeholder_lines(index: Index, prefix: str, max_rows: int) -> list[str]:
+    """Return warnings on placeholders in captions and prefix that the trigger word does not replace."""
+    rows, spellings = other_placeholders(index.text)
+    rows = rows[index.usable[rows]]
+    _, in_prefix = other_placeholders(pa.array([prefix], pa.large_string()))
+    found = [("--caption_prefix has", in_prefix, "")] if in_prefix else []
+    if len(rows):
+        found.append((f"the captions of {len(rows)} rows have", spellings, f": rows {_listed(rows, max_rows)}"))
+    return [
+        f"warning: {place} {', '.join(names)}, but only {TRIGGER} is replaced by the trigger word{listed}"
+        for place, names, listed in found
+    ]
 
 
 def _listed(rows: np.ndarray, max_rows: int) -> str:

@@ -16,6 +16,7 @@ from videox.data.index.captions import (
     draw_caption,
     drawn_caption,
     join_prefix,
+    other_placeholders,
     pack_captions,
     rows_with_placeholder,
     rows_without_caption,
@@ -64,6 +65,15 @@ def test_placeholders_are_found_unless_the_row_has_a_word() -> None:
     texts = ["[trigger] runs", "a dog", pack_captions(RowCaptions(("x",), prefix="[trigger],"))]
     texts.append(with_source_rules("[trigger] runs", trigger_word="ohwx"))
     assert rows_with_placeholder(string_array(texts)).tolist() == [True, False, True, False]
+
+
+def test_placeholders_in_other_words_are_found() -> None:
+    texts = ["[trigger] runs", "[Trigger] runs", "a dog", "[trigger] and [NAME]", "[triggers]", "trigger [na me]"]
+    texts.append(pack_captions(RowCaptions(("a", "b"), prefix="[TRIGGER] ")))
+    rows, spellings = other_placeholders(string_array(texts))
+    assert rows.tolist() == [1, 3, 6] and spellings == ["[NAME]", "[TRIGGER]", "[Trigger]"]
+    rows, spellings = other_placeholders(string_array(["[trigger]"]))
+    assert not len(rows) and not spellings
 
 
 # -------------------------------------------------------------------------------------------------------------- draws

@@ -20,6 +20,9 @@ import pyarrow.compute as pc
 from videox.rng import Purpose, hash_key, uniform
 
 TRIGGER = "[trigger]"  # replaced by the trigger word wherever a caption has it
+# What else stands for the trigger word in captions that were written for ai-toolkit, or by hand. It is reported and not
+# replaced: runs that were begun with it continue with the captions that they had.
+_OTHER_PLACEHOLDERS = r"(?i)\[(?:trigger|name)\]"
 _MARK = "\x1e"  # ASCII record separator: begins a stored text that is more than one plain caption
 
 
@@ -164,6 +167,18 @@ def rows_with_placeholder(texts: pa.LargeStringArray) -> np.ndarray:
     for row in np.flatnonzero(found):
         found[row] = not unpack_captions(texts[int(row)].as_py()).trigger_word
     return found
+
+
+def other_placeholders(texts: pa.LargeStringArray) -> tuple[np.ndarray, list[str]]:
+    """Return the rows, int64 [n], with placeholders such as "[Trigger]" or "[name]", and these, sorted.
+
+    Args:
+        texts: of `pack_captions`; "[trigger]" itself does not count.
+    """
+    found = pc.match_substring_regex(pc.replace_substring(texts, TRIGGER, ""), _OTHER_PLACEHOLDERS)
+    rows = np.flatnonzero(found.to_numpy(zero_copy_only=False))
+    spellings = {name for row in rows for name in re.findall(_OTHER_PLACEHOLDERS, texts[int(row)].as_py())}
+    return rows, sorted(spellings - {TRIGGER})
 
 
 def clean_captions(captions: Sequence[str]) -> RowCaptions:
