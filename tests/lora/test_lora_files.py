@@ -288,6 +288,71 @@ def test_damaged_files_are_explained(sources: dict[str, Source], tmp_path: Path)
         read(next(sources[WAN].folder.glob("*.safetensors")), "wan")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", [WAN, HUNYUAN])
+def test_8_bit_floats_are_read_with_all_their_values(
+    sources: dict[str, Source], tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    source = sources[kind]
+    pairs = {name: tuple(part.to(dtype).float() for part in pair) for name, pair in source.adapters.items()}
+    path = write(source, "musubi-tuner", tmp_path / "lora.safetensors")
+    save_file({n: t if n.endswith(".alpha") else t.to(dtype) for n, t in load_file(path).items()}, path)
+    adapters, scale = read(path, source.family)
+    check_equal({name: t.float() for name, t in adapters.items()}, scale, Source(kind, source.folder, pairs))
+    for layout in ("diffusers", "comfyui", "kohya"):  # 8-bit floats can be neither added nor compared
+        assert all(t.isfinite().all() for t in to_layout(adapters, scale, source.family, layout).values())
+
+
+@pytest.mark.parametrize("suffix", [".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("layout", ["musubi-tuner", "diffusion-pipe, ai-toolkit", "OneTrainer"])
+def test_8_bit_floats_are_multiplied_by_their_scales(
+    sources: dict[str, Source], tmp_path: Path, layout: str, suffix: str
+) -> None:
+    source = sources[WAN]
+    path = write(source, layout, tmp_path / "lora.safetensors", diffusers_names=layout == "OneTrainer")
+    stored = load_file(path)
+    halves = [name for name in stored if name.endswith(".weight")]
+    scales = {f"{name.removesuffix('.weight')}{suffix}": torch.tensor(0.25) for name in halves}
+    scaled = {name: (4 * stored[name]).to(torch.float8_e5m2) for name in halves}
+    save_file({**stored, **scaled, **scales, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
+    adapters, scale = read(path, "wan")
+    pairs = {}
+    for name, (a, b) in source.adapters.items():
+        b = b if scale != 1 else SCALE * b  # of a layout without alpha
+        pairs[name] = tuple((4 * part).to(torch.float8_e5m2).float() / 4 for part in (a, b))
+    for name, (a, b) in pairs.items():
+        assert torch.equal(adapters[f"{name}.lora_A.weight"], a) and torch.equal(adapters[f"{name}.lora_B.weight"], b)
+
+
+def test_other_quantized_values_and_odd_alphas_are_refused(sources: dict[str, Source], tmp_path: Path) -> None:
+    path = write(sources[WAN], "musubi-tuner", tmp_path / "lora.safetensors")
+    state = load_file(path)
+    module = "lora_unet_blocks_0_ffn_0"
+    half, alpha = f"{module}.lora_up.weight", f"{module}.alpha"
+    eight = {half: state[half].to(torch.float8_e4m3fn)}
+    scale = f"{module}.lora_up.scale_weight"
+    for change, message in (
+        ({half: state[half].to(torch.int8)}, rf"quantized in a way.*: {half} has torch\.int8\. Fix: multiply"),
+        ({scale: torch.ones(())}, f"{half} is scaled and has no 8-bit floats"),
+        ({**eight, scale: torch.ones(3)}, f"{half} has 3 scales"),
+        ({**eight, f"{module}.lora_up.weight_scale_2": torch.ones(3)}, r"with quantized values: .*Fix: multiply"),
+        ({alpha: torch.zeros(())}, "has an alpha of 0"),
+        ({alpha: torch.ones(2)}, f"{alpha} has 2 values, an alpha has one.*Fix: copy or download"),
+        ({half: torch.ones(3, 0), half.replace("up", "down"): torch.ones(0, 3)}, "its rank is 0"),
+        ({"diffusion_model.blocks.0.norm3.set_weight": torch.ones(3)}, "whole tensors that replace.*extract_lora"),
+    ):
+        save_file({**state, **change}, path)
+        with pytest.raises(UserError, match=message):
+            read(path, "wan")
+    save_file({**state, alpha: torch.tensor([2], dtype=torch.int64), f"{module}.comfy_quant": torch.ones(3)}, path)
+    check_equal(*read(path, "wan"), sources[WAN])  # SCALE * RANK is 2
+    del state[alpha]
+    save_file(state, path)  # kohya's networks take the rank for an alpha that a module does not have
+    adapters, factor = read(path, "wan")
+    b = sources[WAN].adapters["blocks.0.ffn.net.0.proj"][1]
+    assert torch.equal(factor * adapters["blocks.0.ffn.net.0.proj.lora_B.weight"], b)
+
+
 def test_what_a_file_is_instead_of_a_lora_is_named(sources: dict[str, Source], tmp_path: Path) -> None:
     path = write(sources[WAN], "musubi-tuner", tmp_path / "lora.safetensors")
     content = path.read_bytes()

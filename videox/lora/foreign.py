@@ -11,6 +11,7 @@ EXTRACT = "scripts/export.py MERGED lora.safetensors --layout diffusers --extrac
 MERGE = (
     f"merge it into its base model with the program that trained it, then extract a LoRA from the result: {EXTRACT}"
 )
+UNQUANTIZE = "multiply its tensors by their scales and save them as bfloat16 or float32"
 REMOVE = "remove these tensors from the file, and pass the rest"
 # What it is, a pattern of its tensor names, and the way to convert it; the first that matches is reported.
 KINDS = (
@@ -23,6 +24,8 @@ KINDS = (
     ("a LoCon with a Tucker decomposition", r"[._]lora_mid\.", MERGE),
     ("a rank-stabilized LoRA of a musubi-tuner fork", r"\.use_rslora_flag$", MERGE),
     ("a LoRA with differences of whole tensors (diff)", r"\.diff(_b|_m)?$|\.[wb]_norm$", MERGE),
+    ("a LoRA with whole tensors that replace the model's", r"\.(set|reshape)_weight$", MERGE),
+    ("a LoRA with quantized values", r"\.\w+_scale(_\d)?$|\.(absmax|zero_point)$|\.quant_(map|state)", UNQUANTIZE),
     ("a LoRA with trained biases", r"lora_B(\.[^.]+)?\.bias$", MERGE),
     ("a LoRA of the text encoder", r"^lora_te\d?_|^text_encoder", f"the text encoders are not trained: {REMOVE}"),
     (

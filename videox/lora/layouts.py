@@ -196,7 +196,9 @@ def read_adapters(
         a, b = (_matrix(state[parts[half]]) for half in "AB")
         if b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"{parts['A']} is {list(a.shape)}, {parts['B']} {list(b.shape)}: their ranks differ")
-        scale = _alpha(state[parts["alpha"]]) / len(a) if "alpha" in parts else default_scale(module.name, len(a))
+        if not len(a):
+            raise ValueError(f"{parts['A']} is {list(a.shape)}: its rank is 0")
+        scale = _alpha(parts["alpha"], state) / len(a) if "alpha" in parts else default_scale(module.name, len(a))
         split = _split(module.name, a, b, family) if module.published else {module.name: (a, b)}
         if again := split.keys() & adapters.keys():
             raise ValueError(f"the adapter of {min(again)} is in the file twice")
@@ -211,9 +213,11 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _alpha(tensor: Tensor) -> float:
+def _alpha(name: str, state: Mapping[str, Tensor]) -> float:
     """Return an alpha as the shortest decimal number that has its float32 value: 0.1 instead of 0.10000000149."""
-    return float(str(np.float32(tensor.item())))
+    if state[name].numel() != 1:
+        raise ValueError(f"{name} has {state[name].numel()} values, an alpha has one")
+    return float(str(np.float32(state[name].item())))
 
 
 def _split(module: str, a: Tensor, b: Tensor, family: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from videox.errors import LOAD_ERRORS, MODEL, UserError
-from videox.lora.foreign import MERGE, OTHER_ADAPTERS, explain_unread, foreign_model
+from videox.lora.foreign import MERGE, OTHER_ADAPTERS, UNQUANTIZE, explain_unread, foreign_model
 from videox.lora.layouts import Adapter, group_names, read_adapters
 from videox.lora.names import family_of_names
 from videox.weights.expert_names import EXPERTS
 from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.header import parse_json_object, read_metadata
+from videox.weights.lazy_tensor import FLOAT8_DTYPES
+from videox.weights.reader import FP8_MARKER, IGNORED_SUFFIXES, SCALE_SUFFIXES
 
 STEM = "pytorch_lora_weights"  # the stem of diffusers' LORA_WEIGHT_NAME_SAFE
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PeftModel.save_pretrained names them
@@ -104,7 +107,7 @@ def read_lora(
         adapters = _read_file(file, load, where, family)
     except (*LOAD_ERRORS, SafetensorError) as error:
         cause = " ".join(str(error).split())[:200]
-        what, hint = f"cannot be read ({cause})", "pass a LoRA in safetensors format"
+        what, hint = f"cannot be read ({cause})", "copy or download the file again, or pass another LoRA"
         if isinstance(error, SafetensorError) and file.is_file():
             what = describe_damage(file, cause)
             hint = "run `git lfs pull` in its folder" if describe_pointer(file) else "copy or download the file again"
@@ -121,13 +124,16 @@ def read_lora(
 
 
 def _check_values(adapters: Mapping[str, Adapter], path: Path, where: str) -> None:
-    """Raise UserError (MODEL) for a value that is not finite: training would fail at its first step."""
+    """Raise UserError (MODEL) for a value that is not finite, with which the first step fails, and for an alpha of 0."""
     for name, adapter in adapters.items():
         if not (
             math.isfinite(adapter.scale) and all(part.float().isfinite().all() for part in (adapter.a, adapter.b))
         ):
             hint = "pass another file, such as one that was saved before its training failed"
             raise UserError(where, f"{path} has values that are not finite, in {name}", hint, MODEL)
+        if adapter.scale == 0:
+            what = f"{path} has an alpha of 0, which switches its adapters off, in {name}"
+            raise UserError(where, what, "set each alpha to the one of the training (often the rank)", MODEL)
 
 
 def _read_file(
@@ -139,10 +145,11 @@ def _read_file(
     with safe_open(path, "pt") as opened:
         names = list(opened.keys())
     family = family or family_of_names(names)
-    groups, unread = group_names(names, family)
+    of_8_bits = {name for name in names if name.endswith((*SCALE_SUFFIXES, *IGNORED_SUFFIXES, FP8_MARKER))}
+    groups, unread = group_names((name for name in names if name not in of_8_bits), family)
     settings = parse_json_object(header.get(SETTINGS, "{}"))
     published = any(module.published for module in groups)  # diffusers converts these for published widths only
-    if not (unread or published) and all(name.startswith(PREFIX) for name in names):
+    if not (unread or published or of_8_bits) and all(name.startswith(PREFIX) for name in names):
         state, loaded = load(
             path.parent, weight_name=path.name, return_lora_metadata=True, local_files_only=True, use_safetensors=True
         )
@@ -159,7 +166,33 @@ def _read_file(
     settings = {key.removeprefix(PREFIX): value for key, value in settings.items()}
     if not settings and path.stem == PEFT_STEM and (config := path.with_name(PEFT_CONFIG)).is_file():
         settings = parse_json_object(config.read_text(encoding="utf-8", errors="replace"))
-    return read_adapters(state, groups, family, _scale_rule(settings, path, where))
+    return read_adapters(_dequantize(state, path, where), groups, family, _scale_rule(settings, path, where))
+
+
+def _dequantize(state: Mapping[str, Tensor], path: Path, where: str) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA, 8-bit floats multiplied by their scales.
+
+    8-bit floats without a scale become bfloat16, which has all of their values; those with one become float32.
+
+    Raises:
+        UserError: (MODEL) A or B has integers, or a scale is not one number for 8-bit floats.
+    """
+    halves = {name: tensor for name, tensor in state.items() if name.endswith(".weight")}
+    scales = {
+        f"{name.removesuffix(suffix)}.weight": tensor
+        for name, tensor in state.items() for suffix in SCALE_SUFFIXES if name.endswith(suffix)
+    }  # fmt: skip
+    eight_bits = {name: tensor for name, tensor in halves.items() if tensor.dtype in FLOAT8_DTYPES}
+    faults = [f"{name} has {tensor.dtype}" for name, tensor in halves.items() if not tensor.is_floating_point()]
+    faults += [f"{name} is scaled and has no 8-bit floats" for name in scales if name not in eight_bits]
+    faults += [f"{name} has {scale.numel()} scales" for name, scale in scales.items() if scale.numel() != 1]
+    if faults:
+        raise UserError(where, f"{path} is quantized in a way that cannot be read: {faults[0]}", UNQUANTIZE, MODEL)
+    floats = {
+        name: tensor.float() * scales[name].float().reshape(()) if name in scales else tensor.to(torch.bfloat16)
+        for name, tensor in eight_bits.items()
+    }
+    return {**state, **floats}
 
 
 def _scale_rule(settings: Mapping[str, Any], path: Path, where: str) -> Callable[[str, int], float]:
