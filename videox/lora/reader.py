@@ -124,7 +124,7 @@ def read_lora(
 
 
 def _check_values(adapters: Mapping[str, Adapter], path: Path, where: str) -> None:
-    """Raise UserError (MODEL) for a value that is not finite, with which the first step fails, and for an alpha of 0."""
+    """Raise UserError (MODEL) for a value that is not finite, which fails the first step, and for an alpha of 0."""
     for name, adapter in adapters.items():
         if not (
             math.isfinite(adapter.scale) and all(part.float().isfinite().all() for part in (adapter.a, adapter.b))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from videox.rng import Purpose, hash_key, uniform
 
 TRIGGER = "[trigger]"  # replaced by the trigger word wherever a caption has it
-# What else stands for the trigger word in captions that were written for ai-toolkit, or by hand. It is reported and not
+# What else stands for the trigger word in captions that were written by hand or for ai-toolkit. It is reported and not
 # replaced: runs that were begun with it continue with the captions that they had.
 _OTHER_PLACEHOLDERS = r"(?i)\[(?:trigger|name)\]"
 _MARK = "\x1e"  # ASCII record separator: begins a stored text that is more than one plain caption
