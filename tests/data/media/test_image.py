@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from tests.support.skips import skip_missing
 from videox.data.media.container import BadMedia, MediaInfo
@@ -55,6 +55,22 @@ def test_a_damaged_avif_whose_header_is_sound_is_undecodable(tmp_path: Path) -> 
     with pytest.raises(BadMedia) as refused:
         read_image(path, 32, 32)
     assert refused.value.media_class == "undecodable"
+
+
+@pytest.mark.parametrize("tags", [{254: 1, 271: "NIKON"}, {50706: b"\1\4\0\0"}], ids=["NEF", "DNG"])
+def test_the_preview_in_a_raw_photo_is_not_the_photo(tmp_path: Path, tags: dict[int, object]) -> None:
+    """Pillow opens the first picture of a raw photo, which is a preview of a few hundred pixels."""
+    preview, photo = gradient(48, 32), gradient(96, 64)
+    stored = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        stored[tag] = value
+    path = tmp_path / "photo.tif"
+    preview.save(path, tiffinfo=stored, save_all=True, append_images=[photo])
+    for call, arguments in ((probe, ()), (read_image, (16, 16))):
+        with pytest.raises(BadMedia, match=r"undecodable: a raw photo.*save it as PNG or JPEG"):
+            call(path, *arguments)
+    preview.save(path, save_all=True, append_images=[photo])  # two pages
+    assert probe(path).width == 48
 
 
 def save_heic(path: Path, image: Image.Image, **options: object) -> Path:

@@ -36,7 +36,7 @@ DECODINGS = {
 # Version of what `probe` finds out of the files of a format; 1 where a format is not listed. It is increased when the
 # same file would be measured, accepted or decoded otherwise: an index probes the files of that format again.
 PROBE_VERSIONS = {
-    "PNG": 3, "TIFF": 2, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 3, "matroska": 4, "mpegts": 4, "mpeg": 2, "flv": 4, "avi": 3,
+    "PNG": 3, "TIFF": 3, "GIF": 2, "WEBP": 2, "AVIF": 2, "mov": 3, "matroska": 4, "mpegts": 4, "mpeg": 2, "flv": 4, "avi": 3,
     "asf": 2,
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ _PILLOW_ERRORS = (
 )  # fmt: skip
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
+_NEW_SUBFILE_TYPE, _REDUCED, _DNG_VERSION = 254, 1, 50706  # TIFF 6.0, section 8: bit 0; DNG 1.6, chapter 4
 _TO_UPRIGHT = {  # EXIF 2.3 table 4.6.4: orientation -> transform that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,7 +94,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
 
     Raises:
         BadMedia: the classes of `open_container`, needs_package (HEIF without pillow-heif), too_large (before
-            decoding), truncated, or undecodable.
+            decoding), truncated, or undecodable (also for the preview in a raw photo).
     """
     with open_image(path) as image:
         pixels = upright_pixels(image)
@@ -132,8 +133,17 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with pillow_errors_to_bad_media():
             source = stack.enter_context(open_png(path)) if container.format == "PNG" else path
             image = stack.enter_context(Image.open(source, formats=[container.format]))
+            is_preview = container.format == "TIFF" and _is_preview(image)
+        if is_preview:
+            raise BadMedia("undecodable", "a raw photo, of which only the preview can be read: save it as PNG or JPEG")
         check_pixels(*image.size)
         yield image
+
+
+def _is_preview(image: Image.Image) -> bool:
+    """Return whether the first picture of a TIFF file is a smaller version of another, as in DNG, NEF and ARW."""
+    tags = getattr(image, "tag_v2", {})
+    return bool(tags.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED) or _DNG_VERSION in tags
 
 
 def _register_heif() -> None:

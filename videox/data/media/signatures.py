@@ -98,10 +98,12 @@ _OTHER_PREFIXES = (
     (b"SMK4", "a Smacker video: convert it to mp4"),
     (b"BBCD", "a Dirac video without a container; convert it to mp4"),
 )
+_RAW_TIFF = rb"II\*\0.{4}CR"  # a CR2 file: a TIFF file whose first picture is a preview
 # The same for formats whose first bytes are not constant.
 _OTHER_HEADS = tuple(
     (re.compile(pattern, re.DOTALL), what)
     for pattern, what in (
+        (_RAW_TIFF + rb"|IIU\0|IIR[OS]|MMOR|FUJIFILMCCD-RAW", "a raw photo of a camera: save it as PNG or JPEG"),
         (rb"P[1-6]\s+[#\d]|P7\n|P[Ff]\s+\d", "a Netpbm image: convert it to PNG"),
         # The number of images in it, then a reserved byte of the first one.
         (rb"\x00\x00[\x01\x02]\x00[\x01-\x40]\x00...\x00", "an icon"),
@@ -156,7 +158,7 @@ def recognise(head: bytes) -> str:
     """
     for prefix, format_name in _PREFIXES:
         if head.startswith(prefix):
-            return format_name
+            return "" if re.match(_RAW_TIFF, head, re.DOTALL) else format_name
     found = _recognise_riff(head) or _recognise_boxes(head) or _recognise_bmp(head) or _recognise_ogg(head)
     # Before the start codes, since the timestamp before a packet may look like one.
     found = found or _recognise_ts(head, (0, 4)) or _recognise_elementary(head)
