@@ -29,7 +29,7 @@ class NoiseWindow(NamedTuple):
             train_sampling_steps: how many of the 1000 timesteps are trained, noisiest first.
         """
         t = (NUM_TRAIN_TIMESTEPS - np.arange(train_sampling_steps)) / NUM_TRAIN_TIMESTEPS
-        sigmas = shift * t / (1 + (shift - 1) * t)
+        sigmas = (shift * t / (1 + (shift - 1) * t)).astype(np.float32)  # as they are drawn, and as pipelines compare
         inside = np.flatnonzero((self.lowest <= sigmas) & (sigmas < self.end))
         return range(int(inside[0]), int(inside[-1]) + 1) if len(inside) else range(0)
 
