@@ -130,7 +130,8 @@ def refuse_changed_plan(
             accept = f"add --accept_data_change={AT_ONCE} to train the new data at once, "
         start = data.start_flag if data is not None else START_FLAG
         hint = f"{accept}resume with the original data and flags, or start a new run in another --output_dir from its weights ({start})"
-        raise UserError("--resume_from_checkpoint", "the schedule would change: " + "; ".join(changed), hint, MODEL)
+        what = changed[0] if only_data else "the schedule would change: " + "; ".join(changed)
+        raise UserError("--resume_from_checkpoint", what, hint, MODEL)
 
 
 def _setting_name(name: str) -> str:
