@@ -48,6 +48,9 @@ def test_gpus_that_wait_for_others_take_longer() -> None:
 def test_what_limits_a_step_is_named() -> None:
     parts = Parts(attention=6, matmul=3, memory=0.9, launches=0.1)
     assert limit_words(parts) == "limited by attention (60%; matrix products 30%, memory traffic 9%)"
+    waiting = Parts(attention=3, waiting=1)
+    assert limit_words(waiting, gpus=8) == "limited by attention (75%; waiting for other GPUs 25%)"
+    assert limit_words(waiting, gpus=1) == "limited by attention (75%; padding of the last step 25%)"
     assert limit_words(Parts(assumed=2)) == "limited by the model's FLOPs (100%)"
 
 
@@ -64,8 +67,9 @@ def test_the_lines_have_the_computed_numbers() -> None:
 
 
 def test_flags_are_listed_by_the_time_that_they_save() -> None:
-    gains = [FlagGain("--b", 1.0, 2.0**30), FlagGain("--long", -2.5, -(2.0**31), 2.0**30, "needs it")]
+    useless = [FlagGain("--slower", 1.0, 2.0**30), FlagGain("--nothing", 0.0, 0.0, 2.0**30)]
+    gains = [*useless, FlagGain("--b", 1.0, -(2.0**30)), FlagGain("--long", -2.5, -(2.0**31), 2.0**30, "needs it")]
     title, *lines = gain_lines(gains)
-    assert "computed, not measured" in title and not gain_lines([])
-    expected = ["--long -2.5 s -2.0 GiB, +1.0 GiB of host memory; needs it", "--b +1 s +1.0 GiB"]
+    assert "computed, not measured" in title and not gain_lines([]) and not gain_lines(useless)
+    expected = ["--long -2.5 s -2.0 GiB, +1.0 GiB of host memory; needs it", "--b +1 s -1.0 GiB"]
     assert [" ".join(line.split()) for line in lines] == expected

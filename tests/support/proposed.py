@@ -49,7 +49,7 @@ def printed_proposals(stdout: str) -> list[tuple[bool, list[str], float]]:
     """Return the printed proposals: whether the run then fits, the flags of each change, and GiB after the last."""
     found: list[tuple[bool, list[str], float]] = []
     for line in stdout.splitlines():
-        if line.strip() in ("to make it fit, the cheapest changes first:", "or, with more GPUs:"):
+        if line.strip().startswith(("to make it fit, the cheapest changes first", "or, with more GPUs")):
             found.append((True, [], 0.0))
         elif "none of the changes that were tried makes it fit" in line:
             found.append((False, [], 0.0))

@@ -110,6 +110,17 @@ def test_files_and_recipes_that_do_not_exist_are_named(parser: Parser, tmp_path:
     assert "nowhere.yaml cannot be read" in line_of(parser, "--config", "nowhere.yaml")
     assert "use t2v-1.3b-lora-24gb, or see --list_recipes" in line_of(parser, "--recipe", "t2v-1.3b-lora-24")
     assert "is not a recipe of this script" in line_of(parser, "--recipe", "../secrets")
+    for size in ("16gb", "80gb"):  # a name that may mean several recipes: all of them
+        write(tmp_path / f"recipes/wan2.1/t2v-1.3b-lora-{size}.yaml", "seed: 1")
+    several = "use t2v-1.3b-lora-16gb, t2v-1.3b-lora-24gb, t2v-1.3b-lora-80gb, or see"
+    assert several in line_of(parser, "--recipe", "t2v-1.3b-lora-4090")
+    assert "use t2v-1.3b-lora-24gb, or see" in line_of(parser, "--recipe", "t2v-1.3b-lora-24")
+
+
+def test_a_mistyped_choice_is_named(parser: Parser) -> None:
+    assert line_of(parser, "--gpu", "4090").endswith("Fix: did you mean rtx4090.")
+    assert line_of(parser, "--gpu", "H100").endswith("Fix: did you mean h100.")
+    assert line_of(parser, "--gpu", "tpu-v5").endswith("Fix: see --help.")
 
 
 def test_a_value_of_the_command_line_is_not_blamed_on_a_file(parser: Parser, tmp_path: Path) -> None:
@@ -143,7 +154,7 @@ def test_the_table_has_a_row_for_each_recipe(
     folder = tmp_path / "recipes" / "wan2.1"
     for name in ("a-24gb", "b-80gb"):
         launch = "accelerate launch --num_processes 8 train.py" if name == "b-80gb" else "python train.py"
-        sample = "video_sample_size: 640\nvideo_sample_n_frames: 81\n"
+        sample = "gpu: rtx4090\nvideo_sample_size: 640\nvideo_sample_n_frames: 81\n"
         write(folder / f"{name}.yaml", f"# Launch: {launch}\n{sample}seed: 1")
     row = {
         "gpus": 1,
@@ -157,7 +168,7 @@ def test_the_table_has_a_row_for_each_recipe(
     recipes = {"a-24gb": row, "b-80gb": {**row, "card_gib": 80}}
     write(folder.parent / "figures.json", json.dumps({"data": "200 clips", "recipes": {"wan2.1": recipes}}))
     header, first, second, _, data, _, _, _, launch = recipe_table(folder)
-    assert " ".join(first.split()) == "a-24gb 1 20.0 of 24 GiB 81 x 640 x 640 3.2 s 7 h 3 GB LoRA"
+    assert " ".join(first.split()) == "a-24gb 1 x rtx4090 20.0 of 24 GiB 81 x 640 x 640 3.2 s 7 h 3 GB LoRA"
     assert header.index("memory") == first.index("20.0") == second.index("20.0") and "200 clips" in data
     assert launch == "b-80gb: accelerate launch --num_processes 8 train.py --recipe b-80gb ..."
     with pytest.raises(SystemExit) as ended:
@@ -169,6 +180,12 @@ def test_an_empty_command_line_prints_what_to_do(parser: Parser, capsys: pytest.
     with pytest.raises(SystemExit) as ended:
         parser.parse([])
     text = capsys.readouterr().err
-    assert ended.value.code == 2 and len(text.splitlines()) == 5
-    for words in ("--pretrained_model_name_or_path", "--list_recipes", "make demo", "README.md"):
+    assert ended.value.code == 2 and len(text.splitlines()) == 8
+    for words in (
+        "--recipe NAME --train_data_dir CLIPS",
+        "--pretrained_model_name_or_path",
+        "--list_recipes",
+        "make demo",
+        "README.md",
+    ):
         assert words in text

@@ -62,9 +62,9 @@ class Duration:
         return self.epoch * self.epochs + self.encoding * encoded_epochs
 
 
-def rounded_hours(hours: float) -> str:
-    """Return hours in words: three digits, and all of them from 1,000 on."""
-    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}"
+def three_digits(number: float) -> str:
+    """Return a number in words: three digits, and all of them from 1,000 on."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
 def format_duration(seconds: float) -> str:
@@ -85,4 +85,4 @@ def format_gpu_time(seconds: float, gpus: int, price: float | None) -> str:
     """
     hours = seconds * gpus / 3600
     cost = "" if price is None else f", {hours * price:,.2f} at {price:g} per GPU hour"
-    return f"{format_duration(seconds)} on {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({rounded_hours(hours)} GPU hours{cost})"
+    return f"{format_duration(seconds)} on {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({three_digits(hours)} GPU hours{cost})"

@@ -9,7 +9,9 @@ from videox.estimate.step_time import Parts, StepModel
 from videox.shapes import Bucket, token_count
 
 GIB = 2**30
+ALONE = "padding of the last step"  # what "waiting" is on one GPU: slots of a step that have no sample
 SMALL_SHARE = 0.02  # parts of a step below this share are not named
+LEAST_GAIN = GIB / 20  # bytes of a GPU that are printed as more than 0.0 GiB
 MOST_BUCKETS = 8  # sizes of micro-batches that are listed
 NAMES = {
     "attention": "attention", "matmul": "matrix products", "memory": "memory traffic",
@@ -125,16 +127,17 @@ class FlagGain:
     words: str = ""
 
 
-def shares(parts: Parts) -> Iterator[tuple[str, float]]:
-    """Yield the names of the parts and their shares, the largest first, without the small ones."""
+def shares(parts: Parts, gpus: int = 1) -> Iterator[tuple[str, float]]:
+    """Yield the names of the parts of a step on so many GPUs and their shares, the largest first, no small ones."""
+    names = NAMES if gpus > 1 else {**NAMES, "waiting": ALONE}
     total = parts.total()
     named = sorted(parts._asdict().items(), key=lambda item: -item[1])
-    yield from ((NAMES[name], value / total) for name, value in named if value >= SMALL_SHARE * total)
+    yield from ((names[name], value / total) for name, value in named if value >= SMALL_SHARE * total)
 
 
-def limit_words(parts: Parts) -> str:
-    """Return what takes the time, the largest part first."""
-    (first, share), *others = shares(parts)
+def limit_words(parts: Parts, gpus: int = 1) -> str:
+    """Return what takes the time of a step on so many GPUs, the largest part first."""
+    (first, share), *others = shares(parts, gpus)
     rest = ", ".join(f"{name} {part:.0%}" for name, part in others)
     return f"limited by {first} ({share:.0%}" + (f"; {rest})" if rest else ")")
 
@@ -152,7 +155,7 @@ def step_time_lines(time: EpochTime, encoding: float, assumed: str, *, most: int
     source = "at an assumed MFU" if time.step.assumed else "computed, not measured"
     lines = [
         f"step, {source}: {time.step.total():.3g} s{encoded}; MFU {time.mfu():.1%} (without encoding); "
-        f"{limit_words(time.step)}",
+        f"{limit_words(time.step, time.gpus)}",
         f"  {assumed}",
     ]
     if len(time.sizes) > 1:
@@ -171,7 +174,11 @@ def _size_words(size: SizeTime, peak: float) -> str:
 
 
 def gain_lines(gains: Sequence[FlagGain]) -> list[str]:
-    """Return the table of what each further flag would give alone, the most time saved first."""
+    """Return the table of what each further flag would give alone, the most time saved first.
+
+    Flags that would save neither time nor memory are left out.
+    """
+    gains = [gain for gain in gains if gain.seconds < 0 or gain.gpu < -LEAST_GAIN]
     if not gains:
         return []
     width = max(len(gain.flags) for gain in gains)

@@ -14,7 +14,7 @@ from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pac
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.estimate.advice import AppliedChange, Proposal
-from videox.estimate.duration import Duration, format_duration, format_gpu_time, rounded_hours
+from videox.estimate.duration import Duration, format_duration, format_gpu_time, three_digits
 from videox.estimate.flops import Network
 from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup, moved_to_host
 from videox.shapes import token_count
@@ -23,6 +23,9 @@ WORLD_SIZES = (1, 8, 64, 512)  # numbers of processes for which balance and mix 
 MUCH_PADDING = 0.02  # share of the slots that are padding, from which it is pointed out
 GIB = 2**30
 EXTRA_FATES = {fate.name.lower() for fate in (Fate.HELD_OUT, Fate.NOT_DRAWN)}
+LAUNCHER_NOTE = (
+    "`accelerate launch` up to --num_processes N takes the place of `python`; other flags follow the script"
+)
 CROP_EPSILON = 1e-6  # a cropped share of the area below this is float rounding
 WIDTH = 36  # characters of a name in the table of memory
 # what the items of Memory, whose names are keys of plan_report.json, are called in the printed report
@@ -237,9 +240,9 @@ def duration_lines(duration: Duration, steps: int, gpus: int, price: float | Non
     """
     encoding = format_duration(duration.encoding)
     if duration.cached and duration.variants:
-        included = (
-            f"encoding is done once per clip and variant ({encoding} per epoch, then read from the latent cache)"
-        )
+        first = "first epoch" if duration.variants == 1 else f"first {duration.variants} epochs"
+        each = "" if duration.variants == 1 else " each"
+        included = f"clips and captions are encoded in the {first} ({encoding}{each}), then read from the latent cache"
         epoch = duration.epoch
     else:
         hint = "" if duration.cached else "; --latent_cache with --cache_variants reads it from disk instead"
@@ -248,7 +251,7 @@ def duration_lines(duration: Duration, steps: int, gpus: int, price: float | Non
     return [
         f"time ({assumed}):",
         f"  step: {format_duration(epoch / steps)}; epoch: {format_gpu_time(epoch, gpus, price)}",
-        f"  run of {duration.epochs:,.3g} epochs: {format_gpu_time(duration.run(), gpus, price)}",
+        f"  run of {round(duration.epochs * steps):,} steps, {three_digits(duration.epochs)} epochs: {format_gpu_time(duration.run(), gpus, price)}",
         f"  {included}; without validation and checkpoints",
     ]
 
@@ -262,8 +265,8 @@ def duration_facts(duration: Duration, steps: int, gpus: int, price: float | Non
         "optimizer step": format_duration(epoch / steps),
         "epoch": f"{format_duration(epoch)}, {steps:,} steps",
         "encoding": f"{format_duration(duration.encoding)}, {'once' if once else 'in each epoch'}",
-        "run": f"{format_duration(duration.run())}, {duration.epochs:,.3g} epochs",
-        "GPU hours": rounded_hours(hours),
+        "run": f"{format_duration(duration.run())}, {three_digits(duration.epochs)} epochs",
+        "GPU hours": three_digits(hours),
     }
     return facts if price is None else {**facts, "price": f"{hours * price:,.2f} at {price:g} per GPU hour"}
 
@@ -307,10 +310,13 @@ def proposal_lines(proposals: Sequence[Proposal], limit: float, goal: str = "to 
     lines = []
     for number, proposal in enumerate(proposals):
         lines.append(_proposal_title(proposal, goal if number == 0 else ""))
+        launcher = any(applied.change.flags.startswith("accelerate launch") for applied in proposal.changes)
         width = max((len(applied.change.flags) for applied in proposal.changes), default=0)
         for applied in proposal.changes:
             change = applied.change
             lines.append(f"    {change.flags:<{width}}  {applied.total / GIB:>7.1f} GiB  {change.effect}")
+        if launcher:
+            lines.append(f"    {LAUNCHER_NOTE}")
         if proposal.changes:
             lines += _host_lines(proposal.changes[-1])
     if proposals and not any(proposal.fits for proposal in proposals):
@@ -331,7 +337,8 @@ def _proposal_title(proposal: Proposal, goal: str) -> str:
     if not proposal.fits:
         smallest = "; the smallest found:" if proposal.changes else ", and none needs less memory"
         return f"none of the changes that were tried makes it fit{smallest}"
-    return f"{goal}, the cheapest changes first:" if goal else "or, with more GPUs:"
+    together = " (all of them; memory after each)" if len(proposal.changes) > 1 else ""
+    return f"{goal}, the cheapest changes first{together}:" if goal else f"or, with more GPUs{together}:"
 
 
 def _host_lines(last: AppliedChange) -> list[str]:

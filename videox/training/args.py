@@ -25,6 +25,17 @@ PATHS = (
     "validation_meta",
 )  # fmt: skip
 
+NOT_GIVEN = {  # flag that is required -> what is wrong without it, and how to fix it
+    "pretrained_model_name_or_path": (
+        "no model is given",
+        "pass a model folder or an id of the Hugging Face Hub, or --recipe NAME, which names a model (see --list_recipes)",
+    ),
+    "train_data_meta": (
+        "no data is given",
+        "pass a folder of clips and captions with --train_data_dir, or a list of them with --train_data_meta",
+    ),
+}
+
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
     """Build the size policy from the flags. Raises UserError where they contradict each other."""
@@ -123,7 +134,7 @@ def _check_required(args: argparse.Namespace) -> None:
     }
     for flag, (value, stand_in) in given.items():
         if not value and not (stand_in and is_dry_run(args)):
-            raise UserError(f"--{flag}", "is required", "see --help, or use --list_recipes for settings to start from")
+            raise UserError(f"--{flag}", *NOT_GIVEN[flag])
 
 
 def planned_model(args: argparse.Namespace) -> str | None:

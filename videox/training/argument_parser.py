@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from videox.errors import FLAGS, INTERRUPTED, PeerFailed, UserError, error_text
 from videox.training.run_files import flags_from_files, switch_booleans
 from videox.training.synonyms import hint_for, nearest_hint
 
+NEAR_CHOICE = 0.6  # difflib ratio from which a value is taken for a mistyped choice
 AUTO = "auto"  # value of a flag that is then decided by the model
 NEVER_READ = "the original trainer parsed it and never used it: remove it"
 REMOVED = {
@@ -82,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError instead of printing the usage."""
         flag = next((word.rstrip(":,") for word in message.split() if word.startswith("--")), "command line")
         where = f"{flag} in {self._files[flag]}" if flag in self._files else flag
-        raise UserError(where, message.removeprefix(f"argument {flag}: "), "see --help")
+        raise UserError(where, message.removeprefix(f"argument {flag}: "), _choice_hint(message) or "see --help")
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; every word must belong to a flag.
@@ -119,6 +122,15 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> UserError:
         return UserError(word, "is not a flag of this script", nearest_hint(word, list(self._option_string_actions)))
+
+
+def _choice_hint(message: str) -> str:
+    """Return the choice that is spelled most like the value of argparse's message, as a hint; "" if none is near."""
+    found = re.search(r"invalid choice: '?([^']*)'? \(choose from (.*)\)$", message)
+    if found is None:
+        return ""
+    near = difflib.get_close_matches(found[1].lower(), found[2].replace("'", "").split(", "), 1, NEAR_CHOICE)
+    return f"did you mean {near[0]}" if near else ""
 
 
 def parse_or_exit(

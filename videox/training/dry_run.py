@@ -29,7 +29,7 @@ from videox.errors import DOES_NOT_FIT, STORAGE, UserError
 from videox.estimate.activation_choice import choice_lines
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
-from videox.estimate.duration import ENCODER_SHARE, Duration, Speed
+from videox.estimate.duration import ENCODER_SHARE, Duration, Speed, format_duration
 from videox.estimate.epoch_time import gain_lines, step_time_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
@@ -307,7 +307,9 @@ def _written_to(folder: Path) -> Iterator[None]:
 
 
 def _print_probing(files: int, seconds: float) -> None:
-    _print(f"{files:,} files are not described by the metadata: probing them takes about {seconds / 60:,.1f} minutes")
+    _print(
+        f"the size and length of {files:,} files are not known yet: reading them takes about {format_duration(seconds)}"
+    )
 
 
 def _print(*lines: str) -> None:

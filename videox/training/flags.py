@@ -39,8 +39,11 @@ PROCESSES = number(int, 1, 65_536)  # of a dry run; its plan holds at least one 
 
 
 INTRODUCTION = """\
-train.py needs a model and data: --pretrained_model_name_or_path MODEL --train_data_meta METADATA, or a recipe.
-  settings for your GPU      {script} --list_recipes
+train.py needs a model and data. A recipe names the model and has the settings for a GPU; CLIPS is a folder of clips and captions:
+  {script} --recipe NAME --train_data_dir CLIPS --output_dir outputs/mine
+  recipes for your GPU       {script} --list_recipes
+  does it fit, and how long  the same command with --dry_run
+  without a recipe           --pretrained_model_name_or_path MODEL --train_data_meta METADATA
   all flags                  {script} --help
   try it without a model     make demo
   from clips to a LoRA       README.md
@@ -55,8 +58,8 @@ def make_parser(description: str | None, modes: Sequence[str], recipes: Path) ->
         modes: values of --train_mode that the family supports.
         recipes: the folder of the family's recipes.
     """
-    required = "--pretrained_model_name_or_path MODEL --train_data_meta METADATA"
-    usage = f"%(prog)s {required} [flags below]"  # argparse's own takes a page
+    usage = "%(prog)s --recipe NAME --train_data_dir CLIPS [flags below]\n"  # argparse's own takes a page
+    usage += "       %(prog)s --pretrained_model_name_or_path MODEL --train_data_meta METADATA [flags below]"
     introduction = INTRODUCTION.format(script=f"python scripts/{recipes.name}/train.py")
     parser = Parser(description=description, usage=usage, recipes=recipes, introduction=introduction)
     add_run_files(parser, recipes)
@@ -376,7 +379,8 @@ def add_run(parser: Parser) -> None:
 def add_dry_run(parser: Parser) -> None:
     """Add the flags of --dry_run and --explain, and those of the hardware that estimates assume."""
     add = parser.add_argument_group("dry run and estimates").add_argument
-    add("--dry_run", action="store_true", help="print what would be trained and what it needs, then exit")
+    dry_run = "print what would be trained and what it needs, then exit, with code 8 if it does not fit the GPU"
+    add("--dry_run", action="store_true", help=dry_run)
     explain = "print how this row of the metadata is used in every epoch, then exit (0 = the first row)"
     add("--explain", type=COUNT_OR_ZERO, metavar="ROW", help=explain)
     plans = "dry run: also write the plan of the first epoch, as plan-N.jsonl for each of these numbers of processes"

@@ -19,6 +19,7 @@ from videox.training.synonyms import nearest_hint
 
 FILE_FLAGS = ("config", "recipe", "list_recipes", "help")  # not allowed inside a file
 LAUNCH = "# Launch: "  # begins the line of a recipe with its launch command
+MISTYPED = 0.9  # difflib ratio from which a name is taken for a mistyped recipe
 FIGURES = "figures.json"  # in the folder above the recipes of a family
 # Flags of an args.json that say how that run was started, and not what it trained.
 _NOT_REPEATED = (
@@ -144,8 +145,8 @@ def recipe_path(name: str, folder: Path) -> Path:
     """Return the file of a recipe; raises UserError with the nearest name for an unknown one."""
     names = recipe_names(folder)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0.3)
-        meant = f"use {near[0]}, or " if near else ""
+        near = difflib.get_close_matches(name, names, 1, MISTYPED) or difflib.get_close_matches(name, names, 4, 0.3)
+        meant = f"use {', '.join(sorted(near))}, or " if near else ""
         raise UserError("--recipe", f"{name} is not a recipe of this script", f"{meant}see --list_recipes")
     return folder / f"{name}.yaml"
 
@@ -170,14 +171,14 @@ def recipe_table(folder: Path) -> list[str]:
         side, frames = (_value_in(text, key) for key in ("video_sample_size", "video_sample_n_frames"))
         times = f"{row['seconds_per_step']:.1f} s", f"{row['hours']:g} h"
         samples, disk = f"{frames} x {side} x {side}", f"{row['disk_gb']:.0f} GB"
-        rows.append((name, str(row["gpus"]), memory, samples, *times, disk, row["what"]))
+        rows.append((name, f"{row['gpus']} x {_value_in(text, 'gpu')}", memory, samples, *times, disk, row["what"]))
         if not (launch := launch_in(text)).startswith("python "):
             launches.append(f"{name}: {launch} --recipe {name} ...")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [
         f"estimated for {content['data']}; `--recipe NAME --dry_run` estimates for your data",
-        "samples: frames x the sides of a square with as many pixels",
+        "samples: at most so many frames x the sides of a square with as many pixels",
     ]
     return [*table, "", *notes, *(["", "recipes that need a launcher:", *launches] if launches else [])]
 
