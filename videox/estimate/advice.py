@@ -276,7 +276,7 @@ def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
         return []
     if group == HOST:
         offload = "inputs of recomputed blocks are in host memory between the passes"
-        stream = "frozen weights rest in host memory and are copied when a block runs: bit-identical results"
+        stream = "frozen weights stay in host memory and are copied when a block runs: bit-identical results"
         return [
             Change(HOST, "--offload_activations", offload, _offload_activations),
             Change(HOST, "--stream_blocks all", stream, partial(_stream, blocks=blocks)),

@@ -109,7 +109,7 @@ class MemorySetup:
         keep: what recomputed blocks keep (--gradient_checkpointing_keep), "" for nothing.
         offload_activations: inputs of recomputed blocks are in host memory between the passes.
         base_precision: of the frozen linear layers of the blocks under a LoRA (--base_precision).
-        streamed: number of blocks whose frozen weights rest in host memory (--stream_blocks).
+        streamed: number of blocks whose frozen weights stay in host memory (--stream_blocks).
         text_precision: of the linear layers of the text encoder's blocks (--text_encoder_precision).
         vae_tiled: the VAE encodes in tiles (--vae_tiling).
     """

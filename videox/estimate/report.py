@@ -360,7 +360,7 @@ def memory_lines(memory: Memory, setup: MemorySetup, limit: float, proposals: Se
         f"{setup.batch} x {setup.tokens:,} tokens:"
     ]
     lines += [f"  {LABELS.get(name, name):>{WIDTH}} {size / GIB:>8.2f} GiB" for name, size in states]
-    lines.append("  plus the larger of these peaks, and the overhead:")
+    lines.append("  plus the largest of these peaks, and the overhead:")
     for phase in phases.values():
         names = " + ".join(LABELS.get(name, name) for name, size in phase.items() if size)
         sizes = " = " + " + ".join(f"{size / GIB:.2f}" for size in phase.values() if size) if "+" in names else ""

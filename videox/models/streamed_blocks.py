@@ -1,4 +1,4 @@
-"""Streamed blocks (--stream_blocks): their frozen weights rest in host memory, and are on the GPU only while they run.
+"""Streamed blocks (--stream_blocks): their frozen weights stay in host memory, and are on the GPU only while they run.
 
 The weights of a block are copied to the GPU for each of its runs, in the forward pass and when the backward pass
 computes it again. The copy of the next block runs beside the computation, in a stream of its own. Two buffers on the

@@ -43,7 +43,7 @@ def add_speed(parser: Parser) -> None:
     )
     add("--text_encoder_precision", choices=PRECISIONS, default=BF16, help=text)
     stream = (
-        "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) rest in host memory and are copied to the "
+        "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) stay in host memory and are copied to the "
         "GPU when a block runs; for a LoRA with --gradient_checkpointing; results are bit-identical"
     )
     add("--stream_blocks", type=stream_count, metavar="auto|N|all", help=stream)
