@@ -76,6 +76,19 @@ def test_what_was_passed_over_is_counted_by_suffix(folder: Path) -> None:
         assert counted in note
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "metadata.jsonl", "metadata.csv"])
+def test_a_list_in_the_folder_is_named_where_captions_are_missing(tmp_path: Path, name: str) -> None:
+    """As VideoX-Fun's and Hugging Face's folders are: the list is beside the clips, which have no .txt files."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_video(folder / "a.mp4", "mov", "mpeg4")
+    (folder / name).write_text('[{"file_path": "a.mp4", "text": "a dog"}]')
+    warning = f"warning: {name} is not read for captions, --train_data_meta {folder / name} reads it"
+    assert warning in build(folder).notes
+    (folder / "a.txt").write_text("a dog")
+    assert warning not in build(folder).notes
+
+
 def test_a_pointer_with_the_suffix_of_a_video_is_a_bad_row(folder: Path) -> None:
     (folder / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
     (problem,) = build(folder).problems()

@@ -15,6 +15,8 @@ from videox.data.index.media_files import count_suffixes, find_media, of_kind
 from videox.errors import DATA, FLAGS, UserError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
+# Usual names of a list of a folder's files with their captions, which is read where it is passed itself.
+_LIST_NAMES = tuple(f"metadata{suffix}" for suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet"))
 _INDEX_SUFFIXES = (".arrow", ".partial")  # of saved indexes, which change while the folder does not
 
 
@@ -108,6 +110,8 @@ def read_folder(folder: Path, data_dir: Path, rules: FolderRules = ALL_FILES) ->
         notes.append(
             f"{len(passed_over)} files are neither image, video nor caption, by their content ({named}; first: {first!r})"
         )
+    if without_caption and (lists := [name for name in map("".join, passed_over) if name in _LIST_NAMES]):
+        notes.append(f"warning: {lists[0]} is not read for captions, --train_data_meta {folder / lists[0]} reads it")
     if without_caption:
         count, first = len(without_caption), without_caption[0]
         notes.append(f"{count} media files have no {names} file, their caption is empty (first: {first!r})")
