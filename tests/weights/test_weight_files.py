@@ -89,6 +89,20 @@ def test_a_complete_file_is_preferred_to_an_index_without_its_shards(tmp_path: P
     assert not has_standard_names(folder)  # from_pretrained would follow the index
 
 
+def test_a_variant_is_read_beside_the_index_of_files_that_were_not_downloaded(tmp_path: Path) -> None:
+    """As `hf download --include "*.bf16*" "*.json"` leaves a folder: it has every index, and one variant's shards."""
+    shards = [f"{STEM}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    folder = write(tmp_path / "m", *shards, index=f"{STEM}.safetensors.index.json")
+    for name in shards:
+        (folder / name).rename(folder / name.replace(STEM, f"{STEM}.bf16"))
+    chosen = [name.replace(STEM, f"{STEM}.bf16") for name in shards]
+    assert [path.name for path in weight_files(folder)] == chosen and not has_standard_names(folder)
+    (folder / "lora.safetensors").write_bytes((folder / chosen[0]).read_bytes())
+    assert [path.name for path in weight_files(folder)] == chosen
+    (folder / chosen[0]).rename(folder / shards[0])  # now the download of the others began
+    assert f"{shards[1]}, which is missing" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("names", "missing"),
     [

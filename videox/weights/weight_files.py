@@ -48,7 +48,8 @@ class WeightSet:
 def weight_sets(folder: Path) -> list[WeightSet]:
     """List the sets of safetensors weights in a folder, the preferred one first.
 
-    Standard names precede others, no variant precedes a variant, and diffusers' stem precedes transformers'.
+    Standard names precede others, sets with files those without, no variant precedes a variant, and diffusers' stem
+    precedes transformers'.
 
     Args:
         folder: folder of a model or of one of its components.
@@ -67,7 +68,10 @@ def weight_sets(folder: Path) -> list[WeightSet]:
     for (name, count), files in groups.items():
         absent = [_shard_name(files, number) for number in range(1, count + 1) if number not in files]
         sets.append(WeightSet(name, tuple(files.values()), tuple(absent)))
-    return sorted(sets, key=lambda item: (item.rank is None, item.rank or (0, 0), bool(item.missing), item.name))
+    # An index may have been downloaded for the names in it alone, with all other .json files: it is no set to complete.
+    return sorted(
+        sets, key=lambda item: (item.rank is None, not item.files, item.rank or (0, 0), bool(item.missing), item.name)
+    )
 
 
 def _parse(path: Path) -> tuple[str, int, int]:
