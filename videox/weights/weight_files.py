@@ -68,7 +68,7 @@ def weight_sets(folder: Path) -> list[WeightSet]:
     for (name, count), files in groups.items():
         absent = [_shard_name(files, number) for number in range(1, count + 1) if number not in files]
         sets.append(WeightSet(name, tuple(files.values()), tuple(absent)))
-    # An index may have been downloaded for the names in it alone, with all other .json files: it is no set to complete.
+    # An index without any of its files was downloaded with all other .json files: it is no set to complete.
     return sorted(
         sets, key=lambda item: (item.rank is None, not item.files, item.rank or (0, 0), bool(item.missing), item.name)
     )
