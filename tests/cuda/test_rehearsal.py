@@ -28,6 +28,7 @@ FEATURES: Mapping[str, Mapping[str, object]] = {
     "cache": {"cached": True},
     "validation": {"validation_rows": 1},
     "streamed": {"lora_rank": 4, "stream_blocks": "all", "offload_activations": True},
+    "quantised": {"lora_rank": 4, "base_precision": "int8", "stream_blocks": "all"},
 }
 BACKENDS = ("fsdp2", "zero2", "zero3")
 # Together they touch every mode, feature and backend.
@@ -38,6 +39,7 @@ SHORT = [
     ("hunyuanvideo", "normal", "fsdp2", "plain"),
     ("hunyuanvideo", "i2v", "", "cache"),
     ("hunyuanvideo", "normal", "", "streamed"),  # four blocks, of two shapes
+    ("hunyuanvideo", "normal", "", "quantised"),
 ]
 FAST = SHORT[3:4]  # the others take half a minute each, and more with sample clips
 
@@ -171,7 +173,7 @@ MUTANTS = {
     ),
     "wait in the loop": (
         "report = loop.agree(",
-        "loss.item(); report = loop.agree(",
+        "loss.total.item(); report = loop.agree(",
     ),
 }
 
