@@ -37,7 +37,7 @@ from gpu.process import NOT_FINISHED, PARTS, Measurer, cases
 from gpu.report import figure, page, whole_model
 from gpu.results import NOT_STARTED, Results, Row, failures
 from gpu.scales import REAL, SMALL, Case, Scale, Values, attempt
-from gpu.training_runs import WORKSPACE
+from gpu.training_runs import LATE, WORKSPACE
 from machine import processor
 
 from videox.distributed.cuda_variables import set_cuda_variables
@@ -96,13 +96,15 @@ class Session:
             predict = cache(case.predict)
             if begun >= end:
                 reason = f"{NOT_STARTED}: {seconds:.0f} s of the part were over"
-            elif case.apart:
-                measurer.end()  # its memory is needed
-                values, reason = attempt(case.measure, torch.device(self.device))
             else:
                 limit = min(case.budget, end - begun)
-                values, reason = measurer.measure(number, limit, predict)
-                if reason.startswith(NOT_FINISHED) and limit < case.budget:
+                if case.apart:
+                    measurer.end()  # its memory is needed
+                    WORKSPACE.end = begun + limit
+                    values, reason = attempt(case.measure, torch.device(self.device))
+                else:
+                    values, reason = measurer.measure(number, limit, predict)
+                if reason.startswith((NOT_FINISHED, LATE)) and limit < case.budget:
                     reason = f"{NOT_STARTED} early enough: {seconds:.0f} s of the part were over"
             predicted = predict()
             taken = values.get("forward + backward ms", values.get("ms"))

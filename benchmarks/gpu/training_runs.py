@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ STEPS = 3
 SMALL_CLIP, SMALL_SIDE = (9, 64, 96), 64  # of the runs that only compare numbers
 PARTS = ("encode", "forward", "backward", "optimizer")  # of a step, in metrics.jsonl
 RUNNING: set[subprocess.Popen[str]] = set()
+LATE = "the run has not ended"
 LAST_LINES = 3  # of the output of a failed run
 
 
@@ -78,9 +80,13 @@ class Workspace:
     """A temporary folder with models, clips and runs, and the process that is ready for the next run.
 
     Everything is created on first use. The folder is removed by close().
+
+    Attributes:
+        end: time.monotonic() at which a run is ended, whatever its own limit is.
     """
 
     def __init__(self) -> None:
+        self.end = math.inf
         self._folder: Path | None = None
         self._ready: subprocess.Popen[str] | None = None
         self._runs = 0
@@ -100,6 +106,10 @@ class Workspace:
         if self._folder is not None:
             shutil.rmtree(self._folder)
             self._folder = None
+
+    def seconds_left(self, limit: float) -> float:
+        """Return the seconds that a run may take: at most `limit`."""
+        return max(min(limit, self.end - time.monotonic()), 0.0)
 
     def train(self, scale: Scale, family: str, flags: Sequence[str], *, small: bool = False) -> Run:
         """Train STEPS steps in a process of its own.
@@ -121,7 +131,7 @@ class Workspace:
         begun = time.monotonic()
         if torch.cuda.is_available():  # on a CPU it would only compete with the run
             self._ready = start(TRAIN_PROCESS)
-        output = finish(process, json.dumps(argv) + "\n", scale.runs.seconds)
+        output = finish(process, json.dumps(argv) + "\n", self.seconds_left(scale.runs.seconds))
         return Run(folder, read_lines(folder / "metrics.jsonl"), output, time.monotonic() - begun)
 
     def launch(self, scale: Scale, family: str, launcher: Sequence[str], flags: Sequence[str]) -> Run:
@@ -133,7 +143,7 @@ class Workspace:
         begun = time.monotonic()
         # an empty HF_HOME: the user's accelerate configuration would change the launch
         process = start(command, {"HF_HOME": str(self.folder / "hf_home")})
-        output = finish(process, "", scale.runs.seconds)
+        output = finish(process, "", self.seconds_left(scale.runs.seconds))
         return Run(folder, read_lines(folder / "metrics.jsonl"), output, time.monotonic() - begun)
 
     def flags_of(self, scale: Scale, family: str, folder: Path, *, small: bool) -> list[str]:
@@ -249,7 +259,7 @@ def finish(process: subprocess.Popen[str], given: str, seconds: float) -> str:
     try:
         output, _ = process.communicate(given, timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"the run has not ended after {seconds:.0f} s") from error
+        raise RuntimeError(f"{LATE} after {seconds:.0f} s") from error
     finally:
         end(process)
     if process.returncode != 0:

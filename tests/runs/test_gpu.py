@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -295,6 +296,28 @@ def test_a_measurement_over_its_time_limit_is_skipped() -> None:
         assert not process.is_alive()
         values, reason = measurer.measure(0, 60)
         assert values and not reason
+
+
+def test_a_run_that_exceeds_the_time_of_its_part_is_ended_and_left_for_later() -> None:
+    def sleep(device: torch.device) -> dict:
+        process = training.start([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        training.finish(process, "", training.WORKSPACE.seconds_left(60))
+        return {"ms": 1.0}
+
+    found, rows = results.Results(None, MACHINE, small=True), []
+    found.begin("smoke")
+    session, measurer = command.Session(command.SMALL, "cpu", found), command.Measurer(command.SMALL, "cpu")
+    try:
+        for seconds, budget in ((0.2, 60.0), (60.0, 0.2)):
+            begun = time.monotonic()
+            case = scales.Case("smoke", ("wan2.1", "any"), budget, scales.nothing, sleep, apart=True)
+            session._run_part([(0, case)], seconds, measurer, rows.append)
+            assert time.monotonic() - begun < 30
+    finally:
+        training.WORKSPACE.end = math.inf
+    assert not training.RUNNING
+    assert rows[0].reason.startswith(results.NOT_STARTED) and not rows[0].failed, "of the part"
+    assert rows[1].reason == "the run has not ended after 0 s" and rows[1].failed, "of the run itself"
 
 
 @pytest.mark.slow
