@@ -145,9 +145,9 @@ SMALL = Scale(
     umt5={"vocab_size": 512, "d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 2, "num_heads": 4},
     matrices=((256, 256, 256),),
     copied=2**24,
-    runs=Runs(clip=Bucket(9, 64, 96), side=64, families=TOY, published_vae=False, small=TOY, seconds=600.0),
+    runs=Runs(clip=Bucket(9, 64, 96), side=64, families=TOY, published_vae=False, small=TOY, seconds=1800.0),
     seconds=0.02,
-    budget=120.0,
+    budget=600.0,
 )  # fmt: skip
 
 

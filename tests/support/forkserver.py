@@ -266,10 +266,10 @@ class ForkServer:
         for trainer in filter(TrainerProcess.running, self._started):
             trainer.kill()
 
-    def run(self, flags: Sequence[str], log: Path, **settings: object) -> TrainerProcess:
-        """Fork a trainer and return when it has ended; keywords as for `start`."""
+    def run(self, flags: Sequence[str], log: Path, timeout: float = TIMEOUT, **settings: object) -> TrainerProcess:
+        """Fork a trainer and return when it has ended, within `timeout` seconds; keywords as for `start`."""
         trainer = self.start(flags, log, **settings)
-        trainer.wait()
+        trainer.wait(timeout)
         return trainer
 
     def start_ranks(

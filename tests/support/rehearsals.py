@@ -23,6 +23,7 @@ from skips import skip_missing
 
 CUDA = tiny.ROOT / "tests" / "cuda"
 STEPS = 3
+TIMEOUT = 600.0  # seconds of a run; every operation is looked at, and mutants are slower still
 EFFECT = "what CUDA tensors do in the train scripts"
 # torchrun's variables of rank 0 of two.
 RANK_0 = {
@@ -136,7 +137,7 @@ class Rehearsals:
         }  # fmt: skip
         argv = runs.train_flags(family, self._model(kind), self.metadata, self.folder / name, **flags)
         trainer = self._server.run(
-            argv, self.folder / f"{name}.log", entry_point="rehearse:main",
+            argv, self.folder / f"{name}.log", TIMEOUT, entry_point="rehearse:main",
             environment={**environment, "REHEARSAL": json.dumps(wanted)},
         )  # fmt: skip
         report = Path(wanted["report"])
