@@ -67,8 +67,7 @@ def test_a_process_that_ends_while_the_group_is_formed_is_noticed(tmp_path: Path
     other = ranks[1 - victim]
     assert (ranks[victim].code, other.code) == (9, PEER_LOST), other.output()
     assert f"process {victim} of 2" in other.error_line() and "while the processes connected" in other.error_line()
-    assert other.seconds < SECONDS + 10
-    assert DEFAULT_TIMEOUT + 10 < 60  # the same by default
+    assert other.seconds < 60 and DEFAULT_TIMEOUT < 50  # the start included, and also by default
 
 
 @pytest.mark.slow
