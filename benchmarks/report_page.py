@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
+import numpy as np
 import psutil
 import torch
 from machine import machine_line
@@ -43,7 +44,7 @@ from videox.training.spikes import SpikeDetector
 
 HOUR = 36_000  # steps of an hour at 0.1 s each
 CLIPS, REFUSED, SAMPLED = 600, 1000, 40  # training clips, refused rows, steps with samples
-BLOCKS, BLOCK_STEPS = 40, 25  # of the comparison with and without pages
+BLOCKS, BLOCK_STEPS = 12, 60  # of the comparison with and without pages
 PARTS = 6  # in which the recorded hour is measured
 NOT_ROWS = ("rows", "buckets")  # the parts of a line whose length follows from the samples of a step
 
@@ -69,9 +70,7 @@ def write_pages(folder: Path, counts: list[int]) -> list[tuple[str, ...]]:
 
 def page_process(run: Path) -> tuple[float, float]:
     """Return the processor seconds and the largest memory in MiB of the program that writes the page."""
-    pid = os.spawnv(
-        os.P_NOWAIT, sys.executable, [sys.executable, "-m", "videox.tracking.report", str(run), "--media_seconds=600"]
-    )
+    pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-m", "videox.tracking.report", str(run)])
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"the page of {run} was not written: {status}")
@@ -102,8 +101,9 @@ def compare_steps(folder: Path) -> list[tuple[str, ...]]:
             if on:
                 calls.append(end - middle)
         pages += on
-        while report._is_running():  # so that no page is written beside the next block
-            time.sleep(0.05)
+        if report._process is not None:  # no page is to be written beside the next block
+            report._process.kill()
+            report._process.wait()
     without, with_pages = (statistics.median(seconds[on]) for on in (False, True))
     start = start_seconds(run)
     print(f"step {without * 1e3:.3f} ms, with a page beside it {with_pages * 1e3:.3f} ms; start {start * 1e3:.2f} ms")
@@ -145,15 +145,14 @@ def recording(folder: Path, log: io.TextIOBase) -> Iterator[tuple[MetricsLog, Pr
 def record_hour(folder: Path, steps: int) -> list[tuple[str, ...]]:
     """Record steps as a run does, as fast as possible; return rows of the table."""
     folder.mkdir()
-    draw = torch.Generator().manual_seed(0)
+    draw = np.random.default_rng(0)
     state = TrainState(seed=0, slots=1, index="", settings={}, run="hour")
     corrected, spikes, clock = CorrectedLoss(state.loss_means), SpikeDetector(state, skip=False), StepClock()
     lines = metric_lines(200)
     found = []
     with (folder / "train.log").open("w", encoding="utf-8") as log, recording(folder, log) as (metrics, bar, tracker):
         for step in range(1, steps + 1):
-            bands = torch.randint(0, 16, (4,), generator=draw).tolist()
-            losses = (0.1 + torch.rand(4, generator=draw)).tolist()
+            bands, losses = draw.integers(0, 16, 4).tolist(), (0.1 + draw.random(4)).tolist()
             loss = sum(losses) / 4
             better = corrected.add(bands, ["17x64x96"] * 4, losses)
             spikes.add(loss, 1.0)
@@ -197,7 +196,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps; no page is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
     args = parser.parse_args()
-    counts = [0, 500] if args.quick else [0, 500, 10_000, HOUR]
+    counts = [0, 1000] if args.quick else [0, 10_000, HOUR]
     with tempfile.TemporaryDirectory(prefix="videox-report-") as name:
         folder = Path(name)
         hour = record_hour(folder / "hour", HOUR // 10 if args.quick else HOUR)

@@ -399,6 +399,33 @@ def test_a_run_that_was_copied_without_its_data_keeps_its_pictures(written: Path
     assert sum(name == "img" for name, _ in Parsed(page).elements) == len(HOSTILE) + 2
 
 
+SLOW_IMPORT = """
+import sys, time
+from pathlib import Path
+from videox.tracking.report import media
+from videox.tracking.report.page import write_page
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            time.sleep(8)
+
+media.READ_SECONDS = 6
+sys.meta_path.insert(0, Slow())
+assert "torch" not in sys.modules
+write_page(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_import_is_not_taken_for_a_clip_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", texts=HOSTILE[:3], sample_steps=())
+    command = [sys.executable, "-c", SLOW_IMPORT, str(folder)]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [path.stat().st_size > 0 for path in (folder / FOLDER).iterdir()] == [True] * 3
+
+
 def test_without_time_no_picture_is_made(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", texts=HOSTILE[:3])
     write_page(folder, media_seconds=0.0)

@@ -63,6 +63,8 @@ def make_media(run: RunFiles, cache: Cache) -> bool:
     """
     folder = data_dir_of(run)
     missing = [clip for clip in training_clips(run) if not cache.has(strip_name(clip))]
+    if missing:
+        import torch  # noqa: F401 - here, since its import takes long on a busy machine, and a read has a time limit
     made = [training_strip(cache, clip, folder) for clip in missing]
     made += [small_picture(cache, Path(sample.image)) for sample in run.samples if sample.image]
     shown = shown_samples(run)
