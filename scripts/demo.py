@@ -213,7 +213,9 @@ def paths_of(family: str, mode: str, folder: Path) -> list[str]:
     paths = data_paths(folder)
     if family == "wan2.1":
         clips = [data / f"{Path(scene.source).stem}-{scene.begin:03d}.mp4" for scene in SCENES]
-        prompts, pictures = [scene.caption for scene in SCENES], [str(first_frame(clip)) for clip in clips]
+        # of the training's size: by itself a sample has the aspect ratio of its picture, which was never trained
+        size = "" if mode == "normal" else f" --w {WIDTH} --h {HEIGHT}"
+        prompts, pictures = [scene.caption + size for scene in SCENES], [str(first_frame(clip)) for clip in clips]
         paths += ["--latent_cache", str(folder / "cache")]
     else:
         prompts, pictures = [hunyuan_prompt(mode)], [str(data / HELD_OUT_PHOTO)]

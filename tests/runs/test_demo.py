@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from videox.data.media.video import probe
+from videox.training.prompts import read_prompts
 
 demo = tiny.load_script("scripts/demo.py")
 demo_model = tiny.load_script("scripts/demo_model.py")
@@ -51,6 +52,9 @@ def test_the_train_script_accepts_the_demos_flags(family: str, mode: str, tmp_pa
     args = runs.train_script(family).parse_args(command[command.index(runs.TRAIN_SCRIPTS[family]) + 1 :])
     assert (args.train_mode, args.max_train_steps) == (mode, recipe.steps)
     assert args.validation_paths == pictures and len(args.validation_prompts) == (3 if family == "wan2.1" else 1)
+    if family == "wan2.1" and mode != "normal":  # at the size that was trained, not at that of the picture
+        sizes = [(prompt.height, prompt.width) for prompt in read_prompts(args.validation_prompts)]
+        assert sizes == [(demo.HEIGHT, demo.WIDTH)] * 3
     assert 0 < recipe.checkpoint_steps < recipe.stop_step < recipe.steps  # there is a checkpoint before the stop
 
 
