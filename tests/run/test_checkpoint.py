@@ -424,5 +424,5 @@ def test_manifest_with_outside_paths_or_newer_format_is_refused(two_checkpoints,
         ({"format": 2}, "has format 2, this videox reads formats up to 1"),
     ):
         changed = {**body, **change}
-        write_json_atomically(checkpoint / MANIFEST, {**changed, "seal": checkpoints._seal(changed)})
+        write_json_atomically(checkpoint / MANIFEST, {**changed, "seal": seal_of(changed)})
         assert problem in verify(checkpoint)[0]

@@ -150,7 +150,7 @@ def test_a_lora_is_named_for_its_expert_and_loads_into_it(train: Callable[..., r
     stem = "pytorch_lora_weights_low_noise"
     assert names == {f"{stem}.safetensors", f"{stem}_comfyui.safetensors"}
     assert all(read_metadata(outcome.folder / name)["expert"] == "low_noise" for name in names)
-    assert f"trained weights: {outcome.folder / stem}.safetensors" in outcome.stdout
+    assert f"trained weights: {outcome.folder / stem}.safetensors" in outcome.stderr
     pipeline = WanPipeline.from_pretrained(model)
     pipeline.load_lora_weights(outcome.folder, weight_name=f"{stem}.safetensors", load_into_transformer_2=True)
     adapted = {name: hasattr(getattr(pipeline, name), "peft_config") for name in EXPERTS.values()}

@@ -86,7 +86,6 @@ class CompiledForward:
 
     def __call__(self, *inputs: Any) -> Any:  # noqa: ANN401 - of a block
         """Run the block."""
-        inputs = tree_map(_without_base, inputs)
         keep = self._keep
         if keep not in self._plain:
             self._plain[keep] = partial(checkpoint, self._plain[""], **checkpoint_settings(keep))
@@ -97,7 +96,7 @@ class CompiledForward:
         if (self._block_class, keep) not in self._compilation.proven:
             return self.probe(keep, *inputs)
         try:
-            return self._compiled[keep](*inputs)
+            return self._compiled[keep](*tree_map(_without_base, inputs))
         except (TorchDynamoException, FailOnRecompileLimitHit) as why:  # raised before anything has run
             self._compilation.fail(why)
         return self._plain[keep](*inputs)
@@ -109,7 +108,7 @@ class CompiledForward:
         a driver that fits; each may fail with errors of its own.
         """
         try:
-            result = self._compiled[keep](*inputs)
+            result = self._compiled[keep](*tree_map(_without_base, inputs))
         except torch.OutOfMemoryError:
             raise
         except Exception as why:  # noqa: BLE001 - as above
