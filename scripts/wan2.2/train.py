@@ -89,14 +89,14 @@ def diffusers_model(args: argparse.Namespace, root: Path) -> dict[str, Component
     """The components of a model in diffusers layout."""
     checked = () if is_dry_run(args) else ("text_encoder",)
     overrides = {"vae": ("wan_vae", args.vae_path)}
-    components = models.diffusers_components(root, PIPELINES, (*NAMES, "transformer_2"), overrides, checked)
-    index, stored = experts.read_index(root), {name: components.pop(name) for name in EXPERTS.values()}
+    components = models.diffusers_components(root, PIPELINES, NAMES, overrides, checked)
+    index, known = experts.read_index(root), components["transformer"].config
     names = (args.expert, args.transformer_path), (experts.other_expert(args.expert), args.other_transformer_path)
     for key, (expert, path) in zip(("transformer", "other"), names, strict=True):
         folder = EXPERTS[expert]
         components[key] = models.choose_component(
             key if key == "transformer" else "other_transformer", expert_inside(path, folder), root / folder, "wan",
-            stored[folder].config, check_weights=not is_dry_run(args),
+            known, check_weights=not is_dry_run(args),
         )  # fmt: skip
     return {**components, "model_index": index}
 

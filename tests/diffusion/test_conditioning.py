@@ -29,6 +29,7 @@ from videox.diffusion.conditioning import (
     keep_condition,
     known_mask,
     known_pixels,
+    mask_name,
     pack_mask,
     replace_first_frame,
 )
@@ -304,6 +305,14 @@ def test_the_condition_is_four_mask_channels_and_latents_of_known_pixels(trainer
     assert torch.allclose(condition[:, 4:], normalised(components, grey), rtol=0, atol=1e-5)
     latents = condition[:, 4:]
     assert all(not torch.allclose(a, b, atol=0.01) for a, b in zip(latents, latents.roll(1, 0), strict=True))
+
+
+def test_first_and_last_frame_are_known_in_flf2v() -> None:
+    mask = known_mask("flf2v", [3, 4], 9, 32, 48)
+    assert torch.equal(mask, known_mask("flf2v", [5, 6], 9, 32, 48))
+    assert mask[:, :, [0, -1]].eq(1).all() and mask[:, :, 1:-1].eq(0).all()
+    assert mask_name("flf2v", 3, 9) == "first_and_last" != mask_name("i2v", 3, 9)
+    assert not known_mask("flf2v", [3], 1, 32, 48).any() and mask_name("flf2v", 3, 1) == "nothing"
 
 
 def test_the_condition_is_the_posteriors_mode_for_any_key(trainer: ModuleType, components: Any) -> None:

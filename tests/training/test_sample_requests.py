@@ -126,6 +126,26 @@ def test_pictures_come_from_the_option_or_in_order_from_the_flag() -> None:
         with_pictures(prompts, [], "normal", "--validation_paths")
 
 
+def test_a_clip_between_two_pictures_has_both(tmp_path: Path) -> None:
+    prompts = read_prompts(["a", "b --i b.png", "c --ei z.png --i c.png"])
+    found = with_pictures(prompts, ["a.png", "y.png", "z.png"], "flf2v", "--validation_paths")
+    assert [(str(p.image), str(p.last_image)) for p in found] == [
+        ("a.png", "y.png"), ("b.png", "z.png"), ("c.png", "z.png"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="0 images, --train_mode flf2v needs 3"):
+        with_pictures(prompts, [], "flf2v", "--validation_paths")
+    with pytest.raises(UserError, match=r"--ei z\.png: --train_mode i2v has no last frame"):
+        with_pictures(prompts, ["a.png"], "i2v", "--validation_paths")
+    first, last = (tiny.write_image(tmp_path / f"{name}.png", seed=number) for number, name in enumerate("fl"))
+    (clip,), _ = build_clips(read_prompts([f"a --i {first} --ei {last} --f 9 --w 64 --h 48"]), WAN)
+    given = clip.arguments()
+    assert given["image"].size == given["last_image"].size == (64, 48)
+    assert given["image"].tobytes() != given["last_image"].tobytes()
+    assert clip.facts()["last_image"] == str(last)
+    with pytest.raises(UserError, match="a clip between two pictures has at least 5"):
+        build_clips(read_prompts([f"a --i {first} --ei {last} --f 1"]), WAN)
+
+
 def test_prompts_are_padded_as_in_training() -> None:
     (clip,), _ = build_clips(read_prompts(["a cat"]), dataclasses.replace(WAN, text_tokens=16))
     assert clip.arguments()["max_sequence_length"] == clip.facts()["text_tokens"] == 16

@@ -88,8 +88,9 @@ def check_same_expert(expert: str, checkpoint: Path | None) -> None:
     """Check that a run resumes with the expert that it began with. Raises UserError (MODEL)."""
     stored = read_manifest(checkpoint)["description"].get("expert") if checkpoint else None
     if checkpoint and stored != expert:
-        what = f"{expert}, {checkpoint.name} is of the {stored or 'only'} expert"
-        hint = f"pass --expert {stored}, or start a new run in another --output_dir"
+        what = f"{expert}, {checkpoint.name} is of the {stored} expert" if stored else "the run has no experts"
+        hint = f"pass --expert {stored}" if stored else "use the script that the run began with"
+        hint += ", or start a new run in another --output_dir"
         raise UserError("--expert", what, hint, MODEL)
 
 

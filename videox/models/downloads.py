@@ -32,6 +32,11 @@ PUBLISHED: Mapping[str, tuple[str, str]] = {
         f"wan2.1-{name}".lower(): (f"Wan-AI/Wan2.1-{name}", f"Wan-AI/Wan2.1-{name}-Diffusers")
         for name in ("T2V-14B", "T2V-1.3B", "I2V-14B-480P", "I2V-14B-720P")
     },
+    "wan2.1-flf2v-14b-720p": ("Wan-AI/Wan2.1-FLF2V-14B-720P", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"),
+    **{
+        f"wan2.2-{name}".lower(): (f"Wan-AI/Wan2.2-{name}", f"Wan-AI/Wan2.2-{name}-Diffusers")
+        for name in ("T2V-A14B", "I2V-A14B")
+    },
     **{
         name.lower(): (f"hunyuanvideo-community/{name}",) * 2
         for name in ("HunyuanVideo", "HunyuanVideo-I2V", "HunyuanVideo-I2V-33ch")

@@ -23,6 +23,7 @@ DIFFUSERS_PATTERNS = [
         "text_encoder*",
         "vae",
         "transformer",
+        "transformer_2",
         "image_encoder",
         "image_processor",
     )
@@ -30,7 +31,7 @@ DIFFUSERS_PATTERNS = [
 ]
 ORIGINAL_PATTERNS = [
     "config.json", "diffusion_pytorch_model*", "Wan2.1_VAE.pth", "models_t5_*.pth", "models_clip_*.pth",
-    "google/umt5-xxl/*",
+    "google/umt5-xxl/*", "high_noise_model/*", "low_noise_model/*",
 ]  # fmt: skip
 ALLOW_PATTERNS = ["model_index.json", *DIFFUSERS_PATTERNS, *ORIGINAL_PATTERNS]
 
