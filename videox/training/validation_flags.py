@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from videox.errors import UserError
 from videox.shapes import GRID, snap_frames
@@ -17,6 +18,8 @@ HELD_OUT_FLAGS = ("validation_rows", "validation_share", "validation_meta")  # e
 SAMPLE_STEPS = 25  # denoising steps
 # Minutes that one round of samples may take. Other processes wait for the sampling one for an hour at most.
 SAMPLE_MINUTES, MOST_MINUTES_TOGETHER = 30.0, 50.0
+# The pictures of a prompt that are no single first frame, by --train_mode.
+PICTURES: Mapping[str, tuple[str, ...]] = {"normal": (), "flf2v": ("image", "last_image")}
 
 
 def add_validation(parser: Parser) -> None:
@@ -150,7 +153,7 @@ def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: s
     Raises:
         UserError: too many or too few pictures.
     """
-    fields = {"normal": (), "flf2v": ("image", "last_image")}.get(task, ("image",))
+    fields = PICTURES.get(task, ("image",))
     for field, option, role in (
         ("image", "--i", "starts from no picture"),
         ("last_image", "--ei", "has no last frame"),
@@ -166,5 +169,8 @@ def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: s
         if len(fields) > 1:
             hint = "pass a first and a last image per prompt, by this flag or by the options --i and --ei"
         raise UserError(flag, what, hint)
-    left = map(Path, paths)
-    return [replace(prompt, **{field: getattr(prompt, field) or next(left) for field in fields}) for prompt in prompts]
+    left, found = map(Path, paths), []
+    for prompt in prompts:
+        pictures: dict[str, Any] = {field: getattr(prompt, field) or next(left) for field in fields}
+        found.append(replace(prompt, **pictures))
+    return found
