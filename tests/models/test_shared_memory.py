@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import forkserver
@@ -19,6 +20,7 @@ from videox.distributed.accelerator import make_accelerator
 from videox.distributed.collectives import gather_objects
 from videox.models.configured import Component
 from videox.models.folder import load_strictly
+from videox.models.quantised_text import prepare_quantised, quantise_text_encoder
 from videox.models.shared_memory import load_frozen, stored_dtype
 from videox.models.streamed_blocks import stream_blocks
 
@@ -45,18 +47,25 @@ def values_of(model: torch.nn.Module) -> dict[str, list]:
     return reports
 
 
+def quantise(precision: str, model: torch.nn.Module, fill: bool) -> None:
+    if fill:
+        quantise_text_encoder(model, precision, torch.bfloat16, torch.device("cpu"))
+    else:
+        prepare_quantised(model, precision, torch.bfloat16)
+
+
 def load_and_report() -> int:
     """Entry point of a rank: load frozen models and write their values and memory use to a file."""
-    folder, out, names, shared = json.loads(sys.argv[1])
+    folder, out, names, shared, precision = json.loads(sys.argv[1])
     accelerator, _ = make_accelerator("bf16")
     gather = gather_objects(accelerator)
     assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 131072)  # freed memory is returned to the system at once
     before = private_bytes()
     if shared:
-        models = [
-            load_frozen(CLASSES[n], Component(Path(folder) / n, {}), torch.bfloat16, pinned=False, gather=gather)
-            for n in names
-        ]
+        load = partial(
+            load_frozen, pinned=False, gather=gather, change=partial(quantise, precision) if precision else None
+        )
+        models = [load(CLASSES[n], Component(Path(folder) / n, {}), torch.bfloat16) for n in names]
     else:
         models = [load_strictly(CLASSES[n], Path(folder) / n, dtype=torch.bfloat16) for n in names]
     gather(None)  # measure while all processes have loaded their models and none has ended
@@ -70,11 +79,13 @@ def load_and_report() -> int:
     return 0
 
 
-def load_in_ranks(folder: Path, out: Path, names: list[str], *, shared: bool = True) -> list[dict]:
+def load_in_ranks(
+    folder: Path, out: Path, names: list[str], *, shared: bool = True, precision: str = ""
+) -> list[dict]:
     """Return the reports of the processes of one machine, by rank."""
     ranks = forkserver.shared().start_ranks(
         WORLD,
-        [json.dumps([str(folder), str(out), names, shared])],
+        [json.dumps([str(folder), str(out), names, shared, precision])],
         out.with_suffix(".log"),
         entry_points=["tests.models.test_shared_memory:load_and_report"] * WORLD,
         environment=launcher_environment("ddp", "wan2.1 normal", WORLD),
@@ -91,6 +102,17 @@ def test_every_process_has_the_weights_of_from_pretrained(tmp_path: Path) -> Non
     models = [load_strictly(model_class, folder / name, dtype=torch.bfloat16) for name, model_class in CLASSES.items()]
     values = [values_of(model) for model in models]
     assert [rank["values"] for rank in reports] == [values] * WORLD
+    assert [rank["mapped"] for rank in reports] == [True] * WORLD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_text_encoder_is_quantised_by_one_process_of_a_machine(tmp_path: Path, precision: str) -> None:
+    folder = tiny.build_wan_t2v(tmp_path / "model")
+    reports = load_in_ranks(folder, tmp_path / "found", ["text_encoder"], precision=precision)
+    model = load_strictly(UMT5EncoderModel, folder / "text_encoder", dtype=torch.float32)
+    quantise(precision, model, fill=True)
+    assert [rank["values"] for rank in reports] == [[values_of(model)]] * WORLD
     assert [rank["mapped"] for rank in reports] == [True] * WORLD
 
 

@@ -30,8 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from videox.errors import SaveError
-from videox.files import write_json_atomically
-from videox.run import checkpoint as checkpoints
+from videox.files import seal_of, write_json_atomically
 from videox.run.checkpoint import (
     MANIFEST,
     find_checkpoints,

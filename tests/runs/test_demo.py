@@ -34,11 +34,11 @@ HUNYUAN_KINDS = [kind for kind in KINDS if kind[0] == "hunyuanvideo"]
 VAE_BYTES = 4_000_000  # at most, of the weights in config/demo
 
 
-def test_both_families_have_their_modes() -> None:
+def test_each_family_of_the_demo_has_its_modes() -> None:
     assert {family: set(modes) for family, modes in demo.MODES.items()} == {
         "wan2.1": {"normal", "i2v", "inpaint"}, "hunyuanvideo": {"normal", "i2v"},
     }  # fmt: skip
-    assert set(demo.RECIPES) == set(KINDS) and set(demo.MODES) == set(runs.TRAIN_SCRIPTS)
+    assert set(demo.RECIPES) == set(KINDS) and set(demo.MODES) < set(runs.TRAIN_SCRIPTS)
 
 
 @pytest.mark.parametrize(("family", "mode"), KINDS)

@@ -166,8 +166,8 @@ def stored_peak(peaks: Mapping[str, Any], size: tuple[int, int, int]) -> float |
 def stored_tiled_peak(peaks: Mapping[str, Any], size: tuple[int, int, int], element: int) -> float | None:
     """Return the peak bytes of a VAE's encoder that works in tiles; None where none are stored.
 
-    It is that of one tile, with the outputs of all tiles and, where frames are encoded in parts, what is kept of the
-    parts before.
+    It is that of one tile, with the outputs of all tiles and, where the frames are encoded in parts, with what is kept
+    of the parts before.
 
     Args:
         peaks: as for stored_peak.

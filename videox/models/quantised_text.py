@@ -44,6 +44,7 @@ def quantise_text_encoder(
     name, blocks = text_blocks(model)
     _cast_others(model, name, dtype)
     error, text = QuantisationError(), model.get_submodule(name.rpartition(".")[0])
+    block: Any
     for block in blocks:
         block.forward = LoadingForward(block, partial(block.to, device, dtype), linear_layers, precision, error)
     others = _others(text, name.rpartition(".")[2])
