@@ -75,7 +75,9 @@ def load(kind: str, folder: Path, precision: str, dtype: torch.dtype = torch.flo
     return model, errors[0], load_strictly(model_class, folder, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("umt5", INT8), ("llama", FP8), ("llava", NF4)])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("umt5", INT8), pytest.param("llama", FP8, marks=pytest.mark.slow), ("llava", NF4)]
+)
 def test_only_linear_layers_of_text_blocks_are_quantised(kind: str, precision: str, tmp_path: Path) -> None:
     model, error, plain = load(kind, tmp_path, precision)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
