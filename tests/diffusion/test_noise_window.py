@@ -45,19 +45,20 @@ def test_draws_are_the_ones_of_the_whole_range_that_lie_in_the_window(
     window, args = EXPERTS[expert](boundary), flags(scheme, uniform=uniform)
     strata = (np.arange(DRAWS) + place_in_stratum(1, 0)) / DRAWS
     found = sigmas(args, window, shift, strata)
-    inside = (found >= boundary - 1e-7) if expert == "high_noise" else (found < boundary)
+    least = boundary - 1e-7  # the boundary itself, rounded to float32, belongs to high noise
+    inside = (found >= least) if expert == "high_noise" else (found < least)
     assert inside.all() and len(found) == DRAWS
     density = (scheme, args.logit_mean, args.logit_std, args.mode_scale)
     fine = draw_sigmas(timestep_density((np.arange(400_000) + 0.5) / 400_000, *density), shift).double().numpy()
-    expected = fine[(fine >= boundary - 1e-7) if expert == "high_noise" else (fine < boundary)]
+    expected = fine[(fine >= least) if expert == "high_noise" else (fine < least)]
     quantiles = np.linspace(0.01, 0.99, 50)
     levels = np.quantile(expected, quantiles)
     distance = np.abs(np.searchsorted(np.sort(found), levels, side="right") / DRAWS
                       - np.searchsorted(np.sort(expected), levels, side="right") / len(expected)).max()  # fmt: skip
-    # The largest distance between the two distribution functions: at most the largest share of one timestep, and for
-    # independent draws 1.95 / sqrt(n), which is exceeded with a probability of 0.1 %.
-    share = np.unique(expected, return_counts=True)[1].max() / len(expected)
-    assert distance < 1.1 * share + (0 if uniform else 1.95 / DRAWS**0.5)
+    # The largest distance between the two distribution functions: at most the mass of a timestep, and for independent
+    # draws 1.95 / sqrt(n), which is exceeded with a probability of 0.1 %.
+    heaviest = np.unique(expected, return_counts=True)[1].max() / len(expected)
+    assert distance < 1.5 * heaviest + (0 if uniform else 1.95 / DRAWS**0.5)
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
