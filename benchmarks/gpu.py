@@ -103,8 +103,8 @@ class Session:
                     WORKSPACE.end = begun + limit
                     values, reason = attempt(case.measure, torch.device(self.device))
                 else:
-                    values, reason = measurer.measure(number, limit, predict)
-                if reason.startswith((NOT_FINISHED, LATE)) and limit < case.budget:
+                    values, reason = measurer.measure(number, case.budget, predict, end)
+                if reason.startswith((NOT_FINISHED, LATE)) and time.monotonic() >= end:
                     reason = f"{NOT_STARTED} early enough: {seconds:.0f} s of the part were over"
             predicted = predict()
             taken = values.get("forward + backward ms", values.get("ms"))

@@ -6,6 +6,7 @@ This is a separate module so that the child process, which is spawned, can impor
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import time
@@ -89,26 +90,29 @@ class Measurer:
         self.end()
 
     def measure(
-        self, number: int, budget: float, meanwhile: Callable[[], object] = lambda: None
+        self, number: int, budget: float, meanwhile: Callable[[], object] = lambda: None, end: float = math.inf
     ) -> tuple[Values, str]:
-        """Return the values of a case, or no values and the reason, after at most `budget` seconds.
+        """Return the values of a case, or no values and the reason.
 
         Args:
             number: of the case, among those of all parts.
-            budget: seconds.
+            budget: seconds that the measurements may take, without the start of the process.
             meanwhile: called during the first measurement.
+            end: time.monotonic() at which the case ends in any case.
         """
         case, found, limit = self._cases[number], [], time.monotonic() + budget
         for place, probe in enumerate(case.probes()):
             if self._process is not None and self._environment != probe.environment:
                 self.end()
             if self._process is None:
+                begun = time.monotonic()
                 with variables(probe.environment):
                     self._start()
+                limit += time.monotonic() - begun
                 self._environment = probe.environment
             self._pipe.send((number, place))
             meanwhile()
-            values, reason = self._receive(max(limit - time.monotonic(), 0.0), budget)
+            values, reason = self._receive(max(min(limit, end) - time.monotonic(), 0.0), budget)
             if reason:
                 return {}, reason
             found.append(values)
