@@ -79,8 +79,8 @@ HUNYUAN = Recipe(
 TEXT_TOKENS = 32  # with the usual 512, most of the attention to the caption would go to its padding
 RECIPES = {
     ("wan2.1", "normal"): learn_by_heart(900, 450, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
-    ("wan2.1", "i2v"): learn_by_heart(900, 450, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
-    ("wan2.1", "inpaint"): learn_by_heart(900, 450, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
+    ("wan2.1", "i2v"): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
+    ("wan2.1", "inpaint"): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
     ("hunyuanvideo", "normal"): HUNYUAN,
     ("hunyuanvideo", "i2v"): HUNYUAN,
 }
