@@ -243,11 +243,6 @@ def possible_changes(
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
     host = [*_of_frozen_weights(HOST, blocks), *_offloads(setup, installed)]
     rounding = _of_frozen_weights(ROUNDING, blocks)
-    encoders = [
-        Change(ROUNDING, f"{TEXT} {name}", f"text encoder in {bits} bits", partial(_quantise_text, precision=name))
-        for name, bits in ((INT8, 8), (NF4, 4))
-    ]
-    encoders.append(Change(ROUNDING, TILES, "the VAE encodes in tiles that overlap: slightly other latents", _tile))
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
     other = [
@@ -267,7 +262,16 @@ def possible_changes(
         )
         for samples in smaller
     ]
-    return [*free, *time, *host, *encoders, *rounding, *other, *_on_more_gpus(setup, sharded_backend)]
+    return [*free, *time, *host, *_of_encoders(), *rounding, *other, *_on_more_gpus(setup, sharded_backend)]
+
+
+def _of_encoders() -> list[Change]:
+    """Return the changes that reduce the memory of encoding, and change its outputs slightly."""
+    text = [
+        Change(ROUNDING, f"{TEXT} {name}", f"text encoder in {bits} bits", partial(_quantise_text, precision=name))
+        for name, bits in ((INT8, 8), (NF4, 4))
+    ]
+    return [*text, Change(ROUNDING, TILES, "the VAE encodes in tiles that overlap: slightly other latents", _tile)]
 
 
 def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
