@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import CLIPVisionConfig
 
 from videox.data.dataset import Batch
@@ -47,14 +47,14 @@ class Encoders:
     text_encoder: OffloadedModule
     image_encoder: OffloadedModule | None
     vae: OffloadedModule
-    pipeline: WanPipeline | diffusers.WanImageToVideoPipeline
+    pipeline: Any  # WanPipeline, or with images WanImageToVideoPipeline
 
 
 @dataclass(frozen=True)
 class Wan:
     """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
 
-    transformer: WanTransformer3DModel
+    transformer: Any  # WanTransformer3DModel, or what the engine makes of it
     encoders: LazyEncoders[Encoders]
     encode: Encoder
     latents_mean: torch.Tensor
@@ -127,7 +127,9 @@ def load_encoders(
     dtypes["image_encoder"] = torch.float32
     text_encoder = load_class(CLASSES["text_encoder"]), components["text_encoder"]
     tokenizer = load_tokenizer(components["tokenizer"].path, *text_encoder, PROBE)
-    modules = {n: load(n, CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components}
+    modules: dict[str, Any] = {
+        n: load(n, CLASSES[n], components[n], dtype) for n, dtype in dtypes.items() if n in components
+    }
     if args.vae_tiling:
         modules["vae"].enable_tiling()
     pipeline = build_pipeline(args, components, shift, {**modules, "tokenizer": tokenizer})
@@ -170,6 +172,7 @@ def encode_first_frames(encoders: LazyEncoders[Encoders], mode: str, inputs: Enc
     In the mode flf2v [B, 2 N, D], of the first and the last frames.
     """
     encoder, pipeline = encoders().image_encoder, encoders().pipeline
+    assert encoder is not None  # a model without one has no such features to encode
     video, mask = known_pixels(mode, inputs.video, inputs.variants)
     with encoder.on_device():
         pictures = [to_images(video[:, :, frame]) for frame in ((0, -1) if mode == "flf2v" else (0,))]
