@@ -98,6 +98,15 @@ def test_ten_losses_and_a_resumed_run_are_bit_identical(small: SmallRuns, kind: 
 
 
 @pytest.mark.slow
+def test_a_resume_in_another_precision_says_so(small: SmallRuns, tmp_path: Path) -> None:
+    begun = small(base_precision="int8", output_dir=tmp_path / "run", max_train_steps=2, checkpointing_steps=1)
+    at = {"output_dir": begun.folder, "resume_from_checkpoint": begun.folder / "checkpoint-2"}
+    assert "before the resume" not in small(base_precision="int8", max_train_steps=3, **at).stdout
+    other = small(max_train_steps=4, **{**at, "resume_from_checkpoint": "latest"})
+    assert "warning: --base_precision is bf16, and was int8 before the resume" in other.stdout
+
+
+@pytest.mark.slow
 def test_three_of_four_blocks_may_be_streamed_and_auto_streams_what_does_not_fit(small: SmallRuns) -> None:
     some = small(stream_blocks=3)
     assert f"streaming  3 of {BLOCKS} blocks" in some.stdout

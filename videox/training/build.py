@@ -48,6 +48,7 @@ from videox.models.quantised_loading import load_quantised
 from videox.models.transformer import attach_adapters, frozen_notes, load_transformer
 from videox.optim.build import choose_trainable, clip_limit, lr_schedule
 from videox.optim.registry import kind_of
+from videox.run.checkpoint import read_manifest
 from videox.tracking.gpu_memory import GpuMemory
 from videox.tracking.jsonl import json_line
 from videox.tracking.progress import ProgressBar
@@ -81,6 +82,7 @@ from videox.weights.format import EXPORT_DTYPES
 from videox.weights.layout_tables import MERGED
 from videox.weights.lazy_tensor import FLOAT8_DTYPES
 
+PRECISIONS = ("base_precision", "text_encoder_precision")
 SIZES = (
     "video_sample_size", "image_sample_size", "token_sample_size", "video_sample_n_frames", "video_sample_stride",
 )  # fmt: skip
@@ -271,7 +273,7 @@ def build_records(
     known = {
         "backend": ctx.backend.name, "optimizer": optimizer_of(args), "dtype": args.export_dtype,
         "learning_rate": base_lr(args, schedule), "resolution": f"{size}x{size}",
-        "trigger_word": args.trigger_word, **attention_fact(model),
+        "trigger_word": args.trigger_word, **attention_fact(model), **_precisions(args, ctx),
     }  # fmt: skip
     settings = ExportSettings(
         dtype=EXPORT_DTYPES[args.export_dtype],
@@ -288,6 +290,16 @@ def build_records(
     every = NEVER if ctx.world_size == 1 else args.replica_check_steps
     replicas = ReplicaCheck(ctx.device, ctx.gather, None if every == AUTO else int(every))
     return Records(recorder, guard, Checkpointer(ctx, schedule.state, engine, recorder, settings, replicas))
+
+
+def _precisions(args: argparse.Namespace, ctx: Context) -> dict[str, str]:
+    """What a checkpoint's manifest stores of quantised weights; a resumed run says if it began with other ones."""
+    before = read_manifest(ctx.checkpoint)["description"] if ctx.checkpoint else {}
+    for name in PRECISIONS:
+        asked, stored = getattr(args, name), before.get(name, BF16)
+        if ctx.checkpoint and asked != stored:
+            ctx.print(f"warning: --{name} is {asked}, and was {stored} before the resume: the losses change a little")
+    return {name: getattr(args, name) for name in PRECISIONS if getattr(args, name) != BF16}
 
 
 def _instruments(
