@@ -128,7 +128,14 @@ def test_the_main_process_measures_the_attention_kernel_for_all(monkeypatch: pyt
         measured.append(large.shape.tokens)
         return "_native_math", {"_native_math": 0.001, "native": 0.002}
 
+    one_at_a_time, check = threading.Lock(), attention_backend.check_backend
+
+    def checked(*arguments: Any) -> str:
+        with one_at_a_time:  # the kernels that torch may use are a setting of the whole process
+            return check(*arguments)
+
     monkeypatch.setattr(attention_backend, "fastest_backend", fastest)
+    monkeypatch.setattr(attention_backend, "check_backend", checked)
     config = SimpleNamespace(num_attention_heads=2, attention_head_dim=16)
     schedule = SimpleNamespace(plan=SimpleNamespace(buckets=[(1, 32, 32), (9, 64, 96)]))
     monkeypatch.setattr(speed, "token_count", lambda bucket: bucket[0] * 100)
