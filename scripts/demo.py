@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,7 @@ def main() -> None:
     what = "what is trained: the whole model, or a LoRA on a model of an earlier demo (Wan2.1, normal)"
     parser.add_argument("--what", default="full", choices=sorted(TASKS), help=what)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="parent of the demo folder")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the training, too, as Ctrl-C does
     try:
         args = parser.parse()
         if args.mode not in MODES[args.family]:
