@@ -71,6 +71,22 @@ def test_a_signal_while_the_status_is_written_does_not_leave_it_at_running(
     assert status.exit_code == exit_code(raised.value)
 
 
+def test_a_signal_that_became_another_error_or_was_ignored_stops_the_run() -> None:
+    """A library that the signal interrupts may catch StopSignal."""
+    with default_signals(), StopOutsideSteps() as signals:
+        signals.begin()
+        with signals.raised():
+            pass
+        with pytest.raises(StopSignal, match="SIGTERM") as raised, signals.raised():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except StopSignal:
+                raise ValueError("could not determine the shape") from None
+        assert isinstance(raised.value.__cause__, ValueError)
+        with pytest.raises(StopSignal, match="SIGTERM"), StopRequest():
+            raise AssertionError("the steps have begun")
+
+
 def test_signals_are_ignored_once_the_run_has_ended() -> None:
     with default_signals(), StopOutsideSteps() as signals:
         signals.begin()

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from dispositions import default_signals
 
 from videox.distributed.collectives import run_on_main
 from videox.errors import (
@@ -27,7 +28,7 @@ from videox.errors import (
     error_line,
     exit_code,
 )
-from videox.run.lifecycle import Run, open_run, run_script
+from videox.run.lifecycle import STOP_SIGNALS, Run, open_run, run_script
 from videox.run.status import RunStatus, read_status
 
 
@@ -235,6 +236,15 @@ def test_error_on_the_main_rank_is_raised_on_all_ranks() -> None:
 # ------------------------------------------------------------------------------------------- exit codes
 
 
+@pytest.fixture(autouse=True)
+def same_handlers() -> Iterator[None]:
+    """run_script ignores stop signals from its end on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("code", [FLAGS, DATA, MODEL, STORAGE, NUMERICS, PEER_LOST])
 def test_user_error_prints_one_line_and_exits_with_its_code(capsys: pytest.CaptureFixture[str], code: int) -> None:
     def main() -> int:
@@ -324,3 +334,16 @@ def test_process_exits_with_its_code_while_gloo_holds_tensors(code: int) -> None
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=100)[0] for process in started] == ["atexit ran"] * 2
     assert [process.returncode for process in started] == [code] * 2
+
+
+def test_a_signal_while_the_process_ends_does_not_change_its_exit_code() -> None:
+    program = """
+import atexit, os, signal
+from videox.run.lifecycle import STOP_SIGNALS, run_script
+
+for number in STOP_SIGNALS:
+    atexit.register(os.kill, os.getpid(), number)
+run_script(lambda: 75)
+"""
+    with default_signals():
+        assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 75

@@ -8,7 +8,9 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from bounded import run_bounded
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
+from dispositions import STOP_SIGNALS
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
@@ -254,6 +257,7 @@ def replay(
 def restored_process_state() -> Iterator[None]:
     """Restore what a run changes in its process: accelerate's state, environment, RNG, numerics, progress bars."""
     environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     bars = [(library, library._tqdm_active) for library in (diffusers_logging, transformers_logging)]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -262,6 +266,9 @@ def restored_process_state() -> Iterator[None]:
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         for library, enabled in bars:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
@@ -51,6 +52,7 @@ class StopOutsideSteps:
     def __init__(self) -> None:
         self.before_exit: Callable[[], object] = lambda: None
         self.received_at: float | None = None
+        self._name = ""  # of the signal whose StopSignal was raised
         self._over, self._owner = False, os.getpid()
         self._previous_handlers: dict[int, Any] = {}
 
@@ -75,16 +77,46 @@ class StopOutsideSteps:
         """Ignore the signals from now on: the status says how the run ended, and the process ends by itself."""
         self._over = True
 
+    def raise_again(self, error: Exception | None = None) -> None:
+        """Raise StopSignal if it was raised before and did not arrive.
+
+        A library whose code the signal interrupted may have ignored it, or raised an error of its own instead: torch
+        says that an object has no shape.
+
+        Args:
+            error: what arrived instead, if anything.
+
+        Raises:
+            StopSignal: with `error` as its cause.
+        """
+        if self._name:
+            raise StopSignal(self._name) from error
+
+    def raised(self) -> AbstractContextManager[None]:
+        """Raise StopSignal at the end of the block if it was raised inside and another exception arrived."""
+        return _Raised(self)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         # A data worker has this handler from its fork until it sets its own.
         if self._over or os.getpid() != self._owner:
             return
         if self.received_at is None:
-            self.received_at = time.monotonic()
-            raise StopSignal(signal.Signals(number).name)
+            self.received_at, self._name = time.monotonic(), signal.Signals(number).name
+            raise StopSignal(self._name)
         if number == signal.SIGINT and time.monotonic() - self.received_at > ECHO_SECONDS:
             exit_at_once(number)
+
+
+class _Raised(AbstractContextManager[None]):
+    """See StopOutsideSteps.raised."""
+
+    def __init__(self, signals: StopOutsideSteps) -> None:
+        self._signals = signals
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._signals.raise_again(error)
 
 
 def exit_at_once(number: int) -> NoReturn:
@@ -109,6 +141,8 @@ class StopRequest:
         return bool(self.signal_name)
 
     def __enter__(self) -> StopRequest:
+        if StopOutsideSteps.current is not None:
+            StopOutsideSteps.current.raise_again()
         for number in STOP_SIGNALS:
             # nohup ignores SIGHUP, and the run must go on ignoring it
             if signal.getsignal(number) != signal.SIG_IGN:

@@ -32,6 +32,8 @@ from videox.run.folder import ResumePoint, lock_folder, remove_leftovers, resolv
 from videox.run.status import RunStatus, read_status
 from videox.run.verification import SharedVerification
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -81,8 +83,7 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
-    ignored = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
@@ -165,6 +166,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except Exception as error:  # noqa: BLE001 - the outermost boundary: the exception is printed
         code = exit_code(error)
         sys.stderr.write(f"{crash_text(error) if code == BUG else error_text(error)}\n")
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:  # the process ends now, with the code that the status has
+            signal.signal(number, signal.SIG_IGN)
     if dist.is_initialized():
         _leave_group(code)
     sys.exit(code)

@@ -84,7 +84,7 @@ def _launch(
             monitor.status = run.status
             signals.before_exit = partial(run.status.write, "stopped", exit_code=INTERRUPTED, error=INTERRUPTED_LINE)
             ctx = Context(accelerator, backend, run, gather, output_dir, report=report, watchdog=watchdog)
-            with explain_oom(ctx.memory):
+            with signals.raised(), explain_oom(ctx.memory):
                 code = train(args, ctx)
             signals.end()
         monitor.leave()
