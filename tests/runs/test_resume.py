@@ -124,6 +124,15 @@ def test_a_rewound_run_exports_its_new_weights(setup: ResumeRuns, tmp_path: Path
     assert all((kept[name] == before[name]).all() for name in before)
 
 
+def test_a_run_that_was_killed_after_its_last_save_prunes_when_it_finishes(setup: ResumeRuns, tmp_path: Path) -> None:
+    folder = shutil.copytree(setup.reference, tmp_path / "run")
+    shutil.rmtree(folder / "transformer")
+    (folder / "run_status.json").unlink()
+    assert len(list(folder.glob("checkpoint-*"))) > 2
+    assert setup.run(folder, resume_from_checkpoint="latest", checkpoints_total_limit=2).code == 0
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
+
+
 @pytest.mark.slow
 def test_a_second_rewind_does_not_overwrite_the_first(setup: ResumeRuns, tmp_path: Path) -> None:
     folder = shutil.copytree(setup.reference, tmp_path / "run")

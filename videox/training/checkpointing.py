@@ -270,6 +270,9 @@ class Checkpointer:
         self.recorder.close()
         if self._failure:
             raise self._failure
+        if ctx.is_main and not untouched:  # a run that was killed after its last save, before older ones were deleted
+            for warning in self._prune():
+                self.recorder.bar.note(f"warning: {warning}")
         ctx.run.status.write("finished", step=state.step, exit_code=0)
         lora = self.engine.weight_format.trainable_only
         stem = lora_stem(STEM, self.settings.expert)
