@@ -340,7 +340,7 @@ def test_the_hunyuan_demo_runs_to_its_end(family: str, mode: str, tmp_path: Path
     run_demo(tmp_path, "--family", family, "--mode", mode)
     folder, recipe = tmp_path / f"{family}-{mode}", demo.RECIPES[family, mode]
     check_run(folder, recipe.steps)
-    validation = demo.json_lines(folder / "run/validation.jsonl")
+    validation = demo_run.json_lines(folder / "run/validation.jsonl")
     assert validation[-1]["loss"] < 0.7 * validation[0]["loss"]
     sampled = probe(folder / "sample.mp4")
     assert (sampled.frames, sampled.height, sampled.width) == (17, 96, 160)
