@@ -21,7 +21,6 @@ from videox.run.status import RunStatus, read_status
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_outside_the_steps_stops_the_run_and_its_status_says_so(tmp_path: Path, number: int) -> None:
     with default_signals():
-        before = [signal.getsignal(each) for each in STOP_SIGNALS]
         with (
             pytest.raises(StopSignal) as raised,
             StopOutsideSteps() as signals,
@@ -29,7 +28,8 @@ def test_a_signal_outside_the_steps_stops_the_run_and_its_status_says_so(tmp_pat
         ):
             signals.begin()
             signal.raise_signal(number)
-        assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+        for each in STOP_SIGNALS:  # ignored until the process has ended
+            signal.raise_signal(each)
     code = INTERRUPTED if number == signal.SIGINT else STOPPED
     status = read_status(tmp_path)
     assert (exit_code(raised.value), status.state, status.exit_code) == (code, "stopped", code)
@@ -85,6 +85,15 @@ def test_a_signal_that_became_another_error_or_was_ignored_stops_the_run() -> No
         assert isinstance(raised.value.__cause__, ValueError)
         with pytest.raises(StopSignal, match="SIGTERM"), StopRequest():
             raise AssertionError("the steps have begun")
+
+
+def test_a_run_without_a_signal_leaves_the_handlers_as_they_were() -> None:
+    with default_signals():
+        before = [signal.getsignal(number) for number in STOP_SIGNALS]
+        with StopOutsideSteps() as signals:
+            signals.begin()
+            assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_signals_are_ignored_once_the_run_has_ended() -> None:

@@ -62,6 +62,9 @@ class StopOutsideSteps:
 
     def __exit__(self, *raised: object) -> None:
         StopOutsideSteps.current = None
+        if self.received_at is not None:  # the process ends: a second signal is ignored while its objects are deleted
+            self._over = True
+            return
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
