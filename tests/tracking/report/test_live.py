@@ -45,6 +45,20 @@ def test_a_page_is_written_by_another_process_and_not_too_often(tmp_path: Path) 
     assert report._process is None and len(read_lines(folder / "events.jsonl")) == 4
 
 
+@pytest.mark.slow  # as above
+def test_a_run_that_ends_while_its_page_is_written_gets_the_last_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_run(tmp_path / "run", texts=HOSTILE[:1], sample_steps=())
+    report = LiveReport(folder, seconds=60.0)
+    with caplog.at_level(logging.WARNING):
+        report.start()
+        report.finish(wait=0.0)
+        assert report._is_running()
+        wait_for(report)
+    assert (folder / PAGE).is_file() and not caplog.records
+
+
 def test_a_page_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_run(tmp_path / "run", texts=HOSTILE[:1], sample_steps=())
     report = LiveReport(folder, seconds=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from videox.tracking.events import append_event
 logger = logging.getLogger(__name__)
 MEDIA_SECONDS = 60.0  # that one process makes pictures and clips for; the next one continues
 LAST_WAIT = 10.0  # seconds that the end of a run waits for the last page; launchers kill a stopped run after 30
+TERMINATED = 128 + signal.SIGTERM  # exit code of a page's program that the end of the run has ended
 MOST_SHARE = 20  # a page is not begun before this many times its predecessor's duration has passed
 
 
@@ -75,9 +77,8 @@ class LiveReport:
         if self._is_running() and self._process is not None:
             self._process.terminate()
             self._wait(min(wait, 5.0))
-        if not self._is_running():
-            self._spawn(0.0, MEDIA_SECONDS)
-            self._wait(wait)
+        self._spawn(0.0, MEDIA_SECONDS)  # also beside one that has not ended yet: pages replace each other as a whole
+        self._wait(wait)
 
     def _record_end(self) -> None:
         status = read_status(self.output_dir)
@@ -107,7 +108,7 @@ class LiveReport:
         with self._errors as errors:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
-        if code > 0 and not self._warned:
+        if code > 0 and code != TERMINATED and not self._warned:
             self._warned = True
             reason = lines[-1] if lines else f"exit code {code}"
             logger.warning("report.html was not written (%s); training continues without it", reason)
