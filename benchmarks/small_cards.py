@@ -376,7 +376,7 @@ PAGE = {
     "memory": "## Memory while loading\n\nAnonymous host memory of the process while a transformer is read, quantised block by block, and kept.",
     "learning": "## Effect on learning\n\nA model of width 256 is trained on clips, and a LoRA of rank 16 then on others, for 300 steps each; "
     "loss on\nclips that were not trained, at fixed noise. `before`: without the LoRA.",
-    "tiles": "## VAE in tiles\n\n`--vae_tiling`: tiles of 256 x 256 pixels, 64 of which overlap, against the whole clip; "
+    "tiles": "## VAE in tiles\n\n`--vae_tiling`: tiles of 256 x 256 pixels that overlap by 64 pixels, compared with the whole clip; "
     f"{CLIP[0]} frames of {CLIP[1]} x {CLIP[2]} of a film.\nThe VAE is the small one of the demo, of Wan's class; "
     "the published ones were not measured.",
 }

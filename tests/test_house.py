@@ -37,7 +37,7 @@ MOST_ENTRIES = 22  # files and packages directly under videox/
 LINES = 460  # a train.py tells a whole family; a module of the package is split long before
 FUNCTION_LINES, MOST_PARAMETERS = 60, 8
 ALIKE, EQUAL_LINES = 0.45, 25  # of the Wan story in the HunyuanVideo story; consecutive code lines
-# A story is told by its script, with what its family's scripts share.
+# The training of a family is in its script and in the module that the scripts of the family share.
 STORIES = (("scripts/wan2.1/train.py", "videox/families/wan.py"), ("scripts/hunyuanvideo/train.py",))
 MAY_PRINT = {"videox.doctor.__main__"}
 # Functions that may catch Exception, as "module.function": decoder child, sample, compile probe, a script's main. Each

@@ -135,7 +135,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             image = stack.enter_context(Image.open(source, formats=[container.format]))
             is_preview = container.format == "TIFF" and _is_preview(image)
         if is_preview:
-            raise BadMedia("undecodable", "a raw photo, of which only the preview can be read: save it as PNG or JPEG")
+            raise BadMedia("undecodable", "a raw photo, and only its preview can be read: save it as PNG or JPEG")
         check_pixels(*image.size)
         yield image
 
