@@ -54,6 +54,7 @@ KNOWN_WAITS: Mapping[str, str] = {
     "videox/encoders/hunyuan_text.py encode_pooled": "without a cache: the pipeline copies token ids to the GPU",
     "videox/encoders/hunyuan_text.py trim_text": "without a cache: the number of tokens decides the shape",
     "videox/engine/deepspeed.py DeepSpeedEngine.update": "DeepSpeed reads overflow and gradient norm in its step",
+    "videox/engine/deepspeed.py _BoundedNorms._bounded": "as above: it calls the method of DeepSpeed that computes the norm",
     "videox/distributed/replicas.py ReplicaCheck.compare": "DDP, ZeRO-2: sums of the weights, after the first step and every 100",
     "videox/distributed/collectives.py backward": "DeepSpeed waits for its reductions at the end of backward",
     "videox/engine/deepspeed.py DeepSpeedEngine.fp32_params": "ZeRO-3: DeepSpeed waits for the stream of its reductions, which ended in the step before, for each weight of an EMA",
