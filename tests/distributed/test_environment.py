@@ -50,6 +50,7 @@ def closed_port() -> str:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS='x'", "`unset ACCELERATE_GRADIENT"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "`unset ACCELERATE_DYNAMO_BACKEND`"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16", "`unset ACCELERATE_MIXED_PRECISION`"),
+        ({"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "2"}, "OMP_THREAD_LIMIT=1", "export OMP_NUM_THREADS=1"),
         ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "ACCELERATE_MIXED_PRECISION=bfloat16", "--mixed_precision=bf16"),
         (
             {**WORLD, **CPU, **WRAP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "WanAttentionBlock"},
@@ -79,6 +80,8 @@ def test_a_left_over_variable_is_named_with_the_command(variables: dict[str, str
         {**WORLD, **CPU},
         ONE,
         {"LOCAL_RANK": "0"},
+        {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "2"},
+        {"OMP_THREAD_LIMIT": "256"},
         {"LOCAL_RANK": "-1"},
         {"RANK": "3", "LOCAL_RANK": "3"},
         {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "192.0.2.7"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import socket
 import sys
@@ -81,6 +82,7 @@ def check_environment(environment: Mapping[str, str], mixed_precision: str | Non
         raise UserError("platform", what, hint)
     refuse_invalid_numbers(environment)
     refuse_invalid_settings(environment)
+    refuse_thread_limit(environment)
     refuse_mpi(environment)
     refuse_incomplete(environment)
     refuse_left_over_engine(environment)
@@ -174,6 +176,19 @@ def refuse_invalid_settings(environment: Mapping[str, str]) -> None:
         raise UserError(
             f"{DYNAMO}={backend}", what, f"`unset {DYNAMO}`, or set dynamo_backend to no in `accelerate config`"
         )
+
+
+def refuse_thread_limit(environment: Mapping[str, str]) -> None:
+    """Raise UserError if OpenMP gives torch fewer threads than torch divides its work by.
+
+    oneDNN divides the gradient of a convolution's weight by OMP_NUM_THREADS (default: the number of cores) and leaves
+    out the parts of threads that OMP_THREAD_LIMIT forbids: the gradient is wrong, without an error.
+    """
+    limit, threads = environment.get("OMP_THREAD_LIMIT", ""), environment.get("OMP_NUM_THREADS", "")
+    used = threads.split(",")[0].strip() or str(os.cpu_count() or 1)  # OpenMP takes a list, one number for each level
+    if limit.isdecimal() and used.isdecimal() and 0 < int(limit) < int(used):
+        what = f"is below the {used} threads that torch uses: its gradients on the CPU are wrong then"
+        raise UserError(f"OMP_THREAD_LIMIT={limit}", what, f"export OMP_NUM_THREADS={limit}, or unset OMP_THREAD_LIMIT")
 
 
 def refuse_mpi(environment: Mapping[str, str]) -> None:
