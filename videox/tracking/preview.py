@@ -28,6 +28,10 @@ LINE = round(FONT_SIZE * 1.4)  # pixels from one text line to the next
 CAPTION_LINES = 3
 MAX_CAPTION = 5000  # characters of a caption that are processed: a caption may be megabytes, the lines show far fewer
 SHEET_ENTRIES = 64  # image viewers do not open a sheet of many more
+# Of the figure with the losses, as shares of its sides. They are fixed, because a layout that measures the labels takes
+# half of the time of the figure. PLOT_POWERS are those of ten that are written as digits, so that labels fit in.
+PLOT_MARGINS = {"left": 0.1, "right": 0.9, "bottom": 0.08, "top": 0.95, "hspace": 0.15}
+PLOT_POWERS = (-3, 4)
 UNKNOWN_FPS = 16.0  # for clips whose file has no frame rate: the frame rate of Wan2.1
 # Fonts for captions, in the order in which they are tried. Pillow's built-in font has only Latin letters. The fonts
 # that matplotlib installs add Greek, Cyrillic, Armenian, Georgian, Arabic and (the second one) Hebrew. No package that
@@ -295,8 +299,8 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     steps = _series(metrics_path, ("step", "loss", "lr", "grad_norm"))
     if not len(steps):
         return False
-    figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    figure = Figure(figsize=(9, 6.5), dpi=110)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1], gridspec_kw=PLOT_MARGINS)
     upper.plot(steps[:, 0], steps[:, 1], color="tab:blue", alpha=0.3, linewidth=1, label="training loss, each step")
     corrected = _series(metrics_path, ("step", "loss_corrected"), only_with="loss_corrected")
     if len(corrected):
@@ -322,6 +326,8 @@ def plot_losses(metrics_path: Path, validation_path: Path, out_png: Path) -> boo
     norms.plot(steps[:, 0], steps[:, 3], color="tab:gray", alpha=0.6, linewidth=1, label="gradient norm")
     norms.set(ylabel="gradient norm")
     lower.legend(handles=[*lower.lines, *norms.lines])
+    for axes in (upper, lower, norms):
+        axes.ticklabel_format(axis="y", scilimits=PLOT_POWERS)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out_png) as temporary:
         figure.savefig(temporary, format="png")
