@@ -20,8 +20,8 @@ os.environ.pop("NCCL_P2P_DISABLE", None)  # the user's shell must not change the
 
 pytest.register_assert_rewrite("launch_checks")  # its assertions then show the compared values
 # No deadline: a busy machine must not fail a test. The same examples in every run, so that a change is not refused for
-# a fault that it did not bring; `make test-all` draws new ones (--hypothesis-profile random).
-hypothesis.settings.register_profile("videox", deadline=None, derandomize=True)
+# a fault that it did not bring; `make test-all` draws new ones, twice as many (--hypothesis-profile random).
+hypothesis.settings.register_profile("videox", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("random", deadline=None, derandomize=False)
 hypothesis.settings.load_profile("videox")
 ROOT = Path(__file__).resolve().parent.parent

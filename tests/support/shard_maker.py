@@ -1,9 +1,4 @@
-"""Sharded checkpoints for tests: real DeepSpeed and FSDP checkpoints, and synthetic ZeRO files.
-
-As a script it is one of two ranks that train a small Wan2.1 and save it:
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/support/shard_maker.py FOLDER
-"""
+"""Sharded checkpoints for tests: real DeepSpeed and FSDP checkpoints, and synthetic ZeRO files."""
 
 from __future__ import annotations
 
@@ -15,11 +10,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import forkserver
 import torch
-from bounded import run_bounded
 from torch import Tensor, nn
 
-TIME_LIMIT = 400  # seconds; the first run in an environment compiles DeepSpeed's CPU extension
+TIME_LIMIT = 400.0  # seconds; the first run in an environment compiles DeepSpeed's CPU extension
 TAG = "pytorch_model"  # the name that accelerate uses
 STEPS = (1, 2)  # a checkpoint is saved after each
 FROZEN = "blocks.0.attn1"
@@ -44,11 +39,11 @@ TINY = {
 
 def make_real(folder: Path) -> None:
     """Write FOLDER/zero2, zero3 (checkpoint-1 and -2 each) and fsdp1, fsdp2 (checkpoint-2 each) with two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is in the interpreter's folder
-    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
-    done = run_bounded([*command, __file__, str(folder)], TIME_LIMIT, cwd=Path.cwd(), env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = forkserver.shared().start_ranks(
+        2, [str(folder)], folder / "log", ["shard_maker:train_and_save"] * 2, {"PATH": path, "DS_ACCELERATOR": "cpu"}
+    )
+    assert [rank.wait(TIME_LIMIT) for rank in ranks] == [0, 0], "\n".join(rank.output()[-4000:] for rank in ranks)
 
 
 def build() -> nn.Module:
@@ -128,7 +123,8 @@ def _save_fsdp(version: int, folder: Path) -> None:
         (folder / "checkpoint-2" / "config.json").write_text(config, encoding="utf-8")
 
 
-def main() -> None:
+def train_and_save() -> int:
+    """Train a small Wan2.1 under each backend and save it in the folder of the first flag; entry point of a rank."""
     folder = Path(sys.argv[1])
     import deepspeed
 
@@ -139,6 +135,7 @@ def main() -> None:
         _save_fsdp(version, folder / f"fsdp{version}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return 0
 
 
 # -------------------------------------------------------------------------------------------- synthetic files
@@ -253,7 +250,3 @@ def write_zero(
             tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
         )
     return folder
-
-
-if __name__ == "__main__":
-    main()
