@@ -21,7 +21,8 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-unexport PYTHONPATH PYTHONHOME
+# Modules are compiled once, not in each of the many processes of the tests: container images often set the last one.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor demo test test-all check style map gpu torture
