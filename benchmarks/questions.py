@@ -216,7 +216,7 @@ QUESTIONS = (
     ),
     Question(
         "An image in the video column of metadata.csv?", "modelscope/DiffSynth-Studio#610", "it should train", "wan2.1",
-        f"{SMALL_MODEL} --train_data_meta {{folder}}/metadata.csv", r"1 rows, 1 usable[\s\S]*1 images",
+        f"{SMALL_MODEL} --train_data_meta {{folder}}/metadata.csv", r"1 row, 1 usable[\s\S]*1 image,",
         prepare=_image_as_video,
     ),
     Question(

@@ -20,7 +20,7 @@ from videox.data.cache.maintenance import (
     summarize,
     verify,
 )
-from videox.errors import STORAGE, UserError
+from videox.errors import STORAGE, UserError, plural
 from videox.run.lifecycle import run_script
 
 
@@ -56,7 +56,7 @@ def collect_garbage(folder: Path, encoders: Sequence[str], data_dir: Path | None
     # A data folder that is not mounted would make every entry look outdated.
     files = media_files(folder) if data_dir is not None else set()
     if data_dir is not None and files and not any((data_dir / file).exists() for file in files):
-        what = f"{data_dir} contains none of the {len(files):,} media files of the cache, such as {min(files)}"
+        what = f"{data_dir} contains none of the {len(files):,} media {plural(len(files), 'file')} of the cache, such as {min(files)}"
         hint = "pass the --train_data_dir of your runs, mounted; to drop the whole cache delete its folder"
         raise UserError("--data_dir", what, hint, STORAGE)
     unknown = set(encoders) - {encoder for _, encoder, _, _ in summarize(folder)}
@@ -83,10 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, encoder, entries, size in rows:
             print(f"{name:<14} {encoder} {entries:>9,} entries {format_size(size):>12}")
         entries, size = sum(row[2] for row in rows), format_size(sum(row[3] for row in rows))
-        print(f"{entries:,} entries, {size}, in {len(shard_paths(args.cache))} files")
+        files = len(shard_paths(args.cache))
+        print(f"{entries:,} {plural(entries, 'entry', 'entries')}, {size}, in {files} {plural(files, 'file')}")
     elif args.command == "verify":
         intact, errors = verify(args.cache)
-        lines = [*errors, f"{intact:,} entries are intact, {len(errors):,} errors"]
+        lines = [
+            *errors,
+            f"{intact:,} {plural(intact, 'entry is', 'entries are')} intact, {len(errors):,} {plural(len(errors), 'error')}",
+        ]
         if errors:
             lines.append("corrupted entries are encoded again when a run needs them; scripts/cache.py gc drops them")
         print("\n".join(lines))

@@ -42,7 +42,7 @@ from zero_to_bf16 import (
     shard_size,
 )
 
-from videox.errors import FLAGS, LOAD_ERRORS, MODEL, STORAGE, SaveError, UserError
+from videox.errors import FLAGS, LOAD_ERRORS, MODEL, STORAGE, SaveError, UserError, plural
 from videox.lora.checkpoint import SETTINGS_FILE, fingerprint
 from videox.lora.convert import cast, to_layout, write_lora
 from videox.lora.extract import Extraction, extract_lora
@@ -273,7 +273,8 @@ def extract(flags: argparse.Namespace) -> None:
     if found.left_out:
         share = f"{100 * found.left_out_share:.3g} % of the squared difference"
         print(
-            f"note: not in the LoRA: {len(found.left_out)} other tensors that differ ({share}), first {found.left_out[0]}"
+            f"note: not in the LoRA: {len(found.left_out)} other {plural(len(found.left_out), 'tensor that differs', 'tensors that differ')} "
+            f"({share}), first {found.left_out[0]}"
         )
     family, ratio = str(family_of(tuned.tensors)), tuned.config.get("mlp_ratio", 4.0)
     save_lora(flags.source, found.adapters, 1.0, family, flags, mlp_ratio=ratio, base=base_name)
@@ -391,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts["dtype"] = flags.dtype
     print(f"{component.path}: {component.tensors.layout or 'diffusers'} names, {len(component.tensors)} tensors")
     if updates:
-        print(f"{lora}: {len(updates)} layers adapted")
+        print(f"{lora}: {len(updates)} {plural(len(updates), 'layer')} adapted")
     config = json.loads(model.to_json_string())
     if flags.layout != "diffusers":
         facts[MODEL_CONFIG] = json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True)

@@ -61,6 +61,17 @@ class UserError(Exception):
         return [self.line(), *(f"  {_printable(line)}" for line in self.details)]
 
 
+def plural(count: int, one: str, several: str = "") -> str:
+    """Return the word for a count, which may bring its verb: "row" or "row has" for 1, else "rows" or "rows have".
+
+    Args:
+        count: the number that is printed before it.
+        one: for 1.
+        several: for other numbers; "" = `one` with an s.
+    """
+    return one if count == 1 else several or f"{one}s"
+
+
 def _one_line(text: str) -> str:
     return _printable(" ".join(text.split()))
 

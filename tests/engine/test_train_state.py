@@ -264,7 +264,7 @@ def test_lost_row_keeps_its_place_and_any_other_change_is_refused(tmp_path: Path
     with pytest.raises(UserError) as refused:
         resumed(columns_of(width=80))
     what = "row 1 (1) was a video of 9 frames of 64x48, is a video of 9 frames of 80x48"
-    assert refused.value.what == f"1 rows have changed since the run began: {what}"
+    assert refused.value.what == f"1 row has changed since the run began: {what}"
 
 
 def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_rows_that_this_version_decodes_otherwise_are_named(tmp_path: Path) -> N
     ):
         with pytest.raises(UserError) as refused:
             resumed(columns)
-        assert refused.value.what == f"1 rows have changed since the run began: {row}"
+        assert refused.value.what == f"1 row has changed since the run began: {row}"
     assert resumed(found).columns.usable.all()  # a lost row is no change
     state.columns = replace(COLUMNS, decoding=mirrored.decoding)
     write()

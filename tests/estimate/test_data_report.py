@@ -34,7 +34,7 @@ def test_a_short_video_is_too_short() -> None:
         f"2 videos are trained as a single frame, {TOO_SHORT}: rows 2, 4"
     ]
     assert lines_of([60, 17, 16], n_frames=9, stride=4) == [
-        f"1 videos are trained as a single frame, {TOO_SHORT}: rows 3"
+        f"1 video is trained as a single frame, {TOO_SHORT}: row 3"
     ]
     assert lines_of([3] * 7, n_frames=9, stride=1) == [
         f"7 videos are trained as a single frame, {TOO_SHORT}: rows 1, 2, 3, 4, 5, ..."
@@ -43,7 +43,7 @@ def test_a_short_video_is_too_short() -> None:
 
 def test_a_short_video_at_its_frame_rate_is_too_short() -> None:
     assert lines_of([60, 12], fps=24.0, n_frames=9, stride=1, sample_fps=8.0) == [
-        f"1 videos are trained as a single frame, {TOO_SHORT}: rows 2"
+        f"1 video is trained as a single frame, {TOO_SHORT}: row 2"
     ]
 
 
@@ -52,7 +52,7 @@ def test_a_long_video_is_cut_by_the_token_budget(random_frame_crop: bool) -> Non
     budget = {"token_sample_size": 48, "token_length": True, "n_frames": 9, "stride": 1}
     lines = lines_of([60, 2, 60], random_frame_crop=random_frame_crop, **budget)
     assert lines == [
-        f"1 videos are trained as a single frame, {TOO_SHORT}: rows 2",
+        f"1 video is trained as a single frame, {TOO_SHORT}: row 2",
         "2 videos are trained as a single frame, as the token budget (--token_sample_size 48) allows no more at their "
         "target size: rows 1, 3",
     ]

@@ -111,7 +111,7 @@ def test_a_run_that_began_without_rows_that_have_no_caption_goes_on_without_them
 
     write_state(tmp_path, resume(None, data(then, "old", [False, True, False])))
     assert resume(tmp_path, data(now, "new", [False, True, False])).columns.usable.tolist() == [True, False, True]
-    with pytest.raises(UserError, match="1 rows have changed since the run began: row 1"):
+    with pytest.raises(UserError, match="1 row has changed since the run began: row 1"):
         resume(tmp_path, data(now, "new", [False, False, False]))
 
 
@@ -130,7 +130,7 @@ def test_rows_without_a_caption_are_counted_and_named() -> None:
 def test_several_captions_and_a_forgotten_trigger_word_are_said() -> None:
     index = index_of([pack_captions(RowCaptions(("a", "b", "c"))), "[trigger] runs"])
     several, warning = caption_lines(index, NONE)
-    assert "1 rows have several captions (up to 3)" in several
+    assert "1 row has several captions (up to 3)" in several
     assert "--trigger_word" in warning and "rows 1" in warning
     assert caption_lines(index, CaptionRules(trigger_word="tok")) == [several]
 
@@ -202,8 +202,8 @@ def test_a_run_trains_what_explain_shows_with_and_without_a_cache(model: Path, t
         return outcome
 
     plain = train("plain")
-    assert "1 rows have no caption and are trained with the caption 'ohwx, film of': rows 1" in plain.stdout
-    assert "1 rows have several captions (up to 2)" in plain.stdout
+    assert "1 row has no caption and is trained with the caption 'ohwx, film of': row 1" in plain.stdout
+    assert "1 row has several captions (up to 2)" in plain.stdout
     captions = [caption for step in (1, 2) for caption in plain.dump(step).captions]
     assert captions and all("ohwx" in caption and "film of" in caption for caption in captions)
     filled = train("cached", latent_cache=tmp_path / "cache", dump_steps=None, cache_only=True)
@@ -227,4 +227,4 @@ def test_missing_captions_may_end_the_run(model: Path, tmp_path: Path, dry_run: 
     metadata = write_list(tmp_path)
     flags = runs.wan_flags(model, metadata, tmp_path / "run", **RUN, missing_caption="refuse", dry_run=dry_run)
     refused = runs.train(flags)
-    assert refused.code == 3 and "1 rows have no caption: rows 1 (" in refused.stderr and not refused.metrics
+    assert refused.code == 3 and "1 row has no caption: row 1 (" in refused.stderr and not refused.metrics

@@ -161,7 +161,7 @@ def test_only_files_without_sizes_in_the_metadata_are_probed(setup: PlanSetup, t
     metadata.write_text(json.dumps(rows[:3]), encoding="utf-8")
     flags = runs.wan_flags(setup.bare, metadata, tmp_path / "out", dry_run=True)
     outcome = runs.train(flags)
-    assert outcome.code == 0 and "of 1 files are not known yet" in outcome.stdout, outcome.stderr
+    assert outcome.code == 0 and "of 1 file are not known yet" in outcome.stdout, outcome.stderr
 
 
 @pytest.mark.slow

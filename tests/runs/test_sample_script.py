@@ -153,7 +153,7 @@ def test_a_hunyuan_run_is_sampled_as_its_own_clips_were(tmp_path: Path) -> None:
     [
         (["missing"], "error: source: missing does not exist"),
         (["{run}", "--prompt", "a cat --x 1"], "error: --prompt, prompt 0: --x is not an option of a prompt"),
-        (["{run}", "--prompt", "a cat", "--image", "a.png"], "error: --image: 1 images, --train_mode normal needs 0"),
+        (["{run}", "--prompt", "a cat", "--image", "a.png"], "error: --image: 1 image, --train_mode normal needs 0"),
         (["{run}", "--ema"], "error: --ema: "),
         (["{run}", "--frames", "6"], "error: --frames: 6: clips have 4k+1 frames. Fix: pass 5."),
         (["{run}/data"], "error: --base: "),

@@ -447,14 +447,14 @@ def test_a_list_of_its_own_is_measured_and_not_trained(model: Path, metadata: Pa
     ]  # fmt: skip
     assert [line["set"] for line in records[2:]] == ["training"] * 2
     assert {line["file"] for line in records[2:]} <= {row["file_path"] for row in clips}
-    assert "--validation_meta: 1 of its 3 rows are not measured (1 too_small)" in outcome.stdout
+    assert "--validation_meta: 1 of its 3 rows is not measured (1 too_small)" in outcome.stdout
     assert [line["step"] for line in outcome.validation] == [0, 2] and outcome.validation[1]["train_loss"] > 0
     report = json.loads((outcome.folder / "args.json").read_text(encoding="utf-8"))["resolved"]["plan"]
     assert report["held_out_list"] and "held_out_share" not in report
 
     listed.write_text(json.dumps([rows[1]]), encoding="utf-8")
     refused = runs.train(runs.wan_flags(model, metadata, tmp_path / "refused", validation_meta=listed, **settings))
-    assert "--validation_meta: none of its 1 rows can be measured (1 too_small)" in refused.stderr
+    assert "--validation_meta: none of its 1 row can be measured (1 too_small)" in refused.stderr
 
 
 @pytest.mark.slow
@@ -897,7 +897,7 @@ def test_a_row_without_a_file_does_not_end_the_run(model: Path, metadata: Path, 
     outcome = runs.train(runs.wan_flags(model, data / metadata.name, tmp_path / "out"))
     assert outcome.code == 0, outcome.stderr
     assert "rows: 5 = 4 trained + 1 refused" in outcome.stdout
-    assert "1 rows cannot be used: no_file_path (first: row 0" in outcome.stdout
+    assert "1 row cannot be used: no_file_path (first: row 0" in outcome.stdout
     assert sorted(row for record in outcome.metrics for row in record["rows"]) == [1, 2, 3, 4]
 
 

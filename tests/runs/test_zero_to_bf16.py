@@ -433,7 +433,7 @@ def test_missing_extra_and_duplicate_ranks_are_refused(
     assert "contains 3 files *_optim_states.pt, 2 were saved: 1 too many" in str(refusal(checkpoint, output))
     (tag / name.format(2)).unlink()
     (tag / name.format(1)).rename(tag / "kept")
-    assert "contains 1 files *_optim_states.pt, 2 were saved: 1 missing" in str(refusal(checkpoint, output))
+    assert "contains 1 file *_optim_states.pt, 2 were saved: 1 missing" in str(refusal(checkpoint, output))
     (tag / name.format(0)).rename(tag / name.format(1))
     assert "is missing *_optim_states.pt of rank 0 (found 1)" in str(refusal(checkpoint, output))
     (tag / name.format(1)).rename(tag / name.format(0))
@@ -530,7 +530,7 @@ def test_inconsistent_fsdp_shards_are_refused(copied: Callable[[str], Path], tmp
     assert "has the extra files __2_0.distcp (3 files found, .metadata lists 2)" in str(refusal(checkpoint, output))
     (shards / "__2_0.distcp").unlink()
     (shards / "__1_0.distcp").rename(tmp_path / "kept")
-    assert "is missing __1_0.distcp (1 files found, .metadata lists 2)" in str(refusal(checkpoint, output))
+    assert "is missing __1_0.distcp (1 file found, .metadata lists 2)" in str(refusal(checkpoint, output))
     shutil.copy(shards / "__0_0.distcp", shards / "__1_0.distcp")  # the file of another rank
     found = refusal(checkpoint, output)
     assert found.exit_code == MODEL and "__1_0.distcp" in str(found)

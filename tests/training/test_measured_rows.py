@@ -65,5 +65,5 @@ def test_rows_that_are_left_out_and_files_that_are_trained_as_well_are_named(tmp
     ]
     nothing = index_of(tmp_path / "own", ["d.mp4"])
     nothing = replace(nothing, usable=np.zeros(1, bool))
-    with pytest.raises(UserError, match=r"none of its 1 rows can be measured \(1 refused\)"):
+    with pytest.raises(UserError, match=r"none of its 1 row can be measured \(1 refused\)"):
         row_sets(schedule_of(tmp_path, nothing))

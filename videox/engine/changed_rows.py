@@ -8,7 +8,7 @@ import numpy as np
 
 from videox.data.media.container import DECODINGS
 from videox.data.plan.settings import PlanColumns
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 
 
 def lost_rows(then: PlanColumns, now: PlanColumns, may_appear: np.ndarray | None = None) -> np.ndarray | None:
@@ -67,7 +67,7 @@ def refuse_changed_rows(
         "resume with the files and the version that it began with, add --accept_data_change=now to train the rows as "
         "they are now, or start a new run in another --output_dir from its weights (--transformer_path)"
     )
-    what = f"{len(rows)} rows have changed since the run began: {named}{more}"
+    what = f"{len(rows)} {plural(len(rows), 'row has', 'rows have')} changed since the run began: {named}{more}"
     raise UserError("--resume_from_checkpoint", what, hint, MODEL)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from videox.distributed.signals import stop_with_parent
-from videox.errors import MODEL, STORAGE, UserError
+from videox.errors import MODEL, STORAGE, UserError, plural
 from videox.files import temp_path
 from videox.run.checkpoint import read_manifest
 from videox.run.folder import require_disk_space
@@ -72,7 +72,8 @@ def announce_conversion(checkpoint: Path, output_dir: Path, processes: int) -> l
     needed = conversion_bytes(checkpoint / TAG)
     require_disk_space(output_dir, needed, f"to convert {checkpoint.name} from {saved} to {processes} processes")
     cost = f"{needed / 1e9:.3g} GB in {output_dir} until it is loaded"
-    return [f"{checkpoint} was saved by {saved} processes, this launch has {processes}: converting it needs {cost}"]
+    savers = plural(saved, "process", "processes")
+    return [f"{checkpoint} was saved by {saved} {savers}, this launch has {processes}: converting it needs {cost}"]
 
 
 # --------------------------------------------------------------------------------------------------- the conversion

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.optim.registry import OPTIMIZERS, kind_of
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
 from videox.weights.safetensors_io import StoredTensors, save_tensors
@@ -85,5 +85,6 @@ def refuse_other_optimizer_state(folder: Path, name: str, world_size: int) -> No
         )
     if found and found != [f"{STEM.format(0, world_size)}.safetensors"]:
         processes = int(found[0].removesuffix(".safetensors").rpartition("-")[2])
-        what = f"{saved} by {processes} processes, and {name} stores its moments per shard"
-        raise UserError("--resume_from_checkpoint", what, f"launch {processes} processes", MODEL)
+        of_them = f"{processes} {plural(processes, 'process', 'processes')}"
+        what = f"{saved} by {of_them}, and {name} stores its moments per shard"
+        raise UserError("--resume_from_checkpoint", what, f"launch {of_them}", MODEL)

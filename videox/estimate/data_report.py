@@ -23,7 +23,7 @@ from videox.data.plan.balance import balance_and_variance_ratio
 from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 from videox.shapes import TEMPORAL_RATIO, token_count
 
 FRAMES_OF_TWO_LATENTS = TEMPORAL_RATIO + 1
@@ -69,7 +69,8 @@ def single_frame_lines(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy
         ),
     }
     return [
-        f"{len(rows)} videos are trained as a single frame, {reason}: rows {', '.join(map(str, rows[:max_rows]))}"
+        f"{len(rows)} {plural(len(rows), 'video is', 'videos are')} trained as a single frame, {reason}: "
+        f"{plural(len(rows), 'row')} {', '.join(map(str, rows[:max_rows]))}"
         + (", ..." if len(rows) > max_rows else "")
         for reason, rows in reasons.items()
         if len(rows)
@@ -114,7 +115,8 @@ def check_captions(index: Index, missing_caption: str) -> None:
     rows = np.flatnonzero(index.usable & rows_without_caption(index.text))
     if len(rows):
         paths = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in rows[:5])
-        what = f"{len(rows)} rows have no caption: rows {paths}{', ...' if len(rows) > 5 else ''}"
+        named = f"{plural(len(rows), 'row')} {paths}{', ...' if len(rows) > 5 else ''}"
+        what = f"{len(rows)} {plural(len(rows), 'row has', 'rows have')} no caption: {named}"
         hint = "add their captions, or remove --missing_caption refuse to train them with the empty one"
         raise UserError("--missing_caption refuse", what, hint, DATA)
 
@@ -132,16 +134,18 @@ def caption_lines(index: Index, rules: CaptionRules, max_rows: int = 10) -> list
         trained = sorted({draw_caption(unpack_captions(text), rules, 0).strip() for text in texts})
         named = ["an empty caption" if not caption else f"the caption {caption!r}" for caption in trained[:3]]
         how = " or ".join([*named, "others"] if len(trained) > 3 else named)
-        lines.append(f"{len(bare)} rows have no caption and are trained with {how}: rows {_listed(bare, max_rows)}")
+        rows = plural(len(bare), "row has no caption and is", "rows have no caption and are")
+        lines.append(f"{len(bare)} {rows} trained with {how}: {plural(len(bare), 'row')} {_listed(bare, max_rows)}")
     if len(several):
         lines.append(
-            f"{len(several)} rows have several captions (up to {counts[several].max()}): each sample of an epoch draws one"
+            f"{len(several)} {plural(len(several), 'row has', 'rows have')} several captions (up to {counts[several].max()}): "
+            "each sample of an epoch draws one"
         )
     left = np.flatnonzero(index.usable & rows_with_placeholder(index.text))
     if len(left) and not rules.trigger_word:
         lines.append(
-            f"warning: {TRIGGER} in the captions of {len(left)} rows is trained as it is, because there is no "
-            f"--trigger_word: rows {_listed(left, max_rows)}"
+            f"warning: {TRIGGER} in the captions of {len(left)} {plural(len(left), 'row')} is trained as it is, because "
+            f"there is no --trigger_word: {plural(len(left), 'row')} {_listed(left, max_rows)}"
         )
     return [*lines, *_placeholder_lines(index, rules.prefix, max_rows)]
 
@@ -153,7 +157,8 @@ def _placeholder_lines(index: Index, prefix: str, max_rows: int) -> list[str]:
     _, in_prefix = other_placeholders(pa.array([prefix], pa.large_string()))
     found = [("--caption_prefix has", in_prefix, "")] if in_prefix else []
     if len(rows):
-        found.append((f"the captions of {len(rows)} rows have", spellings, f": rows {_listed(rows, max_rows)}"))
+        named = plural(len(rows), "row")
+        found.append((f"the captions of {len(rows)} {named} have", spellings, f": {named} {_listed(rows, max_rows)}"))
     return [
         f"warning: {place} {', '.join(names)}, but only {TRIGGER} is replaced by the trigger word{listed}"
         for place, names, listed in found
@@ -168,10 +173,12 @@ def unreadable_lines(index: Index, before: PlanColumns, now: PlanColumns) -> lis
     """Return lines on rows that the run began with and can no longer be read, and on those it began without."""
     unreadable = np.flatnonzero(before.usable & ~now.usable)
     listed = ", ".join(f"{row} ({index.file_path[int(row)].as_py()!r})" for row in unreadable[:5])
-    lines = [f"{len(unreadable)} rows can no longer be read and get weight 0: {listed}"] if len(unreadable) else []
+    rows = plural(len(unreadable), "row can no longer be read and gets", "rows can no longer be read and get")
+    lines = [f"{len(unreadable)} {rows} weight 0: {listed}"] if len(unreadable) else []
     if len(appeared := np.flatnonzero(now.usable & ~before.usable)):
         lines.append(
-            f"{len(appeared)} rows without a caption stay left out, as when the run began: rows {_listed(appeared, 10)}"
+            f"{len(appeared)} {plural(len(appeared), 'row without a caption stays', 'rows without a caption stay')} left out, "
+            f"as when the run began: {plural(len(appeared), 'row')} {_listed(appeared, 10)}"
         )
     return lines
 
@@ -192,7 +199,8 @@ def bucket_lines(plan: EpochPlan, max_rows: int = 20) -> list[str]:
     """Return the table of this epoch's buckets, most tokens first."""
     table = plan.bucket_table()
     total = sum(token_count(bucket) * samples for bucket, samples, _ in table)
-    lines = [f"epoch {plan.epoch}: {plan.n_steps} steps of {plan.slots} slots, {len(table)} buckets, {total:,} tokens"]
+    steps = f"{plan.n_steps} {plural(plan.n_steps, 'step')} of {plan.slots} {plural(plan.slots, 'slot')}"
+    lines = [f"epoch {plan.epoch}: {steps}, {len(table)} {plural(len(table), 'bucket')}, {total:,} tokens"]
     lines.append(f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'batches':>8} {'token share':>11}")
     rows: Sequence[tuple[str, int, int, int]] = [
         (f"{b.frames} x {b.height} x {b.width}", token_count(b), samples, batches) for b, samples, batches in table

@@ -8,6 +8,7 @@ from videox.data.index.index import Index
 from videox.data.index.table import VIDEO
 from videox.data.plan.buckets import Fate, SizePolicy, frames_at_pace, pace_of
 from videox.data.plan.epoch import EpochPlan
+from videox.errors import plural
 from videox.shapes import TEMPORAL_RATIO
 
 TOLERANCE = 0.25  # share of the model's own frame rate by which videos may differ from it without a warning
@@ -70,7 +71,9 @@ def _rate_lines(
         lines.append(f"  {_videos(int(counts[i]))} of {sources[i]:g} fps train at {rates[i]:.4g} fps{speed}")
     if len(others):
         spread = " to ".join(f"{end:.4g}" for end in (rates[others].min(), rates[others].max()))
-        lines.append(f"  {_videos(int(counts[others].sum()))} of {len(others)} other rates train at {spread} fps")
+        lines.append(
+            f"  {_videos(int(counts[others].sum()))} of {len(others)} other {plural(len(others), 'rate')} train at {spread} fps"
+        )
     return lines
 
 
@@ -80,4 +83,4 @@ def _is_off(rates: np.ndarray, model_fps: float) -> np.ndarray:
 
 
 def _videos(count: int) -> str:
-    return f"{count} video{'s' if count != 1 else ''}"
+    return f"{count} {plural(count, 'video')}"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from videox.data.plan.balance import PlanBalance
+from videox.errors import plural
 from videox.estimate.plan_picture import PlanPicture
 from videox.files import atomic_write
 from videox.shapes import token_count
@@ -100,7 +101,7 @@ def _plot_buckets(axes: Axes, picture: PlanPicture) -> None:
         shares = (
             f"{flops[others].sum() / flops.sum():.0%} of time, {counts[others].sum() / counts.sum():.0%} of samples"
         )
-        title += f"\n{len(others)} other buckets: {shares}"
+        title += f"\n{len(others)} other {plural(len(others), 'bucket')}: {shares}"
     axes.set_title(title)
     axes.legend(frameon=False, loc="lower right")
 

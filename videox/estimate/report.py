@@ -13,6 +13,7 @@ from videox.data.plan.balancing import MAX_VARIANCE_RATIO
 from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pace, pace_of
 from videox.data.plan.epoch import PADDING, EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
+from videox.errors import plural
 from videox.estimate.advice import AppliedChange, Proposal
 from videox.estimate.duration import Duration, format_duration, format_gpu_time, three_digits
 from videox.estimate.flops import Network
@@ -210,7 +211,8 @@ def time_lines(plan: EpochPlan, seconds: Sequence[float], max_rows: int = 20) ->
     others = order[len(listed) :]
     if len(others):
         shares = f"{tokens[others].sum() / tokens.sum():>11.1%} {times[others].sum() / times.sum():>10.1%}"
-        lines.append(f"  {f'{len(others)} other buckets':>24} {'':>8} {counts[others].sum():>8,} {shares}")
+        buckets = f"{len(others)} other {plural(len(others), 'bucket')}"
+        lines.append(f"  {buckets:>24} {'':>8} {counts[others].sum():>8,} {shares}")
     return lines
 
 
@@ -223,7 +225,7 @@ def step_lines(plan: EpochPlan, settings: PlanSettings, flops: EpochFlops) -> li
     if settings.slot_fill == "cost":
         batch += f" on average, in {settings.slots:,} slots"
     return [
-        f"{batch}, {plan.n_steps:,} steps per epoch",
+        f"{batch}, {plan.n_steps:,} {plural(plan.n_steps, 'step')} per epoch",
         f"step: {tokens / plan.n_steps:,.0f} tokens, {model_pflop:,.3g} PFLOP of the model{recompute}, on average",
     ]
 
@@ -263,7 +265,7 @@ def duration_facts(duration: Duration, steps: int, gpus: int, price: float | Non
     hours = duration.run() * gpus / 3600
     facts = {
         "optimizer step": format_duration(epoch / steps),
-        "epoch": f"{format_duration(epoch)}, {steps:,} steps",
+        "epoch": f"{format_duration(epoch)}, {steps:,} {plural(steps, 'step')}",
         "encoding": f"{format_duration(duration.encoding)}, {'once' if once else 'in each epoch'}",
         "run": f"{format_duration(duration.run())}, {three_digits(duration.epochs)} epochs",
         "GPU hours": three_digits(hours),
@@ -429,7 +431,7 @@ def disk_lines(disk: Disk, free: float) -> list[str]:
     kept = ""
     if disk.keep:
         kept = f", the newest {disk.keep} are kept, and one more while it is written: {_size(disk.needed())}"
-    number = f"{disk.written:,} checkpoint{'s' * (disk.written > 1)} in {disk.steps:,} steps (one per {disk.every})"
+    number = f"{disk.written:,} {plural(disk.written, 'checkpoint')} in {disk.steps:,} {plural(disk.steps, 'step')} (one per {disk.every})"
     lines = [f"disk: {_size(disk.checkpoint)} per checkpoint, {number}{kept}"]
     lines += [f"  {line}" for line in keep_all_lines(disk)]
     if disk.needed() > free:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.lora.adapters import Lora, peft_name
 from videox.lora.names import HALF, KOHYA_PREFIX, describe_names
 from videox.lora.reader import find_lora, lora_names, read_lora
@@ -68,7 +68,7 @@ def _check_model(path: Path, adapters: Mapping[str, Tensor], stored: TensorSourc
     """Raise UserError (MODEL) if an adapted layer is not in the base model, or has other widths."""
     known = {name.removesuffix(".weight") for name in stored}
     if missing := sorted({_layer(name) for name in adapters} - known):
-        what = f"{path} adapts {len(missing)} layers that this model does not have, first {missing[0]}"
+        what = f"{path} adapts {len(missing)} {plural(len(missing), 'layer')} that this model does not have, first {missing[0]}"
         raise UserError(FLAG, what, OTHER_BASE, MODEL)
     for name, tensor in sorted(adapters.items()):
         layer, half = _layer(name), name.split(".lora_")[1][0]
@@ -87,7 +87,8 @@ def _check_model(path: Path, adapters: Mapping[str, Tensor], stored: TensorSourc
 def _check_run(path: Path, adapters: Mapping[str, Tensor], lora: Lora) -> None:
     """Raise UserError (MODEL) if this run does not adapt the same layers, or has a lower rank."""
     if unexpected := sorted(name for name in adapters if _layer(name) not in lora.targets):
-        what = f"{path} adapts {len(unexpected)} tensors that this run does not, first {unexpected[0]}"
+        tensors = plural(len(unexpected), "tensor")
+        what = f"{path} adapts {len(unexpected)} {tensors} that this run does not, first {unexpected[0]}"
         patterns = sorted({re.sub(r"^.*?\.\d+\.", "", _layer(name)) for name in adapters})
         raise UserError(FLAG, what, f"pass --lora_target_modules {' '.join(patterns)}", MODEL)
     rank = max(tensor.shape[0] for name, tensor in adapters.items() if ".lora_A." in name)
@@ -103,13 +104,16 @@ def _report(
     path: Path, names: list[str], adapters: Mapping[str, Tensor], lora: Lora, family: str, padded: int
 ) -> list[str]:
     layers = {_layer(name) for name in adapters}
-    line = f"starts from the LoRA {path} ({describe_names(names, family)}, {len(layers)} layers)"
+    line = (
+        f"starts from the LoRA {path} ({describe_names(names, family)}, {len(layers)} {plural(len(layers), 'layer')})"
+    )
     if padded:
         line += f"; {padded} of them have a lower rank and are filled up to {lora.rank}"
     lines = [line]
     if missing := sorted({*lora.targets} - layers):
         lines.append(
-            f"note: {len(missing)} of {len(lora.targets)} layers are not in it and begin at zero, first {missing[0]}"
+            f"note: {len(missing)} of {len(lora.targets)} layers {plural(len(missing), 'is', 'are')} not in it and "
+            f"{plural(len(missing), 'begins', 'begin')} at zero, first {missing[0]}"
         )
     has_alpha = any(name.endswith(".alpha") for name in names)
     if names[0].startswith(KOHYA_PREFIX) and HALF.fullmatch(names[0]) and not has_alpha:

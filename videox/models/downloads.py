@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.safetensors_io import join_first
 from videox.weights.weight_files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WeightSet, chosen_set, missing_files
@@ -105,7 +105,7 @@ def _missing(folder: Path, found: WeightSet) -> tuple[str, str]:
     names = json.loads(found.index.read_bytes())["weight_map"].values()
     count = sum(1 for name in names if name == found.missing[0])
     more = f", and so are {len(found.missing) - 1} more shards" if len(found.missing) > 1 else ""
-    return str(folder / found.missing[0]), f"is missing, with {count} tensors{more}"
+    return str(folder / found.missing[0]), f"is missing, with {count} {plural(count, 'tensor')}{more}"
 
 
 def check_weights_file(path: Path) -> None:

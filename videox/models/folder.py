@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from videox.errors import LOAD_ERRORS, MODEL, UserError
+from videox.errors import LOAD_ERRORS, MODEL, UserError, plural
 from videox.models.config_files import download_again, read_json
 from videox.models.config_values import number_fault
 from videox.models.configured import Component
@@ -263,7 +263,7 @@ def check_keys(model_class: Any, folder: Path, **unmatched: Sequence[Any]) -> No
     """
     for kind, names in unmatched.items():
         if names:
-            what = f"has {len(names)} {kind} keys for {model_class.__name__}, first {names[0]}"
+            what = f"has {len(names)} {kind} {plural(len(names), 'key')} for {model_class.__name__}, first {names[0]}"
             raise UserError(str(folder), what, "use the weights that belong to its config.json", MODEL)
 
 

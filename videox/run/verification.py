@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from videox.errors import plural
 from videox.run.checkpoint import read_manifest, verify
 
 
@@ -36,7 +37,7 @@ class SharedVerification:
         problems = self._hash_share(checkpoint)
         if not problems:
             sizes = [entry["size"] for entry in read_manifest(checkpoint)["files"].values()]
-            amount = f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
+            amount = f"{len(sizes)} {plural(len(sizes), 'file')}, {sum(sizes) / 1e9:.2f} GB"
             self.notes = (f"{checkpoint.name}: hashes verified ({amount}, {time.monotonic() - begun:.1f} s)",)
         return problems
 

@@ -28,8 +28,8 @@ LINE = round(FONT_SIZE * 1.4)  # pixels from one text line to the next
 CAPTION_LINES = 3
 MAX_CAPTION = 5000  # characters of a caption that are processed: a caption may be megabytes, the lines show far fewer
 SHEET_ENTRIES = 64  # image viewers do not open a sheet of many more
-# Of the figure with the losses, as shares of its sides. They are fixed, because a layout that measures the labels takes
-# half of the time of the figure. PLOT_POWERS are those of ten that are written as digits, so that labels fit in.
+# Of the figure with the losses, as shares of its sides: fixed, because a layout that measures the labels takes a third
+# of the figure's time. PLOT_POWERS are the powers of ten that are written as digits, so that labels fit in.
 PLOT_MARGINS = {"left": 0.1, "right": 0.9, "bottom": 0.08, "top": 0.95, "hspace": 0.15}
 PLOT_POWERS = (-3, 4)
 UNKNOWN_FPS = 16.0  # for clips whose file has no frame rate: the frame rate of Wan2.1

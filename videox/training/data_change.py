@@ -15,7 +15,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings, columns_fingerp
 from videox.distributed.collectives import run_on_main
 from videox.engine.resume import IndexedData, shorten
 from videox.engine.train_state import TrainState
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.training.context import Context
 from videox.training.data_sources import sources_of
 
@@ -157,6 +157,7 @@ def held_out_warning(then: Index, now: Index, by_second: bool, settings: PlanSet
     if not trained:
         return []
     return [
-        f"warning: {len(trained)} of the {len(after)} held-out rows of the new data were trained before "
+        f"warning: {len(trained)} of the {len(after)} held-out {plural(len(after), 'row')} of the new data "
+        f"{plural(len(trained), 'was', 'were')} trained before "
         f"({', '.join(trained[:5])}): the held-out loss is not comparable with that before the change"
     ]

@@ -25,7 +25,7 @@ from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import columns_of
 from videox.distributed.backends import BACKENDS
 from videox.distributed.environment import is_launched
-from videox.errors import DOES_NOT_FIT, STORAGE, UserError
+from videox.errors import DOES_NOT_FIT, STORAGE, UserError, plural
 from videox.estimate.activation_choice import choice_lines
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.data_report import caption_lines, check_captions, row_lines
@@ -308,7 +308,7 @@ def _written_to(folder: Path) -> Iterator[None]:
 
 def _print_probing(files: int, seconds: float) -> None:
     _print(
-        f"the size and length of {files:,} files are not known yet: reading them takes about {format_duration(seconds)}"
+        f"the size and length of {files:,} {plural(files, 'file')} are not known yet: reading them takes about {format_duration(seconds)}"
     )
 
 

@@ -11,7 +11,7 @@ from videox.data.plan.buckets import Fate
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import compared_plan, held_out_plan, list_plan, row_fates
 from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 from videox.training.schedule import Schedule
 
 HELD_OUT_SET, TRAINING_SET = "held_out", "training"
@@ -44,7 +44,9 @@ def row_sets(schedule: Schedule) -> tuple[RowSet, RowSet]:
         return held_out, RowSet(TRAINING_SET, schedule.index, compared_plan(columns, settings))
     plan = list_plan(_columns(listed, settings), settings)
     if plan is None:
-        what = f"none of its {len(listed)} rows can be measured ({_left_out(listed, settings)})"
+        what = (
+            f"none of its {len(listed)} {plural(len(listed), 'row')} can be measured ({_left_out(listed, settings)})"
+        )
         hint = "name clips that the training could use, of at least --video_sample_n_frames frames"
         raise UserError("--validation_meta", what, hint, DATA)
     beside = compared_plan(columns, settings, len(np.unique(plan.row)))
@@ -60,7 +62,8 @@ def list_notes(schedule: Schedule) -> list[str]:
     rows, lines = np.unique(plan.row).tolist(), []
     if len(rows) < len(listed):
         left_out = (
-            f"{len(listed) - len(rows)} of its {len(listed)} rows are not measured ({_left_out(listed, settings)})"
+            f"{len(listed) - len(rows)} of its {len(listed)} rows {plural(len(listed) - len(rows), 'is', 'are')} not measured "
+            f"({_left_out(listed, settings)})"
         )
         lines.append(f"--validation_meta: {left_out}")
     # Only files of the same name are looked up on the disk: the training data may have a million rows.
@@ -69,7 +72,8 @@ def list_notes(schedule: Schedule) -> list[str]:
     both = [str(listed.file_path[row].as_py()) for row in rows if listed.file(row).resolve() in files]
     if both:
         lines.append(
-            f"warning: {len(both)} of the {len(rows)} rows of --validation_meta are in the training data as well "
+            f"warning: {len(both)} of the {len(rows)} rows of --validation_meta {plural(len(both), 'is', 'are')} in the "
+            "training data as well "
             f"({', '.join(both[:5])}): their loss does not show overfitting"
         )
     return lines

@@ -19,7 +19,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings, columns_of
 from videox.distributed.collectives import run_on_main
 from videox.engine.resume import refuse_other_run, resume_or_begin
 from videox.engine.train_state import TrainState, plan_inputs
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 from videox.estimate.cost_model import read_cost_model
 from videox.estimate.frame_rates import frame_rate_lines
 from videox.estimate.model_profile import ModelProfile
@@ -183,14 +183,16 @@ def _write_refused_rows(ctx: Context, index: Index, plan: EpochPlan) -> None:
     if ctx.is_main and (refused := report.refused_rows(index, plan)):
         with atomic_write(ctx.output_dir / "refused_rows.jsonl") as temporary:
             temporary.write_bytes(b"".join(map(json_line, refused)))
-        ctx.print(f"{len(refused)} rows are not trained; refused_rows.jsonl in the output folder lists them")
+        rows = plural(len(refused), "row is", "rows are")
+        ctx.print(f"{len(refused)} {rows} not trained; refused_rows.jsonl in the output folder lists them")
 
 
 def _step_lines(schedule: Schedule, world_size: int, requested_slots: int) -> list[str]:
     """Lines on the size and number of optimizer steps, for the start of a run."""
     lines, slots, state = [], schedule.settings.slots, schedule.state
     if slots != requested_slots:
-        accumulation = f"{slots // world_size} accumulation steps on {world_size} processes"
+        steps = slots // world_size
+        accumulation = f"{steps} accumulation {plural(steps, 'step')} on {world_size} {plural(world_size, 'process', 'processes')}"
         lines.append(
             f"a step has {slots} micro-batches, as when the run began: {accumulation}, instead of the {requested_slots} "
             f"micro-batches of this launch"

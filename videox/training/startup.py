@@ -22,7 +22,7 @@ from videox.engine.fsdp import OPTIMIZER_FOLDER
 from videox.engine.fsdp_local_optim import refuse_other_optimizer_state
 from videox.engine.resume import refuse_other_backend
 from videox.engine.train_state import plan_inputs
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.files import write_json_atomically
 from videox.lora.checkpoint import check_checkpoint_kind
 from videox.optim.registry import check_supported, is_class_name
@@ -101,8 +101,9 @@ def refuse_under_deepspeed(ctx: Context, optimizer: str) -> None:
         )
         raise UserError("--optimizer", what, "use adamw, or remove offload_optimizer from the DeepSpeed file")
     if ctx.checkpoint is not None and (saved := saved_world_size(ctx.checkpoint)) != ctx.world_size:
-        what = f"{ctx.checkpoint.name} was saved by {saved} processes, and only AdamW's moments are converted"
-        raise UserError("--resume_from_checkpoint", what, f"launch {saved} processes", MODEL)
+        of_them = f"{saved} {plural(saved, 'process', 'processes')}"
+        what = f"{ctx.checkpoint.name} was saved by {of_them}, and only AdamW's moments are converted"
+        raise UserError("--resume_from_checkpoint", what, f"launch {of_them}", MODEL)
 
 
 def start_lines(args: argparse.Namespace, ctx: Context, task: str, shift: FlowShift) -> list[str]:

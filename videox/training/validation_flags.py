@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from videox.errors import UserError
+from videox.errors import UserError, plural
 from videox.shapes import GRID, snap_frames
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, Parser, number
 from videox.training.prompts import FLAG, SamplePrompt, read_prompts
@@ -164,7 +164,7 @@ def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: s
             raise UserError(named.place, what, "remove the option, or use a model for image-to-video")
     wanted = sum(getattr(prompt, field) is None for prompt in prompts for field in fields)
     if len(paths) != wanted:
-        what = f"{len(paths)} images, --train_mode {task} needs {wanted}"
+        what = f"{len(paths)} {plural(len(paths), 'image')}, --train_mode {task} needs {wanted}"
         hint = "pass one image per prompt in i2v and inpaint, by this flag or by the option --i"
         if len(fields) > 1:
             hint = "pass a first and a last image per prompt, by this flag or by the options --i and --ei"

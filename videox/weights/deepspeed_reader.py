@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.weights.lazy_tensor import (
     CheckpointTensors,
     FlatTensor,
@@ -108,7 +108,7 @@ def read_zero(folder: Path, *, exclude_frozen: bool = False) -> CheckpointTensor
                 tensors[name] = with_name(tensors[source], name)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise damaged_error(folder, f"{type(error).__name__}: {error}") from error
-    kind = f"ZeRO-{stage} of {world} rank{'s' if world > 1 else ''}, step {models[0].get('global_steps', 'unknown')}"
+    kind = f"ZeRO-{stage} of {world} {plural(world, 'rank')}, step {models[0].get('global_steps', 'unknown')}"
     return CheckpointTensors(kind, tuple(tensors.values()))
 
 
@@ -138,7 +138,7 @@ def _rank_files(folder: Path, pattern: re.Pattern[str], glob: str) -> list[Path]
 def _check_count(folder: Path, glob: str, found: int, saved: int) -> None:
     if found != saved:
         word = "missing" if found < saved else "too many"
-        what = f"contains {found} files {glob}, {saved} were saved: {abs(saved - found)} {word}"
+        what = f"contains {found} {plural(found, 'file')} {glob}, {saved} {plural(saved, 'was', 'were')} saved: {abs(saved - found)} {word}"
         raise UserError(str(folder), what, COPY_AGAIN, MODEL)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from videox.errors import MODEL, UserError
+from videox.errors import MODEL, UserError, plural
 from videox.weights.lazy_tensor import CheckpointTensors, FileSpan, LazyTensor
 from videox.weights.safe_pickle import OpaqueObject, StoredTensor, damaged_error, read_archive, read_pickle
 
@@ -69,7 +69,7 @@ def read_fsdp(folder: Path) -> CheckpointTensors:
         tensors = tuple(_tensor(folder, key, name, described[key].state, locations) for key, name in names.items())
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise damaged_error(path, f"{type(error).__name__}: {error}") from error
-    return CheckpointTensors(f"FSDP, {len(files)} file{'s' if len(files) > 1 else ''}", tensors)
+    return CheckpointTensors(f"FSDP, {len(files)} {plural(len(files), 'file')}", tensors)
 
 
 def _is_tensor(described: OpaqueObject) -> bool:
@@ -104,7 +104,7 @@ def _check_files(folder: Path, named: set[str]) -> None:
         raise UserError(str(folder / METADATA), f"points outside its folder, to {outside[0]!r}", COPY_AGAIN, MODEL)
     for problem, names in (("is missing", named - present), ("has the extra files", present - named)):
         if names:
-            counts = f"{len(present)} files found, {METADATA} lists {len(named)}"
+            counts = f"{len(present)} {plural(len(present), 'file')} found, {METADATA} lists {len(named)}"
             what = f"{problem} {', '.join(sorted(names)[:5])} ({counts})"
             raise UserError(str(folder), what, COPY_AGAIN, MODEL)
 

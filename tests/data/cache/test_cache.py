@@ -173,7 +173,7 @@ def test_corruption_is_reported_and_other_entries_stay_readable(
     assert intact == 8 - lost and len(errors) == 1 and path.name in errors[0]
     assert tiny.load_script("scripts/cache.py").main(["verify", str(tmp_path)]) == 5
     output = capsys.readouterr().out
-    assert path.name in output and f"{intact} entries are intact, 1 errors" in output
+    assert path.name in output and f"{intact} entries are intact, 1 error" in output
     cache = Cache(tmp_path)
     missing = [number for number in range(8) if cache.read(key(number)) is None]
     (message,) = cache.corruption_messages()
@@ -462,7 +462,7 @@ def test_cache_script_rejects_wrong_arguments_and_full_disk(tmp_path: Path) -> N
     with pytest.raises(UserError, match="--data_dir"):
         main([*command, "--data_dir", str(tmp_path / "nowhere")])
     (tmp_path / "unmounted").mkdir()
-    with pytest.raises(UserError, match="contains none of the 1 media files"):
+    with pytest.raises(UserError, match="contains none of the 1 media file of"):
         main([*command, "--data_dir", str(tmp_path / "unmounted")])
     for name in ("list", "verify", "gc"):
         with pytest.raises(UserError, match="contains no cache"):

@@ -171,19 +171,19 @@ def test_files_are_measured_and_rows_keep_their_order(indexed: Path) -> None:
 
 def test_contradictions_of_metadata_and_files_are_counted(indexed: Path) -> None:
     notes = "\n".join(build(indexed).notes)
-    assert "1 rows: type differs from the file's content, which is used (first: row 1)" in notes
-    assert "1 rows: width or height differs from the file, whose size is used (first: row 2)" in notes
-    assert "1 rows: num_frames differs from the file, whose count is used (first: row 2)" in notes
-    assert "1 rows: fps differs from the file, whose fps is used (first: row 2)" in notes
+    assert "1 row: type differs from the file's content, which is used (first: row 1)" in notes
+    assert "1 row: width or height differs from the file, whose size is used (first: row 2)" in notes
+    assert "1 row: num_frames differs from the file, whose count is used (first: row 2)" in notes
+    assert "1 row: fps differs from the file, whose fps is used (first: row 2)" in notes
     assert "1 rows name a file that an earlier row names" in notes
 
 
 def test_summary_reports_counts_sizes_and_problems(indexed: Path) -> None:
     lines = index_summary(build(indexed))
     assert lines[0] == "9 rows, 4 usable"
-    assert lines[1].startswith("1 images, mean side 23 / 23 / 23")
+    assert lines[1].startswith("1 image, mean side 23 / 23 / 23")
     assert "5 / 9 / 9 (min / median / max) frames" in lines[2]
-    assert any("1 rows cannot be used: missing (first: row 6, no such file)" in line for line in lines)
+    assert any("1 row cannot be used: missing (first: row 6, no such file)" in line for line in lines)
 
 
 def test_real_clips_are_measured_as_by_probe(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_folder_without_media_says_where_it_looked(tmp_path: Path, content: st
     expected = {
         "none": f"0 samples: {folder} has no files",
         "texts": f"0 samples: no image or video among the 3 files in 2 folders at and below {folder} (2 .txt, 1 .json)",
-        "links": f"0 samples: {folder} has no files; 1 links to folders are not followed (first: 'clips')",
+        "links": f"0 samples: {folder} has no files; 1 link to a folder is not followed (first: 'clips')",
     }
     assert refused.value.what == expected[content]
 

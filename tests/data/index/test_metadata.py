@@ -240,9 +240,9 @@ def test_invalid_numbers_are_reported(tmp_path: Path) -> None:
     metadata = read(write(tmp_path / "m.json", [valid, {**valid, **invalid}, {**valid, "width": 0.5}]))
     assert metadata.notes == [
         "2 rows: width is not an integer above 0 and is ignored (first: row 1, -5)",
-        "1 rows: height is not an integer above 0 and is ignored (first: row 1, 'abc')",
-        "1 rows: num_frames is not an integer above 0 and is ignored (first: row 1, 0)",
-        "1 rows: fps is not a positive number and is ignored (first: row 1, 0)",
+        "1 row: height is not an integer above 0 and is ignored (first: row 1, 'abc')",
+        "1 row: num_frames is not an integer above 0 and is ignored (first: row 1, 0)",
+        "1 row: fps is not a positive number and is ignored (first: row 1, 0)",
     ]
 
 

@@ -170,7 +170,7 @@ def test_a_source_without_any_of_its_files_is_named(data: tuple[Source, Source],
     with pytest.raises(UserError) as error:
         build(data, tmp_path)
     assert error.value.exit_code == DATA and error.value.where == str(data[1].metadata_path)
-    assert "none of its 1 files exists" in error.value.what
+    assert "none of its 1 file exists" in error.value.what
 
 
 def test_repeats_have_a_limit(data: tuple[Source, Source], tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_rules_of_a_folder_select_files_and_captions(tmp_path: Path) -> None:
         assert trained_captions(index) == expected
     notes = "\n".join(index.notes)
     assert "2 files are not read (first: 'deep/y.png')" in notes
-    assert "1 media files have no .caption file, their caption is empty (first: 'x.PNG')" in notes
+    assert "1 media file has no .caption file, its caption is empty (first: 'x.PNG')" in notes
 
 
 def test_each_of_several_captions_is_changed(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_kind_of_a_file_is_that_of_its_content(tmp_path: Path) -> None:
 def test_a_folder_without_files_of_its_kind_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "clips/deep/x.png")
     clips = tmp_path / "clips"
-    with pytest.raises(UserError, match="0 samples: no video among the 1 files in 1 folders"):
+    with pytest.raises(UserError, match="0 samples: no video among the 1 file in 1 folder"):
         build([Source(clips, clips, FolderRules(kind="video"))], tmp_path)
     with pytest.raises(UserError, match="the folders in it are not read"):
         build([Source(clips, clips, FolderRules(recursive=False))], tmp_path)

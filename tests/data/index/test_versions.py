@@ -130,7 +130,7 @@ def test_a_later_version_probes_the_formats_that_it_names(
     said: list[str] = []
     build(folder, said)
     assert probed == ["c.jpg"]
-    assert len(said) == 1 and "1 files are probed again" in said[0] and "(1 JPEG)" in said[0]
+    assert len(said) == 1 and "1 file is probed again" in said[0] and "(1 JPEG)" in said[0]
     probed.clear()
     build(folder)
     assert probed == []

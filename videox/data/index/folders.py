@@ -12,7 +12,7 @@ from typing import NoReturn
 from videox.data.index.columns import Columns
 from videox.data.index.formats import Table, encoding_of, read_bytes
 from videox.data.index.media_files import count_suffixes, find_media, of_kind
-from videox.errors import DATA, FLAGS, UserError
+from videox.errors import DATA, FLAGS, UserError, plural
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of files that hold the caption of the media file of the same name
 # Usual names of a list of a folder's files with their captions, which is read where it is passed itself.
@@ -104,20 +104,25 @@ def read_folder(folder: Path, data_dir: Path, rules: FolderRules = ALL_FILES) ->
     notes = []
     if left_out:
         first, only = "".join(left_out[0]), ", ".join(rules.describe())
-        notes.append(f"{len(left_out)} files are not read (first: {first!r}): {only}")
+        notes.append(
+            f"{len(left_out)} {plural(len(left_out), 'file is', 'files are')} not read (first: {first!r}): {only}"
+        )
     if passed_over:
         named, first = count_suffixes(passed_over), "".join(passed_over[0])
         notes.append(
-            f"{len(passed_over)} files are neither image, video nor caption, by their content ({named}; first: {first!r})"
+            f"{len(passed_over)} {plural(len(passed_over), 'file is', 'files are')} neither image, video nor caption, by "
+            f"{plural(len(passed_over), 'its', 'their')} content ({named}; first: {first!r})"
         )
     if without_caption and (lists := [name for name in map("".join, passed_over) if name in _LIST_NAMES]):
         notes.append(f"warning: {lists[0]} is not read for captions, --train_data_meta {folder / lists[0]} reads it")
     if without_caption:
         count, first = len(without_caption), without_caption[0]
-        notes.append(f"{count} media files have no {names} file, their caption is empty (first: {first!r})")
+        have, their = plural(count, "file has", "files have"), plural(count, "its", "their")
+        notes.append(f"{count} media {have} no {names} file, {their} caption is empty (first: {first!r})")
     if without_media:
         count = len(without_media)
-        notes.append(f"{count} {names} files have no media file, they are ignored (first: {without_media[0]!r})")
+        have = plural(count, "file has no media file and is", "files have no media file and are")
+        notes.append(f"{count} {names} {have} ignored (first: {without_media[0]!r})")
     return columns, notes
 
 
@@ -159,13 +164,13 @@ def _read_caption(path: Path) -> str | bytes:
 
 def _no_media_error(folder: Path, listing: Sequence[tuple[str, str]], rules: FolderRules) -> UserError:
     folders = len({os.path.dirname(stem) for stem, _ in listing})  # noqa: PTH120 - strings of a listing
-    what = f"0 samples: no {rules.kind or 'image or video'} among the {len(listing)} files in {folders} folders at and below {folder.absolute()}"
+    what = f"0 samples: no {rules.kind or 'image or video'} among the {len(listing)} {plural(len(listing), 'file')} in {folders} {plural(folders, 'folder')} at and below {folder.absolute()}"
     what = f"{what} ({count_suffixes(listing)})" if listing else f"0 samples: {folder.absolute()} has no files"
     if not rules.recursive:
         what += "; the folders in it are not read"
     linked = [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
     if linked:
-        what += f"; {len(linked)} links to folders are not followed (first: {linked[0]!r})"
+        what += f"; {len(linked)} {plural(len(linked), 'link to a folder is', 'links to folders are')} not followed (first: {linked[0]!r})"
     return UserError(str(folder), what, "pass the folder that contains the clips, or a metadata file", DATA)
 
 

@@ -48,7 +48,7 @@ from videox.data.index.table import (
     write_table,
 )
 from videox.data.media.container import PROBE_VERSIONS
-from videox.errors import STORAGE, UserError
+from videox.errors import STORAGE, UserError, plural
 
 
 @dataclass(frozen=True)
@@ -360,13 +360,14 @@ def load_index(index_path: Path, data_dir: Path) -> Index:
 
 def index_summary(index: Index) -> list[str]:
     """Return lines for the start report: counts, sizes, lengths, problems by class, notes."""
-    lines = [f"{len(index)} rows, {np.count_nonzero(index.usable)} usable"]
-    for name, kind in (("images", IMAGE), ("videos", VIDEO)):
+    lines = [f"{len(index)} {plural(len(index), 'row')}, {np.count_nonzero(index.usable)} usable"]
+    for name, kind in (("image", IMAGE), ("video", VIDEO)):
         selected = index.usable & (index.kind == kind)
         if not selected.any():
             continue
         side = np.sqrt(index.width[selected].astype(np.float64) * index.height[selected])
-        parts = [f"{np.count_nonzero(selected)} {name}", f"mean side {_spread(side)} pixels"]
+        count = np.count_nonzero(selected)
+        parts = [f"{count} {plural(count, name)}", f"mean side {_spread(side)} pixels"]
         if kind == VIDEO:
             parts.append(f"{_spread(index.frames[selected])} frames")
             timed = selected & (index.fps > 0)
@@ -377,7 +378,8 @@ def index_summary(index: Index) -> list[str]:
         if counted["values"]:
             row = int(np.flatnonzero(pc.equal(index.problem.cast(pa.large_string()), counted["values"]))[0])
             what = index.detail[row].as_py()
-            lines.append(f"{counted['counts']} rows cannot be used: {counted['values']} (first: row {row}, {what})")
+            rows = plural(counted["counts"], "row")
+            lines.append(f"{counted['counts']} {rows} cannot be used: {counted['values']} (first: row {row}, {what})")
     return [*lines, *index.notes]
 
 

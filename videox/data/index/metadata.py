@@ -18,7 +18,7 @@ from videox.data.index.captions import RowCaptions, clean_captions, pack_caption
 from videox.data.index.columns import FIELDS, Columns, is_given
 from videox.data.index.folders import ALL_FILES, FolderRules, read_folder
 from videox.data.index.formats import READERS, Table, no_samples_error, raise_row_error
-from videox.errors import UserError
+from videox.errors import UserError, plural
 
 READER = 3  # increase it whenever the same metadata gives other rows than before: saved rows are then read again
 KINDS = ("image", "video")
@@ -168,7 +168,7 @@ def _use_slashes(paths: list[Any], data_dir: Path, source: Path) -> str | None:
             changed.append((row, name))
     if not changed:
         return None
-    return f"{len(changed)} rows: \\ in file_path is read as / (first: row {changed[0][0]}, {changed[0][1]!r})"
+    return f"{len(changed)} {plural(len(changed), 'row')}: \\ in file_path is read as / (first: row {changed[0][0]}, {changed[0][1]!r})"
 
 
 def _to_metadata(columns: Columns, path: Path, notes: list[str]) -> Metadata:
@@ -217,7 +217,7 @@ def _note_on_bad_numbers(name: str, raw: Sequence[Any], parsed: Sequence[float],
         return ""
     expected = "a positive number" if name == "fps" else "an integer above 0"
     first = f"first: row {bad[0]}, {ascii(raw[bad[0]])[:40]}"
-    return f"{len(bad)} rows: {name} is not {expected} and is ignored ({first})"
+    return f"{len(bad)} {plural(len(bad), 'row')}: {name} is not {expected} and is ignored ({first})"
 
 
 def _is_missing(value: object) -> bool:

@@ -46,7 +46,7 @@ from videox.data.media.container import (
     too_large_error,
 )
 from videox.data.media.signatures import FORMATS
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 
 _KINDS = {"image": IMAGE, "video": VIDEO, "": UNKNOWN}
 # Problems that may disappear while the file keeps its size and time: such files are probed again by every start.
@@ -108,7 +108,9 @@ class Files:
         """
         named = [number for number, path in enumerate(self.paths) if path]
         if named and all(self.problem[number] == "missing" for number in named):
-            what = f"none of its {len(named)} files exists (first: {self.full_path(named[0])!r})"
+            what = (
+                f"none of its {len(named)} {plural(len(named), 'file')} exists (first: {self.full_path(named[0])!r})"
+            )
             raise UserError(str(metadata_path), what, "check train_data_dir, and that its disk is mounted", DATA)
 
     def to_probe(self) -> np.ndarray:
@@ -175,7 +177,8 @@ class Files:
             return ""
         formats = Counter(name or "of unknown format" for name in self._outdated.values())
         named = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-        return f"index: {len(self._outdated)} files are probed again, since an earlier version read some files of their formats otherwise ({named})"
+        files = plural(len(self._outdated), "file is", "files are")
+        return f"index: {len(self._outdated)} {files} probed again, since an earlier version read some files of their formats otherwise ({named})"
 
     def line_after_probing(self) -> str:
         """Return a line on those of them that are decoded otherwise than by an earlier version; "" if none is."""
@@ -408,7 +411,8 @@ def find_contradictions(table: pa.Table) -> list[str]:
             video & (declared["fps"] > 0) & (column["fps"] > 0) & fps_differs
         ),
     }
-    return [f"{mask.sum()} rows: {what} (first: row {mask.argmax()})" for what, mask in masks.items() if mask.any()]
+    counts = {what: (int(mask.sum()), mask) for what, mask in masks.items() if mask.any()}
+    return [f"{n} {plural(n, 'row')}: {what} (first: row {mask.argmax()})" for what, (n, mask) in counts.items()]
 
 
 def size_and_mtime(path: str) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from videox.data.index.folders import ALL_FILES, FolderRules
 from videox.data.index.metadata import MAX_WEIGHT, Metadata, check_paths, read_metadata
 from videox.data.index.scan import Files
 from videox.data.index.table import header_of, load_table, repeated_string
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def require_files_of_each(files: Files, counts: Sequence[int], sources: Sequence
     for source, (first, last) in zip(sources, _ranges(counts), strict=True):
         numbers = [number for number in set(files.file_of_row[first:last].tolist()) if files.paths[number]]
         if numbers and all(files.problem[number] == "missing" for number in numbers):
-            what = f"none of its {len(numbers)} files exists (first: {files.full_path(min(numbers))!r})"
+            what = f"none of its {len(numbers)} {plural(len(numbers), 'file')} exists (first: {files.full_path(min(numbers))!r})"
             hint = "check its folder, and that its disk is mounted"
             raise UserError(str(source.metadata_path), what, hint, DATA)
 

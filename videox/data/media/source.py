@@ -14,6 +14,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from videox.data.media.container import MAX_PIXELS, BadMedia, Container, check_pixels, raise_system_error
+from videox.errors import plural
 
 # FFmpeg uses these numbers of the operating system for states of its own, such as an index without a keyframe.
 _NOT_OF_THE_SYSTEM = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EDOM, errno.ERANGE)
@@ -56,7 +57,7 @@ def is_cover(stream: VideoStream) -> bool:
 
 def _streams_without_video(file: InputContainer) -> str:
     counts = Counter("cover picture" if stream.type == "video" else f"{stream.type} stream" for stream in file.streams)
-    names = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    names = ", ".join(f"{count} {plural(count, name)}" for name, count in counts.items())
     only_sound = "audio only: " if counts["audio stream"] else ""
     return f"{only_sound}{names or 'no streams'}, no video stream"
 

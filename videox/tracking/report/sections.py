@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from videox.errors import plural
 from videox.tracking.overfitting import Measured, sentence
 from videox.tracking.preview import smooth
 from videox.tracking.report.charts import Curve, chart, stacked
@@ -252,7 +253,10 @@ def data_tab(run: RunFiles) -> Markup | None:
     rows = whole(data.get("rows"))
     parts: list[Markup | None] = []
     if fates:
-        parts += [tag("h2", f"{rows:,} rows"), facts((FATES.get(name, name), whole(n)) for name, n in fates.items())]
+        parts += [
+            tag("h2", f"{rows:,} {plural(rows, 'row')}"),
+            facts((FATES.get(name, name), whole(n)) for name, n in fates.items()),
+        ]
     if shares:
         parts.append(tag("p", f"Share of a sample's area that is cropped: {shares}."))
     buckets = _records(data, "buckets")
@@ -320,7 +324,13 @@ def _events(run: RunFiles) -> Iterator[tuple[float, int, str, str, str]]:
         yield math.nan, step, "skipped", "a spike, or no readable sample; the weights were not changed", ""
     per_step = Counter(whole(record.get("step")) for record in run.bad.records)
     for step, count in per_step.items():
-        yield math.nan, step, "unreadable", f"{count} samples were skipped (tab Data)", ""
+        yield (
+            math.nan,
+            step,
+            "unreadable",
+            f"{count} {plural(count, 'sample was', 'samples were')} skipped (tab Data)",
+            "",
+        )
     for line in run.validation:
         text = f"loss at fixed noise {number(finite(line.get('loss')))}"
         yield math.nan, whole(line.get("step")), "validation", text, ""
@@ -329,7 +339,7 @@ def _events(run: RunFiles) -> Iterator[tuple[float, int, str, str, str]]:
     for step in run.best:
         yield math.nan, step, "best", f"best-{step}: the weights of the lowest held-out loss", ""
     for step, count in Counter(sample.step for sample in run.samples).items():
-        yield math.nan, step, "samples", f"{count} clips", ""
+        yield math.nan, step, "samples", f"{count} {plural(count, 'clip')}", ""
 
 
 def events_tab(run: RunFiles) -> Markup | None:

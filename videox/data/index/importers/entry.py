@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from videox.data.index.metadata import WINDOWS_DRIVE
 from videox.data.index.sources import Source
-from videox.errors import DATA, UserError
+from videox.errors import DATA, UserError, plural
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Imported:
     def lines(self, config: Path) -> list[str]:
         """Return lines for the start report."""
         count = len(self.sources)
-        lines = [f"{config}: {count} source{'s' if count > 1 else ''}, read as {self.tool}"]
+        lines = [f"{config}: {count} {plural(count, 'source')}, read as {self.tool}"]
         groups: dict[tuple[str, str], list[str]] = {}
         for name, values, flags in self.shown:
             if values or flags:
