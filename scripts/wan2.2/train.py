@@ -1,12 +1,12 @@
-r"""Fine-tunes one expert of Wan2.2-A14B: text-to-video and image-to-video, the whole expert or a LoRA.
+r"""Fine-tunes the experts of Wan2.2-A14B: text-to-video and image-to-video, a whole expert or a LoRA.
 
 Wan2.2 has two transformers: the high-noise expert begins a clip, the low-noise expert finishes it. A run trains one of
-them on its own noise levels; the second run can use the same latent cache:
+them on its own noise levels; --expert=both trains one after the other, each in its own folder in --output_dir:
 
-    accelerate launch --mixed_precision="bf16" scripts/wan2.2/train.py --expert=high_noise \
+    accelerate launch --mixed_precision="bf16" scripts/wan2.2/train.py --expert=both \
       --pretrained_model_name_or_path=models/Diffusion_Transformer/Wan2.2-T2V-A14B-Diffusers \
       --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
-      --output_dir=outputs/wan_high --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \
+      --output_dir=outputs/wan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \
       --gradient_checkpointing
 
 Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
@@ -16,6 +16,7 @@ bit-identical to those of a run that was never stopped, on GPUs with --determini
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,7 @@ SHIPPED_YAMLS = {mode: str(ROOT / f"config/wan2.2/wan_civitai_{name}.yaml") for 
 def check_flags(args: argparse.Namespace) -> None:
     """Check the flags of a run against each other. Raises UserError."""
     check_args(args)
-    if args.expert is None:
-        hint = "pass --expert high_noise or --expert low_noise, and train the other one by a second run"
-        raise UserError("--expert", "is required: Wan2.2 has two transformers, and a run trains one", hint)
+    experts.check_expert(args)
 
 
 def parse_args(
@@ -56,8 +55,8 @@ def parse_args(
     """Parse the flags and check them against each other."""
     parser = make_parser(__doc__, modes=tuple(TASKS), recipes=ROOT / "config/recipes/wan2.2")
     add = parser.add_argument_group("Wan2.2").add_argument
-    expert = "the transformer to train; the other one is used for sample clips only"
-    add("--expert", choices=tuple(EXPERTS), help=expert)
+    expert = f"the transformer to train, with the other one for sample clips only; {experts.BOTH}: one after the other"
+    add("--expert", choices=(*EXPERTS, experts.BOTH), help=expert)
     other = "folder or file with weights of the other expert, for sample clips (default: that of the model)"
     add("--other_transformer_path", help=other)
     content = "yaml with flow shift, boundary and paths inside a model in original layout (default: by task, from config/wan2.2)"
@@ -171,10 +170,11 @@ def plan(args: argparse.Namespace) -> int:
     from videox.training import dry_run  # imported here, because --help does not need it
 
     def profile_and_shift() -> tuple[ModelProfile, FlowShift]:
-        components = check_model(args)
-        return expert_profile(args, components), describe(args, components, None).shift
+        found = [(run, check_model(run)) for run in experts.runs_of(args)]
+        shifts = [describe(run, components, None).shift for run, components in found]
+        return expert_profile(*found[0]), shifts[0]
 
-    return dry_run.plan_run(args, profile_and_shift)
+    return dry_run.plan_run(args, profile_and_shift, [run.expert for run in experts.runs_of(args)])
 
 
 if __name__ == "__main__":
@@ -198,6 +198,7 @@ from videox.encoders.encode import LazyEncoders
 from videox.encoders.offload import OffloadedModule
 from videox.engine.base import compute_in_bf16
 from videox.families import wan as family
+from videox.families import wan_both
 from videox.families.wan import Wan, build_model, encode_batch, encoding_specs, load_encoders, transformer_inputs
 from videox.models import component as models
 from videox.models.hub import local_folder
@@ -206,7 +207,7 @@ from videox.models.shared_memory import load_frozen
 from videox.rng import Purpose, hash_key
 from videox.run.lifecycle import run_script
 from videox.tracking.dump import dump_folder, write_dump
-from videox.training import build, launch, loop, memory_check, other_weights, precompute, startup
+from videox.training import build, loop, memory_check, other_weights, precompute, startup
 from videox.training.context import Context, Gather
 from videox.training.data import build_data
 from videox.training.schedule import build_schedule
@@ -287,7 +288,10 @@ def sampling_pipeline(wan: Wan, expert: Expert) -> Iterator[WanPipeline | diffus
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
-    return plan(args) if is_dry_run(args) else launch.launch(args, train)
+    if is_dry_run(args):
+        return plan(args)
+    command = [__file__, *(sys.argv[1:] if argv is None else argv)]
+    return wan_both.train_in_turn(args, command, train, lambda run: describe(run, check_model(run), None))
 
 
 def train(args: argparse.Namespace, ctx: Context) -> int:

@@ -45,9 +45,11 @@ class StopOutsideSteps:
 
     Attributes:
         before_exit: called before the process exits at once, to write the status.
+        unheeded: whether a signal came that did not end the run, because it was about to end anyway.
     """
 
     current: ClassVar[StopOutsideSteps | None] = None
+    unheeded: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.before_exit: Callable[[], object] = lambda: None
@@ -58,12 +60,13 @@ class StopOutsideSteps:
 
     def __enter__(self) -> StopOutsideSteps:
         StopOutsideSteps.current = self
+        StopOutsideSteps.unheeded = False
         return self
 
     def __exit__(self, *raised: object) -> None:
         StopOutsideSteps.current = None
         if self.received_at is not None:  # the process ends: a second signal is ignored while its objects are deleted
-            self._over = True
+            self._over = StopOutsideSteps.unheeded = True
             return
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -102,7 +105,10 @@ class StopOutsideSteps:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         # A data worker has this handler from its fork until it sets its own.
-        if self._over or os.getpid() != self._owner:
+        if os.getpid() != self._owner:
+            return
+        if self._over:
+            StopOutsideSteps.unheeded = True
             return
         if self.received_at is None:
             self.received_at, self._name = time.monotonic(), signal.Signals(number).name

@@ -418,7 +418,7 @@ class Disk:
 
 def disk_fact(disk: Disk) -> str:
     """Return the disk space of the checkpoints of a run in words, for the picture."""
-    return f"{_size(disk.needed())}, {_size(disk.checkpoint)} each"
+    return f"{size_words(disk.needed())}, {size_words(disk.checkpoint)} each"
 
 
 def disk_lines(disk: Disk, free: float) -> list[str]:
@@ -430,14 +430,14 @@ def disk_lines(disk: Disk, free: float) -> list[str]:
     """
     kept = ""
     if disk.keep:
-        kept = f", the newest {disk.keep} are kept, and one more while it is written: {_size(disk.needed())}"
+        kept = f", the newest {disk.keep} are kept, and one more while it is written: {size_words(disk.needed())}"
     number = f"{disk.written:,} {plural(disk.written, 'checkpoint')} in {disk.steps:,} {plural(disk.steps, 'step')} (one per {disk.every})"
-    lines = [f"disk: {_size(disk.checkpoint)} per checkpoint, {number}{kept}"]
+    lines = [f"disk: {size_words(disk.checkpoint)} per checkpoint, {number}{kept}"]
     lines += [f"  {line}" for line in keep_all_lines(disk)]
     if disk.needed() > free:
         fitting = int(free // disk.checkpoint) - 1
         flag = f"--checkpoints_total_limit {fitting}" if fitting > 0 else "an --output_dir on a larger disk"
-        lines.append(f"  only {_size(free)} are free there: use {flag}, or more --checkpointing_steps")
+        lines.append(f"  only {size_words(free)} are free there: use {flag}, or more --checkpointing_steps")
     return lines
 
 
@@ -445,10 +445,11 @@ def keep_all_lines(disk: Disk) -> list[str]:
     """Return a warning with the disk space of all checkpoints, where a run keeps all of several."""
     if disk.keep or disk.written < 2:
         return []
-    size = _size(disk.kept * disk.checkpoint)
+    size = size_words(disk.kept * disk.checkpoint)
     flag = "--checkpoints_total_limit 2 keeps the newest two"
     return [f"warning: all {disk.written:,} checkpoints of the run are kept, {size} of disk space; {flag}"]
 
 
-def _size(size: float) -> str:
+def size_words(size: float) -> str:
+    """Return a number of bytes on a disk in words."""
     return f"{size / 1e12:,.2f} TB" if size >= 1e12 else f"{size / 1e9:,.1f} GB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,43 @@ ORIGINAL_FOLDERS = {
     for expert in EXPERTS
 }
 BOUNDARY_KEY = "transformer_additional_kwargs.boundary"
+BOTH = "both"  # value of --expert: the experts are trained one after the other, in the order of EXPERTS
 
 
 def other_expert(expert: str) -> str:
     """Return the name of the other expert."""
     return next(name for name in EXPERTS if name != expert)
+
+
+def check_expert(args: argparse.Namespace) -> None:
+    """Check --expert, and the flags that both experts cannot share. Raises UserError."""
+    if args.expert is None:
+        hint = f"pass --expert {BOTH} to train one after the other, or --expert {' or '.join(EXPERTS)}"
+        raise UserError("--expert", "is required: Wan2.2 has two transformers, and a run trains one", hint)
+    if args.expert != BOTH:
+        return
+    if args.other_transformer_path:
+        what = f"contradicts --expert {BOTH}, where each expert is sampled with the other one"
+        raise UserError("--other_transformer_path", what, "remove the flag")
+    given = args.transformer_path
+    if given and not all((Path(given) / folder / "config.json").is_file() for folder in EXPERTS.values()):
+        what = f"{given} does not contain the folders {' and '.join(EXPERTS.values())}, one for each expert"
+        raise UserError("--transformer_path", what, "pass a folder with both, or train one --expert at a time", MODEL)
+    if args.resume_from_checkpoint not in (None, "latest"):
+        what = f"{args.resume_from_checkpoint} is a checkpoint of one expert, and --expert is {BOTH}"
+        hint = "pass latest, or --expert and --output_dir of the run that the checkpoint belongs to"
+        raise UserError("--resume_from_checkpoint", what, hint)
+
+
+def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of the runs that a command asks for: one run, or with --expert both one for each expert.
+
+    Each of both has a folder inside --output_dir that is named for its expert.
+    """
+    if args.expert != BOTH:
+        return [args]
+    folder = Path(args.output_dir)
+    return [argparse.Namespace(**{**vars(args), "expert": name, "output_dir": str(folder / name)}) for name in EXPERTS]
 
 
 def window_of(expert: str, boundary: float) -> NoiseWindow:

@@ -10,7 +10,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,7 @@ from videox.estimate.report import (
     target_size_lines,
     time_lines,
 )
+from videox.estimate.several_runs import SeveralRuns
 from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
 from videox.optim.registry import check_supported, takes_settings
@@ -74,7 +75,9 @@ from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro
 from videox.training.speed_flags import check_backend_flags
 
 
-def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile, FlowShift]]) -> int:
+def plan_run(
+    args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile, FlowShift]], runs: Sequence[str] = ()
+) -> int:
     """Print the plan of a run and its estimates, or how one row is used (--explain); return the exit code.
 
     It is DOES_NOT_FIT if the flags name a GPU or a host memory that the run does not fit, so that a script can tell;
@@ -82,19 +85,20 @@ def plan_run(args: argparse.Namespace, describe: Callable[[], tuple[ModelProfile
 
     Args:
         describe: returns the model's profile and the flow shift of a new run; called on the first process only.
+        runs: names of the runs of a command that trains several, one after the other.
 
     Raises:
         UserError: the flags, the data or the model cannot be used.
     """
     if os.environ.get("RANK", "0") == "0":
-        fits = _plan(args, *describe())
+        fits = _plan(args, *describe(), runs)
         named = args.gpu or args.gpu_memory is not None or args.host_memory is not None
         if named and not fits and not (is_launched(os.environ) or "ACCELERATE_MIXED_PRECISION" in os.environ):
             return DOES_NOT_FIT
     return 0
 
 
-def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> bool:
+def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift, runs: Sequence[str]) -> bool:
     """Print the plan and the estimates; return whether the run fits the GPU, True where no run is estimated."""
     launch = launch_of(os.environ, args)
     tried = _try_optimizer(args)
@@ -125,14 +129,16 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift) -> bo
         attribute_line(attributes(columns, plan, settings.policy)),
     )
     _print(tail_line(plan, settings), "target sizes:", *(f"  {line}" for line in target_size_lines(settings.policy)))
-    return _Estimates(args, launch, RunMemory(args, model, launch, columns, settings), plan).report()
+    return _Estimates(args, launch, RunMemory(args, model, launch, columns, settings), plan, runs).report()
 
 
 class _Estimates:
     """The estimates for a plan: FLOPs, balance, memory, disk, time; and the files that contain them."""
 
-    def __init__(self, args: argparse.Namespace, launch: Launch, run: RunMemory, plan: EpochPlan) -> None:
-        self.args, self.launch, self.run, self.plan = args, launch, run, plan
+    def __init__(
+        self, args: argparse.Namespace, launch: Launch, run: RunMemory, plan: EpochPlan, runs: Sequence[str]
+    ) -> None:
+        self.args, self.launch, self.run, self.plan, self.runs = args, launch, run, plan, runs
         self.columns, self.settings = run.columns, run.settings
 
     def report(self) -> bool:
@@ -165,6 +171,7 @@ class _Estimates:
         checkpoint = checkpoint_size(self.run.parameters(setup.lora_rank), setup)
         disk = Disk(checkpoint, args.checkpointing_steps, self._steps(), args.checkpoints_total_limit)
         _print(*disk_lines(disk, _free_bytes(args.output_dir)))
+        together = self._together(duration, disk)
         values = plan_report(
             self.columns, plan, settings, flops=flops, balanced=balanced, memory=memory, checkpoint=checkpoint
         )
@@ -178,12 +185,21 @@ class _Estimates:
         extra = {
             "seconds": rounded(seconds), "step_parts": rounded(step.time.step._asdict()),
             "mfu": round(step.time.mfu(), 4), "disk": int(disk.needed()), "gpu_memory": int(memory_limit(args)),
-            "host": int(memory.host_peak()), "host_memory": int(host_room(args).total),
+            "host": int(memory.host_peak()), "host_memory": int(host_room(args).total), **together,
         }  # fmt: skip
         picture = self._picture(flops, balanced if several else {}, memory, facts)
         self._write({**values, **extra}, picture)
         fits_host = args.host_memory is None or memory.host_peak() <= host_room(args).total
         return memory.total() <= memory_limit(args) and fits_host
+
+    def _together(self, duration: Duration, disk: Disk) -> dict[str, Any]:
+        """Print the time and disk space of several runs together, and return them for the file; {} for one run."""
+        if len(self.runs) < 2:
+            return {}
+        several, args = SeveralRuns(self.runs, duration, disk), self.args
+        _print(*several.lines(self.launch.processes, args.gpu_price, _free_bytes(args.output_dir)))
+        total = {"seconds": several.seconds(), "disk": several.bytes_needed()}
+        return {"runs": list(self.runs), "together": rounded(total)}
 
     def _steps(self) -> int:
         return int(self.args.max_train_steps or self.plan.n_steps * self.args.num_train_epochs)
