@@ -48,7 +48,7 @@ from videox.lora.convert import cast, to_layout, write_lora
 from videox.lora.extract import Extraction, extract_lora
 from videox.lora.facts import make_metadata
 from videox.lora.merge import lora_updates, merge_lora
-from videox.lora.reader import lora_family, lora_file, read_lora
+from videox.lora.reader import STEM, lora_family, lora_file, read_lora
 from videox.models.component import check_shapes, find_component
 from videox.models.config_files import read_json
 from videox.models.configured import Component
@@ -57,9 +57,10 @@ from videox.run.checkpoint import MANIFEST, verify
 from videox.run.lifecycle import run_script
 from videox.training.argument_parser import Parser
 from videox.weights.deepspeed_reader import tag_folder
+from videox.weights.expert_names import EXPERTS, both_experts
 from videox.weights.format import EXPORT_DTYPES
 from videox.weights.fsdp_reader import fsdp_folder
-from videox.weights.header import MODEL_CONFIG, header_config
+from videox.weights.header import MODEL_CONFIG, header_config, read_metadata
 from videox.weights.layout_tables import KOHYA, LAYOUTS
 from videox.weights.layout_writer import ARCHITECTURES, write_file
 from videox.weights.layouts import family_of
@@ -106,22 +107,27 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="10GB",
         help="maximum file size in a diffusers folder (default: 10GB)",
     )
+    expert = "of a folder with both experts of Wan2.2, the one to read (default: as the header of a LoRA says)"
+    parser.add_argument("--expert", choices=tuple(EXPERTS), help=expert)
     parser.add_argument("--verify", action="store_true", help="read back every byte written and compare checksums")
     return parser.parse(argv)
 
 
-def find_weights(source: Path, where: str = "source") -> Path:
+def find_weights(source: Path, where: str = "source", expert: str | None = None) -> Path:
     """Find the folder or file with the transformer's weights.
 
     Args:
         source: a checkpoint, a transformer folder or a file.
         where: name of the command-line argument, for the message.
+        expert: of Wan2.2, to choose from a folder with both.
 
     Raises:
-        UserError: (MODEL) the path does not exist, or a checkpoint is damaged or contains only shards.
+        UserError: (MODEL) the path does not exist, or a checkpoint is damaged or contains only shards; (FLAGS) it has
+            both experts, and none is chosen.
     """
     if source.is_file():
         return source
+    source = one_expert(source, expert)
     if not source.is_dir():
         raise UserError(
             where, f"{source} does not exist", "pass a checkpoint-N, a transformer folder or a file", MODEL
@@ -134,6 +140,15 @@ def find_weights(source: Path, where: str = "source") -> Path:
         what = f"{source} contains sharded weights"
         raise UserError(where, what, f"run scripts/zero_to_bf16.py {source} FOLDER first, then export FOLDER", MODEL)
     return source
+
+
+def one_expert(source: Path, expert: str | None) -> Path:
+    """Return the place of an expert in a folder with both; any other path unchanged. Raises UserError (FLAGS)."""
+    both = both_experts(source, STEM)
+    if both and expert is None:
+        what = f"{source} has both experts of Wan2.2"
+        raise UserError("--expert", what, f"pass --expert {' or --expert '.join(both)}", FLAGS)
+    return both[str(expert)] if both else source
 
 
 def find_transformer(path: Path, config: Path | None) -> Component:
@@ -264,7 +279,8 @@ def extract(flags: argparse.Namespace) -> None:
     """Write the LoRA that is nearest to the difference of two models, and print its error. Raises UserError."""
     rank, base_name = int(flags.extract_lora[0]), flags.extract_lora[1]
     tuned = find_transformer(find_weights(flags.source), flags.config)
-    base = find_transformer(find_weights(local_folder(base_name, "--extract_lora"), "--extract_lora"), None)
+    expert = flags.expert or read_metadata(tuned.path).get("expert")
+    base = find_transformer(find_weights(local_folder(base_name, "--extract_lora"), "--extract_lora", expert), None)
     assert tuned.tensors is not None and base.tensors is not None
     dtype = EXPORT_DTYPES[flags.dtype or "fp32"]
     with tqdm(total=len(tuned.tensors), unit="tensor", desc="extracting", disable=None) as bar:
@@ -374,11 +390,14 @@ def check_flags(flags: argparse.Namespace, lora: Path | None) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
+    flags.source = one_expert(flags.source, flags.expert)
     lora, dtype = lora_file(flags.source), EXPORT_DTYPES[flags.dtype] if flags.dtype else None
     if check_flags(flags, lora):
         extract(flags) if lora is None else export_lora(lora, flags)
         return 0
-    source = find_weights(local_folder(flags.base, "--base"), "--base") if flags.base else find_weights(flags.source)
+    expert = flags.expert or (read_metadata(lora).get("expert") if lora else None)
+    base = find_weights(local_folder(flags.base, "--base"), "--base", expert) if flags.base else None
+    source = base or find_weights(flags.source)
     component = find_transformer(source, flags.config)
     assert component.tensors is not None
     model, family = build_model(component), component.tensors.layout or str(family_of(component.tensors))

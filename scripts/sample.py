@@ -5,9 +5,9 @@
     python scripts/sample.py outputs/lora --prompt "a red fox --w 832 --h 480 --f 81 --d 1" --lora_scale 0.8
     python scripts/sample.py lora.safetensors --base models/Diffusion_Transformer/Wan2.1-T2V-14B --prompt "a red fox"
 
-Of a run its export is sampled, or its newest checkpoint while it has none. Base model, flow shift, size, length, frame
-rate, steps, guidance and seed are those of the run's own sample clips; flags and the options of a prompt replace them
-(docs/samples.md); without a run they are those of the model. Convert sharded checkpoints with scripts/zero_to_bf16.py.
+Of a run its export is sampled, or its newest checkpoint while it has none; of a folder with both experts, both. Base
+model, flow shift, size, length, frame rate, steps, guidance and seed are those of the run's own clips, or of the
+model; flags and options of a prompt replace them (docs/samples.md). Convert sharded checkpoints with zero_to_bf16.py.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ from videox.engine.base import compute_in_bf16
 from videox.engine.ema import EMA_FOLDER
 from videox.files import unique_path
 from videox.lora.merge import check_base, lora_updates
-from videox.lora.reader import lora_file, lora_names, read_lora
+from videox.lora.reader import STEM, lora_file, lora_names, read_lora
 from videox.models.component import Component, load_checked
 from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.hub import local_folder
@@ -98,7 +98,7 @@ from videox.training.prompts import read_prompts
 from videox.training.sample_requests import ClipDefaults, build_clips
 from videox.training.sampling import ClipWriter, FinishedClip, SampleClip, SampledClips, sample_clips
 from videox.weights.deepspeed_reader import tag_folder
-from videox.weights.expert_names import exported_name
+from videox.weights.expert_names import both_experts, exported_name
 from videox.weights.fsdp_reader import fsdp_folder
 from videox.weights.header import read_metadata
 from videox.weights.safetensors_io import join_first
@@ -156,6 +156,7 @@ class Source:
         step: optimizer steps of the weights, 0 if not known.
         asked: flags of the run, empty without one.
         resolved: values that followed from them.
+        other: weights or LoRA of the other expert; None = as the run had them.
     """
 
     weights: Path | None
@@ -164,6 +165,7 @@ class Source:
     step: int = 0
     asked: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+    other: Path | None = None
 
 
 def find_source(flags: argparse.Namespace) -> Source:
@@ -173,6 +175,8 @@ def find_source(flags: argparse.Namespace) -> Source:
         raise UserError("source", f"{source} does not exist", "pass a run, a checkpoint, an export or a LoRA", MODEL)
     if (source / "model_index.json").is_file():
         return Source(None, None, str(source))
+    if both := both_experts(source, STEM):
+        return source_of_both(flags, both)
     record = next(
         (p / "args.json" for p in (source, *source.absolute().parents[:2]) if (p / "args.json").is_file()), None
     )
@@ -185,6 +189,15 @@ def find_source(flags: argparse.Namespace) -> Source:
     if (lora := lora_file(place)) is not None:
         return Source(None, lora, base, step, asked, resolved)
     return Source(place, None, base, step, asked, resolved)
+
+
+def source_of_both(flags: argparse.Namespace, both: dict[str, Path]) -> Source:
+    """Find the weights of both experts: one of them as the source, the other one beside it. Raises UserError."""
+    flags.expert = flags.expert or next(reversed(both))
+    other = next(path for name, path in both.items() if name != flags.expert)
+    if (other / "args.json").is_file():
+        other = weights_of_run(other, flags.ema)[0]
+    return replace(find_source(argparse.Namespace(**{**vars(flags), "source": both[flags.expert]})), other=other)
 
 
 def newest_of_run(run: Path) -> tuple[Path, int]:
@@ -283,6 +296,8 @@ def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argpar
         args.clip_image = source.resolved.get("clip_image") or ("crop" if source.asked else None)
     if source.weights is not None:
         args.transformer_path = str(source.weights)
+    if source.other is not None:
+        args.other_transformer_path = str(source.other)
     if hasattr(args, "expert") and not (args.expert and source.asked):
         args.expert = expert_of(source, flags)
     precision = source.asked.get("mixed_precision") or "bf16"

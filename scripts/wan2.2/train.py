@@ -57,7 +57,7 @@ def parse_args(
     add = parser.add_argument_group("Wan2.2").add_argument
     expert = f"the transformer to train, with the other one for sample clips only; {experts.BOTH}: one after the other"
     add("--expert", choices=(*EXPERTS, experts.BOTH), help=expert)
-    other = "folder or file with weights of the other expert, for sample clips (default: that of the model)"
+    other = "folder or file with weights or a LoRA of the other expert, for sample clips (default: that of the model)"
     add("--other_transformer_path", help=other)
     content = "yaml with flow shift, boundary and paths inside a model in original layout (default: by task, from config/wan2.2)"
     add("--config_path", help=content)
@@ -90,7 +90,7 @@ def diffusers_model(args: argparse.Namespace, root: Path) -> dict[str, Component
     overrides = {"vae": ("wan_vae", args.vae_path)}
     components = models.diffusers_components(root, PIPELINES, NAMES, overrides, checked)
     index, known = experts.read_index(root), components["transformer"].config
-    names = (args.expert, args.transformer_path), (experts.other_expert(args.expert), args.other_transformer_path)
+    names = (args.expert, args.transformer_path), (experts.other_expert(args.expert), wan_both.other_weights(args))
     for key, (expert, path) in zip(("transformer", "other"), names, strict=True):
         folder = EXPERTS[expert]
         components[key] = models.choose_component(
@@ -115,7 +115,7 @@ def original_model(args: argparse.Namespace, root: Path, paths: dict[str, Path],
     )  # fmt: skip
     other = experts.other_expert(args.expert)
     components["other"] = models.choose_component(
-        "other_transformer", expert_inside(args.other_transformer_path, EXPERTS[other]), folders[other], "wan", {}
+        "other_transformer", expert_inside(wan_both.other_weights(args), EXPERTS[other]), folders[other], "wan", {}
     )
     return {**components, "model_index": experts.original_index(root, yaml)}
 
@@ -231,13 +231,18 @@ def find_expert(
 ) -> Expert:
     """The expert in training, with the other one still on disk; boundary: None = that of the model."""
     chosen = experts.boundary_of(components["model_index"], None) if boundary is None else boundary
-    return Expert(args.expert, chosen, LazyEncoders(partial(load_other, components["other"], accelerator)))
+    return Expert(args.expert, chosen, LazyEncoders(partial(load_other, args, components["other"], accelerator)))
 
 
-def load_other(component: Component, accelerator: Accelerator, gather: Gather) -> OffloadedModule:
+def load_other(
+    args: argparse.Namespace, component: Component, accelerator: Accelerator, gather: Gather
+) -> OffloadedModule:
     """Load the other expert into host memory in the compute dtype; it computes as the one in training does."""
     device, dtype = accelerator.device, compute_dtype(accelerator)
-    model = load_frozen(WanTransformer3DModel, component, dtype, pinned=device.type == "cuda", gather=gather)
+    model = load_frozen(
+        WanTransformer3DModel, component, dtype, pinned=device.type == "cuda", gather=gather,
+        change=wan_both.merge_of_other(args, component, dtype),
+    )  # fmt: skip
     keep_norm_dtype(model, device)
     if dtype == torch.bfloat16:
         compute_in_bf16(model, device)

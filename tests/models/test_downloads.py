@@ -253,6 +253,11 @@ def test_the_original_layout_of_hunyuanvideo_is_named(tmp_path: Path) -> None:
          "hunyuanvideo-community/HunyuanVideo"),
         ("mine", {"transformer/config.json": {"_class_name": "HunyuanVideoTransformer3DModel",
          "image_condition_type": "token_replace"}}, "hunyuanvideo-community/HunyuanVideo-I2V"),
+        ("mine", {"model_index.json": {"boundary_ratio": 0.9}, "transformer/config.json": {
+            "_class_name": "WanTransformer3DModel", "num_attention_heads": 40, "attention_head_dim": 128,
+            "in_channels": 36}}, "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+        ("mine", {"low_noise_model/config.json": {"_class_name": "WanModel", "dim": 5120, "in_dim": 16}},
+         "Wan-AI/Wan2.2-T2V-A14B"),
         ("mine", {"config.json": {"_class_name": "WanModel", "dim": [5120], "in_dim": {}}}, None),
         ("mine", {"config.json": [1]}, None),
         ("mine", {}, None),
@@ -271,6 +276,13 @@ def test_the_model_in_question(tmp_path: Path, name: str, files: dict, expected:
         assert download_command(snapshot) == f"hf download {expected} --cache-dir {tmp_path}"
     else:
         assert download_command(root) == f"hf download {expected or 'ORGANIZATION/MODEL'} --local-dir {root}"
+
+
+def test_the_folder_of_an_expert_belongs_to_its_model(tmp_path: Path) -> None:
+    root = tmp_path / "Wan2.2-T2V-A14B"
+    (root / "high_noise_model").mkdir(parents=True)
+    expected = f"hf download Wan-AI/Wan2.2-T2V-A14B --local-dir {root}"
+    assert download_command(root / "high_noise_model") == download_command(root) == expected
 
 
 def test_the_default_cache_needs_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

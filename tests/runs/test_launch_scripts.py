@@ -23,10 +23,13 @@ from bounded import kill_tree, process_tree, run_bounded
 from videox.distributed.accelerator import make_accelerator
 from videox.distributed.rendezvous import Participant, read_machine, timeout_seconds
 from videox.errors import FLAGS, PEER_LOST, STOPPED, UserError
+from videox.weights.expert_names import EXPERTS
 
 SCRIPTS = sorted(path.relative_to(runs.ROOT).as_posix() for path in runs.ROOT.glob("scripts/*/train_*.sh"))
 BUILD = {
     ("wan2.1", "normal"): tiny.build_wan_t2v,
+    ("wan2.2", "normal"): tiny.build_wan22_t2v,
+    ("wan2.2", "i2v"): tiny.build_wan22_i2v,
     ("hunyuanvideo", "normal"): tiny.build_hunyuan_t2v,
     ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
 }
@@ -92,11 +95,19 @@ class LaunchScript:
         return codes, [log.read_text(encoding="utf-8", errors="replace") for log in logs]
 
 
+def results(script: str, folder: Path) -> list[tuple[Path, str]]:
+    """Return the run folders of a launch, with the names of their weights: of Wan2.2 one for each expert."""
+    if "wan2.2" not in script:
+        return [(folder, "transformer")]
+    return [(folder / expert, name) for expert, name in EXPERTS.items()]
+
+
 def check_trained(script: str, folder: Path, log: str) -> None:
-    assert f"backend     {backend(script)} (" in log
-    assert f"processes   {PROCESSES}" in log
-    assert [line["step"] for line in forkserver.read_steps(folder)] == [1, 2]
-    assert (folder / "transformer" / "config.json").is_file()
+    for run, weights in results(script, folder):
+        assert [line["step"] for line in forkserver.read_steps(run)] == [1, 2]
+        assert (run / weights / "config.json").is_file()
+    assert log.count(f"backend     {backend(script)} (") == len(results(script, folder))
+    assert log.count(f"processes   {PROCESSES}") == len(results(script, folder))
     assert "returned a view tensor" not in log, "the user cannot act on torch's warning"
 
 
@@ -115,10 +126,11 @@ def test_a_launch_script_trains_on_one_machine_and_on_two(script: str, tmp_path:
     for log in logs:
         check_trained(script, two, log)
     assert ["step 2/2" in log for log in logs] == [False, True]  # only machine 0 prints the steps
-    assert forkserver.read_steps(two) == forkserver.read_steps(one)
-    first, second = (runs.read_weights(run / "transformer") for run in (one, two))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for (run, weights), (same, _) in zip(results(script, one), results(script, two), strict=True):
+        assert forkserver.read_steps(same) == forkserver.read_steps(run)
+        first, second = (runs.read_weights(folder / weights) for folder in (run, same))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

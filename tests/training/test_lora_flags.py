@@ -20,9 +20,13 @@ from videox.training.flags import make_parser
 from videox.training.lora_flags import ALPHA, NO_COUNTERPART, RANK, translate
 
 ROOT = tiny.ROOT
-FAMILIES = ("wan2.1", "hunyuanvideo")
+FAMILIES = ("wan2.1", "wan2.2", "hunyuanvideo")
 # The --target_name of VideoX-Fun's published commands.
-PUBLISHED = {"wan2.1": "q,k,v,ffn.0,ffn.2", "hunyuanvideo": "to_q,to_k,to_v,ff.0,ff.2,ff_context.0,ff_context.2"}
+PUBLISHED = {
+    "wan2.1": "q,k,v,ffn.0,ffn.2",
+    "wan2.2": "q,k,v,ffn.0,ffn.2",
+    "hunyuanvideo": "to_q,to_k,to_v,ff.0,ff.2,ff_context.0,ff_context.2",
+}
 # Flags of VideoX-Fun's train_lora.py (both families) that its train.py has not, or that neither reads.
 
 # Every flag of VideoX-Fun's scripts/wan2.1/train_lora.py, with a value.
@@ -66,8 +70,9 @@ def transformers() -> dict[str, torch.nn.Module]:
     """The transformer of each family on the meta device; Wan with its image embedder."""
     with torch.device("meta"):
         wan = WanTransformer3DModel(num_layers=2, image_dim=1280, added_kv_proj_dim=5120)
+        expert = WanTransformer3DModel(num_layers=2)
         hunyuan = HunyuanVideoTransformer3DModel(num_layers=2, num_single_layers=2)
-    return {"wan2.1": wan, "hunyuanvideo": hunyuan}
+    return {"wan2.1": wan, "wan2.2": expert, "hunyuanvideo": hunyuan}
 
 
 def chosen(model: torch.nn.Module, words: list[str]) -> set[str]:
@@ -168,6 +173,19 @@ def test_names_are_separated_by_any_comma(given: str) -> None:
     assert words[-4:] == ["--lora_target_modules", "to_q", "to_k", "to_v"]
 
 
+@pytest.mark.parametrize("words", [["--boundary_type=low"], ["--boundary_type", "low"]])
+def test_the_expert_of_wan22_is_that_of_its_boundary_type(words: list[str]) -> None:
+    assert words_of("wan2.2", "--seed=1", *words, "--use_peft_lora")[2:] == ["--seed=1", "--expert=low_noise"]
+    assert words_of("wan2.2", "--boundary_type=high", "--use_peft_lora")[2:] == ["--expert=high_noise"]
+    assert words_of("wan2.1", *words, "--use_peft_lora")[2:] == words  # train.py refuses it
+
+
+def test_a_boundary_type_without_an_expert_is_refused() -> None:
+    for words, value in ((["--boundary_type=full"], "'full'"), (["--boundary_type"], "''")):
+        with pytest.raises(UserError, match=f"--boundary_type: {value} has no counterpart here"):
+            words_of("wan2.2", *words)
+
+
 def test_a_difference_of_names_is_said() -> None:
     names = names_of("wan2.1")
     assert not translate(["--target_name=q", "--use_peft_lora"], names).notes
@@ -264,7 +282,8 @@ def test_help_lists_the_flags_of_both() -> None:
 @pytest.mark.parametrize("peft", [True, False])
 def test_a_run_equals_that_of_train(tmp_path: Path, family: str, peft: bool) -> None:
     """The losses of train_lora.py are those of train.py with the printed flags, and diffusers loads the LoRA."""
-    build = {"wan2.1": tiny.build_wan_t2v, "hunyuanvideo": tiny.build_hunyuan_t2v}[family]
+    builders = {"wan2.1": tiny.build_wan_t2v, "wan2.2": tiny.build_wan22_t2v, "hunyuanvideo": tiny.build_hunyuan_t2v}
+    build = builders[family]
     model, metadata = build(tmp_path / "model"), tiny.make_dataset(tmp_path / "data")
     base = dict(max_train_steps=2, trainable_modules=None, lr_warmup_steps=0)
     words = runs.train_flags(family, model, metadata, tmp_path / "a", **base, rank=4, network_alpha=2, save_state=True)
@@ -282,4 +301,4 @@ def test_a_run_equals_that_of_train(tmp_path: Path, family: str, peft: bool) -> 
         for out in "ab"
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    assert list((tmp_path / "a").rglob("pytorch_lora_weights.safetensors"))
+    assert list((tmp_path / "a").rglob("pytorch_lora_weights*.safetensors"))

@@ -68,7 +68,7 @@ def test_a_word_far_from_every_flag_gets_no_guess(word: str) -> None:
 
 def test_no_synonym_hides_a_flag_and_each_names_one() -> None:
     assert set(SAME) <= FLAGS_HERE
-    for family in ("wan2.1", "hunyuanvideo"):
+    for family in ("wan2.1", "wan2.2", "hunyuanvideo"):
         source = (tiny.ROOT / f"scripts/{family}/train.py").read_text(encoding="utf-8")
         assert not [name for name in SYNONYMS if f'add("--{name}"' in source]
     assert not set(SYNONYMS) & FLAGS_HERE

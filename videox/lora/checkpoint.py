@@ -124,7 +124,8 @@ class LoraWeights:
         """Return the fields for other programs. Files of a checkpoint do not depend on where the run's folder is."""
         facts: dict[str, object] = dict(options.metadata)
         if "checkpoint-" not in str(output_dir.resolve()):
-            facts["output_name"] = output_dir.resolve().name
+            run = output_dir.resolve()  # of --expert both: a folder for each expert inside that of the command
+            facts["output_name"] = f"{run.parent.name}_{run.name}" if run.name == options.expert else run.name
         date = export_date(folder / f"{options.stem(STEM)}.safetensors", options.metadata.get(STEPS))
         rank, alpha = self.lora.rank, self.lora.alpha
         return manager_fields(facts, self.family, rank=rank, alpha=alpha, date=date)
@@ -308,6 +309,7 @@ def prepare_lora(
     resume: Path | None,
     init_from: Path | None,
     run_on_main: Callable[[Callable[[], object]], None],
+    expert: str | None = None,
 ) -> tuple[LoraWeights, list[str]]:
     """Return the weight format of a LoRA run with its initial adapters, and the lines to print; no weight is loaded.
 
@@ -319,6 +321,7 @@ def prepare_lora(
         resume: the checkpoint that will be loaded, None for a new run.
         init_from: a LoRA to start from, None for new adapters.
         run_on_main: runs a check on the main process; if it raises UserError, all processes raise it.
+        expert: that is trained, of a model of two.
 
     Raises:
         UserError: the checkpoint has other settings or another base model, or the LoRA to start from does not fit.
@@ -335,7 +338,7 @@ def prepare_lora(
     family = family_of(stored) or ""
     if init_from is not None and resume is None:
         values, note = init_from_lora(
-            init_from, values, lora, pipeline_class.lora_state_dict, stored=stored, family=family
+            init_from, values, lora, pipeline_class.lora_state_dict, stored=stored, family=family, expert=expert
         )
         lines += note
     if lora.dora:

@@ -14,6 +14,7 @@ from videox.errors import MODEL, UserError, plural
 from videox.lora.adapters import Lora, peft_name
 from videox.lora.names import HALF, KOHYA_PREFIX, describe_names
 from videox.lora.reader import find_lora, lora_names, read_lora
+from videox.weights.header import read_metadata
 from videox.weights.safetensors_io import TensorSource
 
 FLAG = "--init_lora_from"
@@ -28,6 +29,7 @@ def init_from_lora(
     *,
     stored: TensorSource,
     family: str,
+    expert: str | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return initial values from a LoRA that was trained before, and the lines that report what was loaded.
 
@@ -42,11 +44,13 @@ def init_from_lora(
         load: lora_state_dict of the family's pipeline.
         stored: the base model's weights; only their names and shapes are read.
         family: "wan" | "hunyuan".
+        expert: that this run trains, of a model of two.
 
     Raises:
         UserError: (MODEL) it cannot be read, is of another model, adapts other layers, or has a higher rank.
     """
-    adapters, scale = read_lora(path, load, where=FLAG, family=family)
+    file = find_lora(path, FLAG, expert)
+    adapters, scale = read_lora(file, load, where=FLAG, family=family)
     _check_model(path, adapters, stored)
     _check_run(path, adapters, lora)
     initial, padded = dict(values), set()
@@ -60,8 +64,11 @@ def init_from_lora(
             new = torch.zeros_like(values[key])
             new[:, : tensor.shape[1]] = tensor.float() * (scale / lora.scale)
         initial[key] = new
-    names = lora_names(find_lora(path, FLAG))
-    return initial, _report(path, names, adapters, lora, family, len(padded))
+    lines = _report(path, lora_names(file), adapters, lora, family, len(padded))
+    trained = read_metadata(file).get("expert")
+    if trained and trained != expert:
+        lines.append(f"note: it was trained as a LoRA of the {trained} expert")
+    return initial, lines
 
 
 def _check_model(path: Path, adapters: Mapping[str, Tensor], stored: TensorSource) -> None:

@@ -17,7 +17,7 @@ from videox.errors import LOAD_ERRORS, MODEL, UserError
 from videox.lora.foreign import MERGE, OTHER_ADAPTERS, UNQUANTIZE, explain_unread, foreign_model
 from videox.lora.layouts import Adapter, group_names, read_adapters
 from videox.lora.names import family_of_names
-from videox.weights.expert_names import EXPERTS
+from videox.weights.expert_names import EXPERTS, lora_stem
 from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.header import parse_json_object, read_metadata
 from videox.weights.lazy_tensor import FLOAT8_DTYPES
@@ -25,20 +25,32 @@ from videox.weights.reader import FP8_MARKER, IGNORED_SUFFIXES, SCALE_SUFFIXES
 
 STEM = "pytorch_lora_weights"  # the stem of diffusers' LORA_WEIGHT_NAME_SAFE
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PeftModel.save_pretrained names them
-# Stems of the file to read in a folder: of diffusers and of an expert, of peft and diffusion-pipe, of VideoX-Fun.
-STEMS = (STEM, *(f"{STEM}_{expert}" for expert in EXPERTS), PEFT_STEM, "lora_diffusion_pytorch_model")
+# Stems of the file to read in a folder, besides diffusers': of peft and diffusion-pipe, of VideoX-Fun.
+OTHER_STEMS = (PEFT_STEM, "lora_diffusion_pytorch_model")
+EXPERT_STEMS = tuple(lora_stem(STEM, expert) for expert in EXPERTS)
 PREFIX = "transformer."  # diffusers' name of the adapted component in such a file
 SETTINGS = "lora_adapter_metadata"  # key of the settings of the LoRA in the header of diffusers' files
 HALF_MARKS = (".lora_A.", ".lora_down.", ".lora.down.")  # every LoRA has a tensor name that contains one of them
 UNSUPPORTED = {"use_dora": "a DoRA", "lora_bias": "a LoRA with trained biases", "use_qalora": "a QALoRA"}
 
 
-def lora_file(source: Path) -> Path | None:
-    """Return the LoRA file for a checkpoint, a folder or a file; None if it is not a LoRA."""
+def lora_file(source: Path, expert: str | None = None) -> Path | None:
+    """Return the LoRA file for a checkpoint, a folder or a file; None if it is not a LoRA.
+
+    Args:
+        expert: of a folder with LoRAs of both experts of Wan2.2, the one to take; None: the first that is there.
+    """
     if source.is_dir():
-        files = [source / f"{stem}.safetensors" for stem in STEMS]
-        return next((file for file in files if lora_names(file)), None)
+        return next((file for file in _files(source, expert) if lora_names(file)), None)
     return source if lora_names(source) else None
+
+
+def _files(folder: Path, expert: str | None) -> list[Path]:
+    """Return the paths in a folder that may have its LoRA, the first choice first."""
+    experts = list(EXPERTS) if expert is None else [expert]
+    stems = [STEM, *(lora_stem(STEM, name) for name in experts), *OTHER_STEMS]
+    inside = [folder / name / f"{lora_stem(STEM, name)}.safetensors" for name in experts]
+    return [*(folder / f"{stem}.safetensors" for stem in stems), *inside]
 
 
 def lora_names(path: Path) -> list[str]:
@@ -59,8 +71,12 @@ def lora_family(path: Path) -> str:
     return family_of_names(lora_names(path))
 
 
-def find_lora(path: Path, where: str) -> Path:
+def find_lora(path: Path, where: str, expert: str | None = None) -> Path:
     """Return the LoRA file that a path stands for: the path itself, or the one file of a known name in a folder.
+
+    Args:
+        where: the flag or argument that the path was passed by, for the error message.
+        expert: of a folder with LoRAs of both experts of Wan2.2, the one to take.
 
     Raises:
         UserError: (MODEL) it is no .safetensors file, or a folder without a LoRA, or with several.
@@ -70,7 +86,11 @@ def find_lora(path: Path, where: str) -> Path:
         raise UserError(where, what, "pass a LoRA in safetensors format", MODEL)
     if not path.is_dir():
         return path
-    if known := [file for stem in STEMS if (file := path / f"{stem}.safetensors").is_file()]:
+    named = {file.stem: file for file in _files(path, None) if file.stem in EXPERT_STEMS and file.is_file()}
+    if expert is None and len(named) > 1:
+        hint = f"pass {' or '.join(map(str, named.values()))}"
+        raise UserError(where, f"{path} contains LoRAs of both experts of Wan2.2", hint, MODEL)
+    if known := [file for file in _files(path, expert) if file.is_file()]:
         return known[0]
     found = [file for file in sorted(path.glob("*.safetensors")) if lora_names(file)]
     if len(found) > 1:
@@ -88,6 +108,7 @@ def read_lora(
     *,
     where: str,
     family: str | None = None,
+    expert: str | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Return a LoRA's adapters by diffusers' names without their prefix, and the factor of B A.
 
@@ -98,11 +119,12 @@ def read_lora(
         load: lora_state_dict of the family's pipeline, which reads the files of diffusers' own layout.
         where: the flag or argument that the path was passed by, for the error message.
         family: the family that the LoRA must be of, "wan" | "hunyuan"; None detects it.
+        expert: as for find_lora.
 
     Raises:
         UserError: (MODEL) it cannot be read, or is of a kind that this trainer does not support.
     """
-    file = find_lora(path, where)
+    file = find_lora(path, where, expert)
     try:
         adapters = _read_file(file, load, where, family)
     except (*LOAD_ERRORS, SafetensorError) as error:

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from videox.errors import MODEL, UserError, plural
+from videox.weights.expert_names import EXPERTS
 from videox.weights.file_damage import describe_damage, describe_pointer
 from videox.weights.safetensors_io import join_first
 from videox.weights.weight_files import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WeightSet, chosen_set, missing_files
@@ -177,8 +178,12 @@ def download_command(folder: Path) -> str:
 
 
 def model_root(folder: Path) -> Path:
-    """Return the folder of the model that a folder belongs to: itself, or the one with model_index.json above it."""
-    if not (folder / "model_index.json").is_file() and (folder.parent / "model_index.json").is_file():
+    """Return the folder of the model that a folder belongs to: itself, or the one with model_index.json above it.
+
+    In the original layout of Wan2.2 it is the one above the folder of an expert.
+    """
+    is_index_above = not (folder / "model_index.json").is_file() and (folder.parent / "model_index.json").is_file()
+    if is_index_above or folder.name in {f"{expert}_model" for expert in EXPERTS}:
         return folder.parent
     return folder
 
@@ -218,14 +223,17 @@ def _is_diffusers(root: Path) -> bool:
 
 
 def _published_by_config(root: Path) -> str | None:
-    config = next((c for c in map(_config, (root / "transformer", root)) if c), {})
+    places = (root / "transformer", root, *(root / f"{expert}_model" for expert in EXPERTS))
+    config = next((c for c in map(_config, places) if c), {})
     name = config.get("_class_name")
     if name in ("WanTransformer3DModel", "WanModel"):
         width = config.get("dim") or _product(config.get("num_attention_heads"), config.get("attention_head_dim"))
         channels = config.get("in_dim", config.get("in_channels"))
-        sizes = {"1536 16": "t2v-1.3b", "5120 16": "t2v-14b", "5120 36": "i2v-14b-480p"}
+        sizes = {"1536 16": "wan2.1-t2v-1.3b", "5120 16": "wan2.1-t2v-14b", "5120 36": "wan2.1-i2v-14b-480p"}
+        if _has_two_experts(root):
+            sizes = {"5120 16": "wan2.2-t2v-a14b", "5120 36": "wan2.2-i2v-a14b"}
         size = sizes.get(f"{width} {channels}")
-        return PUBLISHED[f"wan2.1-{size}"][_is_diffusers(root)] if size else None
+        return PUBLISHED[size][_is_diffusers(root)] if size else None
     if name == "HunyuanVideoTransformer3DModel":
         kinds = {"None": "hunyuanvideo", "token_replace": "hunyuanvideo-i2v", "latent_concat": "hunyuanvideo-i2v-33ch"}
         found = kinds.get(str(config.get("image_condition_type")))
@@ -233,13 +241,19 @@ def _published_by_config(root: Path) -> str | None:
     return None
 
 
+def _has_two_experts(root: Path) -> bool:
+    """Return whether a folder is a Wan2.2 of two experts, whose transformers are those of Wan2.1 by their sizes."""
+    experts = [root / f"{expert}_model" for expert in EXPERTS]
+    return _config(root, "model_index.json").get("boundary_ratio") is not None or any(map(Path.is_dir, experts))
+
+
 def _product(first: Any, second: Any) -> int | None:  # noqa: ANN401 - of a configuration that may hold anything
     return first * second if isinstance(first, int) and isinstance(second, int) else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_bytes())
+        content = json.loads((folder / name).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

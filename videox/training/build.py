@@ -118,6 +118,7 @@ def build_lora(
         resume=ctx.checkpoint,
         init_from=Path(args.init_lora_from) if args.init_lora_from else None,
         run_on_main=partial(run_on_main, is_main=ctx.is_main, gather=ctx.gather),
+        expert=getattr(args, "expert", None),
     )
     ctx.print(*lines, *frozen_notes(ctx.accelerator))
     return weights

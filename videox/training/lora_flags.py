@@ -8,8 +8,8 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -38,10 +38,13 @@ class LayerNames:
         diffusers: name in VideoX-Fun -> name in diffusers, each of one or more components.
         every: names that contain every linear layer, in diffusers. VideoX-Fun adapts them all without --use_peft_lora
             and --target_name.
+        choices: flag that VideoX-Fun's script of this family has -> the flag of train.py, and its values by those of
+            VideoX-Fun.
     """
 
     diffusers: Mapping[str, str]
     every: tuple[str, ...]
+    choices: Mapping[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
 
     def translate(self, name: str) -> str:
         """Return a layer's name in diffusers; components that have the same name in both are unchanged."""
@@ -87,6 +90,7 @@ def translate(words: Sequence[str], names: LayerNames) -> Translation:
     """
     parser = make_lora_parser()
     own, other = split_words(words, parser)
+    other = [*_chosen(other, names.choices)]
     for position, word in enumerate(other):
         flag, _, value = word.partition("=")
         if flag.removeprefix("--") in NO_COUNTERPART and flag.startswith("--"):
@@ -108,6 +112,21 @@ def translate(words: Sequence[str], names: LayerNames) -> Translation:
         if not args.use_peft_lora:
             notes.append(WHOLE_NAMES)
     return Translation([*found, *(["--lora_target_modules", *targets] if targets else []), *other], notes)
+
+
+def _chosen(words: Sequence[str], choices: Mapping[str, tuple[str, Mapping[str, str]]]) -> Iterator[str]:
+    """Yield the words with the flags and values of `choices` translated. Raises UserError for another value."""
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag not in choices:
+            yield word
+            continue
+        here, values = choices[flag]
+        value = value if equals else next(remaining, "")
+        if value not in values:
+            raise UserError(flag, f"{value!r} has no counterpart here", f"use {' or '.join(values)}")
+        yield f"{here}={values[value]}"
 
 
 def _check_given_once(own: Sequence[str], other: Sequence[str]) -> None:

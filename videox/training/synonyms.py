@@ -116,6 +116,7 @@ INSTEAD: Mapping[str, str] = {
     "network_module": "remove it: --lora_rank selects a LoRA",
     "use_lora": "use --lora_rank N, which selects a LoRA",
     "lora_skip_name": "name the layers to train with --lora_target_modules",
+    "boundary_type": "use --expert high_noise or --expert low_noise of scripts/wan2.2/train.py",
     "fp16": "use --mixed_precision=bf16; float16 is not supported",
     **dict.fromkeys(("bf16", "amp"), "use --mixed_precision=bf16"),
     "fp32": "use --mixed_precision=no",

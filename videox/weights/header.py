@@ -10,11 +10,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from videox import __version__
+from videox.weights.expert_names import EXPERTS
 
 MODEL_CONFIG = "transformer_config"  # header key with the model's config as JSON, in files that have no config.json
 # Keys that describe the file itself and not the training; an export sets them again.
 FILE_FIELDS = ("format", "layout", "dtype", "architecture", "lora", "lora_adapter_metadata", MODEL_CONFIG)
 TRAINER_PREFIX = "videox "
+TIMESTEPS = 1000
 
 
 def base_model_name(model: str) -> str:
@@ -44,9 +46,25 @@ def model_metadata(base_model: str | None, facts: Mapping[str, object], *, title
         "modelspec.title": title or f"{base.get('base_model', 'a model')} fine-tuned",
         "modelspec.prediction_type": "flow",
         "trainer": f"{TRAINER_PREFIX}{__version__}",
+        **timestep_range(fields),
         **base,
         **fields,
     }
+
+
+def timestep_range(facts: Mapping[str, str]) -> dict[str, str]:
+    """Return ModelSpec's field of a model for a part of the timesteps, 0 to 1000: an expert of Wan2.2; else {}.
+
+    modelspec.architecture is that of Wan2.1, as musubi-tuner writes it for both: programs choose by it how they load.
+
+    Args:
+        facts: expert and boundary, as in the header of an export.
+    """
+    expert, boundary = facts.get("expert"), facts.get("boundary")
+    if expert not in EXPERTS or boundary is None:
+        return {}
+    edge = round(TIMESTEPS * float(boundary))
+    return {"modelspec.timestep_range": f"{edge},{TIMESTEPS}" if expert == "high_noise" else f"0,{edge}"}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
