@@ -1,4 +1,4 @@
-"""Tests of videox.distributed.restart: a process becomes another one, alone and with its peers, and a signal stops it."""
+"""Tests of videox.distributed.restart: a process becomes another one, alone and with its peers; signals stop it."""
 
 from __future__ import annotations
 

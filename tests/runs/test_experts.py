@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ from PIL import Image
 
 from videox.diffusion.noise_window import NoiseWindow
 from videox.errors import FLAGS, MODEL, UserError
+from videox.families import wan_both
 from videox.models.scheduler import with_shift
 from videox.weights.expert_names import EXPERTS
 from videox.weights.header import read_metadata
 
 BOUNDARY, SHIFT = 0.875, 3.0
 PROMPT = "a rabbit walks"
+SCRIPT = runs.TRAIN_SCRIPTS["wan2.2"]
 SETTINGS = {
     "mixed_precision": "no", "max_train_steps": 1, "export_dtype": "fp32", "sample_steps": 4, "tokenizer_max_length": 16,
     "gradient_checkpointing": None, "checkpointing_steps": 1, "learning_rate": 0.01, "lr_warmup_steps": 0,
@@ -53,14 +58,51 @@ def train(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     return start
 
 
-@pytest.fixture(scope="module")
-def high(train: Callable[..., runs.Outcome]) -> runs.Outcome:
-    return train("high", expert="high_noise")
+class Both:
+    """Runs of --expert both in this process.
+
+    Attributes:
+        commands: that were to replace the process.
+        variables: that each command was to get.
+    """
+
+    def __init__(self, train: Callable[..., runs.Outcome]) -> None:
+        self._train, self.commands, self.variables = train, [], []
+
+    def train(self, name: str, **changes: object) -> runs.Outcome:
+        """Train; where the process would become another one, the command is kept, and it returns."""
+
+        def keep(command: list[str], environment: dict[str, str]) -> int:
+            self.commands.append(command)
+            self.variables.append(environment)
+            return 0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wan_both, "restart", keep)
+            return self._train(name, expert="both", **changes)
+
+    def next(self) -> runs.Outcome:
+        """Run the last command."""
+        interpreter, unbuffered, script, *words = self.commands[-1]
+        assert (interpreter, unbuffered, script) == (sys.executable, "-u", str(runs.ROOT / SCRIPT))
+        return runs.train(words, runs.train_script("wan2.2"))
 
 
 @pytest.fixture(scope="module")
-def low(train: Callable[..., runs.Outcome], high: runs.Outcome) -> runs.Outcome:
-    return train("low", expert="low_noise", other_transformer_path=high.folder, **SAMPLES)
+def both(train: Callable[..., runs.Outcome]) -> Both:
+    return Both(train)
+
+
+@pytest.fixture(scope="module")
+def high(both: Both) -> runs.Outcome:
+    outcome = both.train("both", **SAMPLES)
+    return replace(outcome, folder=outcome.folder / "high_noise")
+
+
+@pytest.fixture(scope="module")
+def low(both: Both, high: runs.Outcome) -> runs.Outcome:
+    assert high.code == 0
+    return replace(both.next(), folder=high.folder.with_name("low_noise"))
 
 
 def parsed(model: Path, **flags: object) -> Namespace:
@@ -100,6 +142,7 @@ def test_the_other_expert_and_the_layout_stay_as_they_are(high: runs.Outcome, lo
         assert any(not torch.equal(base[name], trained[name]) for name in base)
         header = read_metadata(outcome.folder / exported)
         assert (header["expert"], header["boundary"], header["task"]) == (expert, "0.875", "wan2.2 normal")
+        assert header["modelspec.timestep_range"] == {"high_noise": "875,1000", "low_noise": "0,875"}[expert]
 
 
 def test_samples_are_those_of_the_pipeline_with_both_trained_experts(
@@ -157,18 +200,99 @@ def test_a_lora_is_named_for_its_expert_and_loads_into_it(train: Callable[..., r
     assert adapted == {"transformer": False, "transformer_2": True}
 
 
+# ---------------------------------------------------------------------------------------------- both in one command
+
+
+def test_the_second_run_is_a_run_like_any_other(both: Both, high: runs.Outcome, low: runs.Outcome) -> None:
+    assert len(both.commands) == 1 and low.code == 0, low.stderr
+    asked = [json.loads((run.folder / "args.json").read_text())["asked"] for run in (high, low)]
+    different = {name for name in asked[0] if asked[0][name] != asked[1][name]}
+    assert different == {"expert", "output_dir", "other_transformer_path"}
+    assert [values["expert"] for values in asked] == list(EXPERTS)
+    assert asked[1]["other_transformer_path"] == str(high.folder)
+    assert f"two runs: high_noise in {high.folder}, then low_noise in {low.folder}" in high.stdout
+    assert "two runs" not in low.stdout
+    states = [(run.status["state"], run.status["exit_code"]) for run in (high, low)]
+    assert states == [("finished", 0)] * 2
+    assert all("ACCELERATE_USE_CPU" in variables for variables in both.variables)
+
+
+def test_a_finished_first_run_is_not_opened_again(both: Both, high: runs.Outcome, low: runs.Outcome) -> None:
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(high.folder.rglob("*"))]
+    outcome = both.train("both", resume_from_checkpoint="latest", **SAMPLES)
+    assert outcome.code == 0, outcome.stderr
+    assert len(both.commands) == 1  # this process trains the second one
+    assert f"high_noise is trained, {high.folder} is finished; now low_noise" in outcome.stdout
+    assert "all of them are done" in outcome.stdout and str(low.folder) in outcome.stdout
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted(high.folder.rglob("*"))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "finished"),
+    [
+        ({}, True), ({"dataloader_num_workers": 2}, True), ({"resume_from_checkpoint": None}, False),
+        ({"max_train_steps": 2}, False), ({"learning_rate": 0.5}, False), ({"export_layouts": ["comfyui"]}, False),
+        ({"lora_rank": 2}, False), ({"output_dir": "elsewhere"}, False),
+    ],
+)  # fmt: skip
+def test_what_reopens_a_finished_run(high: runs.Outcome, changes: dict[str, object], finished: bool) -> None:
+    asked = json.loads((high.folder / "args.json").read_text())["asked"]
+    args = Namespace(**{**asked, "resume_from_checkpoint": "latest", **changes})
+    assert wan_both.is_finished(args) == finished
+
+
+def test_an_occupied_second_folder_is_refused_before_the_first_run(both: Both, high: runs.Outcome) -> None:
+    assert high.code == 0
+    (high.folder.parent.parent / "taken/low_noise/checkpoint-3").mkdir(parents=True)
+    outcome = both.train("taken")
+    assert outcome.code == FLAGS and "low_noise already contains a run (it has checkpoint-3)" in outcome.stderr
+    assert not (outcome.folder / "high_noise/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "words"),
+    [
+        ({"other_transformer_path": "o"}, "--other_transformer_path", "each expert is sampled with the other one"),
+        (
+            {"transformer_path": "t"},
+            "--transformer_path",
+            "does not contain the folders transformer and transformer_2",
+        ),
+        ({"resume_from_checkpoint": "c/checkpoint-5"}, "--resume_from_checkpoint", "is a checkpoint of one expert"),
+    ],
+)
+def test_flags_that_both_cannot_share_are_refused(model: Path, flags: dict[str, str], where: str, words: str) -> None:
+    error = refusal(lambda: parsed(model, expert="both", **flags))
+    assert error.where == where and words in error.line()
+
+
+def test_the_seed_that_the_first_run_drew_is_that_of_the_second(high: runs.Outcome) -> None:
+    asked = json.loads((high.folder / "args.json").read_text())["asked"]
+    found = wan_both.links(Namespace(**{**asked, "seed": None}))
+    assert found == {"seed": 42, "other_transformer_path": str(high.folder)}
+    dora = wan_both.links(Namespace(**{**asked, "lora_type": "dora"}))
+    assert dora["other_transformer_path"] is None
+
+
+def test_a_window_of_the_second_expert_without_timesteps_is_refused_first(both: Both, high: runs.Outcome) -> None:
+    assert high.code == 0
+    outcome = both.train("narrow", train_sampling_steps=50)
+    assert outcome.code == FLAGS and "error: --train_sampling_steps: 50: none of these" in outcome.stderr
+    assert not (outcome.folder / "high_noise/metrics.jsonl").exists()
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
 def test_an_expert_has_to_be_chosen(model: Path) -> None:
     error = refusal(lambda: parsed(model))
-    assert (error.where, error.exit_code) == ("--expert", FLAGS) and "a run trains one" in error.line()
+    assert (error.where, error.exit_code) == ("--expert", FLAGS) and "pass --expert both" in error.line()
 
 
 def test_a_run_resumes_with_its_own_expert(high: runs.Outcome, train: Callable[..., runs.Outcome]) -> None:
     assert high.code == 0
     changes = {"expert": "low_noise", "resume_from_checkpoint": "latest", "max_train_steps": 2}
-    outcome = train("high", **changes)
+    outcome = train("both/high_noise", **changes)
     assert outcome.code == MODEL
     assert "error: --expert: low_noise, checkpoint-1 is of the high_noise expert. Fix: pass --expert" in outcome.stderr
 
