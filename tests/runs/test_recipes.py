@@ -26,7 +26,7 @@ SMALL = {
 }  # fmt: skip
 MODELS = {
     ("wan2.1", "t2v"): tiny.build_wan_t2v, ("wan2.1", "i2v"): tiny.build_wan_i2v,
-    ("wan2.2", "t2v"): tiny.build_wan22_t2v,
+    ("wan2.2", "t2v"): tiny.build_wan22_t2v, ("wan2.2", "i2v"): tiny.build_wan22_i2v,
     ("hunyuanvideo", "t2v"): tiny.build_hunyuan_t2v, ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
 }  # fmt: skip
 
