@@ -143,6 +143,7 @@ def expert_profile(args: argparse.Namespace, components: dict[str, Component]) -
         components={name: (CLASSES[name], components[name].config) for name in CLASSES if name in components},
         fps=16.0,
         vae_frames=4,
+        other=(CLASSES["transformer"], components.get("other", components["transformer"]).config),
     )
 
 

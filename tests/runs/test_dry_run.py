@@ -172,6 +172,43 @@ def test_a_memory_limit_that_is_too_small_is_reported(setup: PlanSetup) -> None:
     assert "50% of 100 TFLOP/s" in fast.stdout
 
 
+EXPERT_RECIPE = "--recipe t2v-a14b-lora-24gb --dry_run --dry_run_data 200x5s@24fps:1280x720"
+
+
+def test_two_experts_are_planned_together(tmp_path: Path) -> None:
+    words = [*EXPERT_RECIPE.split(), "--output_dir", str(tmp_path)]
+    outcome = runs.train([*words, "--expert", "both", "--gpu_price", "2"], runs.train_script("wan2.2"))
+    assert outcome.code == 0, outcome.stderr
+    report = json.loads((tmp_path / "plan_report.json").read_text(encoding="utf-8"))
+    seconds, together = report["seconds"], report["together"]
+    assert report["runs"] == ["high_noise", "low_noise"]
+    assert together["seconds"] == pytest.approx(
+        2 * seconds["run"] - seconds["encoding"], rel=1e-3
+    )  # one cache for both
+    # of the first run two checkpoints, and of the second one more while it is written
+    assert together["disk"] == pytest.approx(report["disk"] * 5 / 3, rel=1e-3)
+    title = "2 runs, high_noise then low_noise; all above is of one of them:"
+    assert f"{title}\n  together: {together['seconds'] / 3600:.1f} hours on 1 GPU" in outcome.stdout
+    assert "at 2 per GPU hour); the second run reads the latent cache of the first\n" in outcome.stdout
+    one = runs.train(words, runs.train_script("wan2.2"))
+    assert one.code == 0 and "together" not in json.loads((tmp_path / "plan_report.json").read_text(encoding="utf-8"))
+
+
+def test_the_other_expert_is_part_of_the_host_memory_of_a_run_with_samples(tmp_path: Path) -> None:
+    words = [*EXPERT_RECIPE.split(), "--output_dir", str(tmp_path)]
+    samples, line = (
+        ["--validation_prompts", "a fox"],
+        "too little for the other expert: the run would make no sample clips",
+    )
+    for limit, fits in ((80, True), (50, False)):
+        found = runs.train([*words, *samples, "--host_memory", str(limit)], runs.train_script("wan2.2"))
+        assert found.code == 0, found.stderr
+        assert "other expert 26.6 GiB" in found.stdout  # 14,288,491,584 parameters in bf16
+        assert (line in found.stdout, "without --validation_prompts" in found.stdout) == (not fits, not fits)
+    without = runs.train([*words, "--host_memory", "50"], runs.train_script("wan2.2"))
+    assert without.code == 0 and "other expert" not in without.stdout
+
+
 def test_host_memory_is_judged(tmp_path: Path) -> None:
     """That of this machine without an effect on the exit code; that of --host_memory as the GPU's is."""
     words = "--dry_run --dry_run_model wan2.1-t2v-14b --dry_run_data 20x5s@24fps:1280x720 --mixed_precision bf16 --gpu_memory 400"

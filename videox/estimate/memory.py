@@ -112,6 +112,7 @@ class MemorySetup:
         streamed: number of blocks whose frozen weights stay in host memory (--stream_blocks).
         text_precision: of the linear layers of the text encoder's blocks (--text_encoder_precision).
         vae_tiled: the VAE encodes in tiles (--vae_tiling).
+        sampled_with: bytes of a second transformer in host memory, for sample clips; 0 without one.
     """
 
     backend: str
@@ -137,6 +138,7 @@ class MemorySetup:
     streamed: int = 0
     text_precision: str = BF16
     vae_tiled: bool = False
+    sampled_with: int = 0
 
     @property
     def lora(self) -> bool:
@@ -357,8 +359,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     """Return the bytes of host memory of one machine: while loading, and while training.
 
     Every process loads the whole transformer, in its final dtype, before it is moved or sharded; under ZeRO-3 and
-    FSDP2 a process reads its own shard alone. Streamed blocks at rest and encoders are in shared memory, once for all
-    processes of a machine.
+    FSDP2 a process reads its own shard alone. Streamed blocks at rest, encoders and a second transformer are in shared
+    memory, once for all processes of a machine.
     """
     count, trainable = setup.per_host, float(parameters.trainable)
     share = 1 / setup.processes if setup.backend in ("zero3", "fsdp2") else 1.0
@@ -375,6 +377,8 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.streamed:
         training["streamed blocks"] = frozen_bytes(parameters, setup).resting
+    if setup.sampled_with:
+        training["other expert"] = float(setup.sampled_with)
     if setup.ema_device == "cpu":
         training["average"] = count * _sharded_bytes(4.0 * trainable, setup)
     loading = setup.frozen_bytes * parameters.total * share

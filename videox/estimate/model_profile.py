@@ -24,6 +24,7 @@ class ModelProfile:
         min_frames: samples with fewer frames teach the model nothing and are not trained.
         sharded_backend: the backend that is proposed where the weights do not fit one GPU.
         vae_frames: frames that the VAE encodes at a time, after the first one; 0: it encodes a clip as a whole.
+        other: class and configuration of a second transformer that samples are made with; None: there is none.
     """
 
     task: str
@@ -34,6 +35,7 @@ class ModelProfile:
     min_frames: int = 1
     sharded_backend: str = "zero3"
     vae_frames: int = 0
+    other: tuple[Any, dict[str, Any]] | None = None
 
     @property
     def cost(self) -> tuple[float, float]:

@@ -189,7 +189,8 @@ class _Estimates:
         }  # fmt: skip
         picture = self._picture(flops, balanced if several else {}, memory, facts)
         self._write({**values, **extra}, picture)
-        fits_host = args.host_memory is None or memory.host_peak() <= host_room(args).total
+        needed = self.run.memory(self.run.without_samples()).host_peak()
+        fits_host = args.host_memory is None or needed <= host_room(args).total
         return memory.total() <= memory_limit(args) and fits_host
 
     def _together(self, duration: Duration, disk: Disk) -> dict[str, Any]:
@@ -235,6 +236,8 @@ class _Estimates:
             *memory_lines(memory, setup, limit, proposals),
             *host_lines(memory, setup, room.total, room.source, self.run.less_host()),
         )
+        if self.run.memory(self.run.without_samples()).host_peak() <= room.total < memory.host_peak():
+            _print("  too little for the other expert: the run would make no sample clips")
         return memory
 
     def _picture(

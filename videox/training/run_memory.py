@@ -153,6 +153,7 @@ class RunMemory:
             base_precision=args.base_precision,
             text_precision=args.text_encoder_precision,
             vae_tiled=args.vae_tiling,
+            sampled_with=self._bytes_of_other(half=launch.half),
         )
         self.modules = Modules(model.components)
         self.parameters = cache(self._parameters)
@@ -162,6 +163,12 @@ class RunMemory:
             self.setup = replace(self.setup, recompute_share=chosen.share, keep=chosen.keep)
         if args.stream_blocks:
             self.setup = replace(self.setup, streamed=self.streamed(memory_limit(args)))
+
+    def _bytes_of_other(self, *, half: bool) -> int:
+        """Return the bytes of a second transformer in the compute dtype, which a run with sample clips needs; or 0."""
+        if self.model.other is None or not self.args.validation_prompts:
+            return 0
+        return (2 if half else 4) * Modules({"transformer": self.model.other}).elements("transformer")
 
     def network(self, setup: MemorySetup) -> Network:
         """Return FLOPs and activation bytes of the transformer in a setup."""
@@ -266,9 +273,15 @@ class RunMemory:
             changed[f"--text_encoder_precision {precision}"] = replace(setup, text_precision=precision)
             if setup.lora and setup.backend in UNSHARDED and args.lora_type == "lora" and not args.compile:
                 changed[f"--base_precision {precision}"] = replace(setup, base_precision=precision)
+        if setup.sampled_with:
+            changed["without --validation_prompts"] = self.without_samples()
         if setup.streamed:
             changed["without --stream_blocks"] = replace(setup, streamed=0)
         return {flags: self.memory(other).host_peak() for flags, other in changed.items()}
+
+    def without_samples(self) -> MemorySetup:
+        """Return the setup of the same run without sample clips, which need host memory for a second transformer."""
+        return replace(self.setup, sampled_with=0)
 
     def encoding_seconds(self, plan: EpochPlan, speed: Speed) -> float:
         """Return the time of encoding the clips (--vae_dtype) and captions (compute dtype) of an epoch on one GPU."""
