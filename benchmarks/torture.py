@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 AREAS = {
     "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "metadata": "MetadataFiles",
     "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "soak": "Soak", "small_cards": "SmallCards",
+    "experts": "Experts",
 }  # fmt: skip
 RESULTS = ROOT / "outputs" / "torture"
 HEADER = ("area", "what must hold", "asked", "tried", "right", "wrong", "command")
@@ -105,7 +106,7 @@ def page(results: Path) -> str:
         "# Faults that were tried",
         "",
         "Written by `python benchmarks/torture.py`; `make torture` tries all areas for hours. Each case is drawn by its seed, runs the real",
-        "train script on the small Wan2.1 of tests/support/tiny.py, and is compared with a run that nothing disturbed. What was asked is",
+        "train script on the small Wan models of tests/support/tiny.py, and is compared with a run that nothing disturbed. What was asked is",
         "the goal of a night; what was tried is less where less time was given.",
         "",
         *("| " + " | ".join(map(str, line)) + " |" for line in (HEADER, ["---"] * len(HEADER), *lines)),

@@ -352,8 +352,11 @@ def read_training_state(checkpoint: Path) -> dict[str, bytes]:
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in paths}
 
 
-def differences(output_dir: Path, reference: Path, last_step: int) -> list[str]:
-    """Return one line per bitwise difference between a run and a reference run: metrics, last checkpoint, export."""
+def differences(output_dir: Path, reference: Path, last_step: int, weights: str = "transformer") -> list[str]:
+    """Return one line per bitwise difference between a run and a reference run: metrics, last checkpoint, export.
+
+    weights: name of the exported folder.
+    """
     found, expected = read_steps(output_dir), read_steps(reference)
     lines = []
     if [line["step"] for line in found] != list(range(1, last_step + 1)):
@@ -361,7 +364,7 @@ def differences(output_dir: Path, reference: Path, last_step: int) -> list[str]:
     lines += [
         f"metrics of step {a['step']}: {b} instead of {a}" for a, b in zip(expected, found, strict=False) if a != b
     ]
-    for folder in (f"checkpoint-{last_step}", "transformer"):
+    for folder in (f"checkpoint-{last_step}", weights):
         a, b = (_content(root / folder) for root in (reference, output_dir))
         lines += [f"{folder}/{name}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
     return lines

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from skips import skip_missing
@@ -12,6 +14,7 @@ from skips import skip_missing
 from tests.torture.cases import Area, Outcome, Unavailable
 from tests.torture.checkpoints import Checkpoints
 from tests.torture.disk import Disk
+from tests.torture.experts import Experts, problems_of_stop
 from tests.torture.kills import Kills
 from tests.torture.ranks import Ranks
 from tests.torture.signals import Signals
@@ -53,6 +56,7 @@ def attempt(kind: type[Area], folder: Path, seed: int, *, broken: bool = False, 
         *(pytest.param(Checkpoints, seed, marks=pytest.mark.slow) for seed in (5, 9)),
         *(pytest.param(Ranks, seed, marks=pytest.mark.slow) for seed in range(5)),
         *(pytest.param(SmallCards, seed, marks=pytest.mark.slow) for seed in range(4)),
+        *(pytest.param(Experts, seed, marks=pytest.mark.slow) for seed in range(4)),
     ],
 )
 def test_a_case_is_right(kind: type[Area], seed: int, tmp_path: Path) -> None:
@@ -69,11 +73,28 @@ def test_a_case_is_right(kind: type[Area], seed: int, tmp_path: Path) -> None:
         pytest.param(Soak, 0, "open files", marks=pytest.mark.slow),
         pytest.param(Ranks, 0, "the other rank ended with -9", marks=pytest.mark.slow),
         pytest.param(SmallCards, 0, "metrics of step", marks=pytest.mark.slow),
+        pytest.param(Experts, 0, "low_noise: metrics of step", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_variant_is_wrong(kind: type[Area], seed: int, problem: str, tmp_path: Path) -> None:
     found = attempt(kind, tmp_path, seed, broken=True)
     assert any(problem in line for line in found.problems), found
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "right"),
+    [
+        ([], -15, True), ([], 0, False), (["stopped"], 75, True), (["stopped"], -15, False), (["finished"], 75, True),
+        (["finished"], -15, True), (["finished"], 0, False), (["running"], 75, False), (["finished", "stopped"], 75, True),
+        (["finished", "finished"], 0, True), (["finished", "finished"], 75, False), (["finished", "failed"], 70, False),
+    ],
+)  # fmt: skip
+def test_how_two_runs_may_end_after_a_signal(states: list[str], code: int, right: bool, tmp_path: Path) -> None:
+    for expert, state in zip(("high_noise", "low_noise"), states, strict=False):
+        (tmp_path / expert).mkdir()
+        (tmp_path / expert / "run_status.json").write_text(json.dumps({"state": state}), encoding="utf-8")
+    run = SimpleNamespace(code=code, output=lambda: "")
+    assert (problems_of_stop(run, tmp_path) == []) == right
 
 
 @pytest.mark.slow
