@@ -39,12 +39,14 @@ from transformers import (
 
 from videox.diffusion.conditioning import CLIP_MASKS, IMAGE_DROP, IMAGE_MASKS, MAX_BOXES
 from videox.training.prompts import OPTIONS, read_prompts
+from videox.weights.expert_names import EXPERTS
 
 ROOT = tiny.ROOT
 WAN_PAGE, HUNYUAN_PAGE = "scripts/wan2.1/README_TRAIN.md", "scripts/hunyuanvideo/README_TRAIN.md"
+EXPERTS_PAGE = "scripts/wan2.2/README_TRAIN.md"
 PAGES = (
     "README.md", WAN_PAGE, HUNYUAN_PAGE, "scripts/README_FROM_VIDEOX_FUN.md", "docs/dry_run.md", "docs/cache.md",
-    "docs/walkthroughs.md", "docs/samples.md", "scripts/wan2.2/README_TRAIN.md",
+    "docs/walkthroughs.md", "docs/samples.md", EXPERTS_PAGE,
 )  # fmt: skip
 # Pages without commands of their own, whose links are checked, too.
 LINKED = (
@@ -128,7 +130,7 @@ def test_the_pages_have_the_published_recipes() -> None:
         "root-wan2.1-normal-plain", "wan2.1-wan2.1-normal-plain", "wan2.1-wan2.1-normal-ddp",
         "wan2.1-wan2.1-normal-machines", "wan2.1-wan2.1-i2v-ddp", "wan2.1-wan2.1-inpaint-plain",
         "hunyuanvideo-hunyuanvideo-normal-plain", "hunyuanvideo-hunyuanvideo-normal-ddp",
-        "hunyuanvideo-hunyuanvideo-i2v-ddp",
+        "hunyuanvideo-hunyuanvideo-i2v-ddp", "wan2.2-wan2.2-normal-ddp",
     }  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def test_a_launch_is_accepted_by_launcher_and_train_script(command: Command) -> 
     assert Path(args.train_data_meta) == Path(args.train_data_dir) / "metadata.json"
 
 
-@pytest.mark.parametrize("page", [WAN_PAGE, HUNYUAN_PAGE])
+@pytest.mark.parametrize("page", [WAN_PAGE, EXPERTS_PAGE, HUNYUAN_PAGE])
 def test_every_launch_script_is_on_its_page(page: str) -> None:
     scripts = (ROOT / page).parent.glob("train_*.sh")
     assert not [script.name for script in scripts if f"bash {script.relative_to(ROOT)}" not in text(page)]
@@ -210,6 +212,7 @@ MODELS: dict[tuple[str, str], Callable[[Path], Path]] = {
     ("wan2.1", "normal"): tiny.build_wan_t2v,
     ("wan2.1", "i2v"): tiny.build_wan_i2v,
     ("wan2.1", "inpaint"): tiny.build_wan_i2v,
+    ("wan2.2", "normal"): tiny.build_wan22_t2v,
     ("hunyuanvideo", "normal"): tiny.build_hunyuan_t2v,
     ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
 }
@@ -227,11 +230,13 @@ def test_a_published_launch_trains_a_small_model(command: Command, tmp_path: Pat
     }  # fmt: skip
     launcher = ["--num_processes=2" if word == "--num_processes=8" else word for word in launcher]
     launched = runs.launch(replaced(flags, {**paths, **SMALL}), launcher, family=command.family)
-    outcome = replace(launched, folder=tmp_path / "out")  # named by --output_dir=, in one word
-    assert outcome.code == 0, outcome.stderr
+    experts = EXPERTS if command.family == "wan2.2" else {"": "transformer"}
+    assert launched.code == 0, launched.stderr
+    expert, weights = list(experts.items())[-1]
+    outcome = replace(launched, folder=tmp_path / "out" / expert)  # --output_dir= is one word
     assert outcome.status["state"] == "finished" and outcome.metrics
     assert f"processes   {2 if '--multi_gpu' in launcher else 1}\n" in outcome.stdout
-    assert runs.read_weights(tmp_path / "out" / "transformer")
+    assert runs.read_weights(outcome.folder / weights)
 
 
 @pytest.mark.slow
