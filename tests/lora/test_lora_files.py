@@ -23,7 +23,7 @@ from videox.lora.adapters import Lora, initial_values, peft_name
 from videox.lora.convert import to_layout
 from videox.lora.initial import init_from_lora
 from videox.lora.names import _flatten, _modules, find_module
-from videox.lora.reader import lora_family, lora_file, read_lora
+from videox.lora.reader import find_lora, lora_family, lora_file, read_lora
 from videox.weights.layout_tables import COMFYUI_HUNYUAN
 from videox.weights.layout_tables import TABLES as MODULE_TABLES
 from videox.weights.layouts import family_of
@@ -374,14 +374,43 @@ def test_what_a_file_is_instead_of_a_lora_is_named(sources: dict[str, Source], t
 # ------------------------------------------------------------------------------------------------------ a run's start
 
 
-def start(source: Source, path: Path, *, rank: int = RANK, alpha: float = RANK, targets: tuple[str, ...] = ()):
+def start(
+    source: Source, path: Path, *, rank: int = RANK, alpha: float = RANK, targets: tuple[str, ...] = (),
+    expert: str | None = None,
+):  # fmt: skip
     """Return the initial values of a run that starts from a file, its new values, and the lines that it prints."""
     stored = StoredTensors(source.folder)
     lora = Lora(rank, alpha, 0.0, targets or tuple(sorted(source.adapters)))
     new, family = initial_values(lora, stored, 7), family_of(stored)
     loader = PIPELINES[source.family].lora_state_dict
-    values, lines = init_from_lora(path, new, lora, loader, stored=stored, family=family)
+    values, lines = init_from_lora(path, new, lora, loader, stored=stored, family=family, expert=expert)
     return values, new, lines
+
+
+def test_of_a_folder_with_both_experts_the_trained_one_is_taken(sources: dict[str, Source], tmp_path: Path) -> None:
+    source, folder = sources[WAN], tmp_path / "both"
+    files = {name: folder / f"pytorch_lora_weights_{name}.safetensors" for name in ("high_noise", "low_noise")}
+    folder.mkdir()
+    for number, (expert, file) in enumerate(files.items()):
+        write(source.keep(f".{number}."), "musubi-tuner", file)
+        assert lora_file(folder, expert) == find_lora(folder, "--x", expert) == file
+    with pytest.raises(UserError, match=f"contains LoRAs of both experts.*pass {files['high_noise']} or"):
+        find_lora(folder, "--x")
+    for expert, file in files.items():  # as --expert both writes them
+        (tmp_path / "runs" / expert).mkdir(parents=True)
+        inside = file.rename(tmp_path / "runs" / expert / file.name)
+        assert lora_file(tmp_path / "runs", expert) == find_lora(tmp_path / "runs", "--x", expert) == inside
+    files["high_noise"] = tmp_path / "runs/high_noise" / files["high_noise"].name
+    only = files["high_noise"].rename(folder / files["high_noise"].name)
+    assert lora_file(folder) == find_lora(folder, "--x") == only and lora_file(folder, "low_noise") is None
+
+
+def test_a_start_from_the_lora_of_the_other_expert_is_said(sources: dict[str, Source], tmp_path: Path) -> None:
+    path = write(sources[WAN], "musubi-tuner", tmp_path / "lora.safetensors")
+    save_file(load_file(path), path, metadata={"expert": "high_noise"})
+    note = "note: it was trained as a LoRA of the high_noise expert"
+    assert note in start(sources[WAN], path, expert="low_noise")[2]
+    assert note not in start(sources[WAN], path, expert="high_noise")[2]
 
 
 def test_a_partial_lora_leaves_the_rest_at_zero_and_says_so(sources: dict[str, Source], tmp_path: Path) -> None:

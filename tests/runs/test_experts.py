@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 from videox.diffusion.noise_window import NoiseWindow
 from videox.errors import FLAGS, MODEL, UserError
 from videox.families import wan_both
+from videox.families.wan_experts import other_expert
 from videox.models.scheduler import with_shift
 from videox.weights.expert_names import EXPERTS
 from videox.weights.header import read_metadata
@@ -186,18 +188,79 @@ def test_the_sample_script_makes_the_clips_of_the_run(low: runs.Outcome, tmp_pat
     assert (tmp_path / "clips" / name).read_bytes() == (low.folder / "samples" / name).read_bytes()
 
 
-def test_a_lora_is_named_for_its_expert_and_loads_into_it(train: Callable[..., runs.Outcome], model: Path) -> None:
-    outcome = train("lora", expert="low_noise", lora_rank=2, export_layouts=["comfyui"], validation_rows=None)
+@pytest.fixture(scope="module")
+def lora(train: Callable[..., runs.Outcome]) -> runs.Outcome:
+    changes = {"lora_rank": 2, "lora_alpha": 4, "export_layouts": ["comfyui"], "validation_rows": None}
+    return train("style/low_noise", expert="low_noise", **changes)
+
+
+def test_a_lora_is_named_for_its_expert_and_loads_into_it(lora: runs.Outcome, model: Path) -> None:
+    outcome = lora
     assert outcome.code == 0, outcome.stderr
     names = {path.name for path in outcome.folder.glob("*.safetensors")}
     stem = "pytorch_lora_weights_low_noise"
     assert names == {f"{stem}.safetensors", f"{stem}_comfyui.safetensors"}
-    assert all(read_metadata(outcome.folder / name)["expert"] == "low_noise" for name in names)
+    headers = [read_metadata(outcome.folder / name) for name in names]
+    assert all(header["expert"] == "low_noise" for header in headers)
+    assert all(header["modelspec.timestep_range"] == "0,875" for header in headers)
+    assert all(header["ss_output_name"] == "style_low_noise" for header in headers)  # of the folder of both runs
     assert f"trained weights: {outcome.folder / stem}.safetensors" in outcome.stderr
     pipeline = WanPipeline.from_pretrained(model)
     pipeline.load_lora_weights(outcome.folder, weight_name=f"{stem}.safetensors", load_into_transformer_2=True)
     adapted = {name: hasattr(getattr(pipeline, name), "peft_config") for name in EXPERTS.values()}
     assert adapted == {"transformer": False, "transformer_2": True}
+
+
+def test_the_lora_of_the_other_expert_is_in_the_clips(lora: runs.Outcome, model: Path) -> None:
+    script, args = runs.train_script("wan2.2"), parsed(model, expert="high_noise", other_transformer_path=lora.folder)
+    components = script.check_model(args)
+    assert components["other"].path == model / "transformer_2"
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    with script.load_other(args, components["other"], accelerator, lambda value: [value]).on_device() as other:
+        found = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    pipeline = WanPipeline.from_pretrained(model)
+    base = {name: tensor.clone() for name, tensor in pipeline.transformer_2.state_dict().items()}
+    name = "pytorch_lora_weights_low_noise.safetensors"
+    pipeline.load_lora_weights(lora.folder, weight_name=name, load_into_transformer_2=True)
+    pipeline.fuse_lora(components=["transformer_2"])
+    pipeline.unload_lora_weights()
+    expected = pipeline.transformer_2.state_dict()
+    assert found.keys() == expected.keys() == base.keys()
+    assert any(not torch.equal(found[name], base[name]) for name in base)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-7)
+
+
+def test_a_lora_of_another_model_is_refused_before_it_is_added(
+    lora: runs.Outcome, model: Path, tmp_path: Path
+) -> None:
+    wider = tiny.build_wan22_t2v(tmp_path / "wider", ffn_dim=48)
+    args = parsed(wider, expert="high_noise", other_transformer_path=lora.folder)
+    component = runs.train_script("wan2.2").check_model(args)["other"]
+    error = refusal(lambda: wan_both.merge_of_other(args, component, torch.float32))
+    assert error.where == "--other_transformer_path" and "has an adapter for blocks.0.ffn" in error.what
+    assert wan_both.merge_of_other(parsed(model, expert="high_noise"), component, torch.float32) is None
+
+
+def test_a_folder_with_both_experts_is_sampled_with_both(
+    high: runs.Outcome, low: runs.Outcome, model: Path, tmp_path: Path
+) -> None:
+    script = tiny.load_script("scripts/sample.py")
+    for words, expert in (([], "low_noise"), (["--expert", "high_noise"], "high_noise")):
+        flags = script.parse_flags([str(low.folder.parent), *words])
+        source = script.find_source(flags)
+        run, other = (low, high) if expert == "low_noise" else (high, low)
+        assert source.weights == run.folder / EXPERTS[expert] and source.asked["expert"] == expert
+        args = script.trainer_flags(runs.train_script("wan2.2"), source, model, flags)
+        assert (args.expert, args.transformer_path) == (expert, str(source.weights))
+        assert Path(args.other_transformer_path) in (other.folder, other.folder / EXPERTS[other_expert(expert)])
+    both = tmp_path / "exports"
+    for run, name in ((high, "transformer"), (low, "transformer_2")):
+        shutil.copytree(run.folder / name, both / name)
+    flags = script.parse_flags([str(both), "--base", str(model)])
+    source = script.find_source(flags)
+    assert (source.weights, source.other) == (both / "transformer_2", both / "transformer")
+    assert script.trainer_flags(runs.train_script("wan2.2"), source, model, flags).expert == "low_noise"
 
 
 # ---------------------------------------------------------------------------------------------- both in one command
