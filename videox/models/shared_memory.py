@@ -98,7 +98,7 @@ def load_frozen(
     if block is not None:
         os.close(block.descriptor)
     if pinned and memory is not None:
-        _pin_memory(memory)
+        pin_memory(memory)
     return model
 
 
@@ -127,7 +127,7 @@ def allocate_shared(size: int, *, pinned: bool, gather: Gather) -> tuple[Tensor,
     if block is not None:
         os.close(block.descriptor)
     if pinned:
-        _pin_memory(memory)
+        pin_memory(memory)
     return memory, is_leader
 
 
@@ -202,7 +202,7 @@ def _rebind(model: nn.Module, memory: Tensor, slots: Mapping[str, TensorSlot], *
         tensor.data = view
 
 
-def _pin_memory(memory: Tensor) -> None:
+def pin_memory(memory: Tensor) -> None:
     """Page-lock shared memory in place for this process's GPU; torch's own pin_memory would make a copy."""
     cudart = torch.cuda.cudart()
     torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))

@@ -28,7 +28,7 @@ COPY, USE, RELEASE = "copy", "use", "release"
 
 
 class Part(NamedTuple):
-    """A frozen parameter of a block: the module and the name that have it, and its place in the block's memory."""
+    """A parameter of a block: the module and the name that have it, and its place in the block's memory."""
 
     owner: nn.Module
     name: str
@@ -88,6 +88,10 @@ class BlockStream:
         self._copies = WeightCopies(device)
         self._last = 0  # buffer of the block that ran last
         self.record: Callable[[tuple[str, int, int]], None] | None = None
+
+    def forget(self) -> None:
+        """Copy every block again before its next use, since weights in host memory have changed."""
+        self._blocks = [None] * ON_DEVICE
 
     @property
     def bytes(self) -> int:
@@ -149,6 +153,15 @@ class StreamedForward:
         self._forward, self._parts, self._stream, self._number = block.forward, parts, stream, number
         self._is_there = False
 
+    def _weights(self) -> Sequence[Tensor]:
+        """Return the block's parameters on the device."""
+        memory = self._stream.weights(self._number)
+        return [part.of(memory) for part in self._parts]
+
+    def _resting(self) -> Sequence[nn.Parameter | None]:
+        """Return what the modules have in place of them while the block does not run."""
+        return [None] * len(self._parts)
+
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Give the block its weights; what autograd saves of them are views of the stream's buffer.
@@ -159,17 +172,17 @@ class StreamedForward:
         if self._is_there:
             yield
             return
-        memory = self._stream.weights(self._number)
+        weights = self._weights()
         self._is_there = True
         try:
-            for part in self._parts:
-                # not trained: a tensor is enough
-                part.owner._parameters[part.name] = part.of(memory)  # type: ignore[assignment]
+            for part, weight in zip(self._parts, weights, strict=True):
+                # the optimizer does not read it: a tensor is enough
+                part.owner._parameters[part.name] = weight  # type: ignore[assignment]
             yield
         finally:  # a recomputation ends with an exception of torch's as soon as all that is needed is there
             self._is_there = False
-            for part in self._parts:
-                part.owner._parameters[part.name] = None
+            for part, resting in zip(self._parts, self._resting(), strict=True):
+                part.owner._parameters[part.name] = resting
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - of a block
         """Run the block."""
@@ -192,8 +205,8 @@ def stream_blocks(
         gather: a collective that returns every process's value.
     """
     chosen = [blocks[number] for number in sorted(numbers)]
-    parts = [_parts(block) for block in chosen]
-    sizes = [_size(of_block) for of_block in parts]
+    parts = [parts_of(block, lambda parameter: not parameter.requires_grad) for block in chosen]
+    sizes = [size_of(of_block) for of_block in parts]
     memory, fills = allocate_shared(sum(sizes), pinned=device.type == "cuda", gather=gather)
     of_blocks, offset = list[Tensor](), 0
     for of_block, size in zip(parts, sizes, strict=True):
@@ -211,18 +224,20 @@ def stream_blocks(
     return stream
 
 
-def _parts(block: nn.Module) -> list[Part]:
-    """Return the frozen parameters of a block, one after the other in its memory."""
+def parts_of(block: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> list[Part]:
+    """Return the chosen parameters of a block, one after the other in its memory."""
     parts, offset = list[Part](), 0
     for owner in block.modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if chosen(parameter):
                 parts.append(Part(owner, name, offset, parameter.dtype, parameter.shape))
                 offset += -(-parameter.nbytes // ALIGNED) * ALIGNED
     return parts
 
 
-def _size(parts: Sequence[Part]) -> int:
-    """Return the bytes of a block's memory."""
+def size_of(parts: Sequence[Part]) -> int:
+    """Return the bytes of the memory of such parts; 0 of none."""
+    if not parts:
+        return 0
     last = parts[-1]
     return last.offset + -(-last.dtype.itemsize * last.shape.numel() // ALIGNED) * ALIGNED

@@ -21,7 +21,7 @@ ALIGNED = 64  # bytes
 
 @dataclass(frozen=True)
 class _HostCopy:
-    """A parameter whose weight and gradient are being copied to the host."""
+    """A parameter whose weight and gradient are being copied to the host, or are there."""
 
     parameter: nn.Parameter
     weight: Tensor
@@ -38,6 +38,8 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
 
     `state` contains the moments by the model's own parameters, as in other optimizers. The moments are on
     state_device.
+
+    Parameters that are in host memory themselves can be stepped in place (step_in_place).
 
     Args:
         groups: groups of the model's parameters, all on one device; other keys, such as rate_factor, are kept.
@@ -66,6 +68,16 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         self._device = next(iter(self._host_params)).device
         self._stage_bytes = max(stage_bytes, *(_staged_bytes(p) for p in self._host_params))
         self._stages: list[Tensor] = []
+        self._in_place: frozenset[nn.Parameter] = frozenset()
+
+    def step_in_place(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        """Step some parameters, whose weights and gradients are in host memory, without copies of them.
+
+        Args:
+            parameters: some of the optimizer's.
+            device: of all others.
+        """
+        self._in_place, self._device = frozenset(parameters), device
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401 - torch's
@@ -108,7 +120,7 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         for parameter in self._host_params:
             if parameter.grad is None:
                 continue
-            size = _staged_bytes(parameter)
+            size = 0 if parameter in self._in_place else _staged_bytes(parameter)
             if batch and used + size > self._stage_bytes:
                 yield batch
                 batch, used = [], 0
@@ -121,6 +133,9 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         host_copies, start = [], 0
         for parameter in parameters:
             assert parameter.grad is not None
+            if parameter in self._in_place:
+                host_copies.append(_HostCopy(parameter, parameter.data, parameter.grad.data))
+                continue
             copies = []
             for tensor in (parameter, parameter.grad):
                 size = tensor.numel() * tensor.element_size()
@@ -143,7 +158,8 @@ class CpuOffloadOptimizer(torch.optim.Optimizer):
         for entry in batch:
             host_param = self._host_params[entry.parameter]
             host_param.grad, host_param.data = None, torch.empty(0, dtype=host_param.dtype)
-            entry.parameter.copy_(entry.weight, non_blocking=self._device.type == "cuda")
+            if entry.parameter not in self._in_place:
+                entry.parameter.copy_(entry.weight, non_blocking=self._device.type == "cuda")
 
 
 def _staged_bytes(parameter: nn.Parameter) -> int:
