@@ -29,6 +29,7 @@ FEATURES: Mapping[str, Mapping[str, object]] = {
     "validation": {"validation_rows": 1},
     "streamed": {"lora_rank": 4, "stream_blocks": "all", "offload_activations": True},
     "quantised": {"lora_rank": 4, "base_precision": "int8", "stream_blocks": "all"},
+    "trained": {"optimizer": "adamw_offload", "stream_blocks": "all", "gradient_accumulation_steps": 2},
 }
 BACKENDS = ("fsdp2", "zero2", "zero3")
 # Together they touch every mode, feature and backend.
@@ -40,6 +41,7 @@ SHORT = [
     ("hunyuanvideo", "i2v", "", "cache"),
     ("hunyuanvideo", "normal", "", "streamed"),  # four blocks, of two shapes
     ("hunyuanvideo", "normal", "", "quantised"),
+    ("hunyuanvideo", "normal", "", "trained"),
 ]
 FAST = SHORT[3:4]  # the others take half a minute each, and more with sample clips
 

@@ -236,19 +236,23 @@ LORA = replace(
 )  # fmt: skip
 
 
-def small_card(gib: float, setup: MemorySetup = LORA) -> list[Proposal]:
-    """Return the proposals for Wan2.1 14B, whose blocks may be streamed and quantised."""
+def small_card(gib: float, setup: MemorySetup = LORA, *, installed: bool = True) -> list[Proposal]:
+    """Return the proposals for Wan2.1 14B, whose blocks may be streamed and quantised.
+
+    installed: the packages of optimizers in host memory are there.
+    """
     name, full, adapters = MODELS["14b"]
 
     def memory(changed: MemorySetup) -> Memory:
         trained = adapters * changed.lora_rank // 32 if changed.lora else full.total
         total = full.total + (trained if changed.lora else 0)
-        parameters = replace(full, total=total, trainable=trained, blocks=BLOCKS if changed.lora else ())
+        blocks = BLOCKS if changed.lora else tuple(replace(block, trained=block.elements) for block in BLOCKS)
+        parameters = replace(full, total=total, trainable=trained, blocks=blocks)
         network = cross_attention_network(CONFIGS[name], text_tokens=512, image_tokens=0, half=changed.half)
         return memory_of(parameters, replace(network, frozen=changed.lora), ENCODERS, changed).without("encoding")
 
     changes = possible_changes(
-        setup, sharded_backend="zero3", smaller=SMALLER, installed=lambda name: True, blocks=len(BLOCKS)
+        setup, sharded_backend="zero3", smaller=SMALLER, installed=lambda name: installed, blocks=len(BLOCKS)
     )
     return propose(setup, gib * GIB, memory, changes)
 
@@ -272,9 +276,30 @@ def test_weights_are_rounded_before_something_else_is_trained() -> None:
 
 
 def test_a_full_training_is_proposed_a_streamed_lora_for_a_small_card() -> None:
-    (found, *_) = small_card(16, replace(LORA, lora_rank=0))
+    (found, *_) = small_card(16, replace(LORA, lora_rank=0), installed=False)
     assert found.fits and "--lora_rank" in found.flags
     assert "--stream_blocks all" in found.flags or "--base_precision" in found.flags
+
+
+def test_a_full_training_streams_its_blocks_where_an_optimizer_works_in_host_memory() -> None:
+    """With the optimizer alone 14B need 56 GB; its weights and gradients go to the host, too, before a LoRA."""
+    (found, *_) = small_card(24, replace(LORA, lora_rank=0))
+    assert found.fits and found.flags == "--optimizer adamw_bf16_offload --stream_blocks all"
+    host, elements = found.changes[-1].host, 40 * BLOCKS[0].elements
+    assert host["streamed blocks"] == host["streamed gradients"] == 2 * elements
+    assert host["offloaded optimizer"] == 8 * MODELS["14b"][1].total
+    for other in (
+        {"backend": "ddp", "processes": 2},
+        {"ema_device": "accelerator"},
+        {"recompute_share": 0.5},
+        {"optimizer": "adamw_bf16"},
+    ):
+        setup = replace(LORA, lora_rank=0, **{"optimizer": "adamw_bf16_offload", **other})
+        for change in possible_changes(
+            setup, sharded_backend="zero3", smaller=[], installed=lambda name: True, blocks=40
+        ):
+            if change.flags == "--stream_blocks all":
+                assert change.apply(setup) is None, other
 
 
 def test_the_text_encoder_is_quantised_where_encoding_does_not_fit() -> None:

@@ -34,6 +34,7 @@ from videox.estimate.memory import (
     Parameters,
     checkpoint_size,
     memory_of,
+    moved_to_host,
     pinned_bytes,
     state_bytes,
 )
@@ -293,6 +294,23 @@ def test_streamed_blocks_rest_on_the_host_once_and_two_of_them_are_on_the_gpu() 
     quantised = LINEAR + 4 * ROWS + 2 * 100_000
     assert half.host["streamed blocks"] == pytest.approx(20 * quantised)
     assert here.states["gradients"] == half.states["gradients"] == 4 * ADAPTERS
+
+
+def test_streamed_blocks_that_are_trained_have_their_gradients_on_the_host_too() -> None:
+    """Of two weights and two gradients of a block on the GPU; the optimizer in host memory is as large as before."""
+    block = replace(BLOCK, trained=BLOCK.elements)
+    total = 40 * block.elements + 247_000_000
+    parameters = Parameters(total, total, block.elements, 247_000_000, (block,) * 40)
+    setup = replace(SETUP, backend="single", processes=1, per_host=1, optimizer="adamw_bf16_offload", cached=True)
+    network = cross_attention_network(CONFIGS["Wan2.1-T2V-14B"], text_tokens=512, image_tokens=0, half=True)
+    there, here = (memory_of(parameters, network, ENCODERS, replace(setup, streamed=count)) for count in (0, 40))
+    assert there.states["weights"] == there.states["gradients"] == 2 * total
+    assert here.states["weights"] == here.states["gradients"] == 2 * (247_000_000 + 2 * block.elements)
+    assert here.phases == there.phases
+    in_blocks = 2.0 * 40 * block.elements
+    assert here.host == {**there.host, "streamed blocks": in_blocks, "streamed gradients": in_blocks}
+    assert moved_to_host(here.host)["streamed gradients"] == in_blocks
+    assert there.without("encoding").total() > 56e9 and here.without("encoding").total() < 18e9
 
 
 def test_a_14b_lora_fits_small_cards_with_streamed_or_quantised_blocks() -> None:

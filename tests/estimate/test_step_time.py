@@ -25,6 +25,7 @@ from videox.estimate.step_time import (
     Parts,
     StepModel,
     exchanged_bytes,
+    gradient_bytes,
     offload_seconds,
     optimizer_bytes,
     streamed_bytes,
@@ -288,6 +289,25 @@ def test_streamed_blocks_cost_what_their_copies_outlast_the_computation() -> Non
     assert 0.5 * both < found[100, "bf16"] < both
     assert found[100, "int8"] < 0.55 * found[100, "bf16"]
     assert found[32_760, "bf16"] == found[32_760, "int8"] == 0
+
+
+def test_gradients_of_streamed_blocks_leave_beside_the_weights_that_come() -> None:
+    """In the other direction of the bus; with accumulation those of the earlier micro-batches are waited for."""
+    block = BlockWeights(351_000_000, 350_000_000, 60_000, 70_000_000, trained=351_000_000)
+    step = step_of("wan2.1-t2v-14b", "rtx4090", optimizer="adamw_bf16_offload", streamed=40)
+    step = replace(step, parameters=replace(step.parameters, blocks=(block,) * 40))
+    gradients = 40 * 2 * 351_000_000
+    assert gradient_bytes(step.parameters, step.setup) == gradients
+    assert streamed_bytes(step.parameters, step.setup) == pytest.approx(gradients * 38 / 40)
+    copied = gradients / step.rates.host
+    assert copied < step.micro_batch(1, 100, range(40)).host < 2 * copied
+    assert step.micro_batch(1, 32_760, range(40)).host == 0
+    twice = replace(step, setup=replace(step.setup, accumulation=2))
+    assert twice.micro_batch(1, 32_760, range(40)).host == pytest.approx(copied / 2)
+    resident = replace(step, setup=replace(step.setup, streamed=0))
+    saved = offload_seconds(resident.parameters, resident.setup, GPUS["rtx4090"])
+    saved -= offload_seconds(step.parameters, step.setup, GPUS["rtx4090"])
+    assert saved == pytest.approx(2 * gradients / GPUS["rtx4090"].host_bandwidth)
 
 
 def test_quantised_weights_are_read_and_written_in_every_pass() -> None:

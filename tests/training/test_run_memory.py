@@ -32,6 +32,7 @@ from videox.models.configured import Component
 from videox.models.quantised_loading import load_quantised
 from videox.models.quantised_text import quantise_text_encoder
 from videox.models.streamed_blocks import stream_blocks
+from videox.models.trained_stream import stream_trained
 from videox.training.flags import make_parser
 from videox.training.planning import plan_settings
 from videox.training.run_memory import Launch, RunMemory, launch_of
@@ -156,6 +157,8 @@ def test_parameters_are_those_that_train(tmp_path: Path) -> None:
     attention = run_memory(tmp_path, "--trainable_modules", "attn1").parameters(0)
     trained = sum(p.numel() for name, p in model.named_parameters() if "attn1" in name)
     assert (attention.total, attention.trainable) == (whole, trained)
+    assert [block.trained for block in full.blocks] == [block.elements for block in full.blocks] == blocks
+    assert [block.trained for block in attention.blocks] == [trained // len(blocks)] * len(blocks)
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     targets = choose_targets(shapes, BLOCKS, None)
@@ -196,6 +199,23 @@ def test_frozen_weights_are_as_large_as_they_are_loaded(tmp_path: Path, precisio
     assert found.resident == whole.resident - in_blocks
     assert found.resting == pytest.approx(stream.bytes, rel=0.1)  # small tensors are aligned to 256 bytes
     assert found.on_device()[1] == 2 * found.streamed_block
+
+
+def test_trained_blocks_are_as_large_as_they_are_streamed(tmp_path: Path) -> None:
+    """Weights and gradients, on the host and on the device; small tensors are aligned to 256 bytes."""
+    flags = ["--optimizer", "adamw_bf16_offload", "--mixed_precision", "bf16", "--gradient_checkpointing"]
+    run = run_memory(tmp_path, *SMALL_CLIPS, *flags, "--stream_blocks", "all", "--dry_run_processes", "1")
+    memory = run.memory(run.setup)
+    model = WanTransformer3DModel.from_config(TRANSFORMER).to(torch.bfloat16)
+    outside = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("blocks."))
+    stream = stream_trained(model.blocks, range(3), torch.device("cpu"))
+    assert memory.host["streamed blocks"] == pytest.approx(stream.weights.bytes, rel=0.1)
+    assert memory.host["streamed gradients"] == pytest.approx(stream.gradients.bytes, rel=0.1)
+    buffers = sum(buffer.nbytes for buffer in stream.weights._buffers)
+    assert memory.states["weights"] == pytest.approx(outside + buffers, rel=0.05)
+    of_block = sum(p.nbytes for p in model.blocks[0].parameters())
+    assert memory.states["gradients"] == pytest.approx(outside + of_block + stream.gradients._buffer.nbytes, rel=0.05)
+    assert memory.states["optimizer"] == 0
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])

@@ -22,6 +22,7 @@ from videox.training.speed_flags import check_backend_flags
 PATHS = ["--pretrained_model_name_or_path", "model", "--train_data_meta", "metadata.json"]
 
 STREAMED = ["--lora_rank=4", "--gradient_checkpointing"]
+TRAINED = ["--optimizer=adamw_offload", "--gradient_checkpointing"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,9 @@ STREAMED = ["--lora_rank=4", "--gradient_checkpointing"]
         (["--lora_rank=4", "--lora_type=dora"], "zero3", "--lora_type: dora: peft reads a layer's weights after ZeRO-3"),
         (["--deterministic", "--attention_backend=flash"], "single", "--attention_backend: flash: only torch's own kernels"),
         (["--attention_backend=flahs"], "single", "--attention_backend: flahs"),
-        ([*STREAMED, "--stream_blocks=all"], "zero2", "--stream_blocks: zero2 stores the frozen weights in its own way"),
+        ([*STREAMED, "--stream_blocks=all"], "zero2", "--stream_blocks: zero2 stores the weights in its own way"),
+        ([*TRAINED, "--stream_blocks=all"], "ddp", "--stream_blocks: ddp reduces gradients on the GPUs"),
+        ([*TRAINED, "--stream_blocks=all"], "fsdp2", "--stream_blocks: fsdp2 stores the weights in its own way"),
         ([*STREAMED, "--base_precision=fp8"], "fsdp2", "--base_precision: fp8: fsdp2 stores the frozen weights"),
     ],
 )  # fmt: skip
@@ -59,6 +62,11 @@ def test_small_cards_are_trained_on_by_one_process_and_ddp(backend: str) -> None
         check_backend_flags(args, BACKENDS[backend], half=False)
 
 
+def test_trained_blocks_are_streamed_in_one_process() -> None:
+    args = runs.train_script().parse_args([*PATHS, *TRAINED, "--stream_blocks=all", "--use_ema", "--ema_device=cpu"])
+    check_backend_flags(args, BACKENDS["single"], half=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_text_encoder_may_be_quantised_in_every_training_in_bfloat16(backend: str) -> None:
     args = runs.train_script().parse_args([*PATHS, "--text_encoder_precision=nf4"])
@@ -70,7 +78,9 @@ def test_the_text_encoder_may_be_quantised_in_every_training_in_bfloat16(backend
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gradient_checkpointing", "--stream_blocks=all"], "--stream_blocks: all: only frozen weights are streamed"),
+        (["--gradient_checkpointing", "--stream_blocks=all"], "--stream_blocks: all: weights that are trained stay in host memory, and adamw steps on the GPU. Fix: use --optimizer adamw_offload or adamw_bf16_offload, or add --lora_rank."),
+        ([*TRAINED, "--stream_blocks=all", "--use_ema"], "--stream_blocks: all: weights that are trained stay in host memory, and their EMA is on the GPU. Fix: add --ema_device cpu"),
+        ([TRAINED[0], "--stream_blocks=4"], "--stream_blocks: 4: a streamed block has to be recomputed"),
         (["--lora_rank=4", "--stream_blocks=all"], "--stream_blocks: all: a streamed block has to be recomputed"),
         ([*STREAMED, "--stream_blocks=auto", "--compile"], "--stream_blocks: compiled blocks cannot be streamed"),
         ([*STREAMED, "--stream_blocks=2"], "at least 3 blocks, since 2 streamed blocks are on the GPU at a time"),

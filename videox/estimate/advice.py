@@ -241,7 +241,8 @@ def possible_changes(
     for backend in ("zero2", sharded_backend, "fsdp2"):
         words = _launch(backend, setup.processes, setup.half)
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
-    host = [*_of_frozen_weights(HOST, blocks), *_offloads(setup, installed)]
+    resting, offloads = _of_frozen_weights(HOST, blocks), _offloads(setup, installed)
+    host = [*resting[:1], *offloads[:-1], *resting[1:], offloads[-1]]  # optimizers before streaming, which needs them
     rounding = _of_frozen_weights(ROUNDING, blocks)
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
@@ -275,12 +276,12 @@ def _of_encoders() -> list[Change]:
 
 
 def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
-    """Return the changes of a group that apply to a LoRA alone: streamed blocks (HOST), quantised ones (ROUNDING)."""
+    """Return the changes of a group: offloaded inputs and streamed blocks (HOST), quantised ones (ROUNDING)."""
     if not blocks:
         return []
     if group == HOST:
         offload = "inputs of recomputed blocks are in host memory between the passes"
-        stream = "frozen weights stay in host memory and are copied when a block runs: bit-identical results"
+        stream = "weights of blocks stay in host memory and are copied when a block runs: bit-identical results"
         return [
             Change(HOST, "--offload_activations", offload, _offload_activations),
             Change(HOST, "--stream_blocks all", stream, partial(_stream, blocks=blocks)),
@@ -369,10 +370,8 @@ def _offload_activations(setup: MemorySetup) -> MemorySetup | None:
 
 
 def _stream(setup: MemorySetup, blocks: int) -> MemorySetup | None:
-    possible = setup.lora and setup.recompute_share == 1 and setup.backend in UNSHARDED
-    return (
-        replace(setup, streamed=blocks) if possible and setup.streamed < blocks and blocks >= LEAST_STREAMED else None
-    )
+    possible = setup.streams and setup.recompute_share == 1 and setup.streamed < blocks
+    return replace(setup, streamed=blocks) if possible and blocks >= LEAST_STREAMED else None
 
 
 def _quantise(setup: MemorySetup, precision: str) -> MemorySetup | None:

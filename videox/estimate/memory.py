@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from videox.estimate.flops import Network
 from videox.models.base_precision import BF16, quantised_bytes
-from videox.models.recompute import COPIES_ON_DEVICE, ON_DEVICE, select_blocks
+from videox.models.recompute import COPIES_ON_DEVICE, GRADIENT_COPIES, ON_DEVICE, select_blocks
 from videox.optim.registry import kind_of, moments_of
 
 GB = 1e9
@@ -37,18 +37,24 @@ class BlockWeights:
     """The weights of a repeated block, without adapters.
 
     elements: all; linear: those of the weights of linear layers that --base_precision quantises; rows: the rows of
-    these weights; largest: elements of the largest of them.
+    these weights; largest: elements of the largest of them; trained: those that get gradients.
     """
 
     elements: int
     linear: int
     rows: int
     largest: int
+    trained: int = 0
+
+    @property
+    def frozen(self) -> int:
+        """Elements that get no gradients."""
+        return self.elements - self.trained
 
     def bytes_in(self, precision: str, element: int) -> float:
-        """Return the bytes with linear layers in a precision, and with `element` bytes for every other number."""
+        """Return the bytes of what is frozen: linear layers in a precision, `element` bytes for every other number."""
         if precision == BF16:
-            return float(element * self.elements)
+            return float(element * self.frozen)
         return quantised_bytes(precision, self.linear, self.rows) + element * (self.elements - self.linear)
 
 
@@ -58,7 +64,7 @@ class Parameters:
 
     total: all; trainable: those that get gradients, with a LoRA those of the adapters alone; block: of the largest
     repeated block; outside: of all layers outside the repeated blocks; blocks: the repeated blocks, in order, where
-    their frozen weights may be quantised or streamed.
+    their weights may be quantised or streamed.
     """
 
     total: int
@@ -109,7 +115,8 @@ class MemorySetup:
         keep: what recomputed blocks keep (--gradient_checkpointing_keep), "" for nothing.
         offload_activations: inputs of recomputed blocks are in host memory between the passes.
         base_precision: of the frozen linear layers of the blocks under a LoRA (--base_precision).
-        streamed: number of blocks whose frozen weights stay in host memory (--stream_blocks).
+        streamed: number of blocks whose weights stay in host memory, and their gradients if they are trained
+            (--stream_blocks).
         text_precision: of the linear layers of the text encoder's blocks (--text_encoder_precision).
         vae_tiled: the VAE encodes in tiles (--vae_tiling).
         sampled_with: bytes of a second transformer in host memory, for sample clips; 0 without one.
@@ -144,6 +151,12 @@ class MemorySetup:
     def lora(self) -> bool:
         """Whether a LoRA is trained."""
         return self.lora_rank > 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks can be streamed if they are recomputed; trained ones need an optimizer in host memory."""
+        trained = kind_of(self.optimizer).on_host and self.backend == "single" and self.ema_device != "accelerator"
+        return self.backend in UNSHARDED if self.lora else trained
 
     @property
     def frozen_bytes(self) -> int:
@@ -223,11 +236,28 @@ class FrozenBytes(NamedTuple):
 def frozen_bytes(parameters: Parameters, setup: MemorySetup) -> FrozenBytes:
     """Return the bytes of the frozen weights of a backend that replicates them, or of all shards together."""
     sizes = [block.bytes_in(setup.base_precision, setup.frozen_bytes) for block in parameters.blocks]
-    in_blocks = sum(block.elements for block in parameters.blocks)
+    in_blocks = sum(block.frozen for block in parameters.blocks)
     other = setup.frozen_bytes * (parameters.total - parameters.trainable - in_blocks)
-    numbers = select_blocks(len(sizes), setup.streamed / len(sizes)) if setup.streamed else []
-    resting = [sizes[number] for number in numbers]
+    resting = [sizes[number] for number in _streamed_blocks(parameters, setup)]
     return FrozenBytes(other + sum(sizes) - sum(resting), max(resting, default=0.0), sum(resting))
+
+
+def _streamed_blocks(parameters: Parameters, setup: MemorySetup) -> list[int]:
+    count = len(parameters.blocks)
+    return select_blocks(count, setup.streamed / count) if setup.streamed else []
+
+
+class TrainedElements(NamedTuple):
+    """Parameters that get gradients, of streamed blocks: the numbers of all, and of the largest block."""
+
+    resting: int
+    block: int
+
+
+def streamed_trained(parameters: Parameters, setup: MemorySetup) -> TrainedElements:
+    """Return the trained parameters whose weights and gradients rest in host memory; none with a LoRA."""
+    counts = [parameters.blocks[number].trained for number in _streamed_blocks(parameters, setup)]
+    return TrainedElements(sum(counts), max(counts, default=0))
 
 
 def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
@@ -240,12 +270,12 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     total, trainable, share = parameters.total, parameters.trainable, 1 / setup.processes
     if setup.backend in UNSHARDED or setup.backend.startswith("fsdp"):
         optimizer, sharding = kind_of(setup.optimizer), 1.0 if setup.backend in UNSHARDED else share
-        sizes = {
-            "weights": sum(frozen_bytes(parameters, setup).on_device()) + optimizer.weight_bytes * trainable,
-            "masters": 0,
-        }
+        resting, block = streamed_trained(parameters, setup)
+        weights = optimizer.weight_bytes * (trainable - resting + ON_DEVICE * block)
+        sizes = {"weights": sum(frozen_bytes(parameters, setup).on_device()) + weights, "masters": 0}
         # FSDP1 flattens a block into one tensor: if a part of the block trains, the gradient of all of it is allocated
         with_gradients = total - parameters.outside if setup.backend == "fsdp1" and trainable < total else trainable
+        with_gradients += GRADIENT_COPIES * block - resting
         sizes |= {
             "gradients": optimizer.weight_bytes * with_gradients,
             "optimizer": optimizer.moment_bytes * trainable,
@@ -268,7 +298,9 @@ def communication_bytes(parameters: Parameters, setup: MemorySetup) -> float:
         weight = kind_of(setup.optimizer).weight_bytes
         # autocast keeps bfloat16 copies of float32 weights for the length of a forward pass
         frozen = parameters.total - parameters.trainable
-        cast_elements = parameters.trainable * (weight == 4) + frozen * (setup.frozen_bytes == 4)
+        resting, block = streamed_trained(parameters, setup)
+        trainable = parameters.trainable - resting + block  # of a streamed block while it runs
+        cast_elements = trainable * (weight == 4) + frozen * (setup.frozen_bytes == 4)
         weight_copies = 2 * cast_elements if setup.half else 0
         # Gradients are views of DDP's buckets, except those of a step's earlier micro-batches, which are not reduced.
         has_both = setup.backend == "ddp" and setup.accumulation > 1
@@ -376,7 +408,10 @@ def host_bytes(parameters: Parameters, encoders: Encoders, setup: MemorySetup) -
     if setup.offloads("param"):
         training["offloaded weights"] = count * 2.0 * parameters.total / setup.processes
     if setup.streamed:
-        training["streamed blocks"] = frozen_bytes(parameters, setup).resting
+        trained = kind_of(setup.optimizer).weight_bytes * streamed_trained(parameters, setup).resting
+        training["streamed blocks"] = frozen_bytes(parameters, setup).resting + trained
+        if trained:
+            training["streamed gradients"] = float(trained)
     if setup.sampled_with:
         training["other expert"] = float(setup.sampled_with)
     if setup.ema_device == "cpu":

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from videox.estimate.flops import Block, Network
 from videox.estimate.gpus import Gpu
-from videox.estimate.memory import MemorySetup, Parameters, frozen_bytes
+from videox.estimate.memory import MemorySetup, Parameters, frozen_bytes, streamed_trained
 from videox.estimate.rates import Rates
 from videox.models.base_precision import BF16, NF4, quantised_bytes
 from videox.models.recompute import ON_DEVICE
@@ -235,13 +235,23 @@ class StepModel:
             streamed_bytes(self.parameters, self.setup) / self.rates.host,
         )
         backward = self.recomputation(samples, tokens, recomputed, keep).plus(self.backward(samples, tokens)).total()
-        return max(copy - forward, 0.0) + max(copy - backward, 0.0)
+        out = gradient_bytes(self.parameters, self.setup) / self.rates.host  # in the other direction, at the same time
+        # those of a step's earlier micro-batches come back when they are needed, beside nothing
+        waits = out * (self.setup.accumulation - 1) / self.setup.accumulation
+        return max(copy - forward, 0.0) + max(copy - backward, out - backward, 0.0) + waits
 
 
 def streamed_bytes(parameters: Parameters, setup: MemorySetup) -> float:
     """Return the bytes of streamed weights that are copied to the GPU in one pass; two blocks are there already."""
     count = setup.streamed
-    return frozen_bytes(parameters, setup).resting * max(count - ON_DEVICE, 0) / count if count else 0.0
+    trained = kind_of(setup.optimizer).weight_bytes * streamed_trained(parameters, setup).resting
+    resting = frozen_bytes(parameters, setup).resting + trained
+    return resting * max(count - ON_DEVICE, 0) / count if count else 0.0
+
+
+def gradient_bytes(parameters: Parameters, setup: MemorySetup) -> float:
+    """Return the bytes of the gradients of streamed blocks, which a backward pass moves to host memory."""
+    return float(kind_of(setup.optimizer).weight_bytes * streamed_trained(parameters, setup).resting)
 
 
 def _dequantised_bytes(parameters: Parameters, setup: MemorySetup) -> float:
@@ -286,12 +296,14 @@ def optimizer_bytes(parameters: Parameters, setup: MemorySetup) -> float:
 def offload_seconds(parameters: Parameters, setup: MemorySetup, gpu: Gpu) -> float:
     """Return the least time per optimizer step that copies between host and GPU take.
 
-    An optimizer in host memory receives each gradient and returns each weight. Offloaded bfloat16 weights are copied
-    in for the forward and for the backward pass. The arithmetic on the host is not counted.
+    An optimizer in host memory receives each gradient and returns each weight, except those of streamed blocks, which
+    are there. Offloaded bfloat16 weights are copied in for the forward and for the backward pass. The arithmetic on
+    the host is not counted.
     """
     share, moved = 1 / setup.processes, 0.0
     if kind_of(setup.optimizer).on_host:
-        moved += 2 * kind_of(moments_of(setup.optimizer)).weight_bytes * parameters.trainable
+        on_device = parameters.trainable - streamed_trained(parameters, setup).resting
+        moved += 2 * kind_of(moments_of(setup.optimizer)).weight_bytes * on_device
     if setup.offloads("optimizer"):
         moved += (4 + 2) * parameters.trainable * share
     if setup.offloads("param"):

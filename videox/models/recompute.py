@@ -8,6 +8,7 @@ COPIES_ON_DEVICE = 3  # of offloaded inputs, on the GPU at a time: of the block 
 
 ON_DEVICE = 2  # streamed blocks whose weights are on the GPU at a time: of the block that runs, and of the next one
 LEAST_STREAMED = ON_DEVICE + 1  # blocks; fewer need no less memory
+GRADIENT_COPIES = 2  # of a streamed block that is trained: as autograd computes them, and on their way to the host
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def stream_trained(blocks: Sequence[nn.Module], numbers: Collection[int], device
         device: where blocks run.
     """
     chosen = [blocks[number] for number in sorted(numbers)]
-    parts = [parts_of(block, lambda parameter: True) for block in chosen]
+    parts = [parts_of(block, lambda _: True) for block in chosen]
     weights = [_host_memory(size_of(of_block), device) for of_block in parts]
     for block, of_block, memory in zip(chosen, parts, weights, strict=True):
         for part in of_block:

@@ -27,6 +27,7 @@ from videox.engine.ddp import DdpEngine
 from videox.engine.ema import EmaEngine
 from videox.engine.export import export_bytes
 from videox.engine.fsdp import FsdpEngine
+from videox.engine.streamed import StreamedEngine
 from videox.engine.train_state import checkpoint_bytes
 from videox.errors import UserError
 from videox.estimate.cost_model import step_times
@@ -66,7 +67,7 @@ from videox.training.schedule import Schedule, most_common_shape
 from videox.training.speed import attention_fact, prepare_blocks
 from videox.training.startup import prepare_folder
 from videox.training.step_loss import StepCorrection, uniform_draws
-from videox.training.streaming import stream_frozen
+from videox.training.streaming import stream_weights
 from videox.training.validation_flags import prompts_of
 from videox.training.validation_loss import HeldOutLoss
 from videox.training.validator import (
@@ -192,9 +193,13 @@ def build_engine(
             stored = AdaptedTensors(stored, lora.values) if stored is not None else None
         full_weights = checkpoint_bytes(transformer, trained=4, frozen=4 if lora is None else 0)
         numbers = element_count(transformer)
-        stream_frozen(args, ctx, blocks)
+        stream = stream_weights(args, ctx, blocks)
         make = optimizer_factory(args, base_lr(args, schedule), full, half)
-        engine = _engine_of_backend(args, ctx, schedule, transformer, blocks, make, stored, lora)
+        engine: Engine
+        if stream is not None:
+            engine = StreamedEngine(ctx.accelerator, transformer, make, stream)
+        else:
+            engine = _engine_of_backend(args, ctx, schedule, transformer, blocks, make, stored, lora)
         if args.use_ema:
             device = torch.device("cpu") if args.ema_device == "cpu" else None
             engine = EmaEngine(

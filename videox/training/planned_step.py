@@ -119,7 +119,7 @@ class PlannedStep:
                     yield self._changed(f"{KEEP} {keep}", replace(setup, keep=keep))
             if setup.recompute_share and not setup.offload_activations:
                 yield self._changed("--offload_activations", replace(setup, offload_activations=True))
-        yield from self._of_frozen_weights()
+        yield from self._of_block_weights()
         if not args.compile and backend.compiles:
             yield self._gain("--compile", self.time_with(setup, compiled=True), words="the first steps take minutes")
         if not setup.half:
@@ -131,15 +131,15 @@ class PlannedStep:
             if faster.seconds < -LEAST_GAIN * self.time.step.total():
                 yield faster
 
-    def _of_frozen_weights(self) -> Iterator[FlagGain]:
-        """Yield the flags that change where and how the frozen weights under a LoRA are stored."""
+    def _of_block_weights(self) -> Iterator[FlagGain]:
+        """Yield the flags that change where the weights of blocks are stored, and how the frozen ones under a LoRA."""
         args, setup = self.args, self.run.setup
-        if not setup.lora or BACKENDS[setup.backend].engine != "replicated" or args.compile:
+        if BACKENDS[setup.backend].engine != "replicated" or args.compile:
             return
         blocks = len(self.run.parameters(setup.lora_rank).blocks)
-        if args.gradient_checkpointing and not setup.streamed:
+        if setup.streams and args.gradient_checkpointing and not setup.streamed:
             yield self._changed("--stream_blocks all", replace(setup, streamed=blocks), words="bit-identical")
-        if setup.base_precision == BF16 and setup.half and args.lora_type == "lora":
+        if setup.lora and setup.base_precision == BF16 and setup.half and args.lora_type == "lora":
             for precision in (INT8, NF4):
                 changed = replace(setup, base_precision=precision)
                 yield self._changed(f"--base_precision {precision}", changed, words="rounded weights")

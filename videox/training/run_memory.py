@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -328,15 +329,18 @@ class RunMemory:
             sizes[block] = sizes.get(block, 0) + math.prod(shape)
             linear.setdefault(block, []).extend([shape] * is_quantised(name, shape))
         everything, outside = sum(sizes.values()), sizes.pop((), 0)
+        order = sorted(sizes, key=lambda block: ([*self.model.blocks].index(block[0]), int(block[1])))
         if lora_rank:
             targets = choose_targets(shapes, self.model.blocks, args.lora_target_modules)
             trained = sum(adapter_sizes(shapes, targets, lora_rank, dora=args.lora_type == "dora").values())
-            order = sorted(sizes, key=lambda block: ([*self.model.blocks].index(block[0]), int(block[1])))
             blocks = tuple(_block_weights(sizes[block], linear[block]) for block in order)
             return Parameters(everything + trained, trained, max(sizes.values()), outside, blocks)
         selected = select_parameters(list(shapes), args.trainable_modules, args.trainable_modules_low_learning_rate)
-        trained = sum(math.prod(shapes[name]) for names in selected for name in names)
-        return Parameters(everything, trained, max(sizes.values()), outside)
+        counts = Counter[tuple[str, ...]]()
+        for name in (name for names in selected for name in names):
+            counts[tuple(name.split(".")[:2])] += math.prod(shapes[name])
+        blocks = tuple(replace(_block_weights(sizes[block], linear[block]), trained=counts[block]) for block in order)
+        return Parameters(everything, sum(counts.values()), max(sizes.values()), outside, blocks)
 
     def _smaller_samples(self) -> Iterator[SmallerSamples]:
         """Yield flags for smaller target sizes and, at the smallest of them, for fewer frames."""

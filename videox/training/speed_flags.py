@@ -8,10 +8,12 @@ from videox.distributed.backends import Backend
 from videox.errors import UserError
 from videox.models.base_precision import BF16, PRECISIONS, check_precision_installed
 from videox.models.recompute import LEAST_STREAMED, ON_DEVICE
+from videox.optim.registry import OPTIMIZERS
 from videox.training.argument_parser import AUTO, Parser
 
 KEEPS = ("attention", "self_attention")  # values of --gradient_checkpointing_keep
 ALL = "all"  # value of --stream_blocks
+ON_HOST = [name for name, optimizer in OPTIMIZERS.items() if optimizer.on_host]
 NATIVE = "native"  # the default of --attention_backend: torch's own choice
 
 
@@ -43,8 +45,9 @@ def add_speed(parser: Parser) -> None:
     )
     add("--text_encoder_precision", choices=PRECISIONS, default=BF16, help=text)
     stream = (
-        "frozen weights of N blocks (all; auto: as few as the GPU's memory needs) stay in host memory and are copied to the "
-        "GPU when a block runs; for a LoRA with --gradient_checkpointing; results are bit-identical"
+        "weights of N blocks (all; auto: as few as the GPU's memory needs) stay in host memory and are copied to the GPU "
+        "when a block runs; with --gradient_checkpointing; without a LoRA gradients are there, too, and --optimizer must "
+        "be one of host memory; results are bit-identical"
     )
     add("--stream_blocks", type=stream_count, metavar="auto|N|all", help=stream)
     blocks = (
@@ -113,9 +116,12 @@ def _check_precision(args: argparse.Namespace) -> None:
 def _check_streaming(args: argparse.Namespace) -> None:
     """Raise UserError where --stream_blocks cannot work with another flag."""
     value = args.stream_blocks
-    if not args.lora_rank:
-        what = f"{value}: only frozen weights are streamed, and without --lora_rank all of them are trained"
-        raise UserError("--stream_blocks", what, "add --lora_rank, or remove the flag")
+    if not args.lora_rank and not (args.optimizer in OPTIMIZERS and OPTIMIZERS[args.optimizer].on_host):
+        what = f"{value}: weights that are trained stay in host memory, and {args.optimizer} steps on the GPU"
+        raise UserError("--stream_blocks", what, f"use --optimizer {' or '.join(ON_HOST)}, or add --lora_rank")
+    if not args.lora_rank and args.use_ema and args.ema_device != "cpu":
+        what = f"{value}: weights that are trained stay in host memory, and their EMA is on the GPU"
+        raise UserError("--stream_blocks", what, "add --ema_device cpu, or remove --use_ema")
     if not args.gradient_checkpointing:
         what = f"{value}: a streamed block has to be recomputed, or its weights would stay on the GPU"
         raise UserError(
@@ -146,8 +152,11 @@ def check_backend_flags(args: argparse.Namespace, backend: Backend, *, half: boo
         what = f"{args.gradient_checkpointing_keep}: {backend.name} gathers weights while blocks are recomputed"
         raise UserError("--gradient_checkpointing_keep", what, "remove the flag, or launch FSDP2")
     if args.stream_blocks and backend.engine != "replicated":
-        what = f"{backend.name} stores the frozen weights in its own way"
+        what = f"{backend.name} stores the weights in its own way"
         raise UserError("--stream_blocks", what, "launch one process or DDP, or remove the flag")
+    if args.stream_blocks and not args.lora_rank and backend.name != "single":
+        what = f"{backend.name} reduces gradients on the GPUs, and those of streamed blocks are in host memory"
+        raise UserError("--stream_blocks", what, "launch one process, add --lora_rank, or remove the flag")
     if args.lora_rank and args.lora_type == "dora" and backend.name == "zero3":
         what = "dora: peft reads a layer's weights after ZeRO-3 has released them"
         raise UserError("--lora_type", what, "launch ZeRO-2, FSDP or DDP, or train with --lora_type lora")
