@@ -59,6 +59,18 @@ def assert_alike(found: runs.Outcome, expected: runs.Outcome) -> None:
         assert weights.keys() == wanted.keys() and all(torch.equal(weights[key], wanted[key]) for key in wanted)
 
 
+def test_a_run_that_is_resumed_with_streamed_blocks_is_bit_identical(tmp_path: Path) -> None:
+    """A resident run of two steps, and its second step again with streamed blocks, which are then validated."""
+    resident = train(tmp_path, tmp_path / "run", steps=2)
+    weights, expected = runs.read_weights(resident.folder / "transformer"), (numbers(resident), held_out(resident))
+    resume = {"stream_blocks": "all", "resume_from_checkpoint": resident.folder / "checkpoint-1"}
+    streamed = train(tmp_path, resident.folder, steps=2, **resume)
+    assert f"streaming  {BLOCKS} of {BLOCKS} blocks: their weights and gradients rest in " in streamed.stdout
+    assert numbers(streamed) == expected[0] and held_out(streamed)[-1] == expected[1][-1]
+    exported = runs.read_weights(streamed.folder / "transformer")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[key], weights[key]) for key in weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_losses_and_resumed_runs_are_bit_identical(tmp_path: Path, kind: str) -> None:

@@ -241,8 +241,7 @@ def possible_changes(
     for backend in ("zero2", sharded_backend, "fsdp2"):
         words = _launch(backend, setup.processes, setup.half)
         time.append(Change(TIME, words, "shards the run over the GPUs", partial(_shard, backend=backend)))
-    resting, offloads = _of_frozen_weights(HOST, blocks), _offloads(setup, installed)
-    host = [*resting[:1], *offloads[:-1], *resting[1:], offloads[-1]]  # optimizers before streaming, which needs them
+    host = [*_of_frozen_weights(HOST, blocks), *_offloads(setup, installed, blocks)]
     rounding = _of_frozen_weights(ROUNDING, blocks)
     # every backend trains a LoRA with AdamW; the adapters are so small that other moments save little
     adamw = "" if setup.lora or setup.optimizer == "adamw" else " --optimizer adamw"
@@ -296,14 +295,15 @@ def _of_frozen_weights(group: int, blocks: int) -> list[Change]:
     ]
 
 
-def _offloads(setup: MemorySetup, installed: Callable[[str], bool]) -> list[Change]:
+def _offloads(setup: MemorySetup, installed: Callable[[str], bool], blocks: int) -> list[Change]:
     """Return the changes that move the optimizer, or weights and optimizer, to host memory."""
-    offload = "the optimizer works in host memory: seconds more per step"
-    host = [
-        Change(HOST, f"--optimizer {name}", offload, partial(_offload_moments, name=name))
-        for name in ("adamw_offload", "adamw_bf16_offload")
-        if installed(name)
-    ]
+    host = list[Change]()
+    named = [("adamw_offload", 0), ("adamw_bf16_offload", 0), *([("adamw_bf16_offload", blocks)] if blocks else [])]
+    for name, streamed in ((name, streamed) for name, streamed in named if installed(name)):
+        flags = f"--optimizer {name}" + (" --stream_blocks all" if streamed else "")
+        effect = "the optimizer works in host memory: seconds more per step"
+        effect += "; weights and gradients of blocks are there, too" if streamed else ""
+        host.append(Change(HOST, flags, effect, partial(_offload_moments, name=name, streamed=streamed)))
     words = f"accelerate launch --use_deepspeed --deepspeed_config_file {OFFLOAD_CONFIG}"
     words += f" --num_processes {setup.processes}{_precision(setup.half)}"
     words += "" if _is_sharded_by_zero3(setup.optimizer) else " --optimizer adamw"
@@ -407,9 +407,10 @@ def _shard(setup: MemorySetup, backend: str) -> MemorySetup | None:
     return replace(setup, backend=backend, half=True, zero={}) if more else None
 
 
-def _offload_moments(setup: MemorySetup, name: str) -> MemorySetup | None:
+def _offload_moments(setup: MemorySetup, name: str, streamed: int) -> MemorySetup | None:
     possible = setup.backend in OPTIMIZERS[name].backends and not setup.lora and name != setup.optimizer
-    return replace(setup, optimizer=name) if possible and (setup.half or OPTIMIZERS[name].fp32_params) else None
+    changed = replace(setup, optimizer=name) if possible and (setup.half or OPTIMIZERS[name].fp32_params) else None
+    return _stream(changed, streamed) if changed and streamed else changed
 
 
 def _is_sharded_by_zero3(optimizer: str) -> bool:
