@@ -33,6 +33,7 @@ from videox.estimate.memory import (
 )
 from videox.estimate.rates import rates_of
 from videox.estimate.step_time import StepModel, offload_seconds
+from videox.families.wan_names import pictures_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tests" / "data" / "estimate" / "tables.json"
@@ -139,9 +140,8 @@ def network_of(config: Mapping[str, Any], *, half: bool, **cast: bool) -> Networ
     """Return the network of a configuration, with the published number of text tokens."""
     if "num_single_layers" in config:
         return joint_attention_network(config, text_tokens=256, half=half, **cast)
-    return cross_attention_network(
-        config, text_tokens=512, image_tokens=257 if config.get("image_dim") else 0, half=half, **cast
-    )
+    images = 257 * pictures_of(config) if config.get("image_dim") else 0
+    return cross_attention_network(config, text_tokens=512, image_tokens=images, half=half, **cast)
 
 
 def network_row(network: Network) -> dict[str, Any]:

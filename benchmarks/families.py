@@ -1,6 +1,6 @@
 """Trains, resumes, exports and samples each family in each mode, and writes a table.
 
-    python benchmarks/families.py [--output benchmarks/families.md]
+    python benchmarks/families.py [--only "wan2.2 i2v low_noise" ...] [--output benchmarks/families.md]
 
 Each cell runs the published command on a small model of the real classes: once for four steps without interruption,
 and once for two steps, resumed to four with --resume_from_checkpoint latest. Then the base model's diffusers pipeline
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import diffusers
 import numpy as np
+import originals
 import runs
 import tiny
 import torch
@@ -31,9 +32,11 @@ from machine import machine_line
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from videox.encoders.clip_image import FirstPicture
 from videox.weights.expert_names import EXPERTS
 
 STEPS, INTERRUPTED_AT = 4, 2
+FUN = "Fun-InP"  # the published layout, of Wan2.1-Fun: trained from it, and loaded into diffusers' pipeline
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
 CLOCK = (  # fields of metrics.jsonl that differ between equal runs
     "tokens_per_second", "data_wait", "step_seconds", "encode_seconds", "forward_seconds", "backward_seconds",
@@ -64,12 +67,20 @@ class Cell:
         """The place of the trained transformer in the pipeline; `model` is the expert of a model with two."""
         return EXPERTS.get(self.model, "transformer")
 
+    @property
+    def shows_first_picture(self) -> bool:
+        """Whether CLIP sees the first of two pictures alone, which diffusers' pipeline has to be told."""
+        return self.mode == "flf2v" and self.model == FUN
+
 
 def cells() -> list[Cell]:
     """Return all combinations that differ in a flag or in the model's configuration."""
 
     def without_embedder(folder: Path) -> Path:
         return tiny.build_wan_i2v(folder, image_embedder=False)
+
+    def fun(folder: Path) -> Path:
+        return tiny.build_wan_i2v(folder, image_dim=160)  # CLIP's heads have 80 channels in the original layout
 
     def latent_concat(folder: Path) -> Path:
         return tiny.build_hunyuan_i2v(folder, image_condition_type="latent_concat")
@@ -84,6 +95,9 @@ def cells() -> list[Cell]:
         ("wan2.1", "inpaint", "without image embedder", without_embedder, wan_image),
         ("wan2.1", "flf2v", "with image embedder", tiny.build_wan_flf2v, wan_image),
         ("wan2.1", "flf2v", "without image embedder", without_embedder, wan_image),
+        ("wan2.1", "i2v", FUN, fun, wan_image),
+        ("wan2.1", "inpaint", FUN, fun, wan_image),
+        ("wan2.1", "flf2v", FUN, fun, wan_image),
         ("wan2.2", "normal", "high_noise", tiny.build_wan22_t2v, wan),
         ("wan2.2", "normal", "low_noise", tiny.build_wan22_t2v, wan),
         ("wan2.2", "i2v", "high_noise", tiny.build_wan22_i2v, wan_image),
@@ -113,6 +127,7 @@ class CellResult:
 def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
     """Train without and with an interruption, and sample with the exported weights; all files go to folder."""
     model = cell.build(folder / "model")
+    trained = originals.build_wan_fun(folder / "published", model) if cell.model == FUN else model
     whole, interrupted = folder / "whole", folder / "interrupted"
     asked = {
         "train_mode": cell.mode,
@@ -122,9 +137,9 @@ def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
         **({"expert": cell.model} if cell.model in EXPERTS else {}),
     }
     argvs = (
-        runs.train_flags(cell.family, model, metadata, whole, **asked),
-        runs.train_flags(cell.family, model, metadata, interrupted, **{**asked, "max_train_steps": INTERRUPTED_AT}),
-        runs.train_flags(cell.family, model, metadata, interrupted, **asked, resume_from_checkpoint="latest"),
+        runs.train_flags(cell.family, trained, metadata, whole, **asked),
+        runs.train_flags(cell.family, trained, metadata, interrupted, **{**asked, "max_train_steps": INTERRUPTED_AT}),
+        runs.train_flags(cell.family, trained, metadata, interrupted, **asked, resume_from_checkpoint="latest"),
     )
     outcomes = [runs.train(argv, runs.train_script(cell.family)) for argv in argvs]
     failed = [f"a run ended with {run.code}: {run.stderr[-2000:]}" for run in outcomes if run.code]
@@ -191,6 +206,8 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
             transformer
         )  # tensors of a mapped file are unaligned, for which kernels round differently
         pipeline = getattr(diffusers, cell.pipeline).from_pretrained(model, **{cell.place: transformer})
+        if cell.shows_first_picture:
+            pipeline.register_modules(image_processor=FirstPicture(pipeline.image_processor))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         clips.append(pipeline(prompt="a rabbit walks", generator=generator, **given).frames[0])
@@ -209,6 +226,13 @@ def row(cell: Cell, found: CellResult) -> tuple[str, ...]:
     losses = f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}" if found.losses else "none"
     good = ["yes" if not wrong else "NO" for wrong in (found.differences, found.not_loaded, found.not_sampled)]
     return (cell.family, cell.mode, cell.model or "text only", *good, losses)
+
+
+def read_rows(file: Path) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the rows of an existing table, by family, mode and model."""
+    split = (tuple(line.strip("| ").split(" | ")) for line in file.read_text(encoding="utf-8").splitlines())
+    names = {row(cell, CellResult([], [], [], []))[:3] for cell in cells()}
+    return {line[:3]: line for line in split if len(line) == len(HEADER) and line[:3] in names}
 
 
 def page(lines: list[tuple[str, ...]]) -> str:
@@ -238,20 +262,25 @@ def page(lines: list[tuple[str, ...]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
+    only = "names of cells; the other rows of the output stay (default: all cells)"
+    parser.add_argument("--only", nargs="+", choices=[cell.name for cell in cells()], metavar="CELL", help=only)
     args = parser.parse_args()
-    lines, wrong = [], []
+    found_rows = read_rows(args.output) if args.only and args.output and args.output.exists() else {}
+    wrong = []
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="videox-families-") as name:
         metadata = tiny.make_dataset(Path(name) / "data", copies=2)
-        for number, cell in enumerate(cells()):
+        for number, cell in enumerate(cell for cell in cells() if not args.only or cell.name in args.only):
             found = run_cell(cell, metadata, Path(name) / f"cell-{number}")
-            lines.append(row(cell, found))
-            wrong += [f"{cell.name}: {line}" for line in found.wrong]
-            print(*lines[-1], sep="\t", flush=True)
+            line = row(cell, found)
+            found_rows[line[:3]] = line
+            wrong += [f"{cell.name}: {what}" for what in found.wrong]
+            print(*line, sep="\t", flush=True)
     print("\n".join(wrong), file=sys.stderr)
-    text = page(lines)
+    order = [row(cell, CellResult([], [], [], []))[:3] for cell in cells()]
+    text = page([found_rows[name] for name in order if name in found_rows])
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

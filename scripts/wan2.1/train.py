@@ -22,7 +22,7 @@ from typing import Any
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
-from videox.families.wan_names import CLASSES, CLIP_IMAGES, LORA_TARGETS, NAMES, PIPELINES
+from videox.families.wan_names import CLASSES, CLIP_IMAGES, LORA_TARGETS, NAMES, PIPELINES, pictures_of
 from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
@@ -91,11 +91,9 @@ def check_one_transformer(args: argparse.Namespace, root: Path) -> None:
 def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Check that the transformer with this configuration is made for --train_mode."""
     channels = config.get("in_channels")
-    modes, takes = {16: ["normal"], 36: ["i2v", "inpaint"]}.get(channels, []), f"{channels} channels"
-    if config.get("pos_embed_seq_len"):
+    modes, takes = {16: ["normal"], 36: ["i2v", "inpaint", "flf2v"]}.get(channels, []), f"{channels} channels"
+    if pictures_of(config) == 2:
         modes, takes = ["flf2v"], "features of two images"
-    elif modes and channels == 36 and not config.get("image_dim"):
-        modes.append("flf2v")  # a last frame is then a matter of the mask
     if args.train_mode not in modes:
         what = f"the transformer takes {takes}, which no mode here trains"
         if modes:
@@ -111,7 +109,7 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
     config, images = components["transformer"].config, 0
     if "image_encoder" in components:
         clip = components["image_encoder"]
-        images = ((clip.count("image_size") // clip.count("patch_size")) ** 2 + 1) * (1 + (args.train_mode == "flf2v"))
+        images = ((clip.count("image_size") // clip.count("patch_size")) ** 2 + 1) * pictures_of(config)
     return ModelProfile(
         task=f"{TASKS[args.train_mode]} (the transformer takes {config['in_channels']} channels)",
         network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=images),

@@ -61,21 +61,72 @@ def test_draws_are_the_ones_of_the_whole_range_that_lie_in_the_window(
     assert distance < 1.5 * heaviest + (0 if uniform else 1.95 / DRAWS**0.5)
 
 
+def shares_of_timesteps(args: Namespace) -> np.ndarray:
+    """Return the share of each of the 1000 timesteps in the draws of one model, noisiest first; float64 [1000].
+
+    From the density alone: the distribution function of the logistic-normal law, and for the others a fine grid.
+    """
+    edges = np.arange(1001) / 1000
+    if args.weighting_scheme == "logit_normal":
+        inner = torch.special.logit(torch.from_numpy(edges[1:-1]))
+        below = torch.special.ndtr((inner - args.logit_mean) / args.logit_std).numpy()
+        return np.diff(np.concatenate([[0], below, [1]]))
+    u = (np.arange(2_000_000) + 0.5) / 2_000_000
+    if args.weighting_scheme == "mode":
+        u = 1 - u - args.mode_scale * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    return np.histogram(u, edges)[0] / len(u)
+
+
+def timesteps_of(t: np.ndarray, shift: float) -> np.ndarray:
+    """Return which of the 1000 timesteps, noisiest first, have these sigmas; int64."""
+    return np.rint(1000 * (1 - t / (shift - (shift - 1) * t))).astype(int)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("expert", EXPERTS)
-def test_every_stratum_of_the_window_is_drawn_once_per_step(expert: str) -> None:
-    window, shift, samples = EXPERTS[expert](0.875), 3.0, 8
+def test_stratified_draws_cover_the_window_evenly(expert: str, scheme: str) -> None:
+    """Each timestep of the window gets its share of 10,000 draws, within a draw; no other timestep gets one."""
+    window, shift, args = EXPERTS[expert](0.875), 3.0, flags(scheme, uniform=True)
     steps = window.steps(shift)
-    seen = []
+    shares = shares_of_timesteps(args)[steps.start : steps.stop]
+    strata = (np.arange(DRAWS) + place_in_stratum(3, 0)) / DRAWS
+    seen = timesteps_of(sigmas(args, window, shift, strata), shift)
+    assert set(seen) <= set(steps)
+    counts = np.bincount(seen - steps.start, minlength=len(steps))
+    assert np.abs(counts - DRAWS * shares / shares.sum()).max() < 1.1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_every_stratum_of_the_window_is_drawn_once_per_step(expert: str, scheme: str) -> None:
+    window, shift, samples, args = EXPERTS[expert](0.875), 3.0, 8, flags(scheme, uniform=True)
+    steps = window.steps(shift)
+    shares = shares_of_timesteps(args)[steps.start : steps.stop]
+    upper = np.cumsum(shares) / shares.sum()  # of the truncated density, its distribution function
+    lower = np.concatenate([[0], upper[:-1]])
+    middles = []
     for step in range(200):
         strata = (np.arange(samples) + place_in_stratum(7, step)) / samples
-        t = sigmas(flags("none", uniform=True), window, shift, strata)
-        index = 1000 * (1 - t / (shift - (shift - 1) * t))
-        place = (index - steps.start + 0.5) / len(steps)
-        assert np.abs(place - strata).max() < 1 / len(steps)  # each in its own stratum, within a timestep
-        seen.append(place * samples % 1)
+        place = timesteps_of(sigmas(args, window, shift, strata), shift) - steps.start
+        # Each timestep reaches into its own stratum; those of the mode density are in the opposite order.
+        own = np.arange(samples)[:: -1 if scheme == "mode" else 1]
+        assert (lower[place] < (own + 1) / samples + 1e-6).all() and (upper[place] > own / samples - 1e-6).all()
+        middles.append((lower[place] + upper[place]) / 2 * samples % 1)
     # The place in the strata moves from step to step and covers them evenly, within the width of a timestep.
-    places = np.sort(np.concatenate(seen))
-    assert np.abs(places - (np.arange(len(places)) + 0.5) / len(places)).max() < 0.05
+    places, widest = np.sort(np.concatenate(middles)), samples * shares.max() / shares.sum()
+    assert np.abs(places - (np.arange(len(places)) + 0.5) / len(places)).max() < 0.05 + widest
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_fewer_trained_timesteps_leave_the_noisiest_part_of_the_window(expert: str) -> None:
+    window, shift, count = EXPERTS[expert](0.875), 3.0, 800
+    steps = window.steps(shift, count)
+    assert 0 < len(steps) <= len(window.steps(shift)) and steps.stop <= count
+    strata = (np.arange(DRAWS) + place_in_stratum(3, 0)) / DRAWS
+    seen = timesteps_of(sigmas(flags("none", uniform=True, steps=count), window, shift, strata), shift)
+    counts = np.bincount(seen, minlength=count)
+    assert np.flatnonzero(counts).tolist() == list(steps)
+    assert np.abs(counts[steps.start : steps.stop] - DRAWS / len(steps)).max() < 1.1
 
 
 def test_the_two_windows_share_the_timesteps_between_them() -> None:

@@ -63,9 +63,9 @@ def test_the_picture_is_squashed_as_in_wans_own_code() -> None:
     assert (found - cropped).abs().mean() > 0.1
 
 
-def parsed(folder: Path, clip_image: str | None) -> Namespace:
+def parsed(folder: Path, clip_image: str | None, mode: str = "i2v") -> Namespace:
     words = {
-        "pretrained_model_name_or_path": folder, "train_data_meta": "m.json", "output_dir": "out", "train_mode": "i2v",
+        "pretrained_model_name_or_path": folder, "train_data_meta": "m.json", "output_dir": "out", "train_mode": mode,
         "mixed_precision": "no", "clip_image": clip_image,
     }  # fmt: skip
     return runs.train_script().parse_args(runs.to_argv(words))
@@ -97,6 +97,27 @@ def test_features_of_both_layouts(
     assert torch.allclose(sampled, features[:1], rtol=1e-4, atol=1e-5)
     (spec,) = (spec for spec in wan.encode.specs if spec.name == "image_embeds")
     assert spec.settings == ("squash" if kind == "squash" else "")  # so that each has a cache entry of its own
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_between_two_pictures_a_model_of_one_sees_the_first(layout: str, folders: dict[str, Path]) -> None:
+    """Wan2.1-Fun InP and Wan2.1-I2V have no positions for a second picture: it is known by its latents alone."""
+    first, last = (Image.fromarray(tiny.moving_square(5, 96, 64, 0)[frame]) for frame in (0, -1))
+    with runs.restored_process_state():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        accelerator, _ = make_accelerator("no")
+        wan = runs.build_model(runs.train_script(), parsed(folders[layout], None, "flf2v"), accelerator)
+        inputs = EncoderInput(video(), ["", ""], [0, 1])
+        features = encode_first_frames(wan.encoders, "flf2v", inputs, wan.pictures)
+        alone = encode_first_frames(wan.encoders, "i2v", inputs)
+        with torch.no_grad():
+            sampled = wan.encoders().pipeline.encode_image([first, last])  # as diffusers' pipeline asks
+    (spec,) = (spec for spec in wan.encode.specs if spec.name == "image_embeds")
+    assert wan.pictures == 1 and spec.shape(None)[0] == features.shape[1] and spec.uses == ("frame", "mask")
+    assert torch.equal(features, alone) and torch.allclose(sampled, features[:1], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        other = wan.encoders().pipeline.encode_image(last)
+    assert not torch.allclose(other, sampled, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("recorded", "kept"), [({}, "crop"), ({"clip_image": "squash"}, "squash")])

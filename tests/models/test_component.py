@@ -109,16 +109,10 @@ def test_original_folder_loads_the_same_model_as_diffusers(
             assert {key: list(v) if isinstance(v, tuple) else v for key, v in same.items()} == listed
 
 
-@pytest.mark.parametrize("mode", ["i2v", "inpaint"])
+@pytest.mark.parametrize("mode", ["i2v", "inpaint", "flf2v"])
 def test_a_folder_of_wan_fun_is_read(i2v: Path, tmp_path: Path, mode: str) -> None:
     """Wan2.1-Fun InP has Wan's own tensor names; VideoX-Fun writes the arguments of its class into config.json."""
-    folder = originals.build_wan(tmp_path / "fun", i2v)
-    config = json.loads((folder / "config.json").read_text())
-    written = {
-        **config, "_class_name": "WanTransformer3DModel", "in_channels": 36, "hidden_size": config["dim"], "qk_norm": True,
-        "cross_attn_norm": True, "patch_size": [1, 2, 2], "text_dim": 32, "window_size": [-1, -1],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(written))
+    folder = originals.build_wan_fun(tmp_path / "fun", i2v)
     trainer = runs.train_script()
     flags = {
         "pretrained_model_name_or_path": folder,

@@ -15,6 +15,7 @@ from videox.models.published import dry_run_components, published_models
 
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
+    "wan2.1-flf2v-14b": 16_395_536_704, "wan2.1-fun-14b-inp": 16_394_878_784, "wan2.1-fun-1.3b-inp": 0,
     "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184, "hunyuanvideo-t2v": 12_821_012_544,
 }  # fmt: skip
 
@@ -27,8 +28,16 @@ def test_a_published_configuration_builds_the_published_model(name: str) -> None
     assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS[name]
 
 
+def test_the_files_of_wan_fun_have_the_size_of_its_parameters() -> None:
+    """The published files of the transformer are in bfloat16, two bytes per parameter: 3.13 and 32.8 GB."""
+    assert [round(2 * PARAMETERS[f"wan2.1-fun-{size}-inp"] / 1e9, 2) for size in ("1.3b", "14b")] == [3.13, 32.79]
+
+
 def test_every_family_has_models() -> None:
-    assert published_models("wan2.1") == ["wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"]
+    assert published_models("wan2.1") == [
+        "wan2.1-flf2v-14b", "wan2.1-fun-1.3b-inp", "wan2.1-fun-14b-inp", "wan2.1-i2v-14b", "wan2.1-t2v-1.3b",
+        "wan2.1-t2v-14b",
+    ]  # fmt: skip
     assert published_models("wan2.2") == ["wan2.2-i2v-a14b", "wan2.2-t2v-a14b"]
     assert published_models("hunyuanvideo") == ["hunyuanvideo-i2v", "hunyuanvideo-t2v"]
 

@@ -310,7 +310,7 @@ def train_with_a_choice_of_each_rank() -> int:
     """Train with nothing recomputed on rank 0, everything on the other ranks."""
     rank = int(os.environ["RANK"])
     speed.chooser = lambda *_, **__: lambda *_: Recompute(float(rank > 0))
-    return launches.train_wan2()
+    return launches.train_wan2_1()
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_ranks_may_recompute_different_blocks(wan: BackendRuns, tmp_path: Path, 
 def train_with_traced_blocks() -> int:
     """Train with --compile, whose graphs run as they are: kernels would take minutes on each rank."""
     speed.compile_blocks = partial(compile_blocks, backend="aot_eager")
-    return launches.train_wan2()
+    return launches.train_wan2_1()
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import originals
 import pytest
 import runs
 import tiny
@@ -282,3 +284,27 @@ def test_hunyuanvideo_has_no_inpainting(built: Callable[[str, str], Path], metad
     assert outcome.code == 2 and line.startswith("error: --train_mode: invalid choice: 'inpaint'")
     assert "normal" in line and "i2v" in line
     assert not outcome.folder.exists()  # flags are checked before any folder is created
+
+
+# ------------------------------------------------------------------------------------------ clips between two pictures
+
+
+@pytest.mark.slow
+def test_a_model_of_one_picture_samples_between_two(metadata: Path, tmp_path: Path) -> None:
+    """The run's own clip is that of scripts/sample.py, and the last picture changes it; of Wan2.1-Fun InP's layout."""
+    model = originals.build_wan_fun(tmp_path / "fun", tiny.build_wan_i2v(tmp_path / "model", image_dim=160))
+    pictures = [tiny.write_image(tmp_path / f"{seed}.png", 64, 48, seed=seed) for seed in range(3)]
+    clips = {}
+    for last in (1, 2):
+        shown = {"validation_prompts": ["a rabbit walks --f 5"], "validation_paths": [pictures[0], pictures[last]]}
+        flags = {"train_mode": "flf2v", "max_train_steps": 1, "sample_steps": 2, "mixed_precision": "no", **shown}
+        outcome = runs.train(runs.wan_flags(model, metadata, tmp_path / f"run-{last}", **flags))
+        assert outcome.code == 0, outcome.stderr
+        assert "CLIP image  squash" in outcome.stdout
+        clips[last] = (outcome.folder / "samples/step-000001-prompt-0.mp4").read_bytes()
+    assert clips[1] != clips[2]
+    with runs.restored_process_state():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        script = tiny.load_script("scripts/sample.py")
+        assert script.main([str(tmp_path / "run-1"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/step-000001-prompt-0.mp4").read_bytes() == clips[1]

@@ -30,9 +30,12 @@ def backend_of(recipe: str) -> str:
     return {"plain": "single"}.get(recipe, recipe)
 
 
-def weight_change(model: Path, trained: Path) -> torch.Tensor:
-    """Return the difference of all parameters after and before training, as one float32 vector."""
-    before, after = StoredTensors(model / "transformer"), StoredTensors(trained)
+def weight_change(model: Path, trained: Path, place: str = "transformer") -> torch.Tensor:
+    """Return the difference of all parameters after and before training, as one float32 vector.
+
+    place: of the weights in the model.
+    """
+    before, after = StoredTensors(model / place), StoredTensors(trained)
     assert set(before) == set(after)
     return torch.cat([(after[name].float() - before[name].float()).flatten() for name in sorted(before)])
 
@@ -44,7 +47,7 @@ def check_matches_baseline(setup: BackendRuns, folder: Path) -> None:
         assert [line[name] for line in found] == [line[name] for line in wanted], name
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], abs=0.02)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in wanted], rel=0.02)
-    a, b = (weight_change(setup.model, run / "transformer") for run in (folder, setup.baseline))
+    a, b = (weight_change(setup.model, run / setup.place, setup.place) for run in (folder, setup.baseline))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
     assert float(a.norm() / b.norm()) == pytest.approx(1, abs=0.02)
     validated = [runs.read_lines(run / "validation.jsonl") for run in (folder, setup.baseline)]
@@ -66,7 +69,7 @@ def check_checkpoint(setup: BackendRuns, recipe: str, folder: Path, world_size: 
     assert {path.name for path in checkpoint.iterdir()} == CHECKPOINT_FILES[recipe] | common
     if "transformer" in CHECKPOINT_FILES[recipe]:
         fp32_params = runs.read_weights(checkpoint / "transformer")
-        exported = runs.read_weights(folder / "transformer")
+        exported = runs.read_weights(folder / setup.place)
         assert {tensor.dtype for tensor in fp32_params.values()} == {torch.float32}
         assert all(torch.equal(fp32_params[name].to(t.dtype), t) for name, t in exported.items())
 
@@ -79,12 +82,12 @@ def check_resume_repeats(setup: BackendRuns, folder: Path) -> None:
     assert [line["step"] for line in before] == list(range(setup.steps // 2 + 1, setup.steps + 1))
     assert again == before
     # the export of the superseded run is kept only where it differs
-    assert not (folder / "transformer-superseded").exists()
+    assert not (folder / f"{setup.place}-superseded").exists()
 
 
 def check_export(setup: BackendRuns, folder: Path) -> None:
     """Check that diffusers loads the exported transformer and that all weights are finite."""
-    model = getattr(diffusers, TRANSFORMER_CLASSES[setup.family]).from_pretrained(folder / "transformer")
+    model = getattr(diffusers, TRANSFORMER_CLASSES[setup.family]).from_pretrained(folder / setup.place)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 

@@ -22,20 +22,27 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
+from videox.weights.expert_names import TRANSFORMER, exported_name
+
 # Keys are "<family> <train_mode>".
 MODEL_BUILDERS = {
     "wan2.1 normal": tiny.build_wan_t2v,
     "wan2.1 i2v": tiny.build_wan_i2v,
+    "wan2.2 normal": tiny.build_wan22_t2v,
     "hunyuanvideo normal": tiny.build_hunyuan_t2v,
     "hunyuanvideo i2v": tiny.build_hunyuan_i2v,
 }
 LAYER_CLASSES = {
     "wan2.1 normal": "WanTransformerBlock",
     "wan2.1 i2v": "WanTransformerBlock",
+    "wan2.2 normal": "WanTransformerBlock",
     "hunyuanvideo normal": "HunyuanVideoTransformerBlock,HunyuanVideoSingleTransformerBlock",
     "hunyuanvideo i2v": "HunyuanVideoTokenReplaceTransformerBlock,HunyuanVideoTokenReplaceSingleTransformerBlock",
 }
-TRANSFORMER_CLASSES = {"wan2.1": "WanTransformer3DModel", "hunyuanvideo": "HunyuanVideoTransformer3DModel"}
+TRANSFORMER_CLASSES = {
+    "wan2.1": "WanTransformer3DModel", "wan2.2": "WanTransformer3DModel",
+    "hunyuanvideo": "HunyuanVideoTransformer3DModel",
+}  # fmt: skip
 
 # The launcher flags that users pass. {layers} stands for the transformer layer classes of the model.
 DEEPSPEED_FLAGS = ("--use_deepspeed", "--deepspeed_multinode_launcher", "standard", "--deepspeed_config_file")
@@ -97,6 +104,11 @@ class BackendRuns:
         outcome = runs.train(self.flags(self.baseline, gradient_accumulation_steps=2), runs.train_script(self.family))
         assert outcome.code == 0, outcome.stderr
 
+    @property
+    def place(self) -> str:
+        """The folder of the trained weights, in the model and in an export."""
+        return exported_name(TRANSFORMER, self.settings.get("expert", runs.FAMILY_FLAGS[self.family].get("expert")))
+
     def flags(self, output_dir: Path, **changes: object) -> list[str]:
         """Return the flags of the train script; keywords change, add or (None) drop flags."""
         settings = {"train_mode": self.mode, "max_train_steps": self.steps, "checkpointing_steps": self.steps // 2}
@@ -129,7 +141,7 @@ class BackendRuns:
             world_size,
             self.flags(output_dir, **changes),
             output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.log"),
-            entry_points=[entry_point or f"launches:train_{self.family.split('.')[0]}"] * world_size,
+            entry_points=[entry_point or entry_point_of(self.family)] * world_size,
             environment=launcher_environment(recipe, self.kind, world_size),
         )
 
@@ -146,8 +158,17 @@ def output_of(ranks: Sequence[forkserver.TrainerProcess]) -> str:
 # ------------------------------------------------------------------------------------- entry points of forked ranks
 
 
-def train_wan2() -> int:
+def entry_point_of(family: str) -> str:
+    """Return the entry point that runs a family's train script."""
+    return f"launches:train_{family.replace('.', '_')}"
+
+
+def train_wan2_1() -> int:
     return runs.train_script("wan2.1").main()
+
+
+def train_wan2_2() -> int:
+    return runs.train_script("wan2.2").main()
 
 
 def train_hunyuanvideo() -> int:

@@ -98,6 +98,22 @@ def build_wan(folder: Path, model: Path, *, shards: int = 1, dtype: torch.dtype 
     return folder
 
 
+def build_wan_fun(folder: Path, model: Path) -> Path:
+    """Write a diffusers Wan image-to-video model as Wan2.1-Fun InP is published; return the folder.
+
+    It has Wan's own tensor names, and config.json the arguments of VideoX-Fun's class.
+    """
+    path = build_wan(folder, model) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    width = json.loads((model / "transformer/config.json").read_text(encoding="utf-8"))["text_dim"]
+    config |= {
+        "_class_name": "WanTransformer3DModel", "in_channels": config["in_dim"], "hidden_size": config["dim"],
+        "qk_norm": True, "cross_attn_norm": True, "patch_size": [1, 2, 2], "text_dim": width, "window_size": [-1, -1],
+    }  # fmt: skip
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 def build_wan22(folder: Path, model: Path) -> Path:
     """Write a diffusers Wan2.2 in the original layout, with a folder for each expert; return the folder."""
     build_wan(folder, model)

@@ -163,7 +163,7 @@ class Rehearsals:
             argv = runs.train_flags(
                 family, self._model(kind), self.metadata, self.folder / f"fill-{cache.name}", **asked
             )
-            entry = f"launches:train_{family.split('.')[0]}"
-            filled = self._server.run(argv, self.folder / f"fill-{cache.name}.log", entry_point=entry)
+            log = self.folder / f"fill-{cache.name}.log"
+            filled = self._server.run(argv, log, entry_point=launches.entry_point_of(family))
             assert filled.code == 0, filled.output()[-6000:]
         return cache

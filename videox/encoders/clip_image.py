@@ -1,8 +1,8 @@
-"""CLIP's preprocessing as in Wan's own code, which changes the aspect ratio of a picture."""
+"""CLIP's preprocessing: as in Wan's own code, which changes the aspect ratio, and of the first picture alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,3 +37,21 @@ class SquashProcessor:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float().div(255)
         size = (self.side, self.side)
         return torch.nn.functional.interpolate(pixels.sub(0.5).div(0.5), size, mode="bicubic", align_corners=False)
+
+
+class FirstPicture:
+    """Processes the first of several pictures only, for models that take CLIP's features of one.
+
+    diffusers' pipeline hands over the first and the last picture of a clip together.
+
+    Args:
+        processor: of a picture.
+    """
+
+    def __init__(self, processor: Callable[..., BatchFeature]) -> None:
+        self.processor = processor
+
+    def __call__(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> BatchFeature:
+        """Return pixel_values of one picture, float32 [1, 3, side, side]; return_tensors: "pt", as diffusers asks."""
+        picture = images if isinstance(images, Image.Image) else images[0]
+        return self.processor(images=picture, return_tensors=return_tensors)

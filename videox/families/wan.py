@@ -22,11 +22,11 @@ from videox.device import to_device
 from videox.diffusion.conditioning import keep_on_host, known_mask, known_pixels, pack_mask
 from videox.diffusion.schemes import NUM_TRAIN_TIMESTEPS
 from videox.distributed.accelerator import compute_dtype
-from videox.encoders.clip_image import SquashProcessor
+from videox.encoders.clip_image import FirstPicture, SquashProcessor
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
-from videox.families.wan_names import CLASSES, CROP, SQUASH
+from videox.families.wan_names import CLASSES, CROP, SQUASH, pictures_of
 from videox.models.configured import Component
 from videox.models.folder import build_config, full_config, load_class, load_pipeline
 from videox.models.scheduler import with_shift
@@ -60,6 +60,7 @@ class Wan:
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
+    pictures: int = 1  # of a clip, whose CLIP features the transformer attends to
 
     def normalise(self, z: torch.Tensor) -> torch.Tensor:
         """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
@@ -79,7 +80,7 @@ def build_pipeline(
         pipeline.register_modules(scheduler=with_shift(pipeline.scheduler, shift))
         if squashes(components):
             pipeline.register_modules(image_processor=squash_processor(components, pipeline.image_processor))
-        return pipeline
+        return show_first_picture(args, components, pipeline)
     modules: dict[str, Any] = {}
     if "image_encoder" in components:
         side = components["image_encoder"].count("image_size")
@@ -89,7 +90,16 @@ def build_pipeline(
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
-    return pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
+    pipeline = pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
+    return show_first_picture(args, components, pipeline)
+
+
+def show_first_picture(args: argparse.Namespace, components: dict[str, Component], pipeline: Any) -> Any:  # noqa: ANN401 - of diffusers
+    """Let CLIP see the first picture alone in clips between two, for a model that takes features of one; return it."""
+    alone = args.train_mode == "flf2v" and pictures_of(components["transformer"].config) == 1
+    if alone and "image_encoder" in components:
+        pipeline.register_modules(image_processor=FirstPicture(pipeline.image_processor))
+    return pipeline
 
 
 def squashes(components: dict[str, Component]) -> bool:
@@ -143,7 +153,7 @@ def build_model(
 ) -> Wan:  # fmt: skip
     """What a training step needs of the model; no encoder is loaded."""
     mean, std = latent_statistics(full_config(AutoencoderKLWan, components["vae"].config), encode.device)
-    return Wan(transformer, encoders, encode, mean, std, shift)
+    return Wan(transformer, encoders, encode, mean, std, shift, pictures_of(components["transformer"].config))
 
 
 @torch.no_grad()
@@ -166,19 +176,19 @@ def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, i
 
 
 @torch.no_grad()
-def encode_first_frames(encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput) -> torch.Tensor:
+def encode_first_frames(
+    encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput, pictures: int = 1
+) -> torch.Tensor:
     """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known.
 
-    In the mode flf2v [B, 2 N, D], of the first and the last frames.
+    With two pictures [B, 2 N, D], of the first and the last frames.
     """
     encoder, pipeline = encoders().image_encoder, encoders().pipeline
     assert encoder is not None  # a model without one has no such features to encode
     video, mask = known_pixels(mode, inputs.video, inputs.variants)
     with encoder.on_device():
-        pictures = [to_images(video[:, :, frame]) for frame in ((0, -1) if mode == "flf2v" else (0,))]
-        embeds = [
-            pipeline.encode_image([*images], video.device).flatten(0, 1) for images in zip(*pictures, strict=True)
-        ]
+        frames = [to_images(video[:, :, frame]) for frame in (0, -1)[:pictures]]
+        embeds = [pipeline.encode_image([*images], video.device).flatten(0, 1) for images in zip(*frames, strict=True)]
     return torch.stack(embeds) * mask[:, :, 0].amax((1, 2, 3)).view(-1, 1, 1)
 
 
@@ -206,13 +216,14 @@ def encoding_specs(
         specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
     if config.get("image_dim"):
         clip = build_config(CLIPVisionConfig, components["image_encoder"])
-        tokens, both = (clip.image_size // clip.patch_size) ** 2 + 1, mode == "flf2v"
-        shape = fixed_shape(tokens * (1 + both), clip.hidden_size)
+        tokens, pictures = (clip.image_size // clip.patch_size) ** 2 + 1, pictures_of(config)
+        shape, both = fixed_shape(tokens * pictures, clip.hidden_size), pictures == 2
+        encode = partial(encode_first_frames, encoders, mode, pictures=pictures)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
         settings = " ".join(["first and last"] * both + [SQUASH] * squashes(components))
         specs.append(EncodingSpec(
-            "image_embeds", ("clip" if both else "frame", "mask"), partial(encode_first_frames, encoders, mode), shape,
-            torch.float32, weights, settings, module="image_encoder",
+            "image_embeds", ("clip" if both else "frame", "mask"), encode, shape, torch.float32, weights, settings,
+            module="image_encoder",
         ))  # fmt: skip
     return specs
 
@@ -223,8 +234,7 @@ def encode_batch(
     """Normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and the other inputs of the transformer.
 
     These are prompt_embeds [B, L, D]; except for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16
-    of the known pixels' latents, and image_embeds [B, N, D] for models that take them, or [2 B, N, D] in the mode
-    flf2v.
+    of the known pixels' latents, and image_embeds [B, N, D] for models that take them, or [2 B, N, D] of two pictures.
 
     Args:
         keys: one per sample, draw the posterior's noise; None takes its mode.
@@ -237,9 +247,8 @@ def encode_batch(
         # keep: 0 drops the condition of 90 % of the images without known pixels: they train text-to-image
         given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
     if "image_embeds" in encoded:
-        given["image_embeds"] = encoded["image_embeds"]
-        if args.train_mode == "flf2v":  # the transformer takes the two pictures of a sample as two rows
-            given["image_embeds"] = given["image_embeds"].unflatten(1, (2, -1)).flatten(0, 1)
+        # the transformer takes the two pictures of a sample as two rows
+        given["image_embeds"] = encoded["image_embeds"].unflatten(1, (wan.pictures, -1)).flatten(0, 1)
     return wan.normalise(sample_latents(encoded["moments"], LATENT_CHANNELS, keys)), given
 
 

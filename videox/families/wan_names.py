@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from videox.training.lora_flags import LayerNames
 
 LORA_TARGETS = {"blocks": ("attn1", "attn2", "ffn")}  # layers that get adapters, by list of blocks
@@ -29,3 +32,12 @@ LAYER_NAMES = LayerNames(
     },
     every=("blocks", "condition_embedder", "proj_out"),
 )  # fmt: skip
+
+
+def pictures_of(config: Mapping[str, Any]) -> int:
+    """Return the number of pictures of a clip whose CLIP features a transformer attends to, if it attends to any.
+
+    Wan2.1-FLF2V takes those of the first and the last frame. Others know a last frame by its latents alone, as
+    Wan2.1-Fun InP does in VideoX-Fun.
+    """
+    return 2 if config.get("pos_embed_seq_len") else 1

@@ -35,6 +35,10 @@ PUBLISHED: Mapping[str, tuple[str, str]] = {
     },
     "wan2.1-flf2v-14b-720p": ("Wan-AI/Wan2.1-FLF2V-14B-720P", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"),
     **{
+        f"wan2.1-fun-{name}".lower(): (f"alibaba-pai/Wan2.1-Fun-{name}",) * 2
+        for name in ("1.3B-InP", "14B-InP", "V1.1-1.3B-InP", "V1.1-14B-InP")
+    },
+    **{
         f"wan2.2-{name}".lower(): (f"Wan-AI/Wan2.2-{name}", f"Wan-AI/Wan2.2-{name}-Diffusers")
         for name in ("T2V-A14B", "I2V-A14B")
     },
