@@ -46,6 +46,7 @@ COVERED_ELSEWHERE = {
     "base_precision": "test_small_cards.test_ten_losses_and_a_resumed_run_are_bit_identical",
     "stream_blocks": "test_small_cards.test_streamed_blocks_train_the_same",
     "text_encoder_precision": "test_small_cards.test_a_quantised_text_encoder_trains_and_is_cached_separately",
+    "merge_base": "test_small_cards.test_a_base_in_8_bits_is_trained_as_it_is_and_merged_into_its_bf16_model",
     "host_memory": "test_dry_run.test_host_memory_is_judged",
     "dry_run_deepspeed_config": "test_run_memory.test_the_launch_is_that_of_the_launcher_or_of_the_flags",
     "accept_data_change": "test_data_change.test_the_epoch_ends_with_its_own_rows_and_the_new_data_follows",

@@ -55,7 +55,7 @@ class LoraWeights:
         lora: the adaptation that is trained.
         values: the adapters' initial values, by parameter name.
         base: fingerprint of the frozen weights; only needed on the main process.
-        weights: path of the frozen weights.
+        weights: path of the weights that the layout merged merges into; may be set later.
         family: the model family, as in videox.weights.layouts.
         save_lora_weights: the method of the family's diffusers pipeline.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,14 +130,17 @@ class LoadingForward:
         del block.forward  # the class's own again
         self._load()
         expected = block(*inputs, **named)
-        error, layers = 0.0, self._layers(block)
-        for path, linear in layers.items():
-            block.set_submodule(path, QuantisedLinear(linear, self._precision))
-        if layers:
-            error = relative_error(block(*inputs, **named), expected)
-        self._error.of_blocks.append(error)
+        self._error.of_blocks.append(relative_error(block(*inputs, **named), expected) if self._quantise() else 0.0)
         block.to("cpu")
+        return_freed_memory()
         return expected
+
+    def _quantise(self) -> bool:
+        """Quantise the block's linear layers; return whether there are any."""
+        layers = self._layers(self._block)
+        for path, linear in layers.items():
+            self._block.set_submodule(path, QuantisedLinear(linear, self._precision))
+        return bool(layers)
 
 
 class _BlockReader:
@@ -199,6 +203,17 @@ def _stored_values(source: TensorSource, precision: str, name: str) -> tuple[Ten
     if (values & NAN == NAN).any():
         raise nonfinite_error(name, source.folder)
     return values, torch.full((len(values), 1), scale)
+
+
+def return_freed_memory() -> None:
+    """Return memory that was freed to the system, where the C library can.
+
+    glibc keeps what lies between blocks in use: the bfloat16 weights of one block between its quantised ones, which
+    are smaller, so that the weights of the next block do not fit there.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def relative_error(found: Any, expected: Any) -> float:  # noqa: ANN401 - tensors, or tuples of them

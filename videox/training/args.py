@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATHS = (
     "pretrained_model_name_or_path", "transformer_path", "vae_path", "train_data_dir", "train_data_meta", "dataset_config",
     "output_dir", "resume_from_checkpoint", "cost_model", "latent_cache", "init_lora_from",
-    "validation_meta",
+    "validation_meta", "merge_base",
 )  # fmt: skip
 
 NOT_GIVEN = {  # flag that is required -> what is wrong without it, and how to fix it
@@ -113,7 +113,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         for path in value if isinstance(value, list) else [value]:
             if path:
                 refuse_impossible(f"--{flag}", path)
-    parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path")}
+    parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path", "merge_base")}
     if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
         return  # what is only described is not in any folder
     from videox.training.data_sources import sources_of  # imported here, because --help needs no reader of lists
@@ -165,6 +165,9 @@ def with_fp32_params(args: argparse.Namespace) -> bool:
 
 
 def _check_lora(args: argparse.Namespace) -> None:
+    if args.merge_base and MERGED not in args.export_layouts:
+        what = f"has no effect: nothing is merged without --export_layouts {MERGED}"
+        raise UserError("--merge_base", what, f"add {MERGED} to --export_layouts, or remove the flag")
     if not args.lora_rank:
         for flag, default in (
             ("lora_alpha", None), ("lora_target_modules", None), ("lora_dropout", 0.0), ("init_lora_from", None),

@@ -29,7 +29,6 @@ from videox.engine.export import export_bytes
 from videox.engine.fsdp import FsdpEngine
 from videox.engine.streamed import StreamedEngine
 from videox.engine.train_state import checkpoint_bytes
-from videox.errors import UserError
 from videox.estimate.cost_model import step_times
 from videox.estimate.data_report import typical_fps
 from videox.estimate.mfu import run_meter
@@ -59,6 +58,7 @@ from videox.training.argument_parser import AUTO
 from videox.training.checkpointing import Checkpointer, ExportSettings
 from videox.training.context import Context
 from videox.training.guard import StepGuard
+from videox.training.merge_base import merge_source
 from videox.training.optimizer import optimizer_factory
 from videox.training.recorder import SAVE, VALIDATION, Instruments, Recorder
 from videox.training.sample_requests import ClipDefaults, build_clips, with_flags
@@ -80,8 +80,6 @@ from videox.training.validator import (
     Validator,
 )
 from videox.weights.format import EXPORT_DTYPES
-from videox.weights.layout_tables import MERGED
-from videox.weights.lazy_tensor import FLOAT8_DTYPES
 
 PRECISIONS = ("base_precision", "text_encoder_precision")
 SIZES = (
@@ -106,7 +104,7 @@ def build_lora(
     """
     if not args.lora_rank:
         return None
-    _check_merge(args, component)
+    merge_into = merge_source(args, component)
     stored = component.source()
     targets = choose_targets(stored.shapes(), default_targets, args.lora_target_modules)
     alpha, dora = args.lora_alpha or float(args.lora_rank), args.lora_type == "dora"
@@ -121,18 +119,10 @@ def build_lora(
         run_on_main=partial(run_on_main, is_main=ctx.is_main, gather=ctx.gather),
         expert=getattr(args, "expert", None),
     )
+    if merge_into is not None:
+        weights.weights = merge_into
     ctx.print(*lines, *frozen_notes(ctx.accelerator))
     return weights
-
-
-def _check_merge(args: argparse.Namespace, component: Component) -> None:
-    """Raise UserError where a merged model would be made of the 8-bit weights that the run computes with."""
-    stored = component.tensors.stored.values() if component.tensors is not None else ()
-    in_8_bits = any(tensor.dtype in FLOAT8_DTYPES for tensor in stored)
-    if args.base_precision != BF16 and MERGED in args.export_layouts and in_8_bits:
-        what = f"{MERGED}: {component.path} has 8-bit weights, which the merged model would have, too"
-        hint = "remove it, and merge the LoRA into the bf16 model afterwards (scripts/export.py with --base)"
-        raise UserError("--export_layouts", what, hint)
 
 
 def load_model(

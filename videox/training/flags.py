@@ -369,6 +369,11 @@ def add_run(parser: Parser) -> None:
     )
     choices = ("diffusers", *LAYOUTS, KOHYA, MERGED)
     add("--export_layouts", nargs="+", choices=choices, default=["diffusers"], help=layouts)
+    base = (
+        "folder or file of the bf16 model, in any layout, that the layout merged merges the LoRA into (default: the weights "
+        "that are trained; those in 8 bits are not merged into)"
+    )
+    add("--merge_base", metavar="PATH", help=base)
     times = "when --export_layouts are written: end: at the end of the run only; every: also in each checkpoint"
     add("--export_at", choices=EXPORT_TIMES, default="every", help=times)
     add("--export_dtype", choices=EXPORT_DTYPES, default="bf16", help="dtype of exported weights")

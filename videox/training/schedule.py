@@ -39,7 +39,7 @@ WITHOUT_NUMBERS = {
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "report_seconds", "resume_from_checkpoint", "verify",
     "skip_verify", "dump_steps",
     "max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "export_dtype",
-    "export_layouts", "export_at", "low_vram",
+    "export_layouts", "export_at", "merge_base", "low_vram",
     "validation_prompts", "validation_paths", "validation_steps", "validation_epochs", "dataloader_num_workers",
     "sample_every", "sample_resolution", "sample_frames", "sample_fps", "sample_steps", "sample_guidance",
     "sample_negative_prompt", "sample_seed", "sample_minutes", "keep_best", "early_stop", "validation_meta",
