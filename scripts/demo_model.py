@@ -109,6 +109,7 @@ class WanSizes:
         condition_channels: input channels of the transformer in addition to the 16 noisy ones.
         image_dim: width of the image embeddings that the transformer attends to; None for no image embeddings.
         image_positions: tokens of the two images of a first-and-last-frame model, each with a position of its own.
+        residual_vae: the VAE of Wan2.2 TI2V-5B, with 48 latent channels and 4x16x16 compression.
     """
 
     heads: int = 2
@@ -123,6 +124,12 @@ class WanSizes:
     condition_channels: int = 0
     image_dim: int | None = None
     image_positions: int | None = None
+    residual_vae: bool = False
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent, as published."""
+        return 48 if self.residual_vae else 16
 
 
 def wan_components(**sizes: int | float | None) -> dict[str, Any]:
@@ -169,25 +176,32 @@ def wan_text_encoder(size: WanSizes, tokenizer: T5TokenizerFast) -> UMT5EncoderM
 
 def wan_vae(size: WanSizes) -> AutoencoderKLWan:
     """Return a video VAE with a small posterior variance."""
+    channels = size.latent_channels
+    residual = {
+        "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels,
+    }  # fmt: skip
     vae = AutoencoderKLWan(
         base_dim=size.vae_dim,
-        z_dim=16,
+        z_dim=channels,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
+        **(residual if size.residual_vae else {}),
     )
     shrink_posterior_variance(vae)
     return vae
 
 
 def shrink_posterior_variance(vae: AutoencoderKLWan | AutoencoderKLHunyuanVideo) -> None:
-    """Set the log-variance of a VAE with 16 latent channels to LOG_VARIANCE.
+    """Set the log-variance of a VAE to LOG_VARIANCE.
 
     A trained VAE has a small variance, too; with the variance of random weights, latents would be mostly noise.
     """
     with torch.no_grad():
-        vae.quant_conv.weight[16:] = 0
-        vae.quant_conv.bias[16:] = LOG_VARIANCE
+        channels = vae.quant_conv.weight.shape[0] // 2
+        vae.quant_conv.weight[channels:] = 0
+        vae.quant_conv.bias[channels:] = LOG_VARIANCE
 
 
 def wan_transformer(size: WanSizes) -> WanTransformer3DModel:
@@ -196,8 +210,8 @@ def wan_transformer(size: WanSizes) -> WanTransformer3DModel:
         patch_size=(1, 2, 2),
         num_attention_heads=size.heads,
         attention_head_dim=size.head_dim,
-        in_channels=16 + size.condition_channels,
-        out_channels=16,
+        in_channels=size.latent_channels + size.condition_channels,
+        out_channels=size.latent_channels,
         text_dim=size.text_dim,
         freq_dim=256,
         ffn_dim=size.ffn_dim,
@@ -296,6 +310,21 @@ def build_wan22_demo(folder: Path, *, images: bool) -> Path:
     """
     build_wan22(folder, images=images, **WAN_DEMO)
     shutil.copytree(folder / "transformer", folder / "transformer_2", dirs_exist_ok=True)
+    return folder
+
+
+def build_wan22_5b(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path:
+    """Write a Wan2.2 TI2V-5B with random weights in the diffusers folder layout and return the folder.
+
+    It has one transformer, which takes a timestep for each token, and a VAE with 4x16x16 compression.
+
+    Args:
+        folder: created if it does not exist; model_index.json and one folder per component are written into it.
+        seed: seed of the random weights; equal arguments give equal files.
+        sizes: other fields of WanSizes.
+    """
+    components = wan_components(seed=seed, **{"vae_dim": 4, "flow_shift": 5.0, **sizes}, residual_vae=True)
+    WanPipeline(**components, expand_timesteps=True).save_pretrained(folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from videox.errors import FLAGS, MODEL, UserError
-from videox.shapes import Bucket
+from videox.shapes import USUAL, Bucket
 from videox.training.argument_parser import Parser, number, parse_or_exit
 from videox.training.validation_flags import SAMPLE_STEPS, check_clip_shape, with_pictures
 from videox.weights.expert_names import EXPERTS
@@ -64,7 +64,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     low = "keep the encoders in host memory between their uses"
     parser.add_argument("--low_vram", action="store_true", help=low)
     flags = parser.parse(argv)
-    check_clip_shape(flags.resolution, flags.frames, "--resolution", "--frames")
+    check_clip_shape(flags.resolution, flags.frames, "--resolution", "--frames", USUAL)
     return flags
 
 

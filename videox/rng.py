@@ -47,6 +47,7 @@ class Purpose(IntEnum):
     CAPTION = 27
     CAPTION_TAGS = 28
     TIMESTEP_BLOCK = 29
+    FIRST_FRAME = 30
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from pathlib import Path
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import joint_attention_network
 from videox.estimate.model_profile import ModelProfile
+from videox.models.compression import hunyuan_ratios
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
 from videox.training.args import check_args, is_dry_run, planned_model
@@ -92,7 +93,7 @@ def hunyuan_profile(args: argparse.Namespace, components: dict[str, Component]) 
         components={name: (kind, components[name].config) for name, kind in classes_of(args.train_mode).items()},
         fps=24.0,
         min_frames=1 if condition is None else 5,  # with the first latent frame given, nothing else would be trained
-        sharded_backend="fsdp1",
+        sharded_backend="fsdp1", ratios=hunyuan_ratios(components),
     )
 
 
@@ -161,7 +162,6 @@ from videox.training.schedule import build_schedule
 from videox.training.step_loss import StepLoss
 from videox.training.validator import FamilyValidation, HeldOut, encode_held_out
 
-LATENT_CHANNELS = 16
 PROBES = {"tokenizer": "A red fox,\n\n2 years old, runs <3", "tokenizer_2": "a red fox runs"}
 
 
@@ -184,6 +184,7 @@ class Hunyuan:
     encode: Encoder
     attention: MaskFreeAttention
     scaling_factor: float
+    channels: int
     shift: float
     condition: str | None
     guidance_scale: float
@@ -245,9 +246,9 @@ def build_model(
     attention = MaskFreeAttention()
     for block in blocks_of(transformer):
         block.attn.set_processor(attention)
-    scaling = full_config(AutoencoderKLHunyuanVideo, components["vae"].config).scaling_factor
+    vae = full_config(AutoencoderKLHunyuanVideo, components["vae"].config)
     condition = transformer.config.image_condition_type
-    known = (scaling, shift, condition, args.guidance_scale, args.text_multiple)
+    known = (vae.scaling_factor, vae.latent_channels, shift, condition, args.guidance_scale, args.text_multiple)
     return Hunyuan(transformer, encoders, encode, attention, *known)
 
 
@@ -261,19 +262,19 @@ def encoding_specs(
     """
     config, root = components["transformer"].config, components["scheduler"].path.parent
     condition, mini_batch, length = config.get("image_condition_type"), args.vae_mini_batch, args.tokenizer_max_length
-    vae, channels = (components["vae"].path,), LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1)
+    vae, channels = (components["vae"].path,), full_config(AutoencoderKLHunyuanVideo, components["vae"].config).latent_channels
     settings = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
     llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
-    specs, latents = [], partial(latents_spec, vae_dtype=args.vae_dtype)
+    specs, latents = [], partial(latents_spec, vae_dtype=args.vae_dtype, ratios=hunyuan_ratios(components))
     if condition is not None:
         settings["image_embed_interleave"] = args.image_embed_interleave or INTERLEAVE[condition]
         llama, length = (*llama, root / "image_processor"), length + MOST_IMAGE_TOKENS
         first = partial(clip_moments, encoders, mini_batch, frames=1)
-        specs.append(latents("first_frame", ("frame",), first, LATENT_CHANNELS, vae, first_only=True))
-    prompts = partial(encode_text, encoders, settings)
+        specs.append(latents("first_frame", ("frame",), first, channels, vae, first_only=True))
+    prompts, moments = partial(encode_text, encoders, settings), 2 if args.vae_sample_mode == "sample" else 1
     return [
         *specs,
-        latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels, vae),
+        latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels * moments, vae),
         EncodingSpec(
             "prompt_embeds", ("caption",) if condition is None else ("frame", "caption"), prompts,
             fixed_shape(length, config["text_embed_dim"]), dtype, llama,
@@ -289,10 +290,10 @@ def encoding_specs(
 def encode_batch(
     hunyuan: Hunyuan, batch: Batch, keys: Sequence[int] | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Scaled latents, float32 [B, 16, t, h, w], and the other inputs of the transformer.
+    """Scaled latents, float32 [B, C, t, h, w], and the other inputs of the transformer.
 
     These are prompt_embeds [B, L, D] and prompt_mask [B, L], L as pad_texts returns it; pooled [B, P]; in
-    image-to-video first_frame [B, 16, 1, h, w].
+    image-to-video first_frame [B, C, 1, h, w].
 
     Args:
         keys: one per sample, draw the posterior's noise; None takes its mode.
@@ -302,7 +303,7 @@ def encode_batch(
     given = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled": torch.stack(encoded["pooled"])}
     if hunyuan.given_frames:
         given["first_frame"] = torch.stack(encoded["first_frame"]) * hunyuan.scaling_factor
-    latents = sample_latents(torch.stack(encoded["moments"]), LATENT_CHANNELS, keys) * hunyuan.scaling_factor
+    latents = sample_latents(torch.stack(encoded["moments"]), hunyuan.channels, keys) * hunyuan.scaling_factor
     return latents, given
 
 
@@ -314,7 +315,7 @@ def transformer_inputs(
     Also tells the attention whether all text tokens are real, so that it needs no mask.
 
     Args:
-        given: of encode_batch; in image-to-video with `first_frame`, its latents [B, 16, 1, h, w].
+        given: of encode_batch; in image-to-video with `first_frame`, its latents [B, C, 1, h, w].
     """
     hidden_states = noisy_latents
     if hunyuan.condition == "token_replace":
@@ -438,7 +439,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             engine.set_lr(lr := lr_at(state.step))
             loss = StepLoss(step, ctx.device)
             for batch in step.micro_batches():
-                with memory_check.name_batch(batch):  # encode, add noise, forward, loss, backward
+                with memory_check.name_batch(batch, profile.ratios):  # encode, add noise, forward, loss, backward
                     dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
                     loss.add(batch, accumulate_gradients(args, ctx.accelerator, hunyuan, engine.model, batch, dump_to))
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))

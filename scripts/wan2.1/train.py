@@ -23,6 +23,7 @@ from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
 from videox.families.wan_names import CLASSES, CLIP_IMAGES, LORA_TARGETS, NAMES, PIPELINES, pictures_of
+from videox.models.compression import wan_ratios
 from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
@@ -117,6 +118,7 @@ def wan_profile(args: argparse.Namespace, components: dict[str, Component]) -> M
         components={name: (kind, components[name].config) for name, kind in CLASSES.items() if name in components},
         fps=16.0,
         vae_frames=4,
+        ratios=wan_ratios(components),
     )
 
 
@@ -271,7 +273,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             engine.set_lr(lr := lr_at(state.step))
             loss = StepLoss(step, ctx.device)
             for batch in step.micro_batches():
-                with memory_check.name_batch(batch):  # encode, add noise, forward, loss, backward
+                with memory_check.name_batch(batch, profile.ratios):  # encode, add noise, forward, loss, backward
                     dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
                     loss.add(batch, accumulate_gradients(args, ctx.accelerator, wan, engine.model, batch, dump_to))
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))

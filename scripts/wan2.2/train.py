@@ -1,4 +1,4 @@
-r"""Fine-tunes the experts of Wan2.2-A14B: text-to-video and image-to-video, a whole expert or a LoRA.
+r"""Fine-tunes the experts of Wan2.2-A14B, or Wan2.2-TI2V-5B: text-to-video and image-to-video, all weights or a LoRA.
 
 Wan2.2 has two transformers: the high-noise expert begins a clip, the low-noise expert finishes it. A run trains one of
 them on its own noise levels; --expert=both trains one after the other, each in its own folder in --output_dir:
@@ -8,6 +8,8 @@ them on its own noise levels; --expert=both trains one after the other, each in 
       --train_data_dir=datasets/internal_datasets/ --train_data_meta=datasets/internal_datasets/metadata.json \
       --output_dir=outputs/wan --enable_bucket --train_batch_size=1 --mixed_precision="bf16" \
       --gradient_checkpointing
+
+With --train_mode=ti2v and without --expert the same command trains TI2V-5B, on text and on first frames in one run.
 
 Ctrl-C or SIGTERM saves and stops. The same command with --resume_from_checkpoint=latest continues; its losses are
 bit-identical to those of a run that was never stopped, on GPUs with --deterministic.
@@ -22,12 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from videox.diffusion.noise_window import NoiseWindow
+from videox.diffusion.noise_window import WHOLE, NoiseWindow
 from videox.errors import MODEL, UserError
 from videox.estimate.flops import cross_attention_network
 from videox.estimate.model_profile import ModelProfile
+from videox.families import wan_5b as single
 from videox.families import wan_experts as experts
 from videox.families.wan_names import CLASSES, LORA_TARGETS, NAMES, PIPELINES
+from videox.models.compression import wan_ratios
 from videox.models.configured import Component
 from videox.models.published import dry_run_components
 from videox.training.args import check_args, is_dry_run, planned_model
@@ -37,16 +41,18 @@ from videox.training.flow_shift import FlowShift, choose_shift
 from videox.weights.expert_names import EXPERTS
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = {"normal": "text-to-video", "i2v": "image-to-video"}
-CHANNELS = {"normal": 16, "i2v": 36}  # of the transformer's input; it has no image embedder
+TASKS = {"normal": "text-to-video", "i2v": "image-to-video", single.MODE: "text- and image-to-video"}
+CHANNELS = {"normal": 16, "i2v": 36, single.MODE: 48}  # of the published transformers' inputs
 SHIPPED_YAMLS = {mode: str(ROOT / f"config/wan2.2/wan_civitai_{name}.yaml") for mode, name in
-                 {"normal": "t2v", "i2v": "i2v"}.items()}  # fmt: skip
+                 {"normal": "t2v", "i2v": "i2v", single.MODE: "ti2v"}.items()}  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Check the flags of a run against each other. Raises UserError."""
     check_args(args)
-    experts.check_expert(args)
+    single.check_flags(args)
+    if args.train_mode != single.MODE:
+        experts.check_expert(args)
 
 
 def parse_args(
@@ -59,6 +65,7 @@ def parse_args(
     add("--expert", choices=(*EXPERTS, experts.BOTH), help=expert)
     other = "folder or file with weights or a LoRA of the other expert, for sample clips (default: that of the model)"
     add("--other_transformer_path", help=other)
+    single.add_flags(add)
     content = "yaml with flow shift, boundary and paths inside a model in original layout (default: by task, from config/wan2.2)"
     add("--config_path", help=content)
     add("--tokenizer_max_length", type=number(int, 1, 512), default=512, help="maximum text tokens of a caption")
@@ -78,10 +85,27 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         root = local_folder(args.pretrained_model_name_or_path)
         yaml = args.config_path or SHIPPED_YAMLS[args.train_mode]
         paths = models.original_paths(root, yaml)
-        components = diffusers_model(args, root) if paths is None else original_model(args, root, paths, yaml)
-        check_mode(args, components["other"].config)
+        if args.train_mode == single.MODE:
+            components = one_transformer(args, root, paths, yaml)
+        else:
+            components = diffusers_model(args, root) if paths is None else original_model(args, root, paths, yaml)
+            check_mode(args, components["other"].config)
     check_mode(args, components["transformer"].config)
+    if args.train_mode == single.MODE:
+        single.check_components(components)
     return components
+
+
+def one_transformer(
+    args: argparse.Namespace, root: Path, paths: dict[str, Path] | None, yaml: str
+) -> dict[str, Component]:
+    """The components of a TI2V-5B in either layout; paths: of original_paths."""
+    if paths is not None:
+        return models.original_components(paths, yaml, args.transformer_path, args.vae_path)
+    single.check_index(root)
+    overrides = {"transformer": ("wan", args.transformer_path), "vae": ("wan_vae", args.vae_path)}
+    checked = () if is_dry_run(args) else ("text_encoder",)
+    return models.diffusers_components(root, PIPELINES, NAMES, overrides, checked)
 
 
 def diffusers_model(args: argparse.Namespace, root: Path) -> dict[str, Component]:
@@ -122,7 +146,7 @@ def original_model(args: argparse.Namespace, root: Path, paths: dict[str, Path],
 
 def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Check that a transformer with this configuration is an expert that is made for --train_mode."""
-    channels, made_for = config.get("in_channels"), {16: "normal", 36: "i2v"}
+    channels, made_for = config.get("in_channels"), {CHANNELS[mode]: mode for mode in TASKS}
     if config.get("image_dim"):
         what, hint = "the transformer has an image embedder: it is Wan2.1", "use scripts/wan2.1/train.py"
         raise UserError("--pretrained_model_name_or_path", what, hint, MODEL)
@@ -134,16 +158,19 @@ def check_mode(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def expert_profile(args: argparse.Namespace, components: dict[str, Component]) -> ModelProfile:
-    """The profile of the expert in training from configurations alone, for the plan and the estimates."""
-    config = components["transformer"].config
+    """The profile of the transformer in training from configurations alone, for the plan and the estimates."""
+    config, by_token = components["transformer"].config, args.train_mode == single.MODE
+    trained = TASKS[args.train_mode] + ("" if by_token else f", {args.expert} expert")
+    network = partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=0)
     return ModelProfile(
-        task=f"{TASKS[args.train_mode]}, {args.expert} expert (the transformer takes {config['in_channels']} channels)",
-        network=partial(cross_attention_network, config, text_tokens=args.tokenizer_max_length, image_tokens=0),
+        task=f"{trained} (the transformer takes {config['in_channels']} channels)",
+        network=partial(network, timestep_per_token=by_token),
         blocks=LORA_TARGETS,
         components={name: (CLASSES[name], components[name].config) for name in CLASSES if name in components},
-        fps=16.0,
+        fps=single.FPS if by_token else 16.0,
         vae_frames=4,
-        other=(CLASSES["transformer"], components.get("other", components["transformer"]).config),
+        other=None if by_token else (CLASSES["transformer"], components.get("other", components["transformer"]).config),
+        ratios=wan_ratios(components),
     )
 
 
@@ -151,15 +178,31 @@ class Trained(NamedTuple):
     """What a run trains: the flow shift, the boundary between the experts, and the expert's window of noise levels."""
 
     shift: FlowShift
-    boundary: float
+    boundary: float | None
     window: NoiseWindow
+
+    def line(self, args: argparse.Namespace) -> str:
+        """What the start of a run says of it."""
+        if self.boundary is None:
+            return f"first frame given to the model in {args.i2v_ratio:.0%} of the clips (--i2v_ratio)"
+        return f"expert      {args.expert}, sigma {self.window.words()} (the boundary is {self.boundary:g})"
+
+    def facts(self, args: argparse.Namespace) -> dict[str, object]:
+        """What args.json, manifests and headers of exports say of it."""
+        facts: dict[str, object] = {"task": f"wan2.2 {args.train_mode}", "shift": self.shift.value}
+        return facts | ({} if self.boundary is None else {"expert": args.expert, "boundary": self.boundary})
 
 
 def describe(args: argparse.Namespace, components: dict[str, Component], checkpoint: Path | None) -> Trained:
     """The noise that the expert is trained at, in a run that resumes from this checkpoint (None = a new run)."""
-    experts.check_same_expert(args.expert, checkpoint)
+    if args.train_mode == single.MODE:
+        single.check_resumed(checkpoint)
+    else:
+        experts.check_same_expert(args.expert, checkpoint)
     shipped, scheduler = SHIPPED_YAMLS[args.train_mode], components.get("scheduler")
     shift = choose_shift(args, checkpoint, scheduler, named_yaml=args.config_path, shipped_yaml=shipped)
+    if args.train_mode == single.MODE:
+        return Trained(shift, None, WHOLE)
     boundary = experts.boundary_of(components["model_index"], checkpoint)
     window = experts.window_of(args.expert, boundary)
     experts.check_window(window, shift.value, args.train_sampling_steps)
@@ -199,7 +242,7 @@ from videox.encoders.encode import LazyEncoders
 from videox.encoders.offload import OffloadedModule
 from videox.engine.base import compute_in_bf16
 from videox.families import wan as family
-from videox.families import wan_both
+from videox.families import wan_both, wan_ti2v
 from videox.families.wan import Wan, build_model, encode_batch, encoding_specs, load_encoders, transformer_inputs
 from videox.models import component as models
 from videox.models.hub import local_folder
@@ -267,9 +310,10 @@ def accumulate_gradients(
     weights = to_device(torch.from_numpy(batch["weights"]), device)  # each planned sample's share of the global batch
     with accumulate(accelerator, model, batch["last"]):
         prediction = model(**inputs)[0]
-        losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme))
+        generated = given.get("generated")  # latent frames that are not given: of ti2v alone
+        losses = velocity_losses(prediction, target, loss_weights(sigmas, args.weighting_scheme), generated)
         if args.motion_sub_loss:
-            losses = motion_losses(prediction, target, losses, args.motion_sub_loss_ratio)
+            losses = motion_losses(prediction, target, losses, args.motion_sub_loss_ratio, generated)
         parts = losses.double() * weights
         backward(accelerator, model, parts.sum())
     write_dump(
@@ -291,6 +335,21 @@ def sampling_pipeline(wan: Wan, expert: Expert) -> Iterator[WanPipeline | diffus
         pipeline.transformer_2 = None
 
 
+def validation_of(
+    args: argparse.Namespace, ctx: Context, components: dict[str, Component], wan: Wan, trained: Trained
+) -> FamilyValidation:
+    """How the run validates and samples; samples of an expert need the other one, too."""
+    predict = partial(family.predict_held_out, wan)
+    if args.train_mode == single.MODE:
+        pipeline, given = partial(family.sampling_pipeline, wan), wan_ti2v.given_frames
+        return FamilyValidation(predict, pipeline, single.GUIDANCE, given_frames=given)
+    expert = find_expert(args, components, ctx.accelerator, trained.boundary)
+    return FamilyValidation(
+        predict, partial(sampling_pipeline, wan, expert), SAMPLING_GUIDANCE, window=trained.window,
+        no_samples=other_weights.prepare(args, ctx, components["other"], expert.other),
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan or train; return the exit code (0 finished, 75 stopped and saved)."""
     args = parse_args(argv)
@@ -305,7 +364,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     components = check_model(args)
     profile, trained = expert_profile(args, components), describe(args, components, ctx.checkpoint)
     startup.announce(args, ctx, profile.task, trained.shift)
-    ctx.print(f"expert      {args.expert}, sigma {trained.window.words()} (the boundary is {trained.boundary:g})")
+    ctx.print(trained.line(args))
 
     # schedule: all samples, steps and random draws of the run follow from it
     schedule, shift = build_schedule(args, ctx, profile), trained.shift.value
@@ -323,15 +382,11 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
     wan = build_model(components, shift, transformer, encoders, data.encode)
     engine = build.build_engine(args, ctx, schedule, transformer, transformer.blocks, components["transformer"], lora)
     wan = replace(wan, transformer=engine.network)  # as validation and sampling call it
-    # records, checkpoints, validation; samples need the other expert, too
-    expert = find_expert(args, components, ctx.accelerator, trained.boundary)
-    facts = {"task": f"wan2.2 {args.train_mode}", "shift": shift, "expert": args.expert, "boundary": trained.boundary}
+    # records, checkpoints, validation
+    facts = trained.facts(args)
     recorder, guard, checkpoints = build.build_records(args, ctx, schedule, engine, profile, transformer, facts)
     held_out = encode_held_out(data.dataset, schedule, partial(encode_batch, args, wan, keys=None))
-    validation = FamilyValidation(
-        partial(family.predict_held_out, wan), partial(sampling_pipeline, wan, expert), SAMPLING_GUIDANCE,
-        window=trained.window, no_samples=other_weights.prepare(args, ctx, components["other"], expert.other),
-    )  # fmt: skip
+    validation = validation_of(args, ctx, components, wan, trained)
     validate = build.build_validator(args, ctx, schedule, engine, recorder, held_out, validation, shift)
     accumulate_batch = partial(accumulate_gradients, args, ctx.accelerator, wan, trained.window, engine.model)
     memory_check.try_largest(args, ctx, schedule, engine, data.dataset, partial(accumulate_batch, dump_to=None))
@@ -345,7 +400,7 @@ def train(args: argparse.Namespace, ctx: Context) -> int:
             loss = StepLoss(step, ctx.device)
             dump_to = dump_folder(ctx.output_dir, state.step + 1, args.dump_steps)
             for batch in step.micro_batches():
-                with memory_check.name_batch(batch):  # encode, add noise, forward, loss, backward
+                with memory_check.name_batch(batch, profile.ratios):  # encode, add noise, forward, loss, backward
                     loss.add(batch, accumulate_batch(batch, dump_to))
             report = loop.agree(ctx, step, recorder, guard, stop=bool(stop))
             loss.reduce()

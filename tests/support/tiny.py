@@ -76,6 +76,11 @@ def build_wan22_i2v(folder: Path, **sizes: int | float) -> Path:
     return load_script("scripts/demo_model.py").build_wan22(folder, images=True, **sizes)
 
 
+def build_wan22_5b(folder: Path, **sizes: int | float) -> Path:
+    """Write a Wan2.2 TI2V-5B: a VAE with 48 channels and 4x16x16 compression; see scripts/demo_model.py."""
+    return load_script("scripts/demo_model.py").build_wan22_5b(folder, **sizes)
+
+
 def build_hunyuan_t2v(folder: Path, **sizes: int | float | tuple[int, int, int]) -> Path:
     """Write a HunyuanVideo text-to-video model with 96 thousand parameters; see scripts/demo_hunyuan.py."""
     return load_script("scripts/demo_hunyuan.py").build_hunyuan_t2v(folder, **sizes)

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, reduce
 
 from videox.rng import Purpose, hash_key, uniform
-from videox.shapes import GRID, SPATIAL_RATIO, TEMPORAL_RATIO, Bucket
+from videox.shapes import USUAL, Bucket, Ratios
 
 MODES = ("normal", "i2v", "inpaint", "flf2v")
 IMAGE_DROP = 0.9  # share of images whose condition is zeroed, to preserve text-to-video ability
@@ -27,8 +27,9 @@ GIVEN_FRAMES = {"i2v": "first", "flf2v": "first_and_last"}  # the masks of the c
 
 
 def known_mask(
-    mode: str, keys: Sequence[int], frames: int, height: int, width: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+    mode: str, keys: Sequence[int], frames: int, height: int, width: int, device: torch.device | str = "cpu",
+    ratios: Ratios = USUAL,
+) -> torch.Tensor:  # fmt: skip
     """Return the mask of known pixels of each sample: float32 [B, 1, T, H, W], 1 = known.
 
     Args:
@@ -37,27 +38,31 @@ def known_mask(
         keys: one per sample.
         frames, height, width: of the bucket, in pixels.
         device: where the mask is created.
+        ratios: of the model, for the grid of boxes.
     """
     masks = torch.zeros(len(keys), 1, frames, height, width, device=device)
     for mask, key in zip(masks, keys, strict=True):
         if mode == "inpaint":
             family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
-            fill_mask(mask[0], family, key)
+            fill_mask(mask[0], family, key, ratios)
         elif frames > 1:
             fill_mask(mask[0], GIVEN_FRAMES[mode], key)
     return masks
 
 
-def known_pixels(mode: str, video: torch.Tensor, keys: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def known_pixels(
+    mode: str, video: torch.Tensor, keys: Sequence[int], ratios: Ratios = USUAL
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the known pixels of a video [B, 3, T, H, W], grey (0) elsewhere, and their mask [B, 1, T, H, W].
 
     Args:
         mode: as in known_mask.
         video: float [B, 3, T, H, W] in [-1, 1].
         keys: of the masks, one per sample.
+        ratios: of the model.
     """
     frames, height, width = video.shape[2:]
-    mask = known_mask(mode, keys, frames, height, width, device=video.device)
+    mask = known_mask(mode, keys, frames, height, width, device=video.device, ratios=ratios)
     return video * mask, mask
 
 
@@ -75,12 +80,12 @@ def mask_name(mode: str, key: int, frames: int) -> str:
     return f"{family} {key:016x}" if family in ("boxes", "frames") else family
 
 
-def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
+def fill_mask(mask: torch.Tensor, family: str, key: int, ratios: Ratios = USUAL) -> None:
     """Fill one sample's mask [T, H, W], which is zero, in place.
 
     first, first_and_last: these frames are known. frames: each frame is known with a probability drawn by the key, but
     never all of them. boxes: everything is known except one to four boxes, the same in every frame, on the
-    transformer's grid of 16 pixels. nothing: the mask stays zero.
+    transformer's grid. nothing: the mask stays zero.
     """
     frames, height, width = mask.shape
     if family == "first":
@@ -97,29 +102,29 @@ def fill_mask(mask: torch.Tensor, family: str, key: int) -> None:
     elif family == "boxes":
         mask[:] = 1
         for box in range(1 + int(hash_key(key, Purpose.MASK_BOX)) % MAX_BOXES):
-            top, bottom = box_edges(height, key, 2 * box)
-            left, right = box_edges(width, key, 2 * box + 1)
+            top, bottom = box_edges(height, key, 2 * box, ratios.grid)
+            left, right = box_edges(width, key, 2 * box + 1, ratios.grid)
             mask[:, top:bottom, left:right] = 0
 
 
-def box_edges(side: int, key: int, number: int) -> tuple[int, int]:
-    """Return (start, end) in pixels of a box along one side: a quarter to three quarters of it, on a grid of 16."""
-    cells = side // GRID
+def box_edges(side: int, key: int, number: int, grid: int = USUAL.grid) -> tuple[int, int]:
+    """Return (start, end) in pixels of a box along one side: a quarter to three quarters of it, on the grid."""
+    cells = side // grid
     size, place = uniform(key, Purpose.MASK_BOX, number, np.arange(2))
     length = max(1, round(cells * (0.25 + 0.5 * float(size))))
     start = int(float(place) * (cells - length + 1))
-    return start * GRID, (start + length) * GRID
+    return start * grid, (start + length) * grid
 
 
-def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+def pack_mask(mask: torch.Tensor, ratios: Ratios = USUAL) -> torch.Tensor:
     """Return Wan's mask channels, [B, 4, t, h, w], of a pixel mask [B, 1, T, H, W] with T = 4 (t - 1) + 1.
 
     The first frame is repeated four times, so that every latent frame has four mask channels, one for each of its
-    frames. A latent pixel is known if all of its 8 x 8 pixels are.
+    frames. A latent pixel is known if all of its 8 x 8 pixels are. Numbers are those of the usual ratios.
     """
-    spatial = reduce(mask, "b c t (h p) (w q) -> b c t h w", "min", p=SPATIAL_RATIO, q=SPATIAL_RATIO)
-    first = spatial[:, :, :1].repeat(1, 1, TEMPORAL_RATIO, 1, 1)
-    return rearrange(torch.cat([first, spatial[:, :, 1:]], 2), "b 1 (t r) h w -> b r t h w", r=TEMPORAL_RATIO)
+    spatial = reduce(mask, "b c t (h p) (w q) -> b c t h w", "min", p=ratios.spatial, q=ratios.spatial)
+    first = spatial[:, :, :1].repeat(1, 1, ratios.temporal, 1, 1)
+    return rearrange(torch.cat([first, spatial[:, :, 1:]], 2), "b 1 (t r) h w -> b r t h w", r=ratios.temporal)
 
 
 def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
@@ -139,16 +144,19 @@ def keep_condition(mask: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
     return keep
 
 
-def keep_on_host(mode: str, variants: Sequence[int], bucket: Bucket, keys: Sequence[int]) -> torch.Tensor:
+def keep_on_host(
+    mode: str, variants: Sequence[int], bucket: Bucket, keys: Sequence[int], ratios: Ratios = USUAL
+) -> torch.Tensor:
     """Return keep_condition of known_mask on the host, so that the host need not wait for a mask on the device.
 
     Args:
         mode, variants, bucket: known_mask's mode, its keys, and its frames, height and width.
         keys: one per sample.
+        ratios: of the model.
     """
     if bucket.frames > 1:
         return torch.ones(len(keys), 1, 1, 1, 1)
-    return keep_condition(known_mask(mode, variants, *bucket), keys)
+    return keep_condition(known_mask(mode, variants, *bucket, ratios=ratios), keys)
 
 
 def concat_first_frame(latents: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -125,15 +125,39 @@ def loss_weights(sigmas: torch.Tensor, scheme: str) -> torch.Tensor:
     return torch.ones_like(sigmas)
 
 
-def velocity_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return each sample's weighted mean squared error over all latent elements: float32 [B].
+def velocity_losses(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, generated: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return each sample's weighted mean squared error over its latent elements: float32 [B].
 
-    If leading frames are given to the model, the caller removes them from prediction and target.
+    Args:
+        prediction, target: [B, C, T, H, W]. If leading frames are given to the model in all samples, the caller
+            removes them.
+        weights: float32 [B].
+        generated: float32 [B, 1, T, 1, 1], 0 for latent frames that a sample is given, which are left out of its
+            mean; None = no sample is given one.
     """
-    return (prediction.float() - target.float()).square().flatten(1).mean(1) * weights
+    errors = (prediction.float() - target.float()).square()
+    if generated is None:
+        return errors.flatten(1).mean(1) * weights
+    return _mean_of_frames(errors, generated) * weights
 
 
-def motion_losses(prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, ratio: float) -> torch.Tensor:
+def _mean_of_frames(errors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the chosen latent frames of each sample, float32 [B]; 0 where none is chosen.
+
+    Args:
+        errors: float32 [B, C, T, H, W].
+        chosen: float32 [B, 1, T, 1, 1], 1 or 0.
+    """
+    shares = (chosen / chosen.sum(2, keepdim=True).clamp(min=1)).flatten(1)
+    return (errors.mean((1, 3, 4)) * shares).sum(1)
+
+
+def motion_losses(
+    prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, ratio: float,
+    generated: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Mix the error of the change from each latent frame to the next into the losses: float32 [B].
 
     losses (1 - ratio) + ratio * mean squared error of the differences of neighbouring frames, unweighted. Clips of at
@@ -143,8 +167,14 @@ def motion_losses(prediction: torch.Tensor, target: torch.Tensor, losses: torch.
         prediction, target: [B, C, T, H, W].
         losses: float32 [B], as returned by velocity_losses.
         ratio: share of the motion term, 0 to 1.
+        generated: as for velocity_losses.
     """
     if prediction.shape[2] <= 2:
         return losses
     change, target_change = prediction.float().diff(dim=2), target.float().diff(dim=2)
-    return (1 - ratio) * losses + ratio * (change - target_change).square().flatten(1).mean(1)
+    errors = (change - target_change).square()
+    if generated is None:
+        return (1 - ratio) * losses + ratio * errors.flatten(1).mean(1)
+    both = generated[:, :, 1:] * generated[:, :, :-1]
+    mixed = (1 - ratio) * losses + ratio * _mean_of_frames(errors, both)
+    return torch.where(both.sum((1, 2, 3, 4)) > 1, mixed, losses)

@@ -20,7 +20,7 @@ from einops import rearrange
 from videox.data.cache.cache import CacheField, CacheView, cache_key, fingerprint, restore_zeros, trim_zeros
 from videox.data.dataset import Batch
 from videox.device import memory_phase, to_device
-from videox.shapes import Bucket, latent_shape
+from videox.shapes import USUAL, Bucket, Ratios, latent_shape
 
 Encoders = TypeVar("Encoders")
 Gather = Callable[[Any], list[Any]]
@@ -151,6 +151,7 @@ def latents_spec(
     weights: tuple[Path, ...],
     first_only: bool = False,
     vae_dtype: str = "fp32",
+    ratios: Ratios = USUAL,
 ) -> EncodingSpec:
     """Return the EncodingSpec of a VAE's output: the first `channels` channels of [n, C, t, h, w], float32.
 
@@ -162,10 +163,11 @@ def latents_spec(
         weights: the VAE's files and folders.
         first_only: the output has only the first latent frame.
         vae_dtype: a key of videox.encoders.vae.VAE_DTYPES; the outputs of each dtype are cached apart.
+        ratios: of the model.
     """
 
     def shape(bucket: Bucket) -> tuple[int, ...]:
-        frames, height, width = latent_shape(bucket)
+        frames, height, width = latent_shape(bucket, ratios)
         return channels, 1 if first_only else frames, height, width
 
     def encode_channels(inputs: EncoderInput) -> torch.Tensor:

@@ -87,6 +87,7 @@ FLAGS_OF_SETTINGS = {
 # Settings that follow from the model, the launch or the version.
 WITHOUT_FLAG = {
     "policy.min_frames",
+    "policy.ratios",
     "slots",
     "cost_linear",
     "cost_quadratic",

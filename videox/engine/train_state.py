@@ -17,6 +17,7 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import MODEL, UserError
 from videox.files import mode_of_umask, write_json_atomically
 from videox.optim.state import load_optimizer_tensors, optimizer_tensors
+from videox.shapes import USUAL
 from videox.weights.format import TRANSFORMER, FullWeights, WeightFormat
 from videox.weights.safetensors_io import StoredTensors, save_tensors
 
@@ -155,6 +156,8 @@ def plan_inputs(settings: PlanSettings) -> dict[str, Any]:
     """Return the plan's settings as plain JSON values, for storing and comparing."""
     version = {} if settings.balance == "none" else {"dealing": ASSIGNMENT_VERSION}
     values = {name: value for name, value in asdict(settings).items() if not _is_default(name, value)}
+    if settings.policy.ratios == USUAL:
+        del values["policy"]["ratios"]
     return json.loads(json.dumps(values | version))
 
 

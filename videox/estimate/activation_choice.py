@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from videox.estimate.flops import Network
 from videox.models.recompute import Recompute, select_blocks
-from videox.shapes import Bucket, token_count
+from videox.shapes import USUAL, Bucket, Ratios, token_count
 
 SHARES = tuple(eighth / 8 for eighth in range(1, 9))
 CHOICES = (Recompute(), *(Recompute(share, keep) for share in SHARES for keep in ("attention", "self_attention", "")))
@@ -33,8 +33,9 @@ def choose_recompute(
 
 
 def choice_lines(
-    samples: Mapping[Bucket, int], choose: Callable[[int, int], Recompute], gib: float, *, most: int = MOST_NAMED
-) -> list[str]:
+    samples: Mapping[Bucket, int], choose: Callable[[int, int], Recompute], gib: float, *, most: int = MOST_NAMED,
+    ratios: Ratios = USUAL,
+) -> list[str]:  # fmt: skip
     """Return lines on what is recomputed in each bucket: one for each choice, the largest buckets first.
 
     Args:
@@ -42,10 +43,12 @@ def choice_lines(
         choose: from samples and tokens.
         gib: memory of the GPU.
         most: buckets that a line names.
+        ratios: of the model.
     """
     by_choice: dict[Recompute, list[Bucket]] = {}
-    for bucket in sorted(samples, key=lambda bucket: -samples[bucket] * token_count(bucket)):
-        by_choice.setdefault(choose(samples[bucket], token_count(bucket)), []).append(bucket)
+    tokens = {bucket: token_count(bucket, ratios) for bucket in samples}
+    for bucket in sorted(samples, key=lambda bucket: -samples[bucket] * tokens[bucket]):
+        by_choice.setdefault(choose(samples[bucket], tokens[bucket]), []).append(bucket)
     lines = [f"activation memory, chosen for {gib:.1f} GiB:"]
     return lines + [f"  {choice}: {_named(buckets, samples, most)}" for choice, buckets in by_choice.items()]
 

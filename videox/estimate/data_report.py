@@ -24,13 +24,11 @@ from videox.data.plan.buckets import Fate, SizePolicy, crop_share, frames_at_pac
 from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import DATA, UserError, plural
-from videox.shapes import TEMPORAL_RATIO, token_count
 
-FRAMES_OF_TWO_LATENTS = TEMPORAL_RATIO + 1
 MUCH_CROPPED = 0.12  # share of a sample's area; rows that lose more are listed
 UNFIT = {
     Fate.TOO_SHORT: "too few frames for a sample at this stride or frame rate; --explain with this row number prints how many",
-    Fate.TOO_SMALL: "a side is smaller than 16 pixels",
+    Fate.TOO_SMALL: "a side is smaller than {grid} pixels",
 }
 
 
@@ -61,7 +59,7 @@ def single_frame_lines(columns: PlanColumns, plan: EpochPlan, policy: SizePolicy
     pace = pace_of(policy, None if columns.fps is None else columns.fps[videos])
     fit = frames_at_pace(columns.frames[videos].astype(np.int64), pace)
     # The fewest frames above one are those of a second latent frame. A video that has them is cut by the token budget.
-    too_short = fit < FRAMES_OF_TWO_LATENTS
+    too_short = fit < policy.ratios.temporal + 1
     reasons = {
         "too short for more at this stride or frame rate": videos[too_short],
         f"as the token budget (--token_sample_size {policy.token_sample_size}) allows no more at their target size": (
@@ -190,7 +188,7 @@ def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:
     records = []
     for row in rows:
         fate = Fate(int(plan.fates[row]))
-        kind, detail = problems.get(row, (fate.name.lower(), UNFIT.get(fate, "")))
+        kind, detail = problems.get(row, (fate.name.lower(), UNFIT.get(fate, "").format(grid=plan.ratios.grid)))
         records.append({"row": row, "path": index.file_path[row].as_py(), "class": kind, "detail": detail})
     return records
 
@@ -198,16 +196,16 @@ def refused_rows(index: Index, plan: EpochPlan) -> list[dict[str, object]]:
 def bucket_lines(plan: EpochPlan, max_rows: int = 20) -> list[str]:
     """Return the table of this epoch's buckets, most tokens first."""
     table = plan.bucket_table()
-    total = sum(token_count(bucket) * samples for bucket, samples, _ in table)
+    total = sum(plan.tokens_of(bucket) * samples for bucket, samples, _ in table)
     steps = f"{plan.n_steps} {plural(plan.n_steps, 'step')} of {plan.slots} {plural(plan.slots, 'slot')}"
     lines = [f"epoch {plan.epoch}: {steps}, {len(table)} {plural(len(table), 'bucket')}, {total:,} tokens"]
     lines.append(f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'batches':>8} {'token share':>11}")
     rows: Sequence[tuple[str, int, int, int]] = [
-        (f"{b.frames} x {b.height} x {b.width}", token_count(b), samples, batches) for b, samples, batches in table
+        (f"{b.frames} x {b.height} x {b.width}", plan.tokens_of(b), samples, batches) for b, samples, batches in table
     ]
     if len(rows) > max_rows:
         others = table[max_rows - 1 :]
-        tokens = sum(token_count(bucket) * samples for bucket, samples, _ in others)
+        tokens = sum(plan.tokens_of(bucket) * samples for bucket, samples, _ in others)
         samples, batches = sum(line[1] for line in others), sum(line[2] for line in others)
         rows = [*rows[: max_rows - 1], (f"{len(others)} smaller buckets", tokens // max(samples, 1), samples, batches)]
     for name, tokens, samples, batches in rows:

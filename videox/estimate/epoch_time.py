@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from videox.estimate.step_time import Parts, StepModel
-from videox.shapes import Bucket, token_count
+from videox.shapes import USUAL, Bucket, Ratios, token_count
 
 GIB = 2**30
 ALONE = "padding of the last step"  # what "waiting" is on one GPU: slots of a step that have no sample
@@ -83,6 +83,7 @@ def epoch_time(
     recompute: Callable[[int], tuple[Collection[int], str]],
     steps: int,
     balance: float,
+    ratios: Ratios = USUAL,
 ) -> EpochTime:
     """Return the time of an epoch.
 
@@ -92,10 +93,11 @@ def epoch_time(
         recompute: returns the numbers of the recomputed blocks, and what they keep, by the tokens of a sample.
         steps: optimizer steps of the epoch.
         balance: share of the GPUs' time in which none waits for another, 0 to 1.
+        ratios: of the model.
     """
     sizes, backward = [], 0.0
     for (bucket, samples), count in micro_batches.items():
-        tokens = token_count(bucket)
+        tokens = token_count(bucket, ratios)
         parts = model.micro_batch(samples, tokens, *recompute(tokens))
         flops = samples * model.network.forward_backward(tokens)
         sizes.append(SizeTime(bucket, samples, count, parts, flops))

@@ -14,7 +14,6 @@ from videox.data.plan.plan import draw_samples, plan_epoch, row_fates
 from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.errors import UserError
 from videox.rng import Purpose, uniform
-from videox.shapes import GRID, token_count
 
 MOST_CHARACTERS = 80  # of a caption in the line of an epoch
 
@@ -92,7 +91,7 @@ def _reason(index: Index, columns: PlanColumns, settings: PlanSettings, row: int
     if fate is Fate.HELD_OUT:
         return "held out for the validation loss (--validation_rows, --validation_share)"
     if fate is Fate.TOO_SMALL:
-        return f"a side is smaller than {GRID} pixels"
+        return f"a side is smaller than {policy.ratios.grid} pixels"
     if columns.kind[row] == 0:
         return "an image has no frame besides the one that is given to the model"
     available = int(np.ravel(frames_at_pace(columns.frames[[row]].astype(np.int64), _pace(columns, settings, row)))[0])
@@ -144,7 +143,7 @@ def _epoch_lines(
             caption = "" if is_dropped else draw_caption(index.captions(row), settings.caption_rules, key)
             shown = f"{_shorten(caption)}{' (dropped)' if is_dropped else ''}"
             lines.append(
-                f"  {epoch:>5} {name:>24} {token_count(bucket):>8,} {start:>11} {last:>6} {cropped:>7.1%}  {shown}"
+                f"  {epoch:>5} {name:>24} {plan.tokens_of(bucket):>8,} {start:>11} {last:>6} {cropped:>7.1%}  {shown}"
                 f"{copy_note}"
             )
     return lines

@@ -10,6 +10,7 @@ Copies of weights and the workspace of kernels are not included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ from typing import Any
 
 from videox.estimate.polynomial import Polynomial, total
 from videox.estimate.traffic import Traffic, cross_attention_traffic, joint_attention_traffic
-from videox.shapes import PATCH
 
 FREQUENCIES = 256  # channels of the sinusoidal timestep embedding, both families
 REFINER_RATIO = 4  # feed-forward width of the text refiner
@@ -123,8 +123,9 @@ class Network:
 
 
 def cross_attention_network(
-    config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool, cast: bool = True
-) -> Network:
+    config: Mapping[str, Any], *, text_tokens: int, image_tokens: int, half: bool, cast: bool = True,
+    timestep_per_token: bool = False,
+) -> Network:  # fmt: skip
     """Return a transformer whose latents attend to each other and then to the text (Wan2.1).
 
     Args:
@@ -133,11 +134,12 @@ def cross_attention_network(
         image_tokens: tokens of the image condition; 0 without an image embedder.
         half: computes in bfloat16 under autocast, else in float32.
         cast: as in joint_attention_network; it makes no difference here, because every norm returns its input's dtype.
+        timestep_per_token: each token has a timestep, and so a modulation, of its own (Wan2.2 TI2V-5B).
     """
-    del cast
+    del cast, timestep_per_token
     heads, text_dim = config["num_attention_heads"], config["text_dim"]
     dim, ffn = heads * config["attention_head_dim"], config["ffn_dim"]
-    area = PATCH**2
+    area = math.prod(config.get("patch_size", (1, 2, 2)))
     inputs, outputs = area * config["in_channels"], area * (config.get("out_channels") or config["in_channels"])
     image_dim = (config.get("image_dim") or 0) if image_tokens else 0
     context, size = text_tokens + image_tokens, 2 if half else 4
@@ -237,7 +239,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     heads, ratio = config["num_attention_heads"], config["mlp_ratio"]
     dim, size, text = heads * config["attention_head_dim"], 2 if half else 4, text_tokens
     replaced = config.get("image_condition_type") == "token_replace"
-    area = PATCH**2
+    area = config.get("patch_size", 2) ** 2 * config.get("patch_size_t", 1)
     inputs, outputs = area * config["in_channels"], area * (config.get("out_channels") or config["in_channels"])
 
     # norms with float32 weights return queries and keys in float32, in each stream

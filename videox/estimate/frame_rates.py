@@ -9,7 +9,6 @@ from videox.data.index.table import VIDEO
 from videox.data.plan.buckets import Fate, SizePolicy, frames_at_pace, pace_of
 from videox.data.plan.epoch import EpochPlan
 from videox.errors import plural
-from videox.shapes import TEMPORAL_RATIO
 
 TOLERANCE = 0.25  # share of the model's own frame rate by which videos may differ from it without a warning
 USED = (Fate.TRAINED, Fate.HELD_OUT, Fate.NOT_DRAWN)
@@ -31,7 +30,8 @@ def frame_rate_lines(
         max_rates: source rates that are listed one by one, the most common ones.
     """
     pace = pace_of(policy, index.fps if policy.sample_fps else None)
-    moving = frames_at_pace(index.frames.astype(np.int64), pace) > TEMPORAL_RATIO  # others train as a single frame
+    several = policy.ratios.temporal  # with as many frames or fewer, a video trains as a single frame
+    moving = frames_at_pace(index.frames.astype(np.int64), pace) > several
     used = np.isin(plan.fates, USED) & (index.kind == VIDEO) & moving
     if policy.n_frames == 1 or not used.any():
         return []

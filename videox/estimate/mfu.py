@@ -11,7 +11,6 @@ from videox.data.plan.settings import PlanSettings
 from videox.estimate.flops import Network
 from videox.estimate.gpus import gpu_of_device
 from videox.estimate.polynomial import Polynomial
-from videox.shapes import token_count
 
 
 def peak_of(name: str) -> float | None:
@@ -48,7 +47,7 @@ class Meter:
         step = slice(epoch_step, epoch_step + 1)
         metrics = {"planned_balance": balance(self._costs[step], self.settings.barrier, self._padding[step])}
         if self.peak is not None:
-            flops = sum(self.flops_per_sample(token_count(bucket)) for bucket in plan.buckets_of_step(epoch_step))
+            flops = sum(self.flops_per_sample(plan.tokens_of(bucket)) for bucket in plan.buckets_of_step(epoch_step))
             metrics["mfu"] = flops / (seconds * self.peak * self.processes)
         return metrics
 

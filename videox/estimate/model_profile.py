@@ -8,6 +8,7 @@ from typing import Any
 
 from videox.estimate.flops import Network
 from videox.estimate.polynomial import total
+from videox.shapes import USUAL, Ratios
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ModelProfile:
         sharded_backend: the backend that is proposed where the weights do not fit one GPU.
         vae_frames: frames that the VAE encodes at a time, after the first one; 0: it encodes a clip as a whole.
         other: class and configuration of a second transformer that samples are made with; None: there is none.
+        ratios: pixels and frames per latent and token.
     """
 
     task: str
@@ -36,6 +38,7 @@ class ModelProfile:
     sharded_backend: str = "zero3"
     vae_frames: int = 0
     other: tuple[Any, dict[str, Any]] | None = None
+    ratios: Ratios = USUAL
 
     @property
     def cost(self) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from videox.data.plan.balance import PlanBalance
-from videox.shapes import Bucket
+from videox.shapes import USUAL, Bucket, Ratios
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class PlanPicture:
         limit: GiB of the GPU.
         card: its name.
         facts: what the run takes, in words by name: steps, time, disk.
+        ratios: of the model.
     """
 
     title: str
@@ -38,3 +39,4 @@ class PlanPicture:
     limit: float
     card: str
     facts: Mapping[str, str]
+    ratios: Ratios = USUAL

@@ -86,7 +86,7 @@ def _plot_buckets(axes: Axes, picture: PlanPicture) -> None:
     order = np.argsort(-flops, kind="stable")
     listed, others = order[:MAX_BUCKETS], order[MAX_BUCKETS:]
     names = [
-        f"{buckets[i].frames} × {buckets[i].height} × {buckets[i].width}  ({token_count(buckets[i]):,})"
+        f"{buckets[i].frames} × {buckets[i].height} × {buckets[i].width}  ({token_count(buckets[i], picture.ratios):,})"
         for i in listed
     ]
     samples, time = counts[listed] / counts.sum(), flops[listed] / flops.sum()
@@ -109,7 +109,7 @@ def _plot_buckets(axes: Axes, picture: PlanPicture) -> None:
 def _plot_tokens(axes: Axes, picture: PlanPicture) -> None:
     """Draw time and samples by token count, which is easier to read than names where there are hundreds of buckets."""
     counts, flops = picture.counts, picture.flops
-    tokens = np.array([token_count(bucket) for bucket in picture.buckets])
+    tokens = np.array([token_count(bucket, picture.ratios) for bucket in picture.buckets])
     edges = np.geomspace(0.999 * tokens.min(), 1.001 * tokens.max(), BINS + 1)
     for weights, colour, label, shift in (
         (flops, BLUE, "share of time", -0.2),

@@ -18,7 +18,6 @@ from videox.estimate.advice import AppliedChange, Proposal
 from videox.estimate.duration import Duration, format_duration, format_gpu_time, three_digits
 from videox.estimate.flops import Network
 from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup, moved_to_host
-from videox.shapes import token_count
 
 WORLD_SIZES = (1, 8, 64, 512)  # numbers of processes for which balance and mix are reported
 MUCH_PADDING = 0.02  # share of the slots that are padding, from which it is pointed out
@@ -88,7 +87,7 @@ def reported_fates(plan: EpochPlan) -> dict[str, int]:
 
 def epoch_flops(plan: EpochPlan, network: Network, recomputed: Callable[[int], float]) -> EpochFlops:
     """Return the FLOPs of an epoch; recomputed: what activation checkpointing adds for a sample, by its tokens."""
-    tokens = [token_count(bucket) for bucket in plan.buckets]
+    tokens = plan.bucket_tokens()
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
     model = np.array([network.forward_backward(size) for size in tokens])
     again = np.array([recomputed(size) for size in tokens])
@@ -116,7 +115,7 @@ def plan_report(
     cropped = crop_shares(columns, plan)
     table = plan.bucket_table()
     metric_fields = {"balance": "balance", "balance_unplanned": "unplanned", "mix": "step_variance_ratio"}
-    tokens = sum(token_count(bucket) * samples for bucket, samples, _ in table)
+    tokens = sum(plan.tokens_of(bucket) * samples for bucket, samples, _ in table)
     return {
         "rows": len(columns),
         "fates": reported_fates(plan),
@@ -124,7 +123,7 @@ def plan_report(
         "cropped": {
             "median": float(np.median(cropped)), "p95": float(np.quantile(cropped, 0.95)), "max": float(cropped.max()),
         },
-        "buckets": [{**bucket._asdict(), "rows": n, "tokens": token_count(bucket)} for bucket, n, _ in table],
+        "buckets": [{**bucket._asdict(), "rows": n, "tokens": plan.tokens_of(bucket)} for bucket, n, _ in table],
         "global_batch": samples_per_step(plan, settings),
         "steps_per_epoch": plan.n_steps,
         "tokens_per_step": tokens / plan.n_steps,
@@ -197,7 +196,7 @@ def time_lines(plan: EpochPlan, seconds: Sequence[float], max_rows: int = 20) ->
     counts = np.bincount(samples_of(plan)[1], minlength=len(plan.buckets))
     times = np.asarray(seconds, np.float64)
     order = np.argsort(-times, kind="stable")
-    tokens = counts * np.array([token_count(bucket) for bucket in plan.buckets])
+    tokens = counts * np.array(plan.bucket_tokens())
     lines = [
         f"epoch 0: {len(plan.buckets)} bucket{'s' * (len(plan.buckets) > 1)}, {tokens.sum():,} tokens",
         f"  {'frames x height x width':>24} {'tokens':>8} {'samples':>8} {'token share':>11} {'time share':>10}",
@@ -207,7 +206,7 @@ def time_lines(plan: EpochPlan, seconds: Sequence[float], max_rows: int = 20) ->
         bucket = plan.buckets[number]
         name = f"{bucket.frames} x {bucket.height} x {bucket.width}"
         shares = f"{tokens[number] / tokens.sum():>11.1%} {times[number] / times.sum():>10.1%}"
-        lines.append(f"  {name:>24} {token_count(bucket):>8,} {counts[number]:>8,} {shares}")
+        lines.append(f"  {name:>24} {plan.tokens_of(bucket):>8,} {counts[number]:>8,} {shares}")
     others = order[len(listed) :]
     if len(others):
         shares = f"{tokens[others].sum() / tokens.sum():>11.1%} {times[others].sum() / times.sum():>10.1%}"
@@ -218,7 +217,7 @@ def time_lines(plan: EpochPlan, seconds: Sequence[float], max_rows: int = 20) ->
 
 def step_lines(plan: EpochPlan, settings: PlanSettings, flops: EpochFlops) -> list[str]:
     """Return samples, tokens and FLOPs of a step."""
-    tokens = sum(token_count(bucket) * samples for bucket, samples, _ in plan.bucket_table())
+    tokens = sum(plan.tokens_of(bucket) * samples for bucket, samples, _ in plan.bucket_table())
     model_pflop, recomputed_pflop = (size / plan.n_steps / 1e15 for size in (flops.model, flops.recomputed))
     recompute = f" + {recomputed_pflop:,.3g} PFLOP of recomputation" if flops.recomputed else ""
     batch = f"global batch {samples_per_step(plan, settings):,}"

@@ -26,17 +26,19 @@ from videox.encoders.clip_image import FirstPicture, SquashProcessor
 from videox.encoders.encode import Encoder, EncoderInput, EncodingSpec, LazyEncoders, fixed_shape, latents_spec
 from videox.encoders.offload import OffloadedModule
 from videox.encoders.vae import VAE_DTYPES, clip_moments, encode_moments, latent_statistics, sample_latents, to_images
+from videox.families import wan_ti2v
 from videox.families.wan_names import CLASSES, CROP, SQUASH, pictures_of
+from videox.models.compression import wan_ratios
 from videox.models.configured import Component
 from videox.models.folder import build_config, full_config, load_class, load_pipeline
 from videox.models.scheduler import with_shift
 from videox.models.tokenizer import load_tokenizer
 from videox.run.checkpoint import read_manifest
+from videox.shapes import Ratios
 from videox.training import frozen_encoders
 from videox.training.context import Gather
 from videox.training.validator import HeldOut
 
-LATENT_CHANNELS = 16
 PROBE = "A red fox, 2 years old, runs over the hill <3"
 
 
@@ -52,7 +54,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Wan:
-    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, 16, 1, 1, 1]."""
+    """What a training step needs of the model; latents_mean, latents_std: per channel, [1, C, 1, 1, 1]."""
 
     transformer: Any  # WanTransformer3DModel, or what the engine makes of it
     encoders: LazyEncoders[Encoders]
@@ -60,7 +62,13 @@ class Wan:
     latents_mean: torch.Tensor
     latents_std: torch.Tensor
     shift: float
+    ratios: Ratios
     pictures: int = 1  # of a clip, whose CLIP features the transformer attends to
+
+    @property
+    def channels(self) -> int:
+        """The channels C of a latent: 16, of Wan2.2 TI2V-5B 48."""
+        return self.latents_mean.shape[1]
 
     def normalise(self, z: torch.Tensor) -> torch.Tensor:
         """(z - mean) / std, with the rounding of WanImageToVideoPipeline."""
@@ -72,7 +80,8 @@ def build_pipeline(
 ) -> WanPipeline | diffusers.WanImageToVideoPipeline:
     """diffusers' pipeline over these encoders, without a transformer; its scheduler has the flow shift of the run."""
     # WanImageToVideoPipeline warns on import that torchvision is missing: import it only for training on images.
-    pipeline_class = WanPipeline if args.train_mode == "normal" else diffusers.WanImageToVideoPipeline
+    text_only = {"normal": WanPipeline, "ti2v": wan_ti2v.TextOrImagePipeline}
+    pipeline_class = text_only.get(args.train_mode) or diffusers.WanImageToVideoPipeline
     if "scheduler" in components:
         # A second transformer, which Wan2.2 has, is never read here: the script of Wan2.2 loads it for sampling.
         parts = {"transformer_2": None, **encoders}
@@ -90,6 +99,8 @@ def build_pipeline(
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
+    if args.train_mode == "ti2v":
+        modules["expand_timesteps"] = True
     pipeline = pipeline_class(**modules, **encoders, scheduler=scheduler, transformer=None)
     return show_first_picture(args, components, pipeline)
 
@@ -153,7 +164,8 @@ def build_model(
 ) -> Wan:  # fmt: skip
     """What a training step needs of the model; no encoder is loaded."""
     mean, std = latent_statistics(full_config(AutoencoderKLWan, components["vae"].config), encode.device)
-    return Wan(transformer, encoders, encode, mean, std, shift, pictures_of(components["transformer"].config))
+    pictures = pictures_of(components["transformer"].config)
+    return Wan(transformer, encoders, encode, mean, std, shift, wan_ratios(components), pictures)
 
 
 @torch.no_grad()
@@ -169,15 +181,17 @@ def encode_captions(encoders: LazyEncoders[Encoders], max_length: int, inputs: E
     return torch.cat(embeds)
 
 
-def encode_known(encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, inputs: EncoderInput) -> torch.Tensor:
-    """Moments of the VAE's posterior for the known pixels, float32 [B, 32, t, h, w]; only their mean is used."""
-    pixels, _ = known_pixels(mode, inputs.video, inputs.variants)
+def encode_known(
+    encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, ratios: Ratios, inputs: EncoderInput
+) -> torch.Tensor:
+    """Moments of the VAE's posterior for the known pixels, float32 [B, 2 C, t, h, w]; only their mean is used."""
+    pixels, _ = known_pixels(mode, inputs.video, inputs.variants, ratios)
     return encode_moments(encoders().vae, pixels, mini_batch=mini_batch)
 
 
 @torch.no_grad()
 def encode_first_frames(
-    encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput, pictures: int = 1
+    encoders: LazyEncoders[Encoders], mode: str, ratios: Ratios, inputs: EncoderInput, pictures: int = 1
 ) -> torch.Tensor:
     """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known.
 
@@ -185,7 +199,7 @@ def encode_first_frames(
     """
     encoder, pipeline = encoders().image_encoder, encoders().pipeline
     assert encoder is not None  # a model without one has no such features to encode
-    video, mask = known_pixels(mode, inputs.video, inputs.variants)
+    video, mask = known_pixels(mode, inputs.video, inputs.variants, ratios)
     with encoder.on_device():
         frames = [to_images(video[:, :, frame]) for frame in (0, -1)[:pictures]]
         embeds = [pipeline.encode_image([*images], video.device).flatten(0, 1) for images in zip(*frames, strict=True)]
@@ -203,22 +217,24 @@ def encoding_specs(
     config, mode, length = components["transformer"].config, args.train_mode, args.tokenizer_max_length
     vae, text = (components["vae"].path,), (components["text_encoder"].path, components["tokenizer"].path)
     video = partial(clip_moments, encoders, args.vae_mini_batch)
-    captions, latents = partial(encode_captions, encoders, length), partial(latents_spec, vae_dtype=args.vae_dtype)
+    captions, ratios = partial(encode_captions, encoders, length), wan_ratios(components)
+    latents = partial(latents_spec, vae_dtype=args.vae_dtype, ratios=ratios)
+    channels = full_config(AutoencoderKLWan, components["vae"].config).z_dim
     specs = [
-        latents("moments", ("clip",), video, LATENT_CHANNELS * (2 if args.vae_sample_mode == "sample" else 1), vae),
+        latents("moments", ("clip",), video, channels * (2 if args.vae_sample_mode == "sample" else 1), vae),
         EncodingSpec(
             "prompt_embeds", ("caption",), captions, fixed_shape(length, config["text_dim"]), dtype, text,
             frozen_encoders.text_settings(args, length), padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
-    if mode != "normal":
-        known = partial(encode_known, encoders, mode, args.vae_mini_batch)
-        specs.append(latents("known", ("clip", "mask"), known, LATENT_CHANNELS, vae))
+    if mode not in wan_ti2v.WITHOUT_CONDITION:
+        known = partial(encode_known, encoders, mode, args.vae_mini_batch, ratios)
+        specs.append(latents("known", ("clip", "mask"), known, channels, vae))
     if config.get("image_dim"):
         clip = build_config(CLIPVisionConfig, components["image_encoder"])
         tokens, pictures = (clip.image_size // clip.patch_size) ** 2 + 1, pictures_of(config)
         shape, both = fixed_shape(tokens * pictures, clip.hidden_size), pictures == 2
-        encode = partial(encode_first_frames, encoders, mode, pictures=pictures)
+        encode = partial(encode_first_frames, encoders, mode, ratios, pictures=pictures)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
         settings = " ".join(["first and last"] * both + [SQUASH] * squashes(components))
         specs.append(EncodingSpec(
@@ -231,31 +247,39 @@ def encoding_specs(
 def encode_batch(
     args: argparse.Namespace, wan: Wan, batch: Batch, keys: Sequence[int] | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Normalised latents (z - mean) / std, float32 [B, 16, t, h, w], and the other inputs of the transformer.
+    """Normalised latents (z - mean) / std, float32 [B, C, t, h, w], and the other inputs of the transformer.
 
-    These are prompt_embeds [B, L, D]; except for text-to-video also condition [B, 20, t, h, w], 4 mask channels and 16
-    of the known pixels' latents, and image_embeds [B, N, D] for models that take them, or [2 B, N, D] of two pictures.
+    These are prompt_embeds [B, L, D]; in the mode ti2v also those of wan_ti2v.given_frame; in the others, except for
+    text-to-video, condition [B, 20, t, h, w], 4 mask channels and 16 of the known pixels' latents, and image_embeds
+    [B, N, D] for models that take them, or [2 B, N, D] of two pictures.
 
     Args:
         keys: one per sample, draw the posterior's noise; None takes its mode.
     """
     encoded = {name: torch.stack(tensors) for name, tensors in wan.encode(batch).items()}
     given = {"prompt_embeds": encoded["prompt_embeds"]}
-    if args.train_mode != "normal":
-        mask = known_mask(args.train_mode, batch["variants"], *batch["bucket"], device=wan.latents_mean.device)
-        keep = to_device(keep_on_host(args.train_mode, batch["variants"], batch["bucket"], batch["keys"]), mask.device)
+    if args.train_mode == "ti2v":
+        moments = encoded["moments"]
+        first = wan.normalise(moments[:, : wan.channels, :1])
+        given |= wan_ti2v.given_frame(first, moments.shape[2], batch, args.i2v_ratio, wan.ratios.patch)
+    elif args.train_mode != "normal":
+        frames, device = (args.train_mode, batch["variants"]), wan.latents_mean.device
+        mask = known_mask(*frames, *batch["bucket"], device=device, ratios=wan.ratios)
+        keep = to_device(keep_on_host(*frames, batch["bucket"], batch["keys"], wan.ratios), device)
         # keep: 0 drops the condition of 90 % of the images without known pixels: they train text-to-image
-        given["condition"] = torch.cat([pack_mask(mask), wan.normalise(encoded["known"])], 1) * keep
+        given["condition"] = torch.cat([pack_mask(mask, wan.ratios), wan.normalise(encoded["known"])], 1) * keep
     if "image_embeds" in encoded:
         # the transformer takes the two pictures of a sample as two rows
         given["image_embeds"] = encoded["image_embeds"].unflatten(1, (wan.pictures, -1)).flatten(0, 1)
-    return wan.normalise(sample_latents(encoded["moments"], LATENT_CHANNELS, keys)), given
+    return wan.normalise(sample_latents(encoded["moments"], wan.channels, keys)), given
 
 
 def transformer_inputs(
     noisy_latents: torch.Tensor, sigmas: torch.Tensor, given: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Keywords of WanTransformer3DModel; its timestep is 1000 sigma, float32 [B]."""
+    """Keywords of WanTransformer3DModel; its timestep is 1000 sigma, float32 [B], in the mode ti2v [B, tokens]."""
+    if "token_generated" in given:
+        return wan_ti2v.transformer_inputs(noisy_latents, sigmas, given)
     condition = [given["condition"]] if "condition" in given else []
     return {
         "hidden_states": torch.cat([noisy_latents, *condition], 1),

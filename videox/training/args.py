@@ -11,6 +11,7 @@ from videox.distributed.environment import check_environment_once
 from videox.errors import UserError
 from videox.optim.registry import check_installed, kind_of, parse_settings, takes_settings
 from videox.run.folder import refuse_output_dir_conflicts
+from videox.shapes import USUAL, Ratios
 from videox.training.flags import EMA_DECAY, EMA_DEVICES
 from videox.training.speed_flags import check_speed
 from videox.training.validation_flags import check_samples, check_validation
@@ -37,8 +38,8 @@ NOT_GIVEN = {  # flag that is required -> what is wrong without it, and how to f
 }
 
 
-def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
-    """Build the size policy from the flags. Raises UserError where they contradict each other."""
+def size_policy(args: argparse.Namespace, min_frames: int = 1, ratios: Ratios = USUAL) -> SizePolicy:
+    """Build the size policy from the flags; min_frames, ratios: of the model. Raises UserError where flags disagree."""
     from videox.data.plan.buckets import SizePolicy  # imported here, because --help does not need numpy
 
     return SizePolicy(
@@ -56,6 +57,7 @@ def size_policy(args: argparse.Namespace, min_frames: int = 1) -> SizePolicy:
         fix_sample_size=tuple(args.fix_sample_size) if args.fix_sample_size else None,
         min_frames=min_frames,
         grid=args.bucket_grid,
+        ratios=ratios,
     )
 
 

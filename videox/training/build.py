@@ -366,6 +366,7 @@ def build_validator(
             seed=seed % 2**32,
             embedded_guidance=family.embedded_guidance,
             text_tokens=args.tokenizer_max_length,
+            ratios=schedule.profile.ratios,
         )
         clips, notes = build_clips(prompts, with_flags(args, defaults))
         ctx.print(*notes)

@@ -15,7 +15,7 @@ from videox.data.plan.epoch import EpochPlan
 from videox.data.plan.plan import held_out_plan
 from videox.estimate.data_report import MUCH_CROPPED
 from videox.files import write_json_atomically
-from videox.shapes import Bucket, token_count
+from videox.shapes import Bucket
 from videox.tracking.report.collect import DATA_REPORT
 from videox.training.measured_rows import row_sets
 from videox.training.schedule import Schedule
@@ -51,7 +51,7 @@ def data_report(schedule: Schedule) -> dict[str, Any]:
         "steps": plan.n_steps,
         "slots": plan.slots,
         "buckets": [
-            {**bucket._asdict(), "tokens": token_count(bucket), "samples": samples, "batches": batches}
+            {**bucket._asdict(), "tokens": plan.tokens_of(bucket), "samples": samples, "batches": batches}
             for bucket, samples, batches in plan.bucket_table()
         ],
         "cropped": {

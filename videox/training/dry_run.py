@@ -73,6 +73,7 @@ from videox.training.planned_step import PlannedStep, rates
 from videox.training.planning import data_location, plan_settings
 from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, launch_of
 from videox.training.speed_flags import check_backend_flags
+from videox.training.validation_flags import check_clip_shape
 
 
 def plan_run(
@@ -104,13 +105,14 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift, runs:
     tried = _try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     check_backend_flags(args, BACKENDS[launch.backend], half=launch.half)
+    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", model.ratios)
     index = describe_data(args.dry_run_data) if args.dry_run_data else _index(args)
     check_captions(index, args.missing_caption)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)
     cost = read_cost_model(Path(args.cost_model)) if args.cost_model else model.cost
     settings = plan_settings(
         args, seed=args.seed or 0, slots=launch.processes * args.gradient_accumulation_steps,
-        min_frames=model.min_frames, cost_linear=cost[0], cost_quadratic=cost[1],
+        min_frames=model.min_frames, ratios=model.ratios, cost_linear=cost[0], cost_quadratic=cost[1],
         barrier=BACKENDS[launch.backend].barrier, accumulation=args.gradient_accumulation_steps,
     )  # fmt: skip
     if args.seed is None:
@@ -154,7 +156,7 @@ class _Estimates:
         flops = epoch_flops(plan, network, self.run.recomputed_flops(limit))
         if args.activation_memory:
             choose = chooser(self.run, limit, alone=BACKENDS[setup.backend].recomputes_alone)
-            _print(*choice_lines(largest_micro_batches(plan), choose, limit / GIB))
+            _print(*choice_lines(largest_micro_batches(plan), choose, limit / GIB, ratios=plan.ratios))
         worlds = sorted({*WORLD_SIZES, self.launch.processes})
         balanced = balance_by_world_size(self.columns, settings, args.gradient_accumulation_steps, worlds)
         balance, several = balanced[self.launch.processes].balance, self.launch.processes > 1
@@ -256,6 +258,7 @@ class _Estimates:
             limit=memory_limit(self.args) / GIB,
             card=self.args.gpu or "GPU",
             facts=facts,
+            ratios=plan.ratios,
         )
 
     def _write(self, values: Mapping[str, Any], picture: PlanPicture) -> None:

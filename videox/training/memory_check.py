@@ -18,7 +18,7 @@ from videox.errors import FLAGS, UserError
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import GIB
 from videox.optim.registry import kind_of
-from videox.shapes import Bucket, token_count
+from videox.shapes import Bucket, Ratios, token_count
 from videox.training.args import optimizer_of
 from videox.training.context import Context
 from videox.training.memory_advice import MemoryAdvice
@@ -47,13 +47,14 @@ def explain_oom(advice: MemoryAdvice) -> Iterator[None]:
 
 
 @contextmanager
-def name_batch(batch: Batch) -> Iterator[None]:
-    """Add the size of a micro-batch to an out-of-memory error inside."""
+def name_batch(batch: Batch, ratios: Ratios) -> Iterator[None]:
+    """Add the size of a micro-batch to an out-of-memory error inside; ratios: of the model."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         bucket, count = batch["bucket"], len(batch["rows"])
-        size = f"{count} x {bucket.frames} x {bucket.height} x {bucket.width} ({count * token_count(bucket):,} tokens)"
+        tokens = count * token_count(bucket, ratios)
+        size = f"{count} x {bucket.frames} x {bucket.height} x {bucket.width} ({tokens:,} tokens)"
         error.batch = f" of the micro-batch {size}"  # type: ignore[attr-defined]
         raise
 
@@ -99,7 +100,8 @@ def try_largest(
     if ctx.is_main:
         predicted = ctx.memory.allocated(encoded=args.latent_cache is None)
         peak = peak_line(predicted, measured=torch.cuda.max_memory_allocated(gpu) if gpu else None)
-        ctx.print(f"the largest micro-batch, {args.train_batch_size} x {token_count(bucket):,} tokens, fits: {peak}")
+        tokens = schedule.plan.tokens_of(bucket)
+        ctx.print(f"the largest micro-batch, {args.train_batch_size} x {tokens:,} tokens, fits: {peak}")
 
 
 def peak_line(predicted: float | str, measured: int | None) -> str:

@@ -11,6 +11,7 @@ from videox.data.index.index import DataLocation
 from videox.data.plan.held_out import RANDOM, STRATIFIED
 from videox.data.plan.settings import PlanSettings
 from videox.data.plan.timesteps import ACROSS_STEPS, PER_STEP
+from videox.shapes import USUAL, Ratios
 from videox.training.args import size_policy
 from videox.training.data_sources import DataSources, sources_of, validation_source
 
@@ -48,11 +49,12 @@ def validation_location(args: argparse.Namespace) -> DataLocation:
 
 
 def plan_settings(
-    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, **launched: object
-) -> PlanSettings:
-    """The plan settings from the flags; launched: further fields of PlanSettings, which override the flags."""
+    args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, ratios: Ratios = USUAL,
+    **launched: object,
+) -> PlanSettings:  # fmt: skip
+    """The plan settings from the flags; min_frames, ratios: of the model; launched: further fields of PlanSettings, which override the flags."""
     fields: dict[str, Any] = dict(
-        policy=size_policy(args, min_frames),
+        policy=size_policy(args, min_frames, ratios),
         batch_size=args.train_batch_size,
         slots=slots,
         seed=seed,

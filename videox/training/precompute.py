@@ -121,7 +121,7 @@ def missing_of(
         seen: keys that are counted already; those of these samples are added.
     """
     assert encoder.cache_view is not None and encoder.cache is not None
-    jobs, before = [], len(seen)
+    jobs, before, ratios = [], len(seen), dataset.policy.ratios
     for planned in samples:
         sample_key = sample_key_of(dataset, planned, encoder.cache_view.mode)
         specs = {
@@ -135,7 +135,7 @@ def missing_of(
             sizes = {key: specs[key].max_bytes(planned.bucket) for key in missing}
             fixed = (key for key in missing if not (specs[key].padded or specs[key].trimmed))
             jobs.append(Job(planned, missing, sum(sizes.values()), sum(sizes[key] for key in fixed)))
-    jobs.sort(key=lambda job: (-token_count(job.planned.bucket), job.planned.row))
+    jobs.sort(key=lambda job: (-token_count(job.planned.bucket, ratios), job.planned.row))
     return CacheTodo(dataset, len(seen) - before, tuple(jobs))
 
 

@@ -138,7 +138,7 @@ class RunMemory:
             recompute_share=1.0 if args.gradient_checkpointing else args.selective_ac,
             offload_encoders=args.low_vram,
             workers=args.dataloader_num_workers,
-            tokens=token_count(self.largest),
+            tokens=token_count(self.largest, settings.policy.ratios),
             batch=args.train_batch_size,
             zero=launch.zero,
             ema_device=args.ema_device if args.use_ema else "",
@@ -361,7 +361,7 @@ class RunMemory:
 
     def _tokens_of(self, **changes: Any) -> int:  # noqa: ANN401 - fields of SizePolicy
         policy = replace(self.settings.policy, **changes)
-        return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)))
+        return token_count(largest_bucket(self.columns, replace(self.settings, policy=policy)), policy.ratios)
 
 
 def _block_weights(elements: int, linear: Sequence[tuple[int, ...]]) -> BlockWeights:

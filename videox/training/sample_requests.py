@@ -13,7 +13,7 @@ from PIL import Image
 from videox.data.media.image import probe_image
 from videox.data.media.video import BadMedia, read_image
 from videox.errors import UserError
-from videox.shapes import GRID, Bucket, snap_frames
+from videox.shapes import USUAL, Bucket, Ratios, snap_frames
 from videox.training.prompts import SamplePrompt
 from videox.training.sampling import SampleClip
 
@@ -32,6 +32,7 @@ class ClipDefaults:
         embedded_guidance: the family's guidance scale is an input of the transformer (HunyuanVideo); else it is
             classifier-free (Wan2.1).
         text_tokens: length that the embeddings of prompts are padded to, as in training; None = the pipeline's own.
+        ratios: of the model.
     """
 
     shape: Bucket
@@ -42,6 +43,7 @@ class ClipDefaults:
     seed: int
     embedded_guidance: bool
     text_tokens: int | None = None
+    ratios: Ratios = USUAL
 
 
 def with_flags(args: argparse.Namespace, defaults: ClipDefaults) -> ClipDefaults:
@@ -67,10 +69,12 @@ def build_clips(prompts: Sequence[SamplePrompt], defaults: ClipDefaults) -> tupl
     """
     clips, notes = [], []
     for number, prompt in enumerate(prompts):
-        shape, changes = shape_of(prompt, defaults.shape, _size_of(prompt) if prompt.image else None)
+        picture = _size_of(prompt) if prompt.image else None
+        shape, changes = shape_of(prompt, defaults.shape, picture, defaults.ratios)
         if prompt.last_image and shape.frames == 1:
-            what = "one frame: a clip between two pictures has at least 5"
-            raise UserError(prompt.place, what, "add --f 5 or more to the prompt, or pass --sample_frames")
+            fewest = defaults.ratios.temporal + 1
+            what = f"one frame: a clip between two pictures has at least {fewest}"
+            raise UserError(prompt.place, what, f"add --f {fewest} or more to the prompt, or pass --sample_frames")
         guidance, more = guidance_of(prompt, defaults)
         notes += [f"{prompt.place}: {line}" for line in (*changes, *more)]
         clips.append(
@@ -94,9 +98,9 @@ def build_clips(prompts: Sequence[SamplePrompt], defaults: ClipDefaults) -> tupl
 
 
 def shape_of(
-    prompt: SamplePrompt, default: Bucket, picture: tuple[int, int] | None = None
+    prompt: SamplePrompt, default: Bucket, picture: tuple[int, int] | None = None, ratios: Ratios = USUAL
 ) -> tuple[Bucket, list[str]]:
-    """Return the shape of a clip, sides in multiples of 16 and 4k+1 frames, and a line if that is not as written.
+    """Return the shape of a clip, sides on the model's grid and 4k+1 frames, and a line if that is not as written.
 
     Without --w and --h the clip has the area of the default shape, in the aspect ratio of the picture if there is one.
     With one of them, the other side follows from that ratio.
@@ -105,31 +109,33 @@ def shape_of(
         prompt: with its options.
         default: frames, height and width where it has none.
         picture: height and width of the picture that the clip starts from.
+        ratios: of the model.
     """
-    frames = snap_frames(prompt.frames or default.frames)
+    grid = ratios.grid
+    frames = snap_frames(prompt.frames or default.frames, ratios)
     ratio = picture[1] / picture[0] if picture else default.width / default.height
     if prompt.width is None and prompt.height is None:
-        height, width = sides_of_ratio(default.height * default.width, ratio) if picture else (0, 0)
-        height, width = height or _snap(default.height), width or _snap(default.width)
+        height, width = sides_of_ratio(default.height * default.width, ratio, grid) if picture else (0, 0)
+        height, width = height or _snap(default.height, grid), width or _snap(default.width, grid)
     else:
-        width = _snap(prompt.width or _snap(prompt.height or 0) * ratio)
-        height = _snap(prompt.height or width / ratio)
+        width = _snap(prompt.width or _snap(prompt.height or 0, grid) * ratio, grid)
+        height = _snap(prompt.height or width / ratio, grid)
     asked = (prompt.frames or frames, prompt.height or height, prompt.width or width)
     if asked == (frames, height, width):
         return Bucket(frames, height, width), []
     text = "{2}x{1} with {0} frames".format
-    rule = "sides are multiples of 16, lengths 4k+1"
+    rule = f"sides are multiples of {grid}, lengths {ratios.temporal}k+1"
     return Bucket(frames, height, width), [f"{text(*asked)} becomes {text(frames, height, width)}: {rule}"]
 
 
-def _snap(side: float) -> int:
-    """Return the nearest multiple of 16, at least 16."""
-    return max(GRID, round(side / GRID) * GRID)
+def _snap(side: float, grid: int) -> int:
+    """Return the nearest multiple of the grid, at least one cell of it."""
+    return max(grid, round(side / grid) * grid)
 
 
-def sides_of_ratio(area: float, ratio: float) -> tuple[int, int]:
-    """Return (height, width), multiples of 16 near an area in pixels and an aspect ratio width / height."""
-    cells = max(area / GRID**2, 1.0)
+def sides_of_ratio(area: float, ratio: float, grid: int = USUAL.grid) -> tuple[int, int]:
+    """Return (height, width), multiples of the grid near an area in pixels and an aspect ratio width / height."""
+    cells = max(area / grid**2, 1.0)
     rows = max(1, round(math.sqrt(cells / ratio)))
 
     def error(sides: tuple[int, int]) -> float:
@@ -138,7 +144,7 @@ def sides_of_ratio(area: float, ratio: float) -> tuple[int, int]:
 
     candidates = [(r, max(1, round(r * ratio))) for r in range(max(1, rows - 2), rows + 3)]
     height, width = min(candidates, key=error)
-    return height * GRID, width * GRID
+    return height * grid, width * grid
 
 
 def guidance_of(prompt: SamplePrompt, defaults: ClipDefaults) -> tuple[dict[str, float], list[str]]:
@@ -164,7 +170,7 @@ def check_pictures(prompts: Sequence[SamplePrompt]) -> None:
     for prompt in prompts:
         for picture in (prompt.image, prompt.last_image):
             if picture is not None:
-                _read_picture(prompt, picture, Bucket(1, GRID, GRID))
+                _read_picture(prompt, picture, Bucket(1, USUAL.grid, USUAL.grid))
 
 
 def _size_of(prompt: SamplePrompt) -> tuple[int, int]:

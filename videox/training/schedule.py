@@ -32,6 +32,7 @@ from videox.training.context import Context
 from videox.training.data_change import change_lines, indexed_data, keep_rows, rows_of_epoch
 from videox.training.flow_shift import with_default_yaml
 from videox.training.planning import data_location, plan_settings, validation_location
+from videox.training.validation_flags import check_clip_shape
 
 # Flags that change where, how long and how fast a run trains, what it shows and writes, but none of its numbers. They
 # are not part of a run's name.
@@ -114,6 +115,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     Raises:
         UserError: the data cannot be read or trained, or a resumed run would get another schedule.
     """
+    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", profile.ratios)
     index = shared_index(args, ctx)
     report.check_captions(index, args.missing_caption)
     current = columns_of(index, by_second=args.video_sample_fps > 0)
@@ -127,6 +129,7 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
             plan_settings,
             args,
             min_frames=profile.min_frames,
+            ratios=profile.ratios,
             cost_linear=cost[0],
             cost_quadratic=cost[1],
             barrier=ctx.backend.barrier,

@@ -21,7 +21,6 @@ from videox.models.attention_backend import AttentionShape, Trial
 from videox.models.compiled_blocks import compile_blocks
 from videox.models.recompute import Recompute
 from videox.run.checkpoint import read_manifest
-from videox.shapes import token_count
 from videox.training.context import Context
 from videox.training.planned_gpu import memory_limit
 from videox.training.run_memory import Launch, RunMemory, chooser, largest_micro_batches, zero_settings
@@ -99,7 +98,7 @@ def choose_attention(args: argparse.Namespace, ctx: Context, schedule: Schedule,
 
 def _measure(schedule: Schedule, small: Trial) -> tuple[str, list[str]]:
     """The fastest kernel for the largest samples of the first epoch, and lines on what was measured."""
-    tokens = max(map(token_count, schedule.plan.buckets))
+    tokens = max(schedule.plan.bucket_tokens())
     shape = small.shape._replace(tokens=min(tokens, kernels.MOST_TOKENS))
     name, times = kernels.fastest_backend(small, Trial(shape, small.device, small.dtype), kernels.CANDIDATES)
     return name, [kernels.describe_times(times, shape)]

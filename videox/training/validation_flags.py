@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from videox.errors import UserError, plural
-from videox.shapes import GRID, snap_frames
+from videox.shapes import USUAL, Ratios, snap_frames
 from videox.training.argument_parser import COUNT, COUNT_OR_ZERO, Parser, number
 from videox.training.prompts import FLAG, SamplePrompt, read_prompts
 
@@ -20,6 +20,7 @@ SAMPLE_STEPS = 25  # denoising steps
 SAMPLE_MINUTES, MOST_MINUTES_TOGETHER = 30.0, 50.0
 # The pictures of a prompt that are no single first frame, by --train_mode.
 PICTURES: Mapping[str, tuple[str, ...]] = {"normal": (), "flf2v": ("image", "last_image")}
+WITHOUT_PICTURE = ("ti2v",)  # in these modes a prompt may have none: its clip is made from the text alone
 
 
 def add_validation(parser: Parser) -> None:
@@ -59,7 +60,7 @@ def add_samples(parser: Parser) -> None:
         "such as --w 832 --h 480 --f 81 --d 42 --s 30 --l 5 --n blurry"
     )
     add(FLAG, nargs="+", default=[], metavar="TEXT|FILE", help=prompts)
-    paths = "i2v, inpaint: pictures that the clips start from, one for each prompt without --i"
+    paths = "i2v, inpaint, ti2v: pictures that the clips start from, one for each prompt without --i"
     add("--validation_paths", nargs="+", default=[], help=paths)
     every = "steps between samples; by default at each validation, and in any case at step 0 and at the end"
     add("--sample_every", type=COUNT, metavar="N", help=every)
@@ -102,7 +103,7 @@ def check_samples(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the prompt or the flag that is wrong.
     """
-    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames")
+    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", USUAL)
     prompts = prompts_of(args)
     for prompt in prompts:
         for picture in (prompt.image, prompt.last_image):
@@ -113,21 +114,25 @@ def check_samples(args: argparse.Namespace) -> None:
         raise UserError("--sample_minutes", what, f"pass at most {MOST_MINUTES_TOGETHER:g} with several processes")
 
 
-def check_clip_shape(sides: Sequence[int] | None, frames: int | None, size_flag: str, frames_flag: str) -> None:
-    """Raise UserError unless sides are multiples of 16 and frames are 4k+1; None = not given.
+def check_clip_shape(
+    sides: Sequence[int] | None, frames: int | None, size_flag: str, frames_flag: str, ratios: Ratios
+) -> None:
+    """Raise UserError unless sides are multiples of the model's grid and frames are 4k+1; None = not given.
 
     Args:
         sides: height and width of clips, in pixels.
         frames: of clips.
         size_flag: that has the sides.
         frames_flag: that has the frames.
+        ratios: of the model.
     """
-    if sides and any(side % GRID for side in sides):
-        nearest = " ".join(str(max(GRID, round(side / GRID) * GRID)) for side in sides)
-        what = f"{' '.join(map(str, sides))}: sides are multiples of {GRID}"
+    grid, step = ratios.grid, ratios.temporal
+    if sides and any(side % grid for side in sides):
+        nearest = " ".join(str(max(grid, round(side / grid) * grid)) for side in sides)
+        what = f"{' '.join(map(str, sides))}: sides are multiples of {grid}"
         raise UserError(size_flag, what, f"pass {nearest}")
-    if frames and frames != snap_frames(frames):
-        raise UserError(frames_flag, f"{frames}: clips have 4k+1 frames", f"pass {snap_frames(frames)}")
+    if frames and frames != snap_frames(frames, ratios):
+        raise UserError(frames_flag, f"{frames}: clips have {step}k+1 frames", f"pass {snap_frames(frames, ratios)}")
 
 
 def prompts_of(args: argparse.Namespace) -> list[SamplePrompt]:
@@ -163,9 +168,13 @@ def with_pictures(prompts: Sequence[SamplePrompt], paths: Sequence[str], task: s
             what = f"{option} {getattr(named, field)}: --train_mode {task} {role}"
             raise UserError(named.place, what, "remove the option, or use a model for image-to-video")
     wanted = sum(getattr(prompt, field) is None for prompt in prompts for field in fields)
+    if task in WITHOUT_PICTURE and not paths:
+        return [*prompts]
     if len(paths) != wanted:
         what = f"{len(paths)} {plural(len(paths), 'image')}, --train_mode {task} needs {wanted}"
         hint = "pass one image per prompt in i2v and inpaint, by this flag or by the option --i"
+        if task in WITHOUT_PICTURE:
+            hint = "name the picture of each prompt that has one by the option --i"
         if len(fields) > 1:
             hint = "pass a first and a last image per prompt, by this flag or by the options --i and --ei"
         raise UserError(flag, what, hint)

@@ -85,7 +85,8 @@ class HeldOutLoss:
         shift: shift of sigma, as in training.
         noise_key: integer that the noise is drawn from, such as the run's seed.
         sigmas_per_sample: forward passes for each sample.
-        given_frames: leading latent frames that the model is given; they are excluded from the loss.
+        given_frames: leading latent frames that the model is given, of all samples or by sample; they are excluded from
+            the loss.
         window: of noise levels that the model is trained at.
     """
 
@@ -94,7 +95,7 @@ class HeldOutLoss:
     shift: float
     noise_key: int
     sigmas_per_sample: int
-    given_frames: int = 0
+    given_frames: int | Callable[[HeldOut], int] = 0
     window: NoiseWindow = WHOLE
 
     def at(self, sample: HeldOut, sigma: float, key: int, device: torch.device | str) -> torch.Tensor:
@@ -104,7 +105,8 @@ class HeldOutLoss:
         level = torch.full((1,), sigma, dtype=torch.float32, device=device)
         ACTIVITY.progress()
         prediction = self.predict(add_noise(latents, noise, level), NUM_TRAIN_TIMESTEPS * level, sample)
-        generated = (slice(None), slice(None), slice(self.given_frames, None))
+        given = self.given_frames if isinstance(self.given_frames, int) else self.given_frames(sample)
+        generated = (slice(None), slice(None), slice(given, None))
         return velocity_losses(prediction[generated], (noise - latents)[generated], torch.ones_like(level))[0]
 
 

@@ -15,7 +15,6 @@ from videox.data.plan.epoch import EpochPlan, check_world_size
 from videox.data.plan.plan import plan_epoch
 from videox.data.plan.settings import BARRIERS, PlanColumns, PlanSettings, launch_cost, sample_cost
 from videox.rng import Purpose, hash_key
-from videox.shapes import token_count
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def balance_and_variance_ratio(
     costs, padding = plan_costs(plan, settings, data_groups)
     steps = np.arange(len(plan.slot_first) - 1) // plan.slots
     counts = np.diff(plan.micro_first[plan.slot_first])
-    tokens = np.array([token_count(bucket) for bucket in plan.buckets])[plan.micro_bucket]
+    tokens = np.array(plan.bucket_tokens())[plan.micro_bucket]
     return (
         balance(costs, barrier or settings.barrier, padding),
         step_variance_ratio(np.repeat(tokens, np.diff(plan.micro_first)), np.repeat(steps, counts)),

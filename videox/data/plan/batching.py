@@ -83,7 +83,7 @@ def batch_sizes(settings: PlanSettings, buckets: tuple[Bucket, ...], counts: np.
     bucket in one step are less varied than the same number of random ones. The size is therefore limited, so that its
     mean over buckets, weighted by each bucket's share of the variance of log tokens, stays below MAX_CLUSTERING.
     """
-    tokens = np.array([token_count(bucket) for bucket in buckets], np.float64)
+    tokens = np.array([token_count(bucket, settings.policy.ratios) for bucket in buckets], np.float64)
     cost = sample_cost(settings, buckets)
     max_cost = settings.batch_size * cost.max() / (BATCHES_PER_SLOT if settings.barrier == "step" else 1)
     # (1 + 1e-12): an exact fit is not lost to float rounding

@@ -13,7 +13,7 @@ import numpy as np
 
 from videox.data.choices import GRIDS
 from videox.errors import UserError
-from videox.shapes import GRID, TEMPORAL_RATIO, frames_that_fit, snap_frames, token_limited_frames
+from videox.shapes import USUAL, Ratios, frames_that_fit, snap_frames, token_limited_frames
 
 LADDER_STEP = 128  # pixels from one target size to the next
 LADDER_START = 512  # under random_hw_adapt alone the smallest target is at most this
@@ -64,7 +64,7 @@ class SizePolicy:
 
     min_frames: the fewest frames (4k+1) of a sample that has a loss, 5 where the first latent frame is given to the
     model; images and shorter clips are then too short. sample_fps: kept frames per second of the source, 0 = use the
-    stride. grid: "ratios", the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides.
+    stride. grid: "ratios", the 40 of ASPECT_RATIOS_512, or "exact", see exact_sides. ratios: of the model.
 
     Raises:
         UserError: flags that contradict each other or are out of range.
@@ -84,17 +84,18 @@ class SizePolicy:
     min_frames: int = 1
     sample_fps: float = 0.0
     grid: str = GRIDS[0]
+    ratios: Ratios = USUAL
 
     def __post_init__(self) -> None:
+        least = 2 * self.ratios.grid
         for name in ("video_sample_size", "image_sample_size", "token_sample_size"):
-            if not 2 * GRID <= getattr(self, name) <= 8192:
-                raise UserError(
-                    f"--{name}", f"{getattr(self, name)} is outside 32..8192", "pass the side of a square in pixels"
-                )
-        if self.n_frames < 1 or snap_frames(self.n_frames) != self.n_frames:
-            near = snap_frames(max(1, self.n_frames))
-            hint = f"use {near} or {near + TEMPORAL_RATIO}"
-            raise UserError("--video_sample_n_frames", f"{self.n_frames} is not 4k+1", hint)
+            if not least <= getattr(self, name) <= 8192:
+                what = f"{getattr(self, name)} is outside {least}..8192"
+                raise UserError(f"--{name}", what, "pass the side of a square in pixels")
+        if self.n_frames < 1 or snap_frames(self.n_frames, self.ratios) != self.n_frames:
+            near, step = snap_frames(max(1, self.n_frames), self.ratios), self.ratios.temporal
+            what, hint = f"{self.n_frames} is not {step}k+1", f"use {near} or {near + step}"
+            raise UserError("--video_sample_n_frames", what, hint)
         if self.stride < 1:
             raise UserError("--video_sample_stride", f"{self.stride} is below 1", "use 1 for every frame")
         if not self.enable_bucket:
@@ -110,12 +111,9 @@ class SizePolicy:
             what = f"{self.n_frames} frames at --token_sample_size {self.token_sample_size} leave no clip of {self.min_frames} frames"
             hint = "raise one of them: a sample of the given first frame alone has no loss"
             raise UserError("--video_sample_n_frames", what, hint)
-        if self.fix_sample_size and min(self.fix_sample_size) < 2 * GRID:
-            raise UserError(
-                "--fix_sample_size",
-                f"{self.fix_sample_size} has a side below 32 pixels",
-                "pass height and width of at least 32",
-            )
+        if self.fix_sample_size and min(self.fix_sample_size) < least:
+            what = f"{self.fix_sample_size} has a side below {least} pixels"
+            raise UserError("--fix_sample_size", what, f"pass height and width of at least {least}")
 
     @property
     def low(self) -> int:
@@ -149,7 +147,7 @@ class SizePolicy:
     def max_frames(self, size: int) -> int:
         """Return the most frames (4k+1) that a video at this target size may have."""
         if self.token_length and not self.fix_sample_size:
-            return token_limited_frames(self.n_frames, self.token_sample_size, size)
+            return token_limited_frames(self.n_frames, self.token_sample_size, size, self.ratios)
         return self.n_frames
 
 
@@ -181,24 +179,29 @@ def nearest_ratio(height: np.ndarray, width: np.ndarray) -> np.ndarray:
     return np.searchsorted(_MIDDLES, np.asarray(height) / np.asarray(width), side="left")
 
 
-def bucket_sides(position: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (height, width) int32 of ratio number `position` at target size `target`, floored to multiples of 16."""
-    height = _HEIGHTS[position].astype(np.int64) * target // (512 * GRID) * GRID
-    width = _WIDTHS[position].astype(np.int64) * target // (512 * GRID) * GRID
-    return np.maximum(height, GRID).astype(np.int32), np.maximum(width, GRID).astype(np.int32)
+def bucket_sides(
+    position: np.ndarray, target: np.ndarray, ratios: Ratios = USUAL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (height, width) int32 of ratio number `position` at target size `target`, floored to the model's grid."""
+    grid = ratios.grid
+    height = _HEIGHTS[position].astype(np.int64) * target // (512 * grid) * grid
+    width = _WIDTHS[position].astype(np.int64) * target // (512 * grid) * grid
+    return np.maximum(height, grid).astype(np.int32), np.maximum(width, grid).astype(np.int32)
 
 
-def exact_sides(height: np.ndarray, width: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (height, width), int32: multiples of 16 as near to the source's ratio as target x target pixels allow.
+def exact_sides(
+    height: np.ndarray, width: np.ndarray, target: np.ndarray, ratios: Ratios = USUAL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (height, width), int32: multiples of the grid as near to the source's ratio as target x target allow.
 
     The short side is tried from the largest that fits down to three quarters of it; the long side follows from the
     ratio. Among the candidates that crop at most 0.5 % of the source the largest is chosen; if there is none, the one
-    that crops the least. At target 512 at most 1.6 % is cropped, from 640 on 1.3 %: the worst case is a ratio midway
-    between n x n and n x (n - 1) multiples of 16, because no ratio between these two exists within that number of
-    pixels.
+    that crops the least. On a grid of 16 pixels at most 1.6 % is cropped at target 512, from 640 on 1.3 %: the worst
+    case is a ratio midway between n x n and n x (n - 1) multiples of 16, because no ratio between these two exists
+    within that number of pixels.
     """
     short, long = np.minimum(height, width).astype(np.float64), np.maximum(height, width).astype(np.float64)
-    ratio, cells = long / short, (np.asarray(target, np.int64) // GRID) ** 2
+    ratio, cells = long / short, (np.asarray(target, np.int64) // ratios.grid) ** 2
     largest = np.maximum(np.floor(np.sqrt(cells / ratio) + 1e-9), 1)
     best_short, best_long, best_crop = (
         largest.copy(),
@@ -215,7 +218,7 @@ def exact_sides(height: np.ndarray, width: np.ndarray, target: np.ndarray) -> tu
                 for new, old in ((side, best_short), (long_side, best_long), (crop, best_crop))
             )
     tall = height > width
-    pixels = ((GRID * side).astype(np.int32) for side in (best_short, best_long))
+    pixels = ((ratios.grid * side).astype(np.int32) for side in (best_short, best_long))
     short_pixels, long_pixels = pixels
     return np.where(tall, long_pixels, short_pixels), np.where(tall, short_pixels, long_pixels)
 
@@ -240,11 +243,12 @@ def draw_sizes(sizes: tuple[int, ...], mean_side: np.ndarray, draw: np.ndarray, 
     return table[pick]
 
 
-def crop_frames(frames: np.ndarray, draw: np.ndarray) -> np.ndarray:
+def crop_frames(frames: np.ndarray, draw: np.ndarray, ratios: Ratios = USUAL) -> np.ndarray:
     """Draw the frames under random_frame_crop: F with probability 0.90, else one of 5, 9, ..., F - 4 uniformly."""
-    shorter = np.maximum((frames - 1) // TEMPORAL_RATIO - 1, 0)  # how many of 5, 9, ... are below F
+    step = ratios.temporal
+    shorter = np.maximum((frames - 1) // step - 1, 0)  # how many of 5, 9, ... are below F
     pick = np.minimum(((draw - FULL_LENGTH_SHARE) / (1 - FULL_LENGTH_SHARE) * shorter).astype(np.int64), shorter - 1)
-    return np.where((draw < FULL_LENGTH_SHARE) | (shorter == 0), frames, TEMPORAL_RATIO * (pick + 1) + 1)
+    return np.where((draw < FULL_LENGTH_SHARE) | (shorter == 0), frames, step * (pick + 1) + 1)
 
 
 def pace_of(policy: SizePolicy, fps: np.ndarray | None) -> np.ndarray | int:
@@ -283,7 +287,7 @@ def static_fates(
 ) -> np.ndarray:
     """Return a Fate per row (uint8) as decided by the row itself; kind is 0 for images and 1 for videos.
 
-    A source with a side under 16 pixels is too small. Without buckets every video must have all n_frames.
+    A source with a side under the model's grid, usually 16 pixels, is too small. Without buckets every video must have all n_frames.
     """
     fates = np.full(len(kind), Fate.TRAINED, np.uint8)
     fit = frames_at_pace(frames.astype(np.int64), pace_of(policy, fps))
@@ -291,7 +295,7 @@ def static_fates(
     fates[(kind == 1) & (fit < needed)] = Fate.TOO_SHORT
     if policy.min_frames > 1:
         fates[kind == 0] = Fate.TOO_SHORT
-    fates[np.minimum(height, width) < GRID] = Fate.TOO_SMALL
+    fates[np.minimum(height, width) < policy.ratios.grid] = Fate.TOO_SMALL
     fates[~usable] = Fate.REFUSED
     return fates
 
@@ -320,25 +324,26 @@ def assign_buckets(
     # at least one frame, so that the shape is valid; a source without frames is not trained (static_fates)
     fit = np.maximum(frames_at_pace(frames[video].astype(np.int64), pace), 1)
     longest = max_frames[np.searchsorted(np.asarray(video_sizes), target[video])]
-    length[video] = np.minimum((fit - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1, longest)
+    ratios = policy.ratios
+    length[video] = np.minimum((fit - 1) // ratios.temporal * ratios.temporal + 1, longest)
     if policy.random_frame_crop:
-        length[video] = np.maximum(crop_frames(length[video], draws.frames[video]), policy.min_frames)
+        length[video] = np.maximum(crop_frames(length[video], draws.frames[video], ratios), policy.min_frames)
 
     if policy.fix_sample_size:
-        high, wide = (side // GRID * GRID for side in policy.fix_sample_size)
+        high, wide = (side // ratios.grid * ratios.grid for side in policy.fix_sample_size)
         return Assignment(
             length.astype(np.int32), np.full(len(kind), high, np.int32), np.full(len(kind), wide, np.int32), target
         )
     if not policy.enable_bucket:
-        square = (target // GRID * GRID).astype(np.int32)
+        square = (target // ratios.grid * ratios.grid).astype(np.int32)
         return Assignment(length.astype(np.int32), square, square, target)
     if policy.grid == "exact" and not policy.random_ratio_crop:
-        return Assignment(length.astype(np.int32), *exact_sides(height, width, target), target)
+        return Assignment(length.astype(np.int32), *exact_sides(height, width, target, ratios), target)
     if policy.random_ratio_crop:
         position = _CROP_CHOICES[np.searchsorted(_CROP_EDGES, draws.ratio, side="right")]
     else:
         position = nearest_ratio(height, width)
-    return Assignment(length.astype(np.int32), *bucket_sides(position, target), target)
+    return Assignment(length.astype(np.int32), *bucket_sides(position, target, ratios), target)
 
 
 def crop_share(

@@ -15,17 +15,18 @@ from videox.data.plan.buckets import Fate
 from videox.data.plan.timesteps import ACROSS_STEPS, PER_STEP, place_in_stratum
 from videox.errors import UserError
 from videox.rng import Purpose, hash_key, uniform
-from videox.shapes import GRID, Bucket, token_count
+from videox.shapes import USUAL, Bucket, Ratios, token_count
 
 PADDING = -1  # row number of a padding sample, which has weight 0 and only keeps the ranks in step
-PADDING_SIDE = 4 * GRID  # side in pixels of an added padding micro-batch: its cost is negligible
+PADDING_CELLS = 4  # side of an added padding micro-batch, in units of the model's grid: its cost is negligible
 
 
 class MicroBatch(NamedTuple):
     """Samples of one bucket that one rank trains in one forward pass, with everything that their tensors depend on.
 
     rows, copies, starts int64 [B]; keys, variants uint64 [B]; weights float64 [B], each sample's share of the step's
-    loss (0 for padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch.
+    loss (0 for padding); strata float64 [B] in (0, 1), stratified over the step; step counts from 0 within the epoch;
+    ratios: of the model.
     """
 
     step: int
@@ -38,11 +39,12 @@ class MicroBatch(NamedTuple):
     variants: np.ndarray
     weights: np.ndarray
     strata: np.ndarray
+    ratios: Ratios = USUAL
 
     @property
     def tokens(self) -> int:
         """The number of transformer tokens of all real samples together."""
-        return token_count(self.bucket) * int(np.count_nonzero(self.rows != PADDING))
+        return token_count(self.bucket, self.ratios) * int(np.count_nonzero(self.rows != PADDING))
 
 
 class PlannedSample(NamedTuple):
@@ -74,7 +76,8 @@ class EpochPlan:
     row, copy, start int64 [N]; key, variant uint64 [N], keys of the draws that are new in each epoch and of those that
     may repeat (cache_variants); micro_first int64 [M + 1] into samples; micro_bucket int64 [M] into buckets;
     slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row; min_frames: the shortest sample that the
-    model accepts; timesteps: one of TIMESTEPS; first_step: number of the epoch's first step in the run, from 0.
+    model accepts; timesteps: one of TIMESTEPS; first_step: number of the epoch's first step in the run, from 0; ratios:
+    of the model.
     """
 
     epoch: int
@@ -93,6 +96,15 @@ class EpochPlan:
     min_frames: int = 1
     timesteps: str = PER_STEP
     first_step: int = 0
+    ratios: Ratios = USUAL
+
+    def tokens_of(self, bucket: Bucket) -> int:
+        """Return the number of transformer tokens of one sample of a bucket."""
+        return token_count(bucket, self.ratios)
+
+    def bucket_tokens(self) -> list[int]:
+        """Return tokens_of each of the plan's buckets."""
+        return [self.tokens_of(bucket) for bucket in self.buckets]
 
     @property
     def n_steps(self) -> int:
@@ -129,7 +141,7 @@ class EpochPlan:
 
     def tokens_of_step(self, step: int) -> int:
         """Return the number of transformer tokens of the whole global batch."""
-        return sum(token_count(bucket) for bucket in self.buckets_of_step(step))
+        return sum(map(self.tokens_of, self.buckets_of_step(step)))
 
     def shape_of_step(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return int64 [M] columns of a step's micro-batches: tokens per sample, samples, slot, place in the slot."""
@@ -137,7 +149,7 @@ class EpochPlan:
         firsts = self.slot_first[slots.start : slots.stop + 1]
         micros = np.arange(firsts[0], firsts[-1])
         slot = np.repeat(np.arange(len(slots)), np.diff(firsts))
-        tokens = np.array([token_count(self.buckets[number]) for number in self.micro_bucket[micros]])
+        tokens = np.array([self.tokens_of(self.buckets[number]) for number in self.micro_bucket[micros]])
         return tokens, self.micro_first[micros + 1] - self.micro_first[micros], slot, micros - firsts[slot]
 
     def strata_of_step(self, step: int) -> np.ndarray:
@@ -186,11 +198,12 @@ class EpochPlan:
                     MicroBatch(
                         step, slot, self.buckets[self.micro_bucket[m]], self.row[span], self.copy[span],
                         self.start[span], self.key[span], self.variant[span], weights,
-                        strata[span.start - first : span.stop - first],
+                        strata[span.start - first : span.stop - first], self.ratios,
                     )
                 )  # fmt: skip
             # sharded engines synchronize in every micro-batch: all ranks must run the same number
-            batches += [padding(step, slot, smallest if micro_range else cheapest)] * (max_batches - len(micro_range))
+            added = padding(step, slot, smallest if micro_range else cheapest, self.ratios)
+            batches += [added] * (max_batches - len(micro_range))
         return batches
 
     def padding_buckets(self, step: int) -> tuple[Bucket, Bucket]:
@@ -201,8 +214,9 @@ class EpochPlan:
         """
         slots = self._slot_range(step)
         used = np.unique(self.micro_bucket[self.slot_first[slots.start] : self.slot_first[slots.stop]])
-        cheapest = min((self.buckets[number] for number in used), key=token_count)
-        return cheapest, min(cheapest, Bucket(self.min_frames, PADDING_SIDE, PADDING_SIDE), key=token_count)
+        cheapest = min((self.buckets[number] for number in used), key=self.tokens_of)
+        side = PADDING_CELLS * self.ratios.grid
+        return cheapest, min(cheapest, Bucket(self.min_frames, side, side), key=self.tokens_of)
 
     def bucket_table(self) -> list[tuple[Bucket, int, int]]:
         """Return (bucket, samples, micro-batches) for each bucket in use, most tokens first."""
@@ -210,23 +224,23 @@ class EpochPlan:
         samples = np.bincount(self.micro_bucket, weights=sizes, minlength=len(self.buckets)).astype(int)
         micros = np.bincount(self.micro_bucket, minlength=len(self.buckets))
         table = [(bucket, int(n), int(m)) for bucket, n, m in zip(self.buckets, samples, micros, strict=True)]
-        return sorted(table, key=lambda line: (-token_count(line[0]), line[0]))
+        return sorted(table, key=lambda line: (-self.tokens_of(line[0]), line[0]))
 
     def most_common_bucket(self) -> Bucket:
         """Return the bucket with the most samples; a bucket of clips is preferred to one of images."""
-        return max(self.bucket_table(), key=lambda line: (line[0].frames > 1, line[1], token_count(line[0])))[0]
+        return max(self.bucket_table(), key=lambda line: (line[0].frames > 1, line[1], self.tokens_of(line[0])))[0]
 
     def fate_counts(self) -> dict[str, int]:
         """Return the number of metadata rows of each fate; the counts add up to the number of rows."""
         return {fate.name.lower(): int(np.count_nonzero(self.fates == fate)) for fate in Fate}
 
 
-def padding(step: int, slot: int, bucket: Bucket) -> MicroBatch:
+def padding(step: int, slot: int, bucket: Bucket, ratios: Ratios = USUAL) -> MicroBatch:
     """Return a micro-batch of one padding sample: no file is opened and its weight is 0."""
     one = np.zeros(1, np.int64)
     key = one.astype(np.uint64)
     return MicroBatch(
-        step, slot, bucket, one + PADDING, one, one, key, key, np.zeros(1), np.full(1, 0.5)
+        step, slot, bucket, one + PADDING, one, one, key, key, np.zeros(1), np.full(1, 0.5), ratios
     )  # fmt: skip
 
 

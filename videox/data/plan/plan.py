@@ -257,6 +257,7 @@ def plan_epoch(
         min_frames=settings.policy.min_frames,
         timesteps=settings.timesteps,
         first_step=first_step,
+        ratios=settings.policy.ratios,
     )
 
 
@@ -292,7 +293,7 @@ def slot_order(
     # 2**24 and 4096 are fine enough, and keep all sums below 2**53, where float64 adds integers exactly.
     launch = np.rint(launch_cost(settings) / unit.max() * 2**24)
     unit = np.maximum(np.rint(unit / unit.max() * 2**24), 1)
-    logs = np.rint(np.log([token_count(bucket) for bucket in buckets]) * 4096).astype(np.int64)
+    logs = np.rint(np.log([token_count(bucket, settings.policy.ratios) for bucket in buckets]) * 4096).astype(np.int64)
     logs -= int(counts @ logs) // int(counts.sum())
     of_samples = (unit[filling.bucket], logs[filling.bucket], np.ones(len(filling.slot)))
     columns = [column * filling.samples for column in of_samples]
@@ -365,8 +366,9 @@ def largest_bucket(columns: PlanColumns, settings: PlanSettings) -> Bucket:
             ),
             fps=None if columns.fps is None else columns.fps[rows],
         )  # fmt: skip
-        tokens = ((assignment.frames.astype(np.int64) - 1) // 4 + 1) * assignment.height * assignment.width
+        latent_frames = (assignment.frames.astype(np.int64) - 1) // policy.ratios.temporal + 1
+        tokens = latent_frames * assignment.height * assignment.width
         largest = int(tokens.argmax())
         bucket = Bucket(*(int(column[largest]) for column in assignment[:3]))
-        result = max(result, bucket, key=token_count)
+        result = max(result, bucket, key=lambda size: token_count(size, policy.ratios))
     return result

@@ -131,7 +131,7 @@ class PlanSettings:
 
 def sample_cost(settings: PlanSettings, buckets: tuple[Bucket, ...]) -> np.ndarray:
     """Return the cost a*S + b*S^2 of one sample of each bucket, float64."""
-    tokens = np.array([token_count(bucket) for bucket in buckets], np.float64)
+    tokens = np.array([token_count(bucket, settings.policy.ratios) for bucket in buckets], np.float64)
     return settings.cost_linear * tokens + settings.cost_quadratic * tokens**2
 
 
