@@ -102,6 +102,7 @@ def cells() -> list[Cell]:
         ("wan2.2", "normal", "low_noise", tiny.build_wan22_t2v, wan),
         ("wan2.2", "i2v", "high_noise", tiny.build_wan22_i2v, wan_image),
         ("wan2.2", "i2v", "low_noise", tiny.build_wan22_i2v, wan_image),
+        ("wan2.2", "ti2v", "", tiny.build_wan22_5b, wan),
         ("hunyuanvideo", "normal", "", tiny.build_hunyuan_t2v, hunyuan),
         ("hunyuanvideo", "i2v", "token_replace", tiny.build_hunyuan_i2v, hunyuan_image),
         ("hunyuanvideo", "i2v", "latent_concat", latent_concat, hunyuan_image),
@@ -134,7 +135,7 @@ def run_cell(cell: Cell, metadata: Path, folder: Path) -> CellResult:
         "checkpointing_steps": INTERRUPTED_AT,
         "validation_rows": 2,
         "max_train_steps": STEPS,
-        **({"expert": cell.model} if cell.model in EXPERTS else {}),
+        **({"expert": cell.model if cell.model in EXPERTS else None} if cell.family == "wan2.2" else {}),
     }
     argvs = (
         runs.train_flags(cell.family, trained, metadata, whole, **asked),
@@ -194,8 +195,9 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     The base model samples from the same noise with its weights rounded like the exported ones, so that rounding alone
     makes no difference.
     """
-    given = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
-    if cell.mode != "normal":
+    size = {**SIZE, "height": 64} if cell.mode == "ti2v" else SIZE  # its sides are multiples of 32
+    given = {**size, "num_inference_steps": 3, "output_type": "np"}
+    if cell.mode not in ("normal", "ti2v"):
         given["image"] = Image.fromarray(tiny.moving_square(1, SIZE["width"], SIZE["height"])[0])
     if cell.mode == "flf2v":
         given["last_image"] = Image.fromarray(tiny.moving_square(9, SIZE["width"], SIZE["height"])[-1])
@@ -214,7 +216,7 @@ def sample(cell: Cell, model: Path, exported: torch.nn.Module) -> list[str]:
     # This pipeline removes the first latent frame, whose four frames are the given picture.
     frames = SIZE["num_frames"] - (4 if cell.model == "latent_concat" else 0)
     wrong = []
-    if clips[0].shape != (frames, SIZE["height"], SIZE["width"], 3):
+    if clips[0].shape != (frames, size["height"], size["width"], 3):
         wrong.append(f"the clip has the shape {clips[0].shape}")
     if not np.isfinite(clips[0]).all() or not clips[0].std() > 0:
         wrong.append("the clip is empty or not finite")

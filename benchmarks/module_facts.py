@@ -44,7 +44,7 @@ LLAVA = {"text_encoder": "transformers.LlavaForConditionalGeneration"}
 # ones, where its attention does, whose matrix has a row for each pixel of a latent frame (Wan), or of all latent
 # frames of a part (HunyuanVideo). Both VAEs encode in parts. The fit must agree with the sizes to check.
 SMALL = ((64, 64), (64, 128), (128, 64), (128, 128))
-LARGE = ((4320, 7680), (5760, 10240), (8640, 15360))
+LARGE = ((4320, 7680), (5760, 10240), (8640, 15360))  # twice as large for a VAE that takes 2 x 2 pixels as one
 FRAMES = (1, 5, 9, 13, 17)
 # HunyuanVideo's VAE encodes longer clips in parts of 17 frames, 12 frames after each other, and keeps 32 channels of
 # 5 latent frames of each, and the clip beside the part. Wan's encodes 4 frames at a time; videox.training.run_memory
@@ -99,10 +99,12 @@ def polynomial(
 def peaks_of(kind: str, config: dict[str, Any], half: bool) -> dict[str, Any]:
     """Return the polynomials of a VAE's peak, by number of frames; {} if they do not agree with what is measured."""
     vae, found = measure.build(kind, config, half=half), dict[str, Any]()
+    scale = config.get("patch_size") or 1
+    large = [(scale * height, scale * width) for height, width in LARGE]
     is_hunyuan = "Hunyuan" in kind
     for frames in FRAMES:
         attention = partial(attention_terms, frames)
-        phases = {CONVOLUTION: (SMALL, convolution_terms), ATTENTION: (LARGE, attention)}
+        phases = {CONVOLUTION: (SMALL, convolution_terms), ATTENTION: (large, attention)}
         found[str(frames)] = {}
         for name, (sides, terms) in phases.items():
             peaks = [measure.vae_peak_bytes(vae, (frames, *side)) for side in sides]

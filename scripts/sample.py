@@ -49,7 +49,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scale = "factor of a LoRA's effect, 1 as trained, 0 without it"
     parser.add_argument("--lora_scale", type=number(float, -10, 10), default=1.0, help=scale)
     size = {"type": number(int, 16, 8192), "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
-    parser.add_argument("--resolution", **size, help="size of the clips, multiples of 16")
+    parser.add_argument("--resolution", **size, help="size of the clips, multiples of 16 (TI2V-5B: of 32)")
     parser.add_argument("--frames", type=number(int, 1, 10_000), help="frames of a clip, 4k+1")
     parser.add_argument("--fps", type=number(float, 0.1, 1000), help="frames per second")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps")
@@ -85,6 +85,7 @@ from videox.files import unique_path
 from videox.lora.merge import check_base, lora_updates
 from videox.lora.reader import STEM, lora_file, lora_names, read_lora
 from videox.models.component import Component, load_checked
+from videox.models.compression import hunyuan_ratios, wan_ratios
 from videox.models.config_files import SHIPPED_YAML, read_json
 from videox.models.hub import local_folder
 from videox.models.norm_dtype import keep_norm_dtype
@@ -131,12 +132,16 @@ class Family:
     embedded_guidance: bool
 
 
+TI2V = "TI2V-5B"  # of Wan2.2: one transformer, for text and for pictures
 FAMILIES = {
     "Wan": Family(
         "wan2.1/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(81, 480, 832), 16.0, embedded_guidance=False
     ),
     "Wan2.2": Family(
         "wan2.2/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(81, 480, 832), 16.0, embedded_guidance=False
+    ),
+    TI2V: Family(
+        "wan2.2/train.py", "WanTransformer3DModel", "WanPipeline", Bucket(121, 704, 1280), 24.0, embedded_guidance=False
     ),
     "HunyuanVideo": Family(
         "hunyuanvideo/train.py", "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", Bucket(61, 544, 960), 24.0,
@@ -257,6 +262,8 @@ def family_of(base: Path) -> Family:
     index = base / "model_index.json"
     content = read_json(index) if index.is_file() else {"_class_name": "Wan"}
     name = str(content.get("_class_name"))
+    if name.startswith("Wan") and (content.get("expand_timesteps") or (base / "Wan2.2_VAE.pth").is_file()):
+        return FAMILIES[TI2V]
     if name.startswith("Wan") and (content.get("boundary_ratio") or (base / f"{next(iter(EXPERTS))}_model").is_dir()):
         return FAMILIES["Wan2.2"]
     for prefix, family in FAMILIES.items():
@@ -283,7 +290,9 @@ def no_check(flags: argparse.Namespace) -> None:
     del flags
 
 
-def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argparse.Namespace) -> argparse.Namespace:
+def trainer_flags(
+    trainer: ModuleType, family: Family, source: Source, base: Path, flags: argparse.Namespace
+) -> argparse.Namespace:
     """Return the flags of the family's train.py, as the run had them, or as its model needs them without a run."""
     args = trainer.parse_args(["--pretrained_model_name_or_path", str(base)], check=no_check)
     for name in KEPT:
@@ -292,13 +301,15 @@ def trainer_flags(trainer: ModuleType, source: Source, base: Path, flags: argpar
     if not source.asked and (base / "model_index.json").is_file():
         images = "ImageToVideo" in str(read_json(base / "model_index.json").get("_class_name"))
         args.train_mode = "i2v" if images else "normal"
+    if family is FAMILIES[TI2V]:
+        args.train_mode = "ti2v"
     if hasattr(args, "clip_image"):  # older versions cropped
         args.clip_image = source.resolved.get("clip_image") or ("crop" if source.asked else None)
     if source.weights is not None:
         args.transformer_path = str(source.weights)
     if source.other is not None:
         args.other_transformer_path = str(source.other)
-    if hasattr(args, "expert") and not (args.expert and source.asked):
+    if hasattr(args, "expert") and family is not FAMILIES[TI2V] and not (args.expert and source.asked):
         args.expert = expert_of(source, flags)
     precision = source.asked.get("mixed_precision") or "bf16"
     args.mixed_precision = {"bf16": "bf16", "fp32": "no", None: precision}[flags.dtype]
@@ -425,11 +436,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = local_folder(source.base, "--base")
     family = family_of(base)
     trainer = load_trainer(family)
-    args = trainer_flags(trainer, source, base, flags)
+    args = trainer_flags(trainer, family, source, base, flags)
     guidance = args.guidance_scale if family.embedded_guidance else trainer.SAMPLING_GUIDANCE
-    defaults = clip_defaults(source, family, guidance, flags)
-    clips = requested_clips(source, replace(defaults, text_tokens=args.tokenizer_max_length), args.train_mode, flags)
+    guidance = trainer.single.GUIDANCE if family is FAMILIES[TI2V] else guidance
     components = trainer.check_model(args)
+    ratios = (hunyuan_ratios if family.embedded_guidance else wan_ratios)(components)
+    check_clip_shape(flags.resolution, flags.frames, "--resolution", "--frames", ratios)
+    defaults = replace(clip_defaults(source, family, guidance, flags), text_tokens=args.tokenizer_max_length)
+    clips = requested_clips(source, replace(defaults, ratios=ratios), args.train_mode, flags)
     stored = source.resolved.get("shift")
     yaml = None if "scheduler" in components else shipped_yaml(trainer, args)
     shift = stored or choose_shift(args, None, components.get("scheduler"), shipped_yaml=yaml).value

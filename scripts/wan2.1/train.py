@@ -80,8 +80,12 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
 
 
 def check_one_transformer(args: argparse.Namespace, root: Path) -> None:
-    """Check that a new run does not train one expert of Wan2.2 on all noise levels. Raises UserError."""
-    if read_json(root / "model_index.json").get("boundary_ratio") is not None and not args.resume_from_checkpoint:
+    """Check that a new run does not train one expert of Wan2.2 on all noise levels, or TI2V-5B. Raises UserError."""
+    index = read_json(root / "model_index.json")
+    if index.get("expand_timesteps"):
+        what, hint = f"{root} is Wan2.2 TI2V-5B", "use scripts/wan2.2/train.py --train_mode ti2v"
+        raise UserError("--pretrained_model_name_or_path", what, hint, MODEL)
+    if index.get("boundary_ratio") is not None and not args.resume_from_checkpoint:
         what, hint = (
             f"{root} is Wan2.2, with one transformer for high and one for low noise",
             "use scripts/wan2.2/train.py",

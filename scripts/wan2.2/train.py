@@ -324,8 +324,14 @@ def accumulate_gradients(
 
 
 @contextmanager
-def sampling_pipeline(wan: Wan, expert: Expert) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
-    """The pipeline with both experts, one of them in training, and its encoders on the device."""
+def sampling_pipeline(
+    wan: Wan, expert: Expert | None = None
+) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
+    """The pipeline with its encoders on the device, and with both experts, one in training, if there are two."""
+    if expert is None:
+        with family.sampling_pipeline(wan) as pipeline:
+            yield pipeline
+        return
     with family.sampling_pipeline(wan) as pipeline, expert.other().on_device() as other:
         pipeline.register_to_config(boundary_ratio=expert.boundary)
         both = {EXPERTS[expert.name]: wan.transformer, EXPERTS[experts.other_expert(expert.name)]: other}
@@ -341,8 +347,8 @@ def validation_of(
     """How the run validates and samples; samples of an expert need the other one, too."""
     predict = partial(family.predict_held_out, wan)
     if args.train_mode == single.MODE:
-        pipeline, given = partial(family.sampling_pipeline, wan), wan_ti2v.given_frames
-        return FamilyValidation(predict, pipeline, single.GUIDANCE, given_frames=given)
+        pipeline = partial(sampling_pipeline, wan)
+        return FamilyValidation(predict, pipeline, single.GUIDANCE, given_frames=wan_ti2v.given_frames)
     expert = find_expert(args, components, ctx.accelerator, trained.boundary)
     return FamilyValidation(
         predict, partial(sampling_pipeline, wan, expert), SAMPLING_GUIDANCE, window=trained.window,

@@ -63,6 +63,19 @@ def test_flops_equal_torchs_count(name: str) -> None:
     assert found.forward_backward_polynomial()(tokens) == pytest.approx(found.forward_backward(tokens), rel=1e-12)
 
 
+def test_flops_with_a_timestep_for_each_token_equal_torchs_count() -> None:
+    config = SMALL_CONFIGS["text"]
+    given, tokens = model_inputs(config, by_token=True)
+    found = cross_attention_network(
+        config, text_tokens=TEXT_TOKENS, image_tokens=0, half=True, timestep_per_token=True
+    )
+    with torch.device("meta"):
+        model = build_transformer(config)
+    for backward, computed in ((False, found.forward(tokens)), (True, found.forward_backward(tokens))):
+        assert count_flops(model, on_meta(given), backward=backward) == pytest.approx(computed, rel=1e-9)
+    assert found.forward(tokens) > 1.02 * network(config).forward(tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "HunyuanVideo"])
 def test_frozen_weights_have_no_flops_for_their_gradients(name: str) -> None:
@@ -165,7 +178,31 @@ def test_saved_bytes_equal_those_of_autograd(name: str, share: float, half: bool
     )
 
 
-def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool, keep: str = "") -> tuple[int, int]:
+@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["bf16", "float32"])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+def test_saved_bytes_with_a_timestep_for_each_token_equal_those_of_autograd(share: float, half: bool) -> None:
+    config = SMALL_CONFIGS["text"]
+    given, tokens = model_inputs(config, side=32, by_token=True)
+    if half:
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].bfloat16()
+    model: Any = build_transformer(config).train()
+    chosen = select_blocks(len(blocks_of(model)), share)
+    if share:
+        checkpoint_blocks(model, blocks_of(model), lambda *_: Recompute(share))
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(**given)[0]
+
+    found = cross_attention_network(
+        config, text_tokens=TEXT_TOKENS, image_tokens=0, half=half, timestep_per_token=True
+    )
+    assert found.saved_bytes(tokens, chosen) == pytest.approx(measure_saved_bytes(model, run), rel=0.02)
+
+
+def measure_peak_bytes(
+    config: Mapping[str, Any], share: float, *, cast: bool, keep: str = "", by_token: bool = False
+) -> tuple[int, int]:
     """Return (bytes, tokens): the peak of forward and backward pass of a 720p clip, on tensors without data.
 
     Weights, their copies and their gradients are left out.
@@ -182,6 +219,9 @@ def measure_peak_bytes(config: Mapping[str, Any], share: float, *, cast: bool, k
         text = 256 if is_joint(config) else 512
         given, _ = model_inputs(config, text)
         given["hidden_states"] = torch.randn(1, config["in_channels"], 21, 90, 160)
+        if by_token:
+            given["timestep"] = torch.full((1, 21 * 45 * 80), 500.0)
+            given["encoder_hidden_states"] = given["encoder_hidden_states"].bfloat16()
         shapes = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}
 
         def run() -> None:
@@ -207,6 +247,18 @@ def test_the_peak_equals_that_of_a_traced_pass_at_published_widths(name: str, sh
     text = 256 if is_joint(config) else 512
     network = found(config, text_tokens=text, half=True, cast=cast)
     assert network.peak_bytes(tokens, select_blocks(len(network.blocks), share)) == pytest.approx(most, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cast", [True, False], ids=["float32 weights", "bf16 weights"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_peak_with_a_timestep_for_each_token_equals_that_of_a_traced_pass(share: float, cast: bool) -> None:
+    config = {**CONFIGS["Wan2.1-T2V-1.3B"], "num_layers": 2}
+    most, tokens = measure_peak_bytes(config, share, cast=cast, by_token=True)
+    found = cross_attention_network(
+        config, text_tokens=512, image_tokens=0, half=True, cast=cast, timestep_per_token=True
+    )
+    assert found.peak_bytes(tokens, select_blocks(2, share)) == pytest.approx(most, rel=0.02)
 
 
 @pytest.mark.parametrize("keep", ["attention", pytest.param("self_attention", marks=pytest.mark.slow)])

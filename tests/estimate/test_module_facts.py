@@ -90,7 +90,7 @@ def test_the_readme_has_the_size_of_each_model(script: ModuleType) -> None:
         for kind, config in script.components_of(path):
             modules = Modules({"transformer" if "Transformer" in kind else "part": (kind, config)})
             shapes = modules.shapes().values() if "Transformer" in kind else ()
-            experts = 2 if "wan2.2" in path.stem else 1
+            experts = 2 if "a14b" in path.stem else 1
             elements += experts * sum(map(math.prod, shapes)) if shapes else modules.elements("part")
         sizes = f"{round(2 * elements / 1e9)} to {round(4 * elements / 1e9)}"
         assert re.search(rf"\| `{path.stem}` \| {elements / 1e9:.1f} billion[^|]*\| {sizes} \|", readme), path.stem

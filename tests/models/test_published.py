@@ -16,7 +16,8 @@ from videox.models.published import dry_run_components, published_models
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
     "wan2.1-flf2v-14b": 16_395_536_704, "wan2.1-fun-14b-inp": 16_394_878_784, "wan2.1-fun-1.3b-inp": 1_564_428_608,
-    "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184, "hunyuanvideo-t2v": 12_821_012_544,
+    "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184, "wan2.2-ti2v-5b": 4_999_787_712,
+    "hunyuanvideo-t2v": 12_821_012_544,
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_every_family_has_models() -> None:
         "wan2.1-flf2v-14b", "wan2.1-fun-1.3b-inp", "wan2.1-fun-14b-inp", "wan2.1-i2v-14b", "wan2.1-t2v-1.3b",
         "wan2.1-t2v-14b",
     ]  # fmt: skip
-    assert published_models("wan2.2") == ["wan2.2-i2v-a14b", "wan2.2-t2v-a14b"]
+    assert published_models("wan2.2") == ["wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"]
     assert published_models("hunyuanvideo") == ["hunyuanvideo-i2v", "hunyuanvideo-t2v"]
 
 

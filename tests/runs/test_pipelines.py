@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +75,7 @@ class ModelKind:
 
     Attributes:
         sampling: arguments that a user passes to the pipeline.
+        flags: of the train script.
     """
 
     build: Callable[[Path], Path]
@@ -83,6 +84,12 @@ class ModelKind:
     pipeline: type[DiffusionPipeline]
     transformer: type[torch.nn.Module]
     sampling: Mapping[str, object]
+    flags: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def from_picture(self) -> bool:
+        """Whether a clip is sampled from a picture."""
+        return self.pipeline not in (WanPipeline, HunyuanVideoPipeline)
 
     @property
     def trainer(self) -> ModuleType:
@@ -110,12 +117,21 @@ def hunyuan_i2v(condition: str, guidance_scale: float) -> ModelKind:
     return ModelKind(build, HUNYUAN, "i2v", pipeline, transformer, {"guidance_scale": guidance_scale})
 
 
+def ti2v(pipeline: type[DiffusionPipeline], i2v_ratio: int) -> ModelKind:
+    script, flags = runs.TRAIN_SCRIPTS["wan2.2"], {"i2v_ratio": i2v_ratio}
+    return ModelKind(
+        tiny.build_wan22_5b, script, "ti2v", pipeline, WanTransformer3DModel, {"guidance_scale": 1.0}, flags
+    )
+
+
 WAN_FLF2V = replace(wan_i2v(image_embedder=True), build=tiny.build_wan_flf2v, mode="flf2v")
 KINDS = {
     "wan": WAN_T2V,
     "wan-flf2v": WAN_FLF2V,
     "wan-i2v-clip": wan_i2v(image_embedder=True),
     "wan-i2v": wan_i2v(image_embedder=False),
+    "wan-ti2v, text": ti2v(WanPipeline, i2v_ratio=0),
+    "wan-ti2v, picture": ti2v(WanImageToVideoPipeline, i2v_ratio=1),
     "hunyuan": HUNYUAN_T2V,
     "hunyuan-token_replace": hunyuan_i2v("token_replace", guidance_scale=6.0),
     "hunyuan-latent_concat": hunyuan_i2v("latent_concat", guidance_scale=1.0),  # it has no guidance embedding
@@ -149,7 +165,7 @@ def command(kind: ModelKind, model: Path, metadata: Path, output_dir: Path, **ch
         "output_dir": output_dir,
         "train_mode": kind.mode,
     }
-    return runs.to_argv({**paths, **SETTINGS, **changes})
+    return runs.to_argv({**paths, **SETTINGS, **kind.flags, **changes})
 
 
 # -------------------------------------------------------------------------- a training step compared with the pipeline
@@ -233,7 +249,7 @@ def sample(kind: ModelKind, pipeline: DiffusionPipeline, dump: runs.Dump) -> tor
     pipeline.scheduler.set_timesteps = partial(pipeline.scheduler.set_timesteps, sigmas=sigmas)
     pipeline.set_progress_bar_config(disable=True)
     settings = dict(kind.sampling)
-    if kind.mode != "normal":
+    if kind.from_picture:
         settings["image"] = Image.fromarray(dump["pixels"][0, 0].numpy())
     if kind.mode == "flf2v":
         settings["last_image"] = Image.fromarray(dump["pixels"][0, -1].numpy())
@@ -303,6 +319,11 @@ def test_every_input_changes_the_output(pair: Pair) -> None:
 
 def test_timestep_and_guidance_are_scaled_by_a_thousand(pair: Pair) -> None:
     inputs = inputs_of(pair.training)
+    if pair.kind.mode == "ti2v":  # of each token of three latent frames
+        first, later = inputs["timestep"].view(3, -1)[0], inputs["timestep"].view(3, -1)[1:]
+        assert torch.all(later == 1000 * pair.dump["sigma"]) and first.unique().numel() == 1
+        assert first[0] == (0 if pair.kind.from_picture else later[0, 0])
+        return
     assert equal(inputs["timestep"], 1000 * pair.dump["sigma"])
     assert 1 < inputs["timestep"].item() < 999
     if "guidance" in inputs:
@@ -319,6 +340,11 @@ def test_the_channel_order_of_noise_mask_and_image(pair: Pair) -> None:
     if condition == "token_replace":
         assert torch.equal(states[:, :, 1:], noisy[:, :, 1:])
         assert not torch.allclose(states[:, :, 0], noisy[:, :, 0], atol=0.1)
+        return
+    if pair.kind.mode == "ti2v":
+        assert torch.equal(states[:, :, 1:], noisy[:, :, 1:])
+        clean = pair.dump["latents"][:, :, 0] if pair.kind.from_picture else noisy[:, :, 0]
+        assert torch.equal(states[:, :, 0], clean)
         return
     assert torch.equal(states[:, :16], noisy)
     if condition == "latent_concat":

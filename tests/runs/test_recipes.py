@@ -27,6 +27,7 @@ SMALL = {
 MODELS = {
     ("wan2.1", "t2v"): tiny.build_wan_t2v, ("wan2.1", "i2v"): tiny.build_wan_i2v,
     ("wan2.2", "t2v"): tiny.build_wan22_t2v, ("wan2.2", "i2v"): tiny.build_wan22_i2v,
+    ("wan2.2", "ti2"): tiny.build_wan22_5b,
     ("hunyuanvideo", "t2v"): tiny.build_hunyuan_t2v, ("hunyuanvideo", "i2v"): tiny.build_hunyuan_i2v,
 }  # fmt: skip
 
@@ -50,7 +51,8 @@ def test_a_recipe_parses_and_says_whom_it_is_for(family: str, name: str, recipes
         ["--recipe", name, "--train_data_meta=meta.json", f"--output_dir=out/{name}"]
     )
     assert args.recipe == name and args.mixed_precision == "bf16" and args.gpu and args.dry_run_model
-    assert args.video_sample_fps == {"wan2.1": 16, "wan2.2": 16, "hunyuanvideo": 24}[family]
+    fps = 24 if name.startswith("ti2v") else {"wan2.1": 16, "wan2.2": 16, "hunyuanvideo": 24}[family]
+    assert args.video_sample_fps == fps
     path = RECIPES / family / f"{name}.yaml"
     lines = path.read_text(encoding="utf-8").splitlines()[: len(COMMENT)]
     assert all(line.startswith(start) for line, start in zip(lines, COMMENT, strict=True))

@@ -52,9 +52,9 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def model_inputs(
-    config: Mapping[str, Any], text: int = TEXT_TOKENS, side: int = 16, frames: int = 3
+    config: Mapping[str, Any], text: int = TEXT_TOKENS, side: int = 16, frames: int = 3, *, by_token: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Return the keyword arguments of one sample and its number of latent tokens."""
+    """Return the keyword arguments of one sample and its number of latent tokens; by_token: each has its timestep."""
     given: dict[str, Any] = {
         "hidden_states": torch.randn(1, config["in_channels"], frames, side, side),
         "timestep": torch.tensor([500.0]),
@@ -69,4 +69,7 @@ def model_inputs(
         }
     elif config.get("image_dim"):
         given["encoder_hidden_states_image"] = torch.randn(1, IMAGE_TOKENS, config["image_dim"])
-    return given, frames * (side // 2) ** 2
+    tokens = frames * (side // 2) ** 2
+    if by_token:
+        given["timestep"] = given["timestep"].expand(1, tokens)
+    return given, tokens

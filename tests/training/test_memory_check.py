@@ -19,7 +19,7 @@ from videox.device import memory_phase
 from videox.distributed import collectives
 from videox.engine.ddp import DdpEngine
 from videox.errors import FLAGS, UserError
-from videox.shapes import Bucket
+from videox.shapes import USUAL, Bucket
 from videox.training.checkpointing import Checkpointer
 from videox.training.memory_advice import OTHERWISE, MemoryAdvice
 from videox.training.memory_check import explain_oom, name_batch, peak_line, try_batch
@@ -155,7 +155,7 @@ def test_the_innermost_phase_counts_and_the_type_stays() -> None:
     with (
         pytest.raises(UserError) as refused,
         explain_oom(MemoryAdvice()),
-        name_batch(BATCH),
+        name_batch(BATCH, USUAL),
         memory_phase("the backward pass"),
     ):
         raise_oom()
@@ -164,7 +164,7 @@ def test_the_innermost_phase_counts_and_the_type_stays() -> None:
     with (
         pytest.raises(ValueError, match="other"),
         explain_oom(MemoryAdvice()),
-        name_batch(BATCH),
+        name_batch(BATCH, USUAL),
         memory_phase("the VAE"),
     ):
         raise ValueError("other errors pass")

@@ -147,8 +147,7 @@ def test_the_main_process_measures_the_attention_kernel_for_all(monkeypatch: pyt
     monkeypatch.setattr(attention_backend, "fastest_backend", fastest)
     monkeypatch.setattr(attention_backend, "check_backend", checked)
     config = SimpleNamespace(num_attention_heads=2, attention_head_dim=16)
-    schedule = SimpleNamespace(plan=SimpleNamespace(buckets=[(1, 32, 32), (9, 64, 96)]))
-    monkeypatch.setattr(speed, "token_count", lambda bucket: bucket[0] * 100)
+    schedule = SimpleNamespace(plan=SimpleNamespace(bucket_tokens=lambda: [100, 900]))
 
     def choose(rank: int, gather: Callable[[Any], list[Any]]) -> str:
         ctx: Any = SimpleNamespace(

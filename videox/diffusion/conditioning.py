@@ -46,7 +46,7 @@ def known_mask(
             family = draw_family(IMAGE_MASKS if frames == 1 else CLIP_MASKS, key)
             fill_mask(mask[0], family, key, ratios)
         elif frames > 1:
-            fill_mask(mask[0], GIVEN_FRAMES[mode], key)
+            fill_mask(mask[0], GIVEN_FRAMES[mode], key, ratios)
     return masks
 
 

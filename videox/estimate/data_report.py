@@ -213,7 +213,7 @@ def bucket_lines(plan: EpochPlan, max_rows: int = 20) -> list[str]:
     return lines
 
 
-def typical_fps(index: Index) -> float:
-    """Return the median frame rate of the videos whose files contain it, or 16 (Wan's own) where none does."""
+def typical_fps(index: Index, model_fps: float) -> float:
+    """Return the median frame rate of the videos whose files contain it, or the model's own where none does."""
     known = index.fps[index.usable & (index.kind == 1) & (index.fps > 0)]
-    return float(np.median(known)) if len(known) else 16.0
+    return float(np.median(known)) if len(known) else model_fps

@@ -21,6 +21,8 @@ from videox.estimate.traffic import Traffic, cross_attention_traffic, joint_atte
 
 FREQUENCIES = 256  # channels of the sinusoidal timestep embedding, both families
 REFINER_RATIO = 4  # feed-forward width of the text refiner
+# Bytes per channel of a token with a modulation of its own: saved by a block, and for a moment of its backward pass.
+MODULATED, MODULATING = 6 * 4 + 2 * 4, 2 * 4
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def cross_attention_network(
         cast: as in joint_attention_network; it makes no difference here, because every norm returns its input's dtype.
         timestep_per_token: each token has a timestep, and so a modulation, of its own (Wan2.2 TI2V-5B).
     """
-    del cast, timestep_per_token
+    del cast
     heads, text_dim = config["num_attention_heads"], config["text_dim"]
     dim, ffn = heads * config["attention_head_dim"], config["ffn_dim"]
     area = math.prod(config.get("patch_size", (1, 2, 2)))
@@ -154,6 +156,9 @@ def cross_attention_network(
         constant=context * dim * (8 + 2 * size),
         linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
     )
+    modulation = int(timestep_per_token)
+    # float32: the six vectors of a token's modulation, and 1 + scale of two of them
+    saved = total(saved, Polynomial(linear=modulation * MODULATED * dim))
     attention = Polynomial(linear=4 * context * dim, quadratic=4 * dim)
     output = dim * size + 4 * heads
     kept = {
@@ -161,21 +166,27 @@ def cross_attention_network(
         "self_attention": (Polynomial(quadratic=4 * dim), Polynomial(linear=output)),
     }
     input_bytes, transient = Polynomial(linear=dim * size), Polynomial(linear=4 * dim if half else 0)
-    traffic = cross_attention_traffic(dim, ffn, context)
+    transient = total(transient, Polynomial(linear=modulation * MODULATING * dim))
+    traffic = cross_attention_traffic(dim, ffn, context, timestep_per_token=timestep_per_token)
     block = Block(forward, attention, saved, input_bytes, transient, kept, traffic)
+    # the timestep's embedding, once for a sample or for each token
+    embedding, projection = 2 * FREQUENCIES * dim, 2 * 7 * dim * dim
     first_layers = Polynomial(
-        constant=2 * (FREQUENCIES * dim + text_tokens * text_dim * dim),
-        linear=2 * inputs * dim,
+        constant=2 * text_tokens * text_dim * dim + (0 if timestep_per_token else embedding),
+        linear=2 * inputs * dim + (embedding if timestep_per_token else 0),
     )
     # not among first_layers: the norm before the projection has weights, so that its input needs a gradient
     image_projection = image_tokens * image_dim * (image_dim + dim)
     outside = Polynomial(
-        constant=2 * (7 * dim * dim + text_tokens * dim * dim + image_projection),
-        linear=2 * dim * outputs,
+        constant=2 * (text_tokens * dim * dim + image_projection) + (0 if timestep_per_token else projection),
+        linear=2 * dim * outputs + (projection if timestep_per_token else 0),
     )
     outside_saved = Polynomial(
         constant=3 * text_tokens * dim * size + text_tokens * text_dim * size + image_tokens * dim * (8 + 2 * size),
-        linear=dim * (8 + size) + inputs * size + 8 * config["attention_head_dim"],
+        linear=dim * (8 + size)
+        + inputs * size
+        + 8 * config["attention_head_dim"]
+        + modulation * (FREQUENCIES * size + dim * (4 + 10 * size)),
     )
     outside_transient = Polynomial(linear=dim * (10 if half else 8))
     return Network(

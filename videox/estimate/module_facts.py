@@ -12,12 +12,13 @@ import operator
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from videox.shapes import USUAL
 
 CONVOLUTION, ATTENTION = "convolution", "attention"  # what may need the most memory in a VAE's encoder
 LONGER = "longer"  # key of the parts in which a VAE encodes longer clips
 TILE, TILE_STRIDE = 256, 192  # pixels of a tile's side, and from one to the next: diffusers' defaults of both VAEs
-MOMENTS, SCALE = 32, 8  # channels of a VAE's output, and pixels of a side per latent
 MOST_PIXELS = 1280 * 720  # of a frame, up to which the stored peaks were checked
 STORED = Path(__file__).resolve().parents[2] / "config" / "module_facts.json"
 
@@ -84,8 +85,8 @@ class Modules:
         """
         stored = self._stored("vae")
         if stored is not None:
-            peaks = stored["peaks"]["bf16" if half else "fp32"]
-            peak = stored_tiled_peak(peaks, size, 2 if half else 4) if tiled else stored_peak(peaks, size)
+            peaks, vae = stored["peaks"]["bf16" if half else "fp32"], Outputs.of(self.components["vae"][1])
+            peak = stored_tiled_peak(peaks, size, 2 if half else 4, vae) if tiled else stored_peak(peaks, size)
             if peak is not None:
                 return peak
         from videox.estimate import measure
@@ -101,6 +102,30 @@ class Modules:
 
     def _stored(self, name: str) -> Mapping[str, Any] | None:
         return stored_facts().get(fact_key(*self.components[name]))
+
+
+class Outputs(NamedTuple):
+    """What a VAE's encoder returns for a clip.
+
+    Attributes:
+        moments: channels, two for each of a latent.
+        temporal: frames per latent frame after the first.
+        spatial: pixels of a side per latent.
+        patch: pixels of a side that the encoder takes as one; the tiles are of these.
+    """
+
+    moments: int
+    temporal: int
+    spatial: int
+    patch: int = 1
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Outputs:
+        """Return those of a VAE of either family, by its configuration, with its class's defaults."""
+        spatial = config.get("scale_factor_spatial", config.get("spatial_compression_ratio", USUAL.spatial))
+        temporal = config.get("scale_factor_temporal", config.get("temporal_compression_ratio", USUAL.temporal))
+        channels = config.get("z_dim", config.get("latent_channels", 16))
+        return cls(2 * channels, temporal, spatial, config.get("patch_size") or 1)
 
 
 @cache
@@ -136,8 +161,11 @@ def convolution_terms(height: int, width: int) -> list[float]:
 
 
 def attention_terms(frames: int, height: int, width: int) -> list[float]:
-    """Return the terms of the memory of attention between all pixels of all latent frames."""
-    latent = (1 + (frames - 1) / 4) * height * width / 64
+    """Return the terms of the memory of attention between all pixels of all latent frames, by the usual ratios.
+
+    Other ratios of the sides change the coefficients alone; frames are always those of one latent frame each.
+    """
+    latent = (1 + (frames - 1) / USUAL.temporal) * height * width / USUAL.spatial**2
     return [1.0, latent, latent**2]
 
 
@@ -163,7 +191,9 @@ def stored_peak(peaks: Mapping[str, Any], size: tuple[int, int, int]) -> float |
     return kept + max(sum(map(operator.mul, values, terms[name])) for name, values in found.items())
 
 
-def stored_tiled_peak(peaks: Mapping[str, Any], size: tuple[int, int, int], element: int) -> float | None:
+def stored_tiled_peak(
+    peaks: Mapping[str, Any], size: tuple[int, int, int], element: int, vae: Outputs
+) -> float | None:
     """Return the peak bytes of a VAE's encoder that works in tiles; None where none are stored.
 
     It is that of one tile, with the outputs of all tiles and, where the frames are encoded in parts, with what is kept
@@ -173,19 +203,21 @@ def stored_tiled_peak(peaks: Mapping[str, Any], size: tuple[int, int, int], elem
         peaks: as for stored_peak.
         size: frames, height and width of the clip.
         element: bytes of a number.
+        vae: what its encoder returns.
     """
     frames, height, width = size
     if max(height, width) <= TILE:
         return stored_peak(peaks, size)
+    side, stride = TILE * vae.patch, TILE_STRIDE * vae.patch
     part = peaks.get(LONGER)
     in_part = min(frames, part["frames"]) if part else frames
-    tile = stored_peak(peaks, (in_part, min(height, TILE), min(width, TILE)))
+    tile = stored_peak(peaks, (in_part, min(height, side), min(width, side)))
     if tile is None:
         return None
     earlier = 0.0
     if part and frames > in_part:
         further = frames - in_part
         earlier = (further // part["every"] * part["kept"] + further * part["clip"]) * height * width
-    tiles = -(-height // TILE_STRIDE) * -(-width // TILE_STRIDE)
-    outputs = element * MOMENTS * (1 + (in_part - 1) // 4) * (TILE // SCALE) ** 2 * tiles
+    tiles = -(-height // stride) * -(-width // stride)
+    outputs = element * vae.moments * (1 + (in_part - 1) // vae.temporal) * (side // vae.spatial) ** 2 * tiles
     return tile + earlier + outputs

@@ -40,6 +40,9 @@ class Traffic:
 # (FFN), per channel of a latent token alone (ROPE: rotary embedding), and per token and channel of the text (TEXT).
 WAN_DIM, WAN_FFN, WAN_TEXT = (286, 450), (4, 8), (20, 34)
 WAN_FUSED = ((76, 82), (4, 6), (13, 19))
+# Of a block whose modulation differs from token to token (Wan2.2 TI2V-5B). Fused, its six vectors are read once in
+# bfloat16 in each pass, and their gradients written once.
+WAN_TOKEN_DIM, WAN_TOKEN_FUSED = (410, 650), (76 + 12, 82 + 24)
 DOUBLE_DIM, DOUBLE_ROPE, DOUBLE_FFN = (192, 406), (104, 92), (4, 8)
 SINGLE_DIM, SINGLE_ROPE, SINGLE_FFN = (168, 394), (104, 92), (8, 8)
 DOUBLE_FUSED = ((62, 70), (0, 0), (4, 6))
@@ -59,14 +62,16 @@ def _adapters(layers: list[tuple[float, float]], outputs: tuple[int, int]) -> tu
     return forward, backward
 
 
-def cross_attention_traffic(dim: int, ffn: int, context: int) -> Traffic:
+def cross_attention_traffic(dim: int, ffn: int, context: int, *, timestep_per_token: bool = False) -> Traffic:
     """Return the traffic of a block of latents that attend to each other and then to a context (Wan2.1).
 
     Args:
         dim: width of a token.
         ffn: width of the feed-forward layer.
         context: tokens of text and image.
+        timestep_per_token: each token has a modulation of its own, which is read and written beside it.
     """
+    eager, fused = (WAN_TOKEN_DIM, WAN_TOKEN_FUSED) if timestep_per_token else (WAN_DIM, WAN_FUSED[0])
 
     def passes(per_dim: tuple[int, int], per_ffn: tuple[int, int], per_text: tuple[int, int]) -> Passes:
         forward, backward = (
@@ -84,7 +89,7 @@ def cross_attention_traffic(dim: int, ffn: int, context: int) -> Traffic:
         return forward, backward
 
     return Traffic(
-        passes(WAN_DIM, WAN_FFN, WAN_TEXT), passes(*WAN_FUSED),
+        passes(eager, WAN_FFN, WAN_TEXT), passes(fused, *WAN_FUSED[1:]),
         adapters(ADAPTER_OUT), adapters(FUSED_OUT),
     )  # fmt: skip
 

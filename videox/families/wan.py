@@ -34,7 +34,7 @@ from videox.models.folder import build_config, full_config, load_class, load_pip
 from videox.models.scheduler import with_shift
 from videox.models.tokenizer import load_tokenizer
 from videox.run.checkpoint import read_manifest
-from videox.shapes import Ratios
+from videox.shapes import USUAL, Ratios
 from videox.training import frozen_encoders
 from videox.training.context import Gather
 from videox.training.validator import HeldOut
@@ -182,7 +182,7 @@ def encode_captions(encoders: LazyEncoders[Encoders], max_length: int, inputs: E
 
 
 def encode_known(
-    encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, ratios: Ratios, inputs: EncoderInput
+    encoders: LazyEncoders[Encoders], mode: str, mini_batch: int, inputs: EncoderInput, ratios: Ratios = USUAL
 ) -> torch.Tensor:
     """Moments of the VAE's posterior for the known pixels, float32 [B, 2 C, t, h, w]; only their mean is used."""
     pixels, _ = known_pixels(mode, inputs.video, inputs.variants, ratios)
@@ -191,7 +191,7 @@ def encode_known(
 
 @torch.no_grad()
 def encode_first_frames(
-    encoders: LazyEncoders[Encoders], mode: str, ratios: Ratios, inputs: EncoderInput, pictures: int = 1
+    encoders: LazyEncoders[Encoders], mode: str, inputs: EncoderInput, pictures: int = 1, ratios: Ratios = USUAL
 ) -> torch.Tensor:
     """CLIP features [B, N, D] of the known pixels of the first frames; zeros where nothing of a video is known.
 
@@ -228,13 +228,13 @@ def encoding_specs(
         ),
     ]  # fmt: skip
     if mode not in wan_ti2v.WITHOUT_CONDITION:
-        known = partial(encode_known, encoders, mode, args.vae_mini_batch, ratios)
+        known = partial(encode_known, encoders, mode, args.vae_mini_batch, ratios=ratios)
         specs.append(latents("known", ("clip", "mask"), known, channels, vae))
     if config.get("image_dim"):
         clip = build_config(CLIPVisionConfig, components["image_encoder"])
         tokens, pictures = (clip.image_size // clip.patch_size) ** 2 + 1, pictures_of(config)
         shape, both = fixed_shape(tokens * pictures, clip.hidden_size), pictures == 2
-        encode = partial(encode_first_frames, encoders, mode, ratios, pictures=pictures)
+        encode = partial(encode_first_frames, encoders, mode, pictures=pictures, ratios=ratios)
         weights = (components["image_encoder"].path, components["tokenizer"].path.parent / "image_processor")
         settings = " ".join(["first and last"] * both + [SQUASH] * squashes(components))
         specs.append(EncodingSpec(

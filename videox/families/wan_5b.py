@@ -45,7 +45,11 @@ def check_index(root: Path) -> None:
     if index.get("expand_timesteps"):
         return
     what = f"{root} has no expand_timesteps in its model_index.json: it is not Wan2.2 TI2V-5B"
-    hint = f"remove --train_mode {MODE} and pass --expert" if index.get("boundary_ratio") else "use scripts/wan2.1/train.py"
+    hint = (
+        f"remove --train_mode {MODE} and pass --expert"
+        if index.get("boundary_ratio")
+        else "use scripts/wan2.1/train.py"
+    )
     raise UserError(f"--train_mode {MODE}", what, f"{hint}, or pass a TI2V-5B model", MODEL)
 
 

@@ -73,6 +73,8 @@ def read_index(root: Path) -> Component:
     if index.get("boundary_ratio") is None:
         what = f"{root} has no boundary_ratio in its model_index.json: it is not a Wan2.2 of two experts"
         hint = "use scripts/wan2.1/train.py, or pass a Wan2.2 A14B model"
+        if index.get("expand_timesteps"):
+            hint = "it is TI2V-5B: pass --train_mode ti2v and no --expert"
         raise UserError("--pretrained_model_name_or_path", what, hint, MODEL)
     return Component(root, index)
 

@@ -30,7 +30,7 @@ DIFFUSERS_PATTERNS = [
     for kind in ("*.json", "*.safetensors", "*.txt", "*.model")
 ]
 ORIGINAL_PATTERNS = [
-    "config.json", "diffusion_pytorch_model*", "Wan2.1_VAE.pth", "models_t5_*.pth", "models_clip_*.pth",
+    "config.json", "diffusion_pytorch_model*", "Wan2.?_VAE.pth", "models_t5_*.pth", "models_clip_*.pth",
     "google/umt5-xxl/*", "high_noise_model/*", "low_noise_model/*",
 ]  # fmt: skip
 ALLOW_PATTERNS = ["model_index.json", *DIFFUSERS_PATTERNS, *ORIGINAL_PATTERNS]

@@ -7,6 +7,7 @@ them either, they are those of the published models.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,10 +30,13 @@ BLOCK_TENSORS: Mapping[str, Mapping[str, str]] = {
 }
 
 # Kind of transformer -> a tensor whose first dimension is the width -> width -> number of blocks in the published
-# models: Wan2.1 1.3B and 14B (dim, num_layers in their config.json), HunyuanVideo (the config.json of
+# models: Wan2.1 1.3B and 14B, Wan2.2 5B (dim, num_layers in their config.json), HunyuanVideo (the config.json of
 # hunyuanvideo-community/HunyuanVideo).
 PUBLISHED_DEPTHS: Mapping[str, tuple[str, Mapping[int, Mapping[str, int]]]] = {
-    "wan": ("patch_embedding.weight", {1536: {"num_layers": 30}, 5120: {"num_layers": 40}}),
+    "wan": (
+        "patch_embedding.weight",
+        {1536: {"num_layers": 30}, 3072: {"num_layers": 30}, 5120: {"num_layers": 40}},
+    ),
     "hunyuan": (
         "x_embedder.proj.weight",
         {3072: {"num_layers": 20, "num_single_layers": 40, "num_refiner_layers": 2}},
@@ -127,7 +131,9 @@ def hunyuan_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
 
 
 def wan_vae_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
-    """Return the configuration of Wan2.1's autoencoder. Raises KeyError naming a tensor that is missing."""
+    """Return the configuration of Wan's autoencoder. Raises KeyError naming a tensor that is missing."""
+    if any(name.startswith("encoder.down_blocks.0.resnets.") for name in shapes):
+        return _residual_vae_config(shapes, known)
     base, stages, downsample = shapes["encoder.conv_in.weight"][0], [], []
     blocks = count_modules(shapes, "encoder.down_blocks")
     # diffusers numbers residual blocks and downsamplers in one list: each downsampler ends a stage.
@@ -143,6 +149,33 @@ def wan_vae_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
         "dim_mult": stages,
         "num_res_blocks": ends[0] if ends else blocks,
         "temperal_downsample": downsample,
+        **latents,
+    }
+
+
+def _residual_vae_config(shapes: Shapes, known: Mapping[str, Any]) -> Config:
+    """Return the configuration of the autoencoder of Wan2.2 TI2V-5B, whose blocks have shortcuts around them."""
+    base, channels = shapes["encoder.conv_in.weight"][:2]
+    blocks = range(count_modules(shapes, "encoder.down_blocks"))
+    resnets = count_modules(shapes, "encoder.down_blocks.0.resnets")
+    stages = [shapes[f"encoder.down_blocks.{i}.resnets.{resnets - 1}.conv2.weight"][0] // base for i in blocks]
+    sampled = [i for i in blocks if f"encoder.down_blocks.{i}.downsampler.resample.1.weight" in shapes]
+    downsample = [f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in shapes for i in sampled]
+    patch = math.isqrt(channels // 3)
+    latents = {name: known[name] for name in ("latents_mean", "latents_std") if name in known}
+    return {
+        "base_dim": base,
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0] // stages[0],
+        "z_dim": shapes["post_quant_conv.weight"][0],
+        "dim_mult": stages,
+        "num_res_blocks": resnets,
+        "temperal_downsample": downsample,
+        "is_residual": True,
+        "in_channels": channels,
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "patch_size": patch if patch > 1 else None,
+        "scale_factor_temporal": 2 ** sum(downsample),
+        "scale_factor_spatial": 2 ** len(sampled) * patch,
         **latents,
     }
 

@@ -32,7 +32,6 @@ SHEET_ENTRIES = 64  # image viewers do not open a sheet of many more
 # of the figure's time. PLOT_POWERS are the powers of ten that are written as digits, so that labels fit in.
 PLOT_MARGINS = {"left": 0.1, "right": 0.9, "bottom": 0.08, "top": 0.95, "hspace": 0.15}
 PLOT_POWERS = (-3, 4)
-UNKNOWN_FPS = 16.0  # for clips whose file has no frame rate: the frame rate of Wan2.1
 # Fonts for captions, in the order in which they are tried. Pillow's built-in font has only Latin letters. The fonts
 # that matplotlib installs add Greek, Cyrillic, Armenian, Georgian, Arabic and (the second one) Hebrew. No package that
 # the trainer needs has a font for Chinese, Japanese or Korean: for these a system font is used, if one is installed.
@@ -117,7 +116,7 @@ class BatchSample:
     stride: float = 1
 
 
-def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
+def write_batch(folder: Path, samples: Sequence[BatchSample], unknown_fps: float = 16.0) -> list[Path]:
     """Write samples as clips and images, with batch.json (shapes, rows, captions) and contact_sheet.png.
 
     File names contain row numbers only: captions are untrusted text and never become part of a path. The frame rate
@@ -126,6 +125,7 @@ def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
     Args:
         folder: created if it does not exist.
         samples: at least one; clips have even sides.
+        unknown_fps: of clips whose file has no frame rate.
 
     Returns:
         The paths written, the contact sheet last.
@@ -140,7 +140,7 @@ def write_batch(folder: Path, samples: Sequence[BatchSample]) -> list[Path]:
         repeats[sample.row] += 1
         suffix = f"-{repeats[sample.row]}" if repeats[sample.row] > 1 else ""  # a batch may have the same row twice
         count, height, width, _ = sample.frames.shape
-        fps = (sample.fps or UNKNOWN_FPS) / sample.stride
+        fps = (sample.fps or unknown_fps) / sample.stride
         paths.append(write_clip(folder / f"row-{sample.row:06d}{suffix}.mp4", sample.frames, fps))
         title = f"row {sample.row}   {count} x {height} x {width}" + (f" at {fps:.4g} fps" if count > 1 else "")
         entries.append(SheetEntry(sample.frames, title, sample.caption))

@@ -39,7 +39,7 @@ NOT_GIVEN = {  # flag that is required -> what is wrong without it, and how to f
 
 
 def size_policy(args: argparse.Namespace, min_frames: int = 1, ratios: Ratios = USUAL) -> SizePolicy:
-    """Build the size policy from the flags; min_frames, ratios: of the model. Raises UserError where flags disagree."""
+    """Build the size policy from the flags; min_frames, ratios: of the model. Raises UserError where flags differ."""
     from videox.data.plan.buckets import SizePolicy  # imported here, because --help does not need numpy
 
     return SizePolicy(
@@ -70,7 +70,7 @@ def check_args(args: argparse.Namespace) -> None:
     _check_required(args)
     if not is_dry_run(args):  # a dry run plans for the launch that the variables describe, and starts nothing
         check_environment_once(os.environ, args.mixed_precision)
-    size_policy(args)
+    size_policy(args, ratios=USUAL)  # the model is not known yet; the plan is made with its own
     if args.gradient_checkpointing and args.selective_ac:
         raise UserError(
             "--selective_ac", "contradicts --gradient_checkpointing, which recomputes every block", "use one of them"

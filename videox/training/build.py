@@ -401,7 +401,7 @@ def rare_notes(args: argparse.Namespace, total: int, *, held_out: bool, clips: b
 
 def sample_defaults(args: argparse.Namespace, schedule: Schedule) -> dict[str, Any]:
     """The shape that is most common in the data and the frame rate of training, as fields of ClipDefaults."""
-    fps = args.video_sample_fps or typical_fps(schedule.index) / args.video_sample_stride
+    fps = args.video_sample_fps or typical_fps(schedule.index, schedule.profile.fps) / args.video_sample_stride
     return {"shape": most_common_shape(schedule), "fps": fps}
 
 

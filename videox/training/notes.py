@@ -7,6 +7,7 @@ import os
 
 from videox.distributed.backends import requested_engine
 from videox.optim.registry import kind_of
+from videox.shapes import USUAL
 from videox.training.args import optimizer_of, size_policy
 from videox.training.data_sources import sources_of
 from videox.training.flags import LR_WARMUP_STEPS
@@ -15,7 +16,7 @@ from videox.training.flags import LR_WARMUP_STEPS
 def notes(args: argparse.Namespace) -> list[str]:
     """Lines on flags and variables whose effect differs from what a user may expect."""
     lines = [] if args.dry_run and args.dry_run_data else [*sources_of(args).lines]
-    policy = size_policy(args)
+    policy = size_policy(args, ratios=USUAL)
     ranged = policy.token_length or policy.random_hw_adapt
     if ranged and policy.image_sample_size < policy.video_sample_size:
         sizes = (

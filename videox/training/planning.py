@@ -52,7 +52,10 @@ def plan_settings(
     args: argparse.Namespace, *, seed: int, slots: int, min_frames: int = 1, ratios: Ratios = USUAL,
     **launched: object,
 ) -> PlanSettings:  # fmt: skip
-    """The plan settings from the flags; min_frames, ratios: of the model; launched: further fields of PlanSettings, which override the flags."""
+    """The plan settings from the flags; min_frames, ratios: of the model.
+
+    launched: further fields of PlanSettings, which override the flags.
+    """
     fields: dict[str, Any] = dict(
         policy=size_policy(args, min_frames, ratios),
         batch_size=args.train_batch_size,

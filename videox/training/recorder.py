@@ -130,7 +130,7 @@ class Recorder:
         ]
         if visible:
             try:
-                publish_folder(folder, partial(write_batch, samples=visible))
+                publish_folder(folder, partial(write_batch, samples=visible, unknown_fps=schedule.profile.fps))
             except SaveError as why:
                 self.bar.note(f"warning: the first batch was not written ({why}); training continues")
 

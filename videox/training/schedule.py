@@ -58,7 +58,7 @@ LATER_FLAGS: Mapping[str, Any] = {
     "loraplus_ratio": 1.0, "optimizer_args": [], "flow_shift": AUTO, "deterministic": False, "vae_dtype": "fp32",
     "text_multiple": None, "launch_tokens": 0, "compile": False, "attention_backend": "native", "vae_tiling": False,
     "validation_share": None, "skip_spikes": False, "base_precision": "bf16", "text_encoder_precision": "bf16",
-    "clip_image": None,
+    "clip_image": None, "i2v_ratio": 0.5,
 }  # fmt: skip
 
 
@@ -115,7 +115,9 @@ def build_schedule(args: argparse.Namespace, ctx: Context, profile: ModelProfile
     Raises:
         UserError: the data cannot be read or trained, or a resumed run would get another schedule.
     """
-    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", profile.ratios)
+    check_clip_shape(
+        args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", profile.ratios
+    )
     index = shared_index(args, ctx)
     report.check_captions(index, args.missing_caption)
     current = columns_of(index, by_second=args.video_sample_fps > 0)

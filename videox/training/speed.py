@@ -131,5 +131,5 @@ def automatic_recompute(args: argparse.Namespace, ctx: Context, schedule: Schedu
     launch = Launch(ctx.backend.name, ctx.world_size, local, half, zero_settings(os.environ))
     run = RunMemory(args, schedule.profile, launch, schedule.columns, schedule.settings)
     choose = chooser(run, limit, alone=ctx.backend.recomputes_alone)
-    ctx.print(*choice_lines(largest_micro_batches(schedule.plan), choose, limit / GIB))
+    ctx.print(*choice_lines(largest_micro_batches(schedule.plan), choose, limit / GIB, ratios=schedule.plan.ratios))
     return choose

@@ -44,7 +44,7 @@ from videox.training.speed_flags import AUTO, NATIVE, check_backend_flags
 from videox.training.validation_flags import prompts_of
 
 DIFFERENCES = (
-    "latent frame 0 is trained like all others (in HunyuanVideo image-to-video all but the given one)",
+    "latent frame 0 is trained like all others, except where it is given (HunyuanVideo and TI2V-5B image-to-video)",
     "trainable weights are float32 (bfloat16 with optimizers named _bf16); only compute is bfloat16, where requested",
     "--uniform_sampling covers the timesteps in each step and from step to step; no process keeps a part of them",
     "max_grad_norm clips from the first step on",

@@ -85,8 +85,8 @@ class HeldOutLoss:
         shift: shift of sigma, as in training.
         noise_key: integer that the noise is drawn from, such as the run's seed.
         sigmas_per_sample: forward passes for each sample.
-        given_frames: leading latent frames that the model is given, of all samples or by sample; they are excluded from
-            the loss.
+        given_frames: leading latent frames that the model is given, of all samples or by sample; they are excluded
+            from the loss.
         window: of noise levels that the model is trained at.
     """
 

@@ -36,8 +36,8 @@ class FamilyValidation:
         predict: velocity prediction for a held-out sample, as in training.
         pipeline: a context that yields the diffusers pipeline, ready to sample with the transformer in training.
         guidance_scale: of the sample clips.
-        given_frames: leading latent frames that the model is given, of all samples or by sample; they are excluded from
-            the loss.
+        given_frames: leading latent frames that the model is given, of all samples or by sample; they are excluded
+            from the loss.
         embedded_guidance: the guidance scale is an input of the transformer; else it is classifier-free.
         window: of noise levels that the transformer is trained at.
         no_samples: why no clips are sampled; "" = they are.

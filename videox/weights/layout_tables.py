@@ -143,7 +143,16 @@ WAN_VAE: Table = {
     **{f"decoder.resnets.#.#.{old}": f"decoder.up_blocks.#.resnets.#.{new}" for old, new in RESNET.items()},
     "decoder.upsamplers.#.resample.1": "decoder.up_blocks.#.upsamplers.0.resample.1",
     "decoder.upsamplers.#.time_conv": "decoder.up_blocks.#.upsamplers.0.time_conv",
-}
+    # Wan2.2 TI2V-5B numbers blocks and the modules inside each; layouts.py converts the last one, the sampler.
+    **{f"encoder.resnets.#.#.{old}": f"encoder.down_blocks.#.resnets.#.{new}" for old, new in RESNET.items()},
+    **{
+        f"{side}.{name}.#.{leaf}": f"{side}.{blocks}.#.{name}.{leaf}"
+        for side, blocks, name in (
+            ("encoder", "down_blocks", "downsampler"), ("decoder", "up_blocks", "upsampler"),
+        )
+        for leaf in ("resample.1", "time_conv")
+    },
+}  # fmt: skip
 
 LAYER = "encoder.block.#.layer"
 UMT5: Table = {

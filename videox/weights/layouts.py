@@ -182,12 +182,13 @@ def to_original(layout: str, shapes: Shapes) -> list[Entry]:
     done: set[str] = set()
     matches = (re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)", name) for name in shapes)
     resnets = max((int(match[1]) + 1 for match in matches if match), default=0)
+    nested = any(name.startswith("encoder.down_blocks.0.resnets.") for name in shapes)
     for name, shape in shapes.items():
         if name in done:
             continue
         original, parts = sources(layout, name)
         if layout == "wan_vae":
-            original = _consecutive_name(original, resnets)
+            original = _original_nested(original, shapes) if nested else _consecutive_name(original, resnets)
         if len(parts) == 1:
             entries.append(replace(_single(parts[0], name, shape), name=original))
             continue
@@ -199,11 +200,19 @@ def to_original(layout: str, shapes: Shapes) -> list[Entry]:
     return entries
 
 
+# Modules of a numbered block of the VAE of Wan2.2 TI2V-5B, and the name of its sampler.
+NESTED = re.compile(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)\.(?:down|up)samples\.(\d+)\.(.*)")
+SAMPLERS = {"encoder": ("downsamples", "downsampler"), "decoder": ("upsamples", "upsampler")}
+
+
 def _block_names(shapes: Shapes) -> dict[str, str]:
     """Map each consecutively numbered tensor of the VAE decoder to a name with block and index inside the block.
 
-    A block is its resnets followed by one upsampler; the position of the first upsampler gives the block length.
+    A block is its resnets followed by one upsampler; the position of the first upsampler gives the block length. In
+    the VAE of Wan2.2 TI2V-5B the names have both numbers, in the encoder too.
     """
+    if nested := {name: match for name in shapes if (match := NESTED.fullmatch(name))}:
+        return {name: _nested_name(*match.groups()) for name, match in nested.items()}
     matches = [re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name) for name in shapes]
     resnets = min((int(m[1]) for m in matches if m and m[2].startswith("resample.")), default=0)
     names = {}
@@ -212,6 +221,28 @@ def _block_names(shapes: Shapes) -> dict[str, str]:
         module = f"upsamplers.{block}" if index == resnets else f"resnets.{block}.{index}"
         names[match[0]] = f"decoder.{module}.{match[2]}"
     return names
+
+
+def _nested_name(part: str, block: str, index: str, rest: str) -> str:
+    side = part.partition(".")[0]
+    if rest.startswith(("resample.", "time_conv.")):
+        return f"{side}.{SAMPLERS[side][1]}.{block}.{rest}"
+    return f"{side}.resnets.{block}.{index}.{rest}"
+
+
+def _original_nested(name: str, shapes: Shapes) -> str:
+    """Invert _nested_name; shapes: of the diffusers tensors, whose resnets come before the sampler of a block."""
+    if match := re.fullmatch(r"(encoder|decoder)\.resnets\.(\d+)\.(\d+)\.(.*)", name):
+        side, block, index, rest = match.groups()
+        samples = SAMPLERS[side][0]
+        return f"{side}.{samples}.{block}.{samples}.{index}.{rest}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(?:down|up)sampler\.(\d+)\.(.*)", name):
+        side, block, rest = match.groups()
+        samples, blocks = SAMPLERS[side][0], "down_blocks" if side == "encoder" else "up_blocks"
+        resnets = re.compile(rf"{side}\.{blocks}\.{block}\.resnets\.(\d+)\.")
+        index = 1 + max((int(found[1]) for other in shapes if (found := resnets.match(other))), default=-1)
+        return f"{side}.{samples}.{block}.{samples}.{index}.{rest}"
+    return name
 
 
 def _consecutive_name(name: str, resnets: int) -> str:

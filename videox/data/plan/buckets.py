@@ -179,9 +179,7 @@ def nearest_ratio(height: np.ndarray, width: np.ndarray) -> np.ndarray:
     return np.searchsorted(_MIDDLES, np.asarray(height) / np.asarray(width), side="left")
 
 
-def bucket_sides(
-    position: np.ndarray, target: np.ndarray, ratios: Ratios = USUAL
-) -> tuple[np.ndarray, np.ndarray]:
+def bucket_sides(position: np.ndarray, target: np.ndarray, ratios: Ratios = USUAL) -> tuple[np.ndarray, np.ndarray]:
     """Return (height, width) int32 of ratio number `position` at target size `target`, floored to the model's grid."""
     grid = ratios.grid
     height = _HEIGHTS[position].astype(np.int64) * target // (512 * grid) * grid
@@ -287,7 +285,8 @@ def static_fates(
 ) -> np.ndarray:
     """Return a Fate per row (uint8) as decided by the row itself; kind is 0 for images and 1 for videos.
 
-    A source with a side under the model's grid, usually 16 pixels, is too small. Without buckets every video must have all n_frames.
+    A source with a side under the model's grid, usually 16 pixels, is too small. Without buckets every video must have
+    all n_frames.
     """
     fates = np.full(len(kind), Fate.TRAINED, np.uint8)
     fit = frames_at_pace(frames.astype(np.int64), pace_of(policy, fps))

@@ -76,8 +76,8 @@ class EpochPlan:
     row, copy, start int64 [N]; key, variant uint64 [N], keys of the draws that are new in each epoch and of those that
     may repeat (cache_variants); micro_first int64 [M + 1] into samples; micro_bucket int64 [M] into buckets;
     slot_first int64 [S + 1] into micro-batches; fates uint8 per metadata row; min_frames: the shortest sample that the
-    model accepts; timesteps: one of TIMESTEPS; first_step: number of the epoch's first step in the run, from 0; ratios:
-    of the model.
+    model accepts; timesteps: one of TIMESTEPS; first_step: number of the epoch's first step in the run, from 0;
+    ratios: of the model.
     """
 
     epoch: int

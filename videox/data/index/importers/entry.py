@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from videox.data.index.metadata import WINDOWS_DRIVE
 from videox.data.index.sources import Source
 from videox.errors import DATA, UserError, plural
+from videox.shapes import USUAL, snap_frames
 
 
 @dataclass(frozen=True)
@@ -221,4 +222,4 @@ def side_of(size: Any) -> int:  # noqa: ANN401 - any value of a configuration fi
 def frames_flag(frames: Any) -> list[str]:  # noqa: ANN401 - any value of a configuration file
     """Return --video_sample_n_frames for a number of frames, or the largest of several, rounded down to 4k + 1."""
     numbers = [n for n in (frames if isinstance(frames, list) else [frames]) if isinstance(n, int) and n > 0]
-    return [f"--video_sample_n_frames {4 * ((max(numbers) - 1) // 4) + 1}"] if numbers else []
+    return [f"--video_sample_n_frames {snap_frames(max(numbers), USUAL)}"] if numbers else []
