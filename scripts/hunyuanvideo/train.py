@@ -93,7 +93,8 @@ def hunyuan_profile(args: argparse.Namespace, components: dict[str, Component]) 
         components={name: (kind, components[name].config) for name, kind in classes_of(args.train_mode).items()},
         fps=24.0,
         min_frames=1 if condition is None else 5,  # with the first latent frame given, nothing else would be trained
-        sharded_backend="fsdp1", ratios=hunyuan_ratios(components),
+        sharded_backend="fsdp1",
+        ratios=hunyuan_ratios(components),
     )
 
 
@@ -262,7 +263,10 @@ def encoding_specs(
     """
     config, root = components["transformer"].config, components["scheduler"].path.parent
     condition, mini_batch, length = config.get("image_condition_type"), args.vae_mini_batch, args.tokenizer_max_length
-    vae, channels = (components["vae"].path,), full_config(AutoencoderKLHunyuanVideo, components["vae"].config).latent_channels
+    vae, channels = (
+        (components["vae"].path,),
+        full_config(AutoencoderKLHunyuanVideo, components["vae"].config).latent_channels,
+    )
     settings = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
     llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
     specs, latents = [], partial(latents_spec, vae_dtype=args.vae_dtype, ratios=hunyuan_ratios(components))

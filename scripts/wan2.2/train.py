@@ -169,7 +169,9 @@ def expert_profile(args: argparse.Namespace, components: dict[str, Component]) -
         components={name: (CLASSES[name], components[name].config) for name in CLASSES if name in components},
         fps=single.FPS if by_token else 16.0,
         vae_frames=4,
-        other=None if by_token else (CLASSES["transformer"], components.get("other", components["transformer"]).config),
+        other=None
+        if by_token
+        else (CLASSES["transformer"], components.get("other", components["transformer"]).config),
         ratios=wan_ratios(components),
     )
 

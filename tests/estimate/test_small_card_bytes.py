@@ -47,7 +47,9 @@ TARGETS: Mapping[bool, Mapping[str, tuple[str, ...]]] = {
 def block_weights(block: nn.Module) -> BlockWeights:
     linear = [p.shape for name, p in block.named_parameters() if is_quantised(name, p.shape)]
     counts = [math.prod(shape) for shape in linear]
-    return BlockWeights(sum(p.numel() for p in block.parameters()), sum(counts), sum(s[0] for s in linear), max(counts))
+    return BlockWeights(
+        sum(p.numel() for p in block.parameters()), sum(counts), sum(s[0] for s in linear), max(counts)
+    )
 
 
 def with_tensors(model: nn.Module) -> None:
@@ -95,9 +97,7 @@ class Step:
         trained = sum(adapter_sizes(shapes, targets, RANK).values())
         assert trained == sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         outside = frozen - sum(block.elements for block in of_blocks)
-        self.parameters = Parameters(
-            frozen + trained, trained, max(b.elements for b in of_blocks), outside, of_blocks
-        )
+        self.parameters = Parameters(frozen + trained, trained, max(b.elements for b in of_blocks), outside, of_blocks)
         self.stream: BlockStream | None = None
 
     def place(self, *, streamed: bool) -> None:
@@ -137,7 +137,9 @@ def measured(step: Step, given: Mapping[str, Any]) -> tuple[int, int]:
     return sum(storages.values()), peak
 
 
-def assert_agrees(config: Mapping[str, Any], step: Step, given: Mapping[str, Any], tokens: int, **changes: Any) -> None:
+def assert_agrees(
+    config: Mapping[str, Any], step: Step, given: Mapping[str, Any], tokens: int, **changes: Any
+) -> None:
     """Assert that the bytes of a step are those of its estimate, within 5 %."""
     states, peak = measured(step, given)
     if is_joint(config):
@@ -166,7 +168,9 @@ def test_counted_bytes_agree_with_the_memory_model(
 ) -> None:
     """Four blocks at published widths and 49x512x512."""
     # fake tensors have no shared memory
-    monkeypatch.setattr(streamed_blocks, "allocate_shared", lambda size, **_: (torch.empty(size, dtype=torch.uint8), True))
+    monkeypatch.setattr(
+        streamed_blocks, "allocate_shared", lambda size, **_: (torch.empty(size, dtype=torch.uint8), True)
+    )
     config = {**CONFIGS[name], "num_layers": 2 if is_joint(CONFIGS[name]) else 4}
     config |= {"num_single_layers": 2} if is_joint(config) else {}
     step = Step(config, precision)

@@ -188,7 +188,9 @@ def refuse_thread_limit(environment: Mapping[str, str]) -> None:
     used = threads.split(",")[0].strip() or str(os.cpu_count() or 1)  # OpenMP takes a list, one number for each level
     if limit.isdecimal() and used.isdecimal() and 0 < int(limit) < int(used):
         what = f"is below the {used} threads that torch uses: its gradients on the CPU are wrong then"
-        raise UserError(f"OMP_THREAD_LIMIT={limit}", what, f"export OMP_NUM_THREADS={limit}, or unset OMP_THREAD_LIMIT")
+        raise UserError(
+            f"OMP_THREAD_LIMIT={limit}", what, f"export OMP_NUM_THREADS={limit}, or unset OMP_THREAD_LIMIT"
+        )
 
 
 def refuse_mpi(environment: Mapping[str, str]) -> None:

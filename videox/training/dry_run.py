@@ -105,7 +105,9 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift, runs:
     tried = _try_optimizer(args)
     check_supported(optimizer_of(args), launch.backend, "bf16" if launch.half else "no", lora=args.lora_rank > 0)
     check_backend_flags(args, BACKENDS[launch.backend], half=launch.half)
-    check_clip_shape(args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", model.ratios)
+    check_clip_shape(
+        args.sample_resolution, args.sample_frames, "--sample_resolution", "--sample_frames", model.ratios
+    )
     index = describe_data(args.dry_run_data) if args.dry_run_data else _index(args)
     check_captions(index, args.missing_caption)
     columns = columns_of(index, by_second=args.video_sample_fps > 0)

@@ -76,9 +76,7 @@ def _difference(path: Path, own: LayoutTensors) -> float:
     return _relative_difference(tensors, own, own.shapes())
 
 
-def _relative_difference(
-    tensors: LayoutTensors, own: LayoutTensors, shapes: Mapping[str, tuple[int, ...]]
-) -> float:
+def _relative_difference(tensors: LayoutTensors, own: LayoutTensors, shapes: Mapping[str, tuple[int, ...]]) -> float:
     difference = total = 0.0
     for name in (name for name, shape in shapes.items() if len(shape) == 2):
         row, other = (source.rows(name, 0, 1).double() for source in (tensors, own))

@@ -96,9 +96,7 @@ class PlannedStep:
                 choice = run.recompute_for(setup.batch, tokens, self.limit)
             return select_blocks(len(network.blocks), choice.share) if choice.share else [], choice.keep
 
-        return epoch_time(
-            model, self._micro_batches, recompute, self.plan.n_steps, self.balance, self.plan.ratios
-        )
+        return epoch_time(model, self._micro_batches, recompute, self.plan.n_steps, self.balance, self.plan.ratios)
 
     def _encoding(self, run: RunMemory) -> float:
         return run.encoding_seconds(self.plan, self.speed) / run.setup.processes
