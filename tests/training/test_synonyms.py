@@ -85,7 +85,7 @@ def test_every_synonym_has_one_meaning() -> None:
 
 @pytest.mark.parametrize("name", sorted(SYNONYMS))
 def test_every_flag_named_in_a_hint_exists(name: str) -> None:
-    launcher_and_scripts = {"--config_path"}  # of Wan2.1 only
+    launcher_and_scripts = {"--config_path", "--expert"}  # of Wan only
     words = {word.strip(".,;:").split("=")[0] for word in SYNONYMS[name].split() if word.startswith("--")}
     assert not {word for word in words - launcher_and_scripts if word[2:] not in FLAGS_HERE}
     assert hint(f"--{name}") == SYNONYMS[name]

@@ -169,7 +169,8 @@ class RunMemory:
         """Return the bytes of a second transformer in the compute dtype, which a run with sample clips needs; or 0."""
         if self.model.other is None or not self.args.validation_prompts:
             return 0
-        return (2 if half else 4) * Modules({"transformer": self.model.other}).elements("transformer")
+        shapes = Modules({"transformer": self.model.other}).shapes()
+        return (2 if half else 4) * sum(map(math.prod, shapes.values()))
 
     def network(self, setup: MemorySetup) -> Network:
         """Return FLOPs and activation bytes of the transformer in a setup."""
