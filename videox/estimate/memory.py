@@ -271,8 +271,8 @@ def state_bytes(parameters: Parameters, setup: MemorySetup) -> dict[str, float]:
     if setup.backend in UNSHARDED or setup.backend.startswith("fsdp"):
         optimizer, sharding = kind_of(setup.optimizer), 1.0 if setup.backend in UNSHARDED else share
         resting, block = streamed_trained(parameters, setup)
-        weights = optimizer.weight_bytes * (trainable - resting + ON_DEVICE * block)
-        sizes = {"weights": sum(frozen_bytes(parameters, setup).on_device()) + weights, "masters": 0}
+        trained = optimizer.weight_bytes * (trainable - resting + ON_DEVICE * block)
+        sizes = {"weights": sum(frozen_bytes(parameters, setup).on_device()) + trained, "masters": 0}
         # FSDP1 flattens a block into one tensor: if a part of the block trains, the gradient of all of it is allocated
         with_gradients = total - parameters.outside if setup.backend == "fsdp1" and trainable < total else trainable
         with_gradients += GRADIENT_COPIES * block - resting

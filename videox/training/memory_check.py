@@ -96,7 +96,8 @@ def try_largest(
     gpu = ctx.device if ctx.device.type == "cuda" else None
     if gpu:
         torch.cuda.reset_peak_memory_stats(gpu)
-    try_batch(engine, batch, accumulate, moment_bytes=moments)
+    with name_batch(batch, schedule.plan.ratios):
+        try_batch(engine, batch, accumulate, moment_bytes=moments)
     if ctx.is_main:
         predicted = ctx.memory.allocated(encoded=args.latent_cache is None)
         peak = peak_line(predicted, measured=torch.cuda.max_memory_allocated(gpu) if gpu else None)
@@ -157,7 +158,7 @@ def try_batch(engine: Engine, batch: Batch, accumulate: Callable[[Batch], object
             size = moment_bytes * fp32_params.read(name).numel()
             moments.append(torch.empty(size, dtype=torch.uint8, device=device))
     # Without a list of devices torch would fork the generators of all GPUs of the machine, and warn about it.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), name_batch(batch):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         accumulate(batch)
     engine.zero_grad()
     del moments

@@ -366,7 +366,7 @@ def index_summary(index: Index) -> list[str]:
         if not selected.any():
             continue
         side = np.sqrt(index.width[selected].astype(np.float64) * index.height[selected])
-        count = np.count_nonzero(selected)
+        count = int(np.count_nonzero(selected))
         parts = [f"{count} {plural(count, name)}", f"mean side {_spread(side)} pixels"]
         if kind == VIDEO:
             parts.append(f"{_spread(index.frames[selected])} frames")
