@@ -248,9 +248,8 @@ def build_model(
     for block in blocks_of(transformer):
         block.attn.set_processor(attention)
     vae = full_config(AutoencoderKLHunyuanVideo, components["vae"].config)
-    condition = transformer.config.image_condition_type
-    known = (vae.scaling_factor, vae.latent_channels, shift, condition, args.guidance_scale, args.text_multiple)
-    return Hunyuan(transformer, encoders, encode, attention, *known)
+    known = (vae.scaling_factor, vae.latent_channels, shift, transformer.config.image_condition_type)
+    return Hunyuan(transformer, encoders, encode, attention, *known, args.guidance_scale, args.text_multiple)
 
 
 def encoding_specs(
@@ -263,10 +262,8 @@ def encoding_specs(
     """
     config, root = components["transformer"].config, components["scheduler"].path.parent
     condition, mini_batch, length = config.get("image_condition_type"), args.vae_mini_batch, args.tokenizer_max_length
-    vae, channels = (
-        (components["vae"].path,),
-        full_config(AutoencoderKLHunyuanVideo, components["vae"].config).latent_channels,
-    )
+    channels = full_config(AutoencoderKLHunyuanVideo, components["vae"].config).latent_channels
+    vae, moments = (components["vae"].path,), channels * (2 if args.vae_sample_mode == "sample" else 1)
     settings = {"max_sequence_length": length, "num_hidden_layers_to_skip": args.num_hidden_layers_to_skip}
     llama: tuple[Path, ...] = (root / "text_encoder", root / "tokenizer")
     specs, latents = [], partial(latents_spec, vae_dtype=args.vae_dtype, ratios=hunyuan_ratios(components))
@@ -275,13 +272,12 @@ def encoding_specs(
         llama, length = (*llama, root / "image_processor"), length + MOST_IMAGE_TOKENS
         first = partial(clip_moments, encoders, mini_batch, frames=1)
         specs.append(latents("first_frame", ("frame",), first, channels, vae, first_only=True))
-    prompts, moments = partial(encode_text, encoders, settings), 2 if args.vae_sample_mode == "sample" else 1
     return [
         *specs,
-        latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), channels * moments, vae),
+        latents("moments", ("clip",), partial(clip_moments, encoders, mini_batch), moments, vae),
         EncodingSpec(
-            "prompt_embeds", ("caption",) if condition is None else ("frame", "caption"), prompts,
-            fixed_shape(length, config["text_embed_dim"]), dtype, llama,
+            "prompt_embeds", ("caption",) if condition is None else ("frame", "caption"),
+            partial(encode_text, encoders, settings), fixed_shape(length, config["text_embed_dim"]), dtype, llama,
             frozen_encoders.text_settings(args, settings), trimmed=True, module="text_encoder",
         ),
         EncodingSpec(

@@ -1,4 +1,4 @@
-"""Tests of videox.engine.streamed: training with streamed blocks equals that with resident blocks, to the bit."""
+"""Tests of videox.engine.streamed: training with streamed blocks is bit-identical to that with resident blocks."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
+import yaml
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 from hypothesis import given, settings
@@ -83,7 +83,6 @@ def test_a_vae_of_any_depth_round_trips(blocks: int, resnets: int, patch: int | 
 
 
 def test_the_yaml_has_the_published_statistics() -> None:
-    yaml = pytest.importorskip("yaml")
     content = yaml.safe_load((ROOT / "config/wan2.2/wan_civitai_ti2v.yaml").read_text(encoding="utf-8"))
     published = json.loads((ROOT / "config/models/wan2.2-ti2v-5b.json").read_text(encoding="utf-8"))
     for name in ("latents_mean", "latents_std"):

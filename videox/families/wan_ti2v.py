@@ -85,11 +85,12 @@ class TextOrImagePipeline(WanPipeline):
     def __call__(self, *, image: Any = None, **arguments: Any) -> Any:  # noqa: ANN401 - of diffusers
         """As the call of the pipeline for text, or for pictures where `image` is given."""
         if image is None:
-            return super().__call__(**arguments)
+            return super().__call__(**arguments)  # type: ignore[misc]
         from diffusers import WanImageToVideoPipeline  # it warns on import that torchvision is missing
 
-        modules = {name: part for name, part in self.components.items() if not name.startswith("transformer")}
-        pipeline = WanImageToVideoPipeline(**modules, transformer=None, expand_timesteps=True)
-        pipeline.transformer = self.transformer  # of any class: the backend may have wrapped it
-        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        own: Any = self
+        modules = {name: part for name, part in own.components.items() if not name.startswith("transformer")}
+        pipeline: Any = WanImageToVideoPipeline(**modules, transformer=None, expand_timesteps=True)
+        pipeline.transformer = own.transformer  # of any class: the backend may have wrapped it
+        pipeline.set_progress_bar_config(**getattr(own, "_progress_bar_config", {}))
         return pipeline(image=image, **arguments)

@@ -168,7 +168,7 @@ def stream_trained(blocks: Sequence[nn.Module], numbers: Collection[int], device
         for module in block.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
-        block._apply = lambda *_, block=block, **__: block  # type: ignore[method-assign, misc]
+        block._apply = lambda *_, block=block, **__: block  # type: ignore[method-assign]
     sizes = [size_of(parts_of(block, lambda parameter: parameter.requires_grad)) for block in chosen]
     stream = BlockStream(weights, device)
     gradients = GradientStream([_host_memory(size, device) for size in sizes], device)
