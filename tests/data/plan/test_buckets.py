@@ -32,7 +32,7 @@ from videox.data.plan.buckets import (
 )
 from videox.errors import FLAGS, UserError
 from videox.rng import Purpose, uniform
-from videox.shapes import GRID, Bucket, token_count
+from videox.shapes import USUAL, Bucket, token_count
 
 KEYS = [key for key, _, _ in ASPECT_RATIOS_512]
 PIXELS = st.integers(16, 8192)
@@ -134,7 +134,9 @@ def test_tokens_of_16_to_9(target: int, tokens: int) -> None:
 @given(st.integers(0, 39), st.integers(32, 8192))
 def test_sides_are_floored_as_the_formula_says(position: int, target: int) -> None:
     _, height, width = ASPECT_RATIOS_512[position]
-    wanted = tuple(max(math.floor(Fraction(x, 512) * target / GRID) * GRID, GRID) for x in (height, width))
+    wanted = tuple(
+        max(math.floor(Fraction(x, 512) * target / USUAL.grid) * USUAL.grid, USUAL.grid) for x in (height, width)
+    )
     found = bucket_sides(np.array([position]), np.array([target]))
     assert (int(found[0][0]), int(found[1][0])) == wanted
 
@@ -247,8 +249,8 @@ def test_every_token_length_clip_is_within_the_budget(
     assert np.all((spent <= n_frames * token**2) | (found.frames == 1))
     assert np.all(found.frames % 4 == 1)
     assert np.all((found.frames.astype(np.int64) - 1) * stride < frames)  # the clip is within its video
-    assert np.all(found.height % GRID == 0)
-    assert np.all(found.width % GRID == 0)
+    assert np.all(found.height % USUAL.grid == 0)
+    assert np.all(found.width % USUAL.grid == 0)
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
@@ -372,7 +374,7 @@ def test_fix_sample_size_applies_to_every_sample() -> None:
 @pytest.mark.parametrize(("image", "video"), [(512, 256), (500, 300)])
 def test_without_buckets_everything_is_square(image: int, video: int) -> None:
     policy = sized(SizePolicy(), image, video)
-    side = {size: size // GRID * GRID for size in (image, video)}
+    side = {size: size // USUAL.grid * USUAL.grid for size in (image, video)}
     assert buckets_of(assigned(policy, 0, 900, 300, 1)) == {Bucket(1, side[image], side[image])}
     assert buckets_of(assigned(policy, 1, 300, 900, 1000)) == {Bucket(49, side[video], side[video])}
 
