@@ -36,7 +36,9 @@ from videox.weights.header import read_metadata
 
 STEPS, RANK, SHIFT = 4, 4, 3.0
 WINDOW = NoiseWindow(end=0.875)
-EXPERT = {"expert": "low_noise"}
+EXPERT = {
+    "expert": "low_noise", "video_sample_n_frames": 5, "image_sample_size": 64, "tokenizer_max_length": 16,
+}  # fmt: skip
 LORA = {"lora_rank": RANK, "learning_rate": "1e-2", "export_dtype": "fp32"}
 CHECKPOINT_FILE, FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_low_noise.safetensors"
 BACKENDS = ("ddp", *SHARDED_BACKENDS)
