@@ -156,6 +156,8 @@ def network_row(network: Network) -> dict[str, Any]:
         "saved, half recomputed": lambda tokens: network.saved_bytes(tokens, chosen),
         "peak": lambda tokens: network.peak_bytes(tokens, ()),
         "peak, half recomputed": lambda tokens: network.peak_bytes(tokens, chosen),
+        "frozen, saved": lambda tokens: replace(network, frozen=True).saved_bytes(tokens, ()),
+        "frozen, peak, half recomputed": lambda tokens: replace(network, frozen=True).peak_bytes(tokens, chosen),
         "outside, transient": network.outside_transient,
         "block, attention": lambda tokens: sum(block.attention(tokens) for block in network.blocks),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -22,7 +23,17 @@ from videox.estimate.advice import (
     propose,
 )
 from videox.estimate.flops import cross_attention_network
-from videox.estimate.memory import BlockWeights, Encoders, Memory, MemorySetup, Parameters, memory_of
+from videox.estimate.host_limit import propose_on_host
+from videox.estimate.host_report import missing_lines
+from videox.estimate.memory import (
+    BlockWeights,
+    Encoders,
+    Memory,
+    MemorySetup,
+    Parameters,
+    memory_of,
+    peak_of_host,
+)
 from videox.optim.registry import check_supported
 
 GIB = 2**30
@@ -236,10 +247,12 @@ LORA = replace(
 )  # fmt: skip
 
 
-def small_card(gib: float, setup: MemorySetup = LORA, *, installed: bool = True) -> list[Proposal]:
+def small_card(
+    gib: float, setup: MemorySetup = LORA, host: float = math.inf, *, installed: bool = True
+) -> list[Proposal]:
     """Return the proposals for Wan2.1 14B, whose blocks may be streamed and quantised.
 
-    installed: the packages of optimizers in host memory are there.
+    host: GiB of a machine; installed: the packages of optimizers in host memory are there.
     """
     name, full, adapters = MODELS["14b"]
 
@@ -254,7 +267,7 @@ def small_card(gib: float, setup: MemorySetup = LORA, *, installed: bool = True)
     changes = possible_changes(
         setup, sharded_backend="zero3", smaller=SMALLER, installed=lambda name: installed, blocks=len(BLOCKS)
     )
-    return propose(setup, gib * GIB, memory, changes)
+    return propose_on_host(setup, gib * GIB, host * GIB, memory, changes)
 
 
 def test_a_14b_lora_is_made_to_fit_without_rounding_where_that_is_enough() -> None:
@@ -273,6 +286,25 @@ def test_weights_are_rounded_before_something_else_is_trained() -> None:
     resident = replace(LORA, backend="ddp", processes=1, recompute_share=0.5)
     flags = [step.change.flags for proposal in small_card(20, resident) for step in proposal.changes]
     assert not any(flag.startswith("--lora_rank") for flag in flags)
+
+
+@pytest.mark.parametrize("host", [20, 30, 48, 96])
+def test_proposals_fit_in_host_memory(host: float) -> None:
+    """Streamed blocks in bfloat16 need 27 GiB at rest and as much while loading, besides the text encoder."""
+    (found, *_) = small_card(16, host=host)
+    assert found.fits and peak_of_host(found.changes[-1].host) <= host * GIB
+    assert ("--base_precision" in found.flags) == (host < 48), found.flags
+    assert all(applied.total < 100 * GIB for applied in found.changes)
+    assert missing_lines([found], host * GIB, "here") == []
+
+
+def test_what_is_missing_of_host_memory_is_named_where_nothing_fits_in_it() -> None:
+    assert small_card(16, host=4) == small_card(16)
+    (found, *_) = small_card(16, host=4)
+    (line,) = missing_lines([found], 4 * GIB, "of --host_memory")
+    peak = peak_of_host(found.changes[-1].host) / GIB
+    assert line.startswith(f"  with {found.flags}: {peak:.2f} GiB of host memory, more than 4 GiB (of --host_memory)")
+    assert f"{peak - 4:.1f} GiB too much" in line
 
 
 def test_a_full_training_is_proposed_a_streamed_lora_for_a_small_card() -> None:

@@ -18,7 +18,7 @@ from videox.models.base_precision import FP8, INT8, NF4
 from videox.models.component import find_component, load_checked
 from videox.models.configured import Component
 from videox.models.quantised import QuantisedLinear, quantise
-from videox.models.quantised_loading import load_quantised, probe_inputs
+from videox.models.quantised_loading import LoadingForward, load_quantised, probe_inputs, return_freed_memory
 from videox.models.streamed_blocks import stream_blocks
 
 CPU = torch.device("cpu")
@@ -160,3 +160,37 @@ def test_the_probe_has_the_inputs_of_every_model(config: Mapping[str, Any]) -> N
     given = probe_inputs(model.config, torch.device("cpu"))
     moved = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in given.items()}
     assert model(**moved)[0].shape[0] == 1
+
+
+def anonymous_bytes() -> int:
+    """Return the anonymous memory of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def test_loading_keeps_no_more_than_the_quantised_weights_and_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each block of 8 MB in bfloat16. The heap has blocks of other sizes, which the C library might keep."""
+    config = {
+        **SMALL_CONFIGS["text"],
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "ffn_dim": 2048,
+        "num_layers": 8,
+    }
+    build_transformer(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    component = Component(tmp_path, dict(WanTransformer3DModel.load_config(tmp_path)))
+    found, load = list[int](), LoadingForward.__call__
+
+    def note(self: LoadingForward, *inputs: Any, **named: Any) -> Any:
+        output = load(self, *inputs, **named)
+        found.append(anonymous_bytes())
+        return output
+
+    monkeypatch.setattr(LoadingForward, "__call__", note)
+    return_freed_memory()
+    model: Any = load_quantised(WanTransformer3DModel, component, LISTS[False], INT8, CPU)[0]
+    quantised = sum(parameter.nbytes for parameter in model.blocks[0].parameters())
+    block = 2 * quantised  # in bfloat16
+    assert found[-1] - found[0] <= (len(found) - 1) * quantised + block, [f"{size / 1e6:.0f} MB" for size in found]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import exports
 import forkserver
 import launches
 import originals
@@ -166,29 +167,49 @@ def test_a_quantised_text_encoder_trains_and_is_cached_separately(
     assert len(names) == 1
 
 
-@pytest.mark.slow
-def test_a_base_in_8_bits_is_trained_as_it_is_and_not_merged(small: SmallRuns, tmp_path: Path) -> None:
-    state = originals.rebuilt(runs.read_weights(small.model("wan2.1 normal") / "transformer"), "wan")
+def write_fp8(model: Path, path: Path) -> None:
+    """Write a transformer as ComfyUI's scaled fp8."""
+    state = originals.rebuilt(runs.read_weights(model / "transformer"), "wan")
     stored: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
     for name, value in state.items():
         stored[name] = value.bfloat16()
         if value.ndim == 2 and name.startswith("blocks."):
             scale = value.abs().max().float() / 448
-            stored[name], stored[f"{name.removesuffix('.weight')}.scale_weight"] = (
-                (value / scale).to(torch.float8_e4m3fn),
-                scale,
-            )
-    save_file(stored, tmp_path / "fp8.safetensors")
+            stored[name] = (value / scale).to(torch.float8_e4m3fn)
+            stored[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    save_file(stored, path)
+
+
+@pytest.mark.slow
+def test_a_base_in_8_bits_is_trained_as_it_is_and_merged_into_its_bf16_model(small: SmallRuns, tmp_path: Path) -> None:
+    model = small.model("wan2.1 normal")
+    write_fp8(model, tmp_path / "fp8.safetensors")
     settings = {"transformer_path": tmp_path / "fp8.safetensors"}
     taken, plain = small(base_precision="fp8", **settings), small(**settings)
     assert "base       fp8: the weights are those of the file, which has them in 8 bits" in taken.stdout
     assert numbers(taken) == numbers(plain)
-    flags = runs.train_flags(
-        "wan2.1", small.model("wan2.1 normal"), small.metadata, tmp_path / "merged",
-        **{**LORA, "train_mode": "normal", "base_precision": "fp8", "export_layouts": ["merged"], **settings},
-    )  # fmt: skip
-    refused = runs.train(flags, runs.train_script("wan2.1"))
-    assert refused.code == 2 and "merged: " in refused.stderr and "has 8-bit weights" in refused.stderr
+    merged = small(base_precision="fp8", export_layouts=["merged"], merge_base=model, **settings)
+    assert numbers(merged) == numbers(taken)
+    words = [merged.folder / "checkpoint-4", tmp_path / "merged", "--layout", "diffusers", "--base", model]
+    assert exports.export(*words, "--dtype", "bf16") == 0
+    found, expected = (runs.read_weights(path) for path in (merged.folder / "transformer_merged", tmp_path / "merged"))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.slow
+def test_a_small_card_fills_its_cache_and_trains_from_it(small: SmallRuns, tmp_path: Path) -> None:
+    """--cache_only with a text encoder in 4 bits and the VAE in tiles; the training then needs no encoder."""
+    prepared = {"text_encoder_precision": "nf4", "vae_tiling": True, "low_vram": True}
+    card = {**prepared, "base_precision": "nf4", "stream_blocks": "all", "offload_activations": True}
+    cache = {"latent_cache": tmp_path / "cache"}
+    filled = small(**prepared, **cache, cache_only=True, output_dir=tmp_path / "filled")
+    assert "text       nf4: the output of a block differs by " in filled.stdout and not filled.metrics
+    assert "the latent cache has everything that the run needs" in filled.stdout
+    trained = small(**card, **cache)
+    assert "text       nf4" not in trained.stdout  # no encoder was loaded
+    assert f"streaming  {BLOCKS} of {BLOCKS} blocks" in trained.stdout
+    assert numbers(trained) == numbers(small(**card)) != numbers(small())
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class Block:
     checkpointing; transient: further bytes that it allocates for a moment at its peak. kept: by the value of
     --gradient_checkpointing_keep, FLOPs that need not be recomputed and bytes that are saved for it: outputs of
     attention, and float32 log-sums of its exponentials. traffic: bytes that all other operators read and write.
+    frozen: saved and transient bytes under a LoRA: autograd saves nothing for the gradients of weights and modulation.
     """
 
     forward: Polynomial
@@ -43,6 +44,11 @@ class Block:
     transient: Polynomial
     kept: Mapping[str, tuple[Polynomial, Polynomial]]
     traffic: Traffic
+    frozen: tuple[Polynomial, Polynomial]
+
+    def activations(self, *, frozen: bool) -> tuple[Polynomial, Polynomial]:
+        """Return saved and transient bytes."""
+        return self.frozen if frozen else (self.saved, self.transient)
 
     def kept_flops(self, keep: str) -> Polynomial:
         """Return the FLOPs that are not recomputed."""
@@ -63,6 +69,7 @@ class Network:
         first_layers: the part of outside whose input needs no gradient.
         outside_saved: bytes saved outside the blocks.
         outside_transient: further bytes for a moment outside the blocks, between the two passes.
+        outside_frozen: as outside_saved, of frozen weights.
         frozen: the weights get no gradients, as those of a LoRA's base model; the few FLOPs of the adapters are not
             counted.
     """
@@ -72,6 +79,7 @@ class Network:
     first_layers: Polynomial
     outside_saved: Polynomial
     outside_transient: Polynomial
+    outside_frozen: Polynomial
     frozen: bool = False
 
     def forward(self, tokens: float) -> float:
@@ -89,9 +97,11 @@ class Network:
 
     def saved_bytes(self, tokens: float, recomputed_blocks: Collection[int], keep: str = "") -> float:
         """Return the bytes saved between forward and backward, with activation checkpointing of some blocks."""
-        recomputed = set(recomputed_blocks)
-        return self.outside_saved(tokens) + sum(
-            block.input(tokens) + block.kept_bytes(keep)(tokens) if number in recomputed else block.saved(tokens)
+        recomputed, outside = set(recomputed_blocks), self.outside_frozen if self.frozen else self.outside_saved
+        return outside(tokens) + sum(
+            block.input(tokens) + block.kept_bytes(keep)(tokens)
+            if number in recomputed
+            else block.activations(frozen=self.frozen)[0](tokens)
             for number, block in enumerate(self.blocks)
         )
 
@@ -99,8 +109,9 @@ class Network:
         """Return the peak bytes of activations: all that is saved, one recomputed block, and transient bytes."""
         recomputed, transients = set(recomputed_blocks), [self.outside_transient(tokens)]
         for number, block in enumerate(self.blocks):
-            again = block.saved(tokens) - block.kept_bytes(keep)(tokens) if number in recomputed else 0.0
-            transients.append(block.transient(tokens) + again)
+            saved, transient = (bytes_of(tokens) for bytes_of in block.activations(frozen=self.frozen))
+            again = saved - block.kept_bytes(keep)(tokens) if number in recomputed else 0.0
+            transients.append(transient + again)
         return self.saved_bytes(tokens, recomputed_blocks, keep) + max(transients)
 
     def offloaded_bytes(self, tokens: float, recomputed_blocks: Collection[int]) -> list[float]:
@@ -139,36 +150,12 @@ def cross_attention_network(
         timestep_per_token: each token has a timestep, and so a modulation, of its own (Wan2.2 TI2V-5B).
     """
     del cast
-    heads, text_dim = config["num_attention_heads"], config["text_dim"]
-    dim, ffn = heads * config["attention_head_dim"], config["ffn_dim"]
-    area = math.prod(config.get("patch_size", (1, 2, 2)))
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    area, text_dim = math.prod(config.get("patch_size", (1, 2, 2))), config["text_dim"]
     inputs, outputs = area * config["in_channels"], area * (config.get("out_channels") or config["in_channels"])
     image_dim = (config.get("image_dim") or 0) if image_tokens else 0
-    context, size = text_tokens + image_tokens, 2 if half else 4
-    forward = Polynomial(
-        constant=2 * context * 2 * dim * dim,  # keys and values of text and image
-        linear=2 * (6 * dim * dim + 2 * dim * ffn) + 4 * context * dim,
-        quadratic=4 * dim,
-    )
-    # float32 in either precision: three norms with their inputs and outputs, their scales and the two gated branches;
-    # in the computing precision: both attentions' q, k, v and outputs, the inputs of the linear layers.
-    saved = Polynomial(
-        constant=context * dim * (8 + 2 * size),
-        linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
-    )
-    modulation = int(timestep_per_token)
-    # float32: the six vectors of a token's modulation, and 1 + scale of two of them
-    saved = total(saved, Polynomial(linear=modulation * MODULATED * dim))
-    attention = Polynomial(linear=4 * context * dim, quadratic=4 * dim)
-    output = dim * size + 4 * heads
-    kept = {
-        "attention": (attention, Polynomial(linear=(2 + bool(image_tokens)) * output)),
-        "self_attention": (Polynomial(quadratic=4 * dim), Polynomial(linear=output)),
-    }
-    input_bytes, transient = Polynomial(linear=dim * size), Polynomial(linear=4 * dim if half else 0)
-    transient = total(transient, Polynomial(linear=modulation * MODULATING * dim))
-    traffic = cross_attention_traffic(dim, ffn, context, timestep_per_token=timestep_per_token)
-    block = Block(forward, attention, saved, input_bytes, transient, kept, traffic)
+    size, modulation = 2 if half else 4, int(timestep_per_token)
+    block = _cross_attention_block(config, text_tokens, image_tokens, half=half, timestep_per_token=timestep_per_token)
     # the timestep's embedding, once for a sample or for each token
     embedding, projection = 2 * FREQUENCIES * dim, 2 * 7 * dim * dim
     first_layers = Polynomial(
@@ -181,17 +168,71 @@ def cross_attention_network(
         constant=2 * (text_tokens * dim * dim + image_projection) + (0 if timestep_per_token else projection),
         linear=2 * dim * outputs + (projection if timestep_per_token else 0),
     )
+    of_timesteps = Polynomial(linear=modulation * (FREQUENCIES * size + dim * (4 + 10 * size)))
     outside_saved = Polynomial(
         constant=3 * text_tokens * dim * size + text_tokens * text_dim * size + image_tokens * dim * (8 + 2 * size),
-        linear=dim * (8 + size)
-        + inputs * size
-        + 8 * config["attention_head_dim"]
-        + modulation * (FREQUENCIES * size + dim * (4 + 10 * size)),
+        linear=dim * (8 + size) + inputs * size + 8 * config["attention_head_dim"],
     )
     outside_transient = Polynomial(linear=dim * (10 if half else 8))
+    outside_frozen = _outside_frozen(config, dim) if half else outside_saved
     return Network(
-        (block,) * config["num_layers"], total(outside, first_layers), first_layers, outside_saved, outside_transient
+        (block,) * config["num_layers"], total(outside, first_layers), first_layers,
+        total(outside_saved, of_timesteps), outside_transient, total(outside_frozen, of_timesteps),
+    )  # fmt: skip
+
+
+def _cross_attention_block(
+    config: Mapping[str, Any], text_tokens: int, image_tokens: int, *, half: bool, timestep_per_token: bool
+) -> Block:
+    """Return a block of cross_attention_network, which has the same arguments."""
+    heads, ffn = config["num_attention_heads"], config["ffn_dim"]
+    dim, context, size = heads * config["attention_head_dim"], text_tokens + image_tokens, 2 if half else 4
+    forward = Polynomial(
+        constant=2 * context * 2 * dim * dim,  # keys and values of text and image
+        linear=2 * (6 * dim * dim + 2 * dim * ffn) + 4 * context * dim,
+        quadratic=4 * dim,
     )
+    # float32 in either precision: three norms with their inputs and outputs, their scales and the two gated branches;
+    # in the computing precision: both attentions' q, k, v and outputs, the inputs of the linear layers.
+    saved = Polynomial(
+        constant=context * dim * (8 + 2 * size),
+        linear=(dim * (48 + 10 * size) if half else 88 * dim) + 2 * ffn * size + 36 + 8 * heads,
+    )
+    attention = Polynomial(linear=4 * context * dim, quadratic=4 * dim)
+    output = dim * size + 4 * heads
+    kept = {
+        "attention": (attention, Polynomial(linear=(2 + bool(image_tokens)) * output)),
+        "self_attention": (Polynomial(quadratic=4 * dim), Polynomial(linear=output)),
+    }
+    input_bytes, transient = Polynomial(linear=dim * size), Polynomial(linear=4 * dim if half else 0)
+    frozen = _cross_attention_frozen(dim, ffn, heads, context) if half else (saved, transient)
+    # float32: the six vectors of a token's modulation, and 1 + scale of two of them
+    modulated, modulating = (Polynomial(linear=timestep_per_token * dim * count) for count in (MODULATED, MODULATING))
+    traffic = cross_attention_traffic(dim, ffn, context, timestep_per_token=timestep_per_token)
+    return Block(
+        forward, attention, total(saved, modulated), input_bytes, total(transient, modulating), kept, traffic,
+        (total(frozen[0], modulated), total(frozen[1], modulating)),
+    )  # fmt: skip
+
+
+def _cross_attention_frozen(dim: int, ffn: int, heads: int, context: int) -> tuple[Polynomial, Polynomial]:
+    """Return the saved and transient bytes of a cross-attention block under a LoRA, in bfloat16.
+
+    Without gradients of the modulation neither the norms' outputs nor the gated branches are saved. At the peak, the
+    gradient of the feed-forward layer's activations is there twice: of the layer, and of its adapter.
+    """
+    saved = Polynomial(constant=6 * context * dim, linear=42 * dim + 4 * ffn + 36 + 8 * heads)
+    return saved, Polynomial(linear=max(14 * dim, 9 * dim + 2 * ffn))
+
+
+def _joint_frozen(dim: int, ratio: float, heads: int, *, single: bool) -> tuple[float, float]:
+    """Return the saved and transient bytes per token of a joint block under a LoRA, as _cross_attention_frozen."""
+    return dim * (26 + 2 * single + 4 * ratio) + 12 * heads + 8, dim * (2 + 4 * ratio)
+
+
+def _outside_frozen(config: Mapping[str, Any], dim: int) -> Polynomial:
+    """Return the bytes saved outside the blocks under a LoRA: the last norm's input, and rotary embeddings."""
+    return Polynomial(linear=4 * dim + 8 * config["attention_head_dim"])
 
 
 def _joint_block(
@@ -201,7 +242,7 @@ def _joint_block(
     size: int,
     *,
     modulation: float,
-    memory: tuple[float, float],
+    memory: tuple[float, float, float, float],
     heads: int,
     single: bool,
 ) -> Block:
@@ -213,11 +254,11 @@ def _joint_block(
         text: tokens of the text.
         size: bytes of a number in the computing precision.
         modulation: vectors of width dim that the modulation of the block outputs.
-        memory: saved and transient bytes per token.
+        memory: saved and transient bytes per token, and both under a LoRA.
         heads: of the attention.
         single: latents and text are one stream.
     """
-    saved, transient = memory
+    saved, transient, *frozen = memory
     per_token = 2 * (4 + 2 * ratio) * dim * dim
     forward = Polynomial(
         constant=per_token * text + 4 * dim * text * text + 2 * modulation * dim * dim,
@@ -234,6 +275,7 @@ def _joint_block(
         transient=Polynomial(transient * text, transient),
         kept={"attention": kept, "self_attention": kept},
         traffic=joint_attention_traffic(dim, ratio, text, single=single),
+        frozen=(Polynomial(frozen[0] * text, frozen[0]), Polynomial(frozen[1] * text, frozen[1])),
     )
 
 
@@ -264,11 +306,14 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     # attention and feed-forward of a single-stream block are concatenated in the dtype of its queries
     single_transient = dim * ((16 + 5 * ratio if float32_qk else 6) if half else 12)
     joint_block = partial(_joint_block, dim, ratio, text, size, heads=heads)
-    double = joint_block(
-        modulation=6 + 6 + (6 if replaced else 0), memory=(double_saved, dim * (2 if half else 4)), single=False
+    memory = {False: (double_saved, dim * (2 if half else 4)), True: (single_saved, single_transient)}
+    less = half and not cast
+    frozen = {kind: _joint_frozen(dim, ratio, heads, single=kind) for kind in memory} if less else memory
+    modulations = {False: 6 + 6 + 6 * replaced, True: 3 + 3 * replaced}
+    double, single = (
+        joint_block(modulation=modulations[kind], memory=(*memory[kind], *frozen[kind]), single=kind)
+        for kind in (False, True)
     )
-    modulation = 3 + (3 if replaced else 0)
-    single = joint_block(modulation=modulation, memory=(single_saved, single_transient), single=True)
 
     refiners, text_dim = config["num_refiner_layers"], config["text_embed_dim"]
     embedders = (
@@ -290,4 +335,7 @@ def joint_attention_network(config: Mapping[str, Any], *, text_tokens: int, half
     )
     blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
     outside_transient = Polynomial(linear=dim * (10 if half else 20))
-    return Network(blocks, total(outside, first_layers), first_layers, outside_saved, outside_transient)
+    outside_frozen = _outside_frozen(config, dim) if less else outside_saved
+    return Network(
+        blocks, total(outside, first_layers), first_layers, outside_saved, outside_transient, outside_frozen
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup
+from videox.estimate.advice import Proposal
+from videox.estimate.memory import SAFE_SHARE, Memory, MemorySetup, peak_of_host
 from videox.estimate.report import GIB, LABELS, WIDTH, margin
 
 
@@ -27,3 +28,22 @@ def host_lines(memory: Memory, setup: MemorySetup, limit: float, source: str, le
     smaller = {flags: size for flags, size in less.items() if size < peak} if peak > SAFE_SHARE * limit else {}
     width = max(map(len, smaller), default=0)
     return [*lines, *(f"    {flags:<{width}}  {size / GIB:>7.1f} GiB" for flags, size in smaller.items())]
+
+
+def missing_lines(proposals: Sequence[Proposal], limit: float, source: str) -> list[str]:
+    """Return a line for each proposal that needs more host memory than a machine has, with what is missing.
+
+    Args:
+        proposals: of `videox.estimate.advice.propose`.
+        limit: bytes of a machine.
+        source: of the limit, in words that follow it.
+    """
+    lines = []
+    for proposal in proposals:
+        peak = peak_of_host(proposal.changes[-1].host) if proposal.changes else 0.0
+        if proposal.fits and peak > limit:
+            lines.append(
+                f"  with {proposal.flags}: {peak / GIB:.2f} GiB of host memory, more than {limit / GIB:.4g} GiB ({source})"
+                f"{margin(peak, limit)}"
+            )
+    return lines

@@ -187,7 +187,7 @@ class Memory:
 
     def host_peak(self) -> float:
         """Return the most bytes of host memory on one machine: while loading, or while training."""
-        return max(self.host["loading"], sum(size for name, size in self.host.items() if name != "loading"))
+        return peak_of_host(self.host)
 
     def of_phases(self, *names: str) -> float:
         """Return the peak bytes on a GPU in some phases."""
@@ -353,6 +353,11 @@ def memory_of(parameters: Parameters, network: Network, encoders: Encoders, setu
     if offloaded:
         host["offloaded activations"] = setup.per_host * sum(pinned_bytes(setup.batch * size) for size in offloaded)
     return Memory(states, {"training": training, "encoding": encoding, "step": step}, host)
+
+
+def peak_of_host(host: Mapping[str, float]) -> float:
+    """Return the most bytes of the items of Memory.host at a time: while loading, or while training."""
+    return max(host["loading"], sum(size for name, size in host.items() if name != "loading"))
 
 
 def moved_to_host(host: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ variables, and the first process alone plans.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -33,7 +34,7 @@ from videox.estimate.duration import ENCODER_SHARE, Duration, Speed, format_dura
 from videox.estimate.epoch_time import gain_lines, step_time_lines
 from videox.estimate.explain_row import explain_row
 from videox.estimate.frame_rates import frame_rate_lines
-from videox.estimate.host_report import host_lines
+from videox.estimate.host_report import host_lines, missing_lines
 from videox.estimate.memory import SAFE_SHARE, Memory, checkpoint_size
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.plan_picture import PlanPicture
@@ -232,13 +233,16 @@ class _Estimates:
     def _memory(self) -> Memory:
         setup, limit = self.run.setup, memory_limit(self.args)
         memory, parameters = self.run.memory(setup), self.run.parameters(setup.lora_rank)
-        proposals = self.run.proposals(limit) if memory.total() > SAFE_SHARE * limit else []
-        counts = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
         room = host_room(self.args)
+        # this machine is not always the one that trains
+        host = room.total if self.args.host_memory is not None else math.inf
+        proposals = self.run.proposals(limit, host=host) if memory.total() > SAFE_SHARE * limit else []
+        counts = f"{parameters.total / 1e9:.2f} billion parameters, {parameters.trainable / 1e9:.2f} billion trainable"
         _print(
             counts,
             *memory_lines(memory, setup, limit, proposals),
             *host_lines(memory, setup, room.total, room.source, self.run.less_host()),
+            *missing_lines(proposals, room.total, room.source),
         )
         if self.run.memory(self.run.without_samples()).host_peak() <= room.total < memory.host_peak():
             _print("  too little for the other expert: the run would make no sample clips")

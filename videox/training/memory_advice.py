@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import NoReturn
 
 from videox.errors import LOAD_ERRORS, UserError
+from videox.estimate.host_report import missing_lines
 from videox.estimate.memory import SAFE_SHARE
 from videox.estimate.report import GIB, proposal_lines
-from videox.training.planned_gpu import Room
+from videox.training.planned_gpu import Room, host_room
 from videox.training.run_memory import RunMemory
 
 # What runs out of memory (videox.device.memory_phase) -> its phase in the estimate; "states": weights, gradients and
@@ -83,7 +84,7 @@ def _reason(why: BaseException) -> str:
 
 
 def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
-    setup, limit = run.setup, room.available
+    setup, limit, host = run.setup, room.available, host_room(run.args)
     memory = run.memory(setup)
     others = f"; other programs use {room.others / GIB:.1f} GiB of it" if room.others >= GIB else ""
     lines = [
@@ -93,7 +94,7 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
     goal = FIT
     estimated = PHASES.get(phase)
     if memory.total() > SAFE_SHARE * limit:
-        proposals = run.proposals(limit)
+        proposals = run.proposals(limit, host=host.total)
     elif estimated is None:
         lines.append(f"the training is estimated to fit; {phase} is not part of the estimate")
         return NOT_ESTIMATED.get(phase, OTHERWISE), lines
@@ -101,10 +102,10 @@ def _advice(run: RunMemory, room: Room, phase: str) -> tuple[str, list[str]]:
         lines.append("the estimate said that this fits: it is too low for this run, or the memory is fragmented")
         goal = f"to need {1 - LESS:.0%} less in this phase"
         limit = LESS * memory.only(estimated).total() / SAFE_SHARE
-        proposals = run.proposals(limit, estimated)
+        proposals = run.proposals(limit, estimated, host.total)
     if goal != FIT and not any(proposal.fits for proposal in proposals):
         return OTHERWISE, [*lines, f"none of the changes that were tried needs {1 - LESS:.0%} less in this phase"]
-    lines += proposal_lines(proposals, limit, goal)
+    lines += [*proposal_lines(proposals, limit, goal), *missing_lines(proposals, host.total, host.source)]
     first = next((proposal for proposal in proposals if proposal.fits), proposals[0])
     if not first.fits:
         return "train smaller or shorter samples, or use a GPU with more memory", lines

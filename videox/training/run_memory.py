@@ -20,10 +20,11 @@ from videox.data.plan.settings import PlanColumns, PlanSettings
 from videox.distributed.backends import BACKENDS, requested_engine
 from videox.errors import UserError
 from videox.estimate.activation_choice import CHOICES, choose_recompute
-from videox.estimate.advice import LORA_RANKS, Proposal, SmallerSamples, possible_changes, propose
+from videox.estimate.advice import LORA_RANKS, Proposal, SmallerSamples, possible_changes
 from videox.estimate.duration import Speed
 from videox.estimate.flops import Network
 from videox.estimate.gpus import Gpu
+from videox.estimate.host_limit import propose_on_host
 from videox.estimate.memory import (
     SAFE_SHARE,
     UNSHARDED,
@@ -241,12 +242,13 @@ class RunMemory:
             weights[QUANTISED_ENCODER] += round(quantised_bytes(setup.text_precision, elements, rows)) - 2 * elements
         return Encoders(weights, self._vae_peak(setup.vae_tiled) * setup.tokens / self.setup.tokens)
 
-    def proposals(self, limit: float, phase: str | None = None) -> list[Proposal]:
+    def proposals(self, limit: float, phase: str | None = None, host: float = math.inf) -> list[Proposal]:
         """Return changes after which the run fits in `limit` bytes of a GPU with a margin.
 
         Args:
             limit: bytes of a GPU.
             phase: the phase of `Memory.phases` that must fit; None: all.
+            host: bytes of host memory of a machine, in which the proposals fit where any does.
         """
         changes = possible_changes(
             self.setup,
@@ -265,7 +267,9 @@ class RunMemory:
             changes = [
                 change for change in changes if not change.flags.startswith(("--stream_blocks", "--base_precision"))
             ]
-        return propose(self.setup, SAFE_SHARE * limit, lambda setup: self.memory(setup).only(phase), changes)
+        return propose_on_host(
+            self.setup, SAFE_SHARE * limit, host, lambda setup: self.memory(setup).only(phase), changes
+        )
 
     def less_host(self) -> dict[str, float]:
         """Return the host memory of a machine after each single change that may need less of it, by its flags."""
