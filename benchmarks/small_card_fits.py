@@ -1,4 +1,4 @@
-"""What a LoRA of Wan2.1 14B needs on 16 and 24 GB, item by item, and what its copies cost: benchmarks/small_card_fits.md.
+"""What a LoRA of Wan2.1 14B needs on 16 and 24 GB by item, and what copies cost: benchmarks/small_card_fits.md.
 
     python benchmarks/small_card_fits.py [--output benchmarks/small_card_fits.md]
 

@@ -35,7 +35,7 @@ def write_model(folder: Path, seed: int, **sizes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of two transformers, the second one also as a file in 8 bits without scales, and others."""
+    """A folder with a model of two transformers, the second one also as a file in 8 bits, and others."""
     folder = tmp_path_factory.mktemp("models")
     write_model(folder / "model/transformer", 0)
     write_model(folder / "model/transformer_2", 1)
