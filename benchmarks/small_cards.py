@@ -43,7 +43,7 @@ from videox.diffusion.flow_matching import add_noise, velocity_losses
 from videox.files import write_json_atomically
 from videox.models.base_precision import FP8, INT8, NF4, is_quantised
 from videox.models.configured import Component
-from videox.models.quantised import QuantisedLinear
+from videox.models.quantised import QuantisedLinear, quantise
 from videox.models.quantised_loading import load_quantised, probe_inputs, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,8 @@ def quantised(model: nn.Module, precision: str | None) -> Iterator[None]:
     """Quantise the layers of a transformer for a while; None leaves them as they are."""
     layers = linear_layers(model) if precision else {}
     for name, layer in layers.items():
-        model.set_submodule(name, QuantisedLinear(layer, str(precision)))
+        stored = quantise(layer.weight.detach().to(torch.bfloat16), str(precision))  # as a run has the weights
+        model.set_submodule(name, QuantisedLinear(layer, str(precision), stored))
     yield
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -141,15 +142,14 @@ def random_model(config: Mapping[str, Any], kind: str) -> Any:  # noqa: ANN401 -
 
 def output_and_gradients(model: Any, inputs: Mapping[str, Any], adapters: list[nn.Parameter]) -> tuple[Tensor, ...]:  # noqa: ANN401 - of diffusers
     """Return a transformer's output, and the gradients of its mean square for the adapters."""
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(**inputs)[0]
-    gradients = torch.autograd.grad(output.float().square().mean(), adapters)
+    output = model(**inputs)[0]
+    gradients = torch.autograd.grad(output.square().mean(), adapters)
     return (output.detach(), *gradients)
 
 
 def errors_of(name: str, kind: str) -> dict[str, dict[str, float]]:
     """Return the relative errors of output and LoRA gradients of two blocks, by precision."""
-    model = random_model(two_blocks(name), kind)
+    model = random_model(two_blocks(name), kind).float()  # bfloat16 values; what is computed is not rounded
     adapters = with_lora(model, RANK, trained=True)
     inputs = probe_inputs(model.config, torch.device("cpu"))
     expected, *gradients = output_and_gradients(model, inputs, adapters)
@@ -232,8 +232,7 @@ def caller(model: nn.Module) -> Callable[..., Tensor]:
     text, _ = caption_embeddings()
 
     def call(noisy: Tensor, sigmas: Tensor, motions: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(noisy, 1000 * sigmas, text[motions], return_dict=False)[0].float()
+        return model(noisy, 1000 * sigmas, text[motions], return_dict=False)[0]
 
     return call
 
@@ -266,7 +265,7 @@ def learning(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     base = WanTransformer3DModel(**TRAINED)
     train(base, list(base.parameters()), make_clips(CLIPS, seed=100), RATES["before"], seed)
-    held_out, base = other_clips(HELD_OUT, seed=201), base.to(torch.bfloat16)
+    held_out, base = other_clips(HELD_OUT, seed=201), base.to(torch.bfloat16).float()
     losses = {"before": held_out_loss(caller(base), held_out, SHIFT)}
     for precision in (None, *PRECISIONS):
         model = copy.deepcopy(base)
@@ -371,11 +370,12 @@ def tile_lines(rows: Mapping[str, Any]) -> Iterator[str]:
 
 
 PAGE = {
-    "errors": "## Error\n\nRelative error (L2 norms) of the output and of the gradients of a LoRA of rank 16 against bfloat16, same inputs; "
-    "two blocks\nwith the widths of the model and random weights. Heavy-tailed: products of two normal numbers.",
+    "errors": "## Error\n\nRelative error (L2 norms) of the output and of the gradients of a LoRA of rank 16 against bfloat16 weights, same "
+    "inputs,\ncomputed in float32; two blocks with the widths of the model and random weights. Heavy-tailed: products of two normal\n"
+    "numbers.",
     "memory": "## Memory while loading\n\nAnonymous host memory of the process while a transformer is read, quantised block by block, and kept.",
-    "learning": "## Effect on learning\n\nA model of width 256 is trained on clips, and a LoRA of rank 16 then on others, for 300 steps each; "
-    "loss on\nclips that were not trained, at fixed noise. `before`: without the LoRA.",
+    "learning": "## Effect on learning\n\nA model of width 256 is trained on clips, and a LoRA of rank 16 then on others, for 300 steps each, "
+    "computed in\nfloat32; loss on clips that were not trained, at fixed noise. `before`: without the LoRA, `bf16`: on a base in bfloat16.",
     "tiles": "## VAE in tiles\n\n`--vae_tiling`: tiles of 256 x 256 pixels that overlap by 64 pixels, compared with the whole clip; "
     f"{CLIP[0]} frames of {CLIP[1]} x {CLIP[2]}.\nThe VAE is the small one of the demo, of Wan's class; "
     "the published ones were not measured.",

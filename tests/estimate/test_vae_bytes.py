@@ -11,19 +11,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from videox.encoders.vae import encode_moments, use_tiling
+from videox.encoders.vae import use_tiling
 from videox.estimate.module_facts import Modules
 
 COMPONENTS = json.loads(
     (Path(__file__).resolve().parents[2] / "config/models/wan2.1-t2v-14b.json").read_text(encoding="utf-8")
 )["components"]
-SPARE = 2**20
 
 
 def allocated_bytes(vae: Any, clip: torch.Tensor) -> int:
     """Return the most bytes that torch's allocator has given out while a clip is encoded, also within operators."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        encode_moments(vae, clip, mini_batch=1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        vae.encode(clip)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -43,4 +43,5 @@ def test_the_published_vae_allocates_what_is_estimated(size: tuple[int, int, int
     )
     measured = allocated_bytes(vae, clip)
     print(f"{size}: estimate {estimate / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
-    assert estimate == pytest.approx(measured, rel=0.05, abs=SPARE)
+    packed = max(parameter.nbytes for parameter in vae.parameters())  # oneDNN's copy of a convolution's weight
+    assert 0.95 * estimate < measured < 1.05 * estimate + packed
