@@ -188,7 +188,7 @@ def test_a_dry_run_of_the_published_model_counts_its_tokens(
         "dry_run": True, "dry_run_model": "wan2.2-ti2v-5b", "train_mode": "ti2v", "dry_run_data": "20x6s@24fps:1280x704",
         "output_dir": tmp_path, "enable_bucket": True, "fix_sample_size": [704, 1280], "video_sample_n_frames": 121,
         "video_sample_fps": 24, "gradient_checkpointing": True, "mixed_precision": "bf16", "latent_cache": tmp_path / "c",
-        "gpu_memory": 80, "optimizer": "adamw8bit",
+        "gpu_memory": 80, "optimizer": "adamw8bit", "train_batch_size": 1,
     }  # fmt: skip
     assert runs.train_script("wan2.2").main(runs.to_argv(words)) == 0
     printed = capsys.readouterr().out
@@ -196,4 +196,4 @@ def test_a_dry_run_of_the_published_model_counts_its_tokens(
     report = json.loads((tmp_path / "plan_report.json").read_text(encoding="utf-8"))
     (bucket,) = report["buckets"]
     assert (bucket["frames"], bucket["height"], bucket["width"], bucket["tokens"]) == (121, 704, 1280, 27_280)
-    assert 40 < report["memory"]["total"] / 2**30 < 80
+    assert 70 < report["memory"]["total"] / 2**30 < 80

@@ -212,7 +212,8 @@ def encoding_specs(
     """How the encoder outputs of a sample are computed and cached; dtype: of text embeddings.
 
     moments: of the VAE's posterior; prompt_embeds; with images also known: the mode of the posterior of the known
-    pixels, and image_embeds: of the known pixels of the first frame, for models that take them.
+    pixels, and image_embeds: of the known pixels of the first frame, for models that take them; in the mode ti2v
+    first_frame: the mode of the posterior of the first frame.
     """
     config, mode, length = components["transformer"].config, args.train_mode, args.tokenizer_max_length
     vae, text = (components["vae"].path,), (components["text_encoder"].path, components["tokenizer"].path)
@@ -227,6 +228,9 @@ def encoding_specs(
             frozen_encoders.text_settings(args, length), padded=True, module="text_encoder",
         ),
     ]  # fmt: skip
+    if mode == "ti2v" and args.i2v_ratio > 0:  # encoded alone, as at inference
+        first = partial(clip_moments, encoders, args.vae_mini_batch, frames=1)
+        specs.append(latents("first_frame", ("frame",), first, channels, vae, first_only=True))
     if mode not in wan_ti2v.WITHOUT_CONDITION:
         known = partial(encode_known, encoders, mode, args.vae_mini_batch, ratios=ratios)
         specs.append(latents("known", ("clip", "mask"), known, channels, vae))
@@ -259,8 +263,8 @@ def encode_batch(
     encoded = {name: torch.stack(tensors) for name, tensors in wan.encode(batch).items()}
     given = {"prompt_embeds": encoded["prompt_embeds"]}
     if args.train_mode == "ti2v":
-        moments = encoded["moments"]
-        first = wan.normalise(moments[:, : wan.channels, :1])
+        moments = encoded["moments"][:, : wan.channels]
+        first = wan.normalise(encoded.get("first_frame", moments[:, :, :1]))  # without one, none is given
         given |= wan_ti2v.given_frame(first, moments.shape[2], batch, args.i2v_ratio, wan.ratios.patch)
     elif args.train_mode != "normal":
         frames, device = (args.train_mode, batch["variants"]), wan.latents_mean.device
