@@ -89,7 +89,7 @@ def page() -> str:
     parts = [
         "# A LoRA of Wan2.1 14B on 16 and 24 GB\n\nWritten by `python benchmarks/small_card_fits.py --output "
         "benchmarks/small_card_fits.md` from dry runs; not measured on a GPU. Text-to-video,\nrank 32, one sample per step, GiB "
-        f"of 2^30 bytes. All rows have\n`{COMMON.split(' --max_train_steps')[0].removeprefix("--dry_run --enable_bucket ")}` and a latent cache "
+        f"of 2^30 bytes. All rows have\n`{COMMON.split(' --max_train_steps')[0].removeprefix('--dry_run --enable_bucket ')}` and a latent cache "
         "that the same card fills.\nThe items are those of a training step. Copies run beside the computation: the time of a step has what "
         "of them is longer than\nwhat hides it."
     ]
