@@ -67,5 +67,5 @@ def samples_of(batches: list[MicroBatch]) -> list[tuple]:
     return [
         (batch.step, batch.slot, batch.bucket, *values)
         for batch in real_batches(batches)
-        for values in zip(*(column.tolist() for column in batch[3:]), strict=True)
+        for values in zip(*(column.tolist() for column in batch[3:-1]), strict=True)
     ]

@@ -26,6 +26,7 @@ from videox.training.flags import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "scripts" / "wan2.1" / "train.py"
+SCRIPTS = (TRAIN, ROOT / "scripts/wan2.2/train.py")
 
 REPLACED = {
     "auto_tile_batch_size": "slot_fill",
@@ -143,23 +144,25 @@ def flags_that_are_read() -> set[str]:
     found = {name for name in by_name if f'"{name}"' in source}
     # the flags of another trainer, which train_lora.py translates, are not ours
     modules = [path for path in (ROOT / "videox").rglob("*.py") if path.name != "lora_flags.py"]
-    for path in (TRAIN, *modules):
+    for path in (*SCRIPTS, *modules):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
                 found.add(node.attr)
     return found
 
 
-def own_flags_of_the_script() -> set[str]:
-    calls = (n for n in ast.walk(ast.parse(TRAIN.read_text())) if isinstance(n, ast.Call) and n.args)
+def own_flags_of_the_scripts() -> set[str]:
+    """Return the flags that the scripts of Wan add, and the modules of its families for them."""
+    trees = [ast.parse(path.read_text()) for path in (*SCRIPTS, *(ROOT / "videox/families").glob("*.py"))]
+    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
     texts = (call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant))
     return {text.removeprefix("--") for text in texts if isinstance(text, str) and text.startswith("--")}
 
 
 def test_every_flag_is_read_and_every_read_is_a_flag() -> None:
     acts_by_itself = {"list_recipes"}  # an argparse action that prints and exits
-    own = {"clip_image", "config_path", "tokenizer_max_length"}
-    all_flags = set(ACTIONS) - acts_by_itself | (own_flags_of_the_script() & own)
+    own = {"clip_image", "config_path", "tokenizer_max_length", "expert", "other_transformer_path", "i2v_ratio"}
+    all_flags = set(ACTIONS) - acts_by_itself | (own_flags_of_the_scripts() & own)
     assert own < all_flags
     assert flags_that_are_read() == all_flags
 
