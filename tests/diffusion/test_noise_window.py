@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -61,12 +62,13 @@ def test_draws_are_the_ones_of_the_whole_range_that_lie_in_the_window(
     assert distance < 1.5 * heaviest + (0 if uniform else 1.95 / DRAWS**0.5)
 
 
-def shares_of_timesteps(args: Namespace) -> np.ndarray:
+@cache
+def shares_of_timesteps(scheme: str) -> np.ndarray:
     """Return the share of each of the 1000 timesteps in the draws of one model, noisiest first; float64 [1000].
 
     From the density alone: the distribution function of the logistic-normal law, and for the others a fine grid.
     """
-    edges = np.arange(1001) / 1000
+    args, edges = flags(scheme, uniform=True), np.arange(1001) / 1000
     if args.weighting_scheme == "logit_normal":
         inner = torch.special.logit(torch.from_numpy(edges[1:-1]))
         below = torch.special.ndtr((inner - args.logit_mean) / args.logit_std).numpy()
@@ -88,7 +90,7 @@ def test_stratified_draws_cover_the_window_evenly(expert: str, scheme: str) -> N
     """Each timestep of the window gets its share of 10,000 draws, within a draw; no other timestep gets one."""
     window, shift, args = EXPERTS[expert](0.875), 3.0, flags(scheme, uniform=True)
     steps = window.steps(shift)
-    shares = shares_of_timesteps(args)[steps.start : steps.stop]
+    shares = shares_of_timesteps(scheme)[steps.start : steps.stop]
     strata = (np.arange(DRAWS) + place_in_stratum(3, 0)) / DRAWS
     seen = timesteps_of(sigmas(args, window, shift, strata), shift)
     assert set(seen) <= set(steps)
@@ -101,7 +103,7 @@ def test_stratified_draws_cover_the_window_evenly(expert: str, scheme: str) -> N
 def test_every_stratum_of_the_window_is_drawn_once_per_step(expert: str, scheme: str) -> None:
     window, shift, samples, args = EXPERTS[expert](0.875), 3.0, 8, flags(scheme, uniform=True)
     steps = window.steps(shift)
-    shares = shares_of_timesteps(args)[steps.start : steps.stop]
+    shares = shares_of_timesteps(scheme)[steps.start : steps.stop]
     upper = np.cumsum(shares) / shares.sum()  # of the truncated density, its distribution function
     lower = np.concatenate([[0], upper[:-1]])
     middles = []

@@ -15,7 +15,7 @@ from videox.models.published import dry_run_components, published_models
 
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
-    "wan2.1-flf2v-14b": 16_395_536_704, "wan2.1-fun-14b-inp": 16_394_878_784, "wan2.1-fun-1.3b-inp": 1_564_428_608,
+    "wan2.1-flf2v-14b": 16_395_536_704, "wan2.1-fun-1.3b-inp": 1_564_428_608,
     "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184, "wan2.2-ti2v-5b": 4_999_787_712,
     "hunyuanvideo-t2v": 12_821_012_544,
 }  # fmt: skip
@@ -31,7 +31,10 @@ def test_a_published_configuration_builds_the_published_model(name: str) -> None
 
 def test_the_files_of_wan_fun_have_the_size_of_its_parameters() -> None:
     """The published files of the transformer are in bfloat16, two bytes per parameter: 3.13 and 32.8 GB."""
-    assert [round(2 * PARAMETERS[f"wan2.1-fun-{size}-inp"] / 1e9, 2) for size in ("1.3b", "14b")] == [3.13, 32.79]
+    names = ("wan2.1-fun-1.3b-inp", "wan2.1-i2v-14b")
+    assert [round(2 * PARAMETERS[name] / 1e9, 2) for name in names] == [3.13, 32.79]
+    fun, i2v = (dry_run_components(name, "wan2.1") for name in ("wan2.1-fun-14b-inp", "wan2.1-i2v-14b"))
+    assert fun["transformer"].config == i2v["transformer"].config and "scheduler" not in fun
 
 
 def test_every_family_has_models() -> None:
