@@ -33,6 +33,7 @@ COMMON = (
     "--dry_run --enable_bucket --dry_run_model wan2.1-t2v-14b --mixed_precision bf16 --lora_rank 32 --gradient_checkpointing --low_vram "
     "--text_encoder_precision nf4 --max_train_steps 1000 --host_memory 1000 --gpu_memory 1000"
 )
+SHOWN = COMMON.partition(" --max_train_steps")[0].partition("--mixed_precision bf16 ")[2]
 ROWS = (
     "", "--offload_activations", "--offload_activations --base_precision int8", "--offload_activations --base_precision nf4",
     "--offload_activations --stream_blocks all", "--offload_activations --stream_blocks all --base_precision int8",
@@ -89,7 +90,7 @@ def page() -> str:
     parts = [
         "# A LoRA of Wan2.1 14B on 16 and 24 GB\n\nWritten by `python benchmarks/small_card_fits.py --output "
         "benchmarks/small_card_fits.md` from dry runs; not measured on a GPU. Text-to-video,\nrank 32, one sample per step, GiB "
-        f"of 2^30 bytes. All rows have\n`{COMMON.split(' --max_train_steps')[0].removeprefix('--dry_run --enable_bucket ')}` and a latent cache "
+        f"of 2^30 bytes. All rows have\n`{SHOWN}` and a latent cache "
         "that the same card fills.\nThe items are those of a training step. Copies run beside the computation: the time of a step has what "
         "of them is longer than\nwhat hides it."
     ]

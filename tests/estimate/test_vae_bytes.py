@@ -31,7 +31,7 @@ def allocated_bytes(vae: Any, clip: torch.Tensor) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "tiled"), [((9, 96, 128), False), ((5, 288, 256), True)])
+@pytest.mark.parametrize(("size", "tiled"), [((9, 96, 128), False), ((1, 288, 256), True)])
 def test_the_published_vae_allocates_what_is_estimated(size: tuple[int, int, int], tiled: bool) -> None:
     """Wan2.1's, with 127 million parameters, at a small size; in tiles of 256 x 256 where it is tiled."""
     vae: Any = AutoencoderKLWan.from_config(COMPONENTS["vae"]).eval().requires_grad_(False)
