@@ -30,7 +30,7 @@ SIZES = {  # frames, height and width -> flags of the data and of the sample
     "49x512x512": "--dry_run_data 100x6s@16fps:512x512 --fix_sample_size 512 512 --video_sample_n_frames 49",
 }
 COMMON = (
-    "--dry_run --enable_bucket --dry_run_model wan2.1-t2v-14b --mixed_precision bf16 --lora_rank 32 --gradient_checkpointing --low_vram "
+    "--dry_run --enable_bucket --dry_run_model wan2.1-t2v-14b --video_sample_fps 16 --mixed_precision bf16 --train_batch_size 1 --lora_rank 32 --gradient_checkpointing --low_vram "
     "--text_encoder_precision nf4 --max_train_steps 1000 --host_memory 1000 --gpu_memory 1000"
 )
 SHOWN = COMMON.partition(" --max_train_steps")[0].partition("--mixed_precision bf16 ")[2]
@@ -52,6 +52,9 @@ def report_of(size: str, flags: str, gpu: str) -> dict[str, Any]:
         if code != 0:
             raise RuntimeError(f"the dry run of {flags} ended with {code}")
         report: dict[str, Any] = json.loads((Path(folder) / "plan_report.json").read_text(encoding="utf-8"))
+        found = {"x".join(str(bucket[side]) for side in ("frames", "height", "width")) for bucket in report["buckets"]}
+        if found != {size}:
+            raise RuntimeError(f"the dry run of {size} trains {', '.join(sorted(found))}")
     return report
 
 
