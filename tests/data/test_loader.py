@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import struct
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forkserver
 import numpy as np
 import plans
 import pytest
@@ -24,6 +28,7 @@ from videox.errors import DATA, UserError
 from videox.shapes import Bucket
 
 ROWS = 8
+END_SECONDS = 20.0  # for a worker to end after its training process; the machine of a test may be busy
 
 
 def index_of(rows: int) -> Index:
@@ -187,3 +192,36 @@ def test_an_exception_that_is_no_bad_sample_is_raised_from_a_worker() -> None:
 
     with pytest.raises(RuntimeError, match="decord is not installed"):  # torch's, with the traceback of the worker
         list(BatchLoader(FaultyDataset(fault), batches(), workers=1))
+
+
+# ------------------------------------------------------------------------------------------------ the end of workers
+
+
+def read_without_an_end() -> int:
+    """Wait for a worker that reads forever; entry point of a forked process."""
+    note = Path(sys.argv[1])
+
+    def fault(row: int) -> None:
+        del row
+        note.with_suffix(".part").write_text(str(os.getpid()))
+        note.with_suffix(".part").rename(note)
+        while True:
+            time.sleep(0.01)
+
+    next(iter(BatchLoader(FaultyDataset(fault), batches(), workers=1)))
+    return 0
+
+
+def test_a_worker_that_reads_forever_ends_with_the_training_process(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    entry = "tests.data.test_loader:read_without_an_end"
+    process = forkserver.shared().start([str(note)], tmp_path / "log", entry_point=entry)
+    process.wait_until(note.exists)
+    worker = os.pidfd_open(int(note.read_text()))
+    process.signal(signal.SIGKILL)  # not its worker
+    process.wait()
+    ended = select.select([worker], [], [], END_SECONDS)[0]
+    if not ended:
+        signal.pidfd_send_signal(worker, signal.SIGKILL)
+    os.close(worker)
+    assert ended, f"the worker is still there after {END_SECONDS} s"

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 IDLE = -1  # what a worker reads while it reads no row
 # Deaths of workers in a row, each while no row was read, without a batch in between, after which the run ends.
 MOST_IDLE_DEATHS = 3
+PARENT_SECONDS = 1.0  # between two looks of a worker whether the training process is still there
 
 
 class BatchLoader:
@@ -162,19 +163,22 @@ def init_worker(worker: int) -> None:
 
     Terminals, batch systems and torchrun send signals to all processes of a session. A worker that ended on them would
     abort the step that the training process still has to finish and save. So a worker obeys SIGTERM only if the
-    training process sent it.
+    training process sent it. It ends with the training process, also while it reads a file without an end.
     """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # Blocked in every thread: the thread below receives it by sigwaitinfo, which also reports the sender.
+    # Blocked in every thread: the thread below waits for it by sigtimedwait, which also reports the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _exit_on_sigterm_from(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _exit_with(parent: int) -> None:
+    """End this process when the parent sends SIGTERM or is gone, as after a kill."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_SECONDS)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)
