@@ -138,6 +138,11 @@ def exit_code(error: BaseException) -> int:
     return STORAGE if isinstance(error, SaveError) or storage_line(error) else BUG
 
 
+def name_process(error: BaseException, rank: int) -> None:
+    """Have the line of an error that ends one of several processes name it; a UserError names a flag, file or row."""
+    error.process = rank  # type: ignore[attr-defined]
+
+
 def error_line(error: BaseException) -> str:
     """Return the one line that reports what ended a run."""
     if isinstance(error, UserError):
@@ -149,8 +154,11 @@ def error_line(error: BaseException) -> str:
             return INTERRUPTED_LINE
         return f"stopped by {error} outside a step; nothing was saved, the last checkpoint is kept"
     if isinstance(error, SaveError):
-        return _one_line(f"error: {error}. Fix: free some disk space, or pass a writable folder")
-    return storage_line(error) or _one_line(f"error: {type(error).__name__}: {error}")
+        line = _one_line(f"error: {error}. Fix: free some disk space, or pass a writable folder")
+    else:
+        line = storage_line(error) or _one_line(f"error: {type(error).__name__}: {error}")
+    process = getattr(error, "process", None)
+    return line if process is None else line.replace("error: ", f"error: process {process}: ", 1)
 
 
 def error_text(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from videox.errors import (
     UserError,
     error_line,
     exit_code,
+    name_process,
 )
 from videox.run.lifecycle import STOP_SIGNALS, Run, open_run, run_script
 from videox.run.status import RunStatus, read_status
@@ -295,6 +296,19 @@ def test_errors_with_a_message_for_the_user_write_no_crash_txt(tmp_path: Path) -
         with pytest.raises(type(error)), open_in(tmp_path / "run"):
             raise error
     assert not (tmp_path / "run" / "crash.txt").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(errno.ENOSPC, "full", "a"), SaveError("EIO")])
+def test_the_line_of_an_error_names_the_process_of_several(error: Exception) -> None:
+    alone = error_line(error)
+    name_process(error, 3)
+    assert error_line(error) == f"error: process 3: {alone.removeprefix('error: ')}"
+
+
+def test_the_line_of_a_user_error_names_no_process() -> None:
+    error = UserError("--seed", "is odd", "pass an even one")
+    name_process(error, 3)
+    assert error_line(error) == "error: --seed: is odd. Fix: pass an even one."
 
 
 def test_a_crash_without_a_place_for_its_traceback_prints_it(

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from videox.errors import INTERRUPTED, PEER_LOST, STOPPED, PeerFailed, UserError, error_line, exit_code
+from videox.errors import INTERRUPTED, PEER_LOST, STOPPED, PeerFailed, error_line, exit_code, name_process
 from videox.run.failure_hub import (
     CONNECT_SECONDS,
     Connection,
@@ -164,9 +164,8 @@ class FailureMonitor:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(EXIT_SECONDS)
         consequence = is_lost_connection(error)
+        name_process(error, self.rank)  # also where this process prints it, and in the status
         line, code = error_line(error), PEER_LOST if consequence else exit_code(error)
-        if not isinstance(error, (UserError, KeyboardInterrupt)):  # a UserError names its flag, file or row
-            line = line.replace("error: ", f"error: process {self.rank}: ", 1)
         self._connection.send({"report": Report(self.rank, line, code, consequence)._asdict()})
         self._decided.wait(EXIT_SECONDS / 2)
         if self._verdict is None or (self._verdict.rank == self.rank and not consequence):
