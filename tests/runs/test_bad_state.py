@@ -15,9 +15,11 @@ import tiny
 import torch
 from launches import SHARDED_BACKENDS, BackendRuns, exit_codes, output_of
 
+from videox.activity import ACTIVITY
 from videox.errors import NUMERICS
 from videox.run.checkpoint import find_checkpoints, verify
-from videox.training import spikes
+from videox.run.folder import prune
+from videox.training import checkpointing, spikes
 
 BAD_STEP = 3
 FLAGS = {"mixed_precision": "no", "checkpointing_steps": 1, "lr_warmup_steps": 0, "validation_rows": 0}
@@ -86,9 +88,17 @@ def test_a_bad_weight_is_never_saved_and_two_refusals_end_the_run(
     def damage(engine: Any) -> None:  # large enough to be refused, small enough to train on
         damage_weight(engine, -7e4)
 
+    pruned_in: list[tuple[str, ...]] = []
+
+    def prune_noting_the_section(*arguments: Any) -> list[str]:
+        pruned_in.append(ACTIVITY.sections)
+        return prune(*arguments)
+
+    monkeypatch.setattr(checkpointing, "prune", prune_noting_the_section)
     folder = tmp_path / "run"
     outcome = damaged_run(paths, folder, monkeypatch, damage, max_train_steps=6, checkpoints_total_limit=1)
     assert outcome.code == NUMERICS, outcome.stderr
+    assert pruned_in == [("a save",)] * 2  # not as a part of the next step, for its times and for the watchdog
     said = "has the value -7e+04, and none above 65,504 is plausible); the last good checkpoint is checkpoint-2"
     (warning,) = [
         line.strip()

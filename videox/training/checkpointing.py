@@ -111,17 +111,21 @@ class Checkpointer:
             self.compare_replicas(due=False)
             fault = self._fault()
             cause = fault or self._publish()
+            if not cause and self.ctx.is_main:  # a part of the save: deleting may take long on a network disk
+                self._finish_save()
         if cause:
             self._fail(cause, NUMERICS if fault else STORAGE, last=last)
             return
         self._failure = None
-        if self.ctx.is_main:
-            try:
-                self.recorder.times.write(self.ctx.output_dir)
-            except OSError as why:
-                self.recorder.bar.note(f"warning: cost_model.json was not written ({why})")
-            for warning in self._prune():
-                self.recorder.bar.note(f"warning: {warning}")
+
+    def _finish_save(self) -> None:
+        """Write cost_model.json and prune, on the main process; an error is a warning."""
+        try:
+            self.recorder.times.write(self.ctx.output_dir)
+        except OSError as why:
+            self.recorder.bar.note(f"warning: cost_model.json was not written ({why})")
+        for warning in self._prune():
+            self.recorder.bar.note(f"warning: {warning}")
 
     def _fault(self) -> str:
         """Return what is wrong with the weights and moments of this step, on any rank; "" if they are sound."""
