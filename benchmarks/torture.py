@@ -1,7 +1,7 @@
 """Tries faults on runs, files and ranks, each drawn by a seed, and writes what was asked, tried, right and wrong.
 
     python benchmarks/torture.py [--areas kills,disk,...] [--seconds N] [--continue] [--output benchmarks/torture.md]
-    python benchmarks/torture.py --table --output benchmarks/torture.md
+    python benchmarks/torture.py --table --note "shared with other work" --output benchmarks/torture.md
     python benchmarks/torture.py --only disk:17
 
 Each area appends one line per case to outputs/torture/<area>.jsonl. With --continue it goes on after the last seed
@@ -32,8 +32,8 @@ from videox.files import unique_path
 ROOT = Path(__file__).resolve().parents[1]
 AREAS = {
     "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "metadata": "MetadataFiles",
-    "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "soak": "Soak", "small_cards": "SmallCards",
-    "experts": "Experts",
+    "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "failures": "Failures", "watchdog": "Hangs",
+    "alarms": "Alarms", "hunyuanvideo": "Hunyuan", "soak": "Soak", "small_cards": "SmallCards", "experts": "Experts",
 }  # fmt: skip
 RESULTS = ROOT / "outputs" / "torture"
 HEADER = ("area", "what must hold", "asked", "tried", "right", "wrong", "command")
@@ -92,8 +92,13 @@ def table_line(name: str, row: Row, cases: Sequence[dict]) -> tuple[object, ...]
     return f"{name}: {row.name}", row.goal, f"{row.asked:,}", f"{tried:,}", f"{tried - wrong:,}", wrong, command
 
 
-def page(results: Path) -> str:
-    """Return the report as Markdown: a line per row of each area, the wrong cases, and what could not be tried."""
+def page(results: Path, note: str = "") -> str:
+    """Return the report as Markdown: a line per row of each area, the wrong cases, and what could not be tried.
+
+    Args:
+        results: folder of the tried cases.
+        note: words on the machine.
+    """
     lines, wrong, notes = [], [], []
     for name in AREAS:
         cases = read_cases(results, name)
@@ -106,12 +111,12 @@ def page(results: Path) -> str:
         "# Faults that were tried",
         "",
         "Written by `python benchmarks/torture.py`; `make torture` tries all areas for hours. Each case is drawn by its seed, runs the real",
-        "train script on the small Wan models of tests/support/tiny.py, and is compared with a run that nothing disturbed. What was asked is",
+        "train script on the small Wan2.1, Wan2.2 or HunyuanVideo of tests/support/tiny.py, and is compared with a run that nothing disturbed. What was asked is",
         "the goal of a night; what was tried is less where less time was given.",
         "",
         *("| " + " | ".join(map(str, line)) + " |" for line in (HEADER, ["---"] * len(HEADER), *lines)),
         "",
-        f"{datetime.date.today():%-d %B %Y}; {machine_line('torch')}.",
+        f"{datetime.date.today():%-d %B %Y}; {machine_line('torch')}{f'; {note}' if note else ''}.",
         "",
         *(["## Wrong", "", *shown, *more, ""] if wrong else []),
         *(["## Not tried", "", *(f"- {note}" for note in sorted(set(notes))), ""] if notes else []),
@@ -133,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", metavar="AREA:SEED", help="try one case")
     parser.add_argument("--table", action="store_true", help="try nothing, write the table of what was tried")
+    parser.add_argument("--note", default="", help="words on the machine below the table, such as what else it did")
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args(argv)
     names = [args.only.partition(":")[0]] if args.only else args.areas.split(",")
@@ -156,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tried += found
         right = sum(not case["problems"] for case in found)
         print(f"{name}: {right} of {len(found)} cases right", flush=True)
-    text = page(RESULTS)
+    text = page(RESULTS, args.note)
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

@@ -29,8 +29,10 @@ from typing import NoReturn, TextIO
 import tiny
 from dispositions import set_defaults
 
-SCRIPT = "scripts/wan2.1/train.py"
-TIMEOUT = 240.0  # seconds for any wait here; a run takes a few seconds
+SCRIPT_VARIABLE = "FORKSERVER_SCRIPT"  # names the train script of the server's process
+SCRIPT = os.environ.get(SCRIPT_VARIABLE, "scripts/wan2.1/train.py")
+# Seconds for any wait here; a run takes a few seconds. A machine that does much other work may need more.
+TIMEOUT = float(os.environ.get("FORKSERVER_TIMEOUT", "240"))
 PR_SET_PDEATHSIG = 1
 JEMALLOC_THREAD = "jemalloc_bg_thd"  # of pyarrow; jemalloc releases its locks around a fork
 # Modules that training imports lazily. They are imported before the fork, so that not every run pays for them.

@@ -61,20 +61,24 @@ class Checkpoints(Area):
         Row("cache", "a flipped bit or a cut in any file of a latent cache: `scripts/cache.py verify` names it, and no run reads it", 1000),
     )  # fmt: skip
 
-    def __init__(self, folder: Path, *, broken: bool = False) -> None:
+    def __init__(self, folder: Path, *, broken: bool = False, family: str = "wan2.1") -> None:
         super().__init__(folder, broken=broken)
-        self.ground = shared()
+        self.ground = shared(family)
         self.run = self.ground.reference()[0]
         self.check = partial(verify, hashes=not broken)
         self.newest, self.older = (f"checkpoint-{step}" for step in (STEPS, STEPS - EVERY))
 
     def attempt(self, seed: int, draw: random.Random) -> Outcome:
         if seed % 10 == 9 and not self.broken:
-            return self._start(seed, draw)
+            return self.refused_start(seed, draw)
         if seed % 10 in (3, 7):
             return self._index(seed, draw)
         if seed % 10 == 5:
             return self._cache(seed, draw)
+        return self.damaged_checkpoints(seed, draw)
+
+    def damaged_checkpoints(self, seed: int, draw: random.Random) -> Outcome:
+        """Damage files of the newest checkpoint, one at a time, and look which checkpoint a resume takes."""
         place, problems, number = self.folder / f"case-{seed}", [], 0
         while number < FILES:
             shutil.copytree(self.run, place)
@@ -107,7 +111,8 @@ class Checkpoints(Area):
             return [] if error.exit_code == MODEL and named else [error.line()]
         return ["it was accepted when it was passed by its path"]
 
-    def _start(self, seed: int, draw: random.Random) -> Outcome:
+    def refused_start(self, seed: int, draw: random.Random) -> Outcome:
+        """Damage a file of the newest checkpoint, and start the train script from it."""
         place = self.ground.new_place(f"checkpoints-{seed}")
         shutil.copytree(self.run, place / "run")
         name, how = self._damage_a_file(place / "run", draw)

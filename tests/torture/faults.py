@@ -63,9 +63,9 @@ def compile_library(folder: Path) -> Path:
     return library
 
 
-def server_with(library: Path) -> forkserver.ForkServer:
-    """Return a fork server whose trainers have the library loaded; it does nothing until `train` arms it."""
-    return forkserver.ForkServer(LD_PRELOAD=str(library))
+def server_with(library: Path, script: str = forkserver.SCRIPT) -> forkserver.ForkServer:
+    """Return a fork server of a train script whose trainers have the library loaded; it does nothing until armed."""
+    return forkserver.ForkServer(LD_PRELOAD=str(library), **{forkserver.SCRIPT_VARIABLE: script})
 
 
 def train() -> int:

@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,13 +24,17 @@ STEPS, EVERY, KEPT = 6, 2, 2
 MEDIA = tuple(tiny.DATASET[i] for i in (1, 2, 4, 5))
 # Not superseded-*: a resume keeps the records of the steps after its checkpoint there.
 LEFT_BEHIND = (".tmp-*", ".trash-*")
+BUILDERS: Mapping[str, Callable[[Path], Path]] = {
+    "wan2.1": tiny.build_wan_t2v,
+    "hunyuanvideo": tiny.build_hunyuan_t2v,
+}
 
 
 @cache
-def shared() -> Ground:
-    """Return the ground of this process, whose models, reference runs and fork server all areas share."""
+def shared(family: str = "wan2.1") -> Ground:
+    """Return the ground of a family, whose model, reference runs and fork server all areas of this process share."""
     folder = Path(tempfile.mkdtemp(prefix="videox-torture-"))
-    ground = Ground(folder)
+    ground = Ground(folder, family)
     atexit.register(shutil.rmtree, folder)
     atexit.register(ground.server.close)
     return ground
@@ -40,6 +45,7 @@ class Ground:
 
     Args:
         folder: an empty folder.
+        family: a key of BUILDERS.
 
     Attributes:
         inputs: the data set and latent cache of the current case; always the same path, because a checkpoint names it.
@@ -50,10 +56,11 @@ class Ground:
         Unavailable: there is no C compiler.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.inputs, self.preloaded = folder, folder / "inputs", faults.compile_library(folder)
-        self.server = faults.server_with(self.preloaded)
-        self.model = tiny.build_wan_t2v(folder / "model")
+    def __init__(self, folder: Path, family: str = "wan2.1") -> None:
+        self.family, self.folder, self.inputs = family, folder, folder / "inputs"
+        self.preloaded = faults.compile_library(folder)
+        self.server = faults.server_with(self.preloaded, runs.TRAIN_SCRIPTS[family])
+        self.model = BUILDERS[family](folder / "model")
         self.data = tiny.make_dataset(folder / "data", MEDIA, copies=2).parent
         self.calls: dict[str, int] = {}
         self._references: dict[tuple[tuple[str, object], ...], tuple[Path, float]] = {}
@@ -75,7 +82,8 @@ class Ground:
         if changes.pop("cached", False):
             settings["latent_cache"] = self.inputs / "cache"
         metadata = self.inputs / "data" / "metadata.json"
-        return runs.wan_flags(self.model, metadata, output_dir or place / "run", **{**settings, **changes})
+        flags = {**settings, **changes}
+        return runs.train_flags(self.family, self.model, metadata, output_dir or place / "run", **flags)
 
     def start(self, place: Path, entry_point: str = "", environment: dict[str, str] | None = None, **changes: object) -> forkserver.TrainerProcess:  # fmt: skip
         return self.server.start(

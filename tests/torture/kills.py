@@ -22,9 +22,9 @@ class Kills(Area):
         Row("cached", "the same while a latent cache is written and read", 1000),
     )  # fmt: skip
 
-    def __init__(self, folder: Path, *, broken: bool = False) -> None:
+    def __init__(self, folder: Path, *, broken: bool = False, family: str = "wan2.1") -> None:
         super().__init__(folder, broken=broken)
-        self.ground = shared()
+        self.ground = shared(family)
 
     def attempt(self, seed: int, draw: random.Random) -> Outcome:
         cached = seed % 5 == 4

@@ -26,9 +26,9 @@ class Signals(Area):
         Row("twice", "two stop signals in quick succession at a random moment: the same", 200),
     )  # fmt: skip
 
-    def __init__(self, folder: Path, *, broken: bool = False) -> None:
+    def __init__(self, folder: Path, *, broken: bool = False, family: str = "wan2.1") -> None:
         super().__init__(folder, broken=broken)
-        self.ground = shared()
+        self.ground = shared(family)
 
     def attempt(self, seed: int, draw: random.Random) -> Outcome:
         seconds = self.ground.reference()[1]

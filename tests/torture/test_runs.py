@@ -11,15 +11,19 @@ from types import SimpleNamespace
 import pytest
 from skips import skip_missing
 
+from tests.torture.alarms import Alarms
 from tests.torture.cases import Area, Outcome, Unavailable
 from tests.torture.checkpoints import Checkpoints
 from tests.torture.disk import Disk
 from tests.torture.experts import Experts, problems_of_stop
+from tests.torture.failures import Failures
+from tests.torture.hunyuanvideo import Hunyuan
 from tests.torture.kills import Kills
 from tests.torture.ranks import Ranks
 from tests.torture.signals import Signals
 from tests.torture.small_cards import SmallCards
 from tests.torture.soak import Soak
+from tests.torture.watchdog import Hangs
 
 ROWS_OF_DISK = [row.name for row in Disk.rows]
 
@@ -54,7 +58,11 @@ def attempt(kind: type[Area], folder: Path, seed: int, *, broken: bool = False, 
         *(pytest.param(Signals, seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
         *(pytest.param(Disk, seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 6, 12, 13)),
         *(pytest.param(Checkpoints, seed, marks=pytest.mark.slow) for seed in (5, 9)),
-        *(pytest.param(Ranks, seed, marks=pytest.mark.slow) for seed in range(5)),
+        *(pytest.param(Ranks, seed, marks=pytest.mark.slow) for seed in range(6)),
+        *(pytest.param(Failures, seed, marks=pytest.mark.slow) for seed in range(5)),
+        *(pytest.param(Hangs, seed, marks=pytest.mark.slow) for seed in range(20)),
+        pytest.param(Alarms, 0, marks=pytest.mark.slow),
+        *(pytest.param(Hunyuan, seed, marks=pytest.mark.slow) for seed in range(4)),
         *(pytest.param(SmallCards, seed, marks=pytest.mark.slow) for seed in range(4)),
         *(pytest.param(Experts, seed, marks=pytest.mark.slow) for seed in range(4)),
     ],
@@ -71,7 +79,11 @@ def test_a_case_is_right(kind: type[Area], seed: int, tmp_path: Path) -> None:
         (Signals, 0, "exit code -9"),
         (Checkpoints, 0, "latest takes checkpoint-6"),
         pytest.param(Soak, 0, "open files", marks=pytest.mark.slow),
-        pytest.param(Ranks, 0, "the other rank ended with -9", marks=pytest.mark.slow),
+        pytest.param(Ranks, 0, "the other ranks ended with [-9]", marks=pytest.mark.slow),
+        pytest.param(Failures, 0, "ended with [0, 0]", marks=pytest.mark.slow),
+        pytest.param(Hangs, 0, "ended with [0, 0]", marks=pytest.mark.slow),
+        pytest.param(Alarms, 0, "watchdog: process 1 on ", marks=pytest.mark.slow),
+        pytest.param(Hunyuan, 0, "optimizer.safetensors", marks=pytest.mark.slow),
         pytest.param(SmallCards, 0, "metrics of step", marks=pytest.mark.slow),
         pytest.param(Experts, 0, "low_noise: metrics of step", marks=pytest.mark.slow),
     ],

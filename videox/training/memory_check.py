@@ -18,7 +18,7 @@ from videox.errors import FLAGS, UserError
 from videox.estimate.model_profile import ModelProfile
 from videox.estimate.report import GIB
 from videox.optim.registry import kind_of
-from videox.shapes import USUAL, Bucket, Ratios, token_count
+from videox.shapes import Bucket, Ratios, token_count
 from videox.training.args import optimizer_of
 from videox.training.context import Context
 from videox.training.memory_advice import MemoryAdvice
