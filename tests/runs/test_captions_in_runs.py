@@ -131,7 +131,7 @@ def test_several_captions_and_a_forgotten_trigger_word_are_said() -> None:
     index = index_of([pack_captions(RowCaptions(("a", "b", "c"))), "[trigger] runs"])
     several, warning = caption_lines(index, NONE)
     assert "1 row has several captions (up to 3)" in several
-    assert "--trigger_word" in warning and "rows 1" in warning
+    assert "--trigger_word" in warning and "1 row is trained as it is" in warning
     assert caption_lines(index, CaptionRules(trigger_word="tok")) == [several]
 
 

@@ -312,12 +312,12 @@ def test_both_loaders_refuse_wrong_keys_with_the_same_message(small: Path, tmp_p
         assert error.value.exit_code == MODEL
         lines.append(error.value.line())
     assert lines[0] == lines[1]
-    assert f"1 {kind} keys" in lines[0]
+    assert f"1 {kind} key for" in lines[0]
 
 
 def test_a_wrong_shape_or_configuration_is_refused(small: Path, tmp_path: Path) -> None:
     folder = write_damaged(small, tmp_path / "shape", lambda tensors: tensors.update({"proj_out.bias": torch.ones(3)}))
-    with pytest.raises(UserError, match=r"1 mismatched keys for WanTransformer3DModel, first proj_out\.bias"):
+    with pytest.raises(UserError, match=r"1 mismatched key for WanTransformer3DModel, first proj_out\.bias"):
         build_meta_model(WanTransformer3DModel, StoredTensors(folder))
     folder = write_damaged(small, tmp_path / "config", len)
     write_config(folder, {"_class_name": "WanTransformer3DModel", "num_layers": "two"})

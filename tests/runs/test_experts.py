@@ -251,7 +251,7 @@ def test_a_folder_with_both_experts_is_sampled_with_both(
         source = script.find_source(flags)
         run, other = (low, high) if expert == "low_noise" else (high, low)
         assert source.weights == run.folder / EXPERTS[expert] and source.asked["expert"] == expert
-        args = script.trainer_flags(runs.train_script("wan2.2"), source, model, flags)
+        args = script.trainer_flags(runs.train_script("wan2.2"), script.FAMILIES["Wan2.2"], source, model, flags)
         assert (args.expert, args.transformer_path) == (expert, str(source.weights))
         assert Path(args.other_transformer_path) in (other.folder, other.folder / EXPERTS[other_expert(expert)])
     both = tmp_path / "exports"
@@ -260,7 +260,7 @@ def test_a_folder_with_both_experts_is_sampled_with_both(
     flags = script.parse_flags([str(both), "--base", str(model)])
     source = script.find_source(flags)
     assert (source.weights, source.other) == (both / "transformer_2", both / "transformer")
-    assert script.trainer_flags(runs.train_script("wan2.2"), source, model, flags).expert == "low_noise"
+    assert script.trainer_flags(runs.train_script("wan2.2"), script.FAMILIES["Wan2.2"], source, model, flags).expert == "low_noise"
 
 
 # ---------------------------------------------------------------------------------------------- both in one command
