@@ -310,7 +310,10 @@ def test_streamed_blocks_that_are_trained_have_their_gradients_on_the_host_too()
     in_blocks = 2.0 * 40 * block.elements
     assert here.host == {**there.host, "streamed blocks": in_blocks, "streamed gradients": in_blocks}
     assert moved_to_host(here.host)["streamed gradients"] == in_blocks
-    assert there.without("encoding").total() > 56e9 and here.without("encoding").total() < 18e9
+    saved = there.without("encoding").total() - here.without("encoding").total()
+    assert saved == pytest.approx(
+        1.05 * 4 * 38 * block.elements
+    )  # weights and gradients of 38 blocks, and 5 % fragments
 
 
 def test_a_14b_lora_fits_small_cards_with_streamed_or_quantised_blocks() -> None:
