@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from accelerate import Accelerator
 from networks import SMALL_CONFIGS, blocks_of, build_transformer, model_inputs
@@ -29,8 +30,9 @@ SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight
 
 
 @pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True, mixed_precision="bf16")
+def accelerator() -> Iterator[Accelerator]:
+    with runs.restored_process_state():
+        yield Accelerator(cpu=True, mixed_precision="bf16")
 
 
 def network(name: str, dtype: torch.dtype, keep: str = "", **changes: Any) -> Any:

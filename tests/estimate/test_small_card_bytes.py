@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import runs
 import torch
 from accelerate import Accelerator
 from networks import CONFIGS, SMALL_WAN, blocks_of, build_transformer, is_joint, model_inputs
@@ -100,7 +101,8 @@ class Step:
             outputs, inputs = shapes[f"{target}.weight"]
             values[f"{target}.lora_A.default.weight"] = torch.full((RANK, inputs), 0.01)
             values[f"{target}.lora_B.default.weight"] = torch.full((outputs, RANK), 0.01)
-        attach_adapters(self.model, Lora(RANK, float(RANK), 0.0, targets), values, Accelerator(cpu=True))
+        with runs.restored_process_state():
+            attach_adapters(self.model, Lora(RANK, float(RANK), 0.0, targets), values, Accelerator(cpu=True))
         trained = sum(adapter_sizes(shapes, targets, RANK).values())
         assert trained == sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         outside = frozen - sum(block.elements for block in of_blocks)

@@ -260,7 +260,10 @@ def test_a_folder_with_both_experts_is_sampled_with_both(
     flags = script.parse_flags([str(both), "--base", str(model)])
     source = script.find_source(flags)
     assert (source.weights, source.other) == (both / "transformer_2", both / "transformer")
-    assert script.trainer_flags(runs.train_script("wan2.2"), script.FAMILIES["Wan2.2"], source, model, flags).expert == "low_noise"
+    assert (
+        script.trainer_flags(runs.train_script("wan2.2"), script.FAMILIES["Wan2.2"], source, model, flags).expert
+        == "low_noise"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- both in one command
