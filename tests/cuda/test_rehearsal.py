@@ -60,6 +60,10 @@ KNOWN_WAITS: Mapping[str, str] = {
     "videox/distributed/replicas.py ReplicaCheck.compare": "DDP, ZeRO-2: sums of the weights, after the first step and every 100",
     "videox/distributed/collectives.py backward": "DeepSpeed waits for its reductions at the end of backward",
     "videox/engine/deepspeed.py DeepSpeedEngine.fp32_params": "ZeRO-3: DeepSpeed waits for the stream of its reductions, which ended in the step before, for each weight of an EMA",
+    "videox/models/trained_stream.py GradientStream.wait": "the host steps on gradients that have to be in its memory",
+    "videox/engine/streamed.py StreamedEngine.update": "as above: the host clips by the global norm, and decides whether to step",
+    "videox/optim/build.py step_if": "an optimizer in host memory: the host decides whether to step",
+    "videox/optim/cpu_offload.py CpuOffloadOptimizer._step_batch": "as above, for weights outside the streamed blocks",
     "deepspeed/accelerator/cuda_accelerator.py CUDA_Accelerator.synchronize": "as above, in a hook of the backward pass",
 }
 
