@@ -137,7 +137,9 @@ def waits_of_run(
     return steps[:-1]
 
 
-@pytest.mark.parametrize(("family", "mode"), [("wan2.1", "i2v"), ("hunyuanvideo", "normal")])
+@pytest.mark.parametrize(
+    ("family", "mode"), [pytest.param("wan2.1", "i2v", marks=pytest.mark.slow), ("hunyuanvideo", "normal")]
+)
 def test_no_step_waits_for_the_device(family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = waits_of_run(family, mode, tmp_path, monkeypatch, latent_cache=tmp_path / "cache")
     assert found == [[]] * (STEPS - 1)

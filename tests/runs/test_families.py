@@ -24,7 +24,7 @@ families = tiny.load_script("benchmarks/families.py")
 
 CELLS = {cell.name: cell for cell in families.cells()}
 # The cell of each family with the most inputs. Each takes about 20 s, so that the others are slow tests.
-QUICK = {"wan2.1 i2v with image embedder", "wan2.2 i2v low_noise", "hunyuanvideo i2v token_replace"}
+QUICK = {"wan2.1 i2v with image embedder", "wan2.2 ti2v", "hunyuanvideo i2v token_replace"}
 
 
 @pytest.fixture(scope="module")

@@ -82,9 +82,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 # ----------------------------------------------------------------------------------------------------- what may change
 
 
-@pytest.mark.parametrize(
-    "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_resume_with_other_workers_in_another_folder_is_bit_identical(
     setup: ResumeRuns, tmp_path: Path, workers: int
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_phase_is_named_with_what_to_change(
     assert any(" GiB  " in text for text in details[2:]) and "context parallelism" in details[-1], details
 
 
+@pytest.mark.slow
 def test_a_run_that_should_have_fitted_needs_less(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
