@@ -381,11 +381,11 @@ def predict_held_out(
 def sampling_pipeline(
     hunyuan: Hunyuan,
 ) -> Iterator[HunyuanVideoPipeline | diffusers.HunyuanVideoImageToVideoPipeline]:
-    """The pipeline with the transformer in training, its encoders on the device; it pads and masks its text."""
+    """The pipeline with the transformer in training, its encoders on the device when called; it pads its text."""
     hunyuan.attention.all_real = False
     with hunyuan.encoders.temporary() as encoders:
         encoders.pipeline.transformer = hunyuan.transformer
-        with encoders.text_encoder.on_device(), encoders.text_encoder_2.on_device(), encoders.vae.on_device():
+        with encoders.text_encoder.on_calls(), encoders.text_encoder_2.on_calls(), encoders.vae.on_calls():
             yield encoders.pipeline
         encoders.pipeline.transformer = None
 

@@ -241,7 +241,7 @@ from videox.distributed.accelerator import compute_dtype
 from videox.distributed.collectives import accumulate, backward
 from videox.distributed.signals import StopRequest
 from videox.encoders.encode import LazyEncoders
-from videox.encoders.offload import OffloadedModule
+from videox.encoders.offload import OffloadedModule, OffloadedTransformer
 from videox.engine.base import compute_in_bf16
 from videox.families import wan as family
 from videox.families import wan_both, wan_ti2v
@@ -292,7 +292,7 @@ def load_other(
     keep_norm_dtype(model, device)
     if dtype == torch.bfloat16:
         compute_in_bf16(model, device)
-    return OffloadedModule(model, device, offload=True)
+    return OffloadedTransformer(model, model.blocks, device, other_weights.fits_beside(accelerator))
 
 
 def accumulate_gradients(

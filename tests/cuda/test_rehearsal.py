@@ -26,7 +26,7 @@ FEATURES: Mapping[str, Mapping[str, object]] = {
     "LoRA": {"lora_rank": 4},
     "EMA": {"use_ema": True},
     "cache": {"cached": True},
-    "validation": {"validation_rows": 1},
+    "validation": {"validation_rows": 1, "low_vram": True},
     "streamed": {"lora_rank": 4, "stream_blocks": "all", "offload_activations": True},
     "quantised": {"lora_rank": 4, "base_precision": "int8", "stream_blocks": "all"},
     "trained": {"optimizer": "adamw_offload", "stream_blocks": "all", "gradient_accumulation_steps": 2},

@@ -1,11 +1,14 @@
-"""CPU offload of frozen encoders (--low_vram): their weights are on the GPU only while they are used."""
+"""CPU offload of frozen modules (--low_vram): their weights are on the GPU only while they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
+from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 
 class OffloadedModule:
@@ -76,3 +79,107 @@ class OffloadedModule:
             if self.offload and not self._uses:
                 for tensor, weight in self._host_weights:
                     tensor.data = weight
+
+    @contextmanager
+    def on_calls(self, following: OffloadedModule | None = None) -> Iterator[torch.nn.Module]:
+        """Yield the module, whose weights are on the device only during each call of it.
+
+        A diffusers pipeline calls its modules one after the other, so that one at a time is on the device. A VAE is
+        copied for its first encode or decode, and stays until the end of the context: it is small. A module without
+        offload stays on the device.
+
+        Args:
+            following: a module that is called next: its copy starts with each call.
+        """
+        if not self.offload:
+            yield self.module
+            return
+        hook = CallHook(self, following)
+        add_hook_to_module(self.module, hook)
+        try:
+            yield self.module
+        finally:
+            remove_hook_from_module(self.module)
+            hook.end()
+            self._prefetched = []  # of a call that did not come
+
+
+class CallHook(ModelHook):
+    """Copies an offloaded module to the device before a call, and drops the copies after its forward method.
+
+    diffusers' pipelines take the device from the hook, and call pre_forward before a VAE's encode and decode.
+    """
+
+    def __init__(self, offloaded: OffloadedModule, following: OffloadedModule | None = None) -> None:
+        self.execution_device = offloaded.device
+        self._offloaded, self._following = offloaded, following
+        self._use = ExitStack()
+        self._in_use = False
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:  # noqa: ANN401, ARG002
+        """Copy the weights, and start to copy those of the module that follows."""
+        if not self._in_use:
+            self._use.enter_context(self._offloaded.on_device())
+            self._in_use = True
+        if self._following is not None:
+            self._following.prefetch()
+        return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:  # noqa: ANN401, ARG002
+        """Drop the copies and return the output."""
+        self.end()
+        return output
+
+    def end(self) -> None:
+        """Drop the copies, if there are any."""
+        self._in_use = False
+        self._use.close()
+
+
+class OffloadedTransformer(OffloadedModule):
+    """An offloaded module that is copied to the device block by block where it does not fit as a whole.
+
+    Args:
+        module: as OffloadedModule.
+        blocks: of the module, in the order of its forward pass.
+        device: as OffloadedModule.
+        fits: called with its bytes at each use: whether they fit on the device as a whole.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        blocks: Sequence[torch.nn.Module],
+        device: torch.device,
+        fits: Callable[[int], bool],
+    ) -> None:
+        super().__init__(module, device, offload=True)
+        self._fits = fits
+        self._blocks = [OffloadedModule(block, device, offload=True) for block in blocks]
+        self._others = OffloadedModule(without_blocks(module, blocks), device, offload=True)
+
+    @contextmanager
+    def on_device(self) -> Iterator[torch.nn.Module]:
+        """Yield the module to be called: its weights are on the device, or are copied when a block runs."""
+        if self._uses or self._fits(sum(weight.nbytes for _, weight in self._host_weights)):
+            with super().on_device() as module:
+                yield module
+            return
+        with ExitStack() as stack:
+            stack.enter_context(self._others.on_device())
+            for block, following in zip_longest(self._blocks, self._blocks[1:]):
+                stack.enter_context(block.on_calls(following))
+            yield self.module
+
+
+def without_blocks(module: torch.nn.Module, blocks: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """Return a module with the same parameters and buffers, but for those of the blocks."""
+    inside = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
+    others = torch.nn.Module()
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in inside:
+            others.register_parameter(name.replace(".", "_"), parameter)
+    for name, buffer in module.named_buffers():
+        if id(buffer) not in inside:
+            others.register_buffer(name.replace(".", "_"), buffer)
+    return others

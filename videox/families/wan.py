@@ -302,11 +302,11 @@ def predict_held_out(wan: Wan, noisy_latents: torch.Tensor, timestep: torch.Tens
 
 @contextmanager
 def sampling_pipeline(wan: Wan) -> Iterator[WanPipeline | diffusers.WanImageToVideoPipeline]:
-    """The pipeline with the transformer in training, its encoders on the device."""
+    """The pipeline with the transformer in training; --low_vram: an encoder is on the device while it is called."""
     with wan.encoders.temporary() as encoders, ExitStack() as stack:
         for encoder in (encoders.text_encoder, encoders.image_encoder, encoders.vae):
             if encoder is not None:
-                stack.enter_context(encoder.on_device())
+                stack.enter_context(encoder.on_calls())
         encoders.pipeline.transformer = wan.transformer
         yield encoders.pipeline
         encoders.pipeline.transformer = None
