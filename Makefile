@@ -36,7 +36,7 @@ setup:  ## create or update .venv (the other targets do this first)
 doctor:  ## what of this machine will not work, and how to fix it; works without setup
 	@env -u HF_HOME -u HF_HUB_OFFLINE -u TORCH_EXTENSIONS_DIR $(USERS_VARIABLES) python3 -m videox.doctor
 
-demo: setup  ## train a small model on real clips, stop, resume and sample (FAMILY=wan2.1|wan2.2|hunyuanvideo MODE=normal|i2v|inpaint WHAT=full|lora)
+demo: setup  ## train a small model on real clips, stop, resume and sample (FAMILY=wan2.1|wan2.2|hunyuanvideo MODE=normal|i2v|inpaint|ti2v WHAT=full|lora)
 	@python scripts/demo.py --family "$(FAMILY)" --mode "$(MODE)" --what "$(WHAT)"
 
 test: setup  ## run all tests except the slow ones

@@ -3,7 +3,7 @@
     make demo                                # or: python scripts/demo.py --family wan2.1 --mode normal
     make demo MODE=i2v                       # image-to-video; MODE=inpaint: inpainting
     make demo WHAT=lora                      # a LoRA on another clip, with and without it
-    make demo FAMILY=wan2.2                  # both experts, one after the other; MODE=i2v, too
+    make demo FAMILY=wan2.2                  # both experts, one after the other; MODE=i2v, too; MODE=ti2v: as TI2V-5B
     make demo FAMILY=hunyuanvideo MODE=i2v   # another family
 
 All files are written to outputs/demo/<family>-<mode>/; an earlier demo there is kept under another name. The training
@@ -53,6 +53,7 @@ from demo_run import (
     run_status,
     train,
     train_command,
+    trains_experts,
 )
 from demo_show import (
     FRAMES,
@@ -115,6 +116,7 @@ MODES = {
     "wan2.2": {
         "normal": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.2-T2V-A14B", WAN, "--expert=both "),
         "i2v": Variant("WanTransformer3DModel", "WanImageToVideoPipeline", "Wan2.2-I2V-A14B", WAN, "--expert=both "),
+        "ti2v": Variant("WanTransformer3DModel", "WanPipeline", "Wan2.2-TI2V-5B", WAN),
     },
     "hunyuanvideo": {
         "normal": Variant("HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", "HunyuanVideo", HUNYUAN),
@@ -128,7 +130,7 @@ MODES = {
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="wan2.1", choices=sorted(MODES), help="model family")
-    modes = "training task: normal = text to video, i2v = image to video; Wan2.1 also has inpaint"
+    modes = "training task: normal = text to video, i2v = image to video; Wan2.1 also has inpaint, Wan2.2 ti2v"
     parser.add_argument("--mode", default="normal", help=modes)
     what = "what is trained: the whole model, or a LoRA on a model of an earlier demo (Wan2.1, normal)"
     parser.add_argument("--what", default="full", choices=sorted(TASKS), help=what)
@@ -165,7 +167,7 @@ def demo(family: str, mode: str, folder: Path) -> None:
     new_folder(folder)
     data, model, run = folder / "data", folder / "model", folder / "run"
     variant, recipe, shown = MODES[family][mode], RECIPES[family, mode], family in SHOWN
-    folders = run_folders(family, run)
+    folders = run_folders(family, mode, run)
     with phase("data: real clips, with captions"):
         rows = build_scenes(data, SCENES, SOURCE_FRAMES) if shown else build_data(data, held_out_of(mode))
         videos = sum(row["type"] == "video" for row in rows)
@@ -211,9 +213,15 @@ def build_model(family: str, mode: str, folder: Path, data: Path, rows: list[dic
     pipelines warn that torchvision is missing, which they do not need.
     """
     if family == "wan2.2":
-        from demo_model import build_wan22_demo, use_trained_vae
+        from demo_model import WAN_DEMO, build_wan22_5b, build_wan22_demo, use_trained_vae
 
-        use_trained_vae(build_wan22_demo(folder, images=mode != "normal"))
+        # TI2V-5B with the ratios of the trained VAE, which is smaller but of the same kind
+        built = (
+            build_wan22_5b(folder, residual_vae=False, **WAN_DEMO)
+            if mode == "ti2v"
+            else build_wan22_demo(folder, images=mode != "normal")
+        )
+        use_trained_vae(built)
     elif family == "wan2.1":
         from demo_model import WAN_DEMO, build_wan_i2v, build_wan_t2v, use_trained_vae
 
@@ -295,7 +303,7 @@ def sample(variant: Variant, mode: str, folder: Path, runs: Sequence[Path]) -> N
     else:
         (frames, height, width), prompt, fps, more = (17, 96, 160), hunyuan_prompt(mode), 8, {}
         picture = folder / "data" / HELD_OUT_PHOTO
-    if mode != "normal":
+    if "ImageToVideo" in variant.pipeline:
         more["image"] = Image.fromarray(read_image(picture, height, width)[0])
     clip = pipeline(
         prompt=prompt, height=height, width=width, num_frames=frames, num_inference_steps=SAMPLE_STEPS,
@@ -403,7 +411,8 @@ def report(family: str, mode: str, folder: Path, found: Sequence[str], seconds: 
     """Print what the demo made and the command for a real training; found: lines on what was learned."""
     variant = MODES[family][mode]
     path = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    run, weights = run_folders(family, path / "run")[-1], "transformer_2" if family == "wan2.2" else "transformer"
+    run = run_folders(family, mode, path / "run")[-1]
+    weights = "transformer_2" if trains_experts(family, mode) else "transformer"
     patterns = "  (patterns, not pictures: the VAE has random weights)" if family not in SHOWN else ""
     lines = "\n".join(f"  {line}" for line in found)
     pictures = f"\n  beside training clips    {path}/comparison.png" if family in SHOWN else ""

@@ -313,7 +313,7 @@ def build_wan22_demo(folder: Path, *, images: bool) -> Path:
     return folder
 
 
-def build_wan22_5b(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path:
+def build_wan22_5b(folder: Path, *, seed: int = 0, **sizes: float) -> Path:
     """Write a Wan2.2 TI2V-5B with random weights in the diffusers folder layout and return the folder.
 
     It has one transformer, which takes a timestep for each token, and a VAE with 4x16x16 compression.
@@ -321,9 +321,9 @@ def build_wan22_5b(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path
     Args:
         folder: created if it does not exist; model_index.json and one folder per component are written into it.
         seed: seed of the random weights; equal arguments give equal files.
-        sizes: other fields of WanSizes.
+        sizes: other fields of WanSizes; with residual_vae=False it has the channels and compression of Wan2.1.
     """
-    components = wan_components(seed=seed, **{"vae_dim": 4, "flow_shift": 5.0, **sizes}, residual_vae=True)
+    components = wan_components(seed=seed, **{"vae_dim": 4, "flow_shift": 5.0, "residual_vae": True, **sizes})
     WanPipeline(**components, expand_timesteps=True).save_pretrained(folder)
     return folder
 

@@ -87,6 +87,7 @@ RECIPES = {
         ("wan2.2", mode): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS} --expert both")
         for mode in ("normal", "i2v")
     },
+    ("wan2.2", "ti2v"): learn_by_heart(450, 225, "2e-3", f"--tokenizer_max_length {TEXT_TOKENS}"),
     ("hunyuanvideo", "normal"): HUNYUAN,
     ("hunyuanvideo", "i2v"): HUNYUAN,
 }
@@ -103,9 +104,14 @@ def train_command(family: str, mode: str, recipe: Recipe, paths: Sequence[str]) 
     return [*launch.split(), *script, *flags.split(), *paths]
 
 
-def run_folders(family: str, run: Path) -> list[Path]:
-    """Return the folders of the runs that a command trains: of Wan2.2 one for each expert."""
-    return [run / expert for expert in EXPERTS] if family == "wan2.2" else [run]
+def run_folders(family: str, mode: str, run: Path) -> list[Path]:
+    """Return the folders of the runs that a command trains: of Wan2.2 A14B one for each expert."""
+    return [run / expert for expert in EXPERTS] if trains_experts(family, mode) else [run]
+
+
+def trains_experts(family: str, mode: str) -> bool:
+    """Return whether the model has two transformers, which are trained one after the other."""
+    return family == "wan2.2" and mode != "ti2v"
 
 
 def train(command: list[str], folders: Sequence[Path], log: Path, stop_step: int | None = None) -> None:

@@ -38,7 +38,7 @@ VAE_BYTES = 4_000_000  # at most, of the weights in config/demo
 
 def test_each_family_of_the_demo_has_its_modes() -> None:
     assert {family: set(modes) for family, modes in demo.MODES.items()} == {
-        "wan2.1": {"normal", "i2v", "inpaint"}, "wan2.2": {"normal", "i2v"}, "hunyuanvideo": {"normal", "i2v"},
+        "wan2.1": {"normal", "i2v", "inpaint"}, "wan2.2": {"normal", "i2v", "ti2v"}, "hunyuanvideo": {"normal", "i2v"},
     }  # fmt: skip
     assert set(demo.RECIPES) == set(KINDS) and set(demo.MODES) == set(runs.TRAIN_SCRIPTS)
 
@@ -54,7 +54,7 @@ def test_the_train_script_accepts_the_demos_flags(family: str, mode: str, tmp_pa
     args = runs.train_script(family).parse_args(command[command.index(runs.TRAIN_SCRIPTS[family]) + 1 :])
     assert (args.train_mode, args.max_train_steps) == (mode, recipe.steps)
     assert args.validation_paths == pictures and len(args.validation_prompts) == (3 if family in demo.SHOWN else 1)
-    assert getattr(args, "expert", "both") == "both"
+    assert getattr(args, "expert", None) == ("both" if demo_run.trains_experts(family, mode) else None)
     if family in demo.SHOWN and mode != "normal":  # at the size that was trained, not at that of the picture
         sizes = [(prompt.height, prompt.width) for prompt in read_prompts(args.validation_prompts)]
         assert sizes == [(demo.HEIGHT, demo.WIDTH)] * 3
@@ -140,9 +140,11 @@ def test_a_slow_training_goes_on_and_one_without_a_new_step_is_ended(
 
 
 def test_the_steps_of_a_second_run_count_too(tmp_path: Path) -> None:
-    folders = demo_run.run_folders("wan2.2", tmp_path)
+    folders = demo_run.run_folders("wan2.2", "i2v", tmp_path)
     assert [folder.name for folder in folders] == ["high_noise", "low_noise"]
-    assert demo_run.run_folders("wan2.1", tmp_path) == [tmp_path] and demo_run.recorded_bytes(folders) == 0
+    for family, mode in (("wan2.1", "normal"), ("wan2.2", "ti2v")):
+        assert demo_run.run_folders(family, mode, tmp_path) == [tmp_path]
+    assert demo_run.recorded_bytes(folders) == 0
     for number, folder in enumerate(folders):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
@@ -295,13 +297,13 @@ def run_demo(output: Path, *words: str) -> str:
     return done.stdout
 
 
-def check_run(folder: Path, family: str, steps: int) -> Path:
+def check_run(folder: Path, family: str, mode: str, steps: int) -> Path:
     """Check that each run of a demo finished, with each step once, and that its weights differ from the model's.
 
     Returns:
         The folder of the last run.
     """
-    for run, name in zip(demo_run.run_folders(family, folder / "run"), EXPERTS.values(), strict=False):
+    for run, name in zip(demo_run.run_folders(family, mode, folder / "run"), EXPERTS.values(), strict=False):
         outcome = runs.Outcome(0, "", "", run, 0.0)
         assert (outcome.status["state"], outcome.status["step"]) == ("finished", steps)
         assert [record["step"] for record in outcome.metrics] == list(range(1, steps + 1))
@@ -320,7 +322,7 @@ LEAST_LIKENESS = 0.3  # of a generated clip's motion to that of its clip; a stil
 def test_the_wan_demo_shows_what_it_learned(family: str, mode: str, tmp_path: Path) -> None:
     printed = run_demo(tmp_path, "--family", family, "--mode", mode)
     folder, recipe = tmp_path / f"{family}-{mode}", demo.RECIPES[family, mode]
-    run = check_run(folder, family, recipe.steps)
+    run = check_run(folder, family, mode, recipe.steps)
     vae = demo.load_vae(folder / "model")
     rows = json.loads((folder / "data/metadata.json").read_text(encoding="utf-8"))
     trained = demo.training_clips(folder / "data", rows, vae)
@@ -358,7 +360,7 @@ def test_the_lora_demo_shows_the_difference(tmp_path: Path) -> None:
 def test_the_hunyuan_demo_runs_to_its_end(family: str, mode: str, tmp_path: Path) -> None:
     run_demo(tmp_path, "--family", family, "--mode", mode)
     folder, recipe = tmp_path / f"{family}-{mode}", demo.RECIPES[family, mode]
-    check_run(folder, family, recipe.steps)
+    check_run(folder, family, mode, recipe.steps)
     validation = demo_run.json_lines(folder / "run/validation.jsonl")
     assert validation[-1]["loss"] < 0.7 * validation[0]["loss"]
     sampled = probe(folder / "sample.mp4")
