@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from videox.models.base_precision import FP8, NF4, NF4_GROUP
 
+PIECE = 2**21  # elements that are quantised at a time, since the temporary tensors are in float32
+
 
 def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """Return a weight's quantised values and their scales, float32.
@@ -28,6 +30,18 @@ def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
         weight: bfloat16 or float32 [rows, columns], with an even number of elements.
         precision: FP8, INT8 or NF4.
     """
+    rows, columns = weight.shape
+    step = max(PIECE // columns, 1)
+    if precision == NF4 and columns % NF4_GROUP:  # rows share groups
+        step = rows
+    pieces = [_quantise(weight[row : row + step], precision) for row in range(0, rows, step)]
+    if len(pieces) == 1:
+        return pieces[0]
+    values, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return values, scales
+
+
+def _quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     if precision == NF4:
         from bitsandbytes.functional import quantize_4bit  # an optional package
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +27,8 @@ FRAMES, SIDE = 2, 16  # latent frames and pixels of the probe: 128 tokens
 TEXT, TEXT_WITH_IMAGES = 32, 512  # text tokens; a model with an image embedder takes 512
 IMAGE_TOKENS = 16
 NAN = 0x7F  # bits of float8_e4m3fn without the sign
+# mallopt(3) of glibc: the parameters, their values while a model is loaded, and the largest that glibc itself chooses
+MMAP_THRESHOLD, TRIM_THRESHOLD, SMALL, LARGE = -3, -1, 128 * 2**10, 32 * 2**20
 
 _Read = Callable[[nn.Module, str, Iterable[str]], None]
 _Stored = Callable[[str], tuple[Tensor, Tensor] | None]
@@ -96,7 +100,7 @@ def load_quantised(
         reader = _BlockReader(name, block, read, stored, device)
         block.forward = LoadingForward(block, reader, reader.layers, precision, error)
     inputs = probe_inputs(model.config, device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), tensors_mapped():
         model(**inputs)
     assert len(error.of_blocks) == len(blocks)  # otherwise weights are still on the meta device
     return model.to("cpu"), error
@@ -203,6 +207,25 @@ def _stored_values(source: TensorSource, precision: str, name: str) -> tuple[Ten
     if (values & NAN == NAN).any():
         raise nonfinite_error(name, source.folder)
     return values, torch.full((len(values), 1), scale)
+
+
+@contextmanager
+def tensors_mapped() -> Iterator[None]:
+    """Let the C library map each large tensor by itself, so that its memory is the system's again when it is freed.
+
+    glibc maps what is larger than a threshold, and raises the threshold with what is freed: then the temporary tensors
+    of quantising leave gaps in the heap. A threshold that the user has set stays.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    library.mallopt(MMAP_THRESHOLD, SMALL)
+    try:
+        yield
+    finally:  # as glibc has it after tensors of that size were freed
+        library.mallopt(MMAP_THRESHOLD, LARGE)
+        library.mallopt(TRIM_THRESHOLD, 2 * LARGE)
 
 
 def return_freed_memory() -> None:

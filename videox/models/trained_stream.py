@@ -124,7 +124,7 @@ class TrainedForward(StreamedForward):
         memory = self._stream.weights(self._number)
         trained = iter(_OnDevice.apply(self, memory, *self._trained) if self._trained else ())
         pairs = zip(self._parts, self.at_rest, strict=True)
-        return [next(trained) if rest.requires_grad else part.of(memory) for part, rest in pairs]
+        return [as_autocast(part, next(trained)) if rest.requires_grad else part.of(memory) for part, rest in pairs]
 
     def _resting(self) -> Sequence[nn.Parameter]:
         return self.at_rest
@@ -132,6 +132,19 @@ class TrainedForward(StreamedForward):
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of the trained parameters from a backward pass."""
         self._gradients.add(self._number, self._gradient_parts, self._trained, gradients)
+
+
+def as_autocast(part: Part, weight: Tensor) -> Tensor:
+    """Return a parameter of a linear layer as autocast gives it to the layer: cast once for each run of its block.
+
+    Autocast keeps the cast of a leaf, so that the gradients of a layer that runs twice, as the modulation of
+    HunyuanVideo's image-to-video does, are added in the dtype of the cast. A streamed parameter is no leaf: without
+    this it would be cast twice, and its gradients would be added in float32.
+    """
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind) or not isinstance(part.owner, nn.Linear) or weight.dtype != torch.float32:
+        return weight
+    return weight.to(torch.get_autocast_dtype(kind))
 
 
 class TrainedStream:
