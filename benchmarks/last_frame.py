@@ -62,10 +62,12 @@ def build_model(folder: Path) -> Path:
     return folder
 
 
-def train(model: Path, metadata: Path, folder: Path, steps: int, **changes: object) -> runs.Outcome:
+def train(
+    model: Path, metadata: Path, folder: Path, steps: int, family: str = "wan2.1", **changes: object
+) -> runs.Outcome:
     """Run the train script; raises SystemExit with its output if it fails."""
     flags = {**FLAGS, "latent_cache": folder.parent / "cache", "max_train_steps": steps, **changes}
-    outcome = runs.train(runs.wan_flags(model, metadata, folder, **flags))
+    outcome = runs.train(runs.train_flags(family, model, metadata, folder, **flags), runs.train_script(family))
     if outcome.code:
         raise SystemExit(f"{folder.name} ended with {outcome.code}: {outcome.stderr[-3000:]}")
     return outcome
