@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -136,15 +137,17 @@ class LoadingForward:
         expected = block(*inputs, **named)
         self._error.of_blocks.append(relative_error(block(*inputs, **named), expected) if self._quantise() else 0.0)
         block.to("cpu")
+        gc.collect(1)  # what quantised the weights keeps them in reference cycles
         return_freed_memory()
         return expected
 
     def _quantise(self) -> bool:
         """Quantise the block's linear layers; return whether there are any."""
-        layers = self._layers(self._block)
-        for path, linear in layers.items():
-            self._block.set_submodule(path, QuantisedLinear(linear, self._precision))
-        return bool(layers)
+        layers = dict(self._layers(self._block))
+        paths = list(layers)
+        for path in paths:  # each layer's own weight is freed before the next one is quantised
+            self._block.set_submodule(path, QuantisedLinear(layers.pop(path), self._precision))
+        return bool(paths)
 
 
 class _BlockReader:
