@@ -17,6 +17,7 @@ import tiny
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from videox.errors import FLAGS, MODEL, UserError
 from videox.models.scheduler import with_shift
@@ -114,6 +115,33 @@ def test_the_sample_script_makes_the_clips_of_the_run(trained: runs.Outcome, tmp
     for number in (0, 1):
         name = f"step-000001-prompt-{number}.mp4"
         assert (tmp_path / "clips" / name).read_bytes() == (trained.folder / "samples" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_lora_resumes_and_loads_into_both_pipelines(model: Path, tmp_path: Path) -> None:
+    data = (("clip.mp4", 96, 64, 9, 24.0), ("other.mp4", 64, 64, 9, 24.0))
+    metadata = tiny.make_dataset(tmp_path / "data", data, copies=2)
+    changes = {**SETTINGS, "latent_cache": None, "lora_rank": 4, "max_train_steps": 4, "checkpointing_steps": 2}
+    flags = runs.train_flags("wan2.2", model, metadata, tmp_path / "out", **changes)
+    whole = runs.train(flags, runs.train_script("wan2.2"))
+    assert whole.code == 0, whole.stderr
+    (file,) = whole.folder.glob("*.safetensors")
+    before, losses = load_file(file), [record["loss"] for record in whole.metrics]
+    resume = ["--resume_from_checkpoint", str(whole.folder / "checkpoint-2")]
+    again = runs.train([*flags, *resume], runs.train_script("wan2.2"))
+    assert again.code == 0, again.stderr
+    after = load_file(file)
+    assert [record["loss"] for record in again.metrics] == losses
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in after.items() if "lora_B" in name)
+    for kind in (WanPipeline, WanImageToVideoPipeline):
+        pipeline = kind.from_pretrained(model)
+        weights = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+        pipeline.load_lora_weights(whole.folder, weight_name=file.name)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        fused = pipeline.transformer.state_dict()
+        assert fused.keys() == weights.keys() and any(not torch.equal(fused[name], weights[name]) for name in weights)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

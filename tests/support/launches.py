@@ -29,6 +29,7 @@ MODEL_BUILDERS = {
     "wan2.1 normal": tiny.build_wan_t2v,
     "wan2.1 i2v": tiny.build_wan_i2v,
     "wan2.2 normal": tiny.build_wan22_t2v,
+    "wan2.2 ti2v": tiny.build_wan22_5b,
     "hunyuanvideo normal": tiny.build_hunyuan_t2v,
     "hunyuanvideo i2v": tiny.build_hunyuan_i2v,
 }
@@ -36,6 +37,7 @@ LAYER_CLASSES = {
     "wan2.1 normal": "WanTransformerBlock",
     "wan2.1 i2v": "WanTransformerBlock",
     "wan2.2 normal": "WanTransformerBlock",
+    "wan2.2 ti2v": "WanTransformerBlock",
     "hunyuanvideo normal": "HunyuanVideoTransformerBlock,HunyuanVideoSingleTransformerBlock",
     "hunyuanvideo i2v": "HunyuanVideoTokenReplaceTransformerBlock,HunyuanVideoTokenReplaceSingleTransformerBlock",
 }
@@ -113,6 +115,8 @@ class BackendRuns:
         """Return the flags of the train script; keywords change, add or (None) drop flags."""
         settings = {"train_mode": self.mode, "max_train_steps": self.steps, "checkpointing_steps": self.steps // 2}
         settings |= {"validation_rows": 1, "validation_epochs": 0, "num_train_epochs": None, **self.settings}
+        if self.mode == "ti2v":  # of one transformer
+            settings["expert"] = None
         return runs.train_flags(self.family, self.model, self.metadata, output_dir, **{**settings, **changes})
 
     def launch(self, recipe: str, output_dir: Path, world_size: int = 2, **changes: object) -> runs.Outcome:
