@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from videox.models.base_precision import FP8, NF4, NF4_GROUP
 
-PIECE = 2**21  # elements that are quantised at a time, since the temporary tensors are in float32
+PIECE = 2**19  # elements of a weight that are computed at a time on a CPU, whose temporary tensors are in float32
 
 
 def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -30,15 +30,17 @@ def quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
         weight: bfloat16 or float32 [rows, columns], with an even number of elements.
         precision: FP8, INT8 or NF4.
     """
-    rows, columns = weight.shape
-    step = max(PIECE // columns, 1)
-    if precision == NF4 and columns % NF4_GROUP:  # rows share groups
-        step = rows
-    pieces = [_quantise(weight[row : row + step], precision) for row in range(0, rows, step)]
-    if len(pieces) == 1:
-        return pieces[0]
+    shares_groups = precision == NF4 and weight.shape[1] % NF4_GROUP  # between rows
+    if weight.device.type != "cpu" or shares_groups:
+        return _quantise(weight, precision)
+    pieces = [_quantise(piece, precision) for piece in _pieces(weight)]
     values, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return values, scales
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return views of some rows each, in order."""
+    return weight.split(max(PIECE // weight.shape[1], 1))
 
 
 def _quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,12 @@ def dequantise(values: Tensor, scale: Tensor, precision: str, shape: torch.Size,
         state = QuantState(absmax=scale, shape=shape, blocksize=NF4_GROUP, quant_type="nf4", dtype=dtype)
         return dequantize_4bit(values, state)
     exact = values.view(torch.float8_e4m3fn) if precision == FP8 else values
-    return exact.to(dtype).mul_(scale)  # all values of 8 bits are exact in bfloat16
+    weight = exact.to(dtype)  # all values of 8 bits are exact in bfloat16
+    if weight.device.type != "cpu":
+        return weight.mul_(scale)
+    for piece, of_rows in zip(_pieces(weight), _pieces(scale.expand(weight.shape)), strict=True):
+        piece.mul_(of_rows[:, :1])
+    return weight
 
 
 class _FrozenProduct(torch.autograd.Function):
