@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import subprocess
@@ -44,7 +45,7 @@ from videox.files import write_json_atomically
 from videox.models.base_precision import FP8, INT8, NF4, is_quantised
 from videox.models.configured import Component
 from videox.models.quantised import QuantisedLinear, quantise
-from videox.models.quantised_loading import load_quantised, probe_inputs, relative_error
+from videox.models.quantised_loading import load_quantised, probe_inputs, relative_error, return_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "outputs" / "small_cards"
@@ -205,6 +206,8 @@ def loading(folder: Path, precision: str) -> dict[str, int]:
     warm = random_model({**config, "num_layers": 1}, "normal")
     warm.save_pretrained(folder / "warm")  # what libraries allocate once is not counted
     load_quantised(WanTransformer3DModel, Component(folder / "warm", {}), ["blocks"], precision, cpu)
+    gc.collect()
+    return_freed_memory()  # so that memory of the above is not counted as free before
     with peak_of(peaks):
         model, _ = load_quantised(WanTransformer3DModel, component, ["blocks"], precision, cpu)
     block = 2 * sum(parameter.numel() for parameter in warm.blocks[0].parameters())

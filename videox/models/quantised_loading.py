@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -137,7 +136,6 @@ class LoadingForward:
         expected = block(*inputs, **named)
         self._error.of_blocks.append(relative_error(block(*inputs, **named), expected) if self._quantise() else 0.0)
         block.to("cpu")
-        gc.collect(1)  # what quantised the weights keeps them in reference cycles
         return_freed_memory()
         return expected
 
@@ -147,6 +145,7 @@ class LoadingForward:
         paths = list(layers)
         for path in paths:  # each layer's own weight is freed before the next one is quantised
             self._block.set_submodule(path, QuantisedLinear(layers.pop(path), self._precision))
+            return_freed_memory()
         return bool(paths)
 
 
@@ -234,8 +233,8 @@ def tensors_mapped() -> Iterator[None]:
 def return_freed_memory() -> None:
     """Return memory that was freed to the system, where the C library can.
 
-    glibc keeps what lies between blocks in use: the bfloat16 weights of one block between its quantised ones, which
-    are smaller, so that the weights of the next block do not fit there.
+    glibc keeps what lies between memory in use: temporary tensors, and the bfloat16 weights of one block between its
+    quantised ones, which are smaller, so that the weights of the next block do not fit there.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
