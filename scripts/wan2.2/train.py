@@ -90,9 +90,8 @@ def check_model(args: argparse.Namespace) -> dict[str, Component]:
         else:
             components = diffusers_model(args, root) if paths is None else original_model(args, root, paths, yaml)
             check_mode(args, components["other"].config)
-    if (
-        args.train_mode != single.MODE or "scheduler" not in components
-    ):  # in diffusers layout the model's index says it
+    # of a TI2V-5B in diffusers layout the model's index says what it is
+    if args.train_mode != single.MODE or "scheduler" not in components:
         check_mode(args, components["transformer"].config)
     if args.train_mode == single.MODE:
         single.check_components(components)

@@ -60,9 +60,8 @@ def _quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     config = Float8WeightOnlyConfig if precision == FP8 else Int8WeightOnlyConfig
     quantize_(layer, config(set_inductor_config=False))
-    vars(layer).pop(
-        "extra_repr", None
-    )  # a method of the layer, which would keep the values until a garbage collection
+    # torchao gives the layer a method of itself, a cycle that would keep the values until a garbage collection
+    vars(layer).pop("extra_repr", None)
     quantised: Any = layer.weight
     values = quantised.qdata.view(torch.uint8) if precision == FP8 else quantised.qdata
     return values.contiguous(), quantised.scale.float().reshape(rows, 1).contiguous()
