@@ -1,62 +1,31 @@
-"""Tests of videox.training.other_weights: the expert that is not trained is loaded for samples where it fits."""
+"""Tests of videox.training.other_weights: whether the weights fit on the GPU beside the training."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
+import torch
 
-from videox.models.configured import Component
-from videox.training import other_weights
+from videox.training.other_weights import SAMPLING_ROOM, fits_beside
 
-
-@pytest.fixture(scope="module")
-def component(tmp_path_factory: pytest.TempPathFactory) -> Component:
-    folder = tiny.build_wan22_t2v(tmp_path_factory.mktemp("model") / "wan") / "transformer_2"
-    return Component(folder, {})
+GIB = 2**30
 
 
-class Other:
-    """What loads the other expert; counts how often all processes load it together."""
-
-    def __init__(self) -> None:
-        self.together = 0
-
-    def load(self, gather: Any) -> None:
-        assert gather(1) == [1]
-        self.together += 1
-
-
-def prepare(component: Component, *, prompts: list[str], sharded: bool) -> tuple[str, int]:
-    args = SimpleNamespace(validation_prompts=prompts, validation_paths=[], train_mode="normal")
-    context = SimpleNamespace(
-        accelerator=SimpleNamespace(mixed_precision="bf16"), gather=lambda value: [value],
-        backend=SimpleNamespace(full_weights=not sharded),
-    )  # fmt: skip
-    other = Other()
-    return other_weights.prepare(args, context, component, other), other.together
+def test_weights_fit_beside_the_training_or_one_line_says_that_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 50 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 34 * GIB)
+    accelerator: Any = SimpleNamespace(device=torch.device("cuda:0"), print=printed.append)
+    fits = fits_beside(accelerator)
+    assert fits(36 * GIB - SAMPLING_ROOM) and printed == []  # what torch has reserved and does not use counts as free
+    assert not fits(36 * GIB - SAMPLING_ROOM + 1) and not fits(100 * GIB)
+    (line,) = printed
+    assert "the other expert (30.1 GB) does not fit on the GPU beside the training (38.7 GB are free)" in line
 
 
-def test_it_is_loaded_on_all_processes_where_they_sample_together(component: Component) -> None:
-    assert prepare(component, prompts=["a cat"], sharded=True) == ("", 1)
-    assert prepare(component, prompts=["a cat"], sharded=False) == ("", 0)  # the main process loads it when it samples
-    assert prepare(component, prompts=[], sharded=True) == ("", 0)
-
-
-def test_without_room_in_host_memory_there_are_no_samples(
-    component: Component, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (path,) = Path(component.path).glob("*.safetensors")
-    numbers = path.stat().st_size // 4  # about; the header is small
-    monkeypatch.setattr(other_weights, "free_host_memory", lambda: numbers)  # half of what bf16 needs
-    reason, loaded = prepare(component, prompts=["a cat"], sharded=True)
-    assert "the other expert needs 0.0 GB of host memory, 0.0 GB are free" in reason and not loaded
-    monkeypatch.setattr(other_weights, "free_host_memory", lambda: 2 * numbers)
-    assert prepare(component, prompts=["a cat"], sharded=True) == ("", 1)
-
-
-def test_the_free_memory_of_this_machine_is_read() -> None:
-    assert 2**20 < other_weights.free_host_memory() < 2**50
+def test_on_a_cpu_the_weights_are_there() -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert fits_beside(accelerator)(10**15)
