@@ -162,6 +162,16 @@ def test_the_probe_has_the_inputs_of_every_model(config: Mapping[str, Any]) -> N
     assert model(**moved)[0].shape[0] == 1
 
 
+def test_a_model_of_first_and_last_frames_is_quantised(tmp_path: Path) -> None:
+    """Its first forward pass, which loads the blocks, needs the embeddings of two pictures."""
+    config = {**SMALL_CONFIGS["image"], "pos_embed_seq_len": 10}
+    build_transformer(config).save_pretrained(tmp_path)
+    component = Component(tmp_path, dict(WanTransformer3DModel.load_config(tmp_path)))
+    model, error = load_quantised(WanTransformer3DModel, component, LISTS[False], INT8, CPU)
+    assert len(error.of_blocks) == config["num_layers"] and max(error.of_blocks) > 0
+    assert any(isinstance(module, QuantisedLinear) for module in model.modules())
+
+
 def anonymous_bytes() -> int:
     """Return the anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -205,6 +205,10 @@ def test_the_other_expert_is_part_of_the_host_memory_of_a_run_with_samples(tmp_p
         assert found.code == 0, found.stderr
         assert "other expert 26.6 GiB" in found.stdout  # 14,288,491,584 parameters in bf16
         assert (line in found.stdout, "without --validation_prompts" in found.stdout) == (not fits, not fits)
+    # less host memory is proposed by flags that the GPU has room for
+    assert "--base_precision" in found.stdout and "without --stream_blocks" not in found.stdout
+    large = runs.train([*words, *samples, "--host_memory", "50", "--gpu_memory", "400"], runs.train_script("wan2.2"))
+    assert "without --stream_blocks" in large.stdout
     without = runs.train([*words, "--host_memory", "50"], runs.train_script("wan2.2"))
     assert without.code == 0 and "other expert" not in without.stdout
 
@@ -238,6 +242,11 @@ def test_a_published_model_and_described_data_need_no_files(tmp_path: Path) -> N
     assert outcome.code == DOES_NOT_FIT, outcome.stderr
     for text in ("20 videos", "4 images", "does not fit in 24 GiB", "--gradient_checkpointing", "at 0.5 per GPU hour"):
         assert text in outcome.stdout, text
+    assert "because" not in outcome.stdout
+    named = runs.train([*words.split(), "--pretrained_model_name_or_path", "studio/ours"])
+    assert (
+        "model wan2.1-t2v-1.3b (--dry_run_model), because studio/ours is not a folder on this machine" in named.stdout
+    )
     report = json.loads((tmp_path / "plan_report.json").read_text())
     assert report["gpu_memory"] == 24 * 2**30 and report["seconds"]["run"] > 100 * report["seconds"]["step"]
     assert report["disk"] == 10 * report["memory"]["checkpoint"]

@@ -332,6 +332,13 @@ def test_flags_that_both_cannot_share_are_refused(model: Path, flags: dict[str, 
     assert error.where == where and words in error.line()
 
 
+def test_an_expert_is_not_trained_into_the_folder_of_both(high: runs.Outcome, model: Path) -> None:
+    folder = high.folder.parent
+    error = refusal(lambda: parsed(model, expert="high_noise", output_dir=folder))
+    assert error.where == "--output_dir" and f"pass {folder}/high_noise, or --expert both" in error.line()
+    parsed(model, expert="high_noise", output_dir=folder / "high_noise")
+
+
 def test_the_seed_that_the_first_run_drew_is_that_of_the_second(high: runs.Outcome) -> None:
     asked = json.loads((high.folder / "args.json").read_text())["asked"]
     found = wan_both.links(Namespace(**{**asked, "seed": None}))

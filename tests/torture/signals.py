@@ -53,7 +53,7 @@ class Signals(Area):
 
 def problems_of_stop(run: forkserver.TrainerProcess, output_dir: Path) -> list[str]:
     """Return what is wrong with how a run ended that got a stop signal, or two."""
-    problems = ["it printed a traceback"] if "Traceback" in run.output() else []
+    problems = [f"it printed a traceback: {run.output()[-1500:]}"] if "Traceback" in run.output() else []
     # A signal that comes before the process handles any ends it as any program; nothing has begun then.
     if run.code not in (0, STOPPED, INTERRUPTED) and (run.code == -signal.SIGKILL or output_dir.exists()):
         problems.append(f"exit code {run.code}: {run.output()[-1000:]}")

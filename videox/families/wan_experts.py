@@ -30,9 +30,14 @@ def other_expert(expert: str) -> str:
 def check_expert(args: argparse.Namespace) -> None:
     """Check --expert, and the flags that both experts cannot share. Raises UserError."""
     if args.expert is None:
-        hint = f"pass --expert {BOTH} to train one after the other, or --expert {' or '.join(EXPERTS)}"
-        raise UserError("--expert", "is required: Wan2.2 has two transformers, and a run trains one", hint)
+        hint = f"pass --expert {BOTH} to train one after the other, --expert {' or '.join(EXPERTS)}, or for TI2V-5B "
+        hint += "--train_mode ti2v"
+        raise UserError("--expert", "is required: Wan2.2 A14B has two transformers, and a run trains one", hint)
     if args.expert != BOTH:
+        inside = Path(args.output_dir) / args.expert
+        if (inside / "run_status.json").is_file():
+            what = f"{args.output_dir} is of a run with --expert {BOTH}: that of this expert is in {inside}"
+            raise UserError("--output_dir", what, f"pass {inside}, or --expert {BOTH}")
         return
     if args.other_transformer_path:
         what = f"contradicts --expert {BOTH}, where each expert is sampled with the other one"

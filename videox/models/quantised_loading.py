@@ -272,7 +272,9 @@ def probe_inputs(config: Mapping[str, Any], device: torch.device) -> dict[str, A
         "return_dict": False,
     }
     if config.get("image_dim"):
-        given["encoder_hidden_states_image"] = normal(1, IMAGE_TOKENS, config["image_dim"])
+        both = config.get("pos_embed_seq_len")  # tokens of the two pictures of a model for first and last frames
+        shape = (2, both // 2) if both else (1, IMAGE_TOKENS)
+        given["encoder_hidden_states_image"] = normal(*shape, config["image_dim"])
     if config.get("pooled_projection_dim"):
         given["encoder_attention_mask"] = torch.ones(1, text, device=device)
         given["pooled_projections"] = normal(1, config["pooled_projection_dim"])

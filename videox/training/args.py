@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from videox.distributed.environment import check_environment_once
-from videox.errors import UserError
+from videox.errors import MODEL, UserError
 from videox.optim.registry import check_installed, kind_of, parse_settings, takes_settings
 from videox.run.folder import refuse_output_dir_conflicts
 from videox.shapes import USUAL, Ratios
@@ -115,6 +115,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         for path in value if isinstance(value, list) else [value]:
             if path:
                 refuse_impossible(f"--{flag}", path)
+    _check_merge_base(args.merge_base)
     parts = {flag: getattr(args, flag) for flag in ("transformer_path", "vae_path", "merge_base")}
     if planned_model(args) or (args.dry_run_data and is_dry_run(args)):
         return  # what is only described is not in any folder
@@ -125,6 +126,16 @@ def _check_paths(args: argparse.Namespace) -> None:
         refuse_output_dir_conflicts(
             args.output_dir, model=args.pretrained_model_name_or_path, data=folder, parts=parts, data_flag=flag
         )
+
+
+def _check_merge_base(path: str | None) -> None:
+    """Raise UserError (MODEL) where --merge_base is a path that does not exist; a Hub id is looked up later."""
+    if path is None or Path(path).exists():
+        return
+    from videox.models.hub import HUB_ID  # imported here, because --help does not need it
+
+    if not HUB_ID.fullmatch(path):
+        raise UserError("--merge_base", f"{path} does not exist", "pass the folder or file of the bf16 model", MODEL)
 
 
 def _check_required(args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ from videox.estimate.stand_in_data import describe_data
 from videox.files import atomic_write, write_json_atomically
 from videox.optim.registry import check_supported, takes_settings
 from videox.tracking.jsonl import json_line
-from videox.training.args import optimizer_of
+from videox.training.args import optimizer_of, planned_model
 from videox.training.flow_shift import FlowShift
 from videox.training.notes import notes
 from videox.training.planned_gpu import gpu_of, host_room, memory_limit
@@ -125,6 +125,9 @@ def _plan(args: argparse.Namespace, model: ModelProfile, shift: FlowShift, runs:
         return True
     plan = plan_epoch(columns, settings, 0)
     _print(f"{model.task}; dry run: nothing is trained, no weights are loaded", *tried, *notes(args))
+    given, planned = args.pretrained_model_name_or_path, planned_model(args)
+    if given and planned:
+        _print(f"model {planned} (--dry_run_model), because {given} is not a folder on this machine")
     kept = "; a resumed run keeps that of its checkpoint" if args.resume_from_checkpoint else ""
     _print(f"flow shift {shift}{kept}")
     _print(
@@ -241,7 +244,7 @@ class _Estimates:
         _print(
             counts,
             *memory_lines(memory, setup, limit, proposals),
-            *host_lines(memory, setup, room.total, room.source, self.run.less_host()),
+            *host_lines(memory, setup, room.total, room.source, self.run.less_host(limit)),
             *missing_lines(proposals, room.total, room.source),
         )
         if self.run.memory(self.run.without_samples()).host_peak() <= room.total < memory.host_peak():

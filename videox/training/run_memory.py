@@ -271,8 +271,11 @@ class RunMemory:
             self.setup, SAFE_SHARE * limit, host, lambda setup: self.memory(setup).only(phase), changes
         )
 
-    def less_host(self) -> dict[str, float]:
-        """Return the host memory of a machine after each single change that may need less of it, by its flags."""
+    def less_host(self, limit: float) -> dict[str, float]:
+        """Return the host memory of a machine after each single change that may need less of it, by its flags.
+
+        Blocks stay streamed where they would not fit in `limit` bytes of a GPU.
+        """
         setup, args = self.setup, self.args
         changed = {"--dataloader_num_workers 1": replace(setup, workers=min(setup.workers, 1))}
         for precision in (INT8, NF4) if setup.half else ():
@@ -281,8 +284,9 @@ class RunMemory:
                 changed[f"--base_precision {precision}"] = replace(setup, base_precision=precision)
         if setup.sampled_with:
             changed["without --validation_prompts"] = self.without_samples()
-        if setup.streamed:
-            changed["without --stream_blocks"] = replace(setup, streamed=0)
+        resident = replace(setup, streamed=0)
+        if setup.streamed and self.memory(resident).total() <= SAFE_SHARE * limit:
+            changed["without --stream_blocks"] = resident
         return {flags: self.memory(other).host_peak() for flags, other in changed.items()}
 
     def without_samples(self) -> MemorySetup:

@@ -60,7 +60,9 @@ def add_samples(parser: Parser) -> None:
         "such as --w 832 --h 480 --f 81 --d 42 --s 30 --l 5 --n blurry"
     )
     add(FLAG, nargs="+", default=[], metavar="TEXT|FILE", help=prompts)
-    paths = "i2v, inpaint, ti2v: pictures that the clips start from, one for each prompt without --i"
+    paths = (
+        "i2v, inpaint, ti2v, flf2v: pictures that the clips start from (flf2v: and end with), for prompts without --i"
+    )
     add("--validation_paths", nargs="+", default=[], help=paths)
     every = "steps between samples; by default at each validation, and in any case at step 0 and at the end"
     add("--sample_every", type=COUNT, metavar="N", help=every)

@@ -125,7 +125,7 @@ def serve_probes(timeout: float) -> None:
     Args:
         timeout: seconds after which the kernel kills the process over one file, even inside native code.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which then closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent; _start blocked it until here
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -154,7 +154,13 @@ def _start(timeout: float) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     code = f"import sys; sys.path.insert(0, {root!r}); from videox.data.index.probe import serve_probes; "
     code += f"serve_probes({timeout!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    # Ctrl-C is sent to all processes of a terminal: the child inherits the mask, and does not end while it starts.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if _read_line(process, None) != b"ready\n":
         process.kill()
         hint = "see the lines above this one; `pip install -r requirements.txt` installs the decoders"
