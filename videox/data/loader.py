@@ -24,6 +24,12 @@ from videox.errors import DATA, UserError
 
 logger = logging.getLogger(__name__)
 IDLE = -1  # what a worker reads while it reads no row
+OF_TRAINING = {
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+}  # signals that only the training process handles
 # Deaths of workers in a row, each while no row was read, without a batch in between, after which the run ends.
 MOST_IDLE_DEATHS = 3
 PARENT_SECONDS = 1.0  # between two looks of a worker whether the training process is still there
@@ -98,13 +104,16 @@ class BatchLoader:
 
         That one raises an exception when a worker has died, wherever the main thread is: in a collective, or in the
         middle of a save. Without it the death is noticed within 5 s when the next batch is awaited.
+
+        Stop signals are blocked meanwhile: a worker inherits that, so that none ends it before init_worker.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return iter(self._loader)
-        before = signal.getsignal(signal.SIGCHLD)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_TRAINING)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if is_main else None
         try:
             return iter(self._loader)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if before is not None:  # None: a handler that was not installed from Python
                 signal.signal(signal.SIGCHLD, before)
 
@@ -166,9 +175,8 @@ def init_worker(worker: int) -> None:
     training process sent it. It ends with the training process, also while it reads a file without an end.
     """
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in OF_TRAINING - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     # Blocked in every thread: the thread below waits for it by sigtimedwait, which also reports the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
