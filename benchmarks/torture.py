@@ -15,6 +15,7 @@ import argparse
 import datetime
 import importlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -124,8 +125,9 @@ def page(results: Path, note: str = "") -> str:
 
 
 def short(text: str) -> str:
-    """Return a problem as one line of limited length that Markdown shows as it is."""
+    """Return a problem as one line of limited length that Markdown shows as it is, without temporary folders."""
     line = " ".join(text.split()).replace("|", "/").replace("`", "'")
+    line = re.sub(r"\S*/videox-torture-[^/ ]+/", "", line)
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
