@@ -14,7 +14,6 @@ If the first frame does not lower every figure, the command fails, and nothing i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -35,7 +34,19 @@ import demo_data
 import demo_model
 import demo_show
 import torch
-from last_frame import FLAGS, FRAMES, HEIGHT, HELD_OUT, PATTERNS, SCENE, WIDTH, train, write_fades, write_pictures
+from last_frame import (
+    FLAGS,
+    FRAMES,
+    HEIGHT,
+    HELD_OUT,
+    PATTERNS,
+    SCENE,
+    WIDTH,
+    parse,
+    train,
+    write_fades,
+    write_pictures,
+)
 from torch import Tensor
 
 from videox.families import wan_ti2v
@@ -111,11 +122,7 @@ def page(rows: list[tuple[str, float, float]], steps: int, seconds: float) -> st
 
 def main() -> int:
     """Train the four runs, print the figures and write the page; return 1 if the first frame does not help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = f"optimizer steps for the one clip, {LONGER} times as many for the others"
-    parser.add_argument("--steps", type=int, default=100, help=steps)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
-    args = parser.parse_args()
+    args = parse(__doc__, Path(__file__), f"optimizer steps for the one clip, {LONGER} times as many for the others")
     with tempfile.TemporaryDirectory(prefix="videox-first-frame-") as name:
         folder = Path(name)
         model = build_model(folder / "model")

@@ -170,12 +170,17 @@ def page(
     ])  # fmt: skip
 
 
+def parse(description: str, script: Path, steps: str) -> argparse.Namespace:
+    """Parse the flags of a benchmark whose page stands beside it; steps: help of --steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help=steps)
+    parser.add_argument("--output", type=Path, default=script.with_suffix(".md"), help="page to write")
+    return parser.parse_args()
+
+
 def main() -> int:
     """Train the four runs, print the figures and write the page; return 1 if the last frame does not help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
-    args = parser.parse_args()
+    args = parse(__doc__, Path(__file__), "optimizer steps of each run")
     with tempfile.TemporaryDirectory(prefix="videox-last-frame-") as name:
         folder = Path(name)
         model = build_model(folder / "model")
