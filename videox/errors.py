@@ -129,6 +129,13 @@ def storage_line(error: BaseException) -> str:
     return _one_line(f"error: {file or 'a file'}: {error.strerror or error}. Fix: {hint}.")
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an exception only means that a collective lost its connection to another process."""
+    # By its name: this module does not import torch, whose torch.distributed.DistError it is.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or any(name in str(error) for name in ("gloo/", "NCCL", "ncclRemoteError"))
+
+
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a run that ends with this exception."""
     if isinstance(error, (UserError, PeerFailed)):

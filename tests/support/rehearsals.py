@@ -156,8 +156,9 @@ class Rehearsals:
         return {"ACCELERATE_MIXED_PRECISION": "bf16", **launcher, "ACCELERATE_USE_CPU": "false"}
 
     def _filled_cache(self, kind: str, mode: str, flags: Mapping[str, object]) -> Path:
-        """Return a latent cache that was filled on the CPU."""
-        family, cache = kind.split()[0], self.folder / "caches" / f"{kind}-{mode}".replace(" ", "-")
+        """Return a latent cache that was filled on the CPU, with all that a run of as many micro-batches reads."""
+        name = f"{kind}-{mode}-{flags.get('gradient_accumulation_steps', 1)}".replace(" ", "-")
+        family, cache = kind.split()[0], self.folder / "caches" / name
         if not cache.is_dir():
             asked = {**flags, "latent_cache": cache, "cache_only": True}
             argv = runs.train_flags(

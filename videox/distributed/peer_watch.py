@@ -18,17 +18,19 @@ from types import TracebackType
 from torch.distributed import DistError, TCPStore
 
 from videox.distributed.rendezvous import timeout_seconds
-from videox.errors import PEER_LOST, UserError
+from videox.errors import PEER_LOST, UserError, is_lost_connection
 
 BEAT_SECONDS = 1.0
+BROKEN_SECONDS = 5.0  # how long a process may be silent once a connection between two processes has broken
 _DONE = "done"
 
 
 class PeerWatch:
     """Ends this process if another one of the launch does not respond; active from `start` to the end of the context.
 
-    A process counts as lost if its counter has not changed for VIDEOX_MEETING_SECONDS (45 by default). Process 0 looks
-    at all of them and writes what it has found into the store; the others look at that and at process 0.
+    A process counts as lost if its counter has not changed for VIDEOX_MEETING_SECONDS (45 by default), or for
+    BROKEN_SECONDS once a process has left the context with a broken connection. Process 0 looks at all of them and
+    writes what it has found into the store; the others look at that and at process 0.
 
     Args:
         environment: the launcher's variables.
@@ -38,7 +40,7 @@ class PeerWatch:
         self._environment = environment
         self._rank = self._world = 0
         self._seconds = math.inf
-        self._ended = threading.Event()
+        self._ended, self._broken = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeerWatch:
@@ -47,6 +49,10 @@ class PeerWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._thread is not None and is_lost_connection(error):
+            # The error does not say which process has ended. The watch finds it, and ends this process with its name.
+            self._broken.set()
+            self._thread.join(2 * BROKEN_SECONDS)
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -73,6 +79,10 @@ class PeerWatch:
             while not self._ended.wait(BEAT_SECONDS if count else 0):
                 count += 1
                 store.set(self._key(self._rank), f"{count} {socket.gethostname()}")
+                if self._broken.is_set():
+                    store.set(self._key("broken"), "")
+                if store.check([self._key("broken")]):
+                    self._seconds = min(self._seconds, BROKEN_SECONDS)
                 if store.check([self._key("lost")]):
                     self._end(*_rank_and_line(store.get(self._key("lost"))))
                 now = time.monotonic()

@@ -21,14 +21,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from videox.errors import INTERRUPTED, PEER_LOST, STOPPED, PeerFailed, error_line, exit_code, name_process
+from videox.errors import (
+    INTERRUPTED,
+    PEER_LOST,
+    STOPPED,
+    PeerFailed,
+    error_line,
+    exit_code,
+    is_lost_connection,
+    name_process,
+)
 from videox.run.failure_hub import (
     CONNECT_SECONDS,
     Connection,
     FailureServer,
     Report,
     accept_connections,
-    is_lost_connection,
     lost_peer_line,
     open_listener,
 )

@@ -19,8 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from videox.errors import PEER_LOST, UserError
 from videox.run.hangs import Beat, Clock, HangWatch
 
@@ -52,13 +50,6 @@ class Report(NamedTuple):
     consequence: bool = False
     lost: bool = False
     hangs: bool = False
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Return whether an exception only means that a collective lost its connection to another process."""
-    return isinstance(error, dist.DistError) or any(
-        name in str(error) for name in ("gloo/", "NCCL", "ncclRemoteError")
-    )
 
 
 def find_cause(reports: Sequence[Report]) -> Report:
