@@ -2,23 +2,24 @@
 
     python benchmarks/torture.py [--areas kills,disk,...] [--seconds N] [--continue] [--output benchmarks/torture.md]
     python benchmarks/torture.py --table --note "shared with other work" --output benchmarks/torture.md
+    python benchmarks/torture.py --keep --note "mended; right when tried again"
     python benchmarks/torture.py --only disk:17
 
 Each area appends one line per case to outputs/torture/<area>.jsonl. With --continue it goes on after the last seed
-there; otherwise the earlier file is kept under another name and the seeds begin at 0. The table has all areas that
-have such a file. --only tries one case alone and prints what was wrong; nothing is written then.
+there and in benchmarks/torture.csv; otherwise the earlier file is put aside under another name and the seeds begin at
+0. --keep adds the counts of these files to benchmarks/torture.csv, which stays with the code, and puts the files
+aside. The table adds up both. --only tries one case alone and prints what was wrong; nothing is written then.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
-import importlib
 import json
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,99 +28,102 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from machine import machine_line
 
-from tests.torture.cases import Area, Row, Unavailable
+from tests.torture.attempts import AREAS, area_class, one_case, read_cases, try_area_in
+from tests.torture.cases import Row
 from videox.files import unique_path
 
 ROOT = Path(__file__).resolve().parents[1]
-AREAS = {
-    "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "metadata": "MetadataFiles",
-    "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "failures": "Failures", "watchdog": "Hangs",
-    "alarms": "Alarms", "hunyuanvideo": "Hunyuan", "soak": "Soak", "small_cards": "SmallCards", "experts": "Experts",
-}  # fmt: skip
 RESULTS = ROOT / "outputs" / "torture"
+EARLIER = ROOT / "benchmarks" / "torture.csv"
+COLUMNS = ("date", "area", "row", "tried", "wrong", "next_seed", "remark")
 HEADER = ("area", "what must hold", "asked", "tried", "right", "wrong", "command")
 SHOWN, LONGEST = 20, 300  # wrong cases below the table, and characters of each
 
 
-def area_class(name: str) -> type[Area]:
-    """Return the class of an area: a module of tests/torture, imported only if the area is used."""
-    return getattr(importlib.import_module(f"tests.torture.{name}"), AREAS[name])
+def read_earlier(path: Path) -> list[dict[str, str]]:
+    """Return the lines of benchmarks/torture.csv, of which each has the counts of one row until one day."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def read_cases(results: Path, name: str) -> list[dict]:
-    """Return the cases of an area that were tried; a last line that a kill has cut off is left out."""
-    path = results / f"{name}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+def keep(results: Path, earlier: Path, remark: str) -> None:
+    """Add the counts of the tried cases to a file as `read_earlier` reads, and put the files of the cases aside."""
+    lines = read_earlier(earlier)
+    for name in AREAS:
+        cases = read_cases(results, name)
+        for row in area_class(name).rows if cases else ():
+            tried, wrong = counts([case for case in cases if case["row"] == row.name])
+            values = (datetime.date.today(), name, row.name, tried, wrong, next_seed(name, results, earlier))
+            lines += [dict(zip(COLUMNS, (*map(str, values), remark if wrong else ""), strict=True))] if tried else []
+    with earlier.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    for path in sorted(results.glob("*.jsonl")):
+        if path.stem in AREAS:
+            put_aside(path)
 
 
-def try_area(name: str, seconds: float, results: Path, first: int, broken: bool = False) -> list[dict]:
-    """Try cases of an area from a seed on until the time is over (at least one), and append them to its file."""
-    results.mkdir(parents=True, exist_ok=True)
-    tried: list[dict] = []
-    with tempfile.TemporaryDirectory(prefix=f"videox-torture-{name}-") as folder:
-        area = area_class(name)(Path(folder), broken=broken)
-        area.seconds = seconds
-        begin = time.monotonic()  # building models and reference runs is not counted
-        seed = first
-        while not tried or time.monotonic() - begin < seconds:
-            tried.append(one_case(area, name, seed))
-            with (results / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(tried[-1])}\n")  # on a line of its own, also after one that was cut off
-            seed += 1
-    return tried
+def put_aside(path: Path) -> None:
+    path.rename(unique_path(path.with_name(f"{path.stem}-superseded.jsonl")))
 
 
-def one_case(area: Area, name: str, seed: int) -> dict:
-    """Try one case, print it if it is wrong, and return its line."""
-    begin = time.monotonic()
-    try:
-        found = area.try_case(seed)
-        case = {"row": found.row, "what": found.what, "tried": found.tried, "problems": list(found.problems)}
-    except Unavailable as why:
-        case = {"row": "", "what": str(why), "tried": 0, "problems": []}
-    except AssertionError as error:  # a run that hangs, or one of the suite's own runs that failed
-        case = {"row": area.rows[0].name, "what": "the case ended early", "tried": 1, "problems": [str(error)[-3000:]]}
-    if case["problems"]:
-        print(f"wrong: --only {name}:{seed} ({case['what']})", *case["problems"], sep="\n  ", flush=True)
-    return {"area": name, "seed": seed, **case, "seconds": round(time.monotonic() - begin, 2)}
+def next_seed(name: str, results: Path, earlier: Path) -> int:
+    """Return the seed after the last one of an area that was tried."""
+    kept = [int(line["next_seed"]) for line in read_earlier(earlier) if line["area"] == name]
+    return max([0, *kept, *(case["seed"] + 1 for case in read_cases(results, name))])
 
 
-def table_line(name: str, row: Row, cases: Sequence[dict]) -> tuple[object, ...]:
+def counts(cases: Sequence[dict]) -> tuple[int, int]:
+    """Return how many units cases tried, and how many of them were wrong."""
+    return sum(case["tried"] for case in cases), sum(len(case["problems"][: case["tried"]]) for case in cases)
+
+
+def table_line(name: str, row: Row, cases: Sequence[dict], earlier: Sequence[dict[str, str]]) -> tuple[object, ...]:
     """Return the line of the table for a row of an area."""
-    mine = [case for case in cases if case["row"] == row.name]
-    tried, wrong = sum(case["tried"] for case in mine), sum(len(case["problems"][: case["tried"]]) for case in mine)
+    tried, wrong = counts([case for case in cases if case["row"] == row.name])
+    kept = [line for line in earlier if (line["area"], line["row"]) == (name, row.name)]
+    tried, wrong = tried + sum(int(line["tried"]) for line in kept), wrong + sum(int(line["wrong"]) for line in kept)
     command = f"`python benchmarks/torture.py --areas {name}`"
     return f"{name}: {row.name}", row.goal, f"{row.asked:,}", f"{tried:,}", f"{tried - wrong:,}", wrong, command
 
 
-def page(results: Path, note: str = "") -> str:
+def page(results: Path, note: str = "", earlier_file: Path = EARLIER) -> str:
     """Return the report as Markdown: a line per row of each area, the wrong cases, and what could not be tried.
 
     Args:
         results: folder of the tried cases.
         note: words on the machine.
+        earlier_file: as `read_earlier` reads.
     """
-    lines, wrong, notes = [], [], []
+    lines, wrong, notes, earlier = [], [], [], read_earlier(earlier_file)
     for name in AREAS:
         cases = read_cases(results, name)
-        lines += [table_line(name, row, cases) for row in area_class(name).rows]
+        lines += [table_line(name, row, cases, earlier) for row in area_class(name).rows]
         wrong += [(f"{name}:{case['seed']}", case) for case in cases if case["problems"]]
         notes += [case["what"] for case in cases if not case["row"]]
     shown = [f"- `--only {key}`: {case['what']}: {short(case['problems'][0])}" for key, case in wrong[:SHOWN]]
+    shown += [
+        f"- {line['date']}, {line['area']}: {line['row']}: {line['wrong']} of {line['tried']}: {line['remark']}"
+        for line in earlier
+        if int(line["wrong"])
+    ]
     more = [f"- and {len(wrong) - SHOWN} more, in outputs/torture"] if len(wrong) > SHOWN else []
     return "\n".join([
         "# Faults that were tried",
         "",
         "Written by `python benchmarks/torture.py`; `make torture` tries all areas for hours. Each case is drawn by its seed, runs the real",
         "train script on the small Wan2.1, Wan2.2 or HunyuanVideo of tests/support/tiny.py, and is compared with a run that nothing disturbed. What was asked is",
-        "the goal of a night; what was tried is less where less time was given.",
+        "the goal of a night; what was tried is less where less time was given. The counts add up since the first day of torture.csv, while",
+        "the code went on: each case is tried once, with the code of its day.",
         "",
         *("| " + " | ".join(map(str, line)) + " |" for line in (HEADER, ["---"] * len(HEADER), *lines)),
         "",
         f"{datetime.date.today():%-d %B %Y}; {machine_line('torch')}{f'; {note}' if note else ''}.",
         "",
-        *(["## Wrong", "", *shown, *more, ""] if wrong else []),
+        *(["## Wrong", "", *shown, *more, ""] if shown else []),
         *(["## Not tried", "", *(f"- {note}" for note in sorted(set(notes))), ""] if notes else []),
     ])  # fmt: skip
 
@@ -138,9 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--continue", dest="goes_on", action="store_true", help="go on after the last case of each area"
     )
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the cases of an area")
+    parser.add_argument("--keep", action="store_true", help="add the counts to benchmarks/torture.csv, try nothing")
     parser.add_argument("--only", metavar="AREA:SEED", help="try one case")
     parser.add_argument("--table", action="store_true", help="try nothing, write the table of what was tried")
-    parser.add_argument("--note", default="", help="words on the machine below the table, such as what else it did")
+    parser.add_argument(
+        "--note", default="", help="words on the machine below the table; with --keep, what became of the wrong cases"
+    )
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print only)")
     args = parser.parse_args(argv)
     names = [args.only.partition(":")[0]] if args.only else args.areas.split(",")
@@ -151,20 +159,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             case = one_case(area_class(names[0])(Path(folder)), names[0], int(args.only.partition(":")[2]))
         print(json.dumps(case, indent=1))
         return 1 if case["problems"] else 0
+    if args.keep:
+        keep(RESULTS, EARLIER, args.note)
+        return 0
     tried: list[dict] = []
     for name in [] if args.table else names:
-        first, file = (
-            1 + max((case["seed"] for case in read_cases(RESULTS, name)), default=-1),
-            RESULTS / f"{name}.jsonl",
-        )
+        first, file = next_seed(name, RESULTS, EARLIER) if args.goes_on else 0, RESULTS / f"{name}.jsonl"
         if not args.goes_on and file.exists():
-            file.rename(unique_path(file.with_name(f"{name}-superseded.jsonl")))
-            first = 0
-        found = try_area(name, args.seconds, RESULTS, first)
+            put_aside(file)
+        found = try_area_in(args.processes, name, args.seconds, RESULTS, first)
         tried += found
         right = sum(not case["problems"] for case in found)
         print(f"{name}: {right} of {len(found)} cases right", flush=True)
-    text = page(RESULTS, args.note)
+    text = page(RESULTS, args.note, EARLIER)
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

@@ -141,7 +141,7 @@ class TrainerProcess:
         self._pidfd = os.pidfd_open(pid)
 
     def running(self) -> bool:
-        return self.code is None and not select.select([self._pidfd], [], [], 0)[0]
+        return self.wait_for(0)
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait for the process and return its exit code, or minus the number of the signal that killed it."""
@@ -154,6 +154,10 @@ class TrainerProcess:
             os.close(self._pidfd)
             assert ended, f"still running after {timeout} s:\n{self.output()[-4000:]}"
         return self.code
+
+    def wait_for(self, seconds: float) -> bool:
+        """Wait for so long, or until the process has ended; return whether it is still running."""
+        return self.code is None and not select.select([self._pidfd], [], [], seconds)[0]
 
     def signal(self, number: int) -> None:
         """Send a signal to this process only, as `kill` does."""

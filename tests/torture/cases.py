@@ -39,7 +39,7 @@ class Outcome:
     Attributes:
         row: name of the table's row that it belongs to.
         what: what was done, in words.
-        tried: units that the case tried, such as files.
+        tried: units that the case tried, such as files or kills.
         problems: what was wrong, one line per unit; empty if all were right.
     """
 
@@ -83,10 +83,10 @@ class Area(ABC):
         return next(row for row in self.rows if row.name == name)
 
 
-def flip_bit(path: Path, draw: random.Random, first: int = 0) -> str:
-    """Change one bit of a file, at byte `first` or later, and keep its times; return which one."""
+def flip_bit(path: Path, draw: random.Random, first: int = 0, every: int = 1) -> str:
+    """Change one bit of a file, at byte `first` or `every` bytes later, and keep its times; return which one."""
     times, content = path.stat(), bytearray(path.read_bytes())
-    at, bit = draw.randrange(first, len(content)), draw.randrange(8)
+    at, bit = draw.randrange(first, len(content), every), draw.randrange(8)
     content[at] ^= 1 << bit
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

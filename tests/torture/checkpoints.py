@@ -82,21 +82,23 @@ class Checkpoints(Area):
 
     def damaged_checkpoints(self, seed: int, draw: random.Random) -> Outcome:
         """Damage files of the newest checkpoint, one at a time, and look which checkpoint a resume takes."""
-        place, problems, number = self.folder / f"case-{seed}", [], 0
-        while number < FILES:
-            shutil.copytree(self.run, place)
-            name, how = self._damage_a_file(place, draw)
-            if how:
-                number += 1
-                problems += [f"{name}, {how}: {found}" for found in self._problems_of_resume(place, name)]
+        place, problems = self.folder / f"case-{seed}", []
+        for _ in range(FILES):
+            name, how = self._damaged_copy(place, draw)
+            problems += [f"{name}, {how}: {found}" for found in self._problems_of_resume(place, name)]
             shutil.rmtree(place)
         return Outcome("checkpoint", f"{FILES} files", tried=FILES, problems=problems)
 
-    def _damage_a_file(self, run: Path, draw: random.Random) -> tuple[str, str]:
-        folder = run / self.newest
-        path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
-        name = path.relative_to(folder).as_posix()
-        return name, damage(path, draw.choice(DAMAGE), draw, run / self.older / name)
+    def _damaged_copy(self, run: Path, draw: random.Random) -> tuple[str, str]:
+        """Copy the run, and damage a file of the newest checkpoint; return its name and how."""
+        while True:
+            shutil.copytree(self.run, run)
+            folder = run / self.newest
+            path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+            name = path.relative_to(folder).as_posix()
+            if how := damage(path, draw.choice(DAMAGE), draw, run / self.older / name):
+                return name, how
+            shutil.rmtree(run)
 
     def _problems_of_resume(self, run: Path, name: str) -> list[str]:
         """Return at most one problem."""
@@ -117,16 +119,15 @@ class Checkpoints(Area):
     def refused_start(self, seed: int, draw: random.Random) -> Outcome:
         """Damage a file of the newest checkpoint, and start the train script from it."""
         place = self.ground.new_place(f"checkpoints-{seed}")
-        shutil.copytree(self.run, place / "run")
-        name, how = self._damage_a_file(place / "run", draw)
+        name, how = self._damaged_copy(place / "run", draw)
         run = self.ground.start(place, resume_from_checkpoint=place / "run" / self.newest)
         run.wait()
         lines = [line for line in run.output().splitlines() if line.startswith("error: ")]
         named = len(lines) == 1 and (name in lines[0] or name == "manifest.json")
         right = run.code == MODEL and named and "Traceback" not in run.output()
         shutil.rmtree(place)
-        problems = [] if right or not how else [f"{name}, {how}: ended with {run.code}: {run.output()[-1000:]}"]
-        return Outcome("start", f"{name}, {how or 'the same content'}", tried=1 if how else 0, problems=problems)
+        problems = [] if right else [f"{name}, {how}: ended with {run.code}: {run.output()[-1000:]}"]
+        return Outcome("start", f"{name}, {how}", problems=problems)
 
     def _index(self, seed: int, draw: random.Random) -> Outcome:
         problems = []

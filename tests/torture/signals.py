@@ -12,10 +12,12 @@ import forkserver
 
 from tests.torture.cases import Area, Outcome, Row
 from tests.torture.ground import shared
+from tests.torture.rank_runs import RankRuns
 from videox.errors import INTERRUPTED, STOPPED
 
 LONGEST_PAUSE = 0.6  # seconds between two signals: shorter and longer than the echo of a launcher
 END_SECONDS = 120.0
+RANKS = 2
 
 
 class Signals(Area):
@@ -24,31 +26,46 @@ class Signals(Area):
     rows = (
         Row("once", "one stop signal at a random moment: exit 75 or 130, status never `running`, resumed bit-identically", 200),
         Row("twice", "two stop signals in quick succession at a random moment: the same", 200),
+        Row("ranks", "two ranks (DDP), both get one or two stop signals at a random moment: both end alike, resumed with the same losses and export", 200),
     )  # fmt: skip
 
     def __init__(self, folder: Path, *, broken: bool = False, family: str = "wan2.1") -> None:
         super().__init__(folder, broken=broken)
         self.ground = shared(family)
+        self.runs = RankRuns(self.ground)
+        self.kinds = [row.name for row in self.rows if family == "wan2.1" or row.name != "ranks"]
 
     def attempt(self, seed: int, draw: random.Random) -> Outcome:
-        seconds = self.ground.reference()[1]
-        twice, place = seed % 2 == 1, self.ground.new_place(f"signal-{seed}")
+        kind, place = self.kinds[seed % len(self.kinds)], self.ground.new_place(f"signal-{seed}")
         number = draw.choice((signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-        moment, pause = draw.uniform(0, seconds), draw.uniform(0, LONGEST_PAUSE)
-        to_all = draw.random() < 0.5
-        run = self.ground.start(place, dataloader_num_workers=draw.choice((0, 2)))
-        for delay in (moment, pause)[: 1 + twice]:
+        share, pause = draw.random(), draw.uniform(0, LONGEST_PAUSE)
+        pauses = [pause] if kind == "twice" or (kind == "ranks" and draw.random() < 0.5) else []
+        to_all, workers = draw.random() < 0.5, draw.choice((0, 2))
+        if kind == "ranks":
+            moment = share * self.runs.reference("ddp", RANKS)[1]
+            started = self.runs.start(place, "ddp", RANKS)
+        else:
+            moment = share * self.ground.life(dataloader_num_workers=workers)
+            started = [self.ground.start(place, dataloader_num_workers=workers)]
+        for delay in (moment, *pauses):
             time.sleep(delay)
-            (run.signal_all if to_all and run.running() else run.signal)(number)
-        if self.broken:
-            run.kill()
-        run.wait(END_SECONDS)
-        what = f"{number.name} after {moment:.2f} s{f' and {pause:.2f} s later' if twice else ''}, {'all' if to_all else 'trainer'}"
-        problems = problems_of_stop(run, place / "run")
-        if not problems:
-            problems += self.ground.problems_after_resume(place)
+            for run in started:
+                (run.signal_all if to_all and run.running() else run.signal)(number)
+        for run in started:
+            if self.broken:
+                run.kill()
+            run.wait(END_SECONDS)
+        problems = [line for run in started for line in problems_of_stop(run, place / "run")]
+        if len({run.code for run in started}) > 1:
+            problems.append(f"the ranks ended with {[run.code for run in started]}")
+        if not problems and kind == "ranks":
+            problems = self.runs.problems_of_resume(place, "ddp", RANKS)
+        elif not problems:
+            problems = self.ground.problems_after_resume(place)
         shutil.rmtree(place)
-        return Outcome("twice" if twice else "once", what, problems=problems)
+        again = "".join(f" and {pause:.2f} s later" for pause in pauses)
+        what = f"{number.name} after {moment:.2f} s{again}, {'with their workers' if to_all else 'trainers only'}"
+        return Outcome(kind, what, problems=["; ".join(problems)] if problems else ())
 
 
 def problems_of_stop(run: forkserver.TrainerProcess, output_dir: Path) -> list[str]:

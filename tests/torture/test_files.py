@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from tests.torture.attempts import read_cases, try_area
 from tests.torture.cases import Area
 from tests.torture.configs import MUTANTS, Configs
 from tests.torture.media import FORMATS, Media
@@ -58,26 +59,48 @@ def test_cases_depend_on_their_seed_alone(tmp_path: Path) -> None:
 
 def test_an_area_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(program, "EARLIER", tmp_path / "torture.csv")
     short = ["--areas", "metadata", "--seconds", "0"]
     assert program.main([*short, "--output", str(tmp_path / "table.md")]) == 0
     (tmp_path / "results" / "metadata.jsonl").open("a").write('{"area": "metadata", "se')  # a kill cut this line off
     assert program.main([*short, "--continue"]) == 0
-    cases = program.read_cases(tmp_path / "results", "metadata")
+    cases = read_cases(tmp_path / "results", "metadata")
     assert [case["seed"] for case in cases] == [0, 1]
     assert f"| 200,000 | {FILES} | {FILES} | 0 |" in (tmp_path / "table.md").read_text()
     assert f"| 200,000 | {2 * FILES} | {2 * FILES} | 0 |" in capsys.readouterr().out
     assert program.main(short) == 0  # begins anew and keeps the earlier file
-    assert [case["seed"] for case in program.read_cases(tmp_path / "results", "metadata")] == [0]
-    assert program.read_cases(tmp_path / "results", "metadata-superseded") == cases
+    assert [case["seed"] for case in read_cases(tmp_path / "results", "metadata")] == [0]
+    assert read_cases(tmp_path / "results", "metadata-superseded") == cases
+
+
+def test_kept_counts_are_added_up_and_their_seeds_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    results, earlier = tmp_path / "results", tmp_path / "torture.csv"
+    monkeypatch.setattr(program, "RESULTS", results)
+    monkeypatch.setattr(program, "EARLIER", earlier)
+    (first,) = try_area("metadata", 0, results, first=7, broken=True)
+    wrong = len(first["problems"])
+    assert program.main(["--keep", "--note", "mended"]) == 0
+    assert not (results / "metadata.jsonl").exists()
+    assert program.main(["--areas", "metadata", "--seconds", "0", "--processes", "2", "--continue"]) == 0
+    assert sorted(case["seed"] for case in read_cases(results, "metadata")) == [8, 9]
+    text = capsys.readouterr().out
+    assert f"| 200,000 | {3 * FILES} | {3 * FILES - wrong} | {wrong} |" in text
+    assert f"metadata: any: {wrong} of {FILES}: mended" in text
+    assert program.main(["--keep"]) == 0
+    kept = [(line["tried"], line["wrong"], line["next_seed"]) for line in program.read_earlier(earlier)]
+    assert kept == [(str(FILES), str(wrong), "8"), (str(2 * FILES), "0", "10")]
 
 
 def test_a_wrong_case_is_printed_with_its_seed_and_counted(tmp_path: Path, capsys) -> None:
-    (found,) = program.try_area("metadata", 0, tmp_path, first=7, broken=True)
+    (found,) = try_area("metadata", 0, tmp_path, first=7, broken=True)
     assert "wrong: --only metadata:7 (" in capsys.readouterr().out
     wrong = len(found["problems"])
     assert 0 < wrong <= FILES
-    assert f"| 200,000 | {FILES} | {FILES - wrong} | {wrong} |" in program.page(tmp_path)
-    assert "- `--only metadata:7`" in program.page(tmp_path)
+    text = program.page(tmp_path, earlier_file=tmp_path / "torture.csv")
+    assert f"| 200,000 | {FILES} | {FILES - wrong} | {wrong} |" in text
+    assert "- `--only metadata:7`" in text
 
 
 def test_one_case_is_tried_alone(capsys) -> None:
