@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.torture.cases import Area, Unavailable
 
 AREAS = {
-    "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "metadata": "MetadataFiles",
+    "kills": "Kills", "signals": "Signals", "disk": "Disk", "media": "Media", "media_kinds": "MediaKinds", "metadata": "MetadataFiles",
     "configs": "Configs", "checkpoints": "Checkpoints", "ranks": "Ranks", "failures": "Failures", "watchdog": "Hangs",
     "alarms": "Alarms", "hunyuanvideo": "Hunyuan", "soak": "Soak", "small_cards": "SmallCards", "experts": "Experts",
 }  # fmt: skip

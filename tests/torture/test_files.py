@@ -9,9 +9,11 @@ import pytest
 import tiny
 
 from tests.torture.attempts import read_cases, try_area
+from tests.torture.bad_media import KINDS
 from tests.torture.cases import Area
 from tests.torture.configs import MUTANTS, Configs
 from tests.torture.media import FORMATS, Media
+from tests.torture.media_kinds import MediaKinds
 from tests.torture.metadata import FILES, MetadataFiles
 
 program = tiny.load_script("benchmarks/torture.py")
@@ -22,6 +24,7 @@ program = tiny.load_script("benchmarks/torture.py")
     [
         (MetadataFiles, range(4), FILES),
         (Media, (0,), len(FORMATS)),
+        (MediaKinds, (0,), len(KINDS)),
         (Configs, (0,), MUTANTS),
         pytest.param(MetadataFiles, range(4, 100), FILES, marks=pytest.mark.slow),
         pytest.param(Media, range(1, 9), len(FORMATS), marks=pytest.mark.slow),
@@ -33,6 +36,11 @@ def test_damaged_files_are_read_or_named(kind: type[Area], seeds: range, files: 
     for seed in seeds:
         found = area.try_case(seed)
         assert (found.tried, list(found.problems)) == (files, []), (seed, found)
+
+
+def test_a_bad_file_of_another_class_is_wrong(tmp_path: Path) -> None:
+    found = MediaKinds(tmp_path, broken=True).try_case(0)
+    assert any(line.startswith("cut.mp4: truncated instead of") for line in found.problems), found
 
 
 def test_an_unguarded_reader_is_wrong(tmp_path: Path) -> None:
