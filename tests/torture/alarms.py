@@ -44,8 +44,8 @@ class Alarms(Area):
         ranks[0].wait_until(lambda: find_checkpoints(output_dir))
         if self.broken:
             ranks[1].signal(signal.SIGSTOP)
-        began = time.monotonic()
-        while all(rank.running() for rank in ranks) and time.monotonic() - began < self.seconds:
+        began, seconds = time.monotonic(), 10 * BROKEN_SECONDS if self.broken else self.seconds
+        while all(rank.running() for rank in ranks) and time.monotonic() - began < seconds:
             time.sleep(PAUSE)
         minutes = int((time.monotonic() - began) / 60)
         for rank in ranks:

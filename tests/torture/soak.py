@@ -39,7 +39,7 @@ class Soak(Area):
         add_bad_row(self.ground.inputs / "data")
         run = self.ground.start(
             place, "tests.torture.soak:train_with_a_leak" if self.broken else "", max_train_steps=10_000_000,
-            checkpointing_steps=draw.choice((5, 10)), dataloader_num_workers=2, num_train_epochs=None,
+            checkpointing_steps=draw.choice((5, 50)), dataloader_num_workers=2, num_train_epochs=None,
         )  # fmt: skip
         output_dir, looks, began = place / "run", [], 0.0
         run.wait_until(lambda: steps_done(output_dir) >= WARM_UP)
